@@ -1,0 +1,823 @@
+"""Train the storybook models, from nothing: `ip2p storybook build --preset smoke|cpu|h100`.
+
+Three stages, each the next one's ground: a KL autoencoder (`vae`), a CLIP with its tokenizer (`clip`)
+and the 8-channel editing UNet (`unet`). Pages, edits and captions are drawn while training runs, so
+there is no data set on disk. Every preset is this one recipe with other numbers; every stage saves its
+state, stops itself in time, and goes on from where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ip2p.errors import InputError
+from ip2p.storybook.scene import rng_for
+from ip2p.train.checkpoints import load_state, save_state
+from ip2p.train.ema import Ema
+from ip2p.train.loss import (
+    add_noise,
+    noise_loss,
+    null_conditions,
+    scaled_linear_alpha_bar,
+    snr_weight,
+    uniform_timesteps,
+)
+
+STAGES = ("vae", "clip", "unet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stage ends after `steps` steps or `minutes` of its own training time, whichever comes first."""
+
+    steps: int
+    minutes: float
+    batch: int
+    lr: float
+    warmup: int = 200
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    size: int  # picture side in pixels
+    vae: StageConfig
+    clip: StageConfig
+    unet: StageConfig
+    vae_channels: tuple[int, ...] = (16, 32, 64, 128)
+    vae_layers: int = 1
+    kl_weight: float = 3e-4
+    clip_width: int = 192
+    clip_layers: tuple[int, int] = (3, 4)  # text tower, image tower
+    clip_pixels: int = 64
+    clip_patch: int = 8
+    unet_channels: tuple[int, ...] = (96, 160, 192)
+    unet_layers: int = 1
+    heads: int = 4
+    pool: int = 4096  # pairs drawn and encoded at once
+    reuse: int = 4  # times each drawn pair is seen, with other noise and dropout
+    caption_share: float = 0.08  # samples with a caption and no image
+    change_weight: float = 4.0  # loss weight of latent cells that the edit changes
+    snr_clip: tuple[float, float] | None = (0.25, 5.0)
+    ema: float = 0.999
+    workers: int = 1
+    save_every: float = 120.0  # seconds
+    seed: int = 1
+
+
+PRESETS: dict[str, Preset] = {
+    # Seconds: shows that the whole path runs. Its pictures are noise.
+    "smoke": Preset(
+        size=64,
+        vae=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2),
+        clip=StageConfig(steps=4, minutes=1, batch=8, lr=1e-3, warmup=2),
+        unet=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2),
+        vae_channels=(16, 16, 16, 16),
+        clip_width=32,
+        clip_layers=(1, 1),
+        unet_channels=(16, 32, 32),
+        heads=2,
+        pool=8,
+        reuse=2,
+        workers=0,
+    ),
+    "cpu": Preset(
+        size=128,
+        vae=StageConfig(steps=1_000_000, minutes=22, batch=8, lr=1.2e-3),
+        clip=StageConfig(steps=1_000_000, minutes=8, batch=96, lr=1e-3),
+        unet=StageConfig(steps=1_000_000, minutes=100, batch=64, lr=9e-4),
+    ),
+    "h100": Preset(
+        size=256,
+        vae=StageConfig(steps=1_000_000, minutes=6, batch=64, lr=1e-3),
+        clip=StageConfig(steps=1_000_000, minutes=2.5, batch=512, lr=1e-3),
+        unet=StageConfig(steps=1_000_000, minutes=17.5, batch=256, lr=1e-3),
+        vae_channels=(32, 48, 96, 112),
+        pool=16384,
+        reuse=4,
+        ema=0.9995,
+        workers=15,
+        save_every=60.0,
+    ),
+}
+
+
+# --- drawn data ---------------------------------------------------------------------------------
+
+
+class Pages(torch.utils.data.IterableDataset):
+    """Batches drawn from the storybook, an endless stream in which batch k is the same on every machine.
+
+    `kind` "page" yields {"image"}; "pair" yields {"before", "after"} as uint8 [batch, 3, size, size] with
+    the lists "instruction", "caption" (of the page before) and "edited_caption".
+    """
+
+    def __init__(self, kind: str, batch: int, size: int, seed: int, start: int = 0) -> None:
+        self.kind, self.batch, self.size, self.seed, self.start = kind, batch, size, seed, start
+
+    def make(self, index: int) -> dict[str, Any]:
+        from ip2p.storybook.captions import caption
+        from ip2p.storybook.draw import draw
+        from ip2p.storybook.edits import sample_edit
+        from ip2p.storybook.scene import sample_scene
+
+        def pixels(scene: Any) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(draw(scene, self.size).transpose(2, 0, 1)))
+
+        rngs = [rng_for("train", self.kind, self.seed, index, i) for i in range(self.batch)]
+        if self.kind == "page":
+            return {"image": torch.stack([pixels(sample_scene(rng)) for rng in rngs])}
+        edits = [sample_edit(rng) for rng in rngs]
+        return {
+            "before": torch.stack([pixels(e.before) for e in edits]),
+            "after": torch.stack([pixels(e.after) for e in edits]),
+            "instruction": [e.instruction for e in edits],
+            "caption": [caption(e.before, rng) for e, rng in zip(edits, rngs, strict=True)],
+            "edited_caption": [caption(e.after, rng) for e, rng in zip(edits, rngs, strict=True)],
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = torch.utils.data.get_worker_info()
+        first, step = (self.start, 1) if info is None else (self.start + info.id, info.num_workers)
+        if info is not None:
+            torch.set_num_threads(1)
+        while True:
+            yield self.make(first)
+            first += step
+
+
+def stream(pages: Pages, workers: int) -> Iterator[dict[str, Any]]:
+    loader = torch.utils.data.DataLoader(
+        pages, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+    )
+    return iter(loader)
+
+
+def to_signed(pixels: Tensor, device: torch.device) -> Tensor:
+    """uint8 [batch, 3, h, w] to float in [-1, 1]."""
+    return pixels.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+# --- one loop for every stage -------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """How much of its time a stage has used, over all the calls that it took."""
+
+    used: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def seconds(self) -> float:
+        return self.used + time.monotonic() - self.started
+
+
+class OutOfTime(Exception):
+    """This call's seconds are used up; the state is on disk."""
+
+
+@dataclass
+class Run:
+    """What all stages share: where, on what, until when, and what was logged."""
+
+    preset: Preset
+    name: str
+    output: Path
+    device: torch.device
+    deadline: float | None
+    log: Callable[[str], None]
+
+    @property
+    def state_dir(self) -> Path:
+        return self.output / "state"
+
+    def done(self, stage: str) -> bool:
+        return (self.state_dir / f"{stage}.done.json").exists()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def learning_rate(progress: float, step: int, config: StageConfig) -> float:
+    """Linear warm-up, then a cosine to a fiftieth of the peak as `progress` goes from 0 to 1."""
+    warm = min(1.0, (step + 1) / config.warmup)
+    return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def train_stage(
+    run: Run,
+    stage: str,
+    model: nn.Module,
+    config: StageConfig,
+    losses: Callable[[int, torch.Generator], Iterator[tuple[Tensor, dict[str, float]]]],
+    *,
+    use_ema: bool,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train until the stage's end; resume from its state; raise OutOfTime when this call's time is used up.
+
+    `losses(first, generator)` yields (loss, numbers to log) a step. It counts its data from `first`, the
+    number of steps already made, and takes all its randomness from `generator`, whose state is saved.
+    """
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
+    ema = Ema(model, run.preset.ema) if use_ema else None
+    path = run.state_dir / f"{stage}.pt"
+    state, warning = load_state(path)
+    if warning:
+        run.log(f"warning: {warning}")
+    generator = torch.Generator().manual_seed(run.preset.seed)
+    step, clock, curve, bad = 0, Clock(), [], 0
+    if state is not None:
+        if state["preset"] != _fingerprint(run, stage):
+            raise InputError(
+                f"{path} was made with other numbers than preset {run.name!r} has now; "
+                f"give another --output, or delete {run.output}"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        if ema:
+            ema.load_state_dict(state["ema"])
+        step, curve = state["step"], state["curve"]
+        clock.used = state["seconds"]
+        run.log(f"{stage}: going on from step {step}")
+
+    def save() -> None:
+        save_state(
+            {
+                "preset": _fingerprint(run, stage),
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state_dict() if ema else None,
+                "generator": generator.get_state(),
+                "step": step,
+                "seconds": clock.seconds(),
+                "curve": curve,
+            },
+            path,
+        )
+
+    budget = config.minutes * 60
+    saved = shown = time.monotonic()
+    shown_step = step
+    totals: dict[str, float] = {}
+    count = 0
+    model.train()
+    source = losses(step, generator)
+    while (progress := max(step / config.steps, clock.seconds() / budget)) < 1:
+        if run.deadline is not None and time.monotonic() > run.deadline:
+            save()
+            raise OutOfTime
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, step, config)
+        loss, numbers = next(source)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if torch.isfinite(norm):
+            optimizer.step()
+            if ema:
+                ema.update(model)
+            bad = 0
+        else:
+            bad += 1  # the step is not applied
+            run.log(f"{stage}: step {step} gave {float(loss):g}; not applied")
+            if bad >= 10:
+                raise FloatingPointError(f"{stage}: ten steps in a row were not finite; the state before is {path}")
+        step += 1
+        for key, value in {"loss": loss.detach(), **numbers}.items():
+            totals[key] = totals.get(key, 0.0) + float(value)
+        count += 1
+        now = time.monotonic()
+        if now - shown > 20 or step >= config.steps:
+            rate = (step - shown_step) * config.batch / (now - shown)
+            mean = {k: round(v / count, 5) for k, v in totals.items()}
+            curve.append({"step": step, "seconds": round(clock.seconds()), **mean})
+            text = " ".join(f"{k} {v:g}" for k, v in mean.items())
+            run.log(f"{stage}: step {step} {min(progress, 1):.1%} {text} {rate:.0f} samples/s")
+            shown, shown_step, totals, count = now, step, {}, 0
+        if now - saved > run.preset.save_every:
+            save()
+            saved = now
+    save()
+    if ema:
+        ema.copy_to(model)
+    model.eval()
+    return {
+        "steps": step,
+        "samples": step * config.batch,
+        "minutes": round(clock.seconds() / 60, 1),
+        "curve": curve,
+        "config": asdict(config),
+        **(extra or {}),
+    }
+
+
+def _fingerprint(run: Run, stage: str) -> dict[str, Any]:
+    """The numbers that must not change under a resumed stage (its own length and pace of saving may)."""
+    shape = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(run.preset).items() if k not in STAGES}
+    for key in ("workers", "save_every"):
+        shape.pop(key)
+    own = asdict(getattr(run.preset, stage))
+    return {"preset": run.name, **shape, "batch": own["batch"], "lr": own["lr"]}
+
+
+def _finish(run: Run, stage: str, summary: dict[str, Any]) -> None:
+    run.state_dir.mkdir(parents=True, exist_ok=True)
+    path = run.state_dir / f"{stage}.done.json"
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+# --- the stages ---------------------------------------------------------------------------------
+
+
+def new_vae(preset: Preset) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    n = len(preset.vae_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        block_out_channels=preset.vae_channels,
+        layers_per_block=preset.vae_layers,
+        latent_channels=4,
+        norm_num_groups=16,
+        mid_block_add_attention=False,
+        sample_size=preset.size,
+    )
+
+
+def train_vae(run: Run) -> None:
+    preset = run.preset
+    torch.manual_seed(preset.seed)
+    vae = new_vae(preset).to(run.device)
+
+    def losses(first: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        pages = Pages("page", preset.vae.batch, preset.size, preset.seed, first)
+        for batch in stream(pages, preset.workers):
+            x = to_signed(batch["image"], run.device)
+            with run.autocast():
+                posterior = vae.encode(x).latent_dist
+                mean, logvar = posterior.mean.float(), posterior.logvar.float()
+                noise = torch.randn(mean.shape, generator=generator).to(run.device)
+                y = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
+            # The absolute error keeps edges; the square adds what PSNR counts.
+            error = (y - x).abs().mean() + 2 * (y - x).square().mean()
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            psnr = -10 * torch.log10((y - x).square().mean().detach() / 4)
+            yield error + preset.kl_weight * kl, {"kl": float(kl.detach()), "psnr": float(psnr)}
+
+    summary = train_stage(run, "vae", vae, preset.vae, losses, use_ema=True)
+    with torch.no_grad():
+        means = []
+        for index in range(4):
+            x = to_signed(Pages("page", 32, preset.size, preset.seed + 1).make(index)["image"], run.device)
+            means.append(vae.encode(x).latent_dist.mode().float())
+        scale = 1 / float(torch.cat(means).std())
+    vae.register_to_config(scaling_factor=scale)
+    vae.save_pretrained(run.output / "vae")
+    _finish(run, "vae", {**summary, "scaling_factor": scale})
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer in which each word of the storybook's language is one token; other words fall into bytes."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    from ip2p.storybook.language import vocabulary
+
+    bpe = Tokenizer(models.BPE(unk_token=None, end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=1,
+        special_tokens=[],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    words = sorted({w for entry in vocabulary() for w in entry.lower().split()})
+    bpe.train_from_iterator(words, trainer)
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=32
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def tokenize(tokenizer: Any, texts: list[str], device: torch.device) -> Tensor:
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids.to(device)
+
+
+def new_clip(preset: Preset, tokenizer: Any) -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    width = preset.clip_width
+    shared = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_attention_heads": max(1, width // 48),
+        "projection_dim": width,
+    }
+    text = {
+        **shared,
+        "num_hidden_layers": preset.clip_layers[0],
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+    vision = {
+        **shared,
+        "num_hidden_layers": preset.clip_layers[1],
+        "image_size": preset.clip_pixels,
+        "patch_size": preset.clip_patch,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+
+
+def clip_loss(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric contrastive loss over a batch (Radford et al. 2021, figure 3)."""
+    logits = scale * a @ b.T
+    labels = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def train_clip(run: Run) -> None:
+    """Captions against pictures, and instructions against the direction from one picture to the other.
+
+    The second term teaches the text tower what instructions mean; the UNet is conditioned on it.
+    Page and edited page stand in the same batch, each the other's hard negative.
+    """
+    from transformers import CLIPTokenizer
+
+    preset = run.preset
+    if not (run.output / "tokenizer").exists():
+        make_tokenizer(run.output / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(run.output / "tokenizer")
+    torch.manual_seed(preset.seed)
+    clip = new_clip(preset, tokenizer).to(run.device)
+    mean = torch.tensor(CLIP_MEAN, device=run.device)[:, None, None]
+    std = torch.tensor(CLIP_STD, device=run.device)[:, None, None]
+
+    def image_embeds(pixels: Tensor) -> Tensor:
+        x = pixels.to(run.device).float() / 255
+        if x.shape[-1] != preset.clip_pixels:
+            x = F.interpolate(x, size=preset.clip_pixels, mode="bicubic", antialias=True).clamp(0, 1)
+        return clip.visual_projection(clip.vision_model((x - mean) / std).pooler_output).float()
+
+    def text_embeds(texts: list[str]) -> Tensor:
+        return clip.text_projection(clip.text_model(tokenize(tokenizer, texts, run.device)).pooler_output).float()
+
+    def losses(first: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        pairs = Pages("pair", preset.clip.batch, preset.size, preset.seed + 2, first)
+        for batch in stream(pairs, preset.workers):
+            n = len(batch["before"])
+            with run.autocast():
+                images = image_embeds(torch.cat([batch["before"], batch["after"]]))
+                texts = text_embeds([*batch["caption"], *batch["edited_caption"], *batch["instruction"]])
+            scale = clip.logit_scale.exp().clamp(max=100)
+            captions, instructions = F.normalize(texts[: 2 * n], dim=-1), F.normalize(texts[2 * n :], dim=-1)
+            unit = F.normalize(images, dim=-1)
+            direction = F.normalize(unit[n:] - unit[:n], dim=-1, eps=1e-4)
+            image_text = clip_loss(unit, captions, scale)
+            edit = clip_loss(direction, instructions, scale.detach().clamp(max=30))
+            hits = ((unit @ captions.T).argmax(1).cpu() == torch.arange(2 * n)).float().mean()
+            yield image_text + 0.5 * edit, {"edit": float(edit.detach()), "top1": float(hits)}
+
+    summary = train_stage(run, "clip", clip, preset.clip, losses, use_ema=True)
+    clip.save_pretrained(run.output / "clip")
+    text_encoder = _text_encoder(clip)
+    text_encoder.save_pretrained(run.output / "text_encoder")
+    _finish(run, "clip", summary)
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _text_encoder(clip: nn.Module) -> nn.Module:
+    from transformers import CLIPTextModel
+
+    encoder = CLIPTextModel(clip.config.text_config)
+    own = {k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
+    target = encoder.state_dict()
+    prefix = "text_model." if any(k.startswith("text_model.") for k in target) else ""
+    encoder.load_state_dict({prefix + k: v for k, v in own.items()})
+    return encoder.eval()
+
+
+def new_unet(preset: Preset) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    levels = len(preset.unet_channels)
+    return UNet2DConditionModel(
+        sample_size=preset.size // 2 ** (len(preset.vae_channels) - 1),
+        in_channels=8,
+        out_channels=4,
+        # The finest level has convolutions only: at these sizes its attention costs most and helps least.
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (levels - 1)),
+        up_block_types=(*("CrossAttnUpBlock2D",) * (levels - 1), "UpBlock2D"),
+        block_out_channels=preset.unet_channels,
+        layers_per_block=preset.unet_layers,
+        cross_attention_dim=preset.clip_width,
+        attention_head_dim=preset.heads,
+        norm_num_groups=16,
+    )
+
+
+def train_unet(run: Run) -> None:
+    from diffusers import AutoencoderKL
+    from diffusers.models.attention_processor import AttnProcessor
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    preset, device = run.preset, run.device
+    vae = AutoencoderKL.from_pretrained(run.output / "vae").to(device).eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(run.output / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(run.output / "text_encoder").to(device).eval().requires_grad_(False)
+    scale = vae.config.scaling_factor
+    torch.manual_seed(preset.seed)
+    unet = new_unet(preset).to(device)
+    if device.type == "cpu":
+        # The fused kernel's backward pass is the slower one on a CPU at these lengths.
+        unet.set_attn_processor(AttnProcessor())
+    alpha_bar = scaled_linear_alpha_bar()
+    config = preset.unet
+    steps_a_pool = preset.pool // config.batch
+
+    @torch.no_grad()
+    def encode_texts(texts: list[str]) -> Tensor:
+        with run.autocast():
+            return text_encoder(tokenize(tokenizer, texts, device)).last_hidden_state.float()
+
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        vae.to(memory_format=torch.channels_last)
+        with run.autocast():
+            posterior = vae.encode(
+                to_signed(pixels, device).contiguous(memory_format=torch.channels_last)
+            ).latent_dist
+        return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
+
+    def new_pool(source: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """Draw and encode `pool` pairs; `changed` marks the latent cells in which the two pages differ."""
+        parts: dict[str, list[Any]] = {}
+        factor = 2 ** (len(preset.vae_channels) - 1)
+        for _ in range(preset.pool // _DRAW):
+            batch = next(source)
+            before, _ = encode(batch["before"])
+            after, after_std = encode(batch["after"])
+            differ = (batch["before"] != batch["after"]).any(dim=1, keepdim=True).float()
+            part = {
+                "before": before,
+                "after": after,
+                "after_std": after_std,
+                "changed": F.max_pool2d(differ, factor).to(device),
+            }
+            for key, value in part.items():
+                parts.setdefault(key, []).append(value)
+            for key in ("instruction", "edited_caption"):
+                parts.setdefault(key, []).extend(batch[key])
+        return {k: torch.cat(v) if isinstance(v[0], Tensor) else v for k, v in parts.items()}
+
+    _DRAW = math.gcd(preset.pool, 64)
+    null_text = encode_texts([""])
+
+    def losses(first: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        steps_a_round = steps_a_pool * preset.reuse
+        # A resumed run draws the pool anew in which it stood, and goes on in the middle of it.
+        turn, position = divmod(first, steps_a_round)
+        draws_a_pool = preset.pool // _DRAW
+        source = stream(Pages("pair", _DRAW, preset.size, preset.seed + 3, turn * draws_a_pool), preset.workers)
+        while True:
+            pool = new_pool(source)
+            shuffle = torch.Generator().manual_seed(preset.seed + turn)
+            order = torch.cat([torch.randperm(preset.pool, generator=shuffle) for _ in range(preset.reuse)])
+            for k in range(position, steps_a_round):
+                rows = order[k * config.batch : (k + 1) * config.batch]
+                yield step_loss(pool, rows, generator)
+            turn, position = turn + 1, 0
+
+    def step_loss(
+        pool: dict[str, Any], rows: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        n = len(rows)
+        after = pool["after"][rows]
+        gauss = torch.randn((2, *after.shape), generator=generator).to(device)
+        target = (after + pool["after_std"][rows] * gauss[0]) * scale
+        draw = torch.rand(n, generator=generator)
+        text_null, image_null = null_conditions(draw)
+        # Apart from the dropout: a caption and no image, so that the model also draws from a caption alone.
+        caption_only = torch.rand(n, generator=generator) < preset.caption_share
+        image_null = (image_null | caption_only).to(device)
+        texts = [
+            pool["edited_caption" if c else "instruction"][i]
+            for i, c in zip(rows.tolist(), caption_only.tolist(), strict=True)
+        ]
+        context = encode_texts(texts)
+        drop_text = (text_null & ~caption_only).to(device)
+        context = torch.where(drop_text[:, None, None], null_text, context)
+        # The image condition is unscaled, and a missing image is a zero latent (FACTS 2 and 3).
+        image = torch.where(image_null[:, None, None, None], 0.0, pool["before"][rows])
+        t = uniform_timesteps(n, generator)
+        a = alpha_bar[t].to(device)
+        noisy = add_noise(target, gauss[1], a)
+        with run.autocast():
+            predicted = unet(torch.cat([noisy, image], dim=1), t.to(device), context).sample
+        changed = torch.where(image_null[:, None, None, None], 1.0, pool["changed"][rows])
+        cells = 1 + (preset.change_weight - 1) * changed
+        loss = noise_loss(predicted, gauss[1], snr_weight(a, preset.snr_clip), cells)
+        with torch.no_grad():
+            plain = F.mse_loss(predicted.float(), gauss[1])
+        return loss, {"eps": float(plain)}
+
+    summary = train_stage(run, "unet", unet, config, losses, use_ema=True)
+    unet.save_pretrained(run.output / "unet", max_shard_size="15MB")
+    _finish(run, "unet", summary)
+
+
+# --- putting it together ------------------------------------------------------------------------
+
+
+def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write the trained parts as one diffusers folder in half precision, in shards under 16 MiB.
+
+    An unfinished UNet stage counts with the moving average of its newest state.
+    """
+    from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+    target.mkdir(parents=True, exist_ok=True)
+    preset = PRESETS[name]
+    if (source / "unet").exists():
+        unet = UNet2DConditionModel.from_pretrained(source / "unet")
+    else:
+        state, _ = load_state(source / "state" / "unet.pt")
+        if state is None:
+            raise InputError(f"{source} holds no trained UNet yet; run: ip2p storybook build --output {source}")
+        unet = new_unet(replace(preset, size=state["preset"]["size"]))
+        unet.load_state_dict(state["ema"]["average"])
+    shard = "15MB"
+    unet.to(dtype).save_pretrained(target / "unet", max_shard_size=shard)
+    vae = AutoencoderKL.from_pretrained(source / "vae")
+    vae.to(dtype).save_pretrained(target / "vae", max_shard_size=shard)
+    for part, kind in (("text_encoder", CLIPTextModel), ("clip", CLIPModel)):
+        kind.from_pretrained(source / part).to(dtype).save_pretrained(target / part, max_shard_size=shard)
+    CLIPTokenizer.from_pretrained(source / "tokenizer").save_pretrained(target / "tokenizer")
+    EulerAncestralDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        timestep_spacing="linspace",
+        steps_offset=0,
+    ).save_pretrained(target / "scheduler")
+    import diffusers
+
+    (target / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "StableDiffusionInstructPix2PixPipeline",
+                "_diffusers_version": diffusers.__version__,
+                "feature_extractor": [None, None],
+                "image_encoder": [None, None],
+                "requires_safety_checker": False,
+                "safety_checker": [None, None],
+                "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    (target / "ip2p.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def run(
+    preset_name: str,
+    output: str | os.PathLike[str],
+    *,
+    seconds: float | None = None,
+    stage: str = "all",
+    device: str = "auto",
+    steps: int | None = None,
+    bundle: str | os.PathLike[str] | None = None,
+    log: Callable[[str], None] | None = None,
+) -> bool:
+    """Build, or go on building. True when all asked stages are finished, False when the time ran out first.
+
+    `seconds` is the time of this call alone; `steps` caps every stage's steps (for tests of a large preset).
+    `bundle` receives the half-precision folder as it stands at the end of the call, finished or not.
+    """
+    from ip2p.devices import pick_device
+
+    if preset_name not in PRESETS:
+        raise InputError(f"unknown preset {preset_name!r}; choose one of: {', '.join(PRESETS)}")
+    if stage not in ("all", *STAGES):
+        raise InputError(f"unknown stage {stage!r}; choose one of: all, {', '.join(STAGES)}")
+    started = time.monotonic()
+    preset = PRESETS[preset_name]
+    if steps is not None:
+        preset = replace(
+            preset,
+            pool=max(preset.unet.batch, 64) if steps < 64 else preset.pool,
+            **{s: replace(getattr(preset, s), steps=steps) for s in STAGES},
+        )
+    here = Run(
+        preset=preset,
+        name=preset_name,
+        output=Path(output),
+        device=torch.device(pick_device(device)),
+        deadline=None if seconds is None else started + seconds,
+        log=log or (lambda text: print(text, file=sys.stderr, flush=True)),
+    )
+    here.output.mkdir(parents=True, exist_ok=True)
+    if here.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    finished = True
+    with _sole_owner(here.output):
+        for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
+            if stage not in ("all", name):
+                continue
+            if here.done(name):
+                here.log(f"{name}: finished already")
+                continue
+            try:
+                train(here)
+            except OutOfTime:
+                here.log(f"{name}: time is up; the same command goes on from here")
+                finished = False
+                break
+        if bundle is not None and (here.output / "clip").exists():
+            with contextlib.suppress(InputError):
+                save_bundle(
+                    here.output, Path(bundle), name=preset_name, card=card(here), dtype=torch.float16
+                )
+    return finished
+
+
+def card(run: Run) -> dict[str, Any]:
+    """What the model is and how it was made, as `ip2p.json` beside the weights."""
+    made: dict[str, Any] = {}
+    for stage in STAGES:
+        path = run.state_dir / f"{stage}.done.json"
+        if path.exists():
+            summary = json.loads(path.read_text())
+            made[stage] = {k: summary[k] for k in ("steps", "samples", "minutes")}
+    return {"name": "storybook", "native_size": run.preset.size, "preset": run.name, "trained": made}
+
+
+@contextlib.contextmanager
+def _sole_owner(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: two builds in one folder would overwrite each other's state."""
+    import fcntl
+
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another build is at work in {folder}; wait for it or give another --output") from None
+        yield
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    """Replace the packaged bundle by another folder."""
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(source, target)

@@ -1,0 +1,1 @@
+"""The training recipe: loss and conditioning dropout, moving average, crash-safe checkpoints."""

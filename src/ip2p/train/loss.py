@@ -1,0 +1,71 @@
+"""The training objective of InstructPix2Pix: noise prediction with exclusive conditioning dropout."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+TEXT_NULL_BELOW = 0.10
+IMAGE_NULL_FROM, IMAGE_NULL_BELOW = 0.05, 0.15
+
+
+def null_conditions(draw: Float[Tensor, " batch"]) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Which samples lose their text, and which their image, from one uniform draw in [0, 1) each.
+
+    One draw decides both, as in the released code: 5% lose the text only, 5% both, 5% the image only
+    (paper, section 3.2.1).
+    """
+    return draw < TEXT_NULL_BELOW, (draw >= IMAGE_NULL_FROM) & (draw < IMAGE_NULL_BELOW)
+
+
+def add_noise(
+    clean: Float[Tensor, "batch c h w"], noise: Float[Tensor, "batch c h w"], alpha_bar: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch c h w"]:
+    """The forward process, `sqrt(a) x0 + sqrt(1 - a) eps` (Ho et al. 2020, eq. 4)."""
+    a = alpha_bar[:, None, None, None]
+    return a.sqrt() * clean + (1 - a).sqrt() * noise
+
+
+def snr_weight(
+    alpha_bar: Float[Tensor, " batch"], clip: tuple[float, float] | None
+) -> Float[Tensor, " batch"]:
+    """Weight of the noise loss that makes the weight of the x0 loss `clamp(SNR, low, high)`.
+
+    The upper limit is Min-SNR (Hang et al. 2023), the lower one the truncated SNR of Salimans and Ho
+    (2022): without it a small model hardly learns at the noise levels where an edit is decided.
+    None is the paper's plain noise loss.
+    """
+    if clip is None:
+        return torch.ones_like(alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(*clip) / snr
+
+
+def noise_loss(
+    predicted: Float[Tensor, "batch c h w"],
+    noise: Float[Tensor, "batch c h w"],
+    sample_weight: Float[Tensor, " batch"],
+    cell_weight: Float[Tensor, "batch 1 h w"] | None = None,
+) -> Float[Tensor, ""]:
+    """Weighted mean squared error of the predicted noise.
+
+    `cell_weight` weighs latent cells (for example those that the edit changes). It is positive
+    everywhere, so the minimum stays the conditional mean that plain training seeks.
+    """
+    error = (predicted.float() - noise.float()).square()
+    if cell_weight is not None:
+        error = error * (cell_weight / cell_weight.mean(dim=(1, 2, 3), keepdim=True).sqrt())
+    return (error.mean(dim=(1, 2, 3)) * sample_weight).mean()
+
+
+def scaled_linear_alpha_bar(
+    steps: int = 1000, start: float = 0.00085, end: float = 0.012
+) -> Float[Tensor, " steps"]:
+    """Stable Diffusion's noise schedule: cumulative products of 1 - beta, sqrt(beta) linear in t."""
+    betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, dim=0).float()
+
+
+def uniform_timesteps(count: int, generator: torch.Generator, steps: int = 1000) -> Int[Tensor, " count"]:
+    return torch.randint(0, steps, (count,), generator=generator)
