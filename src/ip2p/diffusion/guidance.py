@@ -1,0 +1,31 @@
+"""Classifier-free guidance with two conditions (paper, section 3.2)."""
+
+from typing import NamedTuple
+
+from ip2p.diffusion import Latent
+
+
+class Passes(NamedTuple):
+    """Which of the three predictions of equation 3 have a weight other than zero."""
+
+    full: bool
+    image_only: bool
+    neither: bool
+
+
+def guide(full: Latent, image_only: Latent, neither: Latent, *, text: float, image: float) -> Latent:
+    """Mix three predictions into one (paper, eq. 3).
+
+    e = e00 + image · (e0I - e00) + text · (eTI - e0I): linear with weights that sum to one, so it
+    holds for noise, velocity and x0 alike. `text` is s_T, `image` is s_I.
+    """
+    return neither + image * (image_only - neither) + text * (full - image_only)
+
+
+def passes(*, text: float, image: float) -> Passes:
+    """The predictions that equation 3 needs: their weights are text, image - text and 1 - image.
+
+    Leaving out a weight of zero is exact: image = 1 and text = image need two passes, both 1 need
+    one. An image scale below 1 is a scale like any other and turns nothing off.
+    """
+    return Passes(full=text != 0, image_only=image != text, neither=image != 1)

@@ -1,0 +1,87 @@
+"""Noise levels: the training schedule read from a scheduler's config, and the sigmas to sample at."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ip2p.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """sigma(t) of training, for t = 0 … T-1, and what the network predicts.
+
+    `levels`: [T] fp32, rising. sigma = sqrt((1 - ᾱ) / ᾱ), so that x = x0 + sigma · noise.
+    """
+
+    levels: Float[Tensor, "train_steps"]
+    prediction: str = "epsilon"
+
+    def sigma(self, t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """sigma at a (fractional) time t in [0, T-1], linear in between as diffusers has it.
+
+        The original is linear in log sigma; at the spacings in use the two agree to 1e-4.
+        """
+        low = t.floor().clamp(0, len(self.levels) - 2).long()
+        return torch.lerp(self.levels[low], self.levels[low + 1], t - low)
+
+    def time(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The (fractional) time in [0, T-1] at which training had this sigma: the inverse of `sigma`."""
+        levels = self.levels.to(sigma.device)
+        low = (torch.searchsorted(levels, sigma.contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
+        part = (sigma - levels[low]) / (levels[low + 1] - levels[low])
+        return low + part.clamp(0, 1)
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
+    """Read a diffusers `scheduler_config.json` (scaled_linear, linear or trained betas).
+
+    Raises ModelError for a beta schedule or a prediction type that this package does not sample.
+    """
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ModelError(
+            f"The scheduler's prediction_type is {prediction!r}; epsilon and v_prediction can be sampled. "
+            "Use a model of one of these kinds."
+        )
+    if config.get("rescale_betas_zero_snr"):
+        raise ModelError(
+            "The scheduler asks for rescale_betas_zero_snr, whose first sigma is infinite. "
+            "Use a model trained without it."
+        )
+    kind = config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    count = config.get("num_train_timesteps", 1000)
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
+    elif kind == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float32)
+    else:
+        raise ModelError(
+            f"The scheduler's beta_schedule is {kind!r}; scaled_linear and linear can be sampled. "
+            "Use a model of one of these kinds."
+        )
+    kept = torch.cumprod(1 - betas, dim=0)
+    return Schedule(((1 - kept) / kept) ** 0.5, prediction)
+
+
+def linspace_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
+    """sigma at times evenly spaced from T-1 down to 0, then a zero: the original's spacing."""
+    times = torch.linspace(len(schedule.levels) - 1, 0, steps, dtype=torch.float32)
+    return torch.cat([schedule.sigma(times), torch.zeros(1)])
+
+
+def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Float[Tensor, "steps_and_zero"]:
+    """sigmas of Karras et al. 2022 (eq. 5) between the schedule's largest and smallest, then a zero."""
+    low, high = schedule.levels[0] ** (1 / rho), schedule.levels[-1] ** (1 / rho)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float32)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)])
+
+
+SPACINGS = {"linspace": linspace_sigmas, "karras": karras_sigmas}

@@ -1,0 +1,1 @@
+"""Weights in, weights out: models are folders in the diffusers format."""
