@@ -1,0 +1,46 @@
+# make demo   edit the example pictures with the model that ships in the package
+# make test   every test
+# make check  format, lint, types, import layering, generated docs
+# None needs anything run before it.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+JOBS ?= 2
+
+# Each of pytest's workers has one core; more threads than cores slow them all.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install demo test check format docs clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements-dev.lock tools/install.sh
+	tools/install.sh $(VENV)
+	@touch $@
+
+demo: $(INSTALLED)
+	$(PY) examples/demo.py
+
+test: $(INSTALLED)
+	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) $(ARGS)
+
+check: $(INSTALLED)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy src
+	$(VENV)/bin/lint-imports
+	$(PY) tools/make_cli_docs.py --check
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+docs: $(INSTALLED)
+	$(PY) tools/make_cli_docs.py
+
+clean:
+	rm -rf demo dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

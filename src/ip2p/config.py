@@ -1,0 +1,313 @@
+"""One frozen flat dataclass a verb: it is the command line, its help, and the `run.json` beside an output.
+
+A setting comes from the flag, else from an `IP2P_*` variable (`IP2P_STEPS=30`), else from the settings
+file (`ip2p.toml` in the working folder, or `--config FILE`), else from the default written here.
+The checks of ranges live here too, so that a bad number is told before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from tyro.conf import Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from ip2p import __version__
+from ip2p.errors import InputError
+
+Config = TypeVar("Config")
+
+DType = Literal["auto", "fp32", "bf16", "fp16"]
+SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m"]
+Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations"]
+Spacing = Literal["linspace", "karras"]
+# What the help shows in place of a type; nothing in place of a default of None.
+Image = Annotated[str, arg(metavar="IMAGE", help_behavior_hint="")]
+Words = Annotated[str, arg(metavar="INSTRUCTION", help_behavior_hint="")]
+Out = Annotated[Path | None, arg(aliases=["-o"], metavar="PATH", help_behavior_hint="")]
+File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+Folder = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+Int = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+Float = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
+
+MAX_STEPS = 1000  # as many as the noise levels that a model is trained on
+MAX_SCALE = 100.0
+MAX_COUNT = 1000
+MAX_SEED = 2**63 - 1
+MIN_SIZE, MAX_SIZE = 16, 4096
+MAX_PIXELS = 16_000_000  # of a picture to read; about 200 MB while it is decoded
+CONFIG_FILE = "ip2p.toml"
+
+# --- the verbs ----------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """256 → 256, 576x384 → (576, 384); ValueError for anything else."""
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise ValueError("write a side, or width and height as 576x384")
+    return (sides[0], sides[1]) if len(sides) == 2 else sides[0]
+
+
+SideOrSides = int | tuple[int, int]
+_SIZE = PrimitiveConstructorSpec[SideOrSides | None](
+    nargs=1,
+    metavar="SIDE|WxH",
+    instance_from_str=lambda words: parse_size(words[0]),
+    is_instance=lambda value: value is None or isinstance(value, int | tuple),
+    str_from_instance=lambda value: ["" if value is None else str(value)],
+)
+Size = Annotated[SideOrSides | None, _SIZE, arg(help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Edit a picture with an instruction: ip2p edit page.png "make it night" -o night.png"""
+
+    image: Positional[Image] = ""  # the picture to edit
+    instruction: Positional[Words] = ""  # what to change, in words
+    out: Out = None  # file or folder; default: IMAGE-edited beside it
+    count: int = 1  # how many results; more than one are named out-1, out-2, …
+    seed: int = 0  # the first result's seed; the next ones count up
+    model: str = "storybook"  # a name, or a folder in the diffusers format
+    steps: int = 20  # sampling steps
+    sampler: SamplerName = "euler_ancestral"  # how the noise is taken away
+    spacing: Spacing = "linspace"  # how the noise levels lie; linspace is the paper's code's
+    text_cfg: float = 7.5  # how strongly to follow the instruction
+    image_cfg: float = 1.5  # how strongly to keep the input picture
+    negative: str = ""  # what to stay away from
+    size: Size = None  # at which the model works, in pixels; default: near what it was trained at
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    batch_size: int = 4  # results made at once; a smaller number needs less memory
+    from_settings: File = None  # take the settings (and the instruction) from this edited file
+    max_pixels: int = MAX_PIXELS  # refuse a larger picture before decoding it
+    overwrite: bool = False  # replace an output that is there already
+    json: bool = False  # print the outputs and their settings as JSON
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for a number that cannot be used."""
+        check_guidance(self.steps, self.text_cfg, self.image_cfg)
+        check_int("--count", self.count, 1, MAX_COUNT, "--count 4")
+        check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
+        check_int("--batch-size", self.batch_size, 1, MAX_COUNT, "--batch-size 4")
+        check_int("--max-pixels", self.max_pixels, 1, 2**40, f"--max-pixels {MAX_PIXELS}")
+        check_size(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """Draw pages of the storybook: ip2p storybook draw --count 16 -o pages"""
+
+    out: Out = None  # folder for the pictures; made when missing
+    count: int = 16  # how many pages; a pair edits the page of its number
+    seed: int = 0  # page k of a seed is the same whatever the count
+    size: int = 256  # side of a picture, in pixels
+    split: Split = "train"  # the pages and phrasings of training, or one of the three that it never sees
+    pairs: File = None  # parquet of edit pairs, in the columns of the published data set
+    captions: File = None  # text file with a caption a line
+    sheet: File = None  # one picture that shows the first 64 pages
+    overwrite: bool = False  # replace an output that is there already
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for a number that cannot be used."""
+        check_int("--count", self.count, 1, 10_000_000, "--count 16")
+        check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
+        check_int("--size", self.size, 32, 1024, "--size 256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Train the storybook model: ip2p storybook build --preset smoke -o model"""
+
+    preset: Literal["smoke", "cpu", "h100"] = "smoke"  # one recipe, other numbers: seconds, hours, one GPU
+    out: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path("storybook-model")  # goes on from here
+    bundle: Folder = None  # the half-precision model, as far as it is trained; default: OUT/bundle
+    stage: Literal["all", "vae", "clip", "unet"] = "all"  # train one part only
+    seconds: Float = None  # save and stop after so many seconds
+    steps: Int = None  # optimiser steps of every stage, instead of the preset's
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for a number that cannot be used."""
+        if self.seconds is not None:
+            check_float("--seconds", self.seconds, 0, 1e9, "--seconds 540")
+        if self.steps is not None:
+            check_int("--steps", self.steps, 1, 10**9, "--steps 100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score a model on storybook edits whose answer is known: ip2p storybook score --count 500"""
+
+    model: str = "storybook"  # a name, or a folder in the diffusers format
+    count: int = 500  # how many edits
+    seed: int = 0  # draws the edits and the noise
+    out: Out = None  # JSON file with every number
+    sheet: File = None  # picture with rows of page, instruction, result, exact answer
+    steps: int = 20  # sampling steps
+    sampler: SamplerName = "euler_ancestral"  # how the noise is taken away
+    text_cfg: float = 7.5  # how strongly to follow the instruction
+    image_cfg: float = 1.5  # how strongly to keep the input picture
+    size: Int = None  # side of a picture; default: what the model was trained at
+    batch_size: int = 16  # edits made at once
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    overwrite: bool = False  # replace an output that is there already
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for a number that cannot be used."""
+        check_guidance(self.steps, self.text_cfg, self.image_cfg)
+        check_int("--count", self.count, 1, 1_000_000, "--count 500")
+        check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
+        check_int("--batch-size", self.batch_size, 1, 4096, "--batch-size 16")
+        check_size(self.size)
+
+
+# --- ranges -------------------------------------------------------------------------------------
+
+
+def check_int(name: str, value: int, low: int, high: int, example: str) -> None:
+    if not low <= value <= high:
+        raise InputError(f"{name} is {value}; it must be {low} to {high}. Try {example}.")
+
+
+def check_float(name: str, value: float, low: float, high: float, example: str) -> None:
+    if not math.isfinite(value) or not low <= value <= high:
+        raise InputError(f"{name} is {value}; it must be a number from {low:g} to {high:g}. Try {example}.")
+
+
+def check_guidance(steps: int, text_cfg: float, image_cfg: float) -> None:
+    """Steps 1 to 1000, both scales finite and 0 to 100; else InputError."""
+    check_int("--steps", steps, 1, MAX_STEPS, "--steps 20")
+    check_float("--text-cfg", text_cfg, 0, MAX_SCALE, "--text-cfg 7.5")
+    check_float("--image-cfg", image_cfg, 0, MAX_SCALE, "--image-cfg 1.5")
+
+
+def check_size(size: int | tuple[int, int] | None) -> None:
+    for side in () if size is None else (size,) if isinstance(size, int) else size:
+        check_int("--size", side, MIN_SIZE, MAX_SIZE, "--size 256")
+
+
+# --- where a setting comes from -----------------------------------------------------------------
+
+
+def with_defaults(
+    cls: type[Config], verb: str, *, file: Path | None = None, env: Mapping[str, str] = os.environ
+) -> Config:
+    """The verb's config with the settings file's and the environment's values as its defaults.
+
+    `verb` is the file's table: `[edit]`, or `[storybook.draw]` for "storybook draw". The file is
+    `file`, else the one that IP2P_CONFIG names, else `ip2p.toml` in the working folder if there is one.
+    Raises InputError for an unknown setting or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    if file is None and env.get("IP2P_CONFIG"):
+        file = Path(env["IP2P_CONFIG"])
+    for key, value in _file_table(file, verb).items():
+        name = key.replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}."
+            raise InputError(
+                f"{file or CONFIG_FILE} sets {key} for {verb}, which has no such setting; {hint}"
+            )
+        values[name] = _convert(value, hints[name], f"{key} in {file or CONFIG_FILE}")
+    for name in names:
+        variable = f"IP2P_{name.upper()}"
+        if env.get(variable, "") != "":
+            values[name] = _convert(env[variable], hints[name], variable)
+    return dataclasses.replace(cls(), **values)  # type: ignore[type-var]
+
+
+def _file_table(file: Path | None, verb: str) -> dict[str, Any]:
+    """The verb's table of the settings file, {} when there is none."""
+    path = file or Path(CONFIG_FILE)
+    if file is None and not path.is_file():
+        return {}
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        table: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the settings file {path}: {error.strerror}; check --config.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"the settings file {path} is not TOML: {error}") from None
+    for word in verb.split():
+        table = table.get(word, {})
+        if not isinstance(table, dict):
+            raise InputError(f"{word} in {path} is not a table; write [{verb.replace(' ', '.')}] above it.")
+    return table
+
+
+def _convert(value: object, hint: Any, source: str) -> Any:
+    """`value` (text of a variable, or TOML) as the type of the field."""
+    kinds = _flat(hint)
+    choices = [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)]
+    text = str(value).strip()
+    if choices:
+        if value in choices:
+            return value
+        raise InputError(f"{source} is {text!r}; choose one of: {', '.join(map(str, choices))}.")
+    if bool in kinds:
+        known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if text.lower() in known:
+            return known[text.lower()]
+        raise InputError(f"{source} is {text!r}; write true or false.")
+    if any(typing.get_origin(k) is tuple for k in kinds):
+        try:
+            return parse_size(text)
+        except ValueError:
+            raise InputError(f"{source} is {text!r}; write a side, or width and height as 576x384.") from None
+    for kind, called in ((int, "a whole number"), (float, "a number")):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                raise InputError(f"{source} is {text!r}; it must be {called}.") from None
+    return Path(text) if Path in kinds else str(value)
+
+
+def _flat(hint: Any) -> list[Any]:
+    """The plain types that an annotation may hold: `int | None` gives [int, NoneType]."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _flat(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [kind for part in typing.get_args(hint) for kind in _flat(part)]
+    return [hint]
+
+
+def as_dict(config: object) -> dict[str, Any]:
+    """The config's fields as plain JSON values, in their order."""
+    fields = dataclasses.asdict(config)  # type: ignore[call-overload]
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+
+
+def run_json(config: object, **also: object) -> str:
+    """The text of the `run.json` that lies beside an output: version, settings, and what else is given."""
+    record = {"ip2p": __version__, "settings": as_dict(config), **also}
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,83 @@
+"""`ip2p storybook draw`: pages, edit pairs, captions and a contact sheet, from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from ip2p.config import DrawConfig, run_json
+from ip2p.errors import InputError
+from ip2p.files import check_output, make_folder, replacing, write_text
+from ip2p.images import grid
+from ip2p.storybook.captions import caption
+from ip2p.storybook.draw import draw as draw_scene
+from ip2p.storybook.edits import Edit, sample_edit
+from ip2p.storybook.pairs import write_pairs
+from ip2p.storybook.scene import rng_for
+from ip2p.terminal import progress
+
+ON_SHEET, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 160
+
+
+def draw(config: DrawConfig) -> None:
+    """Write what the config asks for; the paths of the outputs go to stdout."""
+    files = [path for path in (config.pairs, config.captions, config.sheet) if path is not None]
+    if config.out is None and not files:
+        raise InputError("nothing is asked for; name a folder (-o pages), --pairs, --captions or --sheet.")
+    for path in files:
+        check_output(path, overwrite=config.overwrite)
+    if config.out is not None:
+        make_folder(config.out)
+        if not config.overwrite and any(config.out.glob("*.png")):
+            raise InputError(
+                f"{config.out} holds pictures already; add --overwrite, or choose another folder."
+            )
+
+    if config.out is not None or config.sheet is not None:
+        _pictures(config)
+    if config.captions is not None:
+        write_text(config.captions, "".join(caption(edit.before) + "\n" for edit in edits(config)))
+    if config.pairs is not None:
+        with progress("pairs", config.count) as advance, replacing(config.pairs) as temporary:
+            write_pairs(_each(edits(config), advance), temporary, size=config.size)
+    for output in (config.out, *files):
+        if output is not None:
+            print(output)
+
+
+def edits(config: DrawConfig) -> Iterator[Edit]:
+    """The edits of the config's seed; their pages are the pages that are drawn."""
+    for number in range(config.count):
+        yield sample_edit(rng_for("storybook draw", config.seed, number), split=config.split)
+
+
+def _pictures(config: DrawConfig) -> None:
+    shown: list[Image.Image] = []
+    count = config.count if config.out is not None else min(config.count, ON_SHEET)
+    with progress("pages", count) as advance:
+        for number, edit in zip(range(count), edits(config), strict=False):
+            picture = Image.fromarray(draw_scene(edit.before, config.size))
+            if config.out is not None:
+                with replacing(config.out / f"{number:06}.png", sync=False) as temporary:
+                    picture.save(temporary)
+            if config.sheet is not None and len(shown) < ON_SHEET:
+                shown.append(picture.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS))
+            advance()
+    if config.out is not None:
+        write_text(config.out / "run.json", run_json(config))
+    if config.sheet is not None:
+        rows = [shown[i : i + SHEET_COLUMNS] for i in range(0, len(shown), SHEET_COLUMNS)]
+        save_sheet(grid(rows), config.sheet)
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        sheet.save(temporary)
+
+
+def _each(items: Iterator[Edit], advance: Callable[[], None]) -> Iterator[Edit]:
+    for item in items:
+        yield item
+        advance()

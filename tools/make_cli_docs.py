@@ -1,0 +1,70 @@
+"""Write docs/cli.md from the configs; with --check, fail when it is not what would be written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from ip2p import cli
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+HEAD = """\
+# The command line
+
+<!-- Made by tools/make_cli_docs.py from src/ip2p/config.py; write there, then `make docs`. -->
+
+A setting comes from the flag, else from an `IP2P_*` variable (`IP2P_STEPS=30`), else from the verb's
+table in `ip2p.toml` (in the working folder, or `--config FILE`), else from the default shown here.
+
+```toml
+[edit]
+steps = 30
+image-cfg = 1.2
+
+[storybook.draw]
+size = 512
+```
+
+Results go to stdout, all else to stderr; there is no progress bar without a terminal, no colour with
+`NO_COLOR`. `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` mean what they mean elsewhere.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a fault of ip2p |
+| 2 | a picture, instruction or option that cannot be used |
+| 3 | a model that is missing, unreadable or of the wrong kind, or the network that is needed for it |
+| 4 | out of memory, disk or time |
+| 130, 143 | stopped by Ctrl-C, by SIGTERM; no half-written file is left |
+"""
+
+
+def page() -> str:
+    """The whole page: the head, then every verb's help as the terminal shows it."""
+    os.environ["COLUMNS"] = "110"
+    parts = [HEAD]
+    with tempfile.TemporaryDirectory() as empty:  # no ip2p.toml there, so the defaults are the code's
+        os.chdir(empty)
+        for name in [name for name in os.environ if name.startswith("IP2P_")]:
+            del os.environ[name]
+        for verb in cli.VERBS:
+            shown = io.StringIO()
+            with contextlib.redirect_stdout(shown):
+                cli.parse(verb, ["--help"])
+            text = "\n".join(line.rstrip() for line in shown.getvalue().strip().splitlines())
+            parts.append(f"\n## ip2p {verb}\n\n```text\n{text}\n```\n")
+        os.chdir(PAGE.parent)
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    text = page()
+    if "--check" in sys.argv[1:]:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+            sys.exit(f"{PAGE} is not up to date; write it anew: make docs")
+    else:
+        PAGE.write_text(text, encoding="utf-8")
