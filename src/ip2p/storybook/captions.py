@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import random
 
-from ip2p.storybook.language import PLACE_WORDS, counted, noun_of, pronoun, side_words, worn
+from ip2p.storybook.language import (
+    COLOURLESS_STYLES,
+    PLACE_WORDS,
+    counted,
+    noun_of,
+    pronoun,
+    side_words,
+    worn,
+)
 from ip2p.storybook.scene import KINDS, SLOTS, Scene, Thing, rng_for
 
 # {things} stand {place} {time}{weather}; {style} is what such a picture is.
@@ -45,8 +53,11 @@ WORDS = (
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """Say what the page shows. Without `rng` the canonical caption, which names every field of the record;
-    with it one of several, which may leave out sizes, sides, a clear sky, noon, or the plain style."""
+    """Say what the page shows.
+
+    Without `rng` the canonical caption, which names every field of the record that can be seen (styles
+    without colours show none); with it one of several, which may leave out sizes, sides, a clear sky or noon.
+    """
     things = sorted(scene.things, key=lambda t: (t.in_sky, SLOTS.index(t.slot)))
     with_size = with_side = True
     template = TEMPLATES[0]
@@ -64,7 +75,8 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
             time = ""
         if lots[7] < 0.25:
             rng.shuffle(things)
-    said = [_say(t, rng, with_size=with_size, with_side=with_side) for t in things]
+    with_colour = scene.style not in COLOURLESS_STYLES
+    said = [_say(t, rng, with_size=with_size, with_side=with_side, with_colour=with_colour) for t in things]
     listed = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}" if said else "nothing"
     text = template.format(
         things=listed, place=PLACE_WORDS[scene.place][0], time=time, weather=weather, style=style
@@ -78,12 +90,14 @@ def captions(scene: Scene, n: int, seed: int) -> list[str]:
     return [caption(scene) if i == 0 else caption(scene, rng) for i in range(n)]
 
 
-def _say(thing: Thing, rng: random.Random | None, *, with_size: bool, with_side: bool) -> str:
+def _say(
+    thing: Thing, rng: random.Random | None, *, with_size: bool, with_side: bool, with_colour: bool
+) -> str:
     text = counted(
         thing.count,
         noun_of(thing.kind, rng),
         size=_SIZES[thing.size] if with_size else "",
-        colour=thing.colour,
+        colour=thing.colour if with_colour else "",
     )
     if thing.wears is not None:
         wears = worn(thing.wears, thing.count)

@@ -7,7 +7,7 @@ and so of the picture, stays. Each kind of edit is deterministic given the page 
 - replace: the kind; colour is kept unless named, size, slot, count and `uid` are kept, and so is what it
   wears if the new kind can wear.
 - add: kind, colour and slot are named; size is medium and count 1 unless named; the `uid` follows from
-  the page's seed and the slot.
+  the page's seed and the slot, and so does the colour where the style shows none.
 - remove, put on, take off: what is named. bigger, smaller: one step of `SIZES`.
 - move: to the named side, or one slot to the named way. count: the named number, in the same slot.
 - place, time, weather, style: that field of the page.
@@ -71,7 +71,8 @@ class Edit:
     """An instruction with the page before and the exact answer after.
 
     phrasing: id of the sentence frame; for "two" the joint and both parts, "two/3+time/1+add/2".
-    target: index of the thing in `before.things` (for "add" in `after.things`); None for the whole page and for "two".
+    target: index of the thing in `before.things` (for "add" in `after.things`); None for
+        the whole page and for "two".
     steps: for "two" both edits, the second starting from the page after the first.
     """
 
@@ -243,6 +244,8 @@ def _owner(phrasing: say.Phrasing) -> bool:
 
 
 def _recolour(scene: Scene, draw: _Draw) -> Edit | None:
+    if scene.style in say.COLOURLESS_STYLES:
+        return None
     vague = draw.rng.random() < 0.03
     phrasing = (vague and draw.phrasing("recolour", "vague")) or draw.phrasing("recolour")
     assert phrasing is not None
@@ -277,7 +280,7 @@ def _replace(scene: Scene, draw: _Draw) -> Edit | None:
             kind = draw.choice(row)
             if kind in present:
                 continue
-            named = draw.rng.random() < 0.3
+            named = draw.rng.random() < 0.3 and scene.style not in say.COLOURLESS_STYLES
             colour = draw.choice(_COLOURS) if named else thing.colour
             new = _dressed(thing, kind, colour)
             if not draw.allows(scene.place, new, before=(thing,)):
@@ -305,13 +308,14 @@ def _add(scene: Scene, draw: _Draw) -> Edit | None:
         kind = draw.choice(SKY_KINDS if sky else GROUND_KINDS)
         if kind in present:
             continue
-        slot, colour = draw.choice(free), draw.choice(_COLOURS)
+        slot = draw.choice(free)
+        uid = added_uid(scene, slot, sky=sky)
+        colourless = scene.style in say.COLOURLESS_STYLES
+        colour = _COLOURS[uid % len(_COLOURS)] if colourless else draw.choice(_COLOURS)
         lot = draw.rng.random()
         size = "small" if lot < 0.1 else "large" if lot < 0.2 else "medium"
         count = draw.choice((2, 3)) if draw.rng.random() < 0.1 else 1
-        new = Thing(
-            kind=kind, colour=colour, size=size, slot=slot, count=count, uid=added_uid(scene, slot, sky=sky)
-        )
+        new = Thing(kind=kind, colour=colour, size=size, slot=slot, count=count, uid=uid)
         if not draw.allows(scene.place, new):
             continue
         lot = draw.rng.random()
@@ -322,7 +326,7 @@ def _add(scene: Scene, draw: _Draw) -> Edit | None:
             count,
             say.noun_of(kind, draw.rng),
             size={"small": "small", "medium": "", "large": draw.choice(("big", "large"))}[size],
-            colour="" if phrasing.vague else colour,
+            colour="" if phrasing.vague or colourless else colour,
         )
         where = say.side_words(slot, draw.rng)[0]
         if sky and draw.rng.random() < 0.6:
@@ -500,7 +504,8 @@ def _count(scene: Scene, draw: _Draw) -> Edit | None:
         return _edit(
             phrasing, scene, after, i, name,
             n=number(count), some=f"{number(count)} {many if count > 1 else noun}",
-            some_be="are" if count > 1 else "is", old=f"{number(thing.count)} {many if thing.count > 1 else noun}",
+            some_be="are" if count > 1 else "is",
+            old=f"{number(thing.count)} {many if thing.count > 1 else noun}",
             kinds=many, d=number(by), kinds_d=many if by > 1 else noun,
         )  # fmt: skip
     return None
@@ -548,6 +553,10 @@ def _two(scene: Scene, draw: _Draw) -> Edit | None:
 
 def _go_together(first: Edit, second: Edit) -> bool:
     """Whether both edits show in the end, and neither changes what the other's words mean."""
+    if first.kind == "recolour" and second.after.style in say.COLOURLESS_STYLES:
+        return False
+    if second.after.time == "night" and any(w in first.instruction for w in ("sunny", "sunshine")):
+        return False
     if second.target is None or first.target is None:
         return True
     if second.kind == "add":
@@ -599,7 +608,13 @@ _PROPOSERS: dict[str, Callable[[Scene, _Draw], Edit | None]] = {
 
 
 def is_unique(edit: Edit) -> bool:
-    """Whether the instruction leaves exactly one right answer (see the module's rules)."""
+    """Whether page and instruction leave exactly one right answer (see the module's rules).
+
+    A picture in a style without colours does not tell the colours that another style would show.
+    """
+    colourless = say.COLOURLESS_STYLES
+    if edit.before.style in colourless and edit.after.style not in colourless:
+        return False
     if edit.steps:
         return all(is_unique(step) for step in edit.steps)
     phrasing = say.phrasing_of(edit.phrasing)
@@ -616,6 +631,7 @@ def change_mask(edit: Edit, size: int = 256) -> np.ndarray:
     time, weather and style.
     """
     import numpy as np
+
     from ip2p.storybook.draw import thing_mask
 
     if _whole_page(edit.before, edit.after):
@@ -640,6 +656,7 @@ def _differing(before: Scene, after: Scene) -> tuple[list[Thing], list[Thing]]:
 # --- other answers ------------------------------------------------------------------------------
 
 MIN_ALTERNATIVES = 15
+_USUAL_ALTERNATIVES = 24  # some to spare, for pages where two records look alike
 
 
 def alternatives(edit: Edit, n: int | None = None) -> list[Scene]:
@@ -647,26 +664,37 @@ def alternatives(edit: Edit, n: int | None = None) -> list[Scene]:
 
     First come answers that differ from the right one in one respect: another colour, kind, slot, size,
     wearable, number, place … of the same thing, or the same change of another thing. Where those are
-    fewer than `n` (at least 15, and 15 if None) they are extended by the nearest in spirit:
+    fewer than `n` (at least 15; 24 if None) the nearest in spirit follow:
 
-    - recolour, bigger, smaller, move, count, put_on, take_off: the right change together with another colour of the thing,
-      then a wrong change together with another colour;
+    - recolour, replace: the right colour on another kind, the right kind in another colour;
+    - put_on, take_off, bigger, smaller, move, count: the right change and then a wrong one, together with
+      another colour;
     - remove: the thing is replaced, shrunk or made fewer instead of removed;
-    - time, weather, place, style: the right value with another time or weather, then wrong values with those;
-    - two: only one of both edits done, then one of them done right and the other replaced by its alternatives.
+    - place, time, weather, style: the right value with another time or weather, then wrong values with those;
+    - two: only one of both edits done, then one done right and the other replaced by its alternatives;
+    - last, for any edit of a thing, other kinds in its place, of all sizes and numbers.
 
+    In styles without colours no two answers differ in colours only.
     Never equal to `edit.after` or `edit.before`, and all different.
     """
-    wanted = max(n or 0, MIN_ALTERNATIVES)
-    seen = {edit.before, edit.after}
+    wanted = _USUAL_ALTERNATIVES if n is None else max(n, MIN_ALTERNATIVES)
+    seen = {_looks(edit.before), _looks(edit.after)}
     found: list[Scene] = []
     for scene in _others(edit):
-        if scene not in seen:
-            seen.add(scene)
+        looks = _looks(scene)
+        if looks not in seen:
+            seen.add(looks)
             found.append(scene)
             if len(found) == wanted:
                 break
     return found
+
+
+def _looks(scene: Scene) -> Scene:
+    """The scene without what its style does not show."""
+    if scene.style not in say.COLOURLESS_STYLES:
+        return scene
+    return replace(scene, things=tuple(replace(t, colour="white") for t in scene.things))
 
 
 def _others(edit: Edit) -> Iterator[Scene]:
@@ -682,7 +710,7 @@ def _others(edit: Edit) -> Iterator[Scene]:
 
 def _take_turns(rng: random.Random, *lists: Iterable[Scene]) -> Iterator[Scene]:
     """One of each list in turn, each list shuffled: no single sort of mistake fills all places."""
-    shuffled = [rng.sample(list(scenes), len(list(scenes))) for scenes in map(list, lists)]
+    shuffled = [rng.sample(scenes, len(scenes)) for scenes in map(list, lists)]
     for row in zip_longest(*shuffled):
         yield from (scene for scene in row if scene is not None)
 
@@ -696,6 +724,9 @@ def _others_global(edit: Edit, rng: random.Random) -> Iterator[Scene]:
     yield from _take_turns(rng, *([replace(edit.after, **{f: v}) for v in light[f]] for f in second))  # type: ignore[arg-type]
     for f in second:
         yield from _take_turns(rng, [replace(s, **{f: v}) for s in wrong for v in light[f]])  # type: ignore[arg-type]
+
+
+_SIZES_AND_COUNTS = tuple((s, c) for s in SIZES for c in range(1, MAX_COUNT + 1))
 
 
 def _others_add(edit: Edit, rng: random.Random) -> Iterator[Scene]:
@@ -717,7 +748,12 @@ def _others_add(edit: Edit, rng: random.Random) -> Iterator[Scene]:
         [added(size=s) for s in SIZES],
         [added(count=c) for c in range(1, MAX_COUNT + 1)],
     )
+    if new.in_sky or edit.before.style in say.COLOURLESS_STYLES:
+        yield from _take_turns(
+            rng, [added(kind=k, size=s, slot=a) for k in row for s in SIZES for a in slots]
+        )
     yield from _take_turns(rng, [added(kind=k, colour=c) for k in row for c in _COLOURS])
+    yield from (added(kind=k, size=s, count=c) for k in row for s, c in _SIZES_AND_COUNTS)
 
 
 def _others_thing(edit: Edit, rng: random.Random) -> Iterator[Scene]:
@@ -725,47 +761,33 @@ def _others_thing(edit: Edit, rng: random.Random) -> Iterator[Scene]:
     assert target is not None
     was = page.things[target]
     others = [i for i in range(len(page.things)) if i != target]
+    row = SKY_KINDS if was.in_sky else GROUND_KINDS
 
-    def values(i: int) -> list[Scene]:
-        return [_with(page, i, thing) for thing in _changes(edit.kind, page, i)]
+    def made(things: Iterable[Thing]) -> list[Scene]:
+        return [_with(page, target, thing) for thing in things]
 
     if edit.kind == "remove":
+        wrong = [_dressed(was, k, was.colour) for k in row if k != was.kind]
         yield from (replace(page, things=page.things[:i] + page.things[i + 1 :]) for i in others)
-        row = SKY_KINDS if was.in_sky else GROUND_KINDS
-        yield from _take_turns(
-            rng,
-            [_with(page, target, replace(was, count=c)) for c in range(1, was.count)],
-            [_with(page, target, replace(was, size=s)) for s in SIZES[: SIZES.index(was.size)]],
-            [_with(page, target, _dressed(was, k, was.colour)) for k in row if k != was.kind],
-        )
-        yield from _take_turns(rng, [_with(page, target, _dressed(was, k, c)) for k in row for c in _COLOURS])
+        fewer = [replace(was, count=c) for c in range(1, was.count)]
+        shrunk = [replace(was, size=s) for s in SIZES[: SIZES.index(was.size)]]
+        yield from _take_turns(rng, made(fewer), made(shrunk), made(wrong))
+        yield from _take_turns(rng, made(_dressed(was, k, c) for k in row for c in _COLOURS))
+        yield from made(replace(t, size=s, count=c) for t in wrong for s, c in _SIZES_AND_COUNTS)
         return
     now = edit.after.things[target]
-    same_change = []
-    for i in others:
-        changed = _same_change(edit, page.things[i])
-        if changed is not None:
-            same_change.append(_with(page, i, changed))
-    wrong = values(target)
-    yield from same_change
-    yield from _take_turns(rng, wrong, *(values(i) for i in others))
+    wrong = [t for t in _changes(edit.kind, page, target) if t != now]
+    same_change = ((i, _same_change(edit, page.things[i])) for i in others)
+    yield from (_with(page, i, thing) for i, thing in same_change if thing is not None)
+    elsewhere = [[_with(page, i, thing) for thing in _changes(edit.kind, page, i)] for i in others]
+    yield from _take_turns(rng, made(wrong), *elsewhere)
+    further = [replace(t, colour=c) for t in wrong for c in _COLOURS]
     if edit.kind in ("recolour", "replace"):
-        row = SKY_KINDS if was.in_sky else GROUND_KINDS
-        yield from _take_turns(
-            rng,
-            [_with(page, target, _dressed(was, k, now.colour)) for k in row],
-            [_with(page, target, replace(now, colour=c)) for c in _COLOURS],
-        )
-        yield from _take_turns(rng, [_with(page, target, _dressed(was, k, c)) for k in row for c in _COLOURS])
-        return
-    yield from _take_turns(
-        rng,
-        [_with(page, target, replace(now, colour=c)) for c in _COLOURS],
-        [s.with_thing(target, colour=c) for s in wrong for c in _COLOURS if s.things[target] != now],
-    )
-    yield from _take_turns(
-        rng, [_with(page, target, replace(now, colour=c, size=s)) for s in SIZES for c in _COLOURS]
-    )
+        further = [_dressed(was, k, now.colour) for k in row]
+    yield from _take_turns(rng, made(replace(now, colour=c) for c in _COLOURS), made(further))
+    kinds = [_dressed(now, k, now.colour) for k in row]
+    yield from _take_turns(rng, made(kinds))
+    yield from made(replace(t, size=s, count=c) for t in kinds for s, c in _SIZES_AND_COUNTS)
 
 
 def _changes(kind: str, page: Scene, i: int) -> list[Thing]:
@@ -846,4 +868,4 @@ _THING_FIELDS = ("kind", "colour", "size", "slot", "count", "wears")
 
 
 def _with(scene: Scene, index: int, thing: Thing) -> Scene:
-    return replace(scene, things=scene.things[:index] + (thing,) + scene.things[index + 1 :])
+    return replace(scene, things=(*scene.things[:index], thing, *scene.things[index + 1 :]))

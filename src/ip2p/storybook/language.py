@@ -416,6 +416,9 @@ _FRAMES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 EDIT_KINDS = tuple(_FRAMES)
 
+# Pictures in these styles do not show colours: nothing is named by colour or recoloured there.
+COLOURLESS_STYLES = ("pencil", "blueprint")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phrasing:
@@ -615,7 +618,12 @@ def name_thing(
         text = f"{_noun_phrase(noun, count).t} {on_side}"
         return Name(text, text, text, "are" if count > 1 else "is")
     noun = noun_of(thing.kind, rng)
-    by_colour = lot < 0.78 and not (owner and thing.kind in KINDS["person"])
+    by_colour = (
+        lot < 0.78
+        and not (owner and thing.kind in KINDS["person"])
+        and scene.style not in COLOURLESS_STYLES
+        and (also_in is None or also_in.style not in COLOURLESS_STYLES)
+    )
     return _noun_phrase(noun, count, thing.colour if by_colour else "")
 
 
