@@ -37,11 +37,11 @@ def sun_side(scene: Scene) -> int:
 
 
 def _ridge(rng: random.Random, y: float, rise: float, n: int, *, sharp: bool = False) -> skia.Path:
-    """A range of n hills (or peaks) over the page's width, filled down to its foot."""
+    """A range of n hills (or peaks) over the page's width, filled a little below its foot at y."""
     path = skia.Path()
     step = 1.3 / n
     x = -0.15 - rng.random() * step
-    path.moveTo(x, 1.02)
+    path.moveTo(x, y + 0.14)
     path.lineTo(x, y)
     while x < 1.05:
         h = rise * rng.uniform(0.55, 1.0)
@@ -52,7 +52,7 @@ def _ridge(rng: random.Random, y: float, rise: float, n: int, *, sharp: bool = F
         else:
             path.cubicTo(x + w * 0.3, y - h, x + w * 0.7, y - h, x + w, y - rise * 0.1)
         x += w
-    path.lineTo(x, 1.02)
+    path.lineTo(x, y + 0.14)
     path.close()
     return path
 
@@ -72,6 +72,11 @@ def _ground(p: Pen, h: float, top: RGB, bottom: RGB, rng: random.Random, swell: 
 def _unit_blob() -> skia.Path:
     parts = (oval(-0.28, -0.35, 0.24, 0.36), oval(0.02, -0.55, 0.28, 0.46), oval(0.3, -0.32, 0.22, 0.34),
              box(-0.42, -0.38, 0.42, 0, 0.19))  # fmt: skip
+    return _one(*parts)
+
+
+def _one(*parts: skia.Path) -> skia.Path:
+    """The outline of several shapes together, without the lines within."""
     whole = skia.Path()
     for part in parts:
         whole = skia.Op(whole, part, skia.PathOp.kUnion_PathOp)
@@ -249,7 +254,7 @@ def _desert(p: Pen, s: Scene, h: float, rng: random.Random) -> None:
         p.fill(path, _snowy(s, (214, 126, 84), 0.4), _snowy(s, (188, 104, 72), 0.25))
         p.dashes([x + w * 0.02, h - y * 0.55, x + w * 0.95, h - y * 0.55], 0.01, (170, 88, 62))
     p.fill(_ridge(rng, h + 0.05, 0.09, 2), _snowy(s, shade(sand, 0.12)), _snowy(s, (226, 168, 96), 0.5), span=(h - 0.04, h + 0.12))
-    p.fill(_ridge(rng, h + 0.11, 0.07, 2), _snowy(s, sand), _snowy(s, (214, 156, 86)), span=(h + 0.04, 1.0))
+    _ground(p, h + 0.1, _snowy(s, sand), _snowy(s, (214, 156, 86)), rng, 0.03)
     for _ in range(3):
         x, y, w = rng.uniform(0.03, 0.97), rng.uniform(h + 0.17, 0.96), rng.uniform(0.03, 0.05)
         p.fill(oval(x, y, w, w * 0.55), _snowy(s, (204, 146, 100), 0.4), (158, 104, 70))
@@ -411,7 +416,7 @@ def _moon(p: Pen, s: Scene, h: float, rng: random.Random) -> None:
 def _volcano(p: Pen, s: Scene, h: float, rng: random.Random) -> None:
     x = rng.choice((0.26, 0.5, 0.74)) + rng.uniform(-0.05, 0.05)
     top = h - rng.uniform(0.24, 0.3)
-    smoke = both(oval(x + 0.0, top - 0.05, 0.07, 0.05), oval(x + 0.06, top - 0.11, 0.09, 0.06), oval(x + 0.15, top - 0.16, 0.1, 0.06))
+    smoke = _one(oval(x + 0.0, top - 0.05, 0.07, 0.05), oval(x + 0.06, top - 0.11, 0.09, 0.06), oval(x + 0.15, top - 0.16, 0.1, 0.06))
     p.fill(smoke, (110, 98, 104), (150, 110, 104))
     p.glow(x, top, 0.2, (255, 120, 40), 190)
     p.fill(_ridge(rng, h + 0.04, 0.1, 3, sharp=True), (104, 74, 84), (92, 66, 74), span=(h - 0.08, h + 0.1))

@@ -180,8 +180,8 @@ def _hatching(size: int, phase: int) -> np.ndarray:
     return np.round(255 * wave**1.5).astype(np.uint16)
 
 
-_PENCIL_TONE = _table(lambda y: 48 + 3.0 * y if y < 36 else min(253.0, 156 + 97 * ((y - 36) / 200) ** 0.9))
-_PENCIL_HATCH = _table(lambda y: 58 * max(0.0, min(1.0, (210 - y) / 130)) if y > 45 else 24)
+_PENCIL_TONE = _table(lambda y: 40 + 4 * max(0, y - 8) if y < 40 else min(253.0, 168 + 85 * ((y - 40) / 196) ** 0.9))
+_PENCIL_HATCH = _table(lambda y: 58 * max(0.0, min(1.0, (210 - y) / 130)) if y > 40 else 28)
 
 
 def _pencil(rgba: np.ndarray, scene: Scene) -> np.ndarray:
@@ -220,7 +220,7 @@ def _comic(rgba: np.ndarray, scene: Scene) -> np.ndarray:
     # Flat tones, hue kept: every channel moves by what brings the brightness to its level.
     change = _COMIC_CHANGE[y]
     change -= dots.astype(np.int16)
-    out = rgba[..., :3] + change[..., None]
+    out = _opaque(rgba) + change[..., None]
     return np.clip(out, 0, 255, out=out).astype(np.uint8)
 
 
@@ -239,7 +239,7 @@ def _blur_radius(size: int) -> int:
 def _watercolour(rgba: np.ndarray, scene: Scene) -> np.ndarray:
     size = len(rgba)
     r = _blur_radius(size)
-    page = Image.fromarray(rgba[..., :3])
+    page = Image.fromarray(_opaque(rgba))
     soft_image = page.filter(ImageFilter.BoxBlur(r))
     soft = np.asarray(soft_image).astype(np.int16)
     wide = np.asarray(soft_image.filter(ImageFilter.BoxBlur(2 * r))).astype(np.int16)
@@ -270,7 +270,7 @@ def _pixel_art(scene: Scene, size: int) -> np.ndarray:
 
 
 def _blueprint(rgba: np.ndarray, scene: Scene) -> np.ndarray:
-    out = rgba[..., :3].copy()
+    out = _opaque(rgba)
     size = len(out)
     width = max(1, size // 256)
     shift = (scene.seed % 97) / 97 / 16
@@ -278,6 +278,14 @@ def _blueprint(rgba: np.ndarray, scene: Scene) -> np.ndarray:
         at = int((k / 16 + shift) * size)
         for lines in (out[at : at + width], out[:, at : at + width]):
             lines += (255 - lines) // 8
+    return out
+
+
+def _opaque(rgba: np.ndarray) -> np.ndarray:
+    """Without the last channel; three strided copies are four times as fast as one of a slice."""
+    out = np.empty((*rgba.shape[:2], 3), np.uint8)
+    for k in range(3):
+        out[..., k] = rgba[..., k]
     return out
 
 
@@ -309,7 +317,7 @@ def draw(scene: Scene, size: int = 256) -> np.ndarray:
         return _watercolour(rgba, scene)
     if style == "blueprint":
         return _blueprint(rgba, scene)
-    return np.ascontiguousarray(rgba[..., :3])
+    return _opaque(rgba)
 
 
 def thing_mask(scene: Scene, index: int, size: int = 256) -> np.ndarray:
