@@ -99,8 +99,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "cpu": Preset(
         size=128,
-        vae=StageConfig(steps=1_000_000, minutes=22, batch=8, lr=1.2e-3),
-        clip=StageConfig(steps=1_000_000, minutes=8, batch=96, lr=1e-3),
+        vae=StageConfig(steps=1_000_000, minutes=20, batch=8, lr=2e-3),
+        clip=StageConfig(steps=1_000_000, minutes=7, batch=96, lr=1e-3),
         unet=StageConfig(steps=1_000_000, minutes=100, batch=64, lr=9e-4),
     ),
     "h100": Preset(
@@ -251,10 +251,12 @@ def train_stage(
     generator = torch.Generator().manual_seed(run.preset.seed)
     step, clock, curve, bad = 0, Clock(), [], 0
     if state is not None:
-        if state["preset"] != _fingerprint(run, stage):
+        now = _fingerprint(run, stage)
+        changed = [k for k in now if state["preset"].get(k) != now[k]]
+        if changed:
             raise InputError(
-                f"{path} was made with other numbers than preset {run.name!r} has now; "
-                f"give another --output, or delete {run.output}"
+                f"{path} was made with another {' and '.join(changed)} than preset {run.name!r} has now; "
+                f"give another --out, or delete {run.output}"
             )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -429,7 +431,7 @@ def make_tokenizer(folder: Path) -> None:
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=32
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TEXT_TOKENS
     )
     tokenizer.save_pretrained(folder)
 
@@ -524,6 +526,7 @@ def train_clip(run: Run) -> None:
     _finish(run, "clip", summary)
 
 
+TEXT_TOKENS = 48  # 99% of the captions and every instruction fit
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

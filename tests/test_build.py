@@ -1,0 +1,205 @@
+"""The build in its smallest preset: the whole path, stopping, resuming, damage."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ip2p import build
+from ip2p.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def steps_alone_set_the_pace(monkeypatch):
+    """Minutes play no part here, so that a slow machine takes the same steps."""
+    smoke = build.PRESETS["smoke"]
+    stages = {s: replace(getattr(smoke, s), minutes=600) for s in build.STAGES}
+    monkeypatch.setitem(build.PRESETS, "smoke", replace(smoke, save_every=0.0, **stages))
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    smoke = build.PRESETS["smoke"]
+    stages = {s: replace(getattr(smoke, s), minutes=600) for s in build.STAGES}
+    patch = pytest.MonkeyPatch()
+    patch.setitem(build.PRESETS, "smoke", replace(smoke, save_every=0.0, **stages))
+    assert build.run("smoke", folder, device="cpu", bundle=folder / "bundle", log=quiet)
+    patch.undo()
+    return folder
+
+
+def test_diffusers_pipeline_opens_the_bundle_and_edits(built):
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+    from PIL import Image
+
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(built / "bundle")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.unet.config.in_channels == 8
+    page = Image.new("RGB", (64, 64), "white")
+    result = pipeline("make it night", image=page, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert result.images[0].size == (64, 64)
+
+
+def test_our_editor_opens_the_bundle_and_edits(built):
+    from PIL import Image
+
+    from ip2p.editor import Editor
+
+    results = Editor.load(built / "bundle", device="cpu").edit(
+        Image.new("RGB", (64, 64), "white"), "make it night", steps=2, seeds=[1, 2]
+    )
+    assert [r.size for r in results] == [(64, 64), (64, 64)]
+
+
+def test_clip_folder_scores_pictures_and_captions(built):
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(built / "bundle" / "clip")
+    text = torch.load(built / "state" / "clip.pt", weights_only=True)["ema"]["average"]
+    key = "text_projection.weight"
+    torch.testing.assert_close(clip.state_dict()[key].float(), text[key], atol=2e-3, rtol=1e-2)
+
+
+def test_card_says_how_it_was_made(built):
+    card = json.loads((built / "bundle" / "ip2p.json").read_text())
+    assert card["native_size"] == 64 and card["preset"] == "smoke"
+    assert card["trained"]["unet"]["steps"] == build.PRESETS["smoke"].unet.steps
+
+
+def test_every_word_of_the_language_is_one_token(built):
+    from transformers import CLIPTokenizer
+
+    from ip2p.storybook.language import vocabulary
+
+    tokenizer = CLIPTokenizer.from_pretrained(built / "bundle" / "tokenizer")
+    for word in {w for entry in vocabulary() for w in entry.split() if w.isalpha()}:
+        assert len(tokenizer(word).input_ids) == 3, word
+    # An unknown word falls into smaller pieces instead of being lost.
+    assert len(tokenizer("zyxqv").input_ids) > 3
+
+
+def test_a_finished_build_says_so_and_changes_nothing(built):
+    before = {p: p.stat().st_mtime_ns for p in built.rglob("*.safetensors")}
+    said = []
+    assert build.run("smoke", built, device="cpu", log=said.append)
+    assert said == [f"{s}: finished already" for s in build.STAGES]
+    assert before == {p: p.stat().st_mtime_ns for p in built.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("stage", build.STAGES)
+def test_a_killed_stage_goes_on_to_the_same_weights(built, tmp_path, monkeypatch, stage):
+    """2N steps equal N steps, a crash at any moment of the next one, and the rest; bit for bit."""
+    for name in ("vae", "clip", "text_encoder", "tokenizer"):
+        if name != stage and not (stage == "clip" and name == "text_encoder"):
+            (tmp_path / name).symlink_to(built / name)
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def crash_at_the_third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ConnectionAbortedError("killed")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", crash_at_the_third)
+    with pytest.raises(ConnectionAbortedError):
+        build.run("smoke", tmp_path, stage=stage, device="cpu", log=quiet)
+    said = []
+    assert build.run("smoke", tmp_path, stage=stage, device="cpu", log=said.append)
+    assert said[0] == f"{stage}: going on from step 2"
+    ours = torch.load(tmp_path / "state" / f"{stage}.pt", weights_only=True)
+    whole = torch.load(built / "state" / f"{stage}.pt", weights_only=True)
+    assert ours["step"] == whole["step"]
+    for part in (ours["model"], whole["model"]), (ours["ema"]["average"], whole["ema"]["average"]):
+        assert all(torch.equal(part[0][k], part[1][k]) for k in part[1])
+
+
+def test_time_up_saves_and_the_next_call_goes_on(tmp_path):
+    said = []
+    assert not build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=said.append)
+    assert said[-1] == "vae: time is up; the same command goes on from here"
+    assert (tmp_path / "state" / "vae.pt").exists()
+
+
+def test_an_unfinished_unet_still_gives_a_bundle(built, tmp_path, monkeypatch):
+    for name in ("vae", "clip", "text_encoder", "tokenizer"):
+        (tmp_path / name).symlink_to(built / name)
+    (tmp_path / "state").mkdir()
+    for stage in ("vae", "clip"):
+        (tmp_path / "state" / f"{stage}.done.json").symlink_to(built / "state" / f"{stage}.done.json")
+    assert not build.run(
+        "smoke", tmp_path, seconds=0.0, device="cpu", bundle=tmp_path / "bundle", log=quiet
+    )
+    assert (tmp_path / "bundle" / "unet" / "config.json").exists()
+
+
+def test_a_step_that_is_not_finite_is_not_applied(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "learning_rate", lambda progress, step, config: 1e-3)
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def not_finite_once(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) == 2:
+            for p in parameters:
+                p.grad.fill_(float("nan"))
+        return real(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", not_finite_once)
+    said = []
+    build.run("smoke", tmp_path, stage="vae", device="cpu", log=said.append)
+    assert any("not applied" in line for line in said)
+    state = torch.load(tmp_path / "state" / "vae.pt", weights_only=True)
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path):
+    build.run("smoke", tmp_path, stage="vae", device="cpu", log=quiet)
+    (tmp_path / "state" / "vae.done.json").unlink()
+    state = tmp_path / "state" / "vae.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    said = []
+    assert build.run("smoke", tmp_path, stage="vae", device="cpu", log=said.append)
+    assert "cannot be read" in said[0] and "going on from step" in said[1]
+
+
+def test_other_numbers_are_refused_on_resume(tmp_path, monkeypatch):
+    build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=quiet)
+    monkeypatch.setitem(build.PRESETS, "smoke", replace(build.PRESETS["smoke"], kl_weight=0.5))
+    with pytest.raises(InputError, match="kl_weight"):
+        build.run("smoke", tmp_path, device="cpu", log=quiet)
+
+
+def test_two_builds_in_one_folder_the_second_is_refused(tmp_path):
+    with build._sole_owner(tmp_path), pytest.raises(InputError, match="another build is at work"):
+        build.run("smoke", tmp_path, device="cpu", log=quiet)
+
+
+def test_unknown_preset_and_stage_are_named(tmp_path):
+    with pytest.raises(InputError, match="'huge'.*smoke, cpu, h100"):
+        build.run("huge", tmp_path)
+    with pytest.raises(InputError, match="'gan'.*vae, clip, unet"):
+        build.run("smoke", tmp_path, stage="gan")
+
+
+def test_batches_do_not_depend_on_where_the_stream_starts():
+    pages = build.Pages("pair", 2, 32, seed=5)
+    late = next(iter(build.Pages("pair", 2, 32, seed=5, start=3)))
+    again = pages.make(3)
+    assert late["instruction"] == again["instruction"]
+    assert torch.equal(late["after"], again["after"])
+
+
+def test_weights_fit_the_package():
+    """Every preset's parts in half precision: 40 MiB in all, the UNet in shards under 16 MiB."""
+    for name in ("cpu", "h100"):
+        preset = build.PRESETS[name]
+        with torch.device("meta"):
+            unet, vae = build.new_unet(preset), build.new_vae(preset)
+        unet_bytes, vae_bytes = (2 * sum(p.numel() for p in m.parameters()) for m in (unet, vae))
+        assert unet_bytes + vae_bytes < 34 * 2**20, name

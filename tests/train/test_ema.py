@@ -1,0 +1,26 @@
+import torch
+
+from ip2p.train.ema import Ema
+
+
+def test_average_follows_the_warm_up_of_the_released_code():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 0.0)
+    ema, expected = Ema(model, max_decay=0.5), 0.0
+    for n in range(1, 20):
+        torch.nn.init.constant_(model.weight, float(n))
+        ema.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert abs(ema.average["weight"].item() - expected) < 1e-4
+
+
+def test_state_round_trip():
+    model = torch.nn.Linear(3, 2)
+    ema = Ema(model)
+    torch.nn.init.zeros_(model.weight)
+    ema.update(model)
+    again = Ema(torch.nn.Linear(3, 2))
+    again.load_state_dict(ema.state_dict())
+    assert again.updates == 1
+    assert all(torch.equal(a, b) for a, b in zip(ema.average.values(), again.average.values(), strict=True))

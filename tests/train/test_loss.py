@@ -1,0 +1,58 @@
+import torch
+
+from ip2p.train.loss import add_noise, noise_loss, null_conditions, scaled_linear_alpha_bar, snr_weight
+
+
+def test_one_draw_drops_5_5_5_percent():
+    draw = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    text, image = null_conditions(draw)
+    shares = [(text & ~image), (text & image), (~text & image), (~text & ~image)]
+    for share, wanted in zip(shares, (5, 5, 5, 85), strict=True):
+        assert abs(100 * share.float().mean() - wanted) < 0.3
+
+
+def test_the_limits_of_the_draw_are_those_of_the_released_code():
+    text, image = null_conditions(torch.tensor([0.0, 0.05, 0.0999, 0.1, 0.1499, 0.15, 0.9]))
+    assert text.tolist() == [True, True, True, False, False, False, False]
+    assert image.tolist() == [False, True, True, True, True, False, False]
+
+
+def test_alpha_bar_equals_diffusers_schedule():
+    from diffusers import DDPMScheduler
+
+    oracle = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    torch.testing.assert_close(scaled_linear_alpha_bar(), oracle.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+def test_add_noise_equals_diffusers():
+    from diffusers import DDPMScheduler
+
+    oracle = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    clean, noise = torch.randn(2, 3, 4, 8, 8)
+    t = torch.tensor([3, 500, 999])
+    ours = add_noise(clean, noise, oracle.alphas_cumprod[t])
+    torch.testing.assert_close(ours, oracle.add_noise(clean, noise, t))
+
+
+def test_snr_weight_clamps_the_weight_of_x0():
+    alpha_bar = scaled_linear_alpha_bar()
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = snr_weight(alpha_bar, (0.25, 5.0)) * snr
+    assert weight.min() >= 0.25 - 1e-6 and weight.max() <= 5.0 + 1e-5
+    middle = (snr > 0.25) & (snr < 5)
+    torch.testing.assert_close(weight[middle], snr[middle])
+
+
+def test_no_clip_is_the_plain_noise_loss():
+    predicted, noise = torch.randn(2, 5, 4, 8, 8)
+    plain = noise_loss(predicted, noise, snr_weight(torch.rand(5), None))
+    torch.testing.assert_close(plain, torch.nn.functional.mse_loss(predicted, noise))
+
+
+def test_cell_weight_counts_changed_cells_more():
+    predicted, noise = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
+    predicted[..., 0, 0] = 1
+    cells = torch.ones(1, 1, 2, 2)
+    plain = noise_loss(predicted, noise, torch.ones(1), cells)
+    cells[..., 0, 0] = 4
+    assert noise_loss(predicted, noise, torch.ones(1), cells) > 2 * plain
