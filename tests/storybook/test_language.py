@@ -1,0 +1,168 @@
+"""The language of instructions: phrasings, what is kept out of training, names, spelling and typos."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from ip2p.storybook import language
+from ip2p.storybook.edits import EDIT_KINDS, sample_edit
+from ip2p.storybook.language import PHRASINGS, held_out_phrasings, name_thing, words_of
+from ip2p.storybook.scene import Scene, Thing, rng_for
+
+
+def fixed_words(text: str) -> list[str]:
+    return words_of(re.sub(r"\{\w+\}", " ", text))
+
+
+@pytest.mark.parametrize("kind", EDIT_KINDS)
+def test_twelve_phrasings_a_kind_are_left_to_training_and_a_tenth_is_held_out(kind: str) -> None:
+    phrasings = [p for p in PHRASINGS[kind] if not p.vague]
+    held = [p for p in phrasings if p.id in held_out_phrasings()]
+    assert len(phrasings) - len(held) >= 12
+    assert len(held) >= 1
+    assert 0.05 <= len(held) / len(phrasings) <= 0.15
+    assert len({p.text for p in phrasings}) == len(phrasings)
+
+
+def test_language_and_edits_name_the_same_kinds() -> None:
+    assert language.EDIT_KINDS == EDIT_KINDS
+
+
+def test_the_held_out_phrasings_stay_the_same() -> None:
+    # A change here makes earlier measurements of unseen phrasings worthless: say so in the changelog.
+    assert sorted(held_out_phrasings(), key=lambda i: (EDIT_KINDS.index(i.split("/")[0]), i)) == HELD_OUT
+
+
+HELD_OUT = [
+    "recolour/10", "recolour/16", "replace/19", "replace/5", "add/11", "add/17", "add/6",
+    "remove/19", "remove/5", "place/18", "place/5", "time/15", "time/8", "weather/12", "weather/18",
+    "style/10", "style/8", "put_on/10", "put_on/12", "take_off/10", "take_off/7", "bigger/13", "bigger/5",
+    "smaller/16", "smaller/8", "move/14", "move/5", "count/20", "count/6", "two/14", "two/7",
+]  # fmt: skip
+
+
+def test_the_classic_templates_are_there_for_training() -> None:
+    texts = {p.text for ps in PHRASINGS.values() for p in ps if p.id not in held_out_phrasings()}
+    assert texts >= {
+        "turn {t} into {new}",
+        "replace {t} with {new}",
+        "put {them} {in_place}",
+        "make it {time}",
+        "add {new} {where}",
+        "change the style to {style}",
+        "have {t} wear {w}",
+        "make {t} look like {new}",
+    }
+
+
+def test_held_out_phrasings_use_no_word_that_training_never_saw() -> None:
+    seen = {
+        w
+        for ps in PHRASINGS.values()
+        for p in ps
+        if p.id not in held_out_phrasings()
+        for w in fixed_words(p.text)
+    }
+    for phrasings in PHRASINGS.values():
+        for p in phrasings:
+            if p.id in held_out_phrasings():
+                assert set(fixed_words(p.text)) <= seen, p
+
+
+def test_the_vocabulary_covers_all_instructions_and_is_small() -> None:
+    vocabulary = set(language.vocabulary())
+    rng = rng_for("vocabulary")
+    # Without typos: instructions of the test split.
+    said = {w for _ in range(3000) for w in words_of(sample_edit(rng, split="test").instruction)}
+    assert said <= vocabulary
+    assert len(vocabulary) < 400
+    assert language.vocabulary() == sorted(vocabulary)
+    assert {"colour", "color", "watercolour", "watercolor", "'s"} <= vocabulary
+
+
+def test_between_one_and_two_percent_of_the_words_of_training_are_mistyped() -> None:
+    vocabulary = set(language.vocabulary())
+    rng = rng_for("typos")
+    words = Counter(
+        w in vocabulary for _ in range(4000) for w in words_of(sample_edit(rng, split="train").instruction)
+    )
+    # A dropped letter now and then leaves another word.
+    assert 0.008 <= words[False] / words.total() <= 0.02
+
+
+def test_politeness_case_and_spelling_vary() -> None:
+    rng = rng_for("manners")
+    said = [sample_edit(rng, split="test").instruction for _ in range(2000)]
+    share = {
+        "please": sum("please" in s.lower() for s in said),
+        "could you": sum(s.lower().startswith("could you") for s in said),
+        "lower": sum(s == s.lower() for s in said),
+        "title": sum(s == s.title() for s in said),
+        "upper": sum(s == s.upper() for s in said),
+        "stop": sum(s.endswith(".") for s in said),
+        "colour": sum("colour" in s.lower() for s in said),
+        "color": sum("color" in s.lower() for s in said),
+    }
+    assert all(n >= 10 for n in share.values()), share
+
+
+CAT = Thing(kind="cat", colour="red", slot="left", uid=1)
+GIRL = Thing(kind="girl", colour="blue", slot="right", uid=2)
+BOY = Thing(kind="boy", colour="pink", slot="middle", uid=3)
+DOG = Thing(kind="dog", colour="brown", slot="middle", uid=4)
+
+
+def names(*things: Thing, style: str = "plain", index: int = 0, **options: bool) -> set[str]:
+    scene = Scene(place="beach", things=things, style=style)
+    rng = random.Random(0)
+    return {name_thing(scene, index, rng, **options).t for _ in range(300)}
+
+
+def test_it_is_said_only_of_the_one_thing_on_the_page() -> None:
+    assert "it" in names(CAT)
+    assert "it" not in names(CAT, GIRL)
+
+
+def test_her_is_said_where_one_person_stands() -> None:
+    assert "her" in names(CAT, GIRL, index=1)
+    assert "her" not in names(BOY, GIRL, index=1)
+
+
+def test_a_group_is_named_only_where_one_thing_is_of_it() -> None:
+    assert "the animal" in names(CAT, GIRL)
+    assert "the animal" not in names(CAT, DOG)
+
+
+def test_the_thing_on_a_side_is_alone_there() -> None:
+    balloon = Thing(kind="balloon", colour="red", slot="left", uid=5)
+    assert "the thing on the left" in names(CAT, GIRL)
+    assert "the thing on the left" not in names(CAT, balloon)
+
+
+def test_owners_never_end_in_a_place() -> None:
+    assert not any("left" in n for n in names(CAT, GIRL, owner=True))
+
+
+def test_several_things_are_named_in_the_plural() -> None:
+    assert {"them", "the foxes"} <= names(Thing(kind="fox", colour="red", count=3))
+
+
+def test_people_are_told_by_their_clothes() -> None:
+    assert "the girl in blue" in names(CAT, GIRL, index=1)
+    assert "the blue girl" not in names(CAT, GIRL, index=1)
+
+
+@pytest.mark.parametrize("style", language.COLOURLESS_STYLES)
+def test_nothing_is_named_by_a_colour_that_the_style_does_not_show(style: str) -> None:
+    assert "the red cat" in names(CAT, GIRL)
+    assert "the red cat" not in names(CAT, GIRL, style=style)
+
+
+@pytest.mark.parametrize(
+    ("noun", "many"),
+    [("bus", "buses"), ("fox", "foxes"), ("boy", "boys"), ("kitty", "kitties"), ("sunglasses", "sunglasses")],
+)
+def test_plurals(noun: str, many: str) -> None:
+    assert language.plural(noun) == many
