@@ -40,8 +40,8 @@ def draw(config: DrawConfig) -> None:
     if config.captions is not None:
         write_text(config.captions, "".join(caption(edit.before) + "\n" for edit in edits(config)))
     if config.pairs is not None:
-        with progress("pairs", config.count) as advance, replacing(config.pairs) as temporary:
-            write_pairs(_each(edits(config), advance), temporary, size=config.size)
+        with progress("pairs", config.count) as advance:
+            write_pairs(_each(edits(config), advance), config.pairs, size=config.size)
     for output in (config.out, *files):
         if output is not None:
             print(output)

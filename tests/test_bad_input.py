@@ -1,0 +1,459 @@
+"""Every bad input to `ip2p edit`: its message and exit code (2 input, 3 model, 4 resources)."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_model
+from PIL import Image
+
+from ip2p import cli, images
+from ip2p.config import MAX_PIXELS
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with one good picture, page.png, and no settings from outside."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("IP2P_")]:
+        monkeypatch.delenv(name)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((64, 48)).save("page.png")
+    return tmp_path
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail when the model is loaded: the bad input must be told before that."""
+    from ip2p.editor import Editor
+
+    def load(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was loaded before the input was checked")
+
+    monkeypatch.setattr(Editor, "load", load)
+
+
+class Told:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(here: Path, capfd: pytest.CaptureFixture[str]):
+    """Run the command line in this process; what it said comes back."""
+
+    def run(*words: object) -> Told:
+        capfd.readouterr()
+        code = cli.main([str(word) for word in words])
+        return Told(code, *capfd.readouterr())
+
+    return run
+
+
+def is_refused(told: Told, code: int, *parts: str) -> None:
+    """The exit code, one line on stderr, nothing on stdout, and what the line must say."""
+    assert told.code == code, told.err
+    assert told.out == ""
+    assert told.err.startswith("ip2p: ") and told.err.count("\n") == 1, told.err
+    assert "Traceback" not in told.err
+    for part in parts:
+        assert part in told.err
+
+
+def png_with_header(width: int, height: int) -> bytes:
+    """A PNG whose header alone is true to `width` and `height`; nothing in it can be decoded to that."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+# --- the picture --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_model")
+class TestPicture:
+    def test_missing_file_names_the_nearest(self, run) -> None:
+        is_refused(
+            run("edit", "pgae.png", "make it night"), 2, "pgae.png", "no such file", "Did you mean page.png?"
+        )
+
+    def test_missing_folder(self, run) -> None:
+        is_refused(run("edit", "no/page.png", "make it night"), 2, "no/page.png", "folder no does not exist")
+
+    def test_folder_as_picture(self, run) -> None:
+        is_refused(run("edit", ".", "make it night"), 2, "is a folder", "Name a picture")
+
+    def test_empty_file(self, run, here: Path) -> None:
+        (here / "empty.png").write_bytes(b"")
+        is_refused(run("edit", "empty.png", "make it night"), 2, "empty.png is empty", "0 bytes")
+
+    def test_text_named_png(self, run, here: Path) -> None:
+        (here / "note.png").write_text("not a picture at all\n")
+        is_refused(run("edit", "note.png", "make it night"), 2, "note.png holds text", "PNG, JPEG or WebP")
+
+    def test_html_named_png(self, run, here: Path) -> None:
+        (here / "page404.png").write_text("<!DOCTYPE html><html><body>404</body></html>")
+        is_refused(
+            run("edit", "page404.png", "make it night"), 2, "web page (HTML)", "Save the picture itself"
+        )
+
+    def test_unknown_bytes_named_png(self, run, here: Path) -> None:
+        (here / "noise.png").write_bytes(bytes(range(256)) * 4)
+        is_refused(run("edit", "noise.png", "make it night"), 2, "not a picture in a known format")
+
+    def test_truncated_jpeg_is_not_filled_with_grey(self, run, here: Path) -> None:
+        file = io.BytesIO()
+        Image.open("page.png").save(file, "JPEG")
+        (here / "cut.jpg").write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
+        is_refused(
+            run("edit", "cut.jpg", "make it night"), 2, "cut.jpg is damaged or cut short", "Fetch it again"
+        )
+        assert sorted(os.listdir(here)) == ["cut.jpg", "page.png"]
+
+    def test_too_many_pixels_are_refused_by_the_header(self, run, here: Path) -> None:
+        (here / "vast.png").write_bytes(png_with_header(60_000, 50_000))
+        begun = time.monotonic()
+        is_refused(
+            run("edit", "vast.png", "make it night"), 2, "3000.0 megapixels", "limit is 16", "--max-pixels"
+        )
+        assert time.monotonic() - begun < 5
+
+    def test_max_pixels_moves_the_limit(self, run) -> None:
+        is_refused(run("edit", "page.png", "a", "--max-pixels", 3000), 2, "64x48", "0.003", "--max-pixels")
+
+    @pytest.mark.parametrize("size", [(1, 1), (200, 15), (15, 64)])
+    def test_side_under_16(self, run, size: tuple[int, int]) -> None:
+        Image.new("RGB", size).save("tiny.png")
+        is_refused(run("edit", "tiny.png", "a"), 2, f"{size[0]}x{size[1]}", "at least 16")
+
+    def test_aspect_beyond_8(self, run) -> None:
+        Image.new("RGB", (16 * 8 + 1, 16)).save("strip.png")
+        is_refused(run("edit", "strip.png", "a"), 2, "129x16", "at most 8 times", "Crop it")
+
+    def test_animated_gif(self, run) -> None:
+        frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+        frames[0].save("moving.gif", save_all=True, append_images=frames[1:])
+        is_refused(run("edit", "moving.gif", "a"), 2, "moving.gif is animated", "Save the one to edit")
+
+
+class TestPicturesThatAreFine:
+    """What is only unusual is converted, and comes out upright."""
+
+    def edited(self, run, model: Path, name: str) -> tuple[Told, Image.Image]:
+        told = run("edit", name, "make it night", "-o", "out.png", "--steps", 1, "--model", model)
+        assert told.code == 0, told.err
+        return told, Image.open("out.png")
+
+    @pytest.mark.parametrize("kind", ["cmyk", "deep", "grey", "palette", "one_bit"])
+    def test_converted(self, run, tiny_model_dir: Path, kind: str) -> None:
+        page = Image.open("page.png")
+        if kind == "cmyk":
+            page.convert("CMYK").save("odd.jpg")
+        elif kind == "deep":
+            Image.fromarray(np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)).save("odd.png")
+        else:
+            page.convert({"grey": "L", "palette": "P", "one_bit": "1"}[kind]).save("odd.png")
+        told, result = self.edited(run, tiny_model_dir, "odd.jpg" if kind == "cmyk" else "odd.png")
+        assert (result.mode, result.size) == ("RGB", (64, 48))
+        assert told.err == ""
+
+    def test_exif_rotated_comes_out_upright(self, run, tiny_model_dir: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was turned by a quarter
+        Image.open("page.png").save("turned.jpg", exif=exif)
+        _, result = self.edited(run, tiny_model_dir, "turned.jpg")
+        assert result.size == (48, 64)
+        assert result.getexif().get(0x0112, 1) == 1
+
+    def test_transparency_is_laid_on_white_and_said(self, run, tiny_model_dir: Path) -> None:
+        Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save("glass.png")
+        assert images.load_image("glass.png").getpixel((5, 5)) == (255, 255, 255)
+        told, _ = self.edited(run, tiny_model_dir, "glass.png")
+        assert "ip2p: warning: glass.png has transparent parts: they are laid on white." in told.err
+
+
+# --- the instruction and the numbers --------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_model")
+class TestOptions:
+    @pytest.mark.parametrize("words", [[], [""], ["  \n"]])
+    def test_empty_instruction(self, run, words: list[str]) -> None:
+        is_refused(run("edit", "page.png", *words), 2, "the instruction is empty", 'page.png "make it night"')
+
+    def test_no_picture_named(self, run) -> None:
+        is_refused(run("edit"), 2, "no picture is named", "ip2p edit page.png")
+
+    @pytest.mark.parametrize("steps", ["0", "-1", "1000000000"])
+    def test_steps_out_of_range(self, run, steps: str) -> None:
+        is_refused(
+            run("edit", "page.png", "a", "--steps", steps),
+            2,
+            f"--steps is {steps}",
+            "1 to 1000",
+            "--steps 20",
+        )
+
+    def test_steps_that_are_no_whole_number(self, run) -> None:
+        is_refused(run("edit", "page.png", "a", "--steps", "1e9"), 2, "--steps: '1e9' is not a whole number")
+
+    @pytest.mark.parametrize("flag", ["--text-cfg", "--image-cfg"])
+    @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e6"])
+    def test_scale_that_is_no_use(self, run, flag: str, value: str) -> None:
+        is_refused(
+            run("edit", "page.png", "a", f"{flag}={value}"), 2, f"{flag} is", "from 0 to 100", f"Try {flag}"
+        )
+
+    @pytest.mark.parametrize(
+        ("flag", "value"),
+        [
+            ("--count", 0),
+            ("--seed", -1),
+            ("--seed", 2**63),
+            ("--batch-size", 0),
+            ("--size", 8),
+            ("--size", "8x64"),
+        ],
+    )
+    def test_other_number_out_of_range(self, run, flag: str, value: object) -> None:
+        is_refused(
+            run("edit", "page.png", "a", f"{flag}={value}"), 2, f"{flag} is", "it must be", f"Try {flag}"
+        )
+
+    def test_unknown_flag_names_the_nearest(self, run) -> None:
+        is_refused(run("edit", "page.png", "a", "--stps", "3"), 2, "--stps", "--steps INT")
+
+    def test_unknown_sampler_lists_the_known(self, run) -> None:
+        is_refused(
+            run("edit", "page.png", "a", "--sampler", "ddim"), 2, "'ddim'", "euler_ancestral", "dpmpp_2m"
+        )
+
+    def test_settings_from_a_file_without_any(self, run) -> None:
+        is_refused(run("edit", "page.png", "--from-settings", "page.png"), 2, "page.png carries no settings")
+
+
+def test_too_long_instruction_runs_and_names_the_cut_text(run, tiny_model_dir: Path) -> None:
+    words = "make it night " * 60 + "with owls"
+    told = run("edit", "page.png", words, "-o", "out.png", "--steps", 1, "--model", tiny_model_dir)
+    assert told.code == 0
+    assert told.err.startswith("ip2p: warning: ") and "77 tokens" in told.err and told.err.count("\n") == 1
+    assert "make it night" in told.err and "with owls'" in told.err
+
+
+# --- the output -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_model")
+class TestOutput:
+    def test_folder_missing(self, run) -> None:
+        is_refused(run("edit", "page.png", "a", "-o", "out/night.png"), 2, "out", "missing", "mkdir -p out")
+
+    def test_folder_is_a_file(self, run) -> None:
+        is_refused(run("edit", "page.png", "a", "-o", "page.png/night.png"), 2, "page.png")
+
+    def test_not_writable(self, run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (here / "night.png").write_bytes(b"mine")
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+        told = run("edit", "page.png", "a", "-o", "night.png", "--overwrite")
+        is_refused(told, 2, "night.png", "writ")
+        assert (here / "night.png").read_bytes() == b"mine"
+
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses even root")
+    def test_folder_that_takes_no_files(self, run) -> None:
+        is_refused(run("edit", "page.png", "a", "-o", "/proc/night.png"), 2, "/proc", "choose another")
+
+    def test_existing_output_is_not_overwritten(self, run, here: Path) -> None:
+        (here / "night.png").write_bytes(b"mine")
+        is_refused(run("edit", "page.png", "a", "-o", "night.png"), 2, "night.png", "--overwrite")
+        assert (here / "night.png").read_bytes() == b"mine"
+
+    def test_one_of_several_outputs_exists(self, run, here: Path) -> None:
+        (here / "night-2.png").write_bytes(b"mine")
+        is_refused(
+            run("edit", "page.png", "a", "-o", "night.png", "--count", 3), 2, "night-2.png", "--overwrite"
+        )
+
+    def test_unknown_ending(self, run) -> None:
+        is_refused(run("edit", "page.png", "a", "-o", "night.psd"), 2, "night.psd", ".png, .jpg")
+
+
+def test_overwrite_replaces(run, here: Path, tiny_model_dir: Path) -> None:
+    (here / "night.png").write_bytes(b"old")
+    told = run(
+        "edit", "page.png", "a", "-o", "night.png", "--overwrite", "--steps", 1, "--model", tiny_model_dir
+    )
+    assert told.code == 0 and told.out == "night.png\n"
+    assert Image.open("night.png").size == (64, 48)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def test_malicious_pickle_is_not_opened(run, here: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {here}/owned",)
+
+    import pickle
+
+    (here / "model.ckpt").write_bytes(pickle.dumps(Evil()))
+    is_refused(run("edit", "page.png", "a", "--model", "model.ckpt"), 3, "model.ckpt", "pickle", "not opened")
+    assert not (here / "owned").exists()
+
+
+def test_malicious_pickle_inside_a_model_folder(run, here: Path, tiny_model_dir: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {here}/owned",)
+
+    import pickle
+
+    folder = Path(shutil.copytree(tiny_model_dir, here / "model"))
+    for weights in (folder / "unet").glob("*.safetensors"):
+        weights.unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    is_refused(run("edit", "page.png", "a", "--model", "model"), 3, "pickle", "not opened")
+    assert not (here / "owned").exists()
+
+
+def test_four_channel_unet_is_no_editor(run, here: Path) -> None:
+    make_model(here / "plain", in_channels=4)
+    is_refused(
+        run("edit", "page.png", "a", "--model", "plain"), 3, "takes 4 channels", "needs 8", "ip2p train"
+    )
+
+
+def test_missing_model_folder_names_the_nearest(run, here: Path) -> None:
+    (here / "mymodel").mkdir()
+    is_refused(run("edit", "page.png", "a", "--model", "./mymodle"), 3, "no such model folder", "mymodel")
+
+
+def test_offline_and_not_cached_gives_the_download_command(here: Path) -> None:
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here / "hf")}
+    words = ["edit", "page.png", "a", "--model", "timbrooks/instruct-pix2pix"]
+    told = subprocess.run([sys.executable, "-m", "ip2p", *words], env=env, capture_output=True, text=True)
+    is_refused(
+        Told(told.returncode, told.stdout, told.stderr),
+        3,
+        "timbrooks/instruct-pix2pix is not in the cache",
+        "hf download timbrooks/instruct-pix2pix",
+    )
+
+
+# --- what comes in the middle ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", ["MemoryError()", "torch.OutOfMemoryError('CUDA out of memory')", "RuntimeError(ALLOCATOR)"]
+)
+def test_out_of_memory_hints_at_a_smaller_size(
+    run, here: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    import torch
+
+    from ip2p.editor import Editor
+
+    allocator = (
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    )
+    raised = eval(error, {"torch": torch, "ALLOCATOR": allocator})
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(Editor, "edit", full)
+    told = run("edit", "page.png", "a", "-o", "night.png", "--model", tiny_model_dir)
+    is_refused(told, 4, "out of memory", "--size", "--batch-size 1")
+    assert sorted(os.listdir(here)) == ["page.png"]
+
+
+def test_full_disk(run, tiny_model_dir: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Image.Image, *args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    told = run("edit", "page.png", "a", "-o", "night.png", "--steps", 1, "--model", tiny_model_dir)
+    is_refused(told, 4, "o space left on")
+    assert sorted(os.listdir(here)) == ["page.png"]
+
+
+SLOW_WRITER = """
+import sys, time
+from PIL import Image
+from ip2p import cli
+
+def slow(self, file, *args, **options):
+    with open(file, "wb") as half:
+        half.write(b"half a picture")
+    print("writing", flush=True)
+    time.sleep(60)
+
+Image.Image.save = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_leaves_no_half_written_file(here: Path, tiny_model_dir: Path, number: int, code: int) -> None:
+    words = ["edit", "page.png", "a", "-o", "night.png", "--steps", "1", "--model", str(tiny_model_dir)]
+    command = [sys.executable, "-c", SLOW_WRITER, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.startswith("ip2p: stopped") and err.count("\n") == 1
+    assert sorted(os.listdir(here)) == ["page.png"]
+
+
+def test_fault_of_ours_shows_a_traceback_only_with_debug(
+    run, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ip2p.editor import Editor
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(Editor, "edit", broken)
+    words = ["edit", "page.png", "a", "--model", tiny_model_dir]
+    is_refused(run(*words), 1, "ZeroDivisionError: oh", "--debug")
+    told = run(*words, "--debug")
+    assert told.code == 1 and "Traceback" in told.err
+
+
+def test_the_limit_of_pixels_has_one_value() -> None:
+    assert images.MAX_PIXELS == MAX_PIXELS
+
+
+def test_json_lists_outputs_and_settings(run, tiny_model_dir: Path) -> None:
+    told = run(
+        "edit", "page.png", "a", "--json", "--count", 2, "--seed", 5, "--steps", 1, "--model", tiny_model_dir
+    )
+    assert told.code == 0
+    said = json.loads(told.out)
+    assert [(row["file"], row["seed"]) for row in said["outputs"]] == [
+        ("page-edited-1.png", 5),
+        ("page-edited-2.png", 6),
+    ]
+    assert said["settings"]["steps"] == 1

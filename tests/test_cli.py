@@ -1,0 +1,267 @@
+"""The command line around the verbs: help, settings and where they come from, names of outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ip2p import __version__, cli, command
+from ip2p import config as configs
+from ip2p.config import BuildConfig, DrawConfig, EditConfig, ScoreConfig, with_defaults
+from ip2p.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("IP2P_")]:
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def ip2p(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ip2p", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+def test_help_takes_less_than_a_second() -> None:
+    ip2p("--help")  # the first call may have to compile
+    begun = time.perf_counter()
+    told = ip2p("--help")
+    assert time.perf_counter() - begun < 1
+    assert told.returncode == 0 and told.stderr == ""
+    assert all(verb in told.stdout for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["edit", "--help"], ["storybook", "score", "-h"], ["edit"]])
+def test_help_and_refusals_import_no_torch(words: list[str]) -> None:
+    code = (
+        "import sys; from ip2p import cli; cli.main(sys.argv[1:]);"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'skia', 'pyarrow') if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["storybook"], ["storybook", "--help"]])
+def test_overview(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "storybook score" in out
+    assert ("edit a picture" in out) == ("storybook" not in words)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ip2p {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["edti"], "did you mean ip2p edit?"),
+        (["storybook", "drw"], "did you mean ip2p storybook draw?"),
+        (["xyzzy"], "--help"),
+    ],
+)
+def test_unknown_verb(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_a_config_a_function_and_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = cli.config_class(verb)
+    module, function = cli.VERBS[verb][1].split(":")
+    run = getattr(importlib.import_module(module), function)
+    assert list(inspect.signature(run).parameters) == ["config"]
+    assert cli.main([*verb.split(), "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"usage: ip2p {verb}" in out
+    for field in dataclasses.fields(config):
+        if field.name not in ("image", "instruction"):
+            assert f"--{field.name.replace('_', '-')}" in out
+
+
+@pytest.mark.parametrize("config", [EditConfig, DrawConfig, BuildConfig, ScoreConfig])
+def test_every_setting_has_its_own_words_in_the_help(config: type) -> None:
+    source = inspect.getsource(config)
+    for field in dataclasses.fields(config):
+        [line] = [text for text in source.splitlines() if text.strip().startswith(f"{field.name}: ")]
+        assert "  # " in line, f"{config.__name__}.{field.name} has no comment"
+
+
+def test_the_cli_page_of_the_docs_is_up_to_date() -> None:
+    tool = Path(__file__).parent.parent / "tools" / "make_cli_docs.py"
+    told = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+def test_flag_beats_variable_beats_file_beats_default(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty_folder / "ip2p.toml").write_text("[edit]\nsteps = 11\nimage-cfg = 1.1\nseed = 3\n")
+    monkeypatch.setenv("IP2P_STEPS", "12")
+    monkeypatch.setenv("IP2P_IMAGE_CFG", "1.2")
+    config = cli.parse("edit", ["page.png", "make it night", "--steps", "13"])
+    assert (config.steps, config.image_cfg, config.seed, config.text_cfg) == (13, 1.2, 3, 7.5)
+    assert (config.image, config.instruction) == ("page.png", "make it night")
+
+
+def test_named_settings_file_and_nested_table(empty_folder: Path) -> None:
+    (empty_folder / "mine.toml").write_text('[storybook.draw]\ncount = 5\nout = "pages"\n')
+    config = cli.parse("storybook draw", ["--config", "mine.toml"])
+    assert (config.count, config.out) == (5, Path("pages"))
+    assert cli.parse("storybook draw", ["--config=mine.toml", "--count", "6"]).count == 6
+    assert with_defaults(DrawConfig, "storybook draw", env={"IP2P_CONFIG": "mine.toml"}).count == 5
+
+
+def test_variables_take_every_type() -> None:
+    env = {
+        "IP2P_OVERWRITE": "yes",
+        "IP2P_SIZE": "576x384",
+        "IP2P_TEXT_CFG": "3",
+        "IP2P_SAMPLER": "euler",
+        "IP2P_OUT": "a/b.png",
+        "IP2P_NEGATIVE": "",
+    }
+    config = with_defaults(EditConfig, "edit", env=env)
+    assert (config.overwrite, config.size, config.text_cfg) == (True, (576, 384), 3.0)
+    assert (config.sampler, config.out, config.negative) == ("euler", Path("a/b.png"), "")
+    assert with_defaults(EditConfig, "edit", env={"IP2P_SIZE": "256"}).size == 256
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("IP2P_STEPS", "many", "IP2P_STEPS is 'many'; it must be a whole number"),
+        ("IP2P_TEXT_CFG", "x", "it must be a number"),
+        ("IP2P_OVERWRITE", "maybe", "write true or false"),
+        ("IP2P_SAMPLER", "ddim", "choose one of: euler_ancestral"),
+        ("IP2P_SIZE", "1x2x3", "576x384"),
+    ],
+)
+def test_bad_variable(variable: str, value: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        with_defaults(EditConfig, "edit", env={variable: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[edit]\nstpes = 3\n", "did you mean steps?"),
+        ("[edit]\nsteps = 'x'\n", "steps in ip2p.toml is 'x'"),
+        ("[edit\n", "is not TOML"),
+        ("edit = 3\n", r"write \[edit\] above it"),
+        ("[storybook]\ndraw = 1\n[edit]\nzzz = 1\n", "has no such setting; known: image"),
+    ],
+)
+def test_bad_settings_file(empty_folder: Path, text: str, said: str) -> None:
+    (empty_folder / "ip2p.toml").write_text(text)
+    with pytest.raises(InputError, match=said):
+        with_defaults(EditConfig, "edit", env={})
+
+
+def test_missing_settings_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["edit", "a.png", "b", "--config", "no.toml"]) == 2
+    assert "cannot read the settings file no.toml" in capsys.readouterr().err
+
+
+def test_size_is_a_side_or_two() -> None:
+    assert cli.parse("edit", ["a", "b", "--size", "256"]).size == 256
+    assert cli.parse("edit", ["--size", "576x384", "a", "b"]).size == (576, 384)
+    assert cli.parse("edit", ["a", "b"]).size is None
+
+
+def test_run_json_holds_version_and_settings() -> None:
+    said = json.loads(configs.run_json(DrawConfig(out=Path("x"), count=3), seconds=1.5))
+    assert said["ip2p"] == __version__ and said["seconds"] == 1.5
+    assert said["settings"]["out"] == "x" and said["settings"]["count"] == 3
+
+
+# --- outputs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "paths"),
+    [
+        (EditConfig(image="a/page.jpg"), ["a/page-edited.jpg"]),
+        (EditConfig(image="page.gif"), ["page-edited.png"]),
+        (EditConfig(image="page.png", out=Path("night.webp")), ["night.webp"]),
+        (EditConfig(image="page.png", out=Path("n.png"), count=2), ["n-1.png", "n-2.png"]),
+        (EditConfig(image="page.png", count=2), ["page-edited-1.png", "page-edited-2.png"]),
+        (EditConfig(image="a/page.png", out=Path(".")), ["page-edited.png"]),
+    ],
+)
+def test_names_of_outputs(config: EditConfig, paths: list[str]) -> None:
+    assert command.output_paths(config) == [Path(path) for path in paths]
+
+
+def edit(model: Path, *words: object) -> int:
+    return cli.main(["edit", "page.png", *map(str, words), "--model", str(model), "--dtype", "fp32"])
+
+
+def test_image_k_of_several_equals_the_same_image_alone(
+    page: Image.Image, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page.save("page.png")
+    many = ("make it night", "--steps", 3, "--count", 3, "--seed", 7)
+    assert edit(tiny_model_dir, *many, "-o", "night.png", "--batch-size", 2) == 0
+    told = capsys.readouterr()
+    assert told.out.split() == ["night-1.png", "night-2.png", "night-3.png"]
+    assert "\x1b" not in told.err and "%" not in told.err  # no progress without a terminal
+    assert edit(tiny_model_dir, "make it night", "--steps", 3, "--seed", 8, "-o", "alone.png") == 0
+    first, second, alone = (
+        np.asarray(Image.open(f"{name}.png"), int) for name in ("night-1", "night-2", "alone")
+    )
+    # Sums in a batch may round otherwise than alone: one level of 255 is the same picture.
+    assert abs(alone - second).max() <= 1
+    assert abs(first - second).max() > 10
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_picture_can_be_made_again_from_its_settings(
+    page: Image.Image, tiny_model_dir: Path, ending: str
+) -> None:
+    page.resize((96, 64)).save("page.png")
+    words = ["make it night, with stars: many", "--steps", 3, "--seed", 9, "--sampler", "dpmpp_2m"]
+    words += [
+        "--spacing",
+        "karras",
+        "--text-cfg",
+        5,
+        "--image-cfg",
+        1.25,
+        "--negative",
+        "blur, rain",
+        "--size",
+        48,
+    ]
+    assert edit(tiny_model_dir, *words, "-o", f"night.{ending}") == 0
+    assert edit(tiny_model_dir, "--from-settings", f"night.{ending}", "-o", f"again.{ending}") == 0
+    assert Path(f"night.{ending}").read_bytes() == Path(f"again.{ending}").read_bytes()
+
+
+def test_flag_beats_the_settings_of_a_picture(page: Image.Image, tiny_model_dir: Path) -> None:
+    page.save("page.png")
+    assert edit(tiny_model_dir, "make it night", "--steps", 2, "--seed", 4, "-o", "night.png") == 0
+    config = cli.parse("edit", ["page.png", "--from-settings", "night.png", "--seed", "5"])
+    assert (config.instruction, config.steps, config.seed) == ("make it night", 2, 5)
+    assert config.model == tiny_model_dir.name
