@@ -42,7 +42,9 @@ def test_diffusers_pipeline_opens_the_bundle_and_edits(built):
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.unet.config.in_channels == 8
     page = Image.new("RGB", (64, 64), "white")
-    result = pipeline("make it night", image=page, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    result = pipeline(
+        "make it night", image=page, num_inference_steps=2, generator=torch.Generator().manual_seed(0)
+    )
     assert result.images[0].size == (64, 64)
 
 
@@ -132,9 +134,7 @@ def test_an_unfinished_unet_still_gives_a_bundle(built, tmp_path, monkeypatch):
     (tmp_path / "state").mkdir()
     for stage in ("vae", "clip"):
         (tmp_path / "state" / f"{stage}.done.json").symlink_to(built / "state" / f"{stage}.done.json")
-    assert not build.run(
-        "smoke", tmp_path, seconds=0.0, device="cpu", bundle=tmp_path / "bundle", log=quiet
-    )
+    assert not build.run("smoke", tmp_path, seconds=0.0, device="cpu", bundle=tmp_path / "bundle", log=quiet)
     assert (tmp_path / "bundle" / "unet" / "config.json").exists()
 
 

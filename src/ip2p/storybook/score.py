@@ -25,7 +25,6 @@ from ip2p.storybook.scene import rng_for
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
     from torch import Tensor
 
     from ip2p.config import ScoreConfig
@@ -117,9 +116,7 @@ def judge(case: Case, output: NDArray[np.uint8]) -> Verdict:
     own = error(case.exact)
     success = own < error(case.page) and all(own < error(other) for other in case.others)
     kept = psnr(output[case.fixed], case.page[case.fixed]) if case.fixed.mean() > 0.01 else None
-    return Verdict(
-        kind=case.edit.kind, success=success, preservation=kept, distance=psnr(output, case.exact)
-    )
+    return Verdict(kind=case.edit.kind, success=success, preservation=kept, distance=psnr(output, case.exact))
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -276,15 +273,15 @@ def as_text(result: dict[str, Any]) -> str:
         return "-" if value is None else format(value, form)
 
     lines = [
-        f"{result['count']} edits a split at {result['size']} px, seed {result['seed']}, {result['steps']} steps of "
-        f"{result['sampler']}, text CFG {result['text_cfg']:g}, image CFG {result['image_cfg']:g}",
+        f"{result['count']} edits a split at {result['size']} px, seed {result['seed']}, "
+        f"{result['steps']} steps of {result['sampler']}, text CFG {result['text_cfg']:g}, image CFG {result['image_cfg']:g}",
         "",
     ]
     splits = [s for s in SPLITS if s in result]
     head = f"{'edit':<12}" + "".join(f"{s.replace('_', ' '):>21}" for s in splits)
     lines += [
-        head + f"{'preservation':>15}{'ceiling':>10}{'copy':>8}",
-        "-" * (len(head) + 33),
+        head + f"{'preservation':>15}{'ceiling':>10}{'copy':>10}",
+        "-" * (len(head) + 35),
     ]
     first = splits[0]
     for kind in (*EDIT_KINDS, "overall"):
@@ -295,7 +292,7 @@ def as_text(result: dict[str, Any]) -> str:
             row = result[split]["model"].get(kind)
             line += f"{number(row and row['success'], '.1%'):>21}"
         line += f"{number(result[first]['model'][kind]['preservation'], '.1f'):>12} dB"
-        line += f"{result[first]['ceiling'][kind]['success']:>10.1%}{result[first]['copy'][kind]['success']:>8.1%}"
+        line += "".join(f"{result[first][row][kind]['success']:>10.1%}" for row in ("ceiling", "copy"))
         lines.append(line)
     lines += [
         "",
@@ -316,13 +313,26 @@ def rows_picture(rows: Sequence[tuple[Case, NDArray[np.uint8]]], columns: int = 
     pen = ImageDraw.Draw(sheet)
     for column in range(columns):
         x = column * (width + 2 * gap)
-        for offset, text in ((0, "page"), (size, "instruction"), (size + 200, "result"), (2 * size + 200, "exact")):
+        for offset, text in (
+            (0, "page"),
+            (size, "instruction"),
+            (size + 200, "result"),
+            (2 * size + 200, "exact"),
+        ):
             pen.text((x + offset + 4, 3), text, fill="black", font=font)
     for i, (case, output) in enumerate(rows):
         x, y = (i % columns) * (width + 2 * gap), 24 + (i // columns) * (height + gap)
         for offset, picture in ((0, case.page), (size + 200, output), (2 * size + 200, case.exact)):
-            sheet.paste(Image.fromarray(picture).resize((size - 4, size - 4), Image.Resampling.LANCZOS), (x + offset, y))
-        pen.multiline_text((x + size + 4, y + 8), "\n".join(textwrap.wrap(case.edit.instruction, 24)), fill="black", font=font)
+            sheet.paste(
+                Image.fromarray(picture).resize((size - 4, size - 4), Image.Resampling.LANCZOS),
+                (x + offset, y),
+            )
+        pen.multiline_text(
+            (x + size + 4, y + 8),
+            "\n".join(textwrap.wrap(case.edit.instruction, 24)),
+            fill="black",
+            font=font,
+        )
         right = judge(case, output).success
         pen.text(
             (x + size + 4, y + height - 24),

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash at any moment: written beside, flushed, then renamed (FACTS: commit recipe)."""
+"""Checkpoints that survive a crash at any moment: written beside, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 

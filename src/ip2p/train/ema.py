@@ -15,7 +15,9 @@ class Ema:
     def __init__(self, model: nn.Module, max_decay: float = 0.9999) -> None:
         self.max_decay = max_decay
         self.updates = 0
-        self.average: dict[str, Tensor] = {k: v.detach().clone().float() for k, v in model.state_dict().items()}
+        self.average: dict[str, Tensor] = {
+            k: v.detach().clone().float() for k, v in model.state_dict().items()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -20,7 +20,9 @@ def null_conditions(draw: Float[Tensor, " batch"]) -> tuple[Bool[Tensor, " batch
 
 
 def add_noise(
-    clean: Float[Tensor, "batch c h w"], noise: Float[Tensor, "batch c h w"], alpha_bar: Float[Tensor, " batch"]
+    clean: Float[Tensor, "batch c h w"],
+    noise: Float[Tensor, "batch c h w"],
+    alpha_bar: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch c h w"]:
     """The forward process, `sqrt(a) x0 + sqrt(1 - a) eps` (Ho et al. 2020, eq. 4)."""
     a = alpha_bar[:, None, None, None]
