@@ -250,8 +250,8 @@ def train_stage(
     generator = torch.Generator().manual_seed(run.preset.seed)
     step, clock, curve, bad = 0, Clock(), [], 0
     if state is not None:
-        now = _fingerprint(run, stage)
-        changed = [k for k in now if state["preset"].get(k) != now[k]]
+        own = _fingerprint(run, stage)
+        changed = [k for k in own if state["preset"].get(k) != own[k]]
         if changed:
             raise InputError(
                 f"{path} was made with another {' and '.join(changed)} than preset {run.name!r} has now; "
@@ -311,15 +311,15 @@ def train_stage(
                     f"{stage}: ten steps in a row were not finite; the state before is {path}"
                 )
         step += 1
-        for key, value in {"loss": loss.detach(), **numbers}.items():
-            totals[key] = totals.get(key, 0.0) + float(value)
+        for key, number in {"loss": float(loss.detach()), **numbers}.items():
+            totals[key] = totals.get(key, 0.0) + number
         count += 1
         now = time.monotonic()
         if now - shown > 20 or step >= config.steps:
             rate = (step - shown_step) * config.batch / (now - shown)
-            mean = {k: round(v / count, 5) for k, v in totals.items()}
-            curve.append({"step": step, "seconds": round(clock.seconds()), **mean})
-            text = " ".join(f"{k} {v:g}" for k, v in mean.items())
+            means = {k: round(v / count, 5) for k, v in totals.items()}
+            curve.append({"step": step, "seconds": round(clock.seconds()), **means})
+            text = " ".join(f"{k} {v:g}" for k, v in means.items())
             run.log(f"{stage}: step {step} {min(progress, 1):.1%} {text} {rate:.0f} samples/s")
             shown, shown_step, totals, count = now, step, {}, 0
         if now - saved > run.preset.save_every:
@@ -382,7 +382,7 @@ def train_vae(run: Run) -> None:
     torch.manual_seed(preset.seed)
     vae = new_vae(preset).to(run.device)
     if run.device.type == "cuda":  # on a CPU this layout's group norms train slower
-        vae.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def losses(first: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
         pages = Pages("page", preset.vae.batch, preset.size, preset.seed, first)
@@ -412,7 +412,7 @@ def train_vae(run: Run) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A CLIP tokenizer with a token for each word of the storybook's language; other words fall into bytes."""
+    """A CLIP tokenizer: each word of the storybook's language is one token, other words fall into bytes."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 

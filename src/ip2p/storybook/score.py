@@ -274,7 +274,8 @@ def as_text(result: dict[str, Any]) -> str:
 
     lines = [
         f"{result['count']} edits a split at {result['size']} px, seed {result['seed']}, "
-        f"{result['steps']} steps of {result['sampler']}, text CFG {result['text_cfg']:g}, image CFG {result['image_cfg']:g}",
+        f"{result['steps']} steps of {result['sampler']}, "
+        f"text CFG {result['text_cfg']:g}, image CFG {result['image_cfg']:g}",
         "",
     ]
     splits = [s for s in SPLITS if s in result]
