@@ -7,7 +7,7 @@ about 100 units high, standing on y = 100.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
@@ -21,8 +21,13 @@ RGB = tuple[float, float, float]
 LINE_STYLES = ("pencil", "blueprint", "comic")
 # How far a silhouette's contour reaches outwards, as a share of the page's height.
 CONTOUR = {
-    "plain": 0.0045, "pencil": 0.006, "watercolour": 0.004, "pixel art": 0.007, "blueprint": 0.005, "comic": 0.0085,
-}  # fmt: skip
+    "plain": 0.0045,
+    "pencil": 0.006,
+    "watercolour": 0.004,
+    "pixel art": 0.007,
+    "blueprint": 0.005,
+    "comic": 0.0085,
+}
 
 INK: RGB = (38, 34, 44)
 WHITE: RGB = (255, 255, 255)
@@ -110,9 +115,11 @@ def tilted(path: skia.Path, degrees: float, cx: float, cy: float) -> skia.Path:
 def stroke(text: str, width: float) -> skia.Path:
     """The outline of a thick, round-ended line."""
     paint = skia.Paint(
-        Style=skia.Paint.kStroke_Style, StrokeWidth=width, StrokeCap=skia.Paint.kRound_Cap,
+        Style=skia.Paint.kStroke_Style,
+        StrokeWidth=width,
+        StrokeCap=skia.Paint.kRound_Cap,
         StrokeJoin=skia.Paint.kRound_Join,
-    )  # fmt: skip
+    )
     out = skia.Path()
     paint.getFillPath(curve(text), out)
     return out
@@ -138,11 +145,14 @@ class Part:
     path: skia.Path
     role: str
     form: str = "flat"
-    solid: bool = True  # counts for the silhouette; small parts that lie within it need not
+    solid: bool = True  # counts for the silhouette; parts that lie within it need not
+    bounds: tuple[float, float, float, float] = field(init=False)
+    small: bool = field(init=False)  # too small for shading to be seen
 
     def __post_init__(self) -> None:
         b = self.path.getBounds()
         object.__setattr__(self, "bounds", (b.left(), b.top(), b.right(), b.bottom()))
+        object.__setattr__(self, "small", b.width() * b.height() < 300)
 
 
 def union(parts: Sequence[Part]) -> skia.Path:
@@ -170,17 +180,26 @@ class Light:
 
 
 _BACK: dict[str, RGB] = {
-    "morning": (1.0, 0.92, 0.88), "noon": (1.0, 1.0, 1.0), "sunset": (0.96, 0.68, 0.56), "night": (0.30, 0.36, 0.58),
-}  # fmt: skip
+    "morning": (1.0, 0.92, 0.88),
+    "noon": (1.0, 1.0, 1.0),
+    "sunset": (0.96, 0.68, 0.56),
+    "night": (0.30, 0.36, 0.58),
+}
 _THINGS: dict[str, RGB] = {
-    "morning": (1.0, 0.96, 0.92), "noon": (1.0, 1.0, 1.0), "sunset": (1.0, 0.87, 0.76), "night": (0.66, 0.69, 0.84),
-}  # fmt: skip
+    "morning": (1.0, 0.96, 0.92),
+    "noon": (1.0, 1.0, 1.0),
+    "sunset": (1.0, 0.87, 0.76),
+    "night": (0.66, 0.69, 0.84),
+}
 _DIM = {"clear": 1.0, "cloudy": 0.92, "rain": 0.82, "snow": 0.95, "fog": 0.92}
 _LEAN = {"morning": 0.7, "noon": 0.14, "sunset": -0.85, "night": 0.4}
 _ALPHA = {"morning": 70, "noon": 80, "sunset": 76, "night": 90}
 _HAZE: dict[str, RGB] = {
-    "morning": (232, 226, 226), "noon": (226, 232, 236), "sunset": (226, 184, 164), "night": (76, 86, 122),
-}  # fmt: skip
+    "morning": (232, 226, 226),
+    "noon": (226, 232, 236),
+    "sunset": (226, 184, 164),
+    "night": (76, 86, 122),
+}
 
 
 def haze(time: str) -> RGB:
@@ -196,7 +215,10 @@ def light_for(time: str, weather: str, side: int) -> Light:
     fog = 0.42 if weather == "fog" else 0.0
     h = _HAZE[time]
     return Light(
-        back=((b[0] * dim * (1 - fog), b[1] * dim * (1 - fog), b[2] * dim * (1 - fog)), mix((0, 0, 0), h, fog)),
+        back=(
+            (b[0] * dim * (1 - fog), b[1] * dim * (1 - fog), b[2] * dim * (1 - fog)),
+            mix((0, 0, 0), h, fog),
+        ),
         things=((t[0] * dim_things, t[1] * dim_things, t[2] * dim_things), (0.0, 0.0, 0.0)),
         lamps=time == "night",
         shadow_lean=_LEAN[time] * side * (1.0 if weather == "clear" else 0.55),
@@ -222,9 +244,11 @@ class Pen:
         self._fill = skia.Paint(AntiAlias=True)
         self._band = skia.Paint(AntiAlias=False)
         self._line = skia.Paint(
-            AntiAlias=True, Style=skia.Paint.kStroke_Style, StrokeCap=skia.Paint.kRound_Cap,
+            AntiAlias=True,
+            Style=skia.Paint.kStroke_Style,
+            StrokeCap=skia.Paint.kRound_Cap,
             StrokeJoin=skia.Paint.kRound_Join,
-        )  # fmt: skip
+        )
 
     def use(self, light: tuple[RGB, RGB]) -> None:
         self.mul, self.add = light
@@ -257,9 +281,13 @@ class Pen:
     # Skia's gradient shaders take 20 ns a pixel on a CPU; a clip filled with flat bands takes a tenth.
 
     def _bands(
-        self, path: skia.Path, bounds: tuple[float, float, float, float], stops: Sequence[tuple[float, int]], fine: int
+        self,
+        path: skia.Path,
+        bounds: tuple[float, float, float, float],
+        stops: Sequence[tuple[float, int]],
+        fine: int,
     ) -> None:
-        """Fill a path with level bands that fade through opaque colours at heights; `fine` is a band's change."""
+        """Fill a path with level bands that fade from stop to stop, `fine` levels a band."""
         canvas, paint = self.canvas, self._band
         x0, x1 = bounds[0] - 1, bounds[2] + 1
         canvas.save()
@@ -275,13 +303,18 @@ class Pen:
                 if i == n - 1 and yb >= stops[-1][0]:
                     low = max(low, bounds[3]) + 1
                 paint.setColor(
-                    0xFF000000 | int(ra + dr * t + 0.5) << 16 | int(ga + dg * t + 0.5) << 8 | int(ba + db * t + 0.5)
+                    0xFF000000
+                    | int(ra + dr * t + 0.5) << 16
+                    | int(ga + dg * t + 0.5) << 8
+                    | int(ba + db * t + 0.5)
                 )
                 canvas.drawRect(skia.Rect.MakeLTRB(x0, top, x1, low), paint)
                 top = low
         canvas.restore()
 
-    def _rings(self, path: skia.Path, x: float, y: float, radius: float, colours: tuple[int, int, int]) -> None:
+    def _rings(
+        self, path: skia.Path, x: float, y: float, radius: float, colours: tuple[int, int, int]
+    ) -> None:
         """Fill a path with rings about (x, y) that fade from the first colour to the last at the radius."""
         canvas, paint = self.canvas, self._band
         light, middle, dark = colours
@@ -298,8 +331,16 @@ class Pen:
                 canvas.drawCircle(x, y, radius * (k1 - (k1 - k0) * i / n), paint)
         canvas.restore()
 
-    def fill(self, path: skia.Path, c: RGB, below: RGB | None = None, *, lit: bool = True, line: bool = True,
-             span: tuple[float, float] | None = None) -> None:  # fmt: skip
+    def fill(
+        self,
+        path: skia.Path,
+        c: RGB,
+        below: RGB | None = None,
+        *,
+        lit: bool = True,
+        line: bool = True,
+        span: tuple[float, float] | None = None,
+    ) -> None:
         """Fill a backdrop shape, fading from c above to `below` at the bottom of the span or shape."""
         if below is None or self.blueprint:
             paint = self._fill
@@ -309,7 +350,7 @@ class Pen:
             b = path.getBounds()
             bounds = (b.left(), b.top(), b.right(), b.bottom())
             y0, y1 = span or (bounds[1], bounds[3])
-            self._bands(path, bounds, ((y0, self.ink(c, lit=lit)), (y1, self.ink(below, lit=lit))), 4)
+            self._bands(path, bounds, ((y0, self.ink(c, lit=lit)), (y1, self.ink(below, lit=lit))), 5)
         if line and self.lines:
             self.outline(path, 0.004 if self.style == "comic" else 0.003)
 
@@ -319,14 +360,29 @@ class Pen:
         paint.setColor({"blueprint": 0x90DCE8FF, "pencil": 0xB0303038}.get(self.style, 0xFF201C26))
         self.canvas.drawPath(path, paint)
 
-    def dots(self, xy: Sequence[float], diameter: float, c: RGB, alpha: int = 255, *, lit: bool = True) -> None:
-        """Round dots at x0, y0, x1, y1, ..."""
+    def dots(
+        self,
+        xy: Sequence[float],
+        diameter: float,
+        c: RGB,
+        alpha: int = 255,
+        *,
+        lit: bool = True,
+        square: bool = False,
+    ) -> None:
+        """Round or square dots at x0, y0, x1, y1, ..."""
         paint = self._line
         paint.setStrokeWidth(diameter)
         paint.setColor(self.ink(c, alpha, lit=lit))
+        if square:
+            paint.setStrokeCap(skia.Paint.kSquare_Cap)
         self.canvas.drawPoints(skia.Canvas.kPoints_PointMode, _points(xy), paint)
+        if square:
+            paint.setStrokeCap(skia.Paint.kRound_Cap)
 
-    def dashes(self, xy: Sequence[float], width: float, c: RGB, alpha: int = 255, *, lit: bool = True) -> None:
+    def dashes(
+        self, xy: Sequence[float], width: float, c: RGB, alpha: int = 255, *, lit: bool = True
+    ) -> None:
         """Line segments between successive pairs of points."""
         paint = self._line
         paint.setStrokeWidth(width)
@@ -336,7 +392,7 @@ class Pen:
     def glow(self, x: float, y: float, radius: float, c: RGB, alpha: int) -> None:
         """A soft round light that fades to nothing: rings laid over one another."""
         paint = self._fill
-        n = 8
+        n = 10
         keep = (1 - alpha / 255) ** (1 / n)
         paint.setColor(self.ink(c, round(255 * (1 - keep)), lit=False))
         for i in range(n):
@@ -348,7 +404,9 @@ class Pen:
         n = abs(alpha1 - alpha0) // 6 + 1
         for i in range(n):
             paint.setColor(self.ink(c, round(alpha0 + (alpha1 - alpha0) * (i + 0.5) / n), lit=False))
-            self.canvas.drawRect(skia.Rect.MakeLTRB(-0.01, y0 + (y1 - y0) * i / n, 1.01, y0 + (y1 - y0) * (i + 1) / n), paint)
+            self.canvas.drawRect(
+                skia.Rect.MakeLTRB(-0.01, y0 + (y1 - y0) * i / n, 1.01, y0 + (y1 - y0) * (i + 1) / n), paint
+            )
 
     # -- things
 
@@ -362,13 +420,13 @@ class Pen:
             return ((255, 214, 96), False) if self.light.lamps else ((178, 222, 244), True)
         dark = luma(body) < 70
         if role == "light":
-            return shade(body, 0.2), True
+            return shade(body, 0.2 if not dark else 0.09), True
         if role == "pale":
-            return shade(body, 0.55 if not dark else 0.4), True
+            return shade(body, 0.55 if not dark else 0.24), True
         if role == "dark":
-            return (shade(body, -0.16) if not dark else shade(body, 0.16)), True
+            return (shade(body, -0.16) if not dark else shade(body, 0.1)), True
         if role == "deep":
-            return (shade(body, -0.34) if not dark else shade(body, 0.3)), True
+            return (shade(body, -0.34) if not dark else shade(body, 0.2)), True
         if role == "patch":
             return ((74, 62, 62) if luma(body) > 165 else (250, 246, 238)), True
         raise ValueError(f"unknown role {role!r}")
@@ -376,20 +434,20 @@ class Pen:
     def part(self, part: Part, body: RGB, width: float) -> None:
         """One part of a thing; `width` is that of its line, in the thing's own units."""
         c, lit = self.role(part.role, body)
-        if part.form == "flat" or self.blueprint:
+        if part.form == "flat" or self.blueprint or part.small:
             paint = self._fill
             paint.setColor(self.ink(c, lit=lit))
             self.canvas.drawPath(part.path, paint)
         else:
-            x0, y0, x1, y1 = bounds = part.bounds  # type: ignore[attr-defined]
+            x0, y0, x1, y1 = bounds = part.bounds
             dark = luma(c) < 70
             middle = self.ink(c, lit=lit)
             if part.form == "tall":
-                light = self.ink(shade(c, 0.24 if not dark else 0.16), lit=lit)
+                light = self.ink(shade(c, 0.24 if not dark else 0.12), lit=lit)
                 low = self.ink(shade(c, -0.13), lit=lit)
-                self._bands(part.path, bounds, ((y0, light), (y0 + 0.45 * (y1 - y0), middle), (y1, low)), 6)
+                self._bands(part.path, bounds, ((y0, light), (y0 + 0.45 * (y1 - y0), middle), (y1, low)), 8)
             else:
-                light = self.ink(shade(c, 0.42 if not dark else 0.28), lit=lit)
+                light = self.ink(shade(c, 0.42 if not dark else 0.2), lit=lit)
                 low = self.ink(shade(c, -0.16), lit=lit)
                 w, h = x1 - x0, y1 - y0
                 cx = x0 + w * (0.66 if self.flip else 0.34)

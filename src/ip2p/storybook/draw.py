@@ -8,14 +8,14 @@ from the scene's seed and the thing's `uid` alone, so that an edit touches only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
 import skia
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
-from ip2p.storybook.art_pen import CONTOUR, RGB, Part, Pen, light_for, luma, shade
+from ip2p.storybook.art_pen import CONTOUR, RGB, Part, Pen, light_for, shade
 from ip2p.storybook.art_places import backdrop, sun_side, weather_before
 from ip2p.storybook.art_things import Art, art, wear
 from ip2p.storybook.scene import COLOURS, Scene, Thing, rng_for
@@ -88,21 +88,25 @@ def _paint_shadow(pen: Pen, figure: _Figure) -> None:
         return
     light = pen.light
     canvas = pen.canvas
-    for x, y, matrix in figure.matrices():
+    for _, y, matrix in figure.matrices():
         cast = skia.Matrix()
         # A point h above the ground falls lean * h aside and depth * h towards the reader.
-        cast.setAll(1, -light.shadow_lean, x_shift(x, y, light.shadow_lean), 0, -light.shadow_depth,
-                    y + light.shadow_depth * y, 0, 0, 1)  # fmt: skip
+        cast.setAll(
+            1,
+            -light.shadow_lean,
+            light.shadow_lean * y,
+            0,
+            -light.shadow_depth,
+            y + light.shadow_depth * y,
+            0,
+            0,
+            1,
+        )
         canvas.save()
         canvas.concat(cast)
         canvas.concat(matrix)
         pen.shadow(figure.art.silhouette)
         canvas.restore()
-
-
-def x_shift(x: float, y: float, lean: float) -> float:
-    """The offset that keeps the ground point (x, y) in place under a shear by `lean`."""
-    return lean * y
 
 
 def _paint_parts(pen: Pen, parts: tuple[Part, ...], body: RGB, width: float) -> None:
@@ -157,50 +161,45 @@ def _paint(scene: Scene, size: int) -> np.ndarray:
 
 # --- styles -------------------------------------------------------------------------------------
 # Each works on pixels from a bounded neighbourhood; _reach says how far it carries a change.
+# Pillow's 8-bit operations are exact, and several times as fast here as numpy's.
 
 
-def _table(f: object, n: int = 256) -> np.ndarray:
-    values = [f(i) for i in range(n)]  # type: ignore[operator]
-    return np.clip(np.round(values), 0, 255).astype(np.uint8)
+def _table(f: Callable[[int], float]) -> list[int]:
+    """A function of brightness, for Image.point."""
+    return [min(255, max(0, round(f(y)))) for y in range(256)]
 
 
-def _luma(rgba: np.ndarray) -> np.ndarray:
-    y = rgba[..., 0] * np.uint16(77)
-    y += rgba[..., 1] * np.uint16(150)
-    y += rgba[..., 2] * np.uint16(29)
-    y >>= 8
-    return y.astype(np.uint8)
+def _three(grey: Image.Image) -> Image.Image:
+    return Image.merge("RGB", (grey, grey, grey))
 
 
 @lru_cache(maxsize=64)
-def _hatching(size: int, phase: int) -> np.ndarray:
-    """Two crossed families of slanted lines as darkness 0..255; the second bites in deep shade only."""
+def _hatching(size: int, phase: int) -> Image.Image:
+    """A family of slanted lines as darkness 0..255."""
     v, u = np.mgrid[0:size, 0:size].astype(np.float64) / size
     wave = 0.5 + 0.5 * np.cos(2 * np.pi * (30 * (0.8 * u + 0.6 * v) + phase / 8))
-    return np.round(255 * wave**1.5).astype(np.uint16)
+    return Image.fromarray(np.round(255 * wave**1.5).astype(np.uint8))
 
 
-_PENCIL_TONE = _table(lambda y: 40 + 4 * max(0, y - 8) if y < 40 else min(253.0, 168 + 85 * ((y - 40) / 196) ** 0.9))
-_PENCIL_HATCH = _table(lambda y: 58 * max(0.0, min(1.0, (210 - y) / 130)) if y > 40 else 28)
+_PENCIL_TONE = _table(
+    lambda y: 40 + 4 * max(0, y - 8) if y < 40 else min(253.0, 168 + 85 * ((y - 40) / 196) ** 0.9)
+)
+_PENCIL_HATCH = _table(lambda y: 46 * max(0.0, min(1.0, (210 - y) / 130)) if y > 40 else 24)
 
 
-def _pencil(rgba: np.ndarray, scene: Scene) -> np.ndarray:
-    y = _luma(rgba)
-    dark = _PENCIL_HATCH[y] * _hatching(len(y), scene.seed % 8)
-    dark >>= 8
-    grey = _PENCIL_TONE[y].astype(np.int16)
-    grey -= dark.astype(np.int16)
-    out = np.clip(grey, 0, 255, out=grey).astype(np.uint8)
-    return np.repeat(out[..., None], 3, axis=2)
+def _pencil(page: Image.Image, scene: Scene) -> Image.Image:
+    grey = page.convert("L")
+    hatching = ImageChops.multiply(grey.point(_PENCIL_HATCH), _hatching(page.width, scene.seed % 8))
+    return _three(ImageChops.subtract(grey.point(_PENCIL_TONE), hatching))
 
 
 @lru_cache(maxsize=16)
-def _halftone(size: int) -> np.ndarray:
+def _halftone(size: int) -> Image.Image:
     """A slanted grid of soft-edged dots as darkness 0..255."""
     v, u = np.mgrid[0:size, 0:size].astype(np.float64) / size
     a, b = (u + v) * 24, (u - v) * 24
     wave = 0.5 + 0.25 * (np.cos(2 * np.pi * a) + np.cos(2 * np.pi * b))
-    return np.round(255 * np.clip((wave - 0.62) * 5, 0, 1)).astype(np.uint16)
+    return Image.fromarray(np.round(255 * np.clip((wave - 0.62) * 5, 0, 1)).astype(np.uint8))
 
 
 def _steps(y: int) -> float:
@@ -209,50 +208,46 @@ def _steps(y: int) -> float:
     return 255 / 4 * (level + min(1.0, max(0.0, (part - 0.4) * 5)))
 
 
-_COMIC_CHANGE = np.array([_steps(y) * 0.6 - y * 0.6 + 6 for y in range(256)]).round().astype(np.int16)
+_COMIC_LIGHTER = _table(lambda y: 0.6 * (_steps(y) - y) + 6)
+_COMIC_DARKER = _table(lambda y: 0.6 * (y - _steps(y)) - 6)
 _COMIC_DOTS = _table(lambda y: 52 * max(0.0, min(1.0, (190 - y) / 40)) * max(0.0, min(1.0, (y - 30) / 30)))
 
 
-def _comic(rgba: np.ndarray, scene: Scene) -> np.ndarray:
-    y = _luma(rgba)
-    dots = _COMIC_DOTS[y] * _halftone(len(y))
-    dots >>= 8
+def _comic(page: Image.Image) -> Image.Image:
+    grey = page.convert("L")
     # Flat tones, hue kept: every channel moves by what brings the brightness to its level.
-    change = _COMIC_CHANGE[y]
-    change -= dots.astype(np.int16)
-    out = _opaque(rgba) + change[..., None]
-    return np.clip(out, 0, 255, out=out).astype(np.uint8)
+    dots = ImageChops.multiply(grey.point(_COMIC_DOTS), _halftone(page.width))
+    darker = ImageChops.add(grey.point(_COMIC_DARKER), dots)
+    return ImageChops.subtract(ImageChops.add(page, _three(grey.point(_COMIC_LIGHTER))), _three(darker))
 
 
-def _paper(scene: Scene, size: int) -> np.ndarray:
-    """The paper's unevenness, -1..1, the same at every size of picture."""
+def _wash(scene: Scene, size: int) -> Image.Image:
+    """How much pigment the uneven paper takes, 0..255: the same at every size of picture."""
     noise = np.random.default_rng(scene.seed)
-    coarse = Image.fromarray(noise.random((12, 12), np.float32)).resize((size, size), Image.Resampling.BICUBIC)
-    fine = Image.fromarray(noise.random((48, 48), np.float32)).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(coarse) + np.asarray(fine) - 1.0
+    coarse = Image.fromarray(noise.integers(172, 249, (12, 12), np.uint8))
+    fine = Image.fromarray(noise.integers(172, 249, (48, 48), np.uint8))
+    return Image.blend(
+        coarse.resize((size, size), Image.Resampling.BICUBIC),
+        fine.resize((size, size), Image.Resampling.BILINEAR),
+        0.5,
+    )
 
 
 def _blur_radius(size: int) -> int:
-    return max(1, round(size / 128))
+    return max(1, round(size / 220))
 
 
-def _watercolour(rgba: np.ndarray, scene: Scene) -> np.ndarray:
-    size = len(rgba)
+def _watercolour(page: Image.Image, scene: Scene) -> Image.Image:
+    size = page.width
     r = _blur_radius(size)
-    page = Image.fromarray(_opaque(rgba))
-    soft_image = page.filter(ImageFilter.BoxBlur(r))
-    soft = np.asarray(soft_image).astype(np.int16)
-    wide = np.asarray(soft_image.filter(ImageFilter.BoxBlur(2 * r))).astype(np.int16)
+    soft = page.filter(ImageFilter.BoxBlur(r))
+    wide = soft.filter(ImageFilter.BoxBlur(2 * r))
+    washed = Image.composite(soft, Image.new("RGB", (size, size), (252, 252, 252)), _wash(scene, size))
     # Pigment gathers where colours meet; between edges the wash lets the paper through.
-    edge = np.abs(soft - wide)
-    wash = (108 + 18 * _paper(scene, size)).astype(np.int16)[..., None]
-    out = ((soft - 252) * wash) >> 7
-    out += 252
-    out -= (edge * 3) >> 2
-    return np.clip(out, 0, 255, out=out).astype(np.uint8)
+    return ImageChops.subtract(washed, ImageChops.difference(soft, wide))
 
 
-_PIXEL_LEVELS = _table(lambda y: round(y / 255 * 7) / 7 * 255)
+_PIXEL_LEVELS = np.array(_table(lambda y: round(y / 255 * 7) / 7 * 255), np.uint8)
 
 
 @lru_cache(maxsize=64)
@@ -266,11 +261,10 @@ def _pixel_art(scene: Scene, size: int) -> np.ndarray:
     mean = (fine[0::2, 0::2] + fine[1::2, 0::2] + fine[0::2, 1::2] + fine[1::2, 1::2] + 2) >> 2
     flat = _PIXEL_LEVELS[mean]
     cell = _cell_of(size, cells)
-    return flat[cell][:, cell]
+    return flat.take(cell, axis=0).take(cell, axis=1)
 
 
-def _blueprint(rgba: np.ndarray, scene: Scene) -> np.ndarray:
-    out = _opaque(rgba)
+def _blueprint(out: np.ndarray, scene: Scene) -> np.ndarray:
     size = len(out)
     width = max(1, size // 256)
     shift = (scene.seed % 97) / 97 / 16
@@ -308,16 +302,19 @@ def draw(scene: Scene, size: int = 256) -> np.ndarray:
     style = scene.style
     if style == "pixel art":
         return _pixel_art(scene, size)
-    rgba = _paint(scene, size)
-    if style == "pencil":
-        return _pencil(rgba, scene)
-    if style == "comic":
-        return _comic(rgba, scene)
-    if style == "watercolour":
-        return _watercolour(rgba, scene)
+    pixels = _opaque(_paint(scene, size))
+    if style == "plain":
+        return pixels
     if style == "blueprint":
-        return _blueprint(rgba, scene)
-    return _opaque(rgba)
+        return _blueprint(pixels, scene)
+    page = Image.fromarray(pixels)
+    if style == "pencil":
+        page = _pencil(page, scene)
+    elif style == "comic":
+        page = _comic(page)
+    else:
+        page = _watercolour(page, scene)
+    return np.array(page)
 
 
 def thing_mask(scene: Scene, index: int, size: int = 256) -> np.ndarray:
@@ -337,13 +334,10 @@ def thing_mask(scene: Scene, index: int, size: int = 256) -> np.ndarray:
         grown = _grow(touched, 1)
         blocks = grown[0::2, 0::2] | grown[1::2, 0::2] | grown[0::2, 1::2] | grown[1::2, 1::2]
         cell = _cell_of(size, cells)
-        return blocks[cell][:, cell]
+        return blocks.take(cell, axis=0).take(cell, axis=1)
     return _grow(touched, _reach(scene.style, size))
 
 
 def _grow(mask: np.ndarray, by: int) -> np.ndarray:
     image = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(2 * by + 1))
     return np.asarray(image) > 0
-
-
-__all__ = ["MAX_SIZE", "MIN_SIZE", "draw", "luma", "thing_mask"]
