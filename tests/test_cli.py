@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -265,3 +266,79 @@ def test_flag_beats_the_settings_of_a_picture(page: Image.Image, tiny_model_dir:
     config = cli.parse("edit", ["page.png", "--from-settings", "night.png", "--seed", "5"])
     assert (config.instruction, config.steps, config.seed) == ("make it night", 2, 5)
     assert config.model == tiny_model_dir.name
+
+
+# --- the storybook's verbs ------------------------------------------------------------------------
+
+
+def test_draw_writes_pages_pairs_captions_and_a_sheet(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "storybook draw --count 3 --seed 5 --size 64 -o pages"
+    words += " --pairs pairs.parquet --captions captions.txt --sheet sheet.png"
+    assert cli.main(words.split()) == 0
+    assert capsys.readouterr().out.split() == ["pages", "pairs.parquet", "captions.txt", "sheet.png"]
+    assert sorted(os.listdir("pages")) == ["000000.png", "000001.png", "000002.png", "run.json"]
+    assert json.loads(Path("pages/run.json").read_text())["settings"]["seed"] == 5
+    assert Image.open("pages/000000.png").size == (64, 64)
+    assert len(set(Path("captions.txt").read_text().splitlines())) == 3
+    assert Image.open("sheet.png").size[0] > 3 * 100
+
+    import pyarrow.parquet as pq
+
+    table = pq.read_table("pairs.parquet")
+    columns = ["original_image", "original_prompt", "edit_prompt", "edited_prompt", "edited_image"]
+    assert (table.column_names, table.num_rows) == (columns, 3)
+    first = Image.open(io.BytesIO(table["original_image"][0]["bytes"].as_py()))
+    assert first.tobytes() == Image.open("pages/000000.png").tobytes()  # row k edits page k
+
+
+def test_page_k_is_the_same_whatever_the_count() -> None:
+    for count in (1, 3):
+        words = ["storybook", "draw", "--count", str(count), "--size", "48", "-o", f"pages{count}"]
+        assert cli.main(words) == 0
+    assert Path("pages1/000000.png").read_bytes() == Path("pages3/000000.png").read_bytes()
+    assert Path("pages3/000000.png").read_bytes() != Path("pages3/000001.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing is asked for"),
+        (["-o", "pages", "--size", "8"], "--size is 8; it must be 32 to 1024"),
+        (["-o", "pages", "--count", "0"], "--count is 0"),
+        (["-o", "pages"], "pages holds pictures already; add --overwrite"),
+        (["--captions", "no/captions.txt"], "mkdir -p no"),
+        (["--sheet", "pages"], "is a folder"),
+        (["-o", "pages/1.png"], "cannot make the folder pages/1.png"),
+    ],
+)
+def test_draw_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pages").mkdir()
+    Path("pages/1.png").write_bytes(b"mine")
+    assert cli.main(["storybook", "draw", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert os.listdir("pages") == ["1.png"]
+
+
+def test_build_hands_its_settings_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ip2p import build
+
+    called: dict[str, object] = {}
+    monkeypatch.setattr(build, "run", lambda *args, **settings: called.update(settings, args=args))
+    words = ["--preset", "cpu", "-o", "runs/a", "--seconds", "5", "--stage", "vae", "--steps", "2"]
+    assert cli.main(["storybook", "build", *words]) == 0
+    assert called["args"] == ("cpu", Path("runs/a"))
+    assert (called["seconds"], called["stage"], called["steps"]) == (5.0, "vae", 2)
+    assert called["bundle"] == Path("runs/a/bundle")
+    assert capsys.readouterr().out == "runs/a/bundle\n"
+    assert json.loads(Path("runs/a/run.json").read_text())["settings"]["preset"] == "cpu"
+
+
+@pytest.mark.parametrize("words", [["--seconds", "nan"], ["--steps", "0"], ["--preset", "tpu"]])
+def test_build_refuses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["storybook", "build", "-o", "runs", *words]) == 2
+    assert words[0] in capsys.readouterr().err
+    assert not Path("runs").exists()
