@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ip2p import __version__
-from ip2p.config import check_guidance, check_size
+from ip2p.config import check_guidance, check_int, check_size
 from ip2p.devices import MAX_SEED, NoiseStream, pick_device, pick_dtype
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import SAMPLERS
@@ -84,6 +84,9 @@ class Editor:
             raise InputError('The instruction is empty. Say what to change, for example "make it night".')
         if sampler not in SAMPLERS:
             raise InputError(f"Sampler {sampler!r} is not known; use one of {', '.join(SAMPLERS)}.")
+        if spacing not in SPACINGS:
+            raise InputError(f"Spacing {spacing!r} is not known; use one of {', '.join(SPACINGS)}.")
+        check_int("--batch-size", batch_size, 1, 10**6, "--batch-size 4")
         page = load_image(image, max_pixels=max_pixels)
         width, height = self.working_size(page.size, size)
         # The whole picture is resized, not cropped to fit: the result lies on the input pixel for pixel.
@@ -204,8 +207,8 @@ class Editor:
             text=text,
             null_text=null_text,
             image=image_latent,
-            text_cfg=text_cfg,
-            image_cfg=image_cfg,
+            text_cfg=float(text_cfg),
+            image_cfg=float(image_cfg),
         )
         sampling = SAMPLERS[sampler](denoise, noise() * sigmas[0], sigmas, noise)
         while True:

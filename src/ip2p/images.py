@@ -23,7 +23,7 @@ MAX_PIXELS = 16_000_000
 MIN_SIDE = 16
 MAX_ASPECT = 8
 # Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.
-READS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+READS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 WRITES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 
@@ -226,7 +226,8 @@ def to_tensor(image: Image.Image) -> Tensor:
     import torch
 
     values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
-    return values.permute(2, 0, 1)[None] / 127.5 - 1
+    # The order of operations and of memory is diffusers': to the last bit, so are the latents.
+    return 2 * (values[None].permute(0, 3, 1, 2) / 255) - 1
 
 
 def to_pil(tensor: Tensor) -> Image.Image:

@@ -1,6 +1,5 @@
 """From a UNet's prediction to the denoiser contract, `denoise(x, sigma) -> x0`, with and without guidance."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from ip2p.diffusion.guidance import guide, passes
 from ip2p.diffusion.schedule import Schedule
 
 Text = Float[Tensor, "text_batch tokens features"]
-EditModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def x0_from_epsilon(x: Latent, epsilon: Latent, sigma: Float[Tensor, "*b"]) -> Latent:
@@ -30,7 +28,7 @@ X0 = {"epsilon": x0_from_epsilon, "v_prediction": x0_from_velocity}
 
 @dataclass(frozen=True)
 class UNetDenoiser:
-    """A diffusers UNet of 8 channels as `model(x, sigma, text, image) -> x0`.
+    """A diffusers UNet of 8 channels; called, it is the denoiser of one text and one image.
 
     x and image are latents [batch, 4, h, w], text is [batch, tokens, features]; sigma is one number.
     The network runs in its own dtype, x stays in fp32.
@@ -40,20 +38,34 @@ class UNetDenoiser:
     schedule: Schedule
 
     def __call__(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
+        """x0 from x = x0 + sigma · noise."""
+        return self.x0(x, self.predict(x, sigma, text, image), sigma)
+
+    def predict(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
+        """What the UNet was trained to predict, noise or velocity, at x / sqrt(sigma² + 1)."""
         dtype = next(self.unet.parameters()).dtype
-        sigma = sigma.to(x.device)
         scaled = x / (sigma**2 + 1).sqrt()
         # The input image's latents stay unscaled: training saw them so.
         channels = torch.cat([scaled, image], dim=1)
-        time = self.schedule.time(sigma).expand(len(x))
+        time = self.schedule.time(sigma).to(x.device, torch.float32).expand(len(x))
         output = self.unet(channels.to(dtype), time, encoder_hidden_states=text.to(dtype), return_dict=False)[
             0
         ]
-        return X0[self.schedule.prediction](x, output.to(x.dtype), sigma)
+        return output.to(x.dtype)
+
+    def x0(self, x: Latent, prediction: Latent, sigma: Sigma) -> Latent:
+        """x0 from the prediction, guided or not."""
+        return X0[self.schedule.prediction](x, prediction, sigma)
 
 
 def guided(
-    model: EditModel, *, text: Text, null_text: Text, image: Latent | None, text_cfg: float, image_cfg: float
+    model: UNetDenoiser,
+    *,
+    text: Text,
+    null_text: Text,
+    image: Latent | None,
+    text_cfg: float,
+    image_cfg: float,
 ) -> Denoiser:
     """Equation 3 around an edit model: a denoiser that makes its one to three passes in one call.
 
@@ -76,7 +88,7 @@ def guided(
             branches.append((null, shown))
         if need.neither:
             branches.append((null, nothing))
-        out = model(
+        out = model.predict(
             x.repeat(len(branches), 1, 1, 1),
             sigma,
             torch.cat([words for words, _ in branches]),
@@ -90,6 +102,7 @@ def guided(
             full = image_only
         if not need.neither:
             neither = image_only
-        return guide(full, image_only, neither, text=text_cfg, image=image_cfg)
+        # Mixing predictions equals mixing x0s, without the rounding of x, which is far larger at first.
+        return model.x0(x, guide(full, image_only, neither, text=text_cfg, image=image_cfg), sigma)
 
     return denoise

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from ip2p.diffusion.schedule import Schedule, karras_sigmas, linspace_sigmas, schedule_from_config
+from ip2p.errors import ModelError
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+@pytest.fixture(scope="module")
+def schedule() -> Schedule:
+    return schedule_from_config(SD)
+
+
+def test_stable_diffusion_starts_at_the_original_sigma(schedule):
+    assert linspace_sigmas(schedule, 100)[0].item() == pytest.approx(14.6146, abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [5, 20, 100])
+def test_linspace_is_the_original_to_1e_4(schedule, steps):
+    # The original interpolates log sigma between times, diffusers and we sigma itself.
+    times = torch.linspace(999, 0, steps, dtype=torch.float64)
+    low = times.floor().long().clamp(max=998)
+    logs = schedule.levels.log()
+    original = torch.lerp(logs[low], logs[low + 1], times - low).exp()
+    ours = linspace_sigmas(schedule, steps)
+    torch.testing.assert_close(ours[:-1].double(), original, rtol=0, atol=1e-4)
+    assert ours[-1] == 0
+
+
+def test_time_is_the_inverse_of_sigma(schedule):
+    times = torch.tensor([0.0, 0.25, 1.0, 500.5, 998.75, 999.0], dtype=torch.float64)
+    torch.testing.assert_close(schedule.time(schedule.sigma(times)), times)
+
+
+def test_time_stays_within_training(schedule):
+    assert schedule.time(torch.tensor(1000.0)).item() == 999
+    assert schedule.time(torch.tensor(0.0)).item() == 0
+
+
+@pytest.mark.parametrize("spacing", [linspace_sigmas, karras_sigmas])
+@pytest.mark.parametrize("steps", [1, 2, 20, 1000])
+def test_sigmas_fall_from_the_largest_to_zero(schedule, spacing, steps):
+    sigmas = spacing(schedule, steps)
+    assert len(sigmas) == steps + 1
+    assert sigmas[0].item() == pytest.approx(schedule.levels[-1].item())
+    assert sigmas[-1] == 0
+    assert (sigmas.diff() < 0).all()
+
+
+def test_other_betas_are_read():
+    assert schedule_from_config({"beta_schedule": "linear"}).levels[-1] > 100
+    assert len(schedule_from_config({"trained_betas": [0.1, 0.2]}).levels) == 2
+    assert schedule_from_config(SD | {"prediction_type": "v_prediction"}).prediction == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "sample"}, {"rescale_betas_zero_snr": True}],
+)
+def test_what_cannot_be_sampled_is_an_error_that_names_it(change):
+    with pytest.raises(ModelError, match=next(iter(change))):
+        schedule_from_config(SD | change)

@@ -1,0 +1,193 @@
+import json
+import pickle
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from ip2p.errors import ModelError
+from ip2p.models import bundle
+from ip2p.models.bundle import find_model, load_bundle
+
+
+@pytest.fixture
+def copy(tiny_model_dir, tmp_path):
+    return shutil.copytree(tiny_model_dir, tmp_path / "tiny")
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+class Bomb:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_bundle_says_what_the_editor_needs(tiny_model_dir):
+    loaded = load_bundle(tiny_model_dir)
+    assert (loaded.latent_scale, loaded.latent_factor, loaded.size_multiple) == (0.7, 4, 8)
+    assert (loaded.card.name, loaded.card.native_size, loaded.card.known_psnr) == ("tiny", 64, None)
+    assert loaded.scheduler_config["beta_schedule"] == "scaled_linear"
+    assert not loaded.unet.training
+    assert not any(weight.requires_grad for weight in loaded.unet.parameters())
+
+
+def test_the_card_in_the_folder_goes_first(copy):
+    (copy / "ip2p.json").write_text(json.dumps({"name": "storybook", "native_size": 128, "known_psnr": 27.5}))
+    card = load_bundle(copy).card
+    assert (card.name, card.native_size, card.known_psnr) == ("storybook", 128, 27.5)
+
+
+def test_weights_in_shards_are_read(copy):
+    whole = load_bundle(copy).unet
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    whole.save_pretrained(copy / "unet", max_shard_size="1MB")
+    assert len(list((copy / "unet").glob("*-of-*.safetensors"))) > 1
+    for name, weight in load_bundle(copy).unet.state_dict().items():
+        assert torch.equal(weight, whole.state_dict()[name])
+
+
+def test_dtypes_of_the_parts(tiny_model_dir):
+    half = load_bundle(tiny_model_dir, dtype=torch.float16)
+    assert (half.unet.dtype, half.text_encoder.dtype, half.vae.dtype) == (torch.float16,) * 3
+    # bf16 keeps 8 bits, too few for pixels.
+    assert load_bundle(tiny_model_dir, dtype=torch.bfloat16).vae.dtype == torch.float32
+
+
+def test_a_unet_of_4_channels_is_not_an_editor(copy):
+    change(copy / "unet" / "config.json", in_channels=4)
+    with pytest.raises(
+        ModelError, match=r"This UNet takes 4 channels; an editor needs 8\. Train one: ip2p train --base"
+    ):
+        load_bundle(copy)
+
+
+def test_an_sdxl_model_is_named(copy):
+    change(copy / "model_index.json", _class_name="StableDiffusionXLInstructPix2PixPipeline")
+    with pytest.raises(ModelError, match="SDXL"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("part", bundle.PARTS)
+def test_a_missing_part_is_named(copy, part):
+    shutil.rmtree(copy / part)
+    with pytest.raises(ModelError, match=f"lacks {part}"):
+        load_bundle(copy)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match=r"model_index\.json is missing"):
+        load_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("ending", bundle.PICKLES)
+def test_a_pickle_is_not_opened(tmp_path, ending):
+    made = tmp_path / "made"
+    path = tmp_path / f"model{ending}"
+    path.write_bytes(pickle.dumps(Bomb(made)))
+    with pytest.raises(ModelError, match="pickle.*was not opened") as error:
+        load_bundle(path)
+    assert error.value.code == 3
+    assert not made.exists()
+
+
+def test_a_pickle_in_place_of_safetensors_is_not_opened(copy, tmp_path):
+    made = tmp_path / "made"
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (copy / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(made)))
+    with pytest.raises(ModelError, match="pickle.*was not opened"):
+        load_bundle(copy)
+    assert not made.exists()
+
+
+def test_code_in_the_folder_is_not_run(copy, tmp_path):
+    made = tmp_path / "made"
+    (copy / "unet" / "evil.py").write_text(f"open({str(made)!r}, 'w')\nclass Evil: pass\n")
+    change(copy / "unet" / "config.json", _class_name="Evil", auto_map={"AutoModel": "evil.Evil"})
+    load_bundle(copy)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
+def test_damaged_weights_are_named(copy, damage):
+    path = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "noise": b"\xff" * 100, "empty": b""}[damage])
+    with pytest.raises(ModelError, match="vae cannot be read") as error:
+        load_bundle(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_absent_weights_are_not_filled_with_noise(copy):
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights.pop("conv_in.bias")
+    safetensors.torch.save_file(weights, path)
+    with pytest.raises(ModelError, match=r"lacks 1 weights, conv_in\.bias"):
+        load_bundle(copy)
+
+
+def test_broken_json_is_named(copy):
+    (copy / "unet" / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        load_bundle(copy)
+
+
+def test_a_misspelt_folder_names_the_nearest(copy):
+    with pytest.raises(ModelError, match=r"no such model folder\. Did you mean .*tiny\?"):
+        find_model(copy.with_name("tinny"))
+
+
+def test_a_misspelt_name_names_the_packaged_model(monkeypatch):
+    monkeypatch.setattr(bundle, "packaged_models", lambda: ["storybook"])
+    with pytest.raises(ModelError, match="Did you mean storybook"):
+        find_model("storybok")
+
+
+def test_a_name_that_is_nothing_says_what_can_be_named():
+    with pytest.raises(ModelError, match="hub name like timbrooks/instruct-pix2pix"):
+        find_model("zzzzzz")
+    with pytest.raises(ModelError, match="empty"):
+        find_model(" ")
+
+
+def test_offline_and_not_cached_gives_the_download_command(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"Fetch it: hf download timbrooks/instruct-pix2pix$"):
+        find_model("timbrooks/instruct-pix2pix")
+
+
+def test_no_network_gives_the_download_command(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fetch(name, *, local_files_only, **_):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match=r"cannot be reached \(ConnectionError\).*hf download some/model"):
+        find_model("some/model")
+
+
+def test_a_cached_model_needs_no_network(monkeypatch, tiny_model_dir):
+    import huggingface_hub
+
+    def fetch(name, *, local_files_only, **_):
+        assert local_files_only
+        return str(tiny_model_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert find_model("some/model") == tiny_model_dir

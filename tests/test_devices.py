@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from ip2p.devices import NoiseStream, pick_device, pick_dtype, seeded_noise
+from ip2p.errors import InputError, ResourceError
+
+
+def test_noise_of_a_seed_does_not_depend_on_its_batch():
+    first, second = NoiseStream([1, 2, 3], (4, 8, 8)), NoiseStream([2], (4, 8, 8))
+    for _ in range(3):
+        assert torch.equal(first()[1:2], second())
+
+
+def test_seeded_noise_is_the_first_draw():
+    assert torch.equal(seeded_noise([7, 8], (4, 2, 2)), NoiseStream([7, 8], (4, 2, 2))())
+    assert seeded_noise([7], (4, 2, 2), dtype=torch.float16).dtype == torch.float16
+
+
+def test_auto_picks_something_that_works():
+    device = pick_device("auto")
+    dtype = pick_dtype(device, "auto")
+    assert torch.ones(2, device=device, dtype=dtype).sum().item() == 2
+
+
+def test_names_of_number_formats():
+    cpu = torch.device("cpu")
+    assert pick_dtype(cpu, "fp32") is pick_dtype(cpu, "float32") is torch.float32
+    assert pick_dtype(cpu, "bf16") is torch.bfloat16
+    with pytest.raises(InputError, match="fp8"):
+        pick_dtype(cpu, "fp8")
+
+
+def test_unknown_and_absent_devices():
+    with pytest.raises(InputError, match="not known"):
+        pick_device("toaster")
+    with pytest.raises(ResourceError, match="not on this machine"):
+        pick_device("cuda:99")

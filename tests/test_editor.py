@@ -1,0 +1,213 @@
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ip2p
+from ip2p.diffusion.samplers import SAMPLERS
+from ip2p.editor import Editor
+from ip2p.errors import InputError, ResourceError
+from ip2p.images import load_image, save_image
+from ip2p.infotext import parse_infotext, read_infotext
+
+FAST = {"steps": 3}
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+def test_an_edit_gives_a_picture_for_each_seed_at_the_inputs_size(tiny_editor):
+    picture = Image.new("RGB", (100, 70), "red")
+    results = tiny_editor.edit(picture, "make it night", seeds=[1, 2], **FAST)
+    assert [(image.mode, image.size) for image in results] == [("RGB", (100, 70))] * 2
+    assert (pixels(results[0]) != pixels(results[1])).any()
+
+
+def test_the_same_seed_gives_the_same_picture(tiny_editor, page):
+    first, second = (tiny_editor.edit(page, "make it night", seeds=[9], **FAST)[0] for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_k_of_a_batch_equals_the_same_image_alone(tiny_editor, page, sampler):
+    batch = tiny_editor.edit(page, "make it night", seeds=[1, 2, 3], sampler=sampler, **FAST)
+    alone = tiny_editor.edit(page, "make it night", seeds=[2], sampler=sampler, **FAST)
+    pairs = tiny_editor.edit(page, "make it night", seeds=[1, 2, 3], sampler=sampler, batch_size=2, **FAST)
+    assert abs(pixels(batch[1]) - pixels(alone[0])).max() <= 1
+    assert all(abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(batch, pairs, strict=True))
+
+
+def test_every_setting_changes_the_result(tiny_editor, page):
+    plain = tiny_editor.edit(page, "make it night", **FAST)[0]
+    for change in (
+        {"text_cfg": 1.0},
+        {"image_cfg": 0.5},
+        {"negative": "grey"},
+        {"sampler": "euler"},
+        {"spacing": "karras"},
+        {"seeds": [5]},
+        {"size": 32},
+        {"steps": 4},
+    ):
+        other = tiny_editor.edit(page, "make it night", **(FAST | change))[0]
+        assert (pixels(plain) != pixels(other)).any(), change
+
+
+def test_an_edit_can_be_made_again_from_the_file(tiny_editor, tmp_path):
+    picture = Image.effect_noise((90, 60), 60).convert("RGB")
+    made = tiny_editor.edit(
+        picture,
+        "make it night",
+        seeds=[4],
+        negative="grey",
+        image_cfg=1.2,
+        sampler="dpmpp_2m",
+        spacing="karras",
+        **FAST,
+    )[0]
+    said = parse_infotext(read_infotext(save_image(made, tmp_path / "night.png")))
+    again = tiny_editor.edit(
+        picture,
+        said.instruction,
+        negative=said.negative,
+        text_cfg=said.text_cfg,
+        image_cfg=said.image_cfg,
+        steps=said.steps,
+        sampler=said.sampler,
+        spacing=said.spacing,
+        seeds=[said.seed],
+        size=said.size,
+    )[0]
+    assert again.tobytes() == made.tobytes()
+    assert said.version == f"ip2p {ip2p.__version__}"
+    assert said.model == "tiny"
+
+
+def test_exif_stays_and_orientation_is_done_once(tiny_editor, tmp_path, page):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = 6, "someone"
+    page.resize((64, 48)).save(tmp_path / "in.jpg", exif=exif)
+    result = tiny_editor.edit(tmp_path / "in.jpg", "make it night", **FAST)[0]
+    assert result.size == (48, 64)
+    with Image.open(save_image(result, tmp_path / "out.jpg")) as again:
+        assert again.getexif()[0x013B] == "someone"
+        assert again.getexif().get(0x0112, 1) == 1
+    assert load_image(tmp_path / "out.jpg").size == (48, 64)
+
+
+def test_the_callback_follows_the_steps(tiny_editor, page):
+    seen = []
+    tiny_editor.edit(
+        page,
+        "make it night",
+        seeds=[1, 2],
+        steps=3,
+        callback=lambda step, steps, x: seen.append((step, steps, x.shape)),
+    )
+    assert seen == [(step, 3, (2, 4, 16, 16)) for step in (1, 2, 3)]
+
+
+def test_edit_latents_draws_from_text_alone(tiny_editor):
+    from ip2p.devices import NoiseStream
+    from ip2p.diffusion.schedule import linspace_sigmas
+
+    *_, last = tiny_editor.edit_latents(
+        None,
+        tiny_editor.encode_text("a cat"),
+        tiny_editor.encode_text(""),
+        noise=NoiseStream([1, 2], (4, 16, 16)),
+        sigmas=linspace_sigmas(tiny_editor.schedule, 2),
+    )
+    assert last.shape == (2, 4, 16, 16)
+    assert not last.requires_grad
+    assert torch.isfinite(last).all()
+
+
+def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
+    assert tiny_editor.working_size((64, 64), (48, 32)) == (48, 32)
+    with pytest.raises(InputError, match=r"50x32 .* multiples of 8\. Try 48x32"):
+        tiny_editor.edit(page, "make it night", size=(50, 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": -1}, "steps is -1"),
+        ({"steps": 10**9}, "steps is 1000000000"),
+        ({"text_cfg": float("nan")}, "nan"),
+        ({"image_cfg": float("inf")}, "inf"),
+        ({"sampler": "magic"}, "euler_ancestral, euler, dpmpp_2m"),
+        ({"spacing": "magic"}, "linspace, karras"),
+        ({"seeds": []}, "No seed"),
+        ({"seeds": [-1]}, "Seed -1"),
+        ({"batch_size": 0}, "batch"),
+        ({"size": 3}, "size is 3"),
+    ],
+)
+def test_settings_out_of_range_are_errors(tiny_editor, page, change, message):
+    with pytest.raises(InputError, match=message):
+        tiny_editor.edit(page, "make it night", **change)
+
+
+@pytest.mark.parametrize("instruction", ["", "  \n"])
+def test_an_empty_instruction_is_an_error(tiny_editor, page, instruction):
+    with pytest.raises(InputError, match="instruction is empty"):
+        tiny_editor.edit(page, instruction)
+
+
+def test_text_beyond_the_tokens_is_named_and_cut(tiny_editor):
+    fits = "night " * 75
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = tiny_editor.encode_text(fits)
+    with pytest.warns(UserWarning, match=r"77 tokens; this part has no effect: 'make it SNOW'"):
+        cut = tiny_editor.encode_text(fits + "make it SNOW")
+    assert torch.equal(kept, cut)
+
+
+def test_running_out_of_memory_names_a_smaller_size(tiny_editor, page, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tiny_editor, "encode_image", full)
+    with pytest.raises(ResourceError, match="Out of memory at 64x64.*--size 32"):
+        tiny_editor.edit(page, "make it night")
+
+
+def test_a_picture_far_from_the_model_is_said_once(tiny_model_dir, tmp_path, page):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "tiny")
+    (folder / "ip2p.json").write_text(json.dumps({"name": "storybook", "native_size": 32, "known_psnr": 90}))
+    editor = Editor.load(folder, device="cpu", dtype="fp32")
+    assert editor.working_size((64, 64)) == (32, 32)
+    with pytest.warns(UserWarning, match="far from what storybook knows.*timbrooks/instruct-pix2pix"):
+        editor.edit(page, "make it night", **FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        editor.edit(page, "make it night", **FAST)
+    (folder / "ip2p.json").write_text(json.dumps({"name": "storybook", "native_size": 32, "known_psnr": 0}))
+    near = Editor.load(folder, device="cpu", dtype="fp32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        near.edit(page, "make it night", **FAST)
+
+
+def test_bf16_runs_and_stays_near_fp32(tiny_model_dir, tiny_editor, page):
+    small = Editor.load(tiny_model_dir, device="cpu", dtype="bf16")
+    assert small.bundle.unet.dtype == torch.bfloat16
+    assert small.bundle.vae.dtype == torch.float32
+    exact = tiny_editor.edit(page, "make it night", text_cfg=2.0, image_cfg=1.5, **FAST)[0]
+    rough = small.edit(page, "make it night", text_cfg=2.0, image_cfg=1.5, **FAST)[0]
+    assert abs(pixels(exact) - pixels(rough)).mean() < 4
+
+
+def test_the_one_call_edits_and_keeps_its_model(tiny_model_dir, page):
+    first = ip2p.edit(page, "make it night", model=tiny_model_dir, device="cpu", dtype="fp32", **FAST)
+    second = ip2p.edit(page, "make it night", model=tiny_model_dir, device="cpu", dtype="fp32", **FAST)
+    assert first[0].tobytes() == second[0].tobytes()
+    assert ip2p.Editor is Editor

@@ -1,0 +1,324 @@
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from ip2p.errors import InputError
+from ip2p.images import check_output, fit_size, grid, load_image, nearest, save_image, to_pil, to_tensor
+
+ORIENTATION, ARTIST = 0x0112, 0x013B
+
+
+def noise_image(width=64, height=48, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(image, kind, **options):
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def png_header(width, height):
+    """A PNG that only says its size: decoding it would fail, asking its size does not."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    )
+
+
+# --- what cannot be edited ---------------------------------------------------------------------
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    noise_image().save(tmp_path / "page.png")
+    with pytest.raises(InputError, match=r"pgae\.png: no such file\. Did you mean .*page\.png\?"):
+        load_image(tmp_path / "pgae.png")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match="the folder .*nowhere does not exist"):
+        load_image(tmp_path / "nowhere" / "page.png")
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        load_image(tmp_path)
+
+
+def test_the_nearest_name_is_close_or_none():
+    assert nearest("PAGE.PNG", ["page.png", "other.txt"]) == "page.png"
+    assert nearest("zebra", ["page.png"]) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"Dear reader, this is a letter.\n", "holds text"),
+        ("naïve text in UTF-8 ".encode() * 400, "holds text"),
+        (b"  <!DOCTYPE html><html><body>404</body></html>", "HTML"),
+        (b"<html>moved</html>", "HTML"),
+        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"></svg>', "SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (bytes(range(128, 256)) * 4, "not a picture in a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "holds text"),
+    ],
+)
+def test_what_is_no_picture_says_what_it_is(tmp_path, data, message):
+    path = tmp_path / "page.png"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=message) as error:
+        load_image(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
+def test_a_truncated_picture_is_an_error_and_not_grey(kind, share):
+    data = encoded(noise_image(), kind)
+    with pytest.raises(InputError):
+        load_image(data[: int(len(data) * share)])
+
+
+def test_a_truncated_progressive_jpeg_is_an_error():
+    data = encoded(noise_image(), "JPEG", progressive=True)
+    with pytest.raises(InputError, match="damaged or cut short"):
+        load_image(data[: len(data) // 2])
+
+
+def test_a_flipped_bit_in_a_png_is_an_error():
+    data = bytearray(encoded(noise_image(), "PNG"))
+    data[len(data) // 2] ^= 4
+    with pytest.raises(InputError, match="damaged"):
+        load_image(bytes(data))
+
+
+def test_too_many_pixels_are_told_from_the_header():
+    with pytest.raises(InputError, match=r"25\.0 megapixels \(5000x5000\); the limit is 16.*--max-pixels"):
+        load_image(png_header(5000, 5000))
+
+
+def test_a_decompression_bomb_is_told_from_the_header():
+    with pytest.raises(InputError, match="too large"):
+        load_image(png_header(60000, 60000), max_pixels=10**12)
+
+
+def test_the_limit_of_pixels_can_be_moved():
+    data = encoded(noise_image(), "PNG")
+    with pytest.raises(InputError, match="megapixels"):
+        load_image(data, max_pixels=64 * 48 - 1)
+    assert load_image(data, max_pixels=64 * 48).size == (64, 48)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 64), (64, 15)])
+def test_a_side_under_16_is_an_error(size):
+    with pytest.raises(InputError, match="at least 16"):
+        load_image(encoded(Image.new("RGB", size), "PNG"))
+
+
+@pytest.mark.parametrize(("size", "fine"), [((128, 16), True), ((129, 16), False), ((16, 129), False)])
+def test_the_longer_side_is_at_most_8_times_the_other(size, fine):
+    image = Image.new("RGB", size)
+    if fine:
+        assert load_image(image).size == size
+    else:
+        with pytest.raises(InputError, match="at most 8 times"):
+            load_image(image)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_is_an_error(kind):
+    frames = [noise_image(seed=seed) for seed in range(3)]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
+    with pytest.raises(InputError, match=r"animated.*\(3 of them\)"):
+        load_image(data)
+
+
+def test_a_still_gif_is_fine():
+    assert load_image(encoded(noise_image(), "GIF")).mode == "RGB"
+
+
+# --- what is converted -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("L", "PNG"), ("1", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("RGB", "BMP")],
+)
+def test_other_modes_become_rgb(mode, kind):
+    image = noise_image().convert(mode)
+    loaded = load_image(encoded(image, kind))
+    assert (loaded.mode, loaded.size) == ("RGB", (64, 48))
+    if kind != "JPEG":
+        assert loaded.tobytes() == image.convert("RGB").tobytes()
+
+
+def test_16_bit_grey_keeps_its_range():
+    values = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    loaded = np.asarray(load_image(encoded(Image.fromarray(values), "PNG")))
+    assert (loaded[0, 0, 0], loaded[-1, -1, 0]) == (0, 255)
+    np.testing.assert_allclose(loaded[..., 0], values / 257, atol=0.51)
+
+
+def test_float_grey_is_a_share_of_white():
+    values = np.full((48, 64), 0.5, np.float32)
+    assert np.asarray(load_image(encoded(Image.fromarray(values), "TIFF")))[0, 0, 0] == 128
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white_and_said(mode):
+    image = Image.new(mode, (32, 32), (0,) * (len(mode) - 1) + (0,))
+    with pytest.warns(UserWarning, match="transparent parts: they are laid on white"):
+        loaded = load_image(encoded(image, "PNG"))
+    assert loaded.getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_a_transparent_colour_of_a_palette_is_laid_on_white():
+    image = noise_image().convert("P")
+    index = image.getpixel((0, 0))
+    with pytest.warns(UserWarning, match="white"):
+        loaded = load_image(encoded(image, "PNG", transparency=index))
+    assert loaded.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_opaque_alpha_channel_says_nothing():
+    image = noise_image()
+    image.putalpha(255)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(encoded(image, "PNG")).tobytes() == noise_image().tobytes()
+
+
+def test_a_rotated_photograph_comes_out_upright():
+    image = noise_image(64, 48)
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[ARTIST] = 6, "someone"
+    loaded = load_image(encoded(image, "PNG", exif=exif))
+    assert loaded.size == (48, 64)
+    assert loaded.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+    kept = Image.Exif()
+    kept.load(loaded.info["exif"])
+    assert kept.get(ORIENTATION, 1) == 1
+    assert kept[ARTIST] == "someone"
+
+
+def test_loading_does_not_change_the_picture_given():
+    image = noise_image()
+    image.info["parameters"] = "mine"
+    loaded = load_image(image)
+    assert loaded is not image
+    assert image.info["parameters"] == "mine"
+
+
+# --- tensors and sizes -------------------------------------------------------------------------
+
+
+def test_tensor_and_back_is_exact():
+    image = noise_image()
+    tensor = to_tensor(image)
+    assert tensor.shape == (1, 3, 48, 64)
+    assert tensor.min() >= -1
+    assert tensor.max() <= 1
+    assert to_pil(tensor).tobytes() == image.tobytes()
+    assert to_pil(tensor[0]).tobytes() == image.tobytes()
+
+
+def test_to_pil_clamps():
+    assert to_pil(torch.tensor([-7.0, 7.0]).view(1, 1, 2).expand(3, 1, 2)).tobytes() == bytes(
+        [0] * 3 + [255] * 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((3000, 2000), (576, 384)),
+        ((4032, 3024), (512, 384)),
+        ((2048, 600), (640, 192)),
+        ((600, 2048), (192, 640)),
+        ((512, 512), (512, 512)),
+    ],
+)
+def test_fit_size_is_the_originals_rule(given, expected):
+    assert fit_size(*given) == expected
+
+
+def test_the_longer_side_of_a_fit_gives_the_same_fit():
+    # So an edit can be made again from the size in its settings.
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        width, height = rng.integers(16, 4000, 2)
+        if max(width, height) > 8 * min(width, height):
+            continue
+        for native, multiple in ((512, 64), (256, 32), (64, 8)):
+            fit = fit_size(int(width), int(height), native=native, multiple=multiple)
+            assert all(side >= multiple and side % multiple == 0 for side in fit)
+            assert fit_size(int(width), int(height), native=max(fit), multiple=multiple) == fit
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_exif_and_profile_are_kept(tmp_path, ending):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[ARTIST] = "someone"
+    loaded = load_image(encoded(noise_image(), "JPEG", exif=exif, icc_profile=profile))
+    path = save_image(loaded, tmp_path / f"out.{ending}")
+    with Image.open(path) as again:
+        assert again.getexif()[ARTIST] == "someone"
+        assert again.info["icc_profile"] == profile
+
+
+def test_a_profile_that_no_longer_fits_is_dropped():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = noise_image().convert("L")
+    assert "icc_profile" not in load_image(encoded(grey, "PNG", icc_profile=profile)).info
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "out.png"
+    path.write_bytes(b"old")
+
+    def broken(self, target, *_, **__):
+        with open(target, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", broken)
+    with pytest.raises(KeyboardInterrupt):
+        save_image(Image.new("RGB", (32, 32)), path)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_an_output_is_checked_before_any_work(tmp_path):
+    (tmp_path / "there.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match="there already"):
+        check_output(tmp_path / "there.png")
+    assert check_output(tmp_path / "there.png", overwrite=True) == tmp_path / "there.png"
+    with pytest.raises(InputError, match="folder"):
+        check_output(tmp_path / "no" / "out.png")
+    with pytest.raises(InputError, match=r"\.png, \.jpg, \.jpeg, \.webp"):
+        check_output(tmp_path / "out.docx")
+
+
+def test_a_grid_has_room_for_every_picture_and_label():
+    rows = [[noise_image(seed=row * 3 + column) for column in range(3)] for row in range(2)]
+    plain = grid(rows)
+    assert plain.size == (3 * 64 + 4 * 8, 2 * 48 + 3 * 8)
+    assert plain.crop((8, 8, 72, 56)).tobytes() == rows[0][0].tobytes()
+    labelled = grid(rows, ["one", "two"], header=["before", "after", "exact"])
+    assert labelled.height > plain.height
+    assert labelled.width == plain.width

@@ -1,0 +1,148 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ip2p.errors import InputError
+from ip2p.images import EXIF_IFD, USER_COMMENT, save_image
+from ip2p.infotext import Settings, decode_comment, format_infotext, parse_infotext, read_infotext
+
+SNOW = Settings(
+    instruction="make it snow",
+    negative="blurry",
+    steps=50,
+    sampler="euler_ancestral",
+    text_cfg=7.5,
+    image_cfg=1.5,
+    seed=42,
+    size=(512, 512),
+    model="x",
+    version="ip2p 0.1",
+)
+TEXT = """make it snow
+Negative prompt: blurry
+Steps: 50, Sampler: Euler a, CFG scale: 7.5, Image CFG scale: 1.5, Seed: 42, Size: 512x512, Model: x, Version: ip2p 0.1"""
+
+
+def test_the_three_lines_are_those_of_a1111():
+    assert format_infotext(SNOW) == TEXT
+    assert parse_infotext(TEXT) == SNOW
+
+
+def test_without_a_negative_prompt_there_are_two_lines():
+    bare = dataclasses.replace(SNOW, negative="")
+    assert "Negative" not in format_infotext(bare)
+    assert parse_infotext(format_infotext(bare)) == bare
+
+
+words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40).map(
+    lambda text: " ".join(text.split())
+)
+
+
+@given(
+    instruction=words.filter(bool),
+    negative=words,
+    model=words,
+    note=words,
+    seed=st.integers(0, 2**63 - 1),
+    text_cfg=st.floats(0, 100),
+    spacing=st.sampled_from(["linspace", "karras"]),
+)
+def test_whatever_is_written_is_read_back(instruction, negative, model, note, seed, text_cfg, spacing):
+    settings = dataclasses.replace(
+        SNOW,
+        instruction=instruction,
+        negative=negative,
+        model=model,
+        seed=seed,
+        text_cfg=text_cfg,
+        spacing=spacing,
+        others={"Mask blur": note},
+    )
+    assert parse_infotext(format_infotext(settings)) == settings
+
+
+def test_values_with_commas_colons_and_lines_are_quoted():
+    text = format_infotext(dataclasses.replace(SNOW, model='a, b: "c"\nd'))
+    assert 'Model: "a, b: \\"c\\"\\nd"' in text
+    assert parse_infotext(text).model == 'a, b: "c"\nd'
+
+
+def test_an_instruction_of_several_lines_stays_one():
+    text = format_infotext(dataclasses.replace(SNOW, instruction="make it\nSteps: 3,\n night"))
+    assert text.splitlines()[0] == "make it Steps: 3, night"
+    assert parse_infotext(text).steps == 50
+
+
+def test_what_a1111_wrote_is_read():
+    text = """make it
+night
+Negative prompt: blurry,
+grey
+Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x768, Model hash: abc, Model: x, Image CFG scale: 1.2"""
+    found = parse_infotext(text)
+    assert (found.instruction, found.negative) == ("make it\nnight", "blurry,\ngrey")
+    assert (found.sampler, found.spacing, found.size) == ("dpmpp_2m", "karras", (512, 768))
+    assert found.others == {"Model hash": "abc"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "hello", "hello\nworld", TEXT.replace("Seed: 42, ", ""), TEXT.replace("50", "many")]
+)
+def test_text_without_settings_is_an_error(text):
+    with pytest.raises(InputError, match="settings"):
+        parse_infotext(text)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "webp"])
+@pytest.mark.parametrize("instruction", ["make it snow", "mach es grün, bitte: 雪"])
+def test_every_format_carries_the_settings(tmp_path, ending, instruction):
+    text = format_infotext(dataclasses.replace(SNOW, instruction=instruction))
+    image = Image.new("RGB", (32, 32))
+    image.info["parameters"] = text
+    path = save_image(image, tmp_path / f"out.{ending}")
+    assert read_infotext(path) == text
+
+
+def test_settings_of_an_earlier_edit_are_replaced(tmp_path):
+    image = Image.new("RGB", (32, 32))
+    image.info["parameters"] = "old\nSteps: 1"
+    first = save_image(image, tmp_path / "first.jpg")
+    with Image.open(first) as opened:
+        image.info = {"exif": opened.info["exif"], "parameters": TEXT}
+    assert read_infotext(save_image(image, tmp_path / "second.jpg")) == TEXT
+    png = save_image(image, tmp_path / "second.png")
+    assert read_infotext(png) == TEXT
+    with Image.open(png) as opened:
+        assert USER_COMMENT not in opened.getexif().get_ifd(EXIF_IFD)
+
+
+def test_a_picture_without_settings_has_none(tmp_path):
+    path = tmp_path / "plain.png"
+    Image.new("RGB", (32, 32)).save(path)
+    assert read_infotext(path) is None
+
+
+def test_a_file_that_is_no_picture_is_an_error(tmp_path):
+    (tmp_path / "page.png").write_text("hello")
+    with pytest.raises(InputError, match=r"page\.png cannot be read"):
+        read_infotext(tmp_path / "page.png")
+    with pytest.raises(InputError, match=r"Did you mean .*page\.png"):
+        read_infotext(tmp_path / "pag.png")
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"UNICODE\0" + "make it snow".encode("utf-16-be"),
+        b"UNICODE\0" + "make it snow".encode("utf-16-le"),
+        b"ASCII\0\0\0make it snow",
+        b"\0\0\0\0\0\0\0\0make it snow",
+        "make it snow",
+    ],
+)
+def test_comments_of_other_writers_are_read(comment):
+    assert decode_comment(comment) == "make it snow"
