@@ -10,7 +10,7 @@ from PIL import Image
 import ip2p
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.editor import Editor
-from ip2p.errors import InputError, ResourceError
+from ip2p.errors import InputError, ModelError, ResourceError
 from ip2p.images import load_image, save_image
 from ip2p.infotext import parse_infotext, read_infotext
 
@@ -178,6 +178,12 @@ def test_running_out_of_memory_names_a_smaller_size(tiny_editor, page, monkeypat
     monkeypatch.setattr(tiny_editor, "encode_image", full)
     with pytest.raises(ResourceError, match="Out of memory at 64x64.*--size 32"):
         tiny_editor.edit(page, "make it night")
+
+
+def test_a_model_that_overflows_is_an_error_and_not_a_black_picture(tiny_editor, page, monkeypatch):
+    monkeypatch.setattr(tiny_editor, "decode", lambda latents: torch.full((1, 3, 64, 64), float("nan")))
+    with pytest.raises(ModelError, match="overflow.*--dtype fp32"):
+        tiny_editor.edit(page, "make it night", **FAST)
 
 
 def test_a_picture_far_from_the_model_is_said_once(tiny_model_dir, tmp_path, page):

@@ -144,6 +144,12 @@ def test_an_animation_is_an_error(kind):
         load_image(data)
 
 
+def test_a_photograph_with_its_preview_is_fine():
+    frames = [noise_image(seed=seed) for seed in range(2)]
+    loaded = load_image(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:]))
+    assert abs(np.asarray(loaded).astype(int) - np.asarray(frames[0])).mean() < 30
+
+
 def test_a_still_gif_is_fine():
     assert load_image(encoded(noise_image(), "GIF")).mode == "RGB"
 

@@ -23,7 +23,8 @@ SNOW = Settings(
 )
 TEXT = """make it snow
 Negative prompt: blurry
-Steps: 50, Sampler: Euler a, CFG scale: 7.5, Image CFG scale: 1.5, Seed: 42, Size: 512x512, Model: x, Version: ip2p 0.1"""
+Steps: 50, Sampler: Euler a, CFG scale: 7.5, Image CFG scale: 1.5, Seed: 42, Size: 512x512, Model: x, \
+Version: ip2p 0.1"""
 
 
 def test_the_three_lines_are_those_of_a1111():
@@ -82,7 +83,8 @@ def test_what_a1111_wrote_is_read():
 night
 Negative prompt: blurry,
 grey
-Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x768, Model hash: abc, Model: x, Image CFG scale: 1.2"""
+Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x768, Model hash: abc, Model: x, \
+Image CFG scale: 1.2"""
     found = parse_infotext(text)
     assert (found.instruction, found.negative) == ("make it\nnight", "blurry,\ngrey")
     assert (found.sampler, found.spacing, found.size) == ("dpmpp_2m", "karras", (512, 768))

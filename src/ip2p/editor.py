@@ -18,7 +18,7 @@ from ip2p.devices import MAX_SEED, NoiseStream, pick_device, pick_dtype
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
-from ip2p.errors import InputError, ResourceError
+from ip2p.errors import InputError, ModelError, ResourceError
 from ip2p.images import MAX_PIXELS, fit_size, load_image, to_pil, to_tensor
 from ip2p.infotext import Settings, format_infotext
 from ip2p.models.bundle import PHOTO_MODEL, Bundle, load_bundle
@@ -76,7 +76,8 @@ class Editor:
         picture (equation 3). negative: what to stay away from. size: the side the model works at
         instead of its native one, or its exact width and height. batch_size: how many seeds run at
         once. Each result's `info` has the settings as "parameters", and the picture's exif and ICC
-        profile; `images.save_image` writes them. Raises InputError, or ResourceError out of memory.
+        profile; `images.save_image` writes them. Raises InputError, ModelError where the model
+        overflows its dtype, ResourceError out of memory.
         """
         check_guidance(steps, text_cfg, image_cfg)
         seeds = _checked_seeds(seeds)
@@ -115,7 +116,7 @@ class Editor:
                     if callback is not None:
                         callback(step, steps, x)
                 # One at a time: a decoder's largest maps are far larger than the UNet's.
-                results += [to_pil(self.decode(row[None])) for row in x]
+                results += [to_pil(_finite(self.decode(row[None]))) for row in x]
         for number, seed in enumerate(seeds):
             if results[number].size != page.size:
                 results[number] = results[number].resize(page.size, Image.Resampling.LANCZOS)
@@ -256,13 +257,20 @@ def edit(
 
 
 def _checked_seeds(seeds: Sequence[int]) -> list[int]:
-    seeds = list(seeds)
+    seeds = [int(seed) for seed in seeds]
     if not seeds:
         raise InputError("No seed was given. Give one for each result, for example seeds=[1, 2].")
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise InputError(f"Seed {seed} is out of range; use 0 to {MAX_SEED}.")
     return seeds
+
+
+def _finite(pixels: Tensor) -> Tensor:
+    # A network that overflows its number format gives a black picture and no error.
+    if not pixels.isfinite().all():
+        raise ModelError("The model's result is not a number: its values overflow. Use --dtype fp32.")
+    return pixels
 
 
 class _memory_error:

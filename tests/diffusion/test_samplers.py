@@ -37,7 +37,7 @@ def test_every_sampler_reaches_a_single_point(name):
 
 
 def error_on_the_gaussian(sampler, steps):
-    """The distance from the exact solution x · sqrt((s² + sigma²) / (s² + sigma_max²)) at the smallest sigma."""
+    """Distance at the smallest sigma from the exact x · sqrt((s² + sigma²) / (s² + sigma_max²))."""
     sigmas = karras_sigmas(SCHEDULE, steps)[:-1]
     x, _ = start(sigmas)
     *_, last = sampler(gaussian, x, sigmas)

@@ -1,4 +1,4 @@
-"""Oracle: diffusers' StableDiffusionInstructPix2PixPipeline and its schedulers, on the same weights and noise."""
+"""Oracle: diffusers' edit pipeline and its schedulers, on the same weights and noise, in fp32."""
 
 import pytest
 import torch
