@@ -10,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -131,12 +130,15 @@ class TestPicture:
         assert sorted(os.listdir(here)) == ["cut.jpg", "page.png"]
 
     def test_too_many_pixels_are_refused_by_the_header(self, run, here: Path) -> None:
-        (here / "vast.png").write_bytes(png_with_header(60_000, 50_000))
-        begun = time.monotonic()
+        (here / "vast.png").write_bytes(png_with_header(8000, 5000))
+        told = run("edit", "vast.png", "make it night")
+        is_refused(told, 2, "vast.png", "40.0 megapixels (8000x5000)", "the limit is 16", "--max-pixels")
+
+    def test_decompression_bomb(self, run, here: Path) -> None:
+        (here / "bomb.png").write_bytes(png_with_header(60_000, 50_000))
         is_refused(
-            run("edit", "vast.png", "make it night"), 2, "3000.0 megapixels", "limit is 16", "--max-pixels"
+            run("edit", "bomb.png", "a", "--max-pixels", 10**10), 2, "bomb.png is too large", "smaller"
         )
-        assert time.monotonic() - begun < 5
 
     def test_max_pixels_moves_the_limit(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "--max-pixels", 3000), 2, "64x48", "0.003", "--max-pixels")
