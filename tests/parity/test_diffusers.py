@@ -14,6 +14,9 @@ from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import linspace_sigmas
 from ip2p.images import to_tensor
 
+# One picture for several results is what is compared; its warning asks for copies of the picture.
+pytestmark = pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")
+
 STEPS = 10
 SEEDS = [3, 4]
 INSTRUCTION = "make it night"
