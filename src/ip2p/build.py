@@ -35,6 +35,7 @@ from ip2p.train.loss import (
     scaled_linear_alpha_bar,
     snr_weight,
     uniform_timesteps,
+    velocity,
 )
 
 STAGES = ("vae", "clip", "unet")
@@ -74,6 +75,7 @@ class Preset:
     reuse: int = 4  # times each drawn pair is seen, with other noise and dropout
     caption_share: float = 0.08  # samples with a caption and no image
     change_weight: float = 4.0  # loss weight of latent cells that the edit changes
+    prediction: str = "epsilon"  # what the UNet predicts: the noise (the paper), or "v_prediction"
     snr_clip: tuple[float, float] | None = (0.25, 5.0)
     ema: float = 0.999
     workers: int = 1
@@ -101,11 +103,17 @@ PRESETS: dict[str, Preset] = {
         size=64,
         vae=StageConfig(steps=1_000_000, minutes=15, batch=4, lr=1.5e-3),
         clip=StageConfig(steps=1_000_000, minutes=4.5, batch=96, lr=1e-3),
-        unet=StageConfig(steps=1_000_000, minutes=50, batch=64, lr=9e-4),
+        unet=StageConfig(steps=1_000_000, minutes=36, batch=32, lr=1e-3),
         # Three levels: a latent cell holds 4 x 4 pixels. Where it held 8 x 8 of a page of 128 pixels, a
         # training of 17 minutes lost the things' colours (recipes/LOG.md).
         vae_channels=(32, 64, 128),
         reuse=5,  # drawing costs a third of a core
+        # A small network that predicts noise needs long to learn even to copy the page at high noise levels,
+        # where the clean picture is its input less a large multiple of its output; v asks for the picture
+        # itself there (recipes/LOG.md has both curves).
+        prediction="v_prediction",
+        snr_clip=(1.0, 5.0),
+        ema=0.998,
     ),
     "h100": Preset(
         size=256,
@@ -146,7 +154,9 @@ class Pages(torch.utils.data.IterableDataset):
 
         rngs = [rng_for("train", self.kind, self.seed, index, i) for i in range(self.batch)]
         if self.kind == "page":
-            return {"image": torch.stack([pixels(sample_scene(rng)) for rng in rngs])}
+            scenes = [sample_scene(rng) for rng in rngs]
+            # Training's pages have even seeds, all others odd ones (`edits.sample_edit`).
+            return {"image": torch.stack([pixels(replace(s, seed=s.seed & ~1)) for s in scenes])}
         edits = [sample_edit(rng) for rng in rngs]
         return {
             "before": torch.stack([pixels(e.before) for e in edits]),
@@ -161,14 +171,19 @@ class Pages(torch.utils.data.IterableDataset):
         first, step = (self.start, 1) if info is None else (self.start + info.id, info.num_workers)
         if info is not None:
             torch.set_num_threads(1)
+            os.nice(5)  # training's threads wait for each other, so drawing must not hold one of them up
         while True:
             yield self.make(first)
             first += step
 
 
-def stream(pages: Pages, workers: int) -> Iterator[dict[str, Any]]:
+def stream(pages: Pages, workers: int, ahead: int = 8) -> Iterator[dict[str, Any]]:
+    """The batches, about `ahead` of them drawn beforehand by the workers."""
     loader = torch.utils.data.DataLoader(
-        pages, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+        pages,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
     )
     return iter(loader)
 
@@ -649,9 +664,9 @@ def train_unet(run: Run) -> None:
         # A resumed run draws the pool anew in which it stood, and goes on in the middle of it.
         turn, position = divmod(first, steps_a_round)
         draws_a_pool = preset.pool // _DRAW
-        source = stream(
-            Pages("pair", _DRAW, preset.size, preset.seed + 3, turn * draws_a_pool), preset.workers
-        )
+        pairs = Pages("pair", _DRAW, preset.size, preset.seed + 3, turn * draws_a_pool)
+        # While one pool is learnt from, the next is drawn.
+        source = stream(pairs, preset.workers, ahead=draws_a_pool)
         while True:
             pool = new_pool(source)
             shuffle = torch.Generator().manual_seed(preset.seed + turn)
@@ -689,10 +704,11 @@ def train_unet(run: Run) -> None:
             predicted = unet(torch.cat([noisy, image], dim=1), t.to(device), context).sample
         changed = torch.where(image_null[:, None, None, None], 1.0, pool["changed"][rows])
         cells = 1 + (preset.change_weight - 1) * changed
-        loss = noise_loss(predicted, gauss[1], snr_weight(a, preset.snr_clip), cells)
+        wanted = gauss[1] if preset.prediction == "epsilon" else velocity(target, gauss[1], a)
+        loss = noise_loss(predicted, wanted, snr_weight(a, preset.snr_clip, preset.prediction), cells)
         with torch.no_grad():
-            plain = F.mse_loss(predicted.float(), gauss[1])
-        return loss, {"eps": float(plain)}
+            plain = F.mse_loss(predicted.float(), wanted)
+        return loss, {"mse": float(plain)}
 
     summary = train_stage(run, "unet", unet, config, losses, use_ema=True)
     unet.save_pretrained(run.output / "unet", max_shard_size="15MB")
@@ -734,6 +750,7 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
         beta_end=0.012,
         beta_schedule="scaled_linear",
         num_train_timesteps=1000,
+        prediction_type=preset.prediction,
         timestep_spacing="linspace",
         steps_offset=0,
     ).save_pretrained(target / "scheduler")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Ip2pError(Exception):
-    """Base of every error that a user can cause; the command line prints its message and exits with `code`."""
+    """Base of every error that a user can cause; the command line prints it and exits with `code`."""
 
     code = 1
 

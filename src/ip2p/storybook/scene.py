@@ -76,7 +76,8 @@ class Thing:
         if self.wears is not None:
             _check("wears", self.wears, WEARABLES)
             if self.kind not in WEARER_KINDS:
-                raise ValueError(f"a {self.kind} cannot wear a {self.wears}; these can: {', '.join(WEARER_KINDS)}")
+                able = ", ".join(WEARER_KINDS)
+                raise ValueError(f"a {self.kind} cannot wear a {self.wears}; these can: {able}")
 
     @property
     def in_sky(self) -> bool:

@@ -29,19 +29,30 @@ def add_noise(
     return a.sqrt() * clean + (1 - a).sqrt() * noise
 
 
-def snr_weight(
-    alpha_bar: Float[Tensor, " batch"], clip: tuple[float, float] | None
-) -> Float[Tensor, " batch"]:
-    """Weight of the noise loss that makes the weight of the x0 loss `clamp(SNR, low, high)`.
+def velocity(
+    clean: Float[Tensor, "batch c h w"],
+    noise: Float[Tensor, "batch c h w"],
+    alpha_bar: Float[Tensor, " batch"],
+) -> Float[Tensor, "batch c h w"]:
+    """v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho 2022, appendix D)."""
+    a = alpha_bar[:, None, None, None]
+    return a.sqrt() * noise - (1 - a).sqrt() * clean
 
-    The upper limit is Min-SNR (Hang et al. 2023), the lower one the truncated SNR of Salimans and Ho
-    (2022): without it a small model hardly learns at the noise levels where an edit is decided.
-    None is the paper's plain noise loss.
+
+def snr_weight(
+    alpha_bar: Float[Tensor, " batch"], clip: tuple[float, float] | None, prediction: str = "epsilon"
+) -> Float[Tensor, " batch"]:
+    """Weight of the loss that makes the weight of the x0 loss `clamp(SNR, low, high)`.
+
+    In terms of x0 the squared error of the noise weighs SNR, that of the velocity SNR + 1. The upper
+    limit is Min-SNR (Hang et al. 2023), the lower one the truncated SNR of Salimans and Ho (2022):
+    without it a small model hardly learns at the noise levels where an edit is decided. None is the
+    plain loss of the prediction (the paper's, for noise).
     """
     if clip is None:
         return torch.ones_like(alpha_bar)
     snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(*clip) / snr
+    return snr.clamp(*clip) / (snr if prediction == "epsilon" else snr + 1)
 
 
 def noise_loss(
@@ -50,7 +61,7 @@ def noise_loss(
     sample_weight: Float[Tensor, " batch"],
     cell_weight: Float[Tensor, "batch 1 h w"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Weighted mean squared error of the predicted noise.
+    """Weighted mean squared error of the predicted noise (or velocity).
 
     `cell_weight` weighs latent cells (for example those that the edit changes). It is positive
     everywhere, so the minimum stays the conditional mean that plain training seeks.
