@@ -1,6 +1,13 @@
 import torch
 
-from ip2p.train.loss import add_noise, noise_loss, null_conditions, scaled_linear_alpha_bar, snr_weight
+from ip2p.train.loss import (
+    add_noise,
+    noise_loss,
+    null_conditions,
+    scaled_linear_alpha_bar,
+    snr_weight,
+    velocity,
+)
 
 
 def test_one_draw_drops_5_5_5_percent():
@@ -56,3 +63,31 @@ def test_cell_weight_counts_changed_cells_more():
     plain = noise_loss(predicted, noise, torch.ones(1), cells)
     cells[..., 0, 0] = 4
     assert noise_loss(predicted, noise, torch.ones(1), cells) > 2 * plain
+
+
+def test_velocity_equals_diffusers():
+    from diffusers import DDPMScheduler
+
+    oracle = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    clean, noise = torch.randn(2, 3, 4, 8, 8)
+    t = torch.tensor([3, 500, 999])
+    ours = velocity(clean, noise, oracle.alphas_cumprod[t])
+    torch.testing.assert_close(ours, oracle.get_velocity(clean, noise, t))
+
+
+def test_noise_and_velocity_loss_weigh_the_same_error_of_x0_alike():
+    """One wrong x0 gives one wrong noise and one wrong velocity; weighted, both cost the same."""
+    alpha_bar = scaled_linear_alpha_bar()[[50, 400, 900]]
+    a = alpha_bar[:, None, None, None]
+    clean, noise, off = torch.randn(3, 3, 4, 8, 8)
+    noisy = add_noise(clean, noise, alpha_bar)
+    losses = []
+    for prediction in ("epsilon", "v_prediction"):
+        weight = snr_weight(alpha_bar, (0.25, 5.0), prediction)
+        wrong = (noisy - a.sqrt() * (clean + off)) / (1 - a).sqrt()
+        if prediction == "epsilon":
+            losses.append(noise_loss(wrong, noise, weight))
+        else:
+            right = velocity(clean, noise, alpha_bar)
+            losses.append(noise_loss(velocity(clean + off, wrong, alpha_bar), right, weight))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-5)
