@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ip2p import build
-from ip2p.errors import InputError
+from ip2p.errors import InputError, ModelError
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +119,41 @@ def test_a_killed_stage_goes_on_to_the_same_weights(built, tmp_path, monkeypatch
     assert ours["step"] == whole["step"]
     for part in (ours["model"], whole["model"]), (ours["ema"]["average"], whole["ema"]["average"]):
         assert all(torch.equal(part[0][k], part[1][k]) for k in part[1])
+
+
+def test_a_bundle_is_trained_further_from_its_weights(built, tmp_path, monkeypatch):
+    said = []
+    first = {}
+    real = build.train_stage
+
+    def note_the_start(run, stage, model, *args, **kwargs):
+        first.update({k: v.clone() for k, v in model.state_dict().items()})
+        return real(run, stage, model, *args, **kwargs)
+
+    monkeypatch.setattr(build, "train_stage", note_the_start)
+    bundle = tmp_path / "bundle"
+    assert build.run(
+        "smoke", tmp_path, start=str(built / "bundle"), device="cpu", bundle=bundle, log=said.append
+    )
+    assert said[:2] == ["vae: finished already", "clip: finished already"]
+    from diffusers import UNet2DConditionModel
+
+    shipped = UNet2DConditionModel.from_pretrained(built / "bundle" / "unet").float().state_dict()
+    assert all(torch.equal(first[k], shipped[k]) for k in shipped)
+    cards = [json.loads((folder / "ip2p.json").read_text()) for folder in (built / "bundle", bundle)]
+    assert cards[1]["trained"]["unet"]["steps"] == 2 * cards[0]["trained"]["unet"]["steps"]
+    assert cards[1]["trained"]["vae"] == cards[0]["trained"]["vae"]
+
+
+def test_starting_in_a_folder_that_holds_another_build_is_refused(built, tmp_path):
+    build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=quiet)
+    with pytest.raises(InputError, match="holds a build already"):
+        build.run("smoke", tmp_path, start=str(built / "bundle"), device="cpu", log=quiet)
+
+
+def test_a_bundle_of_another_preset_is_refused(built, tmp_path):
+    with pytest.raises(ModelError, match="'smoke' at 64 px and does not fit preset 'cpu'"):
+        build.run("cpu", tmp_path, start=str(built / "bundle"), device="cpu", log=quiet)
 
 
 def test_time_up_saves_and_the_next_call_goes_on(tmp_path):

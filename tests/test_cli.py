@@ -123,7 +123,7 @@ def test_flag_beats_variable_beats_file_beats_default(
     monkeypatch.setenv("IP2P_STEPS", "12")
     monkeypatch.setenv("IP2P_IMAGE_CFG", "1.2")
     config = cli.parse("edit", ["page.png", "make it night", "--steps", "13"])
-    assert (config.steps, config.image_cfg, config.seed, config.text_cfg) == (13, 1.2, 3, 7.5)
+    assert (config.steps, config.image_cfg, config.seed, config.text_cfg) == (13, 1.2, 3, None)
     assert (config.image, config.instruction) == ("page.png", "make it night")
 
 

@@ -28,6 +28,12 @@ def test_an_edit_gives_a_picture_for_each_seed_at_the_inputs_size(tiny_editor):
     assert (pixels(results[0]) != pixels(results[1])).any()
 
 
+def test_scales_not_given_are_the_models_own(tiny_editor):
+    assert tiny_editor.scales(None, None) == (7.5, 1.5)
+    assert tiny_editor.scales(2.0, None) == (2.0, 1.5)
+    assert tiny_editor.scales(None, 0.0) == (7.5, 0.0)
+
+
 def test_the_same_seed_gives_the_same_picture(tiny_editor, page):
     first, second = (tiny_editor.edit(page, "make it night", seeds=[9], **FAST)[0] for _ in range(2))
     assert first.tobytes() == second.tobytes()

@@ -124,6 +124,7 @@ def storybook_build(config: BuildConfig) -> None:
         stage=config.stage,
         device=config.device,
         steps=config.steps,
+        start=config.start,
         bundle=bundle,
     )
     print(bundle)

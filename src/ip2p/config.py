@@ -39,6 +39,7 @@ Out = Annotated[Path | None, arg(aliases=["-o"], metavar="PATH", help_behavior_h
 File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Folder = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 Int = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+Model = Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")]
 Float = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 
 MAX_STEPS = 1000  # as many as the noise levels that a model is trained on
@@ -84,8 +85,8 @@ class EditConfig:
     steps: int = 20  # sampling steps
     sampler: SamplerName = "euler_ancestral"  # how the noise is taken away
     spacing: Spacing = "linspace"  # how the noise levels lie; linspace is the paper's code's
-    text_cfg: float = 7.5  # how strongly to follow the instruction
-    image_cfg: float = 1.5  # how strongly to keep the input picture
+    text_cfg: Float = None  # how strongly to follow the instruction; default: the model's own, else 7.5
+    image_cfg: Float = None  # how strongly to keep the input picture; default: the model's own, else 1.5
     negative: str = ""  # what to stay away from
     size: Size = None  # at which the model works, in pixels; default: near what it was trained at
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
@@ -138,6 +139,7 @@ class BuildConfig:
     preset: Literal["smoke", "cpu", "h100"] = "smoke"  # one recipe, other numbers: seconds, hours, one GPU
     out: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path("storybook-model")  # goes on from here
     bundle: Folder = None  # the half-precision model, as far as it is trained; default: OUT/bundle
+    start: Model = None  # a model made by this verb, of the same preset, whose UNet is trained further
     stage: Literal["all", "vae", "clip", "unet"] = "all"  # train one part only
     seconds: Float = None  # save and stop after so many seconds
     steps: Int = None  # optimiser steps of every stage, instead of the preset's
@@ -164,8 +166,8 @@ class ScoreConfig:
     sheet: File = None  # picture with rows of page, instruction, result, exact answer
     steps: int = 20  # sampling steps
     sampler: SamplerName = "euler_ancestral"  # how the noise is taken away
-    text_cfg: float = 7.5  # how strongly to follow the instruction
-    image_cfg: float = 1.5  # how strongly to keep the input picture
+    text_cfg: Float = None  # how strongly to follow the instruction; default: the model's own, else 7.5
+    image_cfg: Float = None  # how strongly to keep the input picture; default: the model's own, else 1.5
     size: Int = None  # side of a picture; default: what the model was trained at
     batch_size: int = 16  # edits made at once
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
@@ -196,11 +198,13 @@ def check_float(name: str, value: float, low: float, high: float, example: str) 
         raise InputError(f"{name} is {value}; it must be a number from {low:g} to {high:g}. Try {example}.")
 
 
-def check_guidance(steps: int, text_cfg: float, image_cfg: float) -> None:
-    """Steps 1 to 1000, both scales finite and 0 to 100; else InputError."""
+def check_guidance(steps: int, text_cfg: float | None, image_cfg: float | None) -> None:
+    """Raise InputError for numbers of steps and scales that cannot be sampled with; None is the default."""
     check_int("--steps", steps, 1, MAX_STEPS, "--steps 20")
-    check_float("--text-cfg", text_cfg, 0, MAX_SCALE, "--text-cfg 7.5")
-    check_float("--image-cfg", image_cfg, 0, MAX_SCALE, "--image-cfg 1.5")
+    if text_cfg is not None:
+        check_float("--text-cfg", text_cfg, 0, MAX_SCALE, "--text-cfg 7.5")
+    if image_cfg is not None:
+        check_float("--image-cfg", image_cfg, 0, MAX_SCALE, "--image-cfg 1.5")
 
 
 def check_size(size: int | tuple[int, int] | None) -> None:

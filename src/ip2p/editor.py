@@ -58,8 +58,8 @@ class Editor:
         image: Picture,
         instruction: str,
         *,
-        text_cfg: float = 7.5,
-        image_cfg: float = 1.5,
+        text_cfg: float | None = None,
+        image_cfg: float | None = None,
         steps: int = 20,
         sampler: str = "euler_ancestral",
         spacing: str = "linspace",
@@ -73,13 +73,14 @@ class Editor:
         """Edit a picture, once for each seed; the results have the picture's own size.
 
         text_cfg: how strongly to follow the instruction; image_cfg: how strongly to keep the
-        picture (equation 3). negative: what to stay away from. size: the side the model works at
-        instead of its native one, or its exact width and height. batch_size: how many seeds run at
-        once. Each result's `info` has the settings as "parameters", and the picture's exif and ICC
-        profile; `images.save_image` writes them. Raises InputError, ModelError where the model
-        overflows its dtype, ResourceError out of memory.
+        picture (equation 3); None takes the model's own value, else 7.5 and 1.5. negative: what to
+        stay away from. size: the side the model works at instead of its native one, or its exact
+        width and height. batch_size: how many seeds run at once. Each result's `info` has the
+        settings as "parameters", and the picture's exif and ICC profile; `images.save_image` writes
+        them. Raises InputError, or ResourceError out of memory.
         """
         check_guidance(steps, text_cfg, image_cfg)
+        text_cfg, image_cfg = self.scales(text_cfg, image_cfg)
         seeds = _checked_seeds(seeds)
         if not instruction.strip():
             raise InputError('The instruction is empty. Say what to change, for example "make it night".')
@@ -135,6 +136,14 @@ class Editor:
             )
             results[number].info = {**page.info, "parameters": format_infotext(settings)}
         return results
+
+    def scales(self, text_cfg: float | None, image_cfg: float | None) -> tuple[float, float]:
+        """The scales given; for None those that the model's card recommends, else the paper's 7.5 and 1.5."""
+        card = self.bundle.card
+        return (
+            card.text_cfg if text_cfg is None else text_cfg,
+            card.image_cfg if image_cfg is None else image_cfg,
+        )
 
     def working_size(
         self, pixels: tuple[int, int], size: int | tuple[int, int] | None = None

@@ -45,6 +45,14 @@ def test_the_card_in_the_folder_goes_first(copy):
     assert (card.name, card.native_size, card.known_psnr) == ("storybook", 128, 27.5)
 
 
+def test_scales_are_the_papers_unless_the_card_recommends_others(copy):
+    card = load_bundle(copy).card
+    assert (card.text_cfg, card.image_cfg) == (7.5, 1.5)
+    (copy / "ip2p.json").write_text(json.dumps({"text_cfg": 3, "image_cfg": 1.2}))
+    card = load_bundle(copy).card
+    assert (card.text_cfg, card.image_cfg) == (3.0, 1.2)
+
+
 def test_weights_in_shards_are_read(copy):
     whole = load_bundle(copy).unet
     (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()

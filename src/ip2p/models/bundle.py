@@ -43,12 +43,15 @@ class Card:
     """What a model says of itself in `ip2p.json`; every field may be missing there.
 
     native_size: the side in pixels that it was trained at. known_psnr: below this reconstruction
-    PSNR in dB of its autoencoder, a picture is far from what it knows.
+    PSNR in dB of its autoencoder, a picture is far from what it knows. text_cfg, image_cfg: the
+    scales to use unless others are asked for (the paper's, if the model names none).
     """
 
     name: str
     native_size: int
     known_psnr: float | None = None
+    text_cfg: float = 7.5
+    image_cfg: float = 1.5
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,7 @@ def _read_card(folder: Path, name: str, native_size: int) -> Card:
         name=str(said.get("name") or (name if not os.path.isdir(name) else Path(name).resolve().name)),
         native_size=int(said.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
+        **{k: float(said[k]) for k in ("text_cfg", "image_cfg") if said.get(k) is not None},
     )
 
 

@@ -198,8 +198,8 @@ def score(
     seed: int = 0,
     steps: int = 20,
     sampler: str = "euler_ancestral",
-    text_cfg: float = 7.5,
-    image_cfg: float = 1.5,
+    text_cfg: float | None = None,
+    image_cfg: float | None = None,
     size: int | None = None,
     batch_size: int = 16,
     splits: Sequence[str] = SPLITS,
@@ -212,6 +212,7 @@ def score(
     `rows` receives the first `keep_rows` (case, output) of the test split, for a picture of them.
     """
     size = size or editor.bundle.card.native_size
+    text_cfg, image_cfg = editor.scales(text_cfg, image_cfg)
     result: dict[str, Any] = {
         "count": count,
         "seed": seed,
