@@ -102,8 +102,8 @@ PRESETS: dict[str, Preset] = {
     "cpu": Preset(
         size=64,
         vae=StageConfig(steps=1_000_000, minutes=15, batch=4, lr=1.5e-3),
-        clip=StageConfig(steps=1_000_000, minutes=4.5, batch=96, lr=1e-3),
-        unet=StageConfig(steps=1_000_000, minutes=36, batch=32, lr=1e-3),
+        clip=StageConfig(steps=1_000_000, minutes=6, batch=96, lr=1e-3),
+        unet=StageConfig(steps=1_000_000, minutes=120, batch=32, lr=1e-3),
         # Three levels: a latent cell holds 4 x 4 pixels. Where it held 8 x 8 of a page of 128 pixels, a
         # training of 17 minutes lost the things' colours (recipes/LOG.md).
         vae_channels=(32, 64, 128),
@@ -325,7 +325,7 @@ def train_stage(
             bad = 0
         else:
             bad += 1  # the step is not applied
-            run.log(f"{stage}: step {step} gave {float(loss):g}; not applied")
+            run.log(f"{stage}: step {step} gave {float(loss.detach()):g}; not applied")
             if bad >= 10:
                 raise FloatingPointError(
                     f"{stage}: ten steps in a row were not finite; the state before is {path}"
@@ -813,6 +813,11 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
     vae.to(dtype).save_pretrained(target / "vae", max_shard_size=shard)
     for part, kind in (("text_encoder", CLIPTextModel), ("clip", CLIPModel)):
         kind.from_pretrained(source / part).to(dtype).save_pretrained(target / part, max_shard_size=shard)
+        # transformers loads in the dtype that the config names, diffusers in fp32: a pipeline opened without
+        # a dtype would mix the two.
+        config = json.loads((target / part / "config.json").read_text())
+        _name_fp32(config)
+        (target / part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     CLIPTokenizer.from_pretrained(source / "tokenizer").save_pretrained(target / "tokenizer")
     EulerAncestralDiscreteScheduler(
         beta_start=0.00085,
@@ -845,6 +850,14 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
         + "\n"
     )
     (target / "ip2p.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def _name_fp32(config: dict[str, Any]) -> None:
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            config[key] = "float32"
+        elif isinstance(value, dict):
+            _name_fp32(value)
 
 
 def run(

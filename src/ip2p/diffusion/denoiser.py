@@ -11,6 +11,7 @@ from ip2p.diffusion.guidance import guide, passes
 from ip2p.diffusion.schedule import Schedule
 
 Text = Float[Tensor, "text_batch tokens features"]
+NullText = Float[Tensor, "null_batch tokens features"]
 
 
 def x0_from_epsilon(x: Latent, epsilon: Latent, sigma: Float[Tensor, "*b"]) -> Latent:
@@ -62,7 +63,7 @@ def guided(
     model: UNetDenoiser,
     *,
     text: Text,
-    null_text: Text,
+    null_text: NullText,
     image: Latent | None,
     text_cfg: float,
     image_cfg: float,
