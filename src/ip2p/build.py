@@ -75,8 +75,11 @@ class Preset:
     reuse: int = 4  # times each drawn pair is seen, with other noise and dropout
     caption_share: float = 0.08  # samples with a caption and no image
     change_weight: float = 4.0  # loss weight of latent cells that the edit changes
-    prediction: str = "epsilon"  # what the UNet predicts: the noise (the paper), or "v_prediction"
-    snr_clip: tuple[float, float] | None = (0.25, 5.0)
+    # A small network that predicts noise needs long to learn even to copy the page at high noise levels,
+    # where the clean picture is its input less a large multiple of its output; velocity asks for the
+    # picture itself there (recipes/LOG.md has both curves). "epsilon" is the paper's.
+    prediction: str = "v_prediction"
+    snr_clip: tuple[float, float] | None = (1.0, 5.0)
     ema: float = 0.999
     workers: int = 1
     save_every: float = 120.0  # seconds
@@ -108,11 +111,6 @@ PRESETS: dict[str, Preset] = {
         # training of 17 minutes lost the things' colours (recipes/LOG.md).
         vae_channels=(32, 64, 128),
         reuse=5,  # drawing costs a third of a core
-        # A small network that predicts noise needs long to learn even to copy the page at high noise levels,
-        # where the clean picture is its input less a large multiple of its output; v asks for the picture
-        # itself there (recipes/LOG.md has both curves).
-        prediction="v_prediction",
-        snr_clip=(1.0, 5.0),
         ema=0.998,
     ),
     "h100": Preset(
