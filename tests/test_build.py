@@ -74,6 +74,11 @@ def test_card_says_how_it_was_made(built):
     assert card["trained"]["unet"]["steps"] == build.PRESETS["smoke"].unet.steps
 
 
+def test_the_bundle_names_no_path_of_this_machine(built):
+    for path in (built / "bundle").rglob("*.json"):
+        assert str(built) not in path.read_text(), path
+
+
 def test_every_word_of_the_language_is_one_token(built):
     from transformers import CLIPTokenizer
 

@@ -811,11 +811,9 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
     vae.to(dtype).save_pretrained(target / "vae", max_shard_size=shard)
     for part, kind in (("text_encoder", CLIPTextModel), ("clip", CLIPModel)):
         kind.from_pretrained(source / part).to(dtype).save_pretrained(target / part, max_shard_size=shard)
-        # transformers loads in the dtype that the config names, diffusers in fp32: a pipeline opened without
-        # a dtype would mix the two.
-        config = json.loads((target / part / "config.json").read_text())
-        _name_fp32(config)
-        (target / part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for part in ("unet", "vae", "text_encoder", "clip"):
+        path = target / part / "config.json"
+        path.write_text(json.dumps(_portable(json.loads(path.read_text())), indent=2) + "\n")
     CLIPTokenizer.from_pretrained(source / "tokenizer").save_pretrained(target / "tokenizer")
     EulerAncestralDiscreteScheduler(
         beta_start=0.00085,
@@ -850,12 +848,14 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
     (target / "ip2p.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
-def _name_fp32(config: dict[str, Any]) -> None:
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype"):
-            config[key] = "float32"
-        elif isinstance(value, dict):
-            _name_fp32(value)
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """A part's config without this machine's paths, and naming fp32.
+
+    transformers loads in the dtype that the config names, diffusers in fp32: a pipeline opened without
+    a dtype would mix the two.
+    """
+    kept = {k: _portable(v) if isinstance(v, dict) else v for k, v in config.items() if k != "_name_or_path"}
+    return {k: "float32" if k in ("dtype", "torch_dtype") else v for k, v in kept.items()}
 
 
 def run(

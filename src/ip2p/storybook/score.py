@@ -293,7 +293,8 @@ def as_text(result: dict[str, Any]) -> str:
         for split in splits:
             row = result[split]["model"].get(kind)
             line += f"{number(row and row['success'], '.1%'):>21}"
-        line += f"{number(result[first]['model'][kind]['preservation'], '.1f'):>12} dB"
+        kept = result[first]["model"][kind]["preservation"]
+        line += f"{number(kept, '.1f') + (' dB' if kept is not None else ''):>15}"
         line += "".join(f"{result[first][row][kind]['success']:>10.1%}" for row in ("ceiling", "copy"))
         lines.append(line)
     lines += [
