@@ -161,6 +161,26 @@ def test_a_bundle_of_another_preset_is_refused(built, tmp_path):
         build.run("cpu", tmp_path, start=str(built / "bundle"), device="cpu", log=quiet)
 
 
+def test_the_packaged_model_can_be_trained_further(tmp_path):
+    from ip2p.models.bundle import PACKAGED
+
+    card = json.loads((PACKAGED / "storybook" / "ip2p.json").read_text())
+    made = tmp_path / "bundle"
+    assert not build.run(
+        card["preset"],
+        tmp_path,
+        start="storybook",
+        seconds=0.0,
+        steps=1,
+        device="cpu",
+        bundle=made,
+        log=quiet,
+    )
+    further = json.loads((made / "ip2p.json").read_text())
+    assert further["trained"]["unet"]["steps"] == card["trained"]["unet"]["steps"]
+    assert (further["native_size"], further["known_psnr"]) == (card["native_size"], card["known_psnr"])
+
+
 def test_time_up_saves_and_the_next_call_goes_on(tmp_path):
     said = []
     assert not build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=said.append)

@@ -943,7 +943,7 @@ def card(run: Run) -> dict[str, Any]:
             made["unet"] = {"steps": state["step"], "samples": state["step"] * batch, "minutes": minutes}
     before = told("start").get("unet")
     if before and "unet" in made:
-        made["unet"] = {k: made["unet"][k] + before[k] for k in before}
+        made["unet"] = {k: round(v + before[k], 1) for k, v in made["unet"].items()}
     return {
         "name": "storybook",
         "native_size": run.preset.size,
