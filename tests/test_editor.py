@@ -41,11 +41,19 @@ def test_the_same_seed_gives_the_same_picture(tiny_editor, page):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_k_of_a_batch_equals_the_same_image_alone(tiny_editor, page, sampler):
-    batch = tiny_editor.edit(page, "make it night", seeds=[1, 2, 3], sampler=sampler, **FAST)
+    batch = tiny_editor.edit(page, "make it night", seeds=[1, 2, 3], sampler=sampler, batch_size=3, **FAST)
     alone = tiny_editor.edit(page, "make it night", seeds=[2], sampler=sampler, **FAST)
     pairs = tiny_editor.edit(page, "make it night", seeds=[1, 2, 3], sampler=sampler, batch_size=2, **FAST)
     assert abs(pixels(batch[1]) - pixels(alone[0])).max() <= 1
     assert all(abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(batch, pairs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_on_a_cpu_an_image_made_again_alone_is_equal_to_the_byte(tiny_model_dir, page, dtype):
+    editor = Editor.load(tiny_model_dir, device="cpu", dtype=dtype)
+    several = editor.edit(page, "make it night", seeds=[1, 2, 3], **FAST)
+    again = editor.edit(page, "make it night", seeds=[2], **FAST)
+    assert (pixels(several[1]) == pixels(again[0])).all()
 
 
 def test_every_setting_changes_the_result(tiny_editor, page):
@@ -113,6 +121,7 @@ def test_the_callback_follows_the_steps(tiny_editor, page):
         "make it night",
         seeds=[1, 2],
         steps=3,
+        batch_size=2,
         callback=lambda step, steps, x: seen.append((step, steps, x.shape)),
     )
     assert seen == [(step, 3, (2, 4, 16, 16)) for step in (1, 2, 3)]

@@ -38,9 +38,10 @@ def edit(config: EditConfig) -> None:
 
     editor = Editor.load(config.model, device=config.device, dtype=config.dtype)
     made = []
-    with progress("editing", config.steps * -(-len(paths) // config.batch_size)) as advance:
-        for start in range(0, len(paths), config.batch_size):
-            batch = paths[start : start + config.batch_size]
+    at_once = config.batch_size or editor.batch_size
+    with progress("editing", config.steps * -(-len(paths) // at_once)) as advance:
+        for start in range(0, len(paths), at_once):
+            batch = paths[start : start + at_once]
             seeds = [config.seed + start + i for i in range(len(batch))]
             results = editor.edit(
                 picture,

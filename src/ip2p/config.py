@@ -91,7 +91,7 @@ class EditConfig:
     size: Size = None  # at which the model works, in pixels; default: near what it was trained at
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
     dtype: DType = "auto"  # auto takes half precision where the device has it fast
-    batch_size: int = 4  # results made at once; a smaller number needs less memory
+    batch_size: Int = None  # results made at once; default: 1 on a CPU, 4 elsewhere
     from_settings: File = None  # take the settings (and the instruction) from this edited file
     max_pixels: int = MAX_PIXELS  # refuse a larger picture before decoding it
     overwrite: bool = False  # replace an output that is there already
@@ -104,7 +104,8 @@ class EditConfig:
         check_guidance(self.steps, self.text_cfg, self.image_cfg)
         check_int("--count", self.count, 1, MAX_COUNT, "--count 4")
         check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
-        check_int("--batch-size", self.batch_size, 1, MAX_COUNT, "--batch-size 4")
+        if self.batch_size is not None:
+            check_int("--batch-size", self.batch_size, 1, MAX_COUNT, "--batch-size 4")
         check_int("--max-pixels", self.max_pixels, 1, 2**40, f"--max-pixels {MAX_PIXELS}")
         check_size(self.size)
 
