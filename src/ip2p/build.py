@@ -25,10 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ip2p.errors import InputError, ModelError
+from ip2p.files import write_text
+from ip2p.images import signed_psnr
 from ip2p.storybook.scene import rng_for
 from ip2p.train.checkpoints import load_state, save_state
 from ip2p.train.ema import Ema
 from ip2p.train.loss import (
+    BETA_END,
+    BETA_START,
+    TIMESTEPS,
     add_noise,
     noise_loss,
     null_conditions,
@@ -370,10 +375,7 @@ def _fingerprint(run: Run, stage: str) -> dict[str, Any]:
 
 def _finish(run: Run, stage: str, summary: dict[str, Any]) -> None:
     run.state_dir.mkdir(parents=True, exist_ok=True)
-    path = run.state_dir / f"{stage}.done.json"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(run.state_dir / f"{stage}.done.json", json.dumps(summary, indent=1) + "\n")
 
 
 # --- the stages ---------------------------------------------------------------------------------
@@ -417,7 +419,7 @@ def train_vae(run: Run) -> None:
             hue = (off[:, :2] - off[:, 1:]).abs().mean()
             error = off.abs().mean() + 2 * off.square().mean() + preset.hue_weight * hue
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-            psnr = -10 * torch.log10(off.square().mean().detach() / 4)
+            psnr = signed_psnr(off.detach().square().mean())
             yield error + preset.kl_weight * kl, {"kl": float(kl.detach()), "psnr": float(psnr)}
 
     summary = train_stage(run, "vae", vae, preset.vae, losses, use_ema=True)
@@ -440,7 +442,7 @@ def measure_vae(vae: nn.Module, run: Run) -> tuple[float, float]:
         mean = vae.encode(x).latent_dist.mode()
         off = vae.decode(mean).sample.clamp(-1, 1) - x
         means.append(mean)
-        psnrs.append(-10 * torch.log10(off.square().mean(dim=(1, 2, 3)) / 4))
+        psnrs.append(signed_psnr(off.square().mean(dim=(1, 2, 3))))
     return 1 / float(torch.cat(means).std()), round(float(torch.cat(psnrs).quantile(0.02)), 1)
 
 
@@ -816,10 +818,10 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
         path.write_text(json.dumps(_portable(json.loads(path.read_text())), indent=2) + "\n")
     CLIPTokenizer.from_pretrained(source / "tokenizer").save_pretrained(target / "tokenizer")
     EulerAncestralDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
+        beta_start=BETA_START,
+        beta_end=BETA_END,
         beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
+        num_train_timesteps=TIMESTEPS,
         prediction_type=preset.prediction,
         timestep_spacing="linspace",
         steps_offset=0,

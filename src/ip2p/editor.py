@@ -19,7 +19,7 @@ from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.errors import InputError, ModelError, ResourceError
-from ip2p.images import MAX_PIXELS, fit_size, load_image, to_pil, to_tensor
+from ip2p.images import MAX_PIXELS, fit_size, load_image, signed_psnr, to_pil, to_tensor
 from ip2p.infotext import Settings, format_infotext
 from ip2p.models.bundle import PHOTO_MODEL, Bundle, load_bundle
 
@@ -241,7 +241,7 @@ class Editor:
         # The condition's latents are not scaled and the decoder's input is.
         again = self.decode(image_latent * self.bundle.latent_scale)
         error = (again.clamp(-1, 1).cpu() - to_tensor(shown)).square().mean()
-        psnr = (10 * torch.log10(4 / error.clamp_min(1e-10))).item()
+        psnr = signed_psnr(error).item()
         if psnr < known:
             self._said_far = True
             warnings.warn(

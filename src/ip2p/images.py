@@ -238,6 +238,11 @@ def to_pil(tensor: Tensor) -> Image.Image:
     return Image.fromarray(levels.byte().permute(1, 2, 0).numpy())
 
 
+def signed_psnr(squared_error: Tensor) -> Tensor:
+    """PSNR in dB from the mean squared error of pictures in [-1, 1]; at most 106 dB."""
+    return 10 * (4 / squared_error.clamp_min(1e-10)).log10()
+
+
 def fit_size(width: int, height: int, *, native: int = 512, multiple: int = 64) -> tuple[int, int]:
     """The size at which the model sees a picture of width x height (the original's rule).
 

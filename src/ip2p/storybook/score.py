@@ -15,6 +15,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -225,27 +226,21 @@ def score(
     for split in splits:
         verdicts: dict[str, list[Verdict]] = {"model": [], "copy": [], "ceiling": []}
         reconstruction: list[float] = []
-        pending: list[Case] = []
-
-        def flush(
-            split: str = split,
-            verdicts: dict[str, list[Verdict]] = verdicts,
-            reconstruction: list[float] = reconstruction,
-            pending: list[Case] = pending,
-        ) -> None:
+        remaining = cases(count, seed, size, split)
+        while batch := list(islice(remaining, batch_size)):
             first = len(verdicts["model"])
             outputs = edit_pages(
                 editor,
-                np.stack([case.page for case in pending]),
-                [case.edit.instruction for case in pending],
-                seeds=[seed * 1_000_003 + first + i for i in range(len(pending))],
+                np.stack([case.page for case in batch]),
+                [case.edit.instruction for case in batch],
+                seeds=[seed * 1_000_003 + first + i for i in range(len(batch))],
                 steps=steps,
                 sampler=sampler,
                 text_cfg=text_cfg,
                 image_cfg=image_cfg,
             )
-            rebuilt = reconstruct_pages(editor, np.stack([case.exact for case in pending]))
-            for case, output, again in zip(pending, outputs, rebuilt, strict=True):
+            rebuilt = reconstruct_pages(editor, np.stack([case.exact for case in batch]))
+            for case, output, again in zip(batch, outputs, rebuilt, strict=True):
                 verdicts["model"].append(judge(case, output))
                 verdicts["copy"].append(judge(case, case.page))
                 verdicts["ceiling"].append(judge(case, again))
@@ -254,14 +249,6 @@ def score(
                     rows.append((case, output))
                 if advance:
                     advance()
-            pending.clear()
-
-        for case in cases(count, seed, size, split):
-            pending.append(case)
-            if len(pending) == batch_size:
-                flush()
-        if pending:
-            flush()
         result[split] = {name: table(v) for name, v in verdicts.items()}
         result[split]["reconstruction"] = mean(reconstruction)
     return result

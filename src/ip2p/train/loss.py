@@ -8,6 +8,8 @@ from torch import Tensor
 
 TEXT_NULL_BELOW = 0.10
 IMAGE_NULL_FROM, IMAGE_NULL_BELOW = 0.05, 0.15
+# Stable Diffusion's noise schedule.
+TIMESTEPS, BETA_START, BETA_END = 1000, 0.00085, 0.012
 
 
 def null_conditions(draw: Float[Tensor, " batch"]) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
@@ -73,12 +75,14 @@ def noise_loss(
 
 
 def scaled_linear_alpha_bar(
-    steps: int = 1000, start: float = 0.00085, end: float = 0.012
+    steps: int = TIMESTEPS, start: float = BETA_START, end: float = BETA_END
 ) -> Float[Tensor, " steps"]:
     """Stable Diffusion's noise schedule: cumulative products of 1 - beta, sqrt(beta) linear in t."""
     betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0).float()
 
 
-def uniform_timesteps(count: int, generator: torch.Generator, steps: int = 1000) -> Int[Tensor, " count"]:
+def uniform_timesteps(
+    count: int, generator: torch.Generator, steps: int = TIMESTEPS
+) -> Int[Tensor, " count"]:
     return torch.randint(0, steps, (count,), generator=generator)
