@@ -102,8 +102,8 @@ def test_a_finished_build_says_so_and_changes_nothing(built):
 @pytest.mark.parametrize("stage", build.STAGES)
 def test_a_killed_stage_goes_on_to_the_same_weights(built, tmp_path, monkeypatch, stage):
     """2N steps equal N steps, a crash at any moment of the next one, and the rest; bit for bit."""
-    for name in ("vae", "clip", "text_encoder", "tokenizer"):
-        if name != stage and not (stage == "clip" and name == "text_encoder"):
+    for name in ("vae", "clip", "text_tower", "tokenizer"):
+        if name != stage and not (stage == "clip" and name == "text_tower"):
             (tmp_path / name).symlink_to(built / name)
     real, calls = torch.nn.utils.clip_grad_norm_, []
 
@@ -142,9 +142,12 @@ def test_a_bundle_is_trained_further_from_its_weights(built, tmp_path, monkeypat
     )
     assert said[:2] == ["vae: finished already", "clip: finished already"]
     from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
 
     shipped = UNet2DConditionModel.from_pretrained(built / "bundle" / "unet").float().state_dict()
-    assert all(torch.equal(first[k], shipped[k]) for k in shipped)
+    assert all(torch.equal(first[f"unet.{k}"], shipped[k]) for k in shipped)
+    text = CLIPTextModel.from_pretrained(built / "bundle" / "text_encoder").float().state_dict()
+    assert all(torch.equal(first[f"text_encoder.{k}"], text[k]) for k in text)
     cards = [json.loads((folder / "ip2p.json").read_text()) for folder in (built / "bundle", bundle)]
     assert cards[1]["trained"]["unet"]["steps"] == 2 * cards[0]["trained"]["unet"]["steps"]
     assert cards[1]["trained"]["vae"] == cards[0]["trained"]["vae"]
@@ -189,7 +192,7 @@ def test_time_up_saves_and_the_next_call_goes_on(tmp_path):
 
 
 def test_an_unfinished_unet_still_gives_a_bundle(built, tmp_path, monkeypatch):
-    for name in ("vae", "clip", "text_encoder", "tokenizer"):
+    for name in ("vae", "clip", "text_tower", "tokenizer"):
         (tmp_path / name).symlink_to(built / name)
     (tmp_path / "state").mkdir()
     for stage in ("vae", "clip"):

@@ -35,11 +35,12 @@ from ip2p.train.loss import (
     BETA_START,
     TIMESTEPS,
     add_noise,
+    change_weights,
     noise_loss,
     null_conditions,
+    random_timesteps,
     scaled_linear_alpha_bar,
     snr_weight,
-    uniform_timesteps,
     velocity,
 )
 
@@ -75,11 +76,18 @@ class Preset:
     clip_patch: int = 8
     unet_channels: tuple[int, ...] = (96, 160, 192)
     unet_layers: int = 1
-    heads: int = 4
+    heads: int = 4  # of every level's attention but the finest's, which has half as many
     pool: int = 4096  # pairs drawn and encoded at once
     reuse: int = 4  # times each drawn pair is seen, with other noise and dropout
     caption_share: float = 0.08  # samples with a caption and no image
-    change_weight: float = 4.0  # loss weight of latent cells that the edit changes
+    # Latent cells that the edit changes weigh more, up to `change_weight_most`, so that they make up
+    # about `change_share` of a sample's loss: a hat is two cells of 256 (`train.loss.change_weights`).
+    change_share: float = 0.5
+    change_weight_most: float = 24.0
+    # t = 1000 u^power: below 1 favours the noisy steps, where an edit is decided. 1 is the paper's.
+    timestep_power: float = 0.6
+    # The text tower of a CLIP trained for minutes is no Stable Diffusion's: it goes on learning with the UNet.
+    train_text: bool = True
     # A small network that predicts noise needs long to learn even to copy the page at high noise levels,
     # where the clean picture is its input less a large multiple of its output; velocity asks for the
     # picture itself there (recipes/LOG.md has both curves). "epsilon" is the paper's.
@@ -111,11 +119,11 @@ PRESETS: dict[str, Preset] = {
         size=64,
         vae=StageConfig(steps=1_000_000, minutes=15, batch=4, lr=1.5e-3),
         clip=StageConfig(steps=1_000_000, minutes=6, batch=96, lr=1e-3),
-        unet=StageConfig(steps=1_000_000, minutes=120, batch=32, lr=1e-3),
+        unet=StageConfig(steps=1_000_000, minutes=110, batch=32, lr=1e-3),
         # Three levels: a latent cell holds 4 x 4 pixels. Where it held 8 x 8 of a page of 128 pixels, a
         # training of 17 minutes lost the things' colours (recipes/LOG.md).
         vae_channels=(32, 64, 128),
-        reuse=5,  # drawing costs a third of a core
+        reuse=8,  # drawing costs a fifth of a core
         ema=0.998,
     ),
     "h100": Preset(
@@ -570,8 +578,7 @@ def train_clip(run: Run) -> None:
 
     summary = train_stage(run, "clip", clip, preset.clip, losses, use_ema=True)
     clip.save_pretrained(run.output / "clip")
-    text_encoder = _text_encoder(clip)
-    text_encoder.save_pretrained(run.output / "text_encoder")
+    _text_encoder(clip).save_pretrained(run.output / "text_tower")
     _finish(run, "clip", summary)
 
 
@@ -601,13 +608,15 @@ def new_unet(preset: Preset) -> nn.Module:
         sample_size=preset.size // 2 ** (len(preset.vae_channels) - 1),
         in_channels=8,
         out_channels=4,
-        # The finest level has convolutions only: at these sizes its attention costs most and helps least.
+        # The finest level attends on the way up only, where the edit is decided: what moves or grows is
+        # copied from cell to cell. On the way down it costs most and helps least.
         down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (levels - 1)),
-        up_block_types=(*("CrossAttnUpBlock2D",) * (levels - 1), "UpBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
         block_out_channels=preset.unet_channels,
         layers_per_block=preset.unet_layers,
         cross_attention_dim=preset.clip_width,
-        attention_head_dim=preset.heads,
+        # diffusers' name for the number of heads
+        attention_head_dim=(max(1, preset.heads // 2), *(preset.heads,) * (levels - 1)),
         norm_num_groups=16,
     )
 
@@ -620,24 +629,25 @@ def train_unet(run: Run) -> None:
     preset, device = run.preset, run.device
     vae = AutoencoderKL.from_pretrained(run.output / "vae").to(device).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(run.output / "tokenizer")
-    text_encoder = (
-        CLIPTextModel.from_pretrained(run.output / "text_encoder").to(device).eval().requires_grad_(False)
-    )
+    text_encoder = CLIPTextModel.from_pretrained(run.output / "text_tower").to(device)
     scale = vae.config.scaling_factor
     torch.manual_seed(preset.seed)
-    unet = _start_unet(run) if (run.output / "start" / "unet").exists() else new_unet(preset)
+    further = (run.output / "start" / "unet").exists()
+    unet = _start_unet(run) if further else new_unet(preset)
+    data_seed = preset.seed + (1003 if further else 3)  # further training shall see new pages
     unet = unet.to(device)
     if device.type == "cpu":
         # As in CLIP: plain attention trains faster on a CPU.
         unet.set_attn_processor(AttnProcessor())
+        text_encoder.set_attn_implementation("eager")
+    trained = nn.ModuleDict({"unet": unet})
+    if preset.train_text:
+        trained["text_encoder"] = text_encoder
+    else:
+        text_encoder.eval().requires_grad_(False)
     alpha_bar = scaled_linear_alpha_bar()
     config = preset.unet
     steps_a_pool = preset.pool // config.batch
-
-    @torch.no_grad()
-    def encode_texts(texts: list[str]) -> Tensor:
-        with run.autocast():
-            return text_encoder(tokenize(tokenizer, texts, device)).last_hidden_state.float()
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -670,14 +680,13 @@ def train_unet(run: Run) -> None:
         return {k: torch.cat(v) if isinstance(v[0], Tensor) else v for k, v in parts.items()}
 
     _DRAW = math.gcd(preset.pool, 64)
-    null_text = encode_texts([""])
 
     def losses(first: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
         steps_a_round = steps_a_pool * preset.reuse
         # A resumed run draws the pool anew in which it stood, and goes on in the middle of it.
         turn, position = divmod(first, steps_a_round)
         draws_a_pool = preset.pool // _DRAW
-        pairs = Pages("pair", _DRAW, preset.size, preset.seed + 3, turn * draws_a_pool)
+        pairs = Pages("pair", _DRAW, preset.size, data_seed, turn * draws_a_pool)
         # While one pool is learnt from, the next is drawn.
         source = stream(pairs, preset.workers, ahead=draws_a_pool)
         while True:
@@ -702,29 +711,30 @@ def train_unet(run: Run) -> None:
         caption_only = torch.rand(n, generator=generator) < preset.caption_share
         image_null = (image_null | caption_only).to(device)
         texts = [
-            pool["edited_caption" if c else "instruction"][i]
-            for i, c in zip(rows.tolist(), caption_only.tolist(), strict=True)
+            pool["edited_caption"][i] if caption else "" if null else pool["instruction"][i]
+            for i, caption, null in zip(
+                rows.tolist(), caption_only.tolist(), text_null.tolist(), strict=True
+            )
         ]
-        context = encode_texts(texts)
-        drop_text = (text_null & ~caption_only).to(device)
-        context = torch.where(drop_text[:, None, None], null_text, context)
         # The image condition is unscaled, and a missing image is a zero latent (FACTS 2 and 3).
         image = torch.where(image_null[:, None, None, None], 0.0, pool["before"][rows])
-        t = uniform_timesteps(n, generator)
+        t = random_timesteps(n, generator, preset.timestep_power)
         a = alpha_bar[t].to(device)
         noisy = add_noise(target, gauss[1], a)
         with run.autocast():
+            context = text_encoder(tokenize(tokenizer, texts, device)).last_hidden_state.float()
             predicted = unet(torch.cat([noisy, image], dim=1), t.to(device), context).sample
         changed = torch.where(image_null[:, None, None, None], 1.0, pool["changed"][rows])
-        cells = 1 + (preset.change_weight - 1) * changed
+        cells = change_weights(changed, preset.change_share, preset.change_weight_most)
         wanted = gauss[1] if preset.prediction == "epsilon" else velocity(target, gauss[1], a)
         loss = noise_loss(predicted, wanted, snr_weight(a, preset.snr_clip, preset.prediction), cells)
         with torch.no_grad():
             plain = F.mse_loss(predicted.float(), wanted)
         return loss, {"mse": float(plain)}
 
-    summary = train_stage(run, "unet", unet, config, losses, use_ema=True)
+    summary = train_stage(run, "unet", trained, config, losses, use_ema=True)
     unet.save_pretrained(run.output / "unet", max_shard_size="15MB")
+    text_encoder.save_pretrained(run.output / "text_encoder")
     _finish(run, "unet", summary)
 
 
@@ -768,9 +778,7 @@ def start_from(run: Run, model: str) -> None:
         )
     AutoencoderKL.from_pretrained(folder / "vae").float().save_pretrained(run.output / "vae")
     CLIPModel.from_pretrained(folder / "clip").float().save_pretrained(run.output / "clip")
-    CLIPTextModel.from_pretrained(folder / "text_encoder").float().save_pretrained(
-        run.output / "text_encoder"
-    )
+    CLIPTextModel.from_pretrained(folder / "text_encoder").float().save_pretrained(run.output / "text_tower")
     CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(run.output / "tokenizer")
     unet.save_pretrained(run.output / "start" / "unet")
     for stage in ("vae", "clip"):
@@ -797,8 +805,9 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
 
     target.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[name]
-    if (source / "unet").exists():
+    if (source / "unet").exists() and (source / "text_encoder").exists():
         unet = UNet2DConditionModel.from_pretrained(source / "unet")
+        text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder")
     else:
         state, _ = load_state(source / "state" / "unet.pt")
         if state is None:
@@ -806,13 +815,19 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
                 f"{source} holds no trained UNet yet; run: ip2p storybook build --output {source}"
             )
         unet = new_unet(replace(preset, size=state["preset"]["size"]))
-        unet.load_state_dict(state["ema"]["average"])
+        text_encoder = CLIPTextModel.from_pretrained(source / "text_tower")
+        average = state["ema"]["average"]
+        for part, module in (("unet", unet), ("text_encoder", text_encoder)):
+            own = {k.removeprefix(part + "."): v for k, v in average.items() if k.startswith(part + ".")}
+            if own:  # the text encoder is there only where it was trained along
+                module.load_state_dict(own)
     shard = "15MB"
     unet.to(dtype).save_pretrained(target / "unet", max_shard_size=shard)
     vae = AutoencoderKL.from_pretrained(source / "vae")
     vae.to(dtype).save_pretrained(target / "vae", max_shard_size=shard)
-    for part, kind in (("text_encoder", CLIPTextModel), ("clip", CLIPModel)):
-        kind.from_pretrained(source / part).to(dtype).save_pretrained(target / part, max_shard_size=shard)
+    text_encoder.to(dtype).save_pretrained(target / "text_encoder", max_shard_size=shard)
+    clip = CLIPModel.from_pretrained(source / "clip")
+    clip.to(dtype).save_pretrained(target / "clip", max_shard_size=shard)
     for part in ("unet", "vae", "text_encoder", "clip"):
         path = target / part / "config.json"
         path.write_text(json.dumps(_portable(json.loads(path.read_text())), indent=2) + "\n")

@@ -2,8 +2,10 @@ import torch
 
 from ip2p.train.loss import (
     add_noise,
+    change_weights,
     noise_loss,
     null_conditions,
+    random_timesteps,
     scaled_linear_alpha_bar,
     snr_weight,
     velocity,
@@ -91,3 +93,25 @@ def test_noise_and_velocity_loss_weigh_the_same_error_of_x0_alike():
             right = velocity(clean, noise, alpha_bar)
             losses.append(noise_loss(velocity(clean + off, wrong, alpha_bar), right, weight))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-5)
+
+
+def test_power_one_draws_timesteps_uniformly_and_a_smaller_one_favours_noise():
+    drawn = {p: random_timesteps(100_000, torch.Generator().manual_seed(0), p) for p in (1.0, 0.6)}
+    for timesteps in drawn.values():
+        assert timesteps.min() >= 0 and timesteps.max() == 999
+    # The mean of u^p is 1 / (p + 1), and P(u^p < 0.2) is 0.2^(1/p).
+    for power, mean, early in ((1.0, 500, 0.2), (0.6, 625, 0.2 ** (1 / 0.6))):
+        assert abs(drawn[power].float().mean() - mean) < 3
+        assert abs((drawn[power] < 200).float().mean() - early) < 0.005
+
+
+def test_changed_cells_make_up_their_share_up_to_a_limit():
+    changed = torch.zeros(3, 1, 16, 16)
+    changed[0, 0, 0, :16] = 1  # 16 of 256: each weighs 1 + 0.5 * 256 / 16
+    changed[1, 0, 0, :2] = 1  # 2 of 256: limited
+    weights = change_weights(changed, share=0.5, most=24.0)
+    assert weights[0, 0, 0, 0] == 9 and weights[0, 0, 1, 0] == 1
+    assert weights[1, 0, 0, 0] == 25
+    assert (weights[2] == 1).all()
+    added = weights[0].sum() - 256
+    assert added == 128  # half as much again as all cells weigh

@@ -82,7 +82,21 @@ def scaled_linear_alpha_bar(
     return torch.cumprod(1 - betas, dim=0).float()
 
 
-def uniform_timesteps(
-    count: int, generator: torch.Generator, steps: int = TIMESTEPS
+def random_timesteps(
+    count: int, generator: torch.Generator, power: float = 1.0, steps: int = TIMESTEPS
 ) -> Int[Tensor, " count"]:
-    return torch.randint(0, steps, (count,), generator=generator)
+    """Timesteps `floor(steps u^power)`, u uniform in [0, 1): uniform for power 1 (the paper's), else of
+    density proportional to t^(1 / power - 1)."""
+    return (torch.rand(count, generator=generator).pow(power) * steps).long().clamp(max=steps - 1)
+
+
+def change_weights(
+    changed: Float[Tensor, "batch 1 h w"], share: float, most: float
+) -> Float[Tensor, "batch 1 h w"]:
+    """Weights of latent cells: 1, and for changed ones 1 more than lets them make up `share` of all.
+
+    The addition is `share` times the number of cells over the number of changed ones, at most `most`.
+    """
+    cells = changed[0].numel()
+    count = changed.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    return 1 + changed * (share * cells / count).clamp(max=most)
