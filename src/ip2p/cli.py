@@ -7,6 +7,7 @@ Errors become one line on stderr and an exit code: 2 input, 3 model or network, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import importlib
@@ -28,7 +29,15 @@ from ip2p.terminal import say
 
 # verb: (its config in ip2p.config, the function that runs it, what it does in a few words)
 VERBS = {
-    "edit": ("EditConfig", "ip2p.command:edit", "edit a picture with an instruction"),
+    "edit": ("EditConfig", "ip2p.command:edit", "edit pictures with an instruction"),
+    "grid": ("GridConfig", "ip2p.command:grid", "draw the results over two settings as one picture"),
+    "model info": ("InfoConfig", "ip2p.models.command:info", "say what a model is and whether it is whole"),
+    "model convert": (
+        "ConvertConfig",
+        "ip2p.models.command:convert",
+        "diffusers folder from and to one file",
+    ),
+    "model list": ("ListConfig", "ip2p.models.command:list_models", "list the models that are here"),
     "storybook draw": ("DrawConfig", "ip2p.storybook.command:draw", "draw pages, edit pairs, captions"),
     "storybook build": ("BuildConfig", "ip2p.command:storybook_build", "train the storybook model"),
     "storybook score": ("ScoreConfig", "ip2p.storybook.score:run", "score a model on exact answers"),
@@ -126,22 +135,27 @@ def parse(verb: str, words: Sequence[str]) -> Any:
     """The verb's config from its words, None when they ask for help (which is then printed)."""
     import tyro
 
-    from ip2p.config import with_defaults
+    from ip2p.config import AUTO_MASK, with_defaults
 
     file = _peek(words, "--config")
-    defaults = with_defaults(config_class(verb), verb, file=Path(file) if file else None)
+    kind = config_class(verb)
+    defaults = with_defaults(kind, verb, file=Path(file) if file else None)
     settings = _peek(words, "--from-settings")
     if settings and verb == "edit":
         from ip2p.command import with_settings
 
         defaults = with_settings(defaults, Path(settings))
+    # The parser adds a repeated flag's values to the defaults; a flag takes their place.
+    repeated = {f"--{name}": name for name in ("lora", "then") if hasattr(defaults, name)}
+    given = {name: () for flag, name in repeated.items() if _peek(words, flag) is not None}
+    defaults = dataclasses.replace(defaults, **given)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(
-                config_class(verb),
+            config = tyro.cli(
+                kind,
                 prog=f"ip2p {verb}",
-                args=list(words),
+                args=_with_value(words, "--auto-mask", str(AUTO_MASK)),
                 default=defaults,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -149,6 +163,26 @@ def parse(verb: str, words: Sequence[str]) -> Any:
         if not stop.code:
             return None
         raise InputError(_one_line(told.getvalue())) from None
+    if verb == "edit" and config.more:
+        # Any number of pictures, and the instruction last.
+        config = dataclasses.replace(config, more=config.more[:-1], instruction=config.more[-1])
+    return config
+
+
+def _with_value(words: Sequence[str], flag: str, value: str) -> list[str]:
+    """The words with `value` after each `flag` that no number follows."""
+
+    def is_number(word: str) -> bool:
+        try:
+            float(word)
+        except ValueError:
+            return False
+        return True
+
+    told: list[str] = []
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        told += [word, value] if word == flag and not is_number(following) else [word]
+    return told
 
 
 def _peek(words: Sequence[str], flag: str) -> str | None:

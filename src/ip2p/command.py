@@ -129,3 +129,8 @@ def storybook_build(config: BuildConfig) -> None:
         bundle=bundle,
     )
     print(bundle)
+
+
+def grid(config: configs.GridConfig) -> None:
+    """Draw the results over two settings as one picture."""
+    raise NotImplementedError

@@ -15,12 +15,12 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ip2p import __version__
@@ -32,15 +32,27 @@ DType = Literal["auto", "fp32", "bf16", "fp16"]
 SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m"]
 Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations"]
 Spacing = Literal["linspace", "karras"]
+Weights = Literal["ema", "plain"]
+MemoryUse = Literal["auto", "low", "high"]
+Fit = Literal["original", "model"]
 # What the help shows in place of a type; nothing in place of a default of None.
 Image = Annotated[str, arg(metavar="IMAGE", help_behavior_hint="")]
+Images = Annotated[tuple[str, ...], arg(metavar="[IMAGE ...]", help_behavior_hint="")]
 Words = Annotated[str, arg(metavar="INSTRUCTION", help_behavior_hint="")]
+ModelPath = Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]
 Out = Annotated[Path | None, arg(aliases=["-o"], metavar="PATH", help_behavior_hint="")]
 File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Folder = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 Int = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 Model = Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")]
 Float = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
+Text = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+Threshold = Annotated[float | None, arg(metavar="[THRESHOLD]", help_behavior_hint="")]
+Interval = Annotated[tuple[float, float], arg(metavar="LOW HIGH")]
+# Settings that may be given several times; a flag of the command line replaces those of the file.
+Loras = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="FILE:WEIGHT", help_behavior_hint="")]]
+Axis = Annotated[str, arg(metavar="SETTING[=VALUES]")]
+Thens = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="INSTRUCTION", help_behavior_hint="")]]
 
 MAX_STEPS = 1000  # as many as the noise levels that a model is trained on
 MAX_SCALE = 100.0
@@ -48,6 +60,7 @@ MAX_COUNT = 1000
 MAX_SEED = 2**63 - 1
 MIN_SIZE, MAX_SIZE = 16, 4096
 MAX_PIXELS = 16_000_000  # of a picture to read; about 200 MB while it is decoded
+AUTO_MASK = 0.5  # the threshold of a bare --auto-mask
 CONFIG_FILE = "ip2p.toml"
 
 # --- the verbs ----------------------------------------------------------------------------------
@@ -76,38 +89,190 @@ Size = Annotated[SideOrSides | None, _SIZE, arg(help_behavior_hint="")]
 class EditConfig:
     """Edit a picture with an instruction: ip2p edit page.png "make it night" -o night.png"""
 
-    image: Positional[Image] = ""  # the picture to edit
+    image: Positional[Image] = ""  # the picture to edit; or a folder, or a glob, of pictures
+    more: Positional[Images] = ()  # more pictures, folders or globs
     instruction: Positional[Words] = ""  # what to change, in words
-    out: Out = None  # file or folder; default: IMAGE-edited beside it
+    out: Out = None  # file or folder; default: IMAGE-edited beside it; a folder for many pictures
     count: int = 1  # how many results; more than one are named out-1, out-2, …
     seed: int = 0  # the first result's seed; the next ones count up
-    model: str = "storybook"  # a name, or a folder in the diffusers format
+    model: str = "storybook"  # storybook, a hub id, a diffusers folder, a .safetensors or .ckpt file
+    revision: Text = None  # branch, tag or commit of a model of the hub
+    weights: Weights = "ema"  # of a file that holds both: the averaged ones or the last ones
+    vae: Model = None  # another autoencoder: a folder, a hub id, or a file
+    lora: Loras = ()  # add a LoRA file with a weight, 1 if none is given; may be repeated
+    controlnet: Model = None  # a ControlNet for Stable Diffusion 1.x: a folder or a hub id
+    control_image: File = None  # the picture that the ControlNet reads: edges, a depth map, …
+    control_scale: float = 1.0  # how strongly the ControlNet acts
     steps: int = 20  # sampling steps
     sampler: SamplerName = "euler_ancestral"  # how the noise is taken away
     spacing: Spacing = "linspace"  # how the noise levels lie; linspace is the paper's code's
     text_cfg: Float = None  # how strongly to follow the instruction; default: the model's own, else 7.5
     image_cfg: Float = None  # how strongly to keep the input picture; default: the model's own, else 1.5
+    text_cfg_rescale: float = 0.0  # 0 to 1: take back the contrast that high scales add
+    cfg_interval: Interval = (0.0, 1.0)  # guide only between these shares of the noise; 1 is the noisiest
     negative: str = ""  # what to stay away from
+    mask: File = None  # picture of the input's size: white is edited, black stays to the byte
+    mask_padding: int = 32  # pixels around the mask's white that the model sees too
+    feather: Float = None  # pixels over which the edit fades inside the mask; default: by the mask's size
+    auto_mask: Threshold = None  # let the model find the region; a lower threshold takes more (alone: 0.5)
+    show_mask: File = None  # write the region that was edited as a picture
     size: Size = None  # at which the model works, in pixels; default: near what it was trained at
+    fit: Fit = "original"  # original: carry the change to the photo's own pixels; model: resize the result
+    best: Int = None  # of --count results keep so many, ranked by CLIP
+    clip: Model = None  # the CLIP that ranks and tells drift: a folder or a hub id; default: the model's own
+    caption: Text = None  # for --best: what the picture shows
+    edited_caption: Text = None  # for --best: what it shall show; default: the instruction itself
+    then: Thens = ()  # edit the result again with this instruction; may be repeated
+    from_original: bool = False  # with --then: begin each step anew, with the instructions so far joined
+    animation: File = None  # with --then: the steps as a .gif or .webp that moves
+    frame_ms: int = 1000  # how long the animation shows a step, in milliseconds
+    jobs: int = 2  # threads that read and write the files of many pictures
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
     dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    memory: MemoryUse = "auto"  # low is slower and needs least; high never saves; auto looks at the device
     batch_size: Int = None  # results made at once; default: 1 on a CPU, 4 elsewhere
     from_settings: File = None  # take the settings (and the instruction) from this edited file
     max_pixels: int = MAX_PIXELS  # refuse a larger picture before decoding it
     overwrite: bool = False  # replace an output that is there already
     json: bool = False  # print the outputs and their settings as JSON
+    examples: bool = False  # print instructions that work and advice on the scales
     config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
     debug: bool = False  # show the traceback of an error
 
     def check(self) -> None:
-        """Raise InputError for a number that cannot be used."""
+        """Raise InputError for settings that cannot be used, alone or together."""
         check_guidance(self.steps, self.text_cfg, self.image_cfg)
+        check_more_guidance(self.text_cfg_rescale, self.cfg_interval)
         check_int("--count", self.count, 1, MAX_COUNT, "--count 4")
         check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
         if self.batch_size is not None:
             check_int("--batch-size", self.batch_size, 1, MAX_COUNT, "--batch-size 4")
         check_int("--max-pixels", self.max_pixels, 1, 2**40, f"--max-pixels {MAX_PIXELS}")
         check_size(self.size)
+        check_masking(self.mask, self.auto_mask, self.mask_padding, self.feather)
+        if self.show_mask and not self.mask and self.auto_mask is None:
+            raise InputError("--show-mask has no mask to show; add --mask FILE or --auto-mask.")
+        check_float("--control-scale", self.control_scale, 0, MAX_SCALE, "--control-scale 1")
+        if (self.controlnet is None) != (self.control_image is None):
+            given, lacks = (
+                ("controlnet", "control-image FILE")
+                if self.controlnet
+                else ("control-image", "controlnet MODEL")
+            )
+            raise InputError(f"--{given} needs the other half of it; add --{lacks}.")
+        for text in self.lora:
+            parse_lora(text)
+        if self.best is not None:
+            check_int("--best", self.best, 1, MAX_COUNT, "--count 8 --best 2")
+            if self.best > self.count:
+                raise InputError(
+                    f"--best {self.best} is more than --count {self.count}. Try --count {4 * self.best}."
+                )
+        if self.edited_caption is not None and self.caption is None:
+            raise InputError(
+                "--edited-caption says where to go; add --caption to say what the picture shows."
+            )
+        if self.caption is not None and self.best is None:
+            raise InputError("--caption helps to rank results; add --count 8 --best 2.")
+        if any(not words.strip() for words in self.then):
+            raise InputError('an instruction after --then is empty; write: --then "make it snow"')
+        if self.then and self.count > 1:
+            raise InputError("--then goes on from one result; leave --count away.")
+        for flag, given in (("--from-original", self.from_original), ("--animation", self.animation)):
+            if given and not self.then:
+                raise InputError(f'{flag} is for edits in a row; add --then "make it snow".')
+        if self.animation and self.animation.suffix.lower() not in (".gif", ".webp"):
+            raise InputError(f"{self.animation}: animations are written as .gif or .webp. Change the ending.")
+        check_int("--frame-ms", self.frame_ms, 20, 60_000, "--frame-ms 1000")
+        check_int("--jobs", self.jobs, 1, 64, "--jobs 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Draw the results over two settings as one picture: ip2p grid page.png "make it night" -o grid.png"""
+
+    image: Positional[Image] = ""  # the picture to edit
+    instruction: Positional[Words] = ""  # what to change, in words
+    out: Out = None  # the grid's file; default: IMAGE-grid beside the picture
+    columns: Axis = "text-cfg"  # text-cfg, image-cfg, seed or steps; with values: text-cfg=3,5,7.5
+    rows: Axis = "image-cfg"  # as --columns, another setting
+    cell: int = 256  # longer side of a picture in the grid, in pixels
+    seed: int = 0  # where the grid does not vary it
+    model: str = "storybook"  # storybook, a hub id, a diffusers folder, a .safetensors or .ckpt file
+    revision: Text = None  # branch, tag or commit of a model of the hub
+    weights: Weights = "ema"  # of a file that holds both: the averaged ones or the last ones
+    vae: Model = None  # another autoencoder: a folder, a hub id, or a file
+    lora: Loras = ()  # add a LoRA file with a weight, 1 if none is given; may be repeated
+    steps: int = 20  # where the grid does not vary them
+    sampler: SamplerName = "euler_ancestral"  # how the noise is taken away
+    spacing: Spacing = "linspace"  # how the noise levels lie; linspace is the paper's code's
+    text_cfg: Float = None  # where the grid does not vary it; default: the model's own, else 7.5
+    image_cfg: Float = None  # where the grid does not vary it; default: the model's own, else 1.5
+    text_cfg_rescale: float = 0.0  # 0 to 1: take back the contrast that high scales add
+    cfg_interval: Interval = (0.0, 1.0)  # guide only between these shares of the noise; 1 is the noisiest
+    negative: str = ""  # what to stay away from
+    auto_mask: Threshold = None  # let the model find the region; a lower threshold takes more (alone: 0.5)
+    size: Size = None  # at which the model works, in pixels; default: near what it was trained at
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    memory: MemoryUse = "auto"  # low is slower and needs least; high never saves; auto looks at the device
+    max_pixels: int = MAX_PIXELS  # refuse a larger picture before decoding it
+    overwrite: bool = False  # replace an output that is there already
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used, alone or together."""
+        check_guidance(self.steps, self.text_cfg, self.image_cfg)
+        check_more_guidance(self.text_cfg_rescale, self.cfg_interval)
+        check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
+        check_int("--cell", self.cell, 32, 2048, "--cell 256")
+        check_int("--max-pixels", self.max_pixels, 1, 2**40, f"--max-pixels {MAX_PIXELS}")
+        check_size(self.size)
+        check_masking(None, self.auto_mask, 32, None)
+        for text in self.lora:
+            parse_lora(text)
+        columns, rows = parse_axis("--columns", self.columns), parse_axis("--rows", self.rows)
+        if columns[0] == rows[0]:
+            raise InputError(f"--columns and --rows are both {rows[0]}; choose another, as in: --rows seed")
+        if len(columns[1] or ()) * len(rows[1] or ()) > MAX_COUNT:
+            raise InputError(
+                f"a grid has at most {MAX_COUNT} pictures; give --columns and --rows fewer values."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Say what a model is and whether it is whole: ip2p model info editor.safetensors"""
+
+    model: Positional[ModelPath] = ""  # storybook, a hub id, a diffusers folder, a .safetensors or .ckpt file
+    json: bool = False  # print it as JSON
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Go between a diffusers folder and a single file, both ways: ip2p model convert editor.ckpt editor"""
+
+    source: Positional[ModelPath] = ""  # a hub id, a diffusers folder, a .safetensors or .ckpt file
+    target: Positional[Annotated[str, arg(metavar="TARGET", help_behavior_hint="")]] = (
+        ""  # .safetensors, or a folder
+    )
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"  # of the weights that are written
+    weights: Weights = "ema"  # of a file that holds both: the averaged ones or the last ones
+    overwrite: bool = False  # replace a target that is there already
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListConfig:
+    """List the models in the package and in the hub's cache: ip2p model list"""
+
+    json: bool = False  # print it as JSON
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +373,78 @@ def check_guidance(steps: int, text_cfg: float | None, image_cfg: float | None) 
         check_float("--image-cfg", image_cfg, 0, MAX_SCALE, "--image-cfg 1.5")
 
 
+def check_more_guidance(rescale: float, interval: tuple[float, float]) -> None:
+    """Raise InputError unless the rescale and both ends of the interval are shares, the lower end first."""
+    check_float("--text-cfg-rescale", rescale, 0, 1, "--text-cfg-rescale 0.7")
+    for end in interval:
+        check_float("--cfg-interval", end, 0, 1, "--cfg-interval 0.2 0.9")
+    low, high = interval
+    if low >= high:
+        raise InputError(f"--cfg-interval {low:g} {high:g} is empty. Try --cfg-interval 0.2 0.9.")
+
+
+def check_masking(mask: object, auto_mask: float | None, padding: int, feather: float | None) -> None:
+    """Raise InputError for two masks at once, or numbers that no mask can have."""
+    if mask is not None and auto_mask is not None:
+        raise InputError("--mask names the region and --auto-mask looks for it; give one of them.")
+    if auto_mask is not None:
+        check_float("--auto-mask", auto_mask, 0, 1, f"--auto-mask {AUTO_MASK}")
+    check_int("--mask-padding", padding, 0, MAX_SIZE, "--mask-padding 32")
+    if feather is not None:
+        check_float("--feather", feather, 0, MAX_SIZE, "--feather 8")
+
+
 def check_size(size: int | tuple[int, int] | None) -> None:
     for side in () if size is None else (size,) if isinstance(size, int) else size:
         check_int("--size", side, MIN_SIZE, MAX_SIZE, "--size 256")
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """The file and the weight of FILE:WEIGHT, or of FILE alone, whose weight is 1.
+
+    The file's name may hold colons: only a number after the last one is a weight.
+    """
+    file, colon, number = text.rpartition(":")
+    try:
+        weight = float(number) if colon else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        file, weight = text, 1.0
+    if not file.strip():
+        raise InputError(f"--lora {text!r} names no file. Try --lora style.safetensors:0.8.")
+    check_float(f"the weight of --lora {text}", weight, -10, 10, f"--lora {file}:0.8")
+    return Path(file), weight
+
+
+AXES: dict[str, type] = {"text-cfg": float, "image-cfg": float, "seed": int, "steps": int}
+
+
+def parse_axis(flag: str, text: str) -> tuple[str, tuple[float, ...] | None]:
+    """ "text-cfg=3,5" → ("text-cfg", (3.0, 5.0)); without values None. Raises InputError for any other."""
+    name, equals, listed = text.partition("=")
+    name = name.strip().replace("_", "-")
+    if name not in AXES:
+        raise InputError(
+            f"{flag} is {text!r}; choose one of: {', '.join(AXES)}. Try {flag} text-cfg=3,5,7.5."
+        )
+    if not equals:
+        return name, None
+    values = []
+    for word in listed.split(","):
+        try:
+            values.append(AXES[name](word))
+        except ValueError:
+            kind = "a whole number" if AXES[name] is int else "a number"
+            raise InputError(f"{flag}: {word!r} is not {kind}. Try {flag} {name}=1,2,3.") from None
+    for value in values:
+        if name == "steps":
+            check_int(f"{flag} steps", value, 1, MAX_STEPS, f"{flag} steps=5,10,20")
+        elif name == "seed":
+            check_int(f"{flag} seed", value, 0, MAX_SEED, f"{flag} seed=0,1,2")
+        else:
+            check_float(f"{flag} {name}", value, 0, MAX_SCALE, f"{flag} {name}=1.2,1.5,2")
+    return name, tuple(values)
 
 
 # --- where a setting comes from -----------------------------------------------------------------
@@ -269,8 +503,14 @@ def _file_table(file: Path | None, verb: str) -> dict[str, Any]:
 
 
 def _convert(value: object, hint: Any, source: str) -> Any:
-    """`value` (text of a variable, or TOML) as the type of the field."""
+    """`value` (text of a variable, or TOML) as the type of the field.
+
+    A setting that takes several values is a list, in a variable too (a JSON one) unless it holds one.
+    """
     kinds = _flat(hint)
+    several = [typing.get_args(k) for k in kinds if typing.get_origin(k) is tuple and kinds == [k]]
+    if several:
+        return _convert_list(value, several[0], source)
     choices = [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)]
     text = str(value).strip()
     if choices:
@@ -294,6 +534,24 @@ def _convert(value: object, hint: Any, source: str) -> Any:
             except ValueError:
                 raise InputError(f"{source} is {text!r}; it must be {called}.") from None
     return Path(text) if Path in kinds else str(value)
+
+
+def _convert_list(value: object, parts: Sequence[Any], source: str) -> tuple[Any, ...]:
+    """The tuple of a `tuple[str, ...]` or a `tuple[float, float]`."""
+    if isinstance(value, str):
+        try:
+            loaded = json.loads(value)
+        except ValueError:
+            loaded = None
+        pair = parts[-1] is not Ellipsis
+        value = loaded if isinstance(loaded, list) else value.replace(",", " ").split() if pair else [value]
+    if not isinstance(value, list):
+        raise InputError(f"{source} is {str(value)!r}; write a list, as in [{', '.join(['…'] * 2)}].")
+    if parts[-1] is Ellipsis:
+        return tuple(_convert(item, parts[0], source) for item in value)
+    if len(value) != len(parts):
+        raise InputError(f"{source} is {value}; it must be {len(parts)} numbers.")
+    return tuple(_convert(item, kind, source) for item, kind in zip(value, parts, strict=True))
 
 
 def _flat(hint: Any) -> list[Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -21,7 +23,11 @@ FIELD = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that an edit was made with; `size` is the width and height at which the model worked."""
+    """All that an edit was made with; `size` is the width and height at which the model worked.
+
+    What is at its default here is not written. mask and control_image are the files' names; mask_padding
+    and feather belong to a mask, control_scale to a ControlNet.
+    """
 
     instruction: str
     negative: str = ""
@@ -33,6 +39,20 @@ class Settings:
     size: tuple[int, int]
     model: str
     spacing: str = "linspace"
+    text_cfg_rescale: float = 0.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    mask: str | None = None
+    mask_padding: int = 32
+    feather: float | None = None
+    auto_mask: float | None = None
+    fit: str = "original"
+    revision: str | None = None
+    weights: str = "ema"
+    vae: str | None = None
+    loras: tuple[str, ...] = ()  # FILE:WEIGHT, in the order in which they were added
+    controlnet: str | None = None
+    control_image: str | None = None
+    control_scale: float = 1.0
     version: str = ""
     others: Mapping[str, str] = field(default_factory=dict)
 
@@ -53,6 +73,11 @@ def format_infotext(settings: Settings) -> str:
     }
     if settings.spacing != "linspace":
         values["Schedule type"] = SCHEDULE_NAMES.get(settings.spacing, settings.spacing)
+    for name, (label, write, _) in MORE.items():
+        value = getattr(settings, name)
+        if value != getattr(Settings, name):
+            values[label] = write(value)
+    values |= {f"LoRA {k}": lora for k, lora in enumerate(settings.loras, 1)}
     values |= dict(settings.others)
     if settings.version:
         values["Version"] = settings.version
@@ -82,6 +107,10 @@ def parse_infotext(text: str) -> Settings:
         sampler, spacing = sampler.removesuffix(" Karras"), "Karras"
     try:
         width, height = (int(side) for side in found.pop("Size").split("x"))
+        more = {name: read(found.pop(label)) for name, (label, _, read) in MORE.items() if label in found}
+        loras = []
+        while f"LoRA {len(loras) + 1}" in found:
+            loras.append(found.pop(f"LoRA {len(loras) + 1}"))
         return Settings(
             instruction=instruction,
             negative=negative,
@@ -94,12 +123,19 @@ def parse_infotext(text: str) -> Settings:
             model=found.pop("Model", ""),
             spacing=spacings.get(spacing, spacing),
             version=found.pop("Version", ""),
+            loras=tuple(loras),
             others=found,
+            **more,
         )
     except KeyError as error:
         raise InputError(f"The settings lack {error.args[0]!r}. Give a picture made by ip2p.") from None
     except ValueError as error:
         raise InputError(f"The settings cannot be read ({error}). Give a picture made by ip2p.") from None
+
+
+def amend(text: str, **fields: Any) -> str:
+    """The infotext with other values in some fields of its Settings."""
+    return format_infotext(dataclasses.replace(parse_infotext(text), **fields))
 
 
 def read_infotext(path: str | Path) -> str | None:
@@ -133,6 +169,11 @@ def decode_comment(comment: bytes | str | None) -> str | None:
     return comment.decode("utf-8", "replace").strip("\0")
 
 
+def _interval(text: str) -> tuple[float, float]:
+    low, high = (float(end) for end in text.split(" to "))
+    return low, high
+
+
 def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else repr(float(value))
 
@@ -148,3 +189,21 @@ def _unquoted(value: str) -> str:
         return str(json.loads(value))
     except json.JSONDecodeError:
         return value
+
+
+# Field of Settings: its name in the infotext, how its value is written, how it is read.
+MORE: dict[str, tuple[str, Callable[[Any], str], Callable[[str], Any]]] = {
+    "text_cfg_rescale": ("CFG rescale", _number, float),
+    "cfg_interval": ("CFG interval", lambda ends: " to ".join(map(_number, ends)), _interval),
+    "mask": ("Mask", str, str),
+    "mask_padding": ("Mask padding", str, int),
+    "feather": ("Mask feather", _number, float),
+    "auto_mask": ("Auto mask", _number, float),
+    "fit": ("Fit", str, str),
+    "revision": ("Model revision", str, str),
+    "weights": ("Model weights", str, str),
+    "vae": ("VAE", str, str),
+    "controlnet": ("ControlNet", str, str),
+    "control_image": ("Control image", str, str),
+    "control_scale": ("Control scale", _number, float),
+}
