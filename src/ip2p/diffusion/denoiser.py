@@ -1,17 +1,39 @@
 """From a UNet's prediction to the denoiser contract, `denoise(x, sigma) -> x0`, with and without guidance."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ip2p.diffusion import Denoiser, Latent, Sigma
+from ip2p.diffusion import Denoiser, Latent, Sigma, guidance
 from ip2p.diffusion.guidance import guide, passes
 from ip2p.diffusion.schedule import Schedule
 
-Text = Float[Tensor, "text_batch tokens features"]
-NullText = Float[Tensor, "null_batch tokens features"]
+
+@runtime_checkable
+class Words(Protocol):
+    """A text as a network reads it: `models.text.Prompt`. A plain tensor is its hidden states alone."""
+
+    @property
+    def hidden(self) -> Float[Tensor, "text_batch tokens features"]: ...
+
+    @property
+    def pooled(self) -> Float[Tensor, "text_batch projected"] | None: ...
+
+    @property
+    def time_ids(self) -> Float[Tensor, "text_batch numbers"] | None: ...
+
+
+Text = Float[Tensor, "text_batch tokens features"] | Words
+NullText = Float[Tensor, "null_batch tokens features"] | Words
+# What a network is told besides the latents, by the names that diffusers has for it.
+Told = Mapping[str, Tensor]
+# From the UNet's noisy channels [batch, 4, h, w], the time [batch] and what it is told: arguments to add to
+# its call. A ControlNet with its picture is one (`models.controlnet.Control`).
+Control = Callable[[Tensor, Tensor, Told], dict[str, Any]]
 
 
 def x0_from_epsilon(x: Latent, epsilon: Latent, sigma: Float[Tensor, "*b"]) -> Latent:
@@ -31,12 +53,14 @@ X0 = {"epsilon": x0_from_epsilon, "v_prediction": x0_from_velocity}
 class UNetDenoiser:
     """A diffusers UNet of 8 channels; called, it is the denoiser of one text and one image.
 
-    x and image are latents [batch, 4, h, w], text is [batch, tokens, features]; sigma is one number.
-    The network runs in its own dtype, x stays in fp32.
+    x and image are latents [batch, 4, h, w], text is [batch, tokens, features] or a Prompt; sigma is
+    one number. The network runs in its own dtype, x stays in fp32. condition_scale multiplies image.
     """
 
     unet: nn.Module
     schedule: Schedule
+    condition_scale: float = 1.0
+    control: Control | None = None
 
     def __call__(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
         """x0 from x = x0 + sigma · noise."""
@@ -44,19 +68,41 @@ class UNetDenoiser:
 
     def predict(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
         """What the UNet was trained to predict, noise or velocity, at x / sqrt(sigma² + 1)."""
+        return self.tell(x, sigma, told(text, len(x)), image)
+
+    def tell(self, x: Latent, sigma: Sigma, told: Told, image: Latent) -> Latent:
+        """`predict`, with the text as the arguments of the network."""
         dtype = next(self.unet.parameters()).dtype
-        scaled = x / (sigma**2 + 1).sqrt()
-        # The input image's latents stay unscaled: training saw them so.
-        channels = torch.cat([scaled, image], dim=1)
-        time = self.schedule.time(sigma).to(x.device, torch.float32).expand(len(x))
-        output = self.unet(channels.to(dtype), time, encoder_hidden_states=text.to(dtype), return_dict=False)[
-            0
-        ]
+        # Sizes are numbers up to the thousands, which half precision rounds.
+        told = {
+            name: value.to(x.device, torch.float32 if name == "time_ids" else dtype)
+            for name, value in told.items()
+        }
+        scaled = (x / (sigma**2 + 1).sqrt()).to(dtype)
+        # Most editors saw the input image's latents unscaled in training: then condition_scale is 1.
+        channels = torch.cat([scaled, (image * self.condition_scale).to(dtype)], dim=1)
+        time = self.schedule.told(sigma).to(x.device, torch.float32).expand(len(x))
+        more = {} if self.control is None else self.control(scaled, time, told)
+        added = {name: told[name] for name in ("text_embeds", "time_ids") if name in told}
+        if added:
+            more = more | {"added_cond_kwargs": added}
+        hidden = told["encoder_hidden_states"]
+        output = self.unet(channels, time, encoder_hidden_states=hidden, return_dict=False, **more)[0]
         return output.to(x.dtype)
 
     def x0(self, x: Latent, prediction: Latent, sigma: Sigma) -> Latent:
         """x0 from the prediction, guided or not."""
         return X0[self.schedule.prediction](x, prediction, sigma)
+
+
+def told(text: Text, count: int) -> Told:
+    """A text of [1 or count, …] as what the network is told: each [count, …]."""
+    if isinstance(text, Tensor):
+        named = {"encoder_hidden_states": text}
+    else:
+        every = {"encoder_hidden_states": text.hidden, "text_embeds": text.pooled, "time_ids": text.time_ids}
+        named = {name: value for name, value in every.items() if value is not None}
+    return {name: value.expand(count, *value.shape[1:]) for name, value in named.items()}
 
 
 def guided(
@@ -67,21 +113,31 @@ def guided(
     image: Latent | None,
     text_cfg: float,
     image_cfg: float,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    in_turn: bool = False,
 ) -> Denoiser:
     """Equation 3 around an edit model: a denoiser that makes its one to three passes in one call.
 
-    text and null_text: [1 or batch, tokens, features]; image: [1 or batch, channel, h, w], or None to
-    draw from the text alone, where the two null branches are one.
+    text and null_text: [1 or batch, tokens, features] or Prompts; image: [1 or batch, channel, h, w], or None
+    to draw from the text alone, where the two null branches are one. rescale: the share by which the
+    spread is brought back (`guidance.rescale`). interval: the shares of the noise levels, 1 the
+    noisiest, between which there is guidance; elsewhere the full prediction alone is made
+    (Kynkäänniemi et al. 2024). in_turn: the passes one after the other, for less memory.
     """
-    # Without a picture e0I = e00, so the image scale has no part: any value gives the same mix.
-    need = passes(text=text_cfg, image=image_cfg if image is not None else 1.0)
+    low, high = interval
 
     def denoise(x: Latent, sigma: Sigma) -> Latent:
         count = len(x)
+        inside = low <= model.schedule.share(sigma) <= high
+        s_text, s_image = (text_cfg, image_cfg) if inside else (1.0, 1.0)
+        # Without a picture e0I = e00, so the image scale has no part: any value gives the same mix.
+        need = passes(text=s_text, image=s_image if image is not None else 1.0)
+        if rescale:
+            need = need._replace(full=True)  # its spread is the measure
         nothing = torch.zeros_like(x)
         shown = nothing if image is None else image.to(x).expand(count, -1, -1, -1)
-        wanted = text.expand(count, -1, -1)
-        null = null_text.expand(count, -1, -1)
+        wanted, null = told(text, count), told(null_text, count)
         branches = []
         if need.full:
             branches.append((wanted, shown))
@@ -89,12 +145,15 @@ def guided(
             branches.append((null, shown))
         if need.neither:
             branches.append((null, nothing))
-        out = model.predict(
-            x.repeat(len(branches), 1, 1, 1),
-            sigma,
-            torch.cat([words for words, _ in branches]),
-            torch.cat([picture for _, picture in branches]),
-        ).chunk(len(branches))
+        if in_turn:
+            out = [model.tell(x, sigma, words, picture) for words, picture in branches]
+        else:
+            out = model.tell(
+                x.repeat(len(branches), 1, 1, 1),
+                sigma,
+                {name: torch.cat([words[name] for words, _ in branches]) for name in branches[0][0]},
+                torch.cat([picture for _, picture in branches]),
+            ).chunk(len(branches))
         # A pass left out has weight zero; its neighbour stands in, so that their difference is exactly zero.
         full = out[0]
         neither = out[-1]
@@ -104,6 +163,9 @@ def guided(
         if not need.neither:
             neither = image_only
         # Mixing predictions equals mixing x0s, without the rounding of x, which is far larger at first.
-        return model.x0(x, guide(full, image_only, neither, text=text_cfg, image=image_cfg), sigma)
+        mixed = guide(full, image_only, neither, text=s_text, image=s_image)
+        if rescale and len(branches) > 1:
+            mixed = guidance.rescale(mixed, full, rescale)
+        return model.x0(x, mixed, sigma)
 
     return denoise

@@ -29,3 +29,14 @@ def passes(*, text: float, image: float) -> Passes:
     one. An image scale below 1 is a scale like any other and turns nothing off.
     """
     return Passes(full=text != 0, image_only=image != text, neither=image != 1)
+
+
+def rescale(mixed: Latent, full: Latent, share: float) -> Latent:
+    """Bring each picture's spread back towards that of its full prediction (Lin et al. 2023, eq. 14-16).
+
+    share · e · std(eTI) / std(e) + (1 - share) · e; `share` is their φ, in [0, 1]. Large scales widen
+    the spread, which shows as overexposure.
+    """
+    picture = tuple(range(1, mixed.ndim))
+    ratio = full.std(dim=picture, keepdim=True) / mixed.std(dim=picture, keepdim=True)
+    return share * mixed * ratio + (1 - share) * mixed

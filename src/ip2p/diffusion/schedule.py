@@ -16,11 +16,13 @@ class Schedule:
     """sigma(t) of training, for t = 0 … T-1, and what the network predicts.
 
     `levels`: [T] fp64, rising. sigma = sqrt((1 - ᾱ) / ᾱ), so that x = x0 + sigma · noise. On the
-    CPU, as sigmas stay too; fp64 makes the way back from sigma to t exact to fp32.
+    CPU, as sigmas stay too; fp64 makes the way back from sigma to t exact to fp32. logarithmic: the
+    network is told ln(sigma) / 4 in place of t (Karras et al. 2022; CosXL).
     """
 
     levels: Float[Tensor, "train_steps"]
     prediction: str = "epsilon"
+    logarithmic: bool = False
 
     def sigma(self, t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """sigma at a (fractional) time t in [0, T-1], linear in between as diffusers has it.
@@ -38,9 +40,17 @@ class Schedule:
         part = (sigma - self.levels[low]) / (self.levels[low + 1] - self.levels[low])
         return low + part.clamp(0, 1)
 
+    def share(self, sigma: Float[Tensor, ""]) -> float:
+        """How far up the noise levels a sigma is by its time, from 0 to 1, the noisiest."""
+        return float(self.time(sigma)) / (len(self.levels) - 1)
+
+    def told(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """What the network is told of the noise."""
+        return sigma.log() / 4 if self.logarithmic else self.time(sigma)
+
 
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """Read a diffusers `scheduler_config.json` (scaled_linear, linear or trained betas).
+    """Read a diffusers `scheduler_config.json` (scaled_linear, linear or trained betas, or CosXL's EDM).
 
     Raises ModelError for a beta schedule or a prediction type that this package does not sample.
     """
@@ -50,6 +60,8 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
             f"The scheduler's prediction_type is {prediction!r}; epsilon and v_prediction can be sampled. "
             "Use a model of one of these kinds."
         )
+    if str(config.get("_class_name", "")).startswith("EDM"):
+        return _edm_schedule(config, prediction)
     if config.get("rescale_betas_zero_snr"):
         raise ModelError(
             "The scheduler asks for rescale_betas_zero_snr, whose first sigma is infinite. "
@@ -72,6 +84,23 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     # The product in fp32, as diffusers has it: in fp64 sigma would differ by 3 parts in a million.
     kept = torch.cumprod(1 - betas, dim=0)
     return Schedule((((1 - kept) / kept) ** 0.5).double(), prediction)
+
+
+def _edm_schedule(config: Mapping[str, Any], prediction: str) -> Schedule:
+    """diffusers' EDMEulerScheduler with sigma_data 1, where its x0 of a velocity is ours: CosXL."""
+    if (config.get("sigma_data"), config.get("sigma_schedule"), prediction) != (
+        1.0,
+        "exponential",
+        "v_prediction",
+    ):
+        raise ModelError(
+            "The scheduler is EDM with other settings than sigma_data 1, exponential and v_prediction, which "
+            "CosXL has. Use a model of this kind."
+        )
+    ends = torch.tensor([config.get("sigma_min", 0.002), config.get("sigma_max", 80.0)], dtype=torch.float64)
+    low, high = ends.log()
+    count = config.get("num_train_timesteps", 1000)
+    return Schedule(torch.linspace(low, high, count, dtype=torch.float64).exp(), prediction, logarithmic=True)
 
 
 def linspace_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:

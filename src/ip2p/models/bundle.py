@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,7 +18,7 @@ from ip2p.images import nearest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PACKAGED = Path(__file__).parent
 PHOTO_MODEL = "timbrooks/instruct-pix2pix"
@@ -72,6 +72,11 @@ class Bundle:
     size_multiple: int
     card: Card
     folder: Path
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    kind: Literal["sd", "sdxl"] = "sd"
+    condition_scale: float = 1.0
+    zero_empty_text: bool = True
 
 
 def load_bundle(

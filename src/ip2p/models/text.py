@@ -1,0 +1,101 @@
+"""Texts as the networks read them: SD 1.x and 2.x by one encoder, SDXL by two, with the picture's size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ip2p.errors import ModelError
+
+if TYPE_CHECKING:
+    from ip2p.models.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An encoded text, fp32. SDXL has all three, SD the hidden states alone.
+
+    hidden: [batch, tokens, features]. pooled: [batch, projected], the second encoder's summary.
+    time_ids: [batch, 6], the height and width of the picture, its crop's top and left, and again its
+    height and width.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+
+def encode_prompt(bundle: Bundle, text: str, size: tuple[int, int]) -> Prompt:
+    """Encode one text for a picture of `size`, its width and height in pixels.
+
+    SD: the encoder's last hidden state; the folder of an SD 2.x model leaves out the encoder's last
+    layer, so that this is the penultimate one of OpenCLIP. SDXL: both encoders' penultimate hidden
+    states side by side; an empty text is all zeros there if the model was trained so. A warning names
+    text beyond the encoder's tokens. Raises ModelError for another size conditioning than SDXL's.
+    """
+    if bundle.kind == "sd":
+        tokens = _tokens(bundle.tokenizer, text, bundle.text_encoder.device)
+        return Prompt(bundle.text_encoder(tokens)[0].float())
+    return _encode_for_sdxl(bundle, text, size)
+
+
+def join_prompts(prompts: Sequence[Tensor | Prompt]) -> Tensor | Prompt:
+    """Texts one after the other as the rows of one."""
+    tensors = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
+    if tensors:
+        return torch.cat(tensors)
+    some = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+
+    def rows(values: list[Tensor | None]) -> Tensor | None:
+        there = [value for value in values if value is not None]
+        return torch.cat(there) if there else None
+
+    hidden = torch.cat([prompt.hidden for prompt in some])
+    return Prompt(hidden, rows([p.pooled for p in some]), rows([p.time_ids for p in some]))
+
+
+def _encode_for_sdxl(bundle: Bundle, text: str, size: tuple[int, int]) -> Prompt:
+    first, second = bundle.text_encoder, bundle.text_encoder_2
+    assert second is not None and bundle.tokenizer_2 is not None, "an SDXL bundle has two text encoders"
+    one = first(_tokens(bundle.tokenizer, text, first.device), output_hidden_states=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first tokenizer said what was cut
+        tokens = _tokens(bundle.tokenizer_2, text, second.device)
+    two = second(tokens, output_hidden_states=True)
+    hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1).float()
+    pooled = two.text_embeds.float()
+    if not text and bundle.zero_empty_text:
+        hidden, pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
+    return Prompt(hidden, pooled, _time_ids(bundle.unet, pooled.shape[-1], size).to(hidden.device))
+
+
+def _time_ids(unet: Any, projected: int, size: tuple[int, int]) -> Tensor:
+    width, height = size
+    # Trained so: the size before and after cropping, and a crop at the top left corner.
+    numbers = [height, width, 0, 0, height, width]
+    takes = (unet.add_embedding.linear_1.in_features - projected) / unet.config.addition_time_embed_dim
+    if takes != len(numbers):
+        raise ModelError(
+            f"This SDXL UNet takes {takes:g} numbers beside the text; the editors known have {len(numbers)}. "
+            "A refiner is not an editor: use the base's UNet."
+        )
+    return torch.tensor([numbers], dtype=torch.float32)
+
+
+def _tokens(tokenizer: Any, text: str, device: torch.device) -> Tensor:
+    """[1, limit] token ids. A warning names the text cut off."""
+    limit = tokenizer.model_max_length
+    whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    if len(whole["input_ids"]) > limit:
+        # The last place is the end token's.
+        cut = text[whole["offset_mapping"][limit - 1][0] :].strip()
+        warnings.warn(
+            f"The text is longer than {limit} tokens; this part has no effect: {cut!r}", stacklevel=1
+        )
+    padded = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+    return padded["input_ids"].to(device)
