@@ -43,6 +43,7 @@ from ip2p.train.loss import (
     snr_weight,
     velocity,
 )
+from ip2p.train.recognition import Heads, SceneHead, class_loss
 
 STAGES = ("vae", "clip", "unet")
 
@@ -85,8 +86,10 @@ class Preset:
     change_share: float = 0.5
     change_weight_most: float = 24.0
     # t = 1000 u^power: below 1 favours the noisy steps, where an edit is decided. 1 is the paper's.
-    timestep_power: float = 0.6
-    # The text tower of a CLIP trained for minutes is no Stable Diffusion's: it goes on learning with the UNet.
+    timestep_power: float = 0.5
+    # Weight of the losses that teach the network to see and to read (`train.recognition`); 0 is the paper's.
+    recognition: float = 0.15
+    # The text tower of a CLIP trained for minutes is not Stable Diffusion's: it learns on with the UNet.
     train_text: bool = True
     # A small network that predicts noise needs long to learn even to copy the page at high noise levels,
     # where the clean picture is its input less a large multiple of its output; velocity asks for the
@@ -119,7 +122,7 @@ PRESETS: dict[str, Preset] = {
         size=64,
         vae=StageConfig(steps=1_000_000, minutes=15, batch=4, lr=1.5e-3),
         clip=StageConfig(steps=1_000_000, minutes=6, batch=96, lr=1e-3),
-        unet=StageConfig(steps=1_000_000, minutes=110, batch=32, lr=1e-3),
+        unet=StageConfig(steps=1_000_000, minutes=105, batch=32, lr=1e-3),
         # Three levels: a latent cell holds 4 x 4 pixels. Where it held 8 x 8 of a page of 128 pixels, a
         # training of 17 minutes lost the things' colours (recipes/LOG.md).
         vae_channels=(32, 64, 128),
@@ -148,7 +151,8 @@ class Pages(torch.utils.data.IterableDataset):
     """Batches drawn from the storybook, an endless stream in which batch k is the same on every machine.
 
     `kind` "page" yields {"image"}; "pair" yields {"before", "after"} as uint8 [batch, 3, size, size] with
-    the lists "instruction", "caption" (of the page before) and "edited_caption".
+    the lists "instruction", "caption" (of the page before) and "edited_caption", and the class numbers
+    "labels_before", "labels_after" and "labels_edit" (`storybook.labels`).
     """
 
     def __init__(self, kind: str, batch: int, size: int, seed: int, start: int = 0) -> None:
@@ -158,6 +162,7 @@ class Pages(torch.utils.data.IterableDataset):
         from ip2p.storybook.captions import caption
         from ip2p.storybook.draw import draw
         from ip2p.storybook.edits import sample_edit
+        from ip2p.storybook.labels import edit_labels, scene_labels
         from ip2p.storybook.scene import sample_scene
 
         def pixels(scene: Any) -> Tensor:
@@ -175,6 +180,9 @@ class Pages(torch.utils.data.IterableDataset):
             "instruction": [e.instruction for e in edits],
             "caption": [caption(e.before, rng) for e, rng in zip(edits, rngs, strict=True)],
             "edited_caption": [caption(e.after, rng) for e, rng in zip(edits, rngs, strict=True)],
+            "labels_before": torch.from_numpy(np.stack([scene_labels(e.before) for e in edits])),
+            "labels_after": torch.from_numpy(np.stack([scene_labels(e.after) for e in edits])),
+            "labels_edit": torch.from_numpy(np.stack([edit_labels(e) for e in edits])),
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -621,6 +629,38 @@ def new_unet(preset: Preset) -> nn.Module:
     )
 
 
+LABELS = ("labels_before", "labels_after", "labels_edit")
+
+
+def new_heads(preset: Preset) -> nn.ModuleDict:
+    """Heads for the page before, the page after, and the edit's words (`train.recognition`)."""
+    from ip2p.storybook.labels import EDIT_SIZES, PAGE_SIZES, THING_SIZES
+
+    middle = preset.unet_channels[-2]
+    return nn.ModuleDict(
+        {
+            "before": SceneHead(middle, THING_SIZES, PAGE_SIZES),
+            "after": SceneHead(middle, THING_SIZES, PAGE_SIZES),
+            "edit": Heads(preset.clip_width, EDIT_SIZES),
+        }
+    )
+
+
+def _outputs_of(*modules: nn.Module) -> list[Tensor]:
+    """A list that holds, after each forward pass, the last attention block's output of each of `modules`."""
+    outputs = [torch.empty(0)] * len(modules)
+
+    def keep(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[place] = output[0]
+
+        return hook
+
+    for place, module in enumerate(modules):
+        module.attentions[-1].register_forward_hook(keep(place))
+    return outputs
+
+
 def train_unet(run: Run) -> None:
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
@@ -645,6 +685,9 @@ def train_unet(run: Run) -> None:
         trained["text_encoder"] = text_encoder
     else:
         text_encoder.eval().requires_grad_(False)
+    if preset.recognition:
+        trained["recognition"] = heads = new_heads(preset).to(device)
+        seen = _outputs_of(unet.down_blocks[-2], unet.up_blocks[1])
     alpha_bar = scaled_linear_alpha_bar()
     config = preset.unet
     steps_a_pool = preset.pool // config.batch
@@ -672,6 +715,7 @@ def train_unet(run: Run) -> None:
                 "after": after,
                 "after_std": after_std,
                 "changed": F.max_pool2d(differ, factor).to(device),
+                **{k: batch[k].to(device) for k in LABELS},
             }
             for key, value in part.items():
                 parts.setdefault(key, []).append(value)
@@ -712,9 +756,7 @@ def train_unet(run: Run) -> None:
         image_null = (image_null | caption_only).to(device)
         texts = [
             pool["edited_caption"][i] if caption else "" if null else pool["instruction"][i]
-            for i, caption, null in zip(
-                rows.tolist(), caption_only.tolist(), text_null.tolist(), strict=True
-            )
+            for i, caption, null in zip(rows.tolist(), caption_only.tolist(), text_null.tolist(), strict=True)
         ]
         # The image condition is unscaled, and a missing image is a zero latent (FACTS 2 and 3).
         image = torch.where(image_null[:, None, None, None], 0.0, pool["before"][rows])
@@ -729,8 +771,25 @@ def train_unet(run: Run) -> None:
         wanted = gauss[1] if preset.prediction == "epsilon" else velocity(target, gauss[1], a)
         loss = noise_loss(predicted, wanted, snr_weight(a, preset.snr_clip, preset.prediction), cells)
         with torch.no_grad():
-            plain = F.mse_loss(predicted.float(), wanted)
-        return loss, {"mse": float(plain)}
+            numbers = {"mse": float(F.mse_loss(predicted.float(), wanted))}
+        if preset.recognition:
+            from ip2p.storybook.labels import EDIT_SIZES, IGNORED
+
+            labels = {k: pool[k][rows] for k in LABELS}
+            text_null, caption_only = text_null.to(device)[:, None], caption_only.to(device)[:, None]
+            # Only what the conditions tell: the page before if it is shown; the page after by a caption
+            # (text null or not: it takes precedence), or by both conditions; the edit by its words.
+            told = caption_only | ~(text_null | image_null[:, None])
+            before, sees = heads["before"].loss(
+                seen[0], labels["labels_before"].masked_fill(image_null[:, None], IGNORED)
+            )
+            after, knows = heads["after"].loss(seen[1], labels["labels_after"].masked_fill(~told, IGNORED))
+            words = labels["labels_edit"].masked_fill(text_null | caption_only, IGNORED)
+            logits = heads["edit"](context[:, -1].float())
+            edit = class_loss(logits, words, EDIT_SIZES)
+            loss = loss + preset.recognition * (before + after + edit)
+            numbers |= {"sees": sees, "knows": knows, "reads": float(edit.detach())}
+        return loss, numbers
 
     summary = train_stage(run, "unet", trained, config, losses, use_ema=True)
     unet.save_pretrained(run.output / "unet", max_shard_size="15MB")

@@ -1,0 +1,64 @@
+import random
+
+from ip2p.storybook.edits import EDIT_KINDS, sample_edit
+from ip2p.storybook.labels import (
+    EDIT_SIZES,
+    IGNORED,
+    PAGE_CLASSES,
+    PAGE_SIZES,
+    SPOTS,
+    THING_CLASSES,
+    THING_SIZES,
+    edit_labels,
+    scene_labels,
+)
+from ip2p.storybook.scene import Scene, Thing
+
+
+def read_back(labels):
+    """The things by spot and the page's fields that class numbers stand for."""
+    fields, things = len(THING_SIZES), {}
+    for spot, start in zip(SPOTS, range(0, 6 * fields, fields), strict=True):
+        own = labels[start : start + fields]
+        if own[0] > 0:
+            classes = THING_CLASSES.items()
+            things[spot] = {f: c[k] for (f, c), k in zip(classes, own, strict=True)}
+        else:
+            assert (own[1:] == IGNORED).all()
+    page = {f: c[k] for (f, c), k in zip(PAGE_CLASSES.items(), labels[6 * fields :], strict=True)}
+    return things, page
+
+
+def test_labels_of_a_page_say_all_that_its_record_says():
+    for number in range(40):
+        scene = sample_edit(random.Random(number)).after
+        things, page = read_back(scene_labels(scene))
+        assert page == {field: getattr(scene, field) for field in PAGE_CLASSES}
+        assert things == {
+            (t.in_sky, t.slot): {field: getattr(t, field) for field in THING_CLASSES} for t in scene.things
+        }
+
+
+def test_labels_are_within_their_fields():
+    sizes = [*THING_SIZES * 6, *PAGE_SIZES]
+    for kind in EDIT_KINDS:
+        edit = sample_edit(random.Random(kind), kind=kind)
+        assert len(scene_labels(edit.before)) == len(sizes) and len(edit_labels(edit)) == len(EDIT_SIZES)
+        for labels, limits in ((scene_labels(edit.before), sizes), (edit_labels(edit), EDIT_SIZES)):
+            assert all(label == IGNORED or 0 <= label < n for label, n in zip(labels, limits, strict=True))
+        assert EDIT_KINDS[edit_labels(edit)[0]] == kind
+
+
+def test_an_edit_of_the_page_labels_the_new_value_alone():
+    edit = sample_edit(random.Random(1), kind="time")
+    labels = edit_labels(edit)
+    assert (labels[1:-4] == IGNORED).all()
+    assert PAGE_CLASSES["time"][labels[-3]] == edit.after.time
+    assert [label == IGNORED for label in labels[-4:]] == [True, False, True, True]
+
+
+def test_an_empty_page_has_nothing_at_any_spot():
+    labels = scene_labels(Scene(place="beach"))
+    assert read_back(labels)[0] == {}
+    one = scene_labels(Scene(place="beach", things=(Thing(kind="cat", colour="red", slot="right"),)))
+    assert read_back(one)[0][(False, "right")]["kind"] == "cat"
