@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
@@ -24,8 +25,25 @@ MIN_SIDE = 16
 MAX_ASPECT = 8
 # Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.
 READS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-WRITES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+WRITES = {
+    **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"},
+    **{".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"},
+}
+WRITE_OPTIONS: dict[str, dict[str, object]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+    "TIFF": {},  # with its compressions libtiff cannot write EXIF folders
+    "BMP": {},
+}
+EXIF_IFD, GPS_IFD, USER_COMMENT = 0x8769, 0x8825, 0x9286
+ORIENTATION, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0xA002, 0xA003
+# What a TIFF says of its own bytes stands among its EXIF tags; in another file it would be wrong.
+TIFF_LAYOUT = (
+    *(0x00FE, 0x00FF, 0x0100, 0x0101, 0x0102, 0x0103, 0x0106, 0x010A, 0x0111, 0x0115, 0x0116, 0x0117),
+    *(0x0118, 0x0119, 0x011C, 0x0120, 0x0121, 0x013D, 0x0140, 0x0142, 0x0143, 0x0144, 0x0145, 0x014A),
+    *(0x0152, 0x0153, 0x0154, 0x0155, 0x015B, 0x0200, 0x0201, 0x0202, 0x0211, 0x0212, 0x0213, 0x0214),
+    *(0x8773,),  # the ICC profile, which travels by itself
+)
 
 
 # --- paths -------------------------------------------------------------------------------------
@@ -70,18 +88,21 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image, *, max_pixels: int | None = MAX_PIXELS
+    source: str | Path | bytes | Image.Image,
+    *,
+    max_pixels: int | None = MAX_PIXELS,
+    background: Literal["white", "black"] = "white",
 ) -> Image.Image:
     """Read a picture as upright 8-bit RGB; `info` keeps what belongs to it (exif, icc_profile).
 
     `source`: a path, the bytes of a file, or a PIL image (which `max_pixels` does not concern: its
     pixels are there already). Sizes are checked from the header, before anything is decoded.
-    Transparency is laid on white, and a warning says so. Raises InputError for whatever cannot be
-    edited.
+    Transparency is laid on `background`, and a warning says so. Raises InputError for whatever cannot
+    be edited.
     """
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or "The picture"
-        return _upright_rgb(_checked(source, str(name), None), str(name))
+        return _upright_rgb(_checked(source, str(name), None), str(name), background)
     if isinstance(source, bytes):
         name, data = "The picture", source
     else:
@@ -94,8 +115,12 @@ def load_image(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=READS) as image:
                 _checked(image, name, max_pixels)
+                if image.format == "TIFF":  # its EXIF folders are read when asked for, and not after `load`
+                    with contextlib.suppress(Exception):
+                        for folder in {EXIF_IFD, GPS_IFD} & set(image.getexif()):
+                            image.getexif().get_ifd(folder)
                 image.load()
-                return _upright_rgb(image, name)
+                return _upright_rgb(image, name, background)
     except InputError:
         raise
     except MemoryError:
@@ -163,25 +188,24 @@ def _checked(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
     return image
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """8-bit RGB, turned as EXIF says, on white; exif and a fitting ICC profile stay in `info`."""
-    upright = ImageOps.exif_transpose(image)
+def _upright_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
+    """8-bit RGB, turned as EXIF says, on a background; exif and a fitting ICC profile stay in `info`."""
     info: dict[str | tuple[int, int], Any] = {}
-    exif = upright.getexif()
-    if len(exif):
-        info["exif"] = exif.tobytes()
+    if exif := _exif(image, name):
+        info["exif"] = exif
+    upright = ImageOps.exif_transpose(image)
     profile = upright.info.get("icc_profile")
     rgb = upright
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         if np.asarray(layer.getchannel("A")).min() < 255:
-            warnings.warn(f"{name} has transparent parts: they are laid on white.", stacklevel=1)
-        white = Image.new("RGBA", layer.size, "white")
-        rgb = Image.alpha_composite(white, layer).convert("RGB")
+            warnings.warn(f"{name} has transparent parts: they are laid on {background}.", stacklevel=1)
+        rgb = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
         # A palette or RGBA profile is an RGB profile; a grey one does not fit the result.
         profile = profile if upright.mode not in ("LA", "La", "L") else None
-    elif upright.mode == "CMYK":
-        rgb, profile = _cmyk_to_rgb(upright, profile), None
+    elif upright.mode in ("CMYK", "L"):
+        # Other inks and other greys than sRGB's: the result is in sRGB and so needs no profile.
+        rgb, profile = _to_srgb(upright, profile), None
     elif upright.mode.startswith("I") or upright.mode == "F":
         rgb, profile = _deep_grey_to_rgb(upright), None
     elif upright.mode != "RGB":
@@ -195,7 +219,21 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     return rgb
 
 
-def _cmyk_to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _exif(image: Image.Image, name: str) -> bytes | None:
+    """The EXIF that still holds once the picture stands upright, or None."""
+    try:
+        exif = Image.Exif()
+        exif.load(image.getexif().tobytes())
+        for tag in (ORIENTATION, *TIFF_LAYOUT):
+            exif.pop(tag, None)
+        return exif.tobytes() if len(exif) else None
+    except Exception as error:  # whatever a camera wrote wrongly, the pixels are not to blame
+        warnings.warn(f"{name} has EXIF that cannot be kept ({error}); it is left out.", stacklevel=1)
+        return None
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB from CMYK or grey, by its ICC profile if it has one of its own kind."""
     if profile:
         try:
             converted = ImageCms.profileToProfile(
@@ -204,7 +242,7 @@ def _cmyk_to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             if converted is not None:
                 return converted
         except ImageCms.PyCMSError:
-            pass  # a broken profile: the plain conversion below is what viewers show then
+            pass  # a broken profile or another kind's: the conversion below is what viewers show then
     return image.convert("RGB")
 
 
@@ -262,8 +300,8 @@ def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) 
     """Write a picture by the ending of its name, whole or not at all; its `info` travels with it.
 
     `info["parameters"]` (the settings) goes to PNG's text chunk of that name, and to EXIF
-    UserComment in JPEG and WebP; exif and icc_profile are kept. Raises InputError as
-    `check_output` does.
+    UserComment in JPEG, WebP and TIFF; exif and icc_profile are kept. BMP holds pixels alone.
+    Raises InputError as `check_output` does.
     """
     path = check_output(path, overwrite=overwrite)
     kind = WRITES[path.suffix.lower()]
@@ -272,18 +310,25 @@ def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) 
     if image.info.get("exif"):
         exif.load(image.info["exif"])
     # Settings of an earlier edit, which came with the input, are not this one's.
-    exif.get_ifd(EXIF_IFD).pop(USER_COMMENT, None)
+    details = exif.get_ifd(EXIF_IFD)
+    details.pop(USER_COMMENT, None)
+    # Cameras write the size here too; the picture may have been turned or scaled since.
+    details.update(
+        (tag, side)
+        for tag, side in zip((EXIF_WIDTH, EXIF_HEIGHT), image.size, strict=True)
+        if tag in details
+    )
     options: dict[str, object] = {}
     if kind == "PNG":
         if settings:
             options["pnginfo"] = text = PngImagePlugin.PngInfo()
             text.add_text("parameters", settings)
     else:
-        options |= {"quality": 95} | ({"subsampling": 0} if kind == "JPEG" else {})
+        options |= WRITE_OPTIONS[kind]
         if settings:
-            exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be")
+            details[USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be")
     # Empty sub-folders are written too, so look for entries.
-    if any(tag != EXIF_IFD for tag in exif) or exif.get_ifd(EXIF_IFD):
+    if any(tag != EXIF_IFD for tag in exif) or details:
         options["exif"] = exif.tobytes()
     if image.info.get("icc_profile"):
         options["icc_profile"] = image.info["icc_profile"]
