@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -21,7 +22,32 @@ from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.errors import InputError, ModelError, ResourceError
 from ip2p.images import MAX_PIXELS, fit_size, load_image, signed_psnr, to_pil, to_tensor
 from ip2p.infotext import Settings, format_infotext
-from ip2p.models.bundle import PHOTO_MODEL, Bundle, load_bundle
+from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle
+from ip2p.models.controlnet import EXAMPLE as CONTROLNET
+from ip2p.models.controlnet import (
+    Control,
+    check_controlnet,
+    check_scale,
+    control_tensor,
+    find_controlnet,
+    load_controlnet,
+)
+from ip2p.models.lora import apply_loras, check_loras
+from ip2p.models.memory import (
+    Memory,
+    MemoryMode,
+    bytes_on,
+    check_memory,
+    choose_memory,
+    footprint,
+    footprint_of_files,
+    free_bytes,
+    offload,
+)
+from ip2p.models.text import Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ControlNetModel
 
 Picture = str | Path | bytes | Image.Image
 # Called after each step with its number, their count, and the latents so far [batch, 4, h, w].
@@ -29,17 +55,41 @@ Callback = Callable[[int, int, Tensor], object]
 
 
 class Editor:
-    """A model, ready to edit. `Editor.load(...)` makes one."""
+    """A model, ready to edit. `Editor.load(...)` makes one.
 
-    def __init__(self, bundle: Bundle) -> None:
+    memory: "low", "auto" or "high", the thrift that an edit takes (`models.memory.choose_memory`).
+    device: where the parts work; if they do not lie there, each is brought when it is needed.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        controlnet: ControlNetModel | None = None,
+        memory: MemoryMode = "auto",
+        device: torch.device | None = None,
+    ) -> None:
+        check_memory(memory)
+        if controlnet is not None:
+            check_controlnet(controlnet, bundle)
         self.bundle = bundle
-        self.device = bundle.unet.device
+        self.controlnet = controlnet
+        self.memory = memory
+        home = bundle.unet.device
+        self._offloads = device is not None and device.type != home.type
+        self.device = device if device is not None and self._offloads else home
         self.schedule = schedule_from_config(bundle.scheduler_config)
-        self.model = UNetDenoiser(bundle.unet, self.schedule)
+        self.model = UNetDenoiser(bundle.unet, self.schedule, bundle.condition_scale)
         # On a CPU a batch saves little, and half-precision kernels round by its size: alone, an image that is
         # made again is equal to the byte.
-        self.batch_size = 1 if self.device.type == "cpu" else 4
+        self.batch_size = 1 if self.device.type == "cpu" or memory == "low" else 4
         self._said_far = False
+        self._footprint = footprint(bundle, controlnet)
+        # What works together lies on the device together.
+        groups = [bundle.text_encoder, bundle.text_encoder_2], [bundle.unet, controlnet], [bundle.vae]
+        self._parts = [[part for part in group if part is not None] for group in groups]
+        if self._offloads:
+            offload(self._parts, self.device)
 
     @classmethod
     def load(
@@ -48,10 +98,33 @@ class Editor:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        weights: Literal["ema", "plain"] = "ema",
+        vae: str | Path | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+        controlnet: str | Path | None = None,
+        memory: MemoryMode = "auto",
     ) -> Editor:
-        """Load `storybook`, a diffusers folder, or a hub name. Raises ModelError, InputError."""
-        place = pick_device(device)
-        return cls(load_bundle(model, device=place, dtype=pick_dtype(place, dtype)))
+        """Load an editor: `storybook`, a hub name, a diffusers folder or a single file (`load_bundle`).
+
+        revision: of a hub name. weights: which of a single file's two sets. vae: another autoencoder.
+        loras: files, each with its weight. controlnet: a ControlNet's folder or hub name. memory: as in
+        the class. Raises ModelError, InputError, and ResourceError for more than the device can hold.
+        """
+        place, number = pick_device(device), pick_dtype(pick_device(device), dtype)
+        check_loras(loras)
+        check_memory(memory)
+        control_folder = None if controlnet is None else find_controlnet(controlnet)
+        need = footprint_of_files(find_model(model), number, controlnet=control_folder)
+        # The autoencoder's own size is the one that the model was made for.
+        plan = choose_memory(need, memory, free_bytes(place), (need.tile, need.tile), device=place.type)
+        home = torch.device("cpu") if plan.offload else place
+        bundle = load_bundle(model, device=home, dtype=number)
+        apply_loras(bundle, loras)
+        control = None
+        if control_folder is not None:
+            control = load_controlnet(control_folder, device=home, dtype=number)
+        return cls(bundle, controlnet=control, memory=memory, device=place)
 
     # --- the whole edit --------------------------------------------------------------------------
 
@@ -171,60 +244,80 @@ class Editor:
     # --- its parts -------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def encode_text(self, text: str) -> Tensor:
-        """[1, tokens, features]: the text encoder's last hidden state. A warning names the text cut off."""
-        tokenizer = self.bundle.tokenizer
-        limit = tokenizer.model_max_length
-        whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        if len(whole["input_ids"]) > limit:
-            # The last place is the end token's.
-            cut = text[whole["offset_mapping"][limit - 1][0] :].strip()
-            warnings.warn(
-                f"The text is longer than {limit} tokens; this part has no effect: {cut!r}", stacklevel=1
-            )
-        tokens = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        return self.bundle.text_encoder(tokens["input_ids"].to(self.device))[0].float()
+    def encode_text(self, text: str, size: tuple[int, int] | None = None) -> Tensor | Prompt:
+        """[1, tokens, features], or for SDXL a Prompt, which knows the size (width, height) of the picture.
+
+        A warning names the text cut off.
+        """
+        native = self.bundle.card.native_size
+        prompt = encode_prompt(self.bundle, text, size or (native, native))
+        return prompt.hidden if self.bundle.kind == "sd" else prompt
 
     @torch.inference_mode()
     def encode_image(self, pictures: Tensor) -> Tensor:
-        """Pictures [batch, 3, H, W] in [-1, 1] → the latents that condition: the mode, not scaled; fp32."""
-        vae = self.bundle.vae
+        """Pictures [batch, 3, H, W] in [-1, 1] → the latents that condition: the mode, not scaled; fp32.
+
+        Raises ResourceError for a size at which an edit cannot fit.
+        """
+        vae = self._thrifty_vae(len(pictures), *pictures.shape[-2:])
         # The input image's latents stay unscaled: training saw them so.
         return vae.encode(pictures.to(self.device, vae.dtype)).latent_dist.mode().float()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """A sampler's latents [batch, 4, h, w] → pictures [batch, 3, H, W] in about [-1, 1]; fp32."""
-        vae = self.bundle.vae
+        factor = self.bundle.latent_factor
+        vae = self._thrifty_vae(1, *(side * factor for side in latents.shape[-2:]))
         return vae.decode((latents / self.bundle.latent_scale).to(vae.dtype)).sample.float()
+
+    def control(self, picture: Image.Image, size: tuple[int, int], scale: float = 1.0) -> Control:
+        """A picture for the ControlNet, upright RGB, at the working size (width, height).
+
+        Raises InputError without a ControlNet, or for a scale that is not 0 to 10.
+        """
+        if self.controlnet is None:
+            raise InputError(
+                f"A control image needs a ControlNet. Name one, for example --controlnet {CONTROLNET}."
+            )
+        return Control(self.controlnet, control_tensor(picture, size).to(self.device), check_scale(scale))
 
     def edit_latents(
         self,
         image_latent: Tensor | None,
-        text: Tensor,
-        null_text: Tensor,
+        text: Tensor | Prompt,
+        null_text: Tensor | Prompt,
         *,
         noise: NoiseStream,
         text_cfg: float = 7.5,
         image_cfg: float = 1.5,
         sampler: str = "euler_ancestral",
         sigmas: Tensor,
+        rescale: float = 0.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        control: Control | None = None,
     ) -> Iterator[Tensor]:
         """Sample, yielding the latents [batch, 4, h, w] after each step; the last are the result's.
 
         image_latent: [1 or batch, 4, h, w] from `encode_image`, or None to draw from the text
-        alone. text, null_text: [1 or batch, tokens, features]. `noise()` gives the start and then what
-        the sampler asks for. sigmas: falling, with a final zero, as `diffusion.schedule` makes them.
+        alone. text, null_text: [1 or batch, tokens, features] or Prompts of as many rows. `noise()`
+        gives the start and then what the sampler asks for. sigmas: falling, with a final zero, as
+        `diffusion.schedule` makes them. rescale, interval: see `guided`. control: from `self.control`.
         """
+        start = noise() * sigmas[0]
+        factor = self.bundle.latent_factor
+        plan = self._plan(len(start), *(side * factor for side in start.shape[-2:]))
         denoise = guided(
-            self.model,
+            replace(self.model, control=control),
             text=text,
             null_text=null_text,
             image=image_latent,
             text_cfg=float(text_cfg),
             image_cfg=float(image_cfg),
+            rescale=float(rescale),
+            interval=interval,
+            in_turn=not plan.passes_at_once,
         )
-        sampling = SAMPLERS[sampler](denoise, noise() * sigmas[0], sigmas, noise)
+        sampling = SAMPLERS[sampler](denoise, start, sigmas, noise)
         while True:
             # Entered anew for each step: a generator must not hold the mode open over its caller's code.
             with torch.inference_mode():
@@ -232,6 +325,28 @@ class Editor:
             if x is None:
                 return
             yield x
+
+    def _plan(self, batch: int, height: int, width: int) -> Memory:
+        """How to go about an edit of this size with what is free now. Raises ResourceError."""
+        free = free_bytes(self.device)
+        if free is not None:
+            free += bytes_on(self._parts, self.device)
+        return choose_memory(
+            self._footprint,
+            self.memory,
+            free,
+            (width, height),
+            batch=batch,
+            device=self.device.type,
+            offload=self._offloads,
+        )
+
+    def _thrifty_vae(self, batch: int, height: int, width: int) -> AutoencoderKL:
+        plan = self._plan(batch, height, width)
+        vae = self.bundle.vae
+        vae.use_tiling = plan.vae_tiling
+        vae.use_slicing = plan != Memory()  # one picture at a time, with the same result
+        return vae
 
     def _say_if_far(self, shown: Image.Image, image_latent: Tensor) -> None:
         """Warn once when the autoencoder keeps a picture worse than those that it was trained on."""

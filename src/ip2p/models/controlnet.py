@@ -1,0 +1,116 @@
+"""ControlNet beside an editor: a second picture (edges, a pose, depth) that says where things go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ip2p.errors import InputError, ModelError
+from ip2p.images import to_tensor
+from ip2p.models import bundle as files
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
+    from ip2p.models.bundle import Bundle
+
+EXAMPLE = "lllyasviel/control_v11p_sd15_canny"
+# What of a ControlNet's shape must be the UNet's, for its residuals to be of the same shapes.
+SHARED = ("cross_attention_dim", "block_out_channels", "layers_per_block")
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet with its picture [1 or batch, 3, H, W] in [0, 1]; called, it gives a UNet's residuals."""
+
+    network: ControlNetModel
+    picture: Tensor
+    scale: float = 1.0
+
+    def __call__(self, noisy: Tensor, time: Tensor, told: Mapping[str, Tensor]) -> dict[str, Any]:
+        """From the noisy channels [batch, 4, h, w], the time [batch] and the text: arguments of the UNet."""
+        picture = self.picture.to(noisy).repeat(len(noisy) // len(self.picture), 1, 1, 1)
+        down, middle = self.network(
+            noisy,
+            time,
+            encoder_hidden_states=told["encoder_hidden_states"],
+            controlnet_cond=picture,
+            conditioning_scale=self.scale,
+            added_cond_kwargs=dict(told),
+            return_dict=False,
+        )
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def control_tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """An RGB picture at the working size, width and height: [1, 3, H, W] in [0, 1]."""
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    return (to_tensor(picture) + 1) / 2
+
+
+def check_scale(scale: float) -> float:
+    """A ControlNet's scale. Raises InputError unless it is a number of 0 to 10."""
+    if not math.isfinite(scale) or not 0 <= scale <= 10:
+        raise InputError(f"--control-scale is {scale}; use 0 to 10, for example --control-scale 1.")
+    return float(scale)
+
+
+def find_controlnet(model: str | Path) -> Path:
+    """The folder of a ControlNet: a local one, or a hub one fetched into the cache. Raises ModelError."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or path.suffix in (*files.PICKLES, ".safetensors"):
+        raise ModelError(
+            f"{model} is not a folder; a ControlNet is one in the diffusers format, with config.json, or a "
+            f"hub name like {EXAMPLE}."
+        )
+    return files.find_model(model)
+
+
+def load_controlnet(
+    model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ControlNetModel:
+    """Load a diffusers ControlNetModel, a folder or a hub name, from safetensors. Raises ModelError."""
+    folder = find_controlnet(model)
+    kind = files._read_json(folder / "config.json").get("_class_name")
+    if kind != "ControlNetModel":
+        raise ModelError(f"{model} holds a {kind}, not a ControlNetModel. Use one like {EXAMPLE}.")
+    from diffusers import ControlNetModel
+
+    return files._load_part(ControlNetModel, folder.parent, folder.name, dtype).to(device)
+
+
+def check_controlnet(network: ControlNetModel, bundle: Bundle) -> None:
+    """Raises ModelError for a ControlNet of another base model than the editor's."""
+    ours, theirs = bundle.unet.config, network.config
+    for name in SHARED:
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if _plain(mine) != _plain(other):
+            raise ModelError(
+                f"This ControlNet's {name} is {other}, the editor's {mine}: they have other bases. "
+                f"For an SD 1.5 editor use one like {EXAMPLE}."
+            )
+    if theirs.in_channels != ours.out_channels:
+        raise ModelError(
+            f"This ControlNet takes {theirs.in_channels} channels of noise, not {ours.out_channels}. "
+            f"For an SD 1.5 editor use one like {EXAMPLE}."
+        )
+    shrinks = 2 ** (len(theirs.conditioning_embedding_out_channels) - 1)
+    if shrinks != bundle.latent_factor:
+        raise ModelError(
+            f"This ControlNet shrinks its picture {shrinks} times, the editor's autoencoder "
+            f"{bundle.latent_factor}. For an SD 1.5 editor use one like {EXAMPLE}."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value

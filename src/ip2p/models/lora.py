@@ -1,0 +1,185 @@
+"""LoRA files, merged into the networks: diffusers', PEFT's and Kohya's naming; linear and convolutional."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ip2p.errors import InputError, ModelError
+from ip2p.images import nearest
+from ip2p.models.bundle import PICKLES
+
+if TYPE_CHECKING:
+    from ip2p.models.bundle import Bundle
+
+# A key is network, module, role. Kohya writes underscores for a module's dots; PEFT may name its adapter.
+NETWORKS = {
+    "unet": ("unet.", "lora_unet_"),
+    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+}
+ROLE = re.compile(
+    r"(?P<module>.+?)(?:"
+    r"(?:\.lora_linear_layer|\.lora|_lora)\.(?P<old>down|up)\.weight"
+    r"|\.lora_(?P<new>down|up|mid|A|B)(?:\.\w+)?\.weight"
+    r"|\.(?P<alpha>alpha))"
+)
+ROLES = {"A": "down", "B": "up"}
+# What diffusers called the projections of a text encoder's attention at first, and the UNet's last one.
+OLD_NAMES = {
+    "self_attn_to_q": "self_attn_q_proj",
+    "self_attn_to_k": "self_attn_k_proj",
+    "self_attn_to_v": "self_attn_v_proj",
+    "self_attn_to_out": "self_attn_out_proj",
+    "attn1_to_out": "attn1_to_out_0",
+    "attn2_to_out": "attn2_to_out_0",
+}
+Place = tuple[str, str]  # a network and a module's name in it, with underscores
+
+
+def check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
+    """What can be told before a model is loaded. Raises InputError, and ModelError for a pickle."""
+    for name, weight in loras:
+        path = Path(name).expanduser()
+        if not math.isfinite(weight):
+            raise InputError(f"The weight of {name} is {weight}; use a number, for example --lora {name}:1")
+        if path.suffix in PICKLES:
+            raise ModelError(
+                f"{name} is a pickle, which can run code when it is opened, so it was not opened. "
+                "Use the LoRA's .safetensors file."
+            )
+        if not path.is_file():
+            beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            close = nearest(path.name, beside)
+            hint = f"Did you mean {path.parent / close}?" if close else "Check the path."
+            raise InputError(f"{name}: no such LoRA file. {hint}")
+
+
+def apply_loras(bundle: Bundle, loras: Sequence[tuple[str | Path, float]]) -> None:
+    """Merge LoRA files into a bundle's networks: W + weight · alpha / rank · up · down, for each.
+
+    Raises InputError for a weight that is no number, and ModelError for a file with keys that fit
+    nothing; then nothing of that file is merged.
+    """
+    check_loras(loras)
+    networks = {name: getattr(bundle, name) for name in NETWORKS if getattr(bundle, name) is not None}
+    modules = {
+        (network, _plain(name)): module
+        for network, root in networks.items()
+        for name, module in root.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    for name, weight in loras:
+        path = Path(name).expanduser()
+        for module, delta in _deltas(path, modules):
+            with torch.no_grad():
+                merged = module.weight.float() + weight * delta.to(module.weight.device)
+                module.weight.copy_(merged.to(module.weight.dtype))
+
+
+def _deltas(path: Path, modules: Mapping[Place, nn.Module]) -> list[tuple[Any, Tensor]]:
+    """Each module that a file changes, with the change of its weight at weight 1, fp32."""
+    weights, metadata = _read(path)
+    parts: dict[Place, dict[str, Tensor]] = {}
+    keys: dict[Place, list[str]] = {}
+    strangers = []
+    for key, value in weights.items():
+        place, role = _place(key, modules)
+        if place is None:
+            strangers.append(key)
+        else:
+            parts.setdefault(place, {})[role] = value
+            keys.setdefault(place, []).append(key)
+    for place, part in parts.items():
+        if not {"down", "up"} <= part.keys() or not _fits(part, modules[place].weight.shape):
+            strangers += keys[place]
+    if strangers:
+        raise ModelError(
+            f"{path}: {len(strangers)} of {len(weights)} keys do not fit this model, {strangers[0]} first. "
+            "Use a LoRA made for the same base model; DoRA, LoHa and LoKr are not read."
+        )
+    return [
+        (modules[place], _delta(part, place, metadata).reshape(modules[place].weight.shape))
+        for place, part in parts.items()
+    ]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and what diffusers wrote beside them of rank and alpha."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {}).get("lora_adapter_metadata") or "{}")
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(said)  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(f"{path} cannot be read ({reason}). Fetch the LoRA again.") from None
+
+
+def _place(key: str, modules: Mapping[Place, nn.Module]) -> tuple[Place | None, str]:
+    match = ROLE.fullmatch(key)
+    if match is None:
+        return None, ""
+    role = match["alpha"] or match["old"] or ROLES.get(match["new"], match["new"])
+    # PEFT alone writes no network: it is the UNet's.
+    network, name = "unet", match["module"].removeprefix("base_model.model.")
+    for candidate, prefixes in NETWORKS.items():
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                network, name = candidate, name.removeprefix(prefix)
+    place = (network, _plain(name))
+    return (place if place in modules else None), role
+
+
+def _plain(name: str) -> str:
+    """A module's name as every naming spells it when dots and underscores are the same."""
+    plain = name.replace(".", "_").replace("_processor", "").removeprefix("text_model_")
+    for old, new in OLD_NAMES.items():
+        if plain.endswith(old):
+            return plain.removesuffix(old) + new
+    return plain
+
+
+def _fits(part: Mapping[str, Tensor], shape: torch.Size) -> bool:
+    down, up = part["down"], part["up"]
+    if min(down.ndim, up.ndim) < 2:
+        return False
+    if "mid" in part:
+        mid = part["mid"]
+        return (
+            mid.shape[:2] == (up.flatten(1).shape[1], down.shape[0])
+            and up.shape[0] * down.flatten(1).shape[1] * mid[0, 0].numel() == shape.numel()
+        )
+    same_rank = up.flatten(1).shape[1] == down.shape[0]
+    return same_rank and up.shape[0] == shape[0] and down.flatten(1).shape[1] == shape[1:].numel()
+
+
+def _delta(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any]) -> Tensor:
+    """alpha / rank · up · down, in fp32; with LyCORIS' middle tensor, up · mid · down."""
+    down, up = part["down"].float(), part["up"].float()
+    if "mid" in part:
+        product = torch.einsum("nmkl,in,mj->ijkl", part["mid"].float(), up.flatten(1), down.flatten(1))
+    else:
+        product = up.flatten(1) @ down.flatten(1)
+    return _scale(part, place, metadata, rank=down.shape[0]) * product
+
+
+def _scale(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any], rank: int) -> float:
+    network, name = place
+    own = f"{network}."
+    said = {key.removeprefix(own): value for key, value in metadata.items() if key.startswith(own)}
+    alpha = said.get("lora_alpha") or rank
+    for pattern, value in (said.get("alpha_pattern") or {}).items():
+        if name.endswith(_plain(pattern)):
+            alpha = value
+    if "alpha" in part:
+        alpha = float(part["alpha"])
+    return float(alpha) / (math.sqrt(rank) if said.get("use_rslora") else rank)

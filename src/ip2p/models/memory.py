@@ -1,0 +1,337 @@
+"""What an edit needs of memory, against what the device has free, and how to make it fit.
+
+The need is an estimate: the weights by their count, and the largest maps that are alive at once.
+Those are counted in maps of a network's first width, traced for SD 1.x, 2.x and SDXL with
+attention that keeps no matrix; half as much again is for the kernels' own workspace.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ip2p.errors import InputError, ResourceError
+
+if TYPE_CHECKING:
+    from ip2p.models.bundle import Bundle
+
+MemoryMode = Literal["low", "auto", "high"]
+MODES = ("low", "auto", "high")
+# SD 1.x and 2.x have 26 maps at the peak of a pass, SDXL 16; an autoencoder's decoder 6, its encoder 5.
+UNET_MAPS, VAE_MAPS, WORKSPACE = 26, 6, 1.5
+# A ControlNet's maps beside the UNet's own: its residuals, and its pass, which is over by then.
+CONTROL_MAPS = 12
+# What the libraries take for themselves: the CUDA context and its kernels, or threads and code.
+RESERVE = {"cuda": 600_000_000, "mps": 300_000_000, "cpu": 100_000_000}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How an edit goes about its memory; as it stands, without thrift.
+
+    passes_at_once: the three passes of a step are one call. vae_tiling: the autoencoder takes
+    pictures larger than its own size in tiles, which changes them a little. offload: parts lie in
+    the machine's memory but for the one at work.
+    """
+
+    passes_at_once: bool = True
+    vae_tiling: bool = False
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of each part's weights, and of the largest maps for one latent cell, and for one pixel.
+
+    factor: pixels a latent cell's side; tile: the side from which on the autoencoder can tile.
+    """
+
+    unet: int
+    vae: int
+    text: int
+    control: int
+    cell: float
+    pixel: float
+    factor: int = 8
+    tile: int = 512
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all parts."""
+        return self.unet + self.vae + self.text + self.control
+
+    def peak(self, plan: Memory, size: tuple[int, int], batch: int = 1) -> int:
+        """Bytes at the fullest moment of an edit of `batch` results at `size`, weights included."""
+        pixels = size[0] * size[1]
+        rows = batch * (3 if plan.passes_at_once else 1)
+        sampling = int(self.cell * pixels / self.factor**2 * rows)
+        # Decoding goes one picture at a time.
+        coding = int(self.pixel * (min(pixels, self.tile**2) if plan.vae_tiling else pixels))
+        if plan.offload:
+            return max(self.unet + self.control + sampling, self.vae + coding, self.text)
+        return self.weights + max(sampling, coding)
+
+
+def choose_memory(
+    footprint: Footprint,
+    mode: MemoryMode,
+    free: int | None,
+    size: tuple[int, int],
+    *,
+    batch: int = 1,
+    device: str = "cpu",
+    offload: bool | None = None,
+) -> Memory:
+    """How to edit at `size` with `free` bytes for everything, weights included; None is unknown.
+
+    `high` asks nothing of the device, `low` saves all it can, `auto` takes the first way that fits:
+    passes in turn and offloading change no result, tiling comes last. `offload` leaves one choice
+    where the parts already lie. Raises ResourceError with a size that fits.
+    """
+    check_memory(mode)
+    away = [False] if device == "cpu" else [False, True] if offload is None else [offload]
+    ways = [
+        Memory(at_once, tiling, off)
+        for tiling, off, at_once in itertools.product([False, True], away, [True, False])
+    ]
+    if mode == "high":
+        return ways[0]
+    if mode == "low":
+        ways = ways[-1:]
+    if free is None:
+        return ways[0]
+    room = free - RESERVE.get(device, 0)
+    for plan in ways:
+        if footprint.peak(plan, size, batch) <= room:
+            return plan
+    raise ResourceError(_too_large(footprint, ways[-1], max(room, 0), size, batch, device))
+
+
+def check_memory(mode: str) -> None:
+    """Raises InputError unless the mode is known."""
+    if mode not in MODES:
+        raise InputError(f"Memory mode {mode!r} is not known; use one of {', '.join(MODES)}.")
+
+
+def _too_large(
+    footprint: Footprint, plan: Memory, room: int, size: tuple[int, int], batch: int, device: str
+) -> str:
+    need = footprint.peak(plan, size, batch)
+    said = f"An edit at {size[0]}x{size[1]} needs about {_giga(need)} and {device} has {_giga(room)} free."
+    if batch > 1 and footprint.peak(plan, size, 1) <= room:
+        return f"{said} Try --batch-size 1."
+    longer = max(size)
+    for side in range(longer // 64 * 64, 0, -64):
+        smaller = tuple(max(64, round(edge * side / longer)) for edge in size)
+        if side < longer and footprint.peak(plan, (smaller[0], smaller[1])) <= room:
+            return f"{said} Try --size {side}."
+    weights = "weights alone" if footprint.weights > room else "smallest edit"
+    way = "another --device, or --dtype fp16" if device != "cpu" else "a smaller model, or --dtype bf16"
+    return f"{said} The {weights} would not fit: close other programs, or use {way}."
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+# --- what a model needs ------------------------------------------------------------------------
+
+
+def footprint(bundle: Bundle, controlnet: nn.Module | None = None) -> Footprint:
+    """The footprint of a model that is loaded."""
+    unet, vae = bundle.unet, bundle.vae
+    texts = [part for part in (bundle.text_encoder, bundle.text_encoder_2) if part is not None]
+    return _footprint(
+        unet=_bytes([unet]),
+        vae=_bytes([vae]),
+        text=_bytes(texts),
+        control=_bytes([] if controlnet is None else [controlnet]),
+        unet_width=unet.config.block_out_channels[0] * unet.dtype.itemsize,
+        vae_width=vae.config.block_out_channels[0] * vae.dtype.itemsize,
+        factor=bundle.latent_factor,
+        tile=vae.tile_sample_min_size,
+    )
+
+
+def footprint_of_files(
+    model: Path, dtype: torch.dtype, vae: Path | None = None, controlnet: Path | None = None
+) -> Footprint:
+    """The footprint of a model on disk, from the headers of its weights; nothing is loaded.
+
+    model: a diffusers folder, or a single file, of which a pickle counts as its size. What cannot be
+    read counts as nothing: loading says what is wrong with it.
+    """
+    item = dtype.itemsize
+    vae_item = item if dtype == torch.float16 else 4  # as `load_bundle` has it
+    if model.is_dir():
+        unet, own_vae = _numbers(model / "unet"), _numbers(model / "vae")
+        text = _numbers(model / "text_encoder") + _numbers(model / "text_encoder_2")
+        config = _config(model / "unet"), _config(vae or model / "vae")
+    else:
+        unet, own_vae, text = _numbers_of_file(model)
+        config = {}, _config(vae) if vae else {}
+    blocks = config[1].get("block_out_channels") or [128, 256, 512, 512]
+    return _footprint(
+        unet=unet * item,
+        vae=(_numbers(vae) if vae is not None else own_vae) * vae_item,
+        text=text * item,
+        control=_numbers(controlnet) * item if controlnet is not None else 0,
+        unet_width=(config[0].get("block_out_channels") or [320])[0] * item,
+        vae_width=blocks[0] * vae_item,
+        factor=2 ** (len(blocks) - 1),
+        tile=_side(config[1].get("sample_size")),
+    )
+
+
+def _footprint(*, unet_width: int, vae_width: int, control: int, **more: int) -> Footprint:
+    maps = UNET_MAPS + (CONTROL_MAPS if control else 0)
+    return Footprint(
+        control=control, cell=maps * WORKSPACE * unet_width, pixel=VAE_MAPS * WORKSPACE * vae_width, **more
+    )
+
+
+def bytes_on(groups: Sequence[Sequence[nn.Module]], device: torch.device) -> int:
+    """Bytes of the weights that lie on a device of this type now."""
+    there = [part for group in groups for part in group if next(part.parameters()).device.type == device.type]
+    return _bytes(there)
+
+
+def _bytes(parts: Iterable[nn.Module]) -> int:
+    return sum(weight.numel() * weight.element_size() for part in parts for weight in part.parameters())
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _side(size: int | Sequence[int] | None) -> int:
+    return 512 if size is None else size if isinstance(size, int) else max(size)
+
+
+def _numbers(part: Path) -> int:
+    """How many numbers a part's weights are: its shards, or its one file, without the fp16 twin."""
+    if part.is_file():
+        return _numbers_of_file(part)[1]
+    files = [path for path in part.glob("*.safetensors") if path.stem.count(".") == 0]
+    files = [path for path in files if "-of-" in path.stem] or files
+    return sum(sum(_shapes(path).values()) for path in files)
+
+
+def _numbers_of_file(path: Path) -> tuple[int, int, int]:
+    """How many numbers the UNet, the autoencoder and the text encoders of a single file are."""
+    if path.suffix != ".safetensors":
+        try:
+            return path.stat().st_size // 4, 0, 0
+        except OSError:
+            return 0, 0, 0
+    shapes = _shapes(path)
+    unet = sum(count for key, count in shapes.items() if key.startswith("model.diffusion_model."))
+    vae = sum(count for key, count in shapes.items() if key.startswith("first_stage_model."))
+    text = sum(
+        count for key, count in shapes.items() if key.startswith(("cond_stage_model.", "conditioner."))
+    )
+    if not unet:
+        vae = vae or sum(shapes.values())  # an autoencoder alone
+    return unet, vae, text
+
+
+def _shapes(path: Path) -> dict[str, int]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as weights:
+            return {key: math.prod(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return {}
+
+
+# --- what a device has -------------------------------------------------------------------------
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What is free on a device for more tensors; None where that cannot be told."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return free_ram()
+
+
+def free_ram(root: Path = Path("/")) -> int | None:
+    """The machine's available memory, or what the control groups around this process leave of it."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if ":" in line}
+    if "MemAvailable" not in kilobytes:
+        return None
+    return min([int(kilobytes["MemAvailable"]) * 1024, *_group_room(root)])
+
+
+def _group_room(root: Path) -> list[int]:
+    # Version 2 has one tree, version 1 a tree for memory; a container may see its own group as the top.
+    names = {"v2": ("memory.max", "memory.current", "inactive_file")}
+    names["v1"] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    rooms = []
+    for _, controllers, path in (group for group in groups if len(group) == 3):
+        if controllers not in ("", "memory"):
+            continue
+        limit, usage, cache = names["v1" if controllers else "v2"]
+        top = root / "sys/fs/cgroup" / controllers
+        folder = top / path.strip("/")
+        for place in [folder, *folder.parents]:
+            if place != top and top not in place.parents:
+                break
+            try:
+                most = int((place / limit).read_text())
+                used = int((place / usage).read_text())
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # "max" is no limit
+                continue
+            rooms.append(max(0, most - used + int(stat.get(cache, 0))))
+    return rooms
+
+
+# --- moving parts ------------------------------------------------------------------------------
+
+
+def offload(groups: Sequence[Sequence[nn.Module]], device: torch.device) -> None:
+    """Keep parts in the machine's memory, and on `device` only the group of which one is called."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+    from accelerate.utils import send_to_device
+
+    there: list[Sequence[nn.Module]] = []
+
+    class Visit(ModelHook):
+        def __init__(self, group: Sequence[nn.Module]) -> None:
+            self.group = group
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            if not there or there[0] is not self.group:
+                for part in there.pop() if there else ():
+                    part.to("cpu")
+                for part in self.group:
+                    part.to(device)
+                there.append(self.group)
+            return send_to_device(args, device), send_to_device(kwargs, device)
+
+    for group in groups:
+        for part in group:
+            add_hook_to_module(part.to("cpu"), Visit(group))
