@@ -314,9 +314,7 @@ def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) 
     details.pop(USER_COMMENT, None)
     # Cameras write the size here too; the picture may have been turned or scaled since.
     details.update(
-        (tag, side)
-        for tag, side in zip((EXIF_WIDTH, EXIF_HEIGHT), image.size, strict=True)
-        if tag in details
+        (tag, side) for tag, side in zip((EXIF_WIDTH, EXIF_HEIGHT), image.size, strict=True) if tag in details
     )
     options: dict[str, object] = {}
     if kind == "PNG":
