@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ip2p import __version__
-from ip2p.config import check_guidance, check_int, check_size
+from ip2p import __version__, masks
+from ip2p.config import check_guidance, check_int, check_masking, check_more_guidance, check_size
 from ip2p.devices import MAX_SEED, NoiseStream, pick_device, pick_dtype
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import SAMPLERS
@@ -22,6 +22,7 @@ from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.errors import InputError, ModelError, ResourceError
 from ip2p.images import MAX_PIXELS, fit_size, load_image, signed_psnr, to_pil, to_tensor
 from ip2p.infotext import Settings, format_infotext
+from ip2p.masks import held
 from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle
 from ip2p.models.controlnet import EXAMPLE as CONTROLNET
 from ip2p.models.controlnet import (
@@ -44,7 +45,8 @@ from ip2p.models.memory import (
     free_bytes,
     offload,
 )
-from ip2p.models.text import Prompt, encode_prompt
+from ip2p.models.text import Prompt, encode_prompt, join_prompts
+from ip2p.photos import carry
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel
@@ -128,20 +130,28 @@ class Editor:
 
     # --- the whole edit --------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def edit(
         self,
         image: Picture,
         instruction: str,
         *,
+        seeds: Sequence[int] = (0,),
         text_cfg: float | None = None,
         image_cfg: float | None = None,
         steps: int = 20,
         sampler: str = "euler_ancestral",
         spacing: str = "linspace",
-        seeds: Sequence[int] = (0,),
         negative: str = "",
         size: int | tuple[int, int] | None = None,
+        fit: Literal["original", "model"] = "original",
+        mask: Picture | None = None,
+        mask_padding: int = 32,
+        feather: float | None = None,
+        auto_mask: float | None = None,
+        text_cfg_rescale: float = 0.0,
+        cfg_interval: tuple[float, float] = (0.0, 1.0),
+        control_image: Picture | None = None,
+        control_scale: float = 1.0,
         batch_size: int | None = None,
         max_pixels: int | None = MAX_PIXELS,
         callback: Callback | None = None,
@@ -151,68 +161,267 @@ class Editor:
         text_cfg: how strongly to follow the instruction; image_cfg: how strongly to keep the
         picture (equation 3); None takes the model's own value, else 7.5 and 1.5. negative: what to
         stay away from. size: the side the model works at instead of its native one, or its exact
-        width and height. batch_size: how many seeds run at once, `self.batch_size` if None. Each
-        result's `info` has the settings as "parameters", and the picture's exif and ICC profile;
-        `images.save_image` writes them. Raises InputError, or ResourceError out of memory.
+        width and height. fit: "original" carries the change to the picture's own pixels
+        (`photos.carry`), "model" gives the result at the size at which the model works.
+
+        mask: a picture of the same size, white where the edit may go; nothing else changes by a byte.
+        The model sees it with mask_padding pixels around, at its full size. feather: pixels over which the
+        edit fades inside the mask, by its size if None. auto_mask: the region is found from the model
+        itself, with this threshold from 0 (everything) to 1; 0.5 is a good one.
+
+        text_cfg_rescale, cfg_interval: `diffusion.denoiser.guided` has them. control_image: what the
+        ControlNet reads, at control_scale. batch_size: how many seeds run at once, `self.batch_size`
+        if None. Each result's `info` has the settings as "parameters", the picture's exif and ICC
+        profile, which `images.save_image` writes, and the "mask" if there was one, a picture in "L".
+        Raises InputError, or ResourceError out of memory.
         """
-        check_guidance(steps, text_cfg, image_cfg)
-        text_cfg, image_cfg = self.scales(text_cfg, image_cfg)
+        how = _How(
+            text_cfg=text_cfg,
+            image_cfg=image_cfg,
+            steps=steps,
+            sampler=sampler,
+            spacing=spacing,
+            negative=negative,
+            size=size,
+            fit=fit,
+            mask=mask,
+            mask_padding=mask_padding,
+            feather=feather,
+            auto_mask=auto_mask,
+            text_cfg_rescale=text_cfg_rescale,
+            cfg_interval=cfg_interval,
+            control_image=control_image,
+            control_scale=control_scale,
+            max_pixels=max_pixels,
+        )
         seeds = _checked_seeds(seeds)
-        batch_size = self.batch_size if batch_size is None else batch_size
+        sheet = self._open(image, instruction, how)
+        return self._results([sheet] * len(seeds), seeds, how, batch_size, callback)
+
+    def edit_batch(
+        self,
+        images: Sequence[Picture],
+        instructions: str | Sequence[str],
+        *,
+        seeds: Sequence[int],
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Edit several pictures, each once, with a seed and an instruction each (or one for all).
+
+        Those of one working size go through the network together, all of them if batch_size is None.
+        In fp32 each result is what the picture alone would give, but for the rounding of sums. settings:
+        those of `edit`, the same for all. Raises as `edit` does.
+        """
+        how = _How(**settings)
+        seeds = _checked_seeds(seeds)
+        texts = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
+        if not len(images) == len(texts) == len(seeds):
+            raise InputError(
+                f"There are {len(images)} pictures, {len(texts)} instructions and {len(seeds)} seeds. "
+                "Give one of each for every picture."
+            )
+        sheets = [self._open(image, text, how) for image, text in zip(images, texts, strict=True)]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, sheet in enumerate(sheets):
+            groups.setdefault(sheet.shown.size, []).append(number)
+        results: dict[int, Image.Image] = {}
+        for numbers in groups.values():
+            some, own = [sheets[k] for k in numbers], [seeds[k] for k in numbers]
+            made = self._results(some, own, how, batch_size or len(numbers), callback)
+            results |= dict(zip(numbers, made, strict=True))
+        return [results[number] for number in range(len(sheets))]
+
+    @torch.inference_mode()
+    def _open(self, image: Picture, instruction: str, how: _How) -> _Sheet:
+        """The picture, the part of it to edit, and that part as the model sees it."""
         if not instruction.strip():
             raise InputError('The instruction is empty. Say what to change, for example "make it night".')
-        if sampler not in SAMPLERS:
-            raise InputError(f"Sampler {sampler!r} is not known; use one of {', '.join(SAMPLERS)}.")
-        if spacing not in SPACINGS:
-            raise InputError(f"Spacing {spacing!r} is not known; use one of {', '.join(SPACINGS)}.")
-        check_int("--batch-size", batch_size, 1, 10**6, "--batch-size 4")
-        page = load_image(image, max_pixels=max_pixels)
-        width, height = self.working_size(page.size, size)
-        # The whole picture is resized, not cropped to fit: the result lies on the input pixel for pixel.
-        shown = (
-            page if page.size == (width, height) else page.resize((width, height), Image.Resampling.LANCZOS)
+        picture = load_image(image, max_pixels=how.max_pixels)
+        box, part, mask = (0, 0, *picture.size), picture, None
+        if how.mask is not None:
+            mask = masks.load_mask(how.mask, picture.size, max_pixels=how.max_pixels)
+            box = masks.padded(mask, how.mask_padding)
+        working = self.working_size((box[2] - box[0], box[3] - box[1]), how.size)
+        if mask is not None:
+            box = masks.widened(box, working, picture.size)
+            part, mask = picture.crop(box), mask.crop(box)
+        # All of it is resized, not cropped to fit: the result lies on the input pixel for pixel.
+        shown = part if part.size == working else part.resize(working, Image.Resampling.LANCZOS)
+        control = None
+        if how.control_image is not None:
+            drawing = load_image(how.control_image, max_pixels=how.max_pixels)
+            if mask is not None:
+                drawing = drawing.resize(picture.size, Image.Resampling.LANCZOS).crop(box)
+            control = self.control(drawing, working, how.control_scale)
+        with _memory_error(*working):
+            latent = self.encode_image(to_tensor(shown))
+            rebuilt = None
+            far = self.bundle.card.known_psnr is not None and not self._said_far
+            if far or (part is not shown and how.fit == "original"):
+                # The condition's latents are not scaled and the decoder's input is.
+                rebuilt = self.decode(latent * self.bundle.latent_scale)
+                self._say_if_far(shown, rebuilt)
+        return _Sheet(
+            instruction=instruction,
+            picture=picture,
+            box=box,
+            part=part,
+            mask=mask,
+            shown=shown,
+            rebuilt=None if rebuilt is None else to_pil(_finite(rebuilt)),
+            latent=latent,
+            control=control,
         )
+
+    @torch.inference_mode()
+    def _results(
+        self,
+        sheets: Sequence[_Sheet],
+        seeds: Sequence[int],
+        how: _How,
+        batch_size: int | None,
+        callback: Callback | None,
+    ) -> list[Image.Image]:
+        """One result for each sheet and seed; the sheets are of one working size."""
+        batch_size = self.batch_size if batch_size is None else batch_size
+        check_int("--batch-size", batch_size, 1, 10**6, "--batch-size 4")
         results = []
-        with _memory_error(width, height):
-            image_latent = self.encode_image(to_tensor(shown))
-            self._say_if_far(shown, image_latent)
-            text = self.encode_text(instruction)
-            null_text = self.encode_text(negative)
-            for start in range(0, len(seeds), batch_size):
-                some = seeds[start : start + batch_size]
-                latents = self.edit_latents(
-                    image_latent,
-                    text,
-                    null_text,
-                    noise=NoiseStream(some, image_latent.shape[1:], self.device),
-                    text_cfg=text_cfg,
-                    image_cfg=image_cfg,
-                    sampler=sampler,
-                    sigmas=SPACINGS[spacing](self.schedule, steps),
-                )
-                for step, x in enumerate(latents, 1):
+        size = sheets[0].shown.size
+        with _memory_error(*size):
+            null_text = self.encode_text(how.negative, size)
+            texts = {sheet.instruction: self.encode_text(sheet.instruction, size) for sheet in sheets}
+            for start in range(0, len(sheets), batch_size):
+                some, own = sheets[start : start + batch_size], seeds[start : start + batch_size]
+                # Several seeds of one picture share its latents and its text.
+                rows = some[:1] if all(sheet is some[0] for sheet in some) else some
+                latents = torch.cat([sheet.latent for sheet in rows])
+                text = join_prompts([texts[sheet.instruction] for sheet in rows])
+                regions: Sequence[Image.Image | None] = [sheet.mask for sheet in some]
+                if how.auto_mask is not None:
+                    regions = self._regions(latents, text, null_text, own, how.auto_mask, size)
+                for step, x in enumerate(
+                    self.edit_latents(
+                        latents,
+                        text,
+                        null_text,
+                        noise=NoiseStream(own, latents.shape[1:], self.device),
+                        **self._sampling(how),
+                        control=some[0].control,
+                        hold=self._hold(latents, regions, size),
+                    ),
+                    1,
+                ):
                     if callback is not None:
-                        callback(step, steps, x)
-                # One at a time: a decoder's largest maps are far larger than the UNet's.
-                results += [to_pil(_finite(self.decode(row[None]))) for row in x]
-        for number, seed in enumerate(seeds):
-            if results[number].size != page.size:
-                results[number] = results[number].resize(page.size, Image.Resampling.LANCZOS)
-            settings = Settings(
-                instruction=instruction,
-                negative=negative,
-                steps=steps,
-                sampler=sampler,
-                spacing=spacing,
-                text_cfg=text_cfg,
-                image_cfg=image_cfg,
-                seed=seed,
-                size=(width, height),
-                model=self.bundle.card.name,
-                version=f"ip2p {__version__}",
-            )
-            results[number].info = {**page.info, "parameters": format_infotext(settings)}
+                        callback(step, how.steps, x)
+                for sheet, seed, region, row in zip(some, own, regions, x, strict=True):
+                    # One at a time: a decoder's largest maps are far larger than the UNet's.
+                    edited = to_pil(_finite(self.decode(row[None])))
+                    results.append(self._finished(sheet, edited, region, seed, how))
         return results
+
+    def _sampling(self, how: _How) -> dict[str, Any]:
+        text_cfg, image_cfg = self.scales(how.text_cfg, how.image_cfg)
+        return {
+            "text_cfg": text_cfg,
+            "image_cfg": image_cfg,
+            "sampler": how.sampler,
+            "sigmas": SPACINGS[how.spacing](self.schedule, how.steps),
+            "rescale": how.text_cfg_rescale,
+            "interval": how.cfg_interval,
+        }
+
+    def _hold(
+        self, latents: Tensor, regions: Sequence[Image.Image | None], size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """What the latents of the result are where the masks are black, and 1 where they are free."""
+        drawn = [region for region in regions if region is not None]
+        if not drawn:
+            return None
+        if all(region is drawn[0] for region in drawn):
+            drawn = drawn[:1]
+        free = torch.cat([masks.cells(region, size, self.bundle.latent_factor) for region in drawn])
+        return latents * self.bundle.latent_scale, free.to(self.device)
+
+    def _regions(
+        self,
+        latents: Tensor,
+        text: Tensor | Prompt,
+        null_text: Tensor | Prompt,
+        seeds: Sequence[int],
+        threshold: float,
+        size: tuple[int, int],
+    ) -> list[Image.Image]:
+        """What the instruction is about, a mask of the working size for each seed (`masks.region`)."""
+        noise = NoiseStream(seeds, latents.shape[1:], self.device)
+        known = latents * self.bundle.latent_scale
+        differences = []
+        for level in masks.LEVELS:
+            time = torch.tensor(level * (len(self.schedule.levels) - 1), dtype=torch.float64)
+            sigma = self.schedule.sigma(time).float()
+            for _ in range(masks.DRAWS):
+                x = known + sigma * noise()
+                told, untold = (
+                    guided(
+                        self.model,
+                        text=words,
+                        null_text=null_text,
+                        image=latents,
+                        text_cfg=1.0,
+                        image_cfg=1.0,
+                    )(x, sigma)
+                    for words in (text, null_text)
+                )
+                differences.append(told - untold)
+        return masks.regions(torch.stack(differences, dim=1), threshold, size)
+
+    def _finished(
+        self, sheet: _Sheet, edited: Image.Image, region: Image.Image | None, seed: int, how: _How
+    ) -> Image.Image:
+        """The result of one row: at its size, within its mask, with what belongs to it."""
+        original, box = sheet.part, sheet.box
+        if how.fit == "model":
+            original, box = sheet.shown, (0, 0, *edited.size)
+        elif edited.size != original.size:
+            edited = carry(original, sheet.rebuilt or sheet.shown, edited)
+        result = edited
+        info = dict(sheet.picture.info)
+        if region is not None:
+            region = region.resize(original.size, Image.Resampling.BILINEAR)
+            if how.auto_mask is None:
+                region = masks.feather(region, how.feather_of(original.size))
+            result = masks.paste(original, edited, region)
+            if how.fit == "original" and result.size != sheet.picture.size:
+                whole = sheet.picture.copy()
+                whole.paste(result, box[:2])
+                black = Image.new("L", whole.size)
+                black.paste(region, box[:2])
+                result, region = whole, black
+            info["mask"] = region
+        text_cfg, image_cfg = self.scales(how.text_cfg, how.image_cfg)
+        settings = Settings(
+            instruction=sheet.instruction,
+            negative=how.negative,
+            steps=how.steps,
+            sampler=how.sampler,
+            text_cfg=text_cfg,
+            image_cfg=image_cfg,
+            seed=seed,
+            size=sheet.shown.size,
+            model=self.bundle.card.name,
+            spacing=how.spacing,
+            text_cfg_rescale=how.text_cfg_rescale,
+            cfg_interval=how.cfg_interval,
+            mask_padding=how.mask_padding if how.mask is not None else Settings.mask_padding,
+            feather=how.feather if how.mask is not None else None,
+            auto_mask=how.auto_mask,
+            fit=how.fit,
+            control_scale=how.control_scale if how.control_image is not None else Settings.control_scale,
+            version=f"ip2p {__version__}",
+        )
+        result.info = info | {"parameters": format_infotext(settings)}
+        return result
 
     def scales(self, text_cfg: float | None, image_cfg: float | None) -> tuple[float, float]:
         """The scales given; for None those that the model's card recommends, else the paper's 7.5 and 1.5."""
@@ -295,6 +504,7 @@ class Editor:
         rescale: float = 0.0,
         interval: tuple[float, float] = (0.0, 1.0),
         control: Control | None = None,
+        hold: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """Sample, yielding the latents [batch, 4, h, w] after each step; the last are the result's.
 
@@ -302,6 +512,8 @@ class Editor:
         alone. text, null_text: [1 or batch, tokens, features] or Prompts of as many rows. `noise()`
         gives the start and then what the sampler asks for. sigmas: falling, with a final zero, as
         `diffusion.schedule` makes them. rescale, interval: see `guided`. control: from `self.control`.
+        hold: latents [1 or batch, 4, h, w] of what the result is, and where it may become another, 1 or
+        0 [1 or batch, 1, h, w]; where not, they are held to the former at every step (`masks.held`).
         """
         start = noise() * sigmas[0]
         factor = self.bundle.latent_factor
@@ -317,6 +529,10 @@ class Editor:
             interval=interval,
             in_turn=not plan.passes_at_once,
         )
+        if hold is not None:
+            known, free = hold
+            start = start + (1 - free) * known
+            denoise = held(denoise, known, free)
         sampling = SAMPLERS[sampler](denoise, start, sigmas, noise)
         while True:
             # Entered anew for each step: a generator must not hold the mode open over its caller's code.
@@ -348,14 +564,12 @@ class Editor:
         vae.use_slicing = plan != Memory()  # one picture at a time, with the same result
         return vae
 
-    def _say_if_far(self, shown: Image.Image, image_latent: Tensor) -> None:
+    def _say_if_far(self, shown: Image.Image, rebuilt: Tensor) -> None:
         """Warn once when the autoencoder keeps a picture worse than those that it was trained on."""
         known = self.bundle.card.known_psnr
         if known is None or self._said_far:
             return
-        # The condition's latents are not scaled and the decoder's input is.
-        again = self.decode(image_latent * self.bundle.latent_scale)
-        error = (again.clamp(-1, 1).cpu() - to_tensor(shown)).square().mean()
+        error = (rebuilt.clamp(-1, 1).cpu() - to_tensor(shown)).square().mean()
         psnr = signed_psnr(error).item()
         if psnr < known:
             self._said_far = True
@@ -364,6 +578,63 @@ class Editor:
                 f"and its own pages to {known:.1f} or more). For photographs: --model {PHOTO_MODEL}",
                 stacklevel=1,
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """What an edit is told beside the picture, the instruction and the seeds; `Editor.edit` explains it."""
+
+    text_cfg: float | None = None
+    image_cfg: float | None = None
+    steps: int = 20
+    sampler: str = "euler_ancestral"
+    spacing: str = "linspace"
+    negative: str = ""
+    size: int | tuple[int, int] | None = None
+    fit: Literal["original", "model"] = "original"
+    mask: Picture | None = None
+    mask_padding: int = 32
+    feather: float | None = None
+    auto_mask: float | None = None
+    text_cfg_rescale: float = 0.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    control_image: Picture | None = None
+    control_scale: float = 1.0
+    max_pixels: int | None = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        check_guidance(self.steps, self.text_cfg, self.image_cfg)
+        check_more_guidance(self.text_cfg_rescale, self.cfg_interval)
+        check_masking(self.mask, self.auto_mask, self.mask_padding, self.feather)
+        for name, value, known in (
+            ("Sampler", self.sampler, SAMPLERS),
+            ("Spacing", self.spacing, SPACINGS),
+            ("Fit", self.fit, ("original", "model")),
+        ):
+            if value not in known:
+                raise InputError(f"{name} {value!r} is not known; use one of {', '.join(known)}.")
+
+    def feather_of(self, size: tuple[int, int]) -> float:
+        """The feather in pixels of a part of `size`; unless given, what is 4 pixels at 512."""
+        return max(size) / 128 if self.feather is None else self.feather
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sheet:
+    """A picture made ready: `part` is what `box` cuts out of it, `shown` the part as the model sees it.
+
+    rebuilt: `shown` through the autoencoder, where it was needed. mask: the part of the one drawn.
+    """
+
+    instruction: str
+    picture: Image.Image
+    box: masks.Box
+    part: Image.Image
+    mask: Image.Image | None
+    shown: Image.Image
+    rebuilt: Image.Image | None
+    latent: Tensor
+    control: Control | None
 
 
 @functools.lru_cache(maxsize=1)

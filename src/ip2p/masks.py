@@ -1,0 +1,194 @@
+"""Limit an edit to a region: a mask that was drawn, or one found from what the model itself would change.
+
+A mask is a picture in "L": 255 where the edit may go, 0 where not a byte may change, a blend in between.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from ip2p.errors import InputError
+from ip2p.images import MAX_PIXELS, MIN_SIDE, load_image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from ip2p.diffusion import Denoiser
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow crops
+# The noise levels at which predictions are compared, as shares of the time of training.
+LEVELS = (0.8,)
+DRAWS = 4
+
+
+# --- a mask that was drawn -----------------------------------------------------------------------
+
+
+def load_mask(
+    source: str | Path | bytes | Image.Image, size: tuple[int, int], *, max_pixels: int | None = MAX_PIXELS
+) -> Image.Image:
+    """Read a mask for a picture of `size`, in "L". Transparency is black: what is edited is white.
+
+    Raises InputError for a mask of another size, one that is black all over, and as `load_image` does.
+    """
+    mask = load_image(source, max_pixels=max_pixels, background="black").convert("L")
+    if mask.size != size:
+        raise InputError(
+            f"The mask is {_times(mask.size)} pixels and the picture {_times(size)}; they must be of one "
+            f"size. Draw the mask on the picture, upright, or scale it to {_times(size)}."
+        )
+    if mask.getbbox() is None:
+        raise InputError("The mask is black all over, so nothing would change. Paint white what to edit.")
+    mask.info = {}
+    return mask
+
+
+def feather(mask: Image.Image, width: float) -> Image.Image:
+    """`mask` with a soft rim of `width` pixels that lies inside it: what was black stays black.
+
+    The value rises with the distance to the nearest black pixel, as far as `width`; a mask that is
+    thinner than that all over has a narrower rim, so that its middle is still white.
+    """
+    values = np.asarray(mask)
+    if width < 0.5:
+        return mask
+    depth = _depth(values > 0, int(np.ceil(width)) + 1)
+    rim = depth / (width + 1)
+    rim = (rim / min(1.0, max(rim.max(), 1e-6))).clip(0, 1)
+    return Image.fromarray(np.minimum(values, (rim * 255).round()).astype(np.uint8))
+
+
+def _depth(inside: NDArray[np.bool_], limit: int) -> NDArray[np.float32]:
+    """The Euclidean distance of every pixel to the nearest one outside, at most `limit`; [h, w].
+
+    The picture's own border is no edge: what touches it goes on behind it.
+    """
+    # Along the rows first, then the columns: a distance transform as a lower envelope (Felzenszwalb &
+    # Huttenlocher 2012), brute force over the few rows within reach.
+    height, width = inside.shape
+    place = np.arange(width, dtype=np.int32)
+    far = np.int32(-2 * limit)
+    before = np.maximum.accumulate(np.where(inside, far, place), axis=1)
+    after = np.minimum.accumulate(np.where(inside, width - far, place)[:, ::-1], axis=1)[:, ::-1]
+    row = np.minimum(place - before, after - place).clip(0, limit).astype(np.float32) ** 2
+    nearest = row.copy()
+    for step in range(1, min(limit, height)):
+        np.minimum(nearest[step:], row[:-step] + step**2, out=nearest[step:])
+        np.minimum(nearest[:-step], row[step:] + step**2, out=nearest[:-step])
+    return np.sqrt(nearest).clip(max=limit)
+
+
+def padded(mask: Image.Image, padding: int) -> Box:
+    """The box around what is not black, `padding` pixels wider on every side, within the picture.
+
+    Neither side is under 16 pixels or half of the other, where the picture has room: a sliver says too
+    little of what it is part of.
+    """
+    box = mask.getbbox()
+    assert box is not None, "the mask is black"
+    left, top, right, bottom = box
+    box = (
+        max(0, left - padding),
+        max(0, top - padding),
+        min(mask.width, right + padding),
+        min(mask.height, bottom + padding),
+    )
+    width, height = box[2] - box[0], box[3] - box[1]
+    low = max(MIN_SIDE, -(-max(width, height) // 2))
+    return _grown(box, max(width, low), max(height, low), mask.size)
+
+
+def widened(box: Box, shape: tuple[int, int], picture: tuple[int, int]) -> Box:
+    """`box` made higher or wider to the aspect of `shape`, as far as the picture has room."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    wide, tall = shape
+    if width * tall < height * wide:
+        width = round(height * wide / tall)
+    else:
+        height = round(width * tall / wide)
+    return _grown(box, width, height, picture)
+
+
+def _grown(box: Box, width: int, height: int, picture: tuple[int, int]) -> Box:
+    """A box of width x height about the middle of `box`, moved and at last cut to lie in the picture."""
+    width, height = min(width, picture[0]), min(height, picture[1])
+    left = min(max(0, (box[0] + box[2] - width) // 2), picture[0] - width)
+    top = min(max(0, (box[1] + box[3] - height) // 2), picture[1] - height)
+    return left, top, left + width, top + height
+
+
+def paste(original: Image.Image, edited: Image.Image, mask: Image.Image) -> Image.Image:
+    """`edited` where the mask is white, `original` to the byte where it is black; all RGB of one size."""
+    return Image.composite(edited, original, mask)
+
+
+# --- holding the latents -------------------------------------------------------------------------
+
+
+def cells(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
+    """Which latents may change, 1 or 0, [1, 1, h, w]: those of which any pixel is not black.
+
+    size: the pixels at which the model works; factor: pixels a latent.
+    """
+    import torch
+
+    some = Image.fromarray((np.asarray(mask) > 0).astype(np.float32)).resize(size, Image.Resampling.BOX)
+    free = torch.from_numpy((np.asarray(some) > 0).astype(np.float32))
+    return torch.nn.functional.max_pool2d(free[None, None], factor)
+
+
+def held(denoise: Denoiser, known: Tensor, free: Tensor) -> Denoiser:
+    """A denoiser whose answer is `known` wherever `free` is 0.
+
+    Every sampler then walks there from noise straight to `known`: at each step the latents are known +
+    sigma · noise, which is what the rest of the picture has to join on to.
+    """
+
+    import torch
+
+    def denoise_inside(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.where(free > 0, denoise(x, sigma), known)
+
+    return denoise_inside
+
+
+# --- a mask from the model -----------------------------------------------------------------------
+
+
+def regions(difference: Tensor, threshold: float, size: tuple[int, int]) -> list[Image.Image]:
+    """What the instruction is about: a mask of `size` for each row of [batch, draws, 4, h, w].
+
+    difference: the model's predictions of the picture with the instruction less those without it.
+    """
+    import torch
+
+    masks = []
+    for row in relevance(difference):
+        wide = torch.nn.functional.interpolate(row[None, None], size[::-1], mode="bilinear")[0, 0]
+        masks.append(Image.fromarray(((wide > threshold) * 255).byte().cpu().numpy()))
+    return masks
+
+
+def relevance(difference: Tensor) -> Tensor:
+    """How much the instruction moves each place, in [0, 1], [batch, h, w], from [batch, draws, 4, h, w].
+
+    The difference of the model's predictions with and without the instruction, absolute and averaged
+    over channels and draws, without its outliers, from its least to its greatest value ("Watch Your
+    Steps", Mirzaei et al. 2023, section 3.2).
+    """
+    strength = difference.float().abs().mean(dim=(1, 2))
+    flat = strength.flatten(1)
+    low, high = flat.quantile(0.25, dim=1), flat.quantile(0.75, dim=1)
+    limit = (high + 1.5 * (high - low))[:, None, None]
+    strength = strength.minimum(limit)
+    least, most = strength.amin((1, 2), True), strength.amax((1, 2), True)
+    return (strength - least) / (most - least).clamp_min(1e-12)
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
