@@ -60,7 +60,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
             f"The scheduler's prediction_type is {prediction!r}; epsilon and v_prediction can be sampled. "
             "Use a model of one of these kinds."
         )
-    if str(config.get("_class_name", "")).startswith("EDM"):
+    if "sigma_data" in config:
         return _edm_schedule(config, prediction)
     if config.get("rescale_betas_zero_snr"):
         raise ModelError(

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+import torch
+from conftest import make_controlnet
+from PIL import Image
+
+from ip2p.editor import Editor
+from ip2p.errors import InputError, ModelError
+from ip2p.models.controlnet import Control, load_controlnet
+
+
+@pytest.fixture(scope="module")
+def controlnet_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("controlnets") / "tiny"
+    make_controlnet().save_pretrained(folder)
+    return folder
+
+
+def test_a_controlnet_is_loaded_beside_an_editor(tiny_model_dir, controlnet_dir, page):
+    editor = Editor.load(tiny_model_dir, device="cpu", dtype="fp32", controlnet=controlnet_dir)
+    assert not editor.controlnet.training
+    control = editor.control(page.resize((40, 40)), (64, 48), 0.5)
+    assert control.picture.shape == (1, 3, 48, 64)
+    assert control.picture.min() >= 0 and control.picture.max() <= 1
+    black = editor.control(Image.new("RGB", (8, 8)), (64, 64))
+    assert (black.picture == 0).all()
+
+
+def test_a_batch_of_pictures_goes_with_each_pass_of_its_row():
+    class Network:
+        def __call__(self, noisy, time, controlnet_cond, **_):
+            return [controlnet_cond], noisy
+
+    pictures = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    told = {"encoder_hidden_states": torch.zeros(6, 1, 1)}
+    out = Control(Network(), pictures)(torch.zeros(6, 4, 2, 2), torch.zeros(6), told)
+    assert out["down_block_additional_residuals"][0][:, 0, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cross_attention_dim": 48}, "cross_attention_dim is 48, the editor's 32"),
+        ({"block_out_channels": (32, 32)}, "block_out_channels"),
+        ({"in_channels": 8}, "takes 8 channels of noise, not 4"),
+        ({"conditioning_embedding_out_channels": (8, 16, 16, 16)}, "shrinks its picture 8 times"),
+    ],
+)
+def test_a_controlnet_of_another_base_is_refused(tiny_editor, change, message):
+    with pytest.raises(ModelError, match=message):
+        Editor(tiny_editor.bundle, controlnet=make_controlnet(**change))
+
+
+def test_what_is_no_controlnet_is_named(tiny_model_dir, tmp_path):
+    with pytest.raises(ModelError, match="holds a UNet2DConditionModel, not a ControlNetModel"):
+        load_controlnet(tiny_model_dir / "unet")
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        load_controlnet(tmp_path)
+    file = tmp_path / "control.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ModelError, match="is not a folder; a ControlNet is one"):
+        load_controlnet(file)
+    with pytest.raises(ModelError, match="no such"):
+        load_controlnet(tmp_path / "nothing")
+
+
+def test_code_and_pickles_beside_a_controlnet_are_not_run(controlnet_dir, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "ControlNetModel"}))
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match="pickle.*was not opened"):
+        load_controlnet(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1, 11])
+def test_a_scale_out_of_range_is_an_error(tiny_editor, page, scale):
+    editor = Editor(tiny_editor.bundle, controlnet=make_controlnet())
+    with pytest.raises(InputError, match=r"--control-scale is .*; use 0 to 10"):
+        editor.control(page, (64, 64), scale)
+
+
+def test_a_control_image_without_a_controlnet_is_an_error(tiny_editor, page):
+    with pytest.raises(InputError, match="needs a ControlNet.*--controlnet"):
+        tiny_editor.control(page, (64, 64))
