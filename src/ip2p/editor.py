@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -285,10 +286,10 @@ class Editor:
         callback: Callback | None,
     ) -> list[Image.Image]:
         """One result for each sheet and seed; the sheets are of one working size."""
-        batch_size = self.batch_size if batch_size is None else batch_size
+        size = sheets[0].shown.size
+        batch_size = self.fitting_batch(size) if batch_size is None else batch_size
         check_int("--batch-size", batch_size, 1, 10**6, "--batch-size 4")
         results = []
-        size = sheets[0].shown.size
         with _memory_error(*size):
             null_text = self.encode_text(how.negative, size)
             texts = {sheet.instruction: self.encode_text(sheet.instruction, size) for sheet in sheets}
@@ -541,6 +542,17 @@ class Editor:
             if x is None:
                 return
             yield x
+
+    def fitting_batch(self, size: tuple[int, int]) -> int:
+        """How many results to make at once at a size: `batch_size`, or fewer where memory is short."""
+        width, height = size
+        batch = self.batch_size
+        while batch > 1:
+            with contextlib.suppress(ResourceError):
+                if self._plan(batch, height, width) == self._plan(1, height, width):
+                    break
+            batch //= 2
+        return batch
 
     def _plan(self, batch: int, height: int, width: int) -> Memory:
         """How to go about an edit of this size with what is free now. Raises ResourceError."""

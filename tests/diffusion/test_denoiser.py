@@ -1,6 +1,8 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ip2p.diffusion.denoiser import UNetDenoiser, guided, x0_from_epsilon, x0_from_velocity
 from ip2p.diffusion.guidance import guide
@@ -108,3 +110,121 @@ def test_both_kinds_of_prediction_give_x0_back():
     # v = α noise - s x0, with α = 1 / sqrt(1 + sigma²) and s = sigma · α.
     velocity = (noise - SIGMA * X) / (1 + SIGMA**2).sqrt()
     torch.testing.assert_close(x0_from_velocity(x, velocity, SIGMA), X)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`models.text.Prompt`, which the mathematics does not know."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+
+class WideUNet(ToyUNet):
+    """Takes what SDXL's and a ControlNet add."""
+
+    def forward(self, x, time, encoder_hidden_states, return_dict, added_cond_kwargs=None, plus=0.0):
+        (out,) = super().forward(x, time, encoder_hidden_states, return_dict)
+        if added_cond_kwargs:
+            out = out * added_cond_kwargs["text_embeds"].mean(dim=1)[:, None, None, None]
+            out = out + 0.01 * added_cond_kwargs["time_ids"].sum(dim=1)[:, None, None, None]
+        return (out + plus,)
+
+
+def test_passes_in_turn_give_the_same_with_smaller_calls(model, inputs):
+    at_once = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5)(X, SIGMA)
+    model.unet.calls.clear()
+    in_turn = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5, in_turn=True)(X, SIGMA)
+    assert [len(x) for x, _, _ in model.unet.calls] == [3, 3, 3]
+    torch.testing.assert_close(in_turn, at_once)
+
+
+def test_outside_its_interval_guidance_makes_the_full_pass_alone(model, inputs):
+    sigmas = [
+        model.schedule.sigma(torch.tensor(999.0 * share).double()).float() for share in (0.1, 0.5, 0.95)
+    ]
+    denoise = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5, interval=(0.2, 0.9))
+    plain = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5)
+    full = model(X, sigmas[0], inputs["text"].expand(3, -1, -1), inputs["image"].expand(3, -1, -1, -1))
+    model.unet.calls.clear()
+    got = [denoise(X, sigma) for sigma in sigmas]
+    assert [len(x) for x, _, _ in model.unet.calls] == [3, 9, 3]
+    torch.testing.assert_close(got[0], full)
+    torch.testing.assert_close(got[1], plain(X, sigmas[1]))
+
+
+def test_the_whole_interval_holds_both_ends(model, inputs):
+    denoise = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5)
+    for sigma in (model.schedule.levels[0].float(), model.schedule.levels[-1].float()):
+        denoise(X, sigma)
+    assert [len(x) for x, _, _ in model.unet.calls] == [9, 9]
+
+
+def test_rescaled_all_the_way_a_picture_spreads_as_its_full_prediction(model, inputs):
+    plain = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5)(X, SIGMA)
+    half, whole = (
+        guided(model, **inputs, text_cfg=7.5, image_cfg=1.5, rescale=share)(X, SIGMA) for share in (0.5, 1.0)
+    )
+    torch.testing.assert_close(half, (plain + whole) / 2, rtol=1e-4, atol=1e-4)
+    full = model.predict(X, SIGMA, inputs["text"], inputs["image"].expand(3, -1, -1, -1))
+    noise = (X - whole) / SIGMA
+    torch.testing.assert_close(noise.std(dim=(1, 2, 3)), full.std(dim=(1, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_rescaling_needs_the_full_pass_even_where_its_weight_is_zero(model, inputs):
+    model.unet.calls.clear()
+    guided(model, **inputs, text_cfg=0.0, image_cfg=1.5, rescale=0.5)(X, SIGMA)
+    assert len(model.unet.calls[0][0]) == 9
+    one = guided(model, **inputs, text_cfg=1.0, image_cfg=1.0)(X, SIGMA)
+    assert torch.equal(guided(model, **inputs, text_cfg=1.0, image_cfg=1.0, rescale=0.5)(X, SIGMA), one)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_prompt_brings_its_pooled_text_and_sizes_to_its_own_pass(model, inputs, in_turn):
+    wide = UNetDenoiser(WideUNet(), model.schedule)
+    pooled, sizes = torch.rand(1, 6), torch.tensor([[32.0, 64, 0, 0, 32, 64]])
+    words = {
+        "text": Prompt(inputs["text"], pooled, sizes),
+        "null_text": Prompt(inputs["null_text"], torch.zeros(1, 6), sizes),
+    }
+    image = inputs["image"]
+    shown, nothing = image.expand(3, -1, -1, -1), torch.zeros_like(X)
+    expected = guide(
+        wide(X, SIGMA, words["text"], shown),
+        wide(X, SIGMA, words["null_text"], shown),
+        wide(X, SIGMA, words["null_text"], nothing),
+        text=7.5,
+        image=1.5,
+    )
+    denoise = guided(wide, **words, image=image, text_cfg=7.5, image_cfg=1.5, in_turn=in_turn)
+    torch.testing.assert_close(denoise(X, SIGMA), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_prompt_without_more_is_its_hidden_states(model, inputs):
+    plain = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5)(X, SIGMA)
+    words = {name: Prompt(inputs[name]) for name in ("text", "null_text")}
+    torch.testing.assert_close(
+        guided(model, **(inputs | words), text_cfg=7.5, image_cfg=1.5)(X, SIGMA), plain
+    )
+
+
+def test_control_adds_to_every_pass(model, inputs):
+    seen = []
+
+    def control(noisy, time, told):
+        seen.append((noisy.shape, time.shape, told["encoder_hidden_states"].shape))
+        return {"plus": 0.5}
+
+    wide = UNetDenoiser(WideUNet(), model.schedule, control=control)
+    plain = guided(UNetDenoiser(wide.unet, wide.schedule), **inputs, text_cfg=7.5, image_cfg=1.5)(X, SIGMA)
+    # The weights of equation 3 sum to one, so that what is added to all three passes is added once.
+    added = guided(wide, **inputs, text_cfg=7.5, image_cfg=1.5)(X, SIGMA)
+    torch.testing.assert_close(added, plain - 0.5 * SIGMA, rtol=1e-4, atol=1e-4)
+    assert seen == [((9, 4, 6, 7), (9,), (9, 5, 8))]
+
+
+def test_the_condition_is_scaled_where_a_model_asks_for_it(model, inputs):
+    scaled = UNetDenoiser(model.unet, model.schedule, condition_scale=0.5)
+    text, image = inputs["text"], inputs["image"].expand(3, -1, -1, -1)
+    torch.testing.assert_close(scaled(X, SIGMA, text, image), model(X, SIGMA, text, image / 2))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from ip2p.errors import InputError, ModelError
 from ip2p.images import nearest
-from ip2p.models.bundle import PICKLES
+from ip2p.models.load import PICKLES
+from ip2p.models.keys import unet_table
 
 if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle
@@ -71,10 +73,9 @@ def apply_loras(bundle: Bundle, loras: Sequence[tuple[str | Path, float]]) -> No
     check_loras(loras)
     networks = {name: getattr(bundle, name) for name in NETWORKS if getattr(bundle, name) is not None}
     modules = {
-        (network, _plain(name)): module
+        (network, _plain(alias)): module
         for network, root in networks.items()
-        for name, module in root.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
+        for alias, module in _named(network, root)
     }
     for name, weight in loras:
         path = Path(name).expanduser()
@@ -82,6 +83,20 @@ def apply_loras(bundle: Bundle, loras: Sequence[tuple[str | Path, float]]) -> No
             with torch.no_grad():
                 merged = module.weight.float() + weight * delta.to(module.weight.device)
                 module.weight.copy_(merged.to(module.weight.dtype))
+
+
+def _named(network: str, root: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a network that a LoRA may change, by every name that they have."""
+    layers = {
+        name: module for name, module in root.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    yield from layers.items()
+    if network == "unet":
+        # Kohya's trainer for SDXL has the UNet of the LDM code, with its names.
+        with contextlib.suppress(ModelError):  # other blocks than SD's and SDXL's have none
+            table = unet_table([f"{name}.weight" for name in layers], root.config, prefix="")
+            for name, module in layers.items():
+                yield table[f"{name}.weight"].key.removesuffix(".weight"), module
 
 
 def _deltas(path: Path, modules: Mapping[Place, nn.Module]) -> list[tuple[Any, Tensor]]:

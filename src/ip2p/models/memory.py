@@ -133,9 +133,8 @@ def _too_large(
         smaller = tuple(max(64, round(edge * side / longer)) for edge in size)
         if side < longer and footprint.peak(plan, (smaller[0], smaller[1])) <= room:
             return f"{said} Try --size {side}."
-    weights = "weights alone" if footprint.weights > room else "smallest edit"
     way = "another --device, or --dtype fp16" if device != "cpu" else "a smaller model, or --dtype bf16"
-    return f"{said} The {weights} would not fit: close other programs, or use {way}."
+    return f"{said} Nothing smaller fits: close other programs, or use {way}."
 
 
 def _giga(count: int) -> str:

@@ -1,0 +1,247 @@
+import pytest
+import torch
+from torch import nn
+
+from ip2p import editor as editor_module
+from ip2p.devices import NoiseStream
+from ip2p.diffusion.schedule import linspace_sigmas
+from ip2p.editor import Editor
+from ip2p.errors import InputError, ResourceError
+from ip2p.images import to_tensor
+from ip2p.models.memory import (
+    RESERVE,
+    Footprint,
+    Memory,
+    choose_memory,
+    footprint,
+    footprint_of_files,
+    free_ram,
+    offload,
+)
+
+GIGA = 10**9
+# About SD 1.5 in fp16 with its autoencoder in fp32.
+SD = Footprint(
+    unet=1_720_000_000,
+    vae=335_000_000,
+    text=246_000_000,
+    control=0,
+    cell=26 * 1.5 * 320 * 2,
+    pixel=6 * 1.5 * 128 * 4,
+)
+
+
+def choice(gigabytes, size=(512, 512), mode="auto", device="cuda", **more):
+    free = None if gigabytes is None else int(gigabytes * GIGA) + RESERVE.get(device, 0)
+    return choose_memory(SD, mode, free, size, device=device, **more)
+
+
+def test_the_peak_is_that_of_the_fullest_stage():
+    # Decoding 512² takes 1.2 GB, sampling 0.1 GB a row.
+    assert SD.peak(Memory(), (512, 512)) == pytest.approx(2.301e9 + 512 * 512 * SD.pixel, rel=1e-6)
+    assert SD.peak(Memory(), (512, 512), batch=16) == pytest.approx(
+        2.301e9 + 48 * 64 * 64 * SD.cell, rel=1e-6
+    )
+    in_turn = SD.peak(Memory(passes_at_once=False), (512, 512), batch=16)
+    assert in_turn == pytest.approx(2.301e9 + 16 * 64 * 64 * SD.cell, rel=1e-6)
+    assert SD.peak(Memory(offload=True), (512, 512)) == pytest.approx(
+        1.72e9 + 3 * 64 * 64 * SD.cell, rel=1e-6
+    )
+
+
+def test_thrift_grows_as_the_device_shrinks():
+    assert choice(24) == Memory()
+    assert choice(5, batch=8) == Memory()
+    assert choice(4, batch=8) == Memory(passes_at_once=False)
+    assert choice(2.2) == Memory(offload=True)
+    assert choice(1.9) == Memory(passes_at_once=False, offload=True)
+    # Tiling alone changes the picture, so it comes last.
+    assert choice(13.2, (1536, 1536)) == Memory()
+    assert choice(11.3, (1536, 1536)) == Memory(offload=True)
+    assert choice(5.2, (1536, 1536)) == Memory(vae_tiling=True)
+    assert choice(3.6, (1536, 1536)) == Memory(passes_at_once=False, vae_tiling=True)
+    assert choice(2.7, (1536, 1536)) == Memory(passes_at_once=False, vae_tiling=True, offload=True)
+
+
+def test_a_cpu_has_nothing_to_offload_to():
+    assert choice(11.3, (1536, 1536), device="cpu") == Memory(vae_tiling=True)
+    with pytest.raises(ResourceError, match=r"cpu has 2\.0 GB free.*a smaller model, or --dtype bf16"):
+        choice(2.0, device="cpu")
+
+
+def test_where_the_parts_lie_is_decided_once():
+    assert choice(24, offload=True) == Memory(offload=True)
+    with pytest.raises(ResourceError):
+        choice(2.2, offload=False, size=(768, 768))
+
+
+def test_low_saves_all_it_can_and_high_asks_nothing():
+    assert choice(80, mode="low") == Memory(passes_at_once=False, vae_tiling=True, offload=True)
+    assert choice(80, mode="low", device="cpu") == Memory(passes_at_once=False, vae_tiling=True)
+    assert choice(0.1, mode="high") == Memory()
+    with pytest.raises(InputError, match="Memory mode 'some' is not known; use one of low, auto, high"):
+        choice(8, mode="some")
+
+
+def test_memory_that_cannot_be_told_is_taken_to_be_enough():
+    assert choice(None) == Memory()
+
+
+def test_what_does_not_fit_names_a_size_that_does():
+    with pytest.raises(
+        ResourceError, match=r"at 4096x2048 needs about .* GB and cuda has 4\.0 GB free"
+    ) as error:
+        choice(4, (4096, 2048))
+    side = int(str(error.value).split("--size ")[1].rstrip("."))
+    assert side % 64 == 0 and 1024 <= side < 4096
+    choice(4, (side, side // 2))
+    with pytest.raises(ResourceError, match="Try --batch-size 1"):
+        choice(2.5, batch=64)
+    with pytest.raises(ResourceError, match="Nothing smaller fits: close other programs.*--dtype fp16"):
+        choice(0.5)
+
+
+def test_the_footprint_on_disk_is_that_of_the_loaded_model(tiny_model_dir, tiny_editor):
+    on_disk = footprint_of_files(tiny_model_dir, torch.float32)
+    assert on_disk == footprint(tiny_editor.bundle)
+    assert on_disk.unet == sum(4 * weight.numel() for weight in tiny_editor.bundle.unet.parameters())
+    half = footprint_of_files(tiny_model_dir, torch.float16)
+    assert half.weights * 2 == on_disk.weights
+    # An autoencoder stays in fp32 beside bf16.
+    assert footprint_of_files(tiny_model_dir, torch.bfloat16).vae == on_disk.vae
+
+
+def test_what_is_no_model_needs_nothing_and_is_left_to_loading(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
+    assert footprint_of_files(tmp_path, torch.float32).weights == 0
+    assert footprint_of_files(tmp_path / "nothing.ckpt", torch.float32).weights == 0
+
+
+def machine(root, available, groups=""):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {available} kB\nHugePages_Total: 0\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    return root
+
+
+def group(folder, limit, used, cache, *, version=2):
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\n")
+
+
+def test_free_memory_is_what_the_machine_and_its_groups_leave(tmp_path):
+    root = machine(tmp_path, 1000, "0::/job/step\n")
+    assert free_ram(root) == 1000 * 1024
+    group(root / "sys/fs/cgroup/job/step", "max", 10, 0)
+    group(root / "sys/fs/cgroup/job", 500_000, 400_000, 50_000)
+    assert free_ram(root) == 150_000
+    group(root / "sys/fs/cgroup/job/step", 100_000, 40_000, 0)
+    assert free_ram(root) == 60_000
+
+
+def test_groups_of_version_1_and_of_a_container_count(tmp_path):
+    root = machine(tmp_path, 1000, "5:cpu:/x\n4:memory:/docker/abc\n")
+    # Inside a container its own group is the top, whatever the path says.
+    group(root / "sys/fs/cgroup/memory", 300_000, 100_000, 0, version=1)
+    assert free_ram(root) == 200_000
+
+
+def test_a_machine_that_says_nothing_is_unknown(tmp_path):
+    assert free_ram(tmp_path) is None
+
+
+class Part(nn.Module):
+    """Keeps where it was sent; the two devices of the test are both the CPU."""
+
+    def __init__(self, name, log):
+        super().__init__()
+        self.name, self.log = name, log
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def to(self, device):
+        self.log.append((self.name, str(device)))
+        return self
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_offloading_brings_the_group_at_work_and_sends_the_others_back():
+    log = []
+    text, unet, control, vae = (Part(name, log) for name in ("text", "unet", "control", "vae"))
+    offload([[text], [unet, control], [vae]], torch.device("cpu", 0))
+    assert log == [(name, "cpu") for name in ("text", "unet", "control", "vae")]
+    log.clear()
+    for part in (text, unet, control, unet, vae, unet):
+        assert part(torch.ones(1)).item() == 1
+    there, away = "cpu:0", "cpu"
+    assert log == [
+        ("text", there),
+        *[("text", away), ("unet", there), ("control", there)],
+        *[("unet", away), ("control", away), ("vae", there)],
+        *[("vae", away), ("unet", there), ("control", there)],
+    ]
+
+
+def latents(editor, page):
+    image = editor.encode_image(to_tensor(page).repeat(2, 1, 1, 1))
+    *_, last = editor.edit_latents(
+        image,
+        editor.encode_text("make it night"),
+        editor.encode_text(""),
+        noise=NoiseStream([1, 2], image.shape[1:]),
+        sigmas=linspace_sigmas(editor.schedule, 3),
+    )
+    return editor.decode(last)
+
+
+def test_low_and_high_memory_give_the_same_result(tiny_editor, page):
+    calls = []
+
+    def count(module, args):
+        calls.append(len(args[0]))
+
+    hook = tiny_editor.bundle.unet.register_forward_pre_hook(count)
+    try:
+        made = {mode: latents(Editor(tiny_editor.bundle, memory=mode), page) for mode in ("low", "high")}
+    finally:
+        hook.remove()
+    assert calls == [2] * 9 + [6] * 3
+    torch.testing.assert_close(made["low"], made["high"], rtol=0, atol=1e-3)
+
+
+def test_an_editor_fits_itself_to_what_is_free(tiny_model_dir, tiny_editor, page, monkeypatch):
+    own = footprint(tiny_editor.bundle)
+    reserve = RESERVE["cpu"]
+
+    def has(free):
+        monkeypatch.setattr(editor_module, "free_bytes", lambda device: int(free) + reserve)
+
+    has(own.weights / 2)
+    with pytest.raises(ResourceError, match="Nothing smaller fits"):
+        Editor.load(tiny_model_dir, device="cpu", dtype="fp32")
+    Editor.load(tiny_model_dir, device="cpu", dtype="fp32", memory="high")
+    # What is free is beside the weights that lie there already.
+    has(own.peak(Memory(passes_at_once=False), (64, 64)) - own.weights + 1000)
+    editor = Editor(tiny_editor.bundle)
+    editor.edit(page, "make it night", steps=1)
+    with pytest.raises(ResourceError, match=r"at 512x512 needs about .* Try --size \d+"):
+        editor.edit(page, "make it night", steps=1, size=512)
+    has(1e12)
+    editor.batch_size = 4
+    assert editor.fitting_batch((64, 64)) == 4
+    has(own.peak(Memory(), (256, 256), batch=2) - own.weights + 1000)
+    assert editor.fitting_batch((256, 256)) == 2
+
+
+def test_a_memory_mode_is_checked_before_anything_is_loaded(tiny_editor):
+    with pytest.raises(InputError, match="Memory mode"):
+        Editor.load("nothing", memory="some")
+    with pytest.raises(InputError, match="Memory mode"):
+        Editor(tiny_editor.bundle, memory="some")
