@@ -1,41 +1,56 @@
-"""An editor's networks from a diffusers folder, a hub name, or `storybook`, the model in the package."""
+"""An editor's networks: of `storybook` in the package, a hub name, a diffusers folder or a single file."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ip2p.errors import ModelError
+from ip2p.errors import InputError, ModelError
 from ip2p.images import nearest
+from ip2p.models import configs as ldm
+from ip2p.models import keys
+from ip2p.models.load import (
+    PARTS,
+    PHOTO_MODEL,
+    PICKLES,
+    SINGLE_FILES,
+    Stored,
+    Weights,
+    empty_network,
+    fill,
+    make_tokenizer,
+    open_model,
+    open_weights,
+    part_weights,
+    read_json,
+    table_of,
+    tokenizer_texts,
+)
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PACKAGED = Path(__file__).parent
-PHOTO_MODEL = "timbrooks/instruct-pix2pix"
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-# Weights that are pickles: opening one can run code, so none is opened.
-PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
-HUB_FILES = [
-    *("model_index.json", "ip2p.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"),
-    *("unet/config.json", "vae/config.json", "text_encoder/config.json"),
+HUB_FILES = (
+    *("model_index.json", "ip2p.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt"),
+    *("unet/config.json", "vae/config.json", "text_encoder*/config.json"),
     # The full-precision weights, whole or in shards, and not the fp16 or non-EMA twins beside them.
     *("*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model-*-of-*.safetensors"),
-    *(
-        "text_encoder/model.safetensors",
-        "text_encoder/model-*-of-*.safetensors",
-        "*/*.safetensors.index.json",
-    ),
-]
+    *("text_encoder*/model.safetensors", "text_encoder*/model-*-of-*.safetensors"),
+    "*/*.safetensors.index.json",
+)
+# For a repository that has no others.
+HUB_HALVES = (*("unet/*.fp16*.safetensors", "vae/*.fp16*.safetensors", "text_encoder*/*.fp16*.safetensors"),)
+# Of a network alone, as an autoencoder's repository has it.
+HUB_PART = ("config.json", "diffusion_pytorch_model.safetensors", "vae/config.json", "vae/*model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,9 @@ class Card:
 class Bundle:
     """The parts of an editor, in eval mode and without gradients.
 
-    latent_scale multiplies target latents, not those of the input image. latent_factor is pixels a
-    latent cell; size_multiple is what the pixel sizes must be a multiple of.
+    latent_scale multiplies target latents; condition_scale those of the input image, which most
+    editors saw unscaled. latent_factor is pixels a latent cell; size_multiple is what the pixel sizes must
+    be a multiple of. zero_empty_text: SDXL's empty text is zeros and not encoded.
     """
 
     unet: UNet2DConditionModel
@@ -80,72 +96,204 @@ class Bundle:
 
 
 def load_bundle(
-    model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    model: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    weights: Literal["ema", "plain"] = "ema",
+    vae: str | Path | None = None,
 ) -> Bundle:
-    """Load a model folder in the layout of StableDiffusionInstructPix2PixPipeline.
+    """Load an editor of SD 1.x, SD 2.x or SDXL.
 
-    `model`: `storybook`, a folder, or a hub name such as timbrooks/instruct-pix2pix. Only
-    safetensors are read, and only into classes named here: nothing in the folder is run. The UNet
-    and the text encoder take `dtype`; the autoencoder takes it if it is fp16 and fp32 otherwise,
-    since bf16 keeps too few bits for pixels. Raises ModelError.
+    `model`: `storybook`, a folder in the diffusers format, a hub name such as
+    timbrooks/instruct-pix2pix (at `revision`), or a single .safetensors or .ckpt file in the LDM
+    layout; of the averaged and the last weights in it, `weights` are taken, the averaged ones if there
+    are any. `vae`: another autoencoder, a folder, a hub name or a single file. Nothing in a file is
+    run. The networks take `dtype`; the autoencoder takes it if it is fp16 and fp32 otherwise, since
+    bf16 keeps too few bits for pixels, and SDXL's stays in fp32, which alone holds its values. Raises
+    ModelError, and InputError for a revision of what has none.
     """
-    folder = find_model(model)
-    configs = _checked_configs(folder)
-    # Imported here: these take seconds, and a bad folder should say so at once.
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
+    path = find_model(model, revision=revision)
+    stored = open_model(path, weights=weights)
+    check_editor(stored)
+    texts = tokenizer_texts(stored)
+    spare = None if vae is None else _find_vae(vae, stored)
+    # The networks are built from here on: that takes seconds, and a bad file should say so at once.
+    parts = {part: _load(stored, part, dtype, device) for part in stored.networks if part != "vae"}
+    source = spare or _Part(stored.configs["vae"], stored.weights["vae"], None, _place(stored, "vae"))
+    network = empty_network("vae", source.config)
     vae_dtype = dtype if dtype == torch.float16 else torch.float32
-    unet = _load_part(UNet2DConditionModel, folder, "unet", dtype).to(device)
-    vae = _load_part(AutoencoderKL, folder, "vae", vae_dtype).to(device)
-    text_encoder = _load_part(CLIPTextModel, folder, "text_encoder", dtype).to(device)
-    try:
-        with _quiet():
-            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except Exception as error:
-        raise ModelError(_unreadable(folder / "tokenizer", error)) from None
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if stored.kind == "sdxl" and network.config.force_upcast:
+        vae_dtype = torch.float32
+    autoencoder = fill(
+        network,
+        source.table(list(network.state_dict())) if source.table else table_of(stored, "vae", network),
+        source.weights,
+        source=source.path,
+        dtype=vae_dtype,
+        device=device,
+    )
+    tokenizers = {
+        name: make_tokenizer(files, path, openclip=name == "tokenizer_2" or stored.architecture == "SD 2.x")
+        if stored.layout == "file"
+        else make_tokenizer(files, path / name)
+        for name, files in texts.items()
+    }
+    unet = parts["unet"]
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     halvings = len(unet.config.block_out_channels) - 1
+    native = _square(unet.config.sample_size) * factor
     return Bundle(
         unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler_config=configs["scheduler"],
-        latent_scale=vae.config.scaling_factor,
+        vae=autoencoder,
+        text_encoder=parts["text_encoder"],
+        tokenizer=tokenizers["tokenizer"],
+        scheduler_config=stored.configs["scheduler"],
+        latent_scale=autoencoder.config.scaling_factor,
         latent_factor=factor,
         size_multiple=max(8, factor * 2**halvings),
-        card=_read_card(folder, str(model), native_size=_square(unet.config.sample_size) * factor),
-        folder=folder,
+        card=_card(stored, str(model), native_size=native),
+        folder=path,
+        text_encoder_2=parts.get("text_encoder_2"),
+        tokenizer_2=tokenizers.get("tokenizer_2"),
+        kind=stored.kind,
+        condition_scale=autoencoder.config.scaling_factor if stored.cosxl else 1.0,
+        zero_empty_text=bool(stored.configs["model_index"].get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def check_editor(stored: Stored) -> None:
+    """Raise ModelError unless the UNet takes a picture beside the noise."""
+    channels, needed = stored.channels
+    if channels != needed:
+        raise ModelError(
+            f"This UNet takes {channels} channels; an editor needs {needed}. "
+            f"Train one: ip2p train --base {stored.path}"
+        )
+
+
+def _load(stored: Stored, part: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    network = empty_network(part, stored.configs[part])
+    return fill(
+        network,
+        table_of(stored, part, network),
+        stored.weights[part],
+        source=_place(stored, part),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _place(stored: Stored, part: str) -> Path:
+    return stored.path / part if stored.layout == "folder" else stored.path
+
+
+# --- another autoencoder -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A network of its own: its config, its weights, and how to find them by the network's names."""
+
+    config: Mapping[str, Any]
+    weights: Weights
+    table: Callable[[Sequence[str]], keys.Table] | None
+    path: Path
+
+
+def _find_vae(vae: str | Path, stored: Stored) -> _Part:
+    path = Path(vae).expanduser()
+    own = stored.configs["vae"]
+    scale = float(own.get("scaling_factor") or 0.18215)
+    if path.is_dir():
+        part = _vae_folder(path)
+    elif path.is_file() or path.suffix in SINGLE_FILES:
+        part = _vae_file(path, scale)
+    elif _is_hub_name(str(vae), path):
+        part = _vae_folder(from_hub(str(vae), HUB_PART, lambda folder: _has_config(folder)))
+    else:
+        raise ModelError(f"{vae}: no such autoencoder. {_closest(path, [])}")
+    theirs = float(part.config.get("scaling_factor") or 0.18215)
+    shape = [int(part.config.get("latent_channels", 4)), len(part.config.get("block_out_channels", ()))]
+    wanted = [int(own.get("latent_channels", 4)), len(own.get("block_out_channels", ()))]
+    if shape != wanted or abs(theirs - scale) > 1e-6:
+        raise ModelError(
+            f"The autoencoder {vae} has other latents than the model's: {shape[0]} channels of scale "
+            f"{theirs:g}, not {wanted[0]} of {scale:g}. Use one made for {stored.architecture}."
+        )
+    return part
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file()
+
+
+def _vae_folder(folder: Path) -> _Part:
+    inner = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    config = read_json(inner / "config.json")
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise ModelError(f"{folder} holds a {kind}, not an AutoencoderKL. Name another --vae.")
+    weights = part_weights(inner)
+    return _Part(config, weights, lambda names: keys.folder_table(list(weights.shapes), list(names)), inner)
+
+
+def _vae_file(path: Path, scale: float) -> _Part:
+    if path.suffix not in SINGLE_FILES:
+        raise ModelError(_unopened(path))
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file. {_closest(path, [])}")
+    weights = open_weights(path)
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in weights.shapes:
+        if (path.parent / "config.json").is_file():
+            return _vae_folder(path.parent)
+        raise ModelError(f"{path} is a part of a diffusers folder. Name the folder, with its config.json.")
+    prefix = keys.VAE if any(key.startswith(keys.VAE) for key in weights.shapes) else ""
+    try:
+        config = ldm.vae_config(weights.shapes, scale=scale, side=512, prefix=prefix)
+    except (ModelError, KeyError) as error:
+        raise ModelError(f"{path} is no autoencoder that can be read ({error}). Name another.") from None
+    return _Part(config, weights, lambda names: keys.vae_table(names, config, prefix), path)
 
 
 # --- finding -----------------------------------------------------------------------------------
 
 
-def find_model(model: str | Path) -> Path:
-    """The folder of a model: the packaged one, a local one, or a hub one fetched into the cache."""
+def find_model(model: str | Path, *, revision: str | None = None) -> Path:
+    """Where a model lies: the packaged one, a folder, a single file, or a hub one fetched into the cache."""
     name = str(model)
     if not name.strip():
         raise ModelError(
-            "The model's name is empty. Use storybook, a folder, or a hub name like " + PHOTO_MODEL + "."
+            "The model's name is empty. Use storybook, a folder, a file, or a hub name like "
+            + PHOTO_MODEL
+            + "."
         )
     path = Path(name).expanduser()
-    if path.is_file() or (path.suffix in PICKLES and not path.is_dir()):
-        raise ModelError(_single_file(path))
+    packaged = packaged_models()
+    if not path.exists() and name not in packaged and _is_hub_name(name, path):
+        return from_hub(name, HUB_FILES, _is_whole, revision=revision)
+    if revision is not None:
+        raise InputError(f"{name} is not a hub name, so it has no --revision {revision}; leave it out.")
     if path.is_dir():
         return path
-    packaged = packaged_models()
+    if path.is_file():
+        if path.suffix in SINGLE_FILES:
+            return path
+        raise ModelError(_unopened(path))
     if name in packaged:
         return PACKAGED / name
     if name == "storybook":
         raise ModelError(
             "The storybook model is not in this installation. Make it: ip2p storybook build --preset smoke"
         )
-    local = name.startswith((".", "~", "/", "\\")) or name.count("/") != 1 or path.parent.is_dir()
-    if local or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", name):
-        raise ModelError(f"{name}: no such model folder. {_closest(path, packaged)}")
-    return _from_hub(name)
+    what = "file" if path.suffix in SINGLE_FILES else "folder"
+    raise ModelError(f"{name}: no such model {what}. {_closest(path, packaged)}")
+
+
+def _is_hub_name(name: str, path: Path) -> bool:
+    local = name.startswith((".", "~", "/", "\\")) or path.parent.is_dir() or path.suffix in SINGLE_FILES
+    return not local and re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None
 
 
 def packaged_models() -> list[str]:
@@ -160,165 +308,89 @@ def _closest(path: Path, packaged: list[str]) -> str:
         close = nearest(path.name, packaged)
     if close:
         return f"Did you mean {path.parent / close}?"
-    return f"Use storybook, a folder in the diffusers format, or a hub name like {PHOTO_MODEL}."
+    return f"Use storybook, a folder, a .safetensors or .ckpt file, or a hub name like {PHOTO_MODEL}."
 
 
-def _single_file(path: Path) -> str:
+def _unopened(path: Path) -> str:
     if path.suffix in PICKLES:
         return (
             f"{path} is a pickle, which can run code when it is opened, so it was not opened. "
-            f"Use a diffusers folder with .safetensors weights, such as {PHOTO_MODEL}."
+            f"Use a .safetensors file, or a diffusers folder such as {PHOTO_MODEL}."
         )
-    return (
-        f"{path} is a file; a model is a folder in the diffusers format. Name the one with model_index.json."
+    return f"{path} is not a model: use a .safetensors or .ckpt file, or a folder with model_index.json."
+
+
+def _is_whole(folder: Path) -> bool:
+    # A snapshot may hold other files of the repository than an editor's.
+    parts = [part for part in PARTS if part in ("unet", "vae", "text_encoder")]
+    if (folder / "text_encoder_2").is_dir():
+        parts.append("text_encoder_2")
+    return all((folder / part).is_dir() for part in PARTS) and all(
+        any((folder / part).glob("*.safetensors")) for part in parts
     )
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(
+    name: str, files: Sequence[str], whole: Callable[[Path], bool], *, revision: str | None = None
+) -> Path:
+    """The folder of a hub repository's files in the cache, fetched if they are not there. ModelError."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    def fetch(*, local: bool) -> Path:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=local))
+    def fetch(*, local: bool, more: Sequence[str] = ()) -> Path:
+        wanted = [*files, *more]
+        at = {} if revision is None else {"revision": revision}
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=local, **at))
 
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     with contextlib.suppress(LocalEntryNotFoundError):
         folder = fetch(local=True)
-        # A snapshot may hold other files of the repository than an editor's.
-        if all((folder / part).is_dir() for part in PARTS):
+        if whole(folder):
             return folder
     if constants.HF_HUB_OFFLINE:
-        raise ModelError(
-            f"{name} is not in the cache and HF_HUB_OFFLINE is set. Fetch it: hf download {name}"
-        )
+        raise ModelError(f"{name} is not in the cache and HF_HUB_OFFLINE is set. Fetch it: {command}")
     try:
-        return fetch(local=False)
+        folder = fetch(local=False)
+        if not whole(folder) and files is HUB_FILES:
+            folder = fetch(local=False, more=HUB_HALVES)
+        return folder
     except GatedRepoError:
         raise ModelError(
-            f"{name} asks for an agreement. Accept it on its page, then: HF_TOKEN=... hf download {name}"
+            f"{name} asks for an agreement. Accept it on its page, then: HF_TOKEN=... {command}"
         ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{name} has no revision {revision}. Check it on the model's page.") from None
     except RepositoryNotFoundError:
         raise ModelError(f"{name} is neither a folder here nor a model on the hub. Check the name.") from None
     except Exception as error:  # the hub's client raises its own, its transport's, and OSError
         raise ModelError(
             f"{name} is not in the cache and the hub cannot be reached ({type(error).__name__}). "
-            f"Where there is a network: hf download {name}"
+            f"Where there is a network: {command}"
         ) from None
 
 
-# --- reading -----------------------------------------------------------------------------------
+# --- what a model says of itself ---------------------------------------------------------------
 
 
-def _checked_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The JSON of every part, after all that can be told before weights are read."""
-    index = _read_json(folder / "model_index.json")
-    kind = index.get("_class_name", "")
-    if "XL" in str(kind):
-        raise ModelError(
-            f"{folder} is an SDXL model ({kind}), which this version cannot run. Use {PHOTO_MODEL}."
-        )
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise ModelError(
-            f"{folder} lacks {', '.join(missing)}; an editor is a folder with {', '.join(PARTS)}. "
-            "Save it with diffusers' save_pretrained."
-        )
-    names = {"scheduler": "scheduler_config.json", "tokenizer": ""}
-    configs = {
-        part: _read_json(folder / part / names.get(part, "config.json"))
-        for part in PARTS
-        if part != "tokenizer"
-    }
-    channels = configs["unet"].get("in_channels")
-    latent = configs["vae"].get("latent_channels", 4)
-    if channels != 2 * latent:
-        raise ModelError(
-            f"This UNet takes {channels} channels; an editor needs {2 * latent}. "
-            f"Train one: ip2p train --base {folder}"
-        )
-    return configs
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path} is missing; a model is a folder in the diffusers format. Check the path."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(_unreadable(path, error)) from None
-    if not isinstance(value, dict):
-        raise ModelError(_unreadable(path, ValueError("not a JSON object")))
-    return value
-
-
-def _read_card(folder: Path, name: str, native_size: int) -> Card:
-    said = _read_json(folder / "ip2p.json") if (folder / "ip2p.json").exists() else {}
+def _card(stored: Stored, name: str, native_size: int) -> Card:
+    said = stored.card
     psnr = said.get("known_psnr")
+    path = Path(name)
+    own = name if not os.path.exists(name) else path.stem if path.is_file() else path.resolve().name
     return Card(
-        name=str(said.get("name") or (name if not os.path.isdir(name) else Path(name).resolve().name)),
+        name=str(said.get("name") or own),
         native_size=int(said.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
         **{k: float(said[k]) for k in ("text_cfg", "image_cfg") if said.get(k) is not None},
     )
 
 
-def _load_part(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
-    weights = [path for path in (folder / part).iterdir() if path.suffix == ".safetensors"]
-    if not weights:
-        pickles = [path.name for path in (folder / part).iterdir() if path.suffix in PICKLES]
-        if pickles:
-            raise ModelError(_single_file(folder / part / pickles[0]))
-        raise ModelError(f"{folder / part} has no .safetensors weights. Fetch or save the model again.")
-    try:
-        with _quiet():
-            model, report = kind.from_pretrained(
-                folder / part,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # safetensors, diffusers and transformers each raise their own
-        raise ModelError(_unreadable(folder / part, error)) from None
-    # A loader fills what is missing with noise and only warns; pictures of noise would be the result.
-    absent = [*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", ()))]
-    if absent:
-        raise ModelError(
-            f"{folder / part} lacks {len(absent)} weights, {absent[0]} first. Fetch or save it again."
-        )
-    return model.eval().requires_grad_(False)
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return f"{path} cannot be read ({reason}). Fetch or save the model again."
-
-
 def _square(size: int | list[int] | tuple[int, int] | None) -> int:
     if size is None:
         return 64
     return size if isinstance(size, int) else max(size)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the loaders' progress bars and tables off the terminal; what matters becomes an error."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    levels = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
-    bars = transformers_log.is_progress_bar_enabled(), diffusers_log.is_progress_bar_enabled()
-    diffusers_log.set_verbosity_error()
-    transformers_log.set_verbosity_error()
-    transformers_log.disable_progress_bar()
-    diffusers_log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_log.set_verbosity(levels[0])
-        transformers_log.set_verbosity(levels[1])
-        if bars[0]:
-            transformers_log.enable_progress_bar()
-        if bars[1]:
-            diffusers_log.enable_progress_bar()

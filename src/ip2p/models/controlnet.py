@@ -14,13 +14,15 @@ from torch import Tensor
 
 from ip2p.errors import InputError, ModelError
 from ip2p.images import to_tensor
-from ip2p.models import bundle as files
+from ip2p.models.bundle import from_hub
+from ip2p.models.load import SINGLE_FILES, load_part, read_json
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
     from ip2p.models.bundle import Bundle
 
+HUB_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 EXAMPLE = "lllyasviel/control_v11p_sd15_canny"
 # What of a ControlNet's shape must be the UNet's, for its residuals to be of the same shapes.
 SHARED = ("cross_attention_dim", "block_out_channels", "layers_per_block")
@@ -68,12 +70,19 @@ def find_controlnet(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or path.suffix in (*files.PICKLES, ".safetensors"):
+    name = str(model)
+    if (
+        path.suffix in SINGLE_FILES
+        or path.parent.is_dir()
+        or name.count("/") != 1
+        or name.startswith((".", "~"))
+    ):
+        state = "is not a folder" if path.exists() else "is not there"
         raise ModelError(
-            f"{model} is not a folder; a ControlNet is one in the diffusers format, with config.json, or a "
-            f"hub name like {EXAMPLE}."
+            f"{model} {state}; a ControlNet is a folder in the diffusers format, with config.json, or a hub "
+            f"name like {EXAMPLE}."
         )
-    return files.find_model(model)
+    return from_hub(name, HUB_FILES, lambda folder: any(folder.glob("*.safetensors")))
 
 
 def load_controlnet(
@@ -81,12 +90,12 @@ def load_controlnet(
 ) -> ControlNetModel:
     """Load a diffusers ControlNetModel, a folder or a hub name, from safetensors. Raises ModelError."""
     folder = find_controlnet(model)
-    kind = files._read_json(folder / "config.json").get("_class_name")
+    kind = read_json(folder / "config.json").get("_class_name")
     if kind != "ControlNetModel":
         raise ModelError(f"{model} holds a {kind}, not a ControlNetModel. Use one like {EXAMPLE}.")
     from diffusers import ControlNetModel
 
-    return files._load_part(ControlNetModel, folder.parent, folder.name, dtype).to(device)
+    return load_part(ControlNetModel, folder, dtype).to(device)
 
 
 def check_controlnet(network: ControlNetModel, bundle: Bundle) -> None:
