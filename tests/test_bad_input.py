@@ -99,8 +99,9 @@ class TestPicture:
     def test_missing_folder(self, run) -> None:
         is_refused(run("edit", "no/page.png", "make it night"), 2, "no/page.png", "folder no does not exist")
 
-    def test_folder_as_picture(self, run) -> None:
-        is_refused(run("edit", ".", "make it night"), 2, "is a folder", "Name a picture")
+    def test_folder_without_pictures(self, run, here: Path) -> None:
+        (here / "empty").mkdir()
+        is_refused(run("edit", "empty", "make it night"), 2, "empty names no picture", "a folder of pictures")
 
     def test_empty_file(self, run, here: Path) -> None:
         (here / "empty.png").write_bytes(b"")

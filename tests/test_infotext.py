@@ -1,13 +1,22 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as how
 from hypothesis import strategies as st
 from PIL import Image
 
 from ip2p.errors import InputError
 from ip2p.images import EXIF_IFD, USER_COMMENT, save_image
-from ip2p.infotext import Settings, decode_comment, format_infotext, parse_infotext, read_infotext
+from ip2p.infotext import (
+    MORE,
+    Settings,
+    amend,
+    decode_comment,
+    format_infotext,
+    parse_infotext,
+    read_infotext,
+)
 
 SNOW = Settings(
     instruction="make it snow",
@@ -43,6 +52,8 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40).map
 )
 
 
+# Slow inputs are another process's doing.
+@how(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     instruction=words.filter(bool),
     negative=words,
@@ -64,6 +75,36 @@ def test_whatever_is_written_is_read_back(instruction, negative, model, note, se
         others={"Mask blur": note},
     )
     assert parse_infotext(format_infotext(settings)) == settings
+
+
+def test_every_other_setting_is_read_back_and_written_only_when_it_is_not_the_default():
+    settings = dataclasses.replace(
+        SNOW,
+        text_cfg_rescale=0.7,
+        cfg_interval=(1e-5, 0.9),
+        mask="C:\\masks\\sky, left.png",
+        mask_padding=0,
+        feather=2.5,
+        auto_mask=0.35,
+        fit="model",
+        revision="main",
+        weights="plain",
+        vae="stabilityai/sd-vae-ft-mse",
+        loras=("a.safetensors:0.8", "C:\\b.safetensors"),
+        controlnet="canny",
+        control_image="edges.png",
+        control_scale=0.5,
+    )
+    assert parse_infotext(format_infotext(settings)) == settings
+    changed = {f.name for f in dataclasses.fields(SNOW) if getattr(SNOW, f.name) != getattr(settings, f.name)}
+    assert changed == {*MORE, "loras"}  # so that a new field is not forgotten
+    assert format_infotext(SNOW) == TEXT
+
+
+def test_amended_text_differs_in_the_named_fields_alone():
+    text = format_infotext(dataclasses.replace(SNOW, others={"Mask blur": "4"}))
+    assert amend(text) == text
+    assert parse_infotext(amend(text, vae="x")) == dataclasses.replace(parse_infotext(text), vae="x")
 
 
 def test_values_with_commas_colons_and_lines_are_quoted():

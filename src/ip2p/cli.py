@@ -29,7 +29,7 @@ from ip2p.terminal import say
 
 # verb: (its config in ip2p.config, the function that runs it, what it does in a few words)
 VERBS = {
-    "edit": ("EditConfig", "ip2p.command:edit", "edit pictures with an instruction"),
+    "edit": ("EditConfig", "ip2p.command:edit", "edit a picture, or many, with an instruction"),
     "grid": ("GridConfig", "ip2p.command:grid", "draw the results over two settings as one picture"),
     "model info": ("InfoConfig", "ip2p.models.command:info", "say what a model is and whether it is whole"),
     "model convert": (

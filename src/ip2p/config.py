@@ -117,7 +117,7 @@ class EditConfig:
     auto_mask: Threshold = None  # let the model find the region; a lower threshold takes more (alone: 0.5)
     show_mask: File = None  # write the region that was edited as a picture
     size: Size = None  # at which the model works, in pixels; default: near what it was trained at
-    fit: Fit = "original"  # original: carry the change to the photo's own pixels; model: resize the result
+    fit: Fit = "original"  # original: carry the change to the photo's own pixels; model: stay at --size
     best: Int = None  # of --count results keep so many, ranked by CLIP
     clip: Model = None  # the CLIP that ranks and tells drift: a folder or a hub id; default: the model's own
     caption: Text = None  # for --best: what the picture shows
@@ -178,6 +178,10 @@ class EditConfig:
             raise InputError('an instruction after --then is empty; write: --then "make it snow"')
         if self.then and self.count > 1:
             raise InputError("--then goes on from one result; leave --count away.")
+        if self.then and self.mask and self.fit == "model":
+            raise InputError(
+                "--fit model cuts the picture to the mask, which --then needs again; leave it away."
+            )
         for flag, given in (("--from-original", self.from_original), ("--animation", self.animation)):
             if given and not self.then:
                 raise InputError(f'{flag} is for edits in a row; add --then "make it snow".')

@@ -1,0 +1,122 @@
+"""The grid: which settings each cell has, what is written beside the cells."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ip2p import cli, grid
+from ip2p.config import parse_axis
+from ip2p.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("IP2P_")]:
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+class Painter:
+    """An editor whose results have the colour of their settings."""
+
+    def edit(self, picture, instruction, *, seeds, text_cfg, image_cfg, steps):
+        [seed] = seeds
+        assert isinstance(seed, int) and isinstance(steps, int)
+        return [Image.new("RGB", picture.size, (int(text_cfg * 10), int(image_cfg * 10), seed * 10 + steps))]
+
+
+def test_each_cell_has_the_settings_of_its_row_and_column() -> None:
+    made = []
+    picture = grid.draw(
+        Painter(),
+        Image.new("RGB", (300, 150), "red"),
+        "make it night",
+        columns=grid.Axis(setting="text-cfg", values=(2.0, 7.5)),
+        rows=grid.Axis(setting="seed", values=(0, 1, 2)),
+        cell=100,
+        made=lambda: made.append(1),
+        seed=9,
+        image_cfg=1.5,
+        steps=5,
+    )
+    assert len(made) == 6
+    colours = {colour for _, colour in picture.getcolors(2**20)}
+    wanted = {(int(text * 10), 15, seed * 10 + 5) for text in (2.0, 7.5) for seed in (0, 1, 2)}
+    assert wanted <= colours and (255, 0, 0) in colours  # and the input
+    pixels = np.asarray(picture)
+    places = {colour: np.argwhere((pixels == colour).all(axis=-1)) for colour in [*wanted, (255, 0, 0)]}
+    assert all(len(found) == 100 * 50 for found in places.values())  # scaled, not cut, and none overlaps
+    assert places[(20, 15, 5)][0][0] == places[(75, 15, 5)][0][0] < places[(20, 15, 15)][0][0]
+    assert places[(20, 15, 5)][0][1] < places[(75, 15, 5)][0][1]
+
+
+def test_labels_stand_above_the_columns_and_before_the_rows() -> None:
+    cells = [[Image.new("RGB", (40, 40), "blue")] * 2] * 2
+    bare = np.asarray(grid.sheet(cells, columns=["", ""], rows=["", ""]))
+    told = np.asarray(grid.sheet(cells, columns=["text CFG 5", "text CFG 7.5"], rows=["a", "b"], title="“x”"))
+    dark = (told.max(axis=-1) < 100) & (told[..., 2] < 100)
+    blue = (told == (0, 0, 255)).all(axis=-1)
+    top, left = np.argwhere(blue).min(axis=0)
+    assert dark[:top].any() and dark[top:, :left].any()
+    assert not dark[top:, left:].any()
+    assert not (bare.max(axis=-1) < 100).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("text-cfg", ("text-cfg", None)),
+        ("text_cfg=3,7.5", ("text-cfg", (3.0, 7.5))),
+        ("seed=0, 4", ("seed", (0, 4))),
+        ("steps=5", ("steps", (5,))),
+    ],
+)
+def test_axis_is_a_setting_with_or_without_values(text: str, found: tuple) -> None:
+    assert parse_axis("--rows", text) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rows", "size=3"], "--rows is 'size=3'; choose one of: text-cfg, image-cfg, seed, steps"),
+        (["--columns", "steps=5,x"], "--columns: 'x' is not a whole number"),
+        (["--columns", "steps=0"], "--columns steps is 0; it must be 1 to 1000"),
+        (["--rows", "image-cfg=nan"], "--rows image-cfg is nan"),
+        (["--rows", "text-cfg"], "--columns and --rows are both text-cfg"),
+        (["--cell", "8"], "--cell is 8"),
+        (["-o", "grid.psd"], "grid.psd"),
+    ],
+)
+def test_bad_settings_are_told_before_anything_is_loaded(
+    words: list[str], said: str, page: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page.save("page.png")
+    assert cli.main(["grid", "page.png", "make it night", "--model", "nowhere", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_too_many_cells_are_refused() -> None:
+    listed = ",".join(map(str, range(1, 41)))
+    config = cli.parse("grid", ["a", "b", "--columns", f"seed={listed}", "--rows", f"steps={listed}"])
+    with pytest.raises(InputError, match="at most 1000 pictures"):
+        config.check()
+
+
+def test_the_command_draws_the_scales_around_the_models_own(
+    page: Image.Image, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page.save("page.png")
+    words = ["grid", "page.png", "make it night", "--model", str(tiny_model_dir), "--steps", "1"]
+    assert cli.main([*words, "--rows", "seed=1,2"]) == 0
+    assert capsys.readouterr().out == "page-grid.png\n"
+    with Image.open("page-grid.png") as drawn:
+        assert drawn.width > 5 * 64 and drawn.height > 2 * 64
+    assert cli.main([*words, "--rows", "seed=1,2"]) == 2  # is there already
+    assert grid.default_values("text-cfg", text_cfg=7.5, image_cfg=1.5, seed=0) == [3.75, 5.62, 7.5, 11.25]
+    assert grid.default_values("seed", text_cfg=7.5, image_cfg=1.5, seed=4) == [4, 5, 6, 7]

@@ -1,0 +1,118 @@
+"""Ranking results by CLIP: the scores, where the CLIP comes from, what is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ip2p import cli, rank
+from ip2p.errors import ModelError
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("IP2P_")]:
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+class Plain:
+    """A CLIP whose embeddings are known: a picture's mean colour, and a text's colour words."""
+
+    def images(self, pictures):
+        return pictures.mean(dim=(2, 3))
+
+    def texts(self, texts):
+        words = ("red", "green", "blue")
+        return torch.tensor([[0.1 + (word in text) for word in words] for text in texts])
+
+
+def flat(*colour: int) -> Image.Image:
+    return Image.new("RGB", (32, 32), colour)
+
+
+def test_the_result_that_went_where_the_words_point_ranks_first() -> None:
+    before = flat(200, 60, 60)
+    right, untouched, wrong = flat(140, 120, 60), flat(200, 60, 60), flat(140, 60, 120)
+    for captions in ({}, {"caption": "red"}, {"caption": "red", "edited_caption": "red and green"}):
+        scores = rank.rank(
+            Plain(), before, [wrong, untouched, right], instruction="make it green", **captions
+        )
+        order = sorted(range(3), key=lambda k: -scores[k].total)
+        assert order == [2, 1, 0]
+        assert scores[1].directional == pytest.approx(0, abs=1e-6)
+        assert scores[1].image_similarity == pytest.approx(1, abs=1e-6)
+
+
+def test_captions_say_the_direction_instead_of_the_instruction() -> None:
+    results = [flat(140, 120, 60), flat(140, 60, 120)]
+    scores = rank.rank(
+        Plain(),
+        flat(200, 60, 60),
+        results,
+        instruction="make it green",
+        caption="red",
+        edited_caption="red and blue",
+    )
+    assert scores[1].directional > scores[0].directional
+
+
+def test_large_pictures_are_made_small_smoothly() -> None:
+    chessboard = Image.effect_noise((2048, 1024), 200).convert("RGB")
+    assert rank.pixels(chessboard).shape == (1, 3, 256, 512)
+    assert rank.pixels(chessboard).std() < 0.1  # not single pixels
+
+
+def test_where_the_clip_comes_from(here: Path, tiny_model_dir: Path, tiny_clip_dir: Path) -> None:
+    assert rank.find_clip(str(tiny_clip_dir), "nowhere") == tiny_clip_dir
+    with pytest.raises(ModelError, match="has no CLIP of its own.*hf download openai/clip-vit-large-patch14"):
+        rank.find_clip(None, str(tiny_model_dir))
+    with pytest.raises(ModelError, match="./none: no such folder"):
+        rank.find_clip("./none", str(tiny_model_dir))
+    own = shutil.copytree(tiny_model_dir, here / "model")
+    shutil.copytree(tiny_clip_dir, here / "model" / "clip")
+    assert rank.find_clip(None, str(own)) == own / "clip"
+
+
+def test_a_clip_that_is_not_cached_gives_the_download_command(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def offline(*args: object, **settings: object) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelError, match="Fetch it: hf download someone/clip"):
+        rank.find_clip("someone/clip", "nowhere")
+
+
+def test_the_command_keeps_the_best_in_order_and_tells_the_scores(
+    page: Image.Image, tiny_model_dir: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page.save("page.png")
+    words = ["edit", "page.png", "make it night", "--model", str(tiny_model_dir), "--dtype", "fp32"]
+    words += ["--steps", "1", "-o", "out.png", "--clip", str(tiny_clip_dir), "--count", "4", "--best"]
+    assert cli.main([*words, "2", "--json"]) == 0
+    told = capsys.readouterr()
+    said = json.loads(told.out)
+    scores = [row["score"] for row in said["candidates"]]
+    assert len(scores) == 4 and scores == sorted(scores, reverse=True)
+    assert [row.get("file") for row in said["candidates"]] == ["out-1.png", "out-2.png", None, None]
+    assert [row["seed"] for row in said["outputs"]] == [row["seed"] for row in said["candidates"][:2]]
+    assert all(
+        row["score"] == pytest.approx(row["directional"] + row["image_similarity"])
+        for row in said["candidates"]
+    )
+    assert sorted(os.listdir()) == ["out-1.png", "out-2.png", "page.png"]
+    assert told.err.count("\n") == 5 and "directional + image similarity = score" in told.err
+    assert cli.main([*words, "1"]) == 0  # a single one has the plain name
+    assert capsys.readouterr().out == "out.png\n"
+    assert Path("out.png").read_bytes() == Path("out-1.png").read_bytes()

@@ -1,0 +1,113 @@
+"""Write docs/advice.md, and with --pictures also its pictures, made by the model in the package.
+
+With --check, fail when the page is not what would be written. The pictures show what the shipped model does;
+draw them anew when it changes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from ip2p import advice
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, PICTURES = ROOT / "docs" / "advice.md", ROOT / "docs" / "pictures"
+SIDE = 160
+STEPS, SEED = 20, 1
+
+
+def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
+    """Draw the four pictures of `advice.PICTURES` with `model` into `folder`."""
+    from ip2p.editor import Editor
+    from ip2p.grid import Axis, default_values, sheet
+    from ip2p.grid import draw as draw_grid
+    from ip2p.images import load_image, save_image
+
+    editor = Editor.load(model, dtype="fp32")
+    text_cfg, image_cfg = editor.scales(None, None)
+    entries = json.loads((pages / "pages.json").read_text(encoding="utf-8"))
+    first, second = (load_image(pages / entry["page"]) for entry in entries[:2])
+    thing = entries[0]["instructions"][0]
+
+    def small(picture: Image.Image) -> Image.Image:
+        return picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+    def edited(picture: Image.Image, instruction: str, seed: int = SEED, **settings: object) -> Image.Image:
+        return editor.edit(picture, instruction, steps=steps, seeds=[seed], **settings)[0]
+
+    scales = {"text_cfg": text_cfg, "image_cfg": image_cfg}
+    axes = [
+        Axis(setting=name, values=default_values(name, **scales, seed=SEED))
+        for name in ("text-cfg", "image-cfg")
+    ]
+    grid = draw_grid(
+        editor, first, "make it night", columns=axes[0], rows=axes[1], cell=SIDE, steps=steps, seed=SEED
+    )
+    save_image(grid, folder / "grid.png")
+
+    strengths = {
+        "too little": {"text_cfg": text_cfg / 2, "image_cfg": image_cfg * 1.5},
+        "as asked": scales,
+        "too much": {"text_cfg": text_cfg * 3, "image_cfg": image_cfg},
+    }
+    words = [
+        f"{name}: text {told['text_cfg']:g}, image {told['image_cfg']:g}" for name, told in strengths.items()
+    ]
+    results = [small(edited(second, "make it snow", **told)) for told in strengths.values()]
+    save_image(
+        sheet([results], columns=words, rows=[""], title="“make it snow”", picture=small(second)),
+        folder / "scales.png",
+    )
+
+    plain, masked = edited(first, thing), edited(first, thing, auto_mask=0.5)
+    region = small(masked.info["mask"])
+    save_image(
+        sheet(
+            [[small(plain), region, small(masked)]],
+            columns=["without a mask", "the region found", "--auto-mask"],
+            rows=[""],
+            title=f"“{thing}”",
+            picture=small(first),
+        ),
+        folder / "mask.png",
+    )
+
+    chain(editor, second, steps, small, folder / "chain.png")
+
+
+def chain(editor, picture, steps, small, path) -> None:  # type: ignore[no-untyped-def]
+    """Three edits in a row, each on the last result and each from the start."""
+    from ip2p.chain import chain as edit_chain
+    from ip2p.grid import sheet
+    from ip2p.images import save_image
+
+    instructions = ["make it night", "make it snow", "make it look like a watercolour"]
+    rows = [
+        [
+            small(step.image)
+            for step in edit_chain(
+                editor, picture, instructions, seed=SEED, from_original=from_original, steps=steps
+            )
+        ]
+        for from_original in (False, True)
+    ]
+    columns = [instructions[0], *(f"--then {words}" for words in instructions[1:])]
+    save_image(
+        sheet(rows, columns=columns, rows=["each on the last", "--from-original"], picture=small(picture)),
+        path,
+    )
+
+
+if __name__ == "__main__":
+    text = advice.page()
+    if "--check" in sys.argv[1:]:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+            sys.exit(f"{PAGE} is not up to date; write it anew: python tools/make_advice.py")
+    else:
+        PAGE.write_text(text, encoding="utf-8")
+    if "--pictures" in sys.argv[1:]:
+        draw("storybook", STEPS, PICTURES, ROOT / "examples")
