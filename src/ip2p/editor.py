@@ -34,6 +34,7 @@ from ip2p.models.controlnet import (
     find_controlnet,
     load_controlnet,
 )
+from ip2p.models.load import open_model, part_weights
 from ip2p.models.lora import apply_loras, check_loras
 from ip2p.models.memory import (
     Memory,
@@ -42,7 +43,7 @@ from ip2p.models.memory import (
     check_memory,
     choose_memory,
     footprint,
-    footprint_of_files,
+    footprint_of_stored,
     free_bytes,
     offload,
 )
@@ -118,11 +119,13 @@ class Editor:
         check_loras(loras)
         check_memory(memory)
         control_folder = None if controlnet is None else find_controlnet(controlnet)
-        need = footprint_of_files(find_model(model), number, controlnet=control_folder)
+        found = find_model(model, revision=revision)
+        shapes = None if control_folder is None else part_weights(control_folder).shapes
+        need = footprint_of_stored(open_model(found, weights=weights), number, shapes)
         # The autoencoder's own size is the one that the model was made for.
         plan = choose_memory(need, memory, free_bytes(place), (need.tile, need.tile), device=place.type)
         home = torch.device("cpu") if plan.offload else place
-        bundle = load_bundle(model, device=home, dtype=number)
+        bundle = load_bundle(model, device=home, dtype=number, revision=revision, weights=weights, vae=vae)
         apply_loras(bundle, loras)
         control = None
         if control_folder is not None:

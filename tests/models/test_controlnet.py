@@ -59,9 +59,9 @@ def test_what_is_no_controlnet_is_named(tiny_model_dir, tmp_path):
         load_controlnet(tmp_path)
     file = tmp_path / "control.safetensors"
     file.write_bytes(b"")
-    with pytest.raises(ModelError, match="is not a folder; a ControlNet is one"):
+    with pytest.raises(ModelError, match="is not a folder; a ControlNet is a folder"):
         load_controlnet(file)
-    with pytest.raises(ModelError, match="no such"):
+    with pytest.raises(ModelError, match="nothing is not there; a ControlNet"):
         load_controlnet(tmp_path / "nothing")
 
 

@@ -8,13 +8,14 @@ from ip2p.diffusion.schedule import linspace_sigmas
 from ip2p.editor import Editor
 from ip2p.errors import InputError, ResourceError
 from ip2p.images import to_tensor
+from ip2p.models.load import open_model
 from ip2p.models.memory import (
     RESERVE,
     Footprint,
     Memory,
     choose_memory,
     footprint,
-    footprint_of_files,
+    footprint_of_stored,
     free_ram,
     offload,
 )
@@ -102,20 +103,14 @@ def test_what_does_not_fit_names_a_size_that_does():
 
 
 def test_the_footprint_on_disk_is_that_of_the_loaded_model(tiny_model_dir, tiny_editor):
-    on_disk = footprint_of_files(tiny_model_dir, torch.float32)
+    stored = open_model(tiny_model_dir)
+    on_disk = footprint_of_stored(stored, torch.float32)
     assert on_disk == footprint(tiny_editor.bundle)
     assert on_disk.unet == sum(4 * weight.numel() for weight in tiny_editor.bundle.unet.parameters())
-    half = footprint_of_files(tiny_model_dir, torch.float16)
+    half = footprint_of_stored(stored, torch.float16)
     assert half.weights * 2 == on_disk.weights
     # An autoencoder stays in fp32 beside bf16.
-    assert footprint_of_files(tiny_model_dir, torch.bfloat16).vae == on_disk.vae
-
-
-def test_what_is_no_model_needs_nothing_and_is_left_to_loading(tmp_path):
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
-    assert footprint_of_files(tmp_path, torch.float32).weights == 0
-    assert footprint_of_files(tmp_path / "nothing.ckpt", torch.float32).weights == 0
+    assert footprint_of_stored(stored, torch.bfloat16).vae == on_disk.vae
 
 
 def machine(root, available, groups=""):

@@ -1,26 +1,21 @@
-"""Oracle: diffusers' SDXL edit pipeline, on the same weights and noise, in fp32; wider than high."""
+"""Oracle: diffusers' edit pipelines for SDXL and SD 2.x, on the same weights and noise, in fp32."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from diffusers import (
-    AutoencoderKL,
     EDMEulerScheduler,
-    EulerAncestralDiscreteScheduler,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ip2p.devices import NoiseStream
 from ip2p.diffusion.schedule import linspace_sigmas
+from ip2p.editor import Editor
 from ip2p.errors import ModelError
 from ip2p.images import to_tensor
-from ip2p.models.bundle import Bundle, Card
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")
 
@@ -31,85 +26,20 @@ WIDTH, HEIGHT = 64, 32
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("xl")
-    first, second = make_tokenizer(folder / "one"), make_tokenizer(folder / "two")
-    torch.manual_seed(0)
-    small = CLIPTextConfig(
-        vocab_size=len(first),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        projection_dim=16,
-        bos_token_id=first.bos_token_id,
-        eos_token_id=first.eos_token_id,
-        pad_token_id=first.eos_token_id,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=8,
-        out_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(4, 8),
-        use_linear_projection=True,
-        cross_attention_dim=64,
-        norm_num_groups=8,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-    )
-    unet.conv_out.weight.data *= 0.25  # as in conftest, for the rounding of the first steps
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=64,
-        scaling_factor=0.13025,
-    )
-    scheduler = EulerAncestralDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace"
-    )
-    pipeline = StableDiffusionXLInstructPix2PixPipeline(
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(small).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(small).eval(),
-        tokenizer=first,
-        tokenizer_2=second,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        add_watermarker=False,
-    )
+@pytest.fixture
+def pipeline(xl_dir):
+    pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(xl_dir, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def editor_of(pipeline, **change):
-    from ip2p.editor import Editor
+@pytest.fixture(scope="module")
+def editor(xl_dir):
+    return Editor.load(xl_dir, device="cpu", dtype="fp32")
 
-    bundle = Bundle(
-        unet=pipeline.unet,
-        vae=pipeline.vae,
-        text_encoder=pipeline.text_encoder,
-        tokenizer=pipeline.tokenizer,
-        text_encoder_2=pipeline.text_encoder_2,
-        tokenizer_2=pipeline.tokenizer_2,
-        scheduler_config=dict(pipeline.scheduler.config),
-        latent_scale=pipeline.vae.config.scaling_factor,
-        latent_factor=4,
-        size_multiple=8,
-        card=Card("xl", 64),
-        folder=Path(),
-        kind="sdxl",
-    )
-    return Editor(replace(bundle, **change))
+
+def changed(editor, memory="auto", **change):
+    return Editor(replace(editor.bundle, **change), memory=memory)
 
 
 @pytest.fixture
@@ -151,27 +81,25 @@ def ours(editor, picture, text_cfg, image_cfg, negative="", sampler="euler_ances
 
 
 @pytest.mark.parametrize(
-    ("negative", "zeros", "rescale"),
-    [(None, True, 0.0), (None, False, 0.0), ("blurry, grey", True, 0.0), (None, True, 0.7)],
+    ("negative", "zeros", "rescale", "memory"),
+    [
+        (None, True, 0.0, "auto"),
+        (None, True, 0.0, "low"),
+        (None, False, 0.0, "auto"),
+        ("blurry, grey", True, 0.0, "auto"),
+        (None, True, 0.7, "auto"),
+    ],
 )
-def test_sdxl_edits_match_diffusers(pipeline, wide, negative, zeros, rescale):
+def test_sdxl_edits_match_diffusers(pipeline, editor, wide, negative, zeros, rescale, memory):
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     expected = theirs(pipeline, wide, 5.0, 1.5, negative, guidance_rescale=rescale)
     assert expected.std() > 0.1
-    editor = editor_of(pipeline, zero_empty_text=zeros)
+    editor = changed(editor, memory, zero_empty_text=zeros)
     actual = ours(editor, wide, 5.0, 1.5, negative or "", rescale=rescale)
     torch.testing.assert_close(actual, expected, **CLOSE)
 
 
-def test_passes_in_turn_match_diffusers_too(pipeline, wide):
-    pipeline.register_to_config(force_zeros_for_empty_prompt=True)
-    editor = editor_of(pipeline)
-    editor.memory = "low"
-    expected = theirs(pipeline, wide, 5.0, 1.5, None)
-    torch.testing.assert_close(ours(editor, wide, 5.0, 1.5), expected, **CLOSE)
-
-
-def test_cosxl_edits_match_diffusers(pipeline, wide, monkeypatch):
+def test_cosxl_edits_match_diffusers(pipeline, editor, wide):
     # Its image latents are scaled, and it is told ln(sigma) / 4 in place of a time.
     scheduler = EDMEulerScheduler(
         sigma_min=0.002,
@@ -180,27 +108,26 @@ def test_cosxl_edits_match_diffusers(pipeline, wide, monkeypatch):
         prediction_type="v_prediction",
         sigma_schedule="exponential",
     )
-    monkeypatch.setattr(pipeline, "is_cosxl_edit", True)
-    monkeypatch.setattr(pipeline, "scheduler", scheduler)
-    pipeline.register_to_config(force_zeros_for_empty_prompt=True)
+    pipeline.is_cosxl_edit, pipeline.scheduler = True, scheduler
     scheduler.set_timesteps(STEPS)
     sigmas = scheduler.sigmas.clone()
     # It starts from noise · sqrt(sigma² + 1).
     noise = NoiseStream(SEEDS, (4, HEIGHT // 4, WIDTH // 4))()
     latents = noise * sigmas[0] / (sigmas[0] ** 2 + 1).sqrt()
     expected = theirs(pipeline, wide, 5.0, 1.5, None, latents=latents)
-    editor = editor_of(pipeline, condition_scale=pipeline.vae.config.scaling_factor)
-    assert editor.schedule.prediction == "v_prediction"
+    editor = changed(
+        editor,
+        condition_scale=pipeline.vae.config.scaling_factor,
+        scheduler_config=dict(scheduler.config),
+    )
     actual = ours(editor, wide, 5.0, 1.5, sampler="euler", sigmas=sigmas)
     torch.testing.assert_close(actual, expected, **CLOSE)
     torch.testing.assert_close(linspace_sigmas(editor.schedule, STEPS), sigmas, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("negative", [None, "grey"])
-def test_sdxl_texts_match_diffusers(pipeline, negative):
-    pipeline.register_to_config(force_zeros_for_empty_prompt=True)
+def test_sdxl_texts_match_diffusers(pipeline, editor, negative):
     hidden, null_hidden, pooled, null_pooled = pipeline.encode_prompt(INSTRUCTION, negative_prompt=negative)
-    editor = editor_of(pipeline)
     text, null_text = (editor.encode_text(words, (WIDTH, HEIGHT)) for words in (INSTRUCTION, negative or ""))
     for actual, expected in (
         (text.hidden, hidden),
@@ -212,7 +139,34 @@ def test_sdxl_texts_match_diffusers(pipeline, negative):
     assert text.time_ids.tolist() == [[HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]]
 
 
-def test_a_refiners_size_conditioning_is_refused(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline.unet.add_embedding.linear_1, "in_features", 5 * 8 + 16)
+def test_a_refiners_size_conditioning_is_refused(editor, monkeypatch):
+    unet = editor.bundle.unet
+    numbers = 5 * unet.config.addition_time_embed_dim
+    pooled = editor.bundle.text_encoder_2.config.projection_dim
+    monkeypatch.setattr(unet.add_embedding.linear_1, "in_features", numbers + pooled)
     with pytest.raises(ModelError, match="takes 5 numbers beside the text.*have 6"):
-        editor_of(pipeline).encode_text(INSTRUCTION, (WIDTH, HEIGHT))
+        editor.encode_text(INSTRUCTION, (WIDTH, HEIGHT))
+
+
+def test_sdxl_edits_a_picture_from_end_to_end(editor, page):
+    (result,) = editor.edit(page, "make it night", steps=2, size=64)
+    assert result.size == page.size
+
+
+def test_an_sd2_edit_matches_diffusers(sd2_dir, page):
+    # OpenCLIP's penultimate layer, linear projections, velocity.
+    editor = Editor.load(sd2_dir, device="cpu", dtype="fp32")
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(sd2_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        INSTRUCTION,
+        image=page,
+        guidance_scale=5.0,
+        image_guidance_scale=1.5,
+        negative_prompt="",
+        num_inference_steps=STEPS,
+        num_images_per_prompt=len(SEEDS),
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(ours(editor, page, 5.0, 1.5), expected, **CLOSE)

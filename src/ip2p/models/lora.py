@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ip2p.errors import InputError, ModelError
 from ip2p.images import nearest
-from ip2p.models.load import PICKLES
 from ip2p.models.keys import unet_table
+from ip2p.models.load import Weights, open_weights, unreadable
 
 if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle
@@ -47,16 +47,11 @@ Place = tuple[str, str]  # a network and a module's name in it, with underscores
 
 
 def check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
-    """What can be told before a model is loaded. Raises InputError, and ModelError for a pickle."""
+    """What can be told before a model is loaded. Raises InputError."""
     for name, weight in loras:
         path = Path(name).expanduser()
         if not math.isfinite(weight):
             raise InputError(f"The weight of {name} is {weight}; use a number, for example --lora {name}:1")
-        if path.suffix in PICKLES:
-            raise ModelError(
-                f"{name} is a pickle, which can run code when it is opened, so it was not opened. "
-                "Use the LoRA's .safetensors file."
-            )
         if not path.is_file():
             beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
             close = nearest(path.name, beside)
@@ -101,7 +96,9 @@ def _named(network: str, root: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _deltas(path: Path, modules: Mapping[Place, nn.Module]) -> list[tuple[Any, Tensor]]:
     """Each module that a file changes, with the change of its weight at weight 1, fp32."""
-    weights, metadata = _read(path)
+    file = open_weights(path)
+    weights = {key: file.read(key) for key in file.shapes}
+    metadata = _metadata(path, file)
     parts: dict[Place, dict[str, Tensor]] = {}
     keys: dict[Place, list[str]] = {}
     strangers = []
@@ -126,17 +123,12 @@ def _deltas(path: Path, modules: Mapping[Place, nn.Module]) -> list[tuple[Any, T
     ]
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and what diffusers wrote beside them of rank and alpha."""
-    from safetensors import SafetensorError, safe_open
-
+def _metadata(path: Path, file: Weights) -> dict[str, Any]:
+    """What diffusers wrote beside the weights of ranks and alphas."""
     try:
-        with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get("lora_adapter_metadata") or "{}")
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(said)  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelError(f"{path} cannot be read ({reason}). Fetch the LoRA again.") from None
+        return dict(json.loads(file.metadata.get("lora_adapter_metadata") or "{}"))
+    except ValueError as error:
+        raise ModelError(unreadable(path, error)) from None
 
 
 def _place(key: str, modules: Mapping[Place, nn.Module]) -> tuple[Place | None, str]:

@@ -8,9 +8,8 @@ attention that keeps no matrix; half as much again is for the kernels' own works
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,9 +18,11 @@ import torch
 from torch import nn
 
 from ip2p.errors import InputError, ResourceError
+from ip2p.models.keys import CLIP, CLIP_XL, OPENCLIP, OPENCLIP_XL, UNET, VAE, Shape
 
 if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle
+    from ip2p.models.load import Stored
 
 MemoryMode = Literal["low", "auto", "high"]
 MODES = ("low", "auto", "high")
@@ -29,6 +30,13 @@ MODES = ("low", "auto", "high")
 UNET_MAPS, VAE_MAPS, WORKSPACE = 26, 6, 1.5
 # A ControlNet's maps beside the UNet's own: its residuals, and its pass, which is over by then.
 CONTROL_MAPS = 12
+# Where the parts lie in a single file, which may hold more.
+PREFIXES = {
+    "unet": (UNET,),
+    "vae": (VAE,),
+    "text_encoder": (CLIP, OPENCLIP, CLIP_XL),
+    "text_encoder_2": (OPENCLIP_XL,),
+}
 # What the libraries take for themselves: the CUDA context and its kernels, or threads and code.
 RESERVE = {"cuda": 600_000_000, "mps": 300_000_000, "cpu": 100_000_000}
 
@@ -160,33 +168,38 @@ def footprint(bundle: Bundle, controlnet: nn.Module | None = None) -> Footprint:
     )
 
 
-def footprint_of_files(
-    model: Path, dtype: torch.dtype, vae: Path | None = None, controlnet: Path | None = None
+def footprint_of_stored(
+    model: Stored, dtype: torch.dtype, controlnet: Mapping[str, Shape] | None = None
 ) -> Footprint:
-    """The footprint of a model on disk, from the headers of its weights; nothing is loaded.
+    """The footprint that a model on disk will have, by its configs and the shapes of its weights.
 
-    model: a diffusers folder, or a single file, of which a pickle counts as its size. What cannot be
-    read counts as nothing: loading says what is wrong with it.
+    controlnet: the shapes of a ControlNet's weights.
     """
     item = dtype.itemsize
-    vae_item = item if dtype == torch.float16 else 4  # as `load_bundle` has it
-    if model.is_dir():
-        unet, own_vae = _numbers(model / "unet"), _numbers(model / "vae")
-        text = _numbers(model / "text_encoder") + _numbers(model / "text_encoder_2")
-        config = _config(model / "unet"), _config(vae or model / "vae")
-    else:
-        unet, own_vae, text = _numbers_of_file(model)
-        config = {}, _config(vae) if vae else {}
-    blocks = config[1].get("block_out_channels") or [128, 256, 512, 512]
+    config = model.configs["vae"]
+    # As `load_bundle` has it.
+    upcast = model.kind == "sdxl" and config.get("force_upcast", True)
+    vae_item = item if dtype == torch.float16 and not upcast else 4
+
+    def numbers(part: str) -> int:
+        if part not in model.weights:
+            return 0
+        shapes = model.weights[part].shapes
+        if model.layout == "file":
+            shapes = {name: shape for name, shape in shapes.items() if name.startswith(PREFIXES[part])}
+        return _numbers(shapes)
+
+    widths = config.get("block_out_channels", (64,))
+    side = config.get("sample_size", 512)
     return _footprint(
-        unet=unet * item,
-        vae=(_numbers(vae) if vae is not None else own_vae) * vae_item,
-        text=text * item,
-        control=_numbers(controlnet) * item if controlnet is not None else 0,
-        unet_width=(config[0].get("block_out_channels") or [320])[0] * item,
-        vae_width=blocks[0] * vae_item,
-        factor=2 ** (len(blocks) - 1),
-        tile=_side(config[1].get("sample_size")),
+        unet=numbers("unet") * item,
+        vae=numbers("vae") * vae_item,
+        text=(numbers("text_encoder") + numbers("text_encoder_2")) * item,
+        control=_numbers(controlnet or {}) * item,
+        unet_width=model.configs["unet"].get("block_out_channels", (320,))[0] * item,
+        vae_width=widths[0] * vae_item,
+        factor=2 ** (len(widths) - 1),
+        tile=side if isinstance(side, int) else max(side),
     )
 
 
@@ -197,6 +210,10 @@ def _footprint(*, unet_width: int, vae_width: int, control: int, **more: int) ->
     )
 
 
+def _numbers(shapes: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
 def bytes_on(groups: Sequence[Sequence[nn.Module]], device: torch.device) -> int:
     """Bytes of the weights that lie on a device of this type now."""
     there = [part for group in groups for part in group if next(part.parameters()).device.type == device.type]
@@ -205,54 +222,6 @@ def bytes_on(groups: Sequence[Sequence[nn.Module]], device: torch.device) -> int
 
 def _bytes(parts: Iterable[nn.Module]) -> int:
     return sum(weight.numel() * weight.element_size() for part in parts for weight in part.parameters())
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
-def _side(size: int | Sequence[int] | None) -> int:
-    return 512 if size is None else size if isinstance(size, int) else max(size)
-
-
-def _numbers(part: Path) -> int:
-    """How many numbers a part's weights are: its shards, or its one file, without the fp16 twin."""
-    if part.is_file():
-        return _numbers_of_file(part)[1]
-    files = [path for path in part.glob("*.safetensors") if path.stem.count(".") == 0]
-    files = [path for path in files if "-of-" in path.stem] or files
-    return sum(sum(_shapes(path).values()) for path in files)
-
-
-def _numbers_of_file(path: Path) -> tuple[int, int, int]:
-    """How many numbers the UNet, the autoencoder and the text encoders of a single file are."""
-    if path.suffix != ".safetensors":
-        try:
-            return path.stat().st_size // 4, 0, 0
-        except OSError:
-            return 0, 0, 0
-    shapes = _shapes(path)
-    unet = sum(count for key, count in shapes.items() if key.startswith("model.diffusion_model."))
-    vae = sum(count for key, count in shapes.items() if key.startswith("first_stage_model."))
-    text = sum(
-        count for key, count in shapes.items() if key.startswith(("cond_stage_model.", "conditioner."))
-    )
-    if not unet:
-        vae = vae or sum(shapes.values())  # an autoencoder alone
-    return unet, vae, text
-
-
-def _shapes(path: Path) -> dict[str, int]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as weights:
-            return {key: math.prod(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return {}
 
 
 # --- what a device has -------------------------------------------------------------------------
