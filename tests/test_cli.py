@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ip2p import __version__, cli, command
+from ip2p import __version__, advice, cli, command, infotext
 from ip2p import config as configs
-from ip2p.config import BuildConfig, DrawConfig, EditConfig, ScoreConfig, with_defaults
+from ip2p.config import DrawConfig, EditConfig, parse_lora, with_defaults
 from ip2p.errors import InputError
+from ip2p.images import save_image
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +101,7 @@ def test_every_verb_has_a_config_a_function_and_help(verb: str, capsys: pytest.C
             assert f"--{field.name.replace('_', '-')}" in out
 
 
-@pytest.mark.parametrize("config", [EditConfig, DrawConfig, BuildConfig, ScoreConfig])
+@pytest.mark.parametrize("config", [getattr(configs, row[0]) for row in cli.VERBS.values()])
 def test_every_setting_has_its_own_words_in_the_help(config: type) -> None:
     source = inspect.getsource(config)
     for field in dataclasses.fields(config):
@@ -196,6 +198,104 @@ def test_run_json_holds_version_and_settings() -> None:
     said = json.loads(configs.run_json(DrawConfig(out=Path("x"), count=3), seconds=1.5))
     assert said["ip2p"] == __version__ and said["seconds"] == 1.5
     assert said["settings"]["out"] == "x" and said["settings"]["count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "weight"),
+    [
+        ("style.safetensors", "style.safetensors", 1.0),
+        ("style.safetensors:0.8", "style.safetensors", 0.8),
+        ("a:b/style.safetensors:-1", "a:b/style.safetensors", -1.0),
+        ("C:\\loras\\style.safetensors", "C:\\loras\\style.safetensors", 1.0),
+        ("C:\\loras\\style.safetensors:2e-1", "C:\\loras\\style.safetensors", 0.2),
+        ("odd:", "odd:", 1.0),
+    ],
+)
+def test_lora_is_a_file_and_a_weight(text: str, file: str, weight: float) -> None:
+    assert parse_lora(text) == (Path(file), weight)
+
+
+def test_repeated_flags_keep_their_order_and_replace_those_of_the_file(empty_folder: Path) -> None:
+    (empty_folder / "ip2p.toml").write_text('[edit]\nlora = ["a", "b:2"]\nthen = "make it day"\n')
+    assert cli.parse("edit", ["p", "i"]).lora == ("a", "b:2")
+    assert cli.parse("edit", ["p", "i"]).then == ("make it day",)
+    config = cli.parse("edit", ["--then", "x", "p", "i", "--lora", "c:1", "--then", "y z", "--lora=d"])
+    assert (config.lora, config.then) == (("c:1", "d"), ("x", "y z"))
+    assert (config.image, config.instruction) == ("p", "i")
+
+
+def test_lists_and_pairs_come_from_variables_too() -> None:
+    env = {"IP2P_LORA": "C:\\a:0.5", "IP2P_THEN": '["x", "y, z"]', "IP2P_CFG_INTERVAL": "0.2 0.9"}
+    config = with_defaults(EditConfig, "edit", env=env)
+    assert (config.lora, config.then, config.cfg_interval) == (("C:\\a:0.5",), ("x", "y, z"), (0.2, 0.9))
+    for bad in ("0.2", "0.2 x", "[1]"):
+        with pytest.raises(InputError, match="IP2P_CFG_INTERVAL"):
+            with_defaults(EditConfig, "edit", env={"IP2P_CFG_INTERVAL": bad})
+
+
+@pytest.mark.parametrize(
+    ("words", "threshold"),
+    [
+        (["p", "i"], None),
+        (["p", "i", "--auto-mask"], 0.5),
+        (["--auto-mask", "p", "i"], 0.5),
+        (["p", "--auto-mask", "--steps", "3", "i"], 0.5),
+        (["p", "i", "--auto-mask", "0.3"], 0.3),
+        (["p", "i", "--auto-mask=0.3"], 0.3),
+    ],
+)
+def test_auto_mask_may_have_a_threshold(words: list[str], threshold: float | None) -> None:
+    config = cli.parse("edit", words)
+    assert (config.auto_mask, config.image, config.instruction) == (threshold, "p", "i")
+
+
+def test_any_number_of_pictures_come_before_the_instruction() -> None:
+    words = ["a.png", "b.png", "--steps", "3", "c", "--json", "--cfg-interval", "0", "0.5", "-o", "out"]
+    config = cli.parse("edit", [*words, "make it night"])
+    assert (config.image, config.more, config.instruction) == ("a.png", ("b.png", "c"), "make it night")
+    assert (config.out, config.json, config.cfg_interval) == (Path("out"), True, (0.0, 0.5))
+    assert cli.parse("edit", ["--then=x", "a.png", "--seed=3", "--", "-make it night"]).then == ("x",)
+    assert cli.parse("edit", ["a.png", "make it night"]).more == ()
+
+
+def test_every_setting_that_makes_a_picture_is_read_back_from_one(page: Image.Image) -> None:
+    words = ["p", "make it: night", "--seed", "3", "--steps", "4", "--text-cfg", "2", "--image-cfg", "1.1"]
+    words += ["--sampler", "euler", "--spacing", "karras", "--negative", "x", "--size", "64x32"]
+    words += ["--text-cfg-rescale", "0.7", "--cfg-interval", "0.2", "0.9", "--fit", "model"]
+    words += ["--mask", "m.png", "--mask-padding", "5", "--feather", "2.5"]
+    words += ["--lora", "a.safetensors:0.5", "--lora", "b.safetensors", "--vae", "v", "--weights", "plain"]
+    words += ["--revision", "main", "--controlnet", "c", "--control-image", "e.png", "--control-scale", "0.4"]
+    asked = cli.parse("edit", words)
+    names = {f.name for f in dataclasses.fields(infotext.Settings)} & set(vars(asked))
+    told = infotext.Settings(
+        **{name: getattr(asked, name) for name in names - {"mask", "control_image"}},
+        mask="m.png",
+        control_image="e.png",
+        loras=asked.lora,
+    )
+    page = page.copy()
+    page.info["parameters"] = infotext.format_infotext(told)
+    save_image(page, "made.png")
+    found = cli.parse("edit", ["p", "--from-settings", "made.png"])
+    assert found == dataclasses.replace(asked, from_settings=Path("made.png"))
+    auto = dataclasses.replace(told, mask=None, auto_mask=0.35)
+    page.info["parameters"] = infotext.format_infotext(auto)
+    save_image(page, "auto.png")
+    assert cli.parse("edit", ["p", "--from-settings", "auto.png"]).auto_mask == 0.35
+
+
+def test_examples_are_those_of_the_page_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["edit", "--examples"]) == 0
+    out = capsys.readouterr().out
+    assert out == advice.TEXT and "turn the … into a …" in out
+    text = (Path(__file__).parent.parent / "docs" / "advice.md").read_text(encoding="utf-8")
+    assert text == advice.page()
+    assert [line for line in text.splitlines() if not line.startswith("![")][:10] == out.splitlines()[:10]
+    # What it advises can be typed.
+    for line in out.splitlines():
+        if line.startswith("    ip2p "):
+            verb, *words = shlex.split(line.strip())[1:]
+            cli.parse(verb, words).check()
 
 
 # --- outputs ------------------------------------------------------------------------------------

@@ -81,16 +81,15 @@ def test_where_the_clip_comes_from(here: Path, tiny_model_dir: Path, tiny_clip_d
     assert rank.find_clip(None, str(own)) == own / "clip"
 
 
-def test_a_clip_that_is_not_cached_gives_the_download_command(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clip_that_is_not_cached_gives_the_download_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def offline(*args: object, **settings: object) -> None:
-        raise OSError("offline")
+    def absent(*args: object, **settings: object) -> None:
+        raise LocalEntryNotFoundError("not here")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ModelError, match="Fetch it: hf download someone/clip"):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    with pytest.raises(ModelError, match="someone/clip is not in the cache.*: hf download someone/clip"):
         rank.find_clip("someone/clip", "nowhere")
 
 

@@ -155,7 +155,7 @@ def parse(verb: str, words: Sequence[str]) -> Any:
             config = tyro.cli(
                 kind,
                 prog=f"ip2p {verb}",
-                args=_with_value(words, "--auto-mask", str(AUTO_MASK)),
+                args=_together(kind, _with_value(words, "--auto-mask", str(AUTO_MASK))),
                 default=defaults,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -167,6 +167,26 @@ def parse(verb: str, words: Sequence[str]) -> Any:
         # Any number of pictures, and the instruction last.
         config = dataclasses.replace(config, more=config.more[:-1], instruction=config.more[-1])
     return config
+
+
+def _together(kind: type[Any], words: Sequence[str]) -> list[str]:
+    """The words with those of no flag together: the parser takes only one run of them as a list."""
+    from ip2p.config import values_of
+
+    takes = {f"--{name.replace('_', '-')}": count for name, count in values_of(kind).items()} | {"-o": 1}
+    places, flags = [], []
+    left = iter(words)
+    for word in left:
+        if word == "--":
+            places += left
+        elif word.startswith("-") and len(word) > 1:
+            flags.append(word)
+            # A value that is missing is the parser's to tell.
+            flags += [value for _, value in zip(range(takes.get(word, 0)), left, strict=False)]
+        else:
+            places.append(word)
+    # The parser blames more words than it has to when they follow.
+    return [*flags, "--", *places] if any(word.startswith("-") for word in places) else [*places, *flags]
 
 
 def _with_value(words: Sequence[str], flag: str, value: str) -> list[str]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ip2p.errors import ModelError
+from ip2p.models.load import quiet
 
 Pictures = Float[Tensor, "batch 3 height width"]
 Embedding = Float[Tensor, "batch features"]
@@ -54,8 +55,9 @@ class Clip:
                 f"{folder} is not a CLIP model: config.json is missing. Name the folder that holds it."
             )
         try:
-            model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-            tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
+            with quiet():
+                model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+                tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
         except Exception as error:  # safetensors and transformers each raise their own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise ModelError(f"{folder} cannot be read ({reason}). Fetch or save the model again.") from None

@@ -37,6 +37,7 @@ MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
 # What the help shows in place of a type; nothing in place of a default of None.
 Image = Annotated[str, arg(metavar="IMAGE", help_behavior_hint="")]
+Target = Annotated[str, arg(metavar="TARGET", help_behavior_hint="")]
 Images = Annotated[tuple[str, ...], arg(metavar="[IMAGE ...]", help_behavior_hint="")]
 Words = Annotated[str, arg(metavar="INSTRUCTION", help_behavior_hint="")]
 ModelPath = Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]
@@ -260,9 +261,7 @@ class ConvertConfig:
     """Go between a diffusers folder and a single file, both ways: ip2p model convert editor.ckpt editor"""
 
     source: Positional[ModelPath] = ""  # a hub id, a diffusers folder, a .safetensors or .ckpt file
-    target: Positional[Annotated[str, arg(metavar="TARGET", help_behavior_hint="")]] = (
-        ""  # .safetensors, or a folder
-    )
+    target: Positional[Target] = ""  # a .safetensors file, or a folder
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"  # of the weights that are written
     weights: Weights = "ema"  # of a file that holds both: the averaged ones or the last ones
     overwrite: bool = False  # replace a target that is there already
@@ -556,6 +555,16 @@ def _convert_list(value: object, parts: Sequence[Any], source: str) -> tuple[Any
     if len(value) != len(parts):
         raise InputError(f"{source} is {value}; it must be {len(parts)} numbers.")
     return tuple(_convert(item, kind, source) for item, kind in zip(value, parts, strict=True))
+
+
+def values_of(cls: type[Any]) -> dict[str, int]:
+    """How many words of the command line each setting takes after its flag."""
+    counts = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        [*_, last] = kinds = _flat(hint)
+        pair = typing.get_origin(last) is tuple and len(kinds) == 1 and Ellipsis not in typing.get_args(last)
+        counts[name] = 0 if last is bool else len(typing.get_args(last)) if pair else 1
+    return counts
 
 
 def _flat(hint: Any) -> list[Any]:

@@ -13,9 +13,10 @@ from torch import Tensor
 from ip2p.clip import Clip, similarities
 from ip2p.errors import ModelError
 from ip2p.images import to_tensor
-from ip2p.models.bundle import find_model
+from ip2p.models.bundle import find_model, from_hub
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"  # the paper's
+HUB_FILES = ("*.json", "*.txt", "model.safetensors", "model-*-of-*.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def find_clip(clip: str | None, model: str, *, revision: str | None = None) -> P
     Raises ModelError when there is none, with the command that fetches one.
     """
     if clip is None:
-        own = find_model(model) / "clip"
+        own = find_model(model, revision=revision) / "clip"
         if (own / "config.json").is_file():
             return own
         raise ModelError(
@@ -91,21 +92,9 @@ def find_clip(clip: str | None, model: str, *, revision: str | None = None) -> P
         return path
     if clip.count("/") != 1 or path.parent.is_dir():
         raise ModelError(f"{clip}: no such folder. Name a CLIP's folder, or a hub id like {CLIP_MODEL}.")
-    return _from_hub(clip)
+    return from_hub(clip, HUB_FILES, _is_whole)
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.txt", "model.safetensors", "model-*-of-*.safetensors"]
-    for cached in (True, False):
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=cached))
-        except Exception:  # the hub's client raises its own, its transport's, and OSError
-            continue
-        # A snapshot may hold other files of the repository only.
-        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
-            return folder
-    raise ModelError(
-        f"the CLIP {name} is not in the cache and cannot be fetched now. Fetch it: hf download {name}"
-    )
+def _is_whole(folder: Path) -> bool:
+    # A snapshot may hold other files of the repository only.
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
