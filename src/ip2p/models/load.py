@@ -11,9 +11,10 @@ import contextlib
 import json
 import re
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,7 +149,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     import pickle
 
     allowed = torch.serialization.safe_globals([(_Ignored, name) for name in IGNORED])
-    with allowed, path.open("rb") as file:
+    with allowed, path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickles by other protocols, which are then read or refused
         # Only the format of torch 1.6 and later can be mapped; the one before is read whole.
         zipped = file.read(4) == b"PK\x03\x04"
         try:
@@ -471,6 +473,25 @@ def missing(network: nn.Module, table: Table, weights: Weights) -> list[str]:
         if there != wanted and not (place.conv and there == tuple(tensor.shape)):
             absent.append(place.key)
     return absent
+
+
+# What LDM files hold beside the networks: the noise schedule, and parts of text encoders that nothing reads.
+KNOWN_REST = re.compile(
+    r"betas|alphas_cumprod\w*|(sqrt|log)_\w+|posterior_\w+|logvar|lvlb_weights|scale_factor|denoiser\.\w+"
+    r"|.*position_ids|.*logit_scale|.*attn_mask"
+    r"|cond_stage_model\.model\.(text_projection|transformer\.resblocks\..+)"
+    r"|edm_vpred\.\w+|v_pred|ztsnr"
+)
+
+
+def unused(stored: Stored) -> list[str]:
+    """The names in a single file that belong to no network and are no averaged twins."""
+    used = set()
+    for part in stored.networks:
+        table = table_of(replace(stored, averaged=False), part, empty_network(part, stored.configs[part]))
+        used |= {place.key for place in table.values()}
+    names = stored.weights["unet"].shapes
+    return [name for name in names if name not in used and not name.startswith(keys.EMA)]
 
 
 def fill(

@@ -1,0 +1,352 @@
+"""Single files in the LDM layout: what is found in them, and what is refused."""
+
+import io
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from ip2p.errors import InputError, ModelError
+from ip2p.models import keys
+from ip2p.models.bundle import find_model, load_bundle
+from ip2p.models.export import export_file
+from ip2p.models.load import open_model
+
+FOLDERS = ("sd1_dir", "sd2_dir", "xl_dir")
+
+
+class Bomb:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory, request):
+    """The weights of a folder's model as other tools write them: one file, no header, tokenizers beside."""
+    made = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            folder = request.getfixturevalue(name)
+            place = tmp_path_factory.mktemp(name)
+            export_file(open_model(folder), place / "whole.safetensors")
+            state = safetensors.torch.load_file(place / "whole.safetensors")
+            (place / "whole.safetensors").unlink()
+            if name == "sd2_dir":  # as other tools mark it
+                state["v_pred"] = torch.zeros(0)
+            safetensors.torch.save_file(state, place / "model.safetensors")
+            for tokenizer in folder.glob("tokenizer*"):
+                shutil.copytree(tokenizer, place / tokenizer.name)
+            made[name] = place / "model.safetensors"
+        return made[name]
+
+    return get
+
+
+def same(one, other):
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        mine, its = getattr(one, part), getattr(other, part)
+        assert (mine is None) == (its is None)
+        if mine is not None:
+            mine, its = mine.state_dict(), its.state_dict()
+            assert list(mine) == list(its)
+            assert all(torch.equal(mine[name], its[name]) for name in mine), part
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_single_file_of_other_tools_is_the_folders_model(bare, request, name):
+    file, folder = load_bundle(bare(name)), load_bundle(request.getfixturevalue(name))
+    same(file, folder)
+    assert file.kind == folder.kind
+    assert (file.latent_scale, file.latent_factor) == (folder.latent_scale, folder.latent_factor)
+    wanted = "v_prediction" if name == "sd2_dir" else "epsilon"
+    assert file.scheduler_config["prediction_type"] == wanted
+    for part in ("unet", "text_encoder"):
+        ours, theirs = getattr(file, part).config, getattr(folder, part).config
+        for number in ("attention_head_dim", "num_attention_heads", "hidden_act", "addition_time_embed_dim"):
+            one, other = getattr(ours, number, None), getattr(theirs, number, None)
+            assert (list(one) if isinstance(one, list | tuple) else one) == (
+                list(other) if isinstance(other, list | tuple) else other
+            )
+    words = "make it night"
+    assert file.tokenizer(words)["input_ids"] == folder.tokenizer(words)["input_ids"]
+    assert file.card.name == "model"
+
+
+def checkpoint(state, path, **more):
+    """Write a .ckpt as the original's trainer does; the EMA twins of the UNet are its weights plus 1."""
+    twins = {keys.ema_name(key): value + 1 for key, value in state.items() if key.startswith(keys.UNET)}
+    rest = {"model_ema.decay": torch.tensor(0.9999), "betas": torch.zeros(1000)}
+    torch.save({"state_dict": state | twins | rest, "global_step": 22000, **more}, path)
+
+
+def test_ema_weights_are_found_by_their_names_without_dots(bare, tmp_path):
+    state = safetensors.torch.load_file(bare("sd1_dir"))
+    shutil.copytree(bare("sd1_dir").parent / "tokenizer", tmp_path / "tokenizer")
+    checkpoint(state, tmp_path / "model.ckpt")
+    plain = state["model.diffusion_model.input_blocks.0.0.bias"]
+    assert torch.equal(load_bundle(tmp_path / "model.ckpt").unet.conv_in.bias, plain + 1)
+    assert torch.equal(load_bundle(tmp_path / "model.ckpt", weights="plain").unet.conv_in.bias, plain)
+    assert open_model(tmp_path / "model.ckpt").ema == 493  # 492 networks' and the decay
+    # EMA goes where other tools read it.
+    export_file(open_model(tmp_path / "model.ckpt"), tmp_path / "ema.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "ema.safetensors")
+    assert torch.equal(found["model.diffusion_model.input_blocks.0.0.bias"], plain + 1)
+    assert not any(key.startswith("model_ema") for key in found)
+    assert found["betas"].shape == (1000,)
+
+
+def test_a_file_without_ema_gives_its_plain_weights(bare):
+    state = safetensors.torch.load_file(bare("sd1_dir"))
+    unet = load_bundle(bare("sd1_dir"), weights="ema").unet
+    assert torch.equal(unet.conv_in.bias, state["model.diffusion_model.input_blocks.0.0.bias"])
+
+
+def test_older_names_of_the_text_encoder_are_read(bare, tmp_path, sd1_dir):
+    state = safetensors.torch.load_file(bare("sd1_dir"))
+    old = {key.replace(keys.CLIP + "text_model.", keys.CLIP): value for key, value in state.items()}
+    assert old.keys() != state.keys()
+    shutil.copytree(bare("sd1_dir").parent / "tokenizer", tmp_path / "tokenizer")
+    torch.save(old, tmp_path / "old.ckpt")  # without state_dict, as pruned ones are
+    same(load_bundle(tmp_path / "old.ckpt"), load_bundle(sd1_dir))
+
+
+def test_what_a_trainer_leaves_in_a_checkpoint_is_ignored(bare, tmp_path, sd1_dir):
+    import sys
+    import types
+
+    import numpy as np
+
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    kind = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    module.ModelCheckpoint = kind
+    sys.modules[module.__name__] = module
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    try:
+        left = {"callbacks": {kind: {"best": np.float64(0.5), "last": kind()}}}
+        shutil.copytree(bare("sd1_dir").parent / "tokenizer", tmp_path / "tokenizer")
+        torch.save({"state_dict": safetensors.torch.load_file(bare("sd1_dir")), **left}, tmp_path / "m.ckpt")
+    finally:
+        for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+            del sys.modules[name]
+    same(load_bundle(tmp_path / "m.ckpt"), load_bundle(sd1_dir))
+
+
+def malicious(kind, path, made):
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": Bomb(made)}))
+    elif kind == "torch":
+        torch.save({"state_dict": {"weight": torch.zeros(2)}, "more": Bomb(made)}, path)
+    elif kind == "os":
+        path.write_bytes(b"cposix\nsystem\n(S'touch " + str(made).encode() + b"'\ntR.")
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(Bomb(made)))
+            archive.writestr("archive/version", "3\n")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "os", "zip"])
+@pytest.mark.parametrize("ending", [".ckpt", ".pt"])
+def test_a_malicious_checkpoint_runs_nothing(tmp_path, kind, ending):
+    made, path = tmp_path / "made", tmp_path / f"model{ending}"
+    malicious(kind, path, made)
+    with pytest.raises(ModelError, match="is a pickle that .*nothing in it was run") as error:
+        load_bundle(path)
+    assert error.value.code == 3
+    assert "\n" not in str(error.value)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "page"])
+def test_a_damaged_file_is_named(bare, tmp_path, ending, damage):
+    path = tmp_path / f"model{ending}"
+    if ending == ".ckpt":
+        buffer = io.BytesIO()
+        torch.save({"state_dict": {"weight": torch.zeros(1000)}}, buffer)
+        data = buffer.getvalue()
+    else:
+        data = bare("sd1_dir").read_bytes()
+    page = b"<!DOCTYPE html><html><body>Not found</body></html>"
+    made = {"cut": data[: len(data) // 2], "noise": b"\xff" * 100, "empty": b"", "page": page}
+    path.write_bytes(made[damage])
+    with pytest.raises(ModelError, match=r"model\.(ckpt|safetensors)") as error:
+        load_bundle(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_single_file_of_4_channels_is_not_an_editor(bare, tmp_path):
+    state = safetensors.torch.load_file(bare("sd1_dir"))
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    state[first] = state[first][:, :4].contiguous()
+    safetensors.torch.save_file(state, tmp_path / "base.safetensors")
+    wanted = r"takes 4 channels; an editor needs 8\. Train one: ip2p train --base .*base\.safetensors"
+    with pytest.raises(ModelError, match=wanted):
+        load_bundle(tmp_path / "base.safetensors")
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    safetensors.torch.save_file({"lora_unet.alpha": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ModelError, match="is no model that can be read.*no text encoder"):
+        load_bundle(tmp_path / "lora.safetensors")
+
+
+def test_an_absent_weight_is_named(bare, tmp_path):
+    state = safetensors.torch.load_file(bare("sd1_dir"))
+    state.pop("first_stage_model.decoder.conv_in.bias")
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    shutil.copytree(bare("sd1_dir").parent / "tokenizer", tmp_path / "tokenizer")
+    with pytest.raises(ModelError, match=r"lacks 1 weights, first_stage_model\.decoder\.conv_in\.bias first"):
+        load_bundle(tmp_path / "model.safetensors")
+
+
+def test_cosxl_is_known_by_its_noise_levels(bare, tmp_path):
+    state = safetensors.torch.load_file(bare("xl_dir"))
+    state |= {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
+    safetensors.torch.save_file(state, tmp_path / "cosxl.safetensors")
+    for tokenizer in bare("xl_dir").parent.glob("tokenizer*"):
+        shutil.copytree(tokenizer, tmp_path / tokenizer.name)
+    bundle = load_bundle(tmp_path / "cosxl.safetensors")
+    assert bundle.condition_scale == pytest.approx(0.13025)
+    assert bundle.scheduler_config["_class_name"] == "EDMEulerScheduler"
+    assert bundle.scheduler_config["sigma_max"] == 120.0
+    from ip2p.editor import Editor
+
+    assert Editor(bundle).schedule.logarithmic
+
+
+def test_the_tokenizer_of_a_file_without_one(bare, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    shutil.copy(bare("sd1_dir"), tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="brings no tokenizer, and its .* words are not CLIP's"):
+        load_bundle(tmp_path / "model.safetensors")
+    from dataclasses import replace
+
+    from ip2p.models.load import tokenizer_texts
+
+    stored = open_model(tmp_path / "model.safetensors")
+    text = stored.configs["text_encoder"] | {"vocab_size": 49408}
+    stored = replace(stored, configs=stored.configs | {"text_encoder": text})
+    with pytest.raises(
+        ModelError, match="needs CLIP's tokenizer.*Fetch it: hf download openai/clip-vit-large-patch14 vocab"
+    ):
+        tokenizer_texts(stored)
+
+
+def test_a_change_to_loaded_weights_leaves_the_file_alone(bare):
+    path = bare("sd1_dir")
+    before = path.read_bytes()
+    for weight in load_bundle(path).unet.parameters():
+        weight.add_(1)
+    assert path.read_bytes() == before
+
+
+def test_half_precision_files_keep_their_numbers(bare, tmp_path):
+    export_file(open_model(bare("sd1_dir")), tmp_path / "half.safetensors", dtype=torch.float16)
+    state = safetensors.torch.load_file(tmp_path / "half.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    bundle = load_bundle(tmp_path / "half.safetensors", dtype=torch.float16)
+    assert torch.equal(bundle.unet.conv_in.weight, state["model.diffusion_model.input_blocks.0.0.weight"])
+
+
+def test_sdxl_autoencoders_stay_in_fp32(xl_dir):
+    bundle = load_bundle(xl_dir, dtype=torch.float16)
+    assert (bundle.unet.dtype, bundle.text_encoder_2.dtype, bundle.vae.dtype) == (
+        torch.float16,
+        torch.float16,
+        torch.float32,
+    )
+
+
+def test_only_fp16_weights_in_a_folder_are_read(sd1_dir, tmp_path):
+    folder = shutil.copytree(sd1_dir, tmp_path / "half")
+    for path in list(folder.rglob("*.safetensors")):
+        path.rename(path.with_name(path.stem + ".fp16.safetensors"))
+    same(load_bundle(folder), load_bundle(sd1_dir))
+
+
+# --- another autoencoder ---
+
+
+def other_vae(folder, scale=0.18215):
+    from conftest import make_vae
+
+    torch.manual_seed(9)
+    vae = make_vae(scale, 512)
+    vae.save_pretrained(folder)
+    return vae.state_dict()
+
+
+def test_another_autoencoder_from_a_folder_a_model_or_a_file(sd1_dir, bare, tmp_path):
+    wanted = other_vae(tmp_path / "vae")
+    ldm = {
+        key: make().contiguous()
+        for key, make in keys.to_ldm(
+            keys.vae_table(list(wanted), {"block_out_channels": (32, 32, 64)}, ""), wanted.__getitem__
+        )
+    }
+    safetensors.torch.save_file(ldm, tmp_path / "bare.safetensors")
+    torch.save({"state_dict": {keys.VAE + k: v for k, v in ldm.items()}}, tmp_path / "vae.ckpt")
+    for vae in ("vae", ".", "bare.safetensors", "vae.ckpt", "vae/diffusion_pytorch_model.safetensors"):
+        bundle = load_bundle(sd1_dir, vae=tmp_path / vae)
+        found = bundle.vae.state_dict()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), vae
+        assert bundle.latent_scale == 0.18215
+    assert not torch.equal(load_bundle(sd1_dir).vae.encoder.conv_in.weight, wanted["encoder.conv_in.weight"])
+
+
+def test_an_autoencoder_of_other_latents_is_refused(sd1_dir, xl_dir, tmp_path):
+    with pytest.raises(ModelError, match=r"other latents than the model's.*0\.13025.*made for SD 1\.x"):
+        load_bundle(sd1_dir, vae=xl_dir)
+    with pytest.raises(ModelError, match="no such file"):
+        load_bundle(sd1_dir, vae=tmp_path / "none.safetensors")
+
+
+# --- the hub ---
+
+
+def test_a_revision_belongs_to_a_hub_name(sd1_dir, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, *, local_files_only, revision=None, **_):
+        asked.append(revision)
+        return str(sd1_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert find_model("some/model", revision="v2") == sd1_dir
+    assert asked == ["v2"]
+    with pytest.raises(InputError, match="is not a hub name, so it has no --revision v2"):
+        find_model(sd1_dir, revision="v2")
+
+
+def test_offline_names_the_revision_in_the_command(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"Fetch it: hf download some/model --revision v2$"):
+        find_model("some/model", revision="v2")
+
+
+def test_a_header_that_lies_is_refused(bare, tmp_path):
+    state = safetensors.torch.load_file(bare("sd1_dir"))
+    for entry in ("{", json.dumps([1]), json.dumps({"configs": {"unet": {}}})):
+        safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"ip2p": entry})
+        with pytest.raises(ModelError, match=r"model\.safetensors"):
+            load_bundle(tmp_path / "model.safetensors")
