@@ -15,7 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from ip2p import __version__, masks
-from ip2p.config import check_guidance, check_int, check_masking, check_more_guidance, check_size
+from ip2p.config import (
+    MAX_SCALE,
+    check_float,
+    check_guidance,
+    check_int,
+    check_masking,
+    check_more_guidance,
+    check_size,
+)
 from ip2p.devices import MAX_SEED, NoiseStream, pick_device, pick_dtype
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import SAMPLERS
@@ -29,7 +37,6 @@ from ip2p.models.controlnet import EXAMPLE as CONTROLNET
 from ip2p.models.controlnet import (
     Control,
     check_controlnet,
-    check_scale,
     control_tensor,
     find_controlnet,
     load_controlnet,
@@ -486,13 +493,14 @@ class Editor:
     def control(self, picture: Image.Image, size: tuple[int, int], scale: float = 1.0) -> Control:
         """A picture for the ControlNet, upright RGB, at the working size (width, height).
 
-        Raises InputError without a ControlNet, or for a scale that is not 0 to 10.
+        Raises InputError without a ControlNet, or for a scale out of range.
         """
+        check_float("--control-scale", scale, 0, MAX_SCALE, "--control-scale 1")
         if self.controlnet is None:
             raise InputError(
                 f"A control image needs a ControlNet. Name one, for example --controlnet {CONTROLNET}."
             )
-        return Control(self.controlnet, control_tensor(picture, size).to(self.device), check_scale(scale))
+        return Control(self.controlnet, control_tensor(picture, size).to(self.device), scale)
 
     def edit_latents(
         self,

@@ -72,10 +72,10 @@ def test_code_and_pickles_beside_a_controlnet_are_not_run(controlnet_dir, tmp_pa
         load_controlnet(tmp_path)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1, 11])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1, 101])
 def test_a_scale_out_of_range_is_an_error(tiny_editor, page, scale):
     editor = Editor(tiny_editor.bundle, controlnet=make_controlnet())
-    with pytest.raises(InputError, match=r"--control-scale is .*; use 0 to 10"):
+    with pytest.raises(InputError, match="--control-scale"):
         editor.control(page, (64, 64), scale)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ip2p.errors import InputError, ModelError
+from ip2p.errors import ModelError
 from ip2p.images import to_tensor
 from ip2p.models.bundle import from_hub
 from ip2p.models.load import SINGLE_FILES, load_part, read_json
@@ -56,13 +55,6 @@ def control_tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     return (to_tensor(picture) + 1) / 2
-
-
-def check_scale(scale: float) -> float:
-    """A ControlNet's scale. Raises InputError unless it is a number of 0 to 10."""
-    if not math.isfinite(scale) or not 0 <= scale <= 10:
-        raise InputError(f"--control-scale is {scale}; use 0 to 10, for example --control-scale 1.")
-    return float(scale)
 
 
 def find_controlnet(model: str | Path) -> Path:

@@ -1,7 +1,7 @@
 """What an edit needs of memory, against what the device has free, and how to make it fit.
 
 The need is an estimate: the weights by their count, and the largest maps that are alive at once.
-Those are counted in maps of a network's first width, traced for SD 1.x, 2.x and SDXL with
+Those are counted in maps of a network's first width (`tools/trace_memory.py` counts them), with
 attention that keeps no matrix; half as much again is for the kernels' own workspace.
 """
 
@@ -28,8 +28,8 @@ MemoryMode = Literal["low", "auto", "high"]
 MODES = ("low", "auto", "high")
 # SD 1.x and 2.x have 26 maps at the peak of a pass, SDXL 16; an autoencoder's decoder 6, its encoder 5.
 UNET_MAPS, VAE_MAPS, WORKSPACE = 26, 6, 1.5
-# A ControlNet's maps beside the UNet's own: its residuals, and its pass, which is over by then.
-CONTROL_MAPS = 12
+# What a ControlNet's residuals add to the UNet's.
+CONTROL_MAPS = 8
 # Where the parts lie in a single file, which may hold more.
 PREFIXES = {
     "unet": (UNET,),
