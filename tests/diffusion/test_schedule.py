@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -61,3 +63,32 @@ def test_other_betas_are_read():
 def test_what_cannot_be_sampled_is_an_error_that_names_it(change):
     with pytest.raises(ModelError, match=next(iter(change))):
         schedule_from_config(SD | change)
+
+
+COSXL = {
+    "_class_name": "EDMEulerScheduler",
+    "sigma_min": 0.002,
+    "sigma_max": 120.0,
+    "sigma_data": 1.0,
+    "sigma_schedule": "exponential",
+    "prediction_type": "v_prediction",
+}
+
+
+def test_cosxl_is_told_a_quarter_of_the_logarithm():
+    schedule = schedule_from_config(COSXL)
+    assert schedule.levels[0].item() == pytest.approx(0.002)
+    assert schedule.levels[-1].item() == pytest.approx(120)
+    sigma = torch.tensor(3.0)
+    assert schedule.told(sigma).item() == pytest.approx(math.log(3) / 4)
+    assert schedule.share(schedule.levels[-1]) == 1
+    # Half of the steps are spent on each half of the logarithm.
+    assert schedule.share(torch.tensor((0.002 * 120) ** 0.5).double()) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sigma_data": 0.5}, {"sigma_schedule": "karras"}, {"prediction_type": "epsilon"}]
+)
+def test_edm_of_other_settings_is_refused(change):
+    with pytest.raises(ModelError, match="EDM with other settings"):
+        schedule_from_config(COSXL | change)

@@ -240,3 +240,24 @@ def test_a_memory_mode_is_checked_before_anything_is_loaded(tiny_editor):
         Editor.load("nothing", memory="some")
     with pytest.raises(InputError, match="Memory mode"):
         Editor(tiny_editor.bundle, memory="some")
+
+
+def test_an_edit_with_parts_that_come_and_go_is_the_same(tiny_model_dir, tiny_editor, page, monkeypatch):
+    editor = Editor.load(tiny_model_dir, device="cpu", dtype="fp32")
+    came = []
+
+    def watch(name, part):
+        def to(place):
+            if place != "cpu":
+                came.append(name)
+            return part
+
+        monkeypatch.setattr(part, "to", to)
+
+    for name in ("text_encoder", "unet", "vae"):
+        watch(name, getattr(editor.bundle, name))
+    offload(editor._parts, torch.device("cpu", 0))
+    (edited,) = editor.edit(page, "make it night", steps=2)
+    (expected,) = tiny_editor.edit(page, "make it night", steps=2)
+    assert edited.tobytes() == expected.tobytes()
+    assert came == ["vae", "text_encoder", "unet", "vae"]

@@ -148,12 +148,13 @@ def guided(
         if in_turn:
             out = [model.tell(x, sigma, words, picture) for words, picture in branches]
         else:
-            out = model.tell(
+            every = model.tell(
                 x.repeat(len(branches), 1, 1, 1),
                 sigma,
                 {name: torch.cat([words[name] for words, _ in branches]) for name in branches[0][0]},
                 torch.cat([picture for _, picture in branches]),
-            ).chunk(len(branches))
+            )
+            out = list(every.chunk(len(branches)))
         # A pass left out has weight zero; its neighbour stands in, so that their difference is exactly zero.
         full = out[0]
         neither = out[-1]

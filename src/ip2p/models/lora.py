@@ -43,6 +43,7 @@ OLD_NAMES = {
     "attn1_to_out": "attn1_to_out_0",
     "attn2_to_out": "attn2_to_out_0",
 }
+Layer = nn.Linear | nn.Conv2d
 Place = tuple[str, str]  # a network and a module's name in it, with underscores
 
 
@@ -80,7 +81,7 @@ def apply_loras(bundle: Bundle, loras: Sequence[tuple[str | Path, float]]) -> No
                 module.weight.copy_(merged.to(module.weight.dtype))
 
 
-def _named(network: str, root: Any) -> Iterator[tuple[str, nn.Module]]:
+def _named(network: str, root: Any) -> Iterator[tuple[str, Layer]]:
     """The layers of a network that a LoRA may change, by every name that they have."""
     layers = {
         name: module for name, module in root.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
@@ -94,7 +95,7 @@ def _named(network: str, root: Any) -> Iterator[tuple[str, nn.Module]]:
                 yield table[f"{name}.weight"].key.removesuffix(".weight"), module
 
 
-def _deltas(path: Path, modules: Mapping[Place, nn.Module]) -> list[tuple[Any, Tensor]]:
+def _deltas(path: Path, modules: Mapping[Place, Layer]) -> list[tuple[Layer, Tensor]]:
     """Each module that a file changes, with the change of its weight at weight 1, fp32."""
     file = open_weights(path)
     weights = {key: file.read(key) for key in file.shapes}
@@ -131,7 +132,7 @@ def _metadata(path: Path, file: Weights) -> dict[str, Any]:
         raise ModelError(unreadable(path, error)) from None
 
 
-def _place(key: str, modules: Mapping[Place, nn.Module]) -> tuple[Place | None, str]:
+def _place(key: str, modules: Mapping[Place, Layer]) -> tuple[Place | None, str]:
     match = ROLE.fullmatch(key)
     if match is None:
         return None, ""
