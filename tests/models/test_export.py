@@ -84,11 +84,8 @@ def test_a_written_folder_opens_in_diffusers(request, tmp_path, name):
     for tokenizer in folder.glob("tokenizer*"):
         shutil.copytree(tokenizer, tmp_path / tokenizer.name)
     export_folder(open_model(tmp_path / "model.safetensors"), tmp_path / "folder")
-    kind = (
-        StableDiffusionXLInstructPix2PixPipeline
-        if name == "xl_dir"
-        else StableDiffusionInstructPix2PixPipeline
-    )
+    xl = "XL" if name == "xl_dir" else ""
+    kind = getattr(diffusers, f"StableDiffusion{xl}InstructPix2PixPipeline")
     kwargs = {"add_watermarker": False} if xl else {}
     ours = kind.from_pretrained(tmp_path / "folder", **kwargs)
     theirs = kind.from_pretrained(folder, **kwargs)
