@@ -310,8 +310,6 @@ class Editor:
                 latents = torch.cat([sheet.latent for sheet in rows])
                 text = join_prompts([texts[sheet.instruction] for sheet in rows])
                 regions: Sequence[Image.Image | None] = [sheet.mask for sheet in some]
-                if how.auto_mask is not None:
-                    regions = self._regions(latents, text, null_text, own, how.auto_mask, size)
                 for step, x in enumerate(
                     self.edit_latents(
                         latents,
@@ -326,6 +324,9 @@ class Editor:
                 ):
                     if callback is not None:
                         callback(step, how.steps, x)
+                if how.auto_mask is not None:
+                    said = self._said(latents, text, null_text, own)
+                    regions = masks.found(said, x - latents * self.bundle.latent_scale, how.auto_mask, size)
                 for sheet, seed, region, row in zip(some, own, regions, x, strict=True):
                     # One at a time: a decoder's largest maps are far larger than the UNet's.
                     edited = to_pil(_finite(self.decode(row[None])))
@@ -355,37 +356,24 @@ class Editor:
         free = torch.cat([masks.cells(region, size, self.bundle.latent_factor) for region in drawn])
         return latents * self.bundle.latent_scale, free.to(self.device)
 
-    def _regions(
-        self,
-        latents: Tensor,
-        text: Tensor | Prompt,
-        null_text: Tensor | Prompt,
-        seeds: Sequence[int],
-        threshold: float,
-        size: tuple[int, int],
-    ) -> list[Image.Image]:
-        """What the instruction is about, a mask of the working size for each seed (`masks.region`)."""
+    def _said(
+        self, latents: Tensor, text: Tensor | Prompt, null_text: Tensor | Prompt, seeds: Sequence[int]
+    ) -> Tensor:
+        """What the instruction adds to the model's predictions of x0, [batch, draws, 4, h, w]."""
         noise = NoiseStream(seeds, latents.shape[1:], self.device)
-        known = latents * self.bundle.latent_scale
+        time = torch.tensor(masks.LEVEL * (len(self.schedule.levels) - 1), dtype=torch.float64)
+        sigma = self.schedule.sigma(time).float()
         differences = []
-        for level in masks.LEVELS:
-            time = torch.tensor(level * (len(self.schedule.levels) - 1), dtype=torch.float64)
-            sigma = self.schedule.sigma(time).float()
-            for _ in range(masks.DRAWS):
-                x = known + sigma * noise()
-                told, untold = (
-                    guided(
-                        self.model,
-                        text=words,
-                        null_text=null_text,
-                        image=latents,
-                        text_cfg=1.0,
-                        image_cfg=1.0,
-                    )(x, sigma)
-                    for words in (text, null_text)
-                )
-                differences.append(told - untold)
-        return masks.regions(torch.stack(differences, dim=1), threshold, size)
+        for _ in range(masks.DRAWS):
+            x = latents * self.bundle.latent_scale + sigma * noise()
+            told, untold = (
+                guided(
+                    self.model, text=words, null_text=null_text, image=latents, text_cfg=1.0, image_cfg=1.0
+                )(x, sigma)
+                for words in (text, null_text)
+            )
+            differences.append(told - untold)
+        return torch.stack(differences, dim=1)
 
     def _finished(
         self, sheet: _Sheet, edited: Image.Image, region: Image.Image | None, seed: int, how: _How

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from ip2p.diffusion import Denoiser
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow crops
-# The noise levels at which predictions are compared, as shares of the time of training.
-LEVELS = (0.8,)
-DRAWS = 4
+# Where the model is asked what an instruction is about: at which share of the training times, and with
+# how many draws of noise. One time and two draws told as much as three levels and four draws each.
+LEVEL, DRAWS = 0.65, 2
+# From this share of its largest on, the middle of a change is no background: the whole picture is meant.
+WHOLE = 0.17
+GROW, RIM = 1.5, 0.75  # in latents: how far a found region is grown, and its soft rim inside that
 
 
 # --- a mask that was drawn -----------------------------------------------------------------------
@@ -160,34 +163,53 @@ def held(denoise: Denoiser, known: Tensor, free: Tensor) -> Denoiser:
 # --- a mask from the model -----------------------------------------------------------------------
 
 
-def regions(difference: Tensor, threshold: float, size: tuple[int, int]) -> list[Image.Image]:
-    """What the instruction is about: a mask of `size` for each row of [batch, draws, 4, h, w].
+def found(said: Tensor, done: Tensor, threshold: float, size: tuple[int, int]) -> list[Image.Image]:
+    """What an instruction is about: a mask of `size` (width, height) for each row.
 
-    difference: the model's predictions of the picture with the instruction less those without it.
+    said: [batch, draws, 4, h, w], the model's predictions with the instruction less those without it, from
+    noised latents of the picture. done: [batch, 4, h, w], the latents of the result less the picture's.
+    A place counts as far as both stand out there: the first alone ("Watch Your Steps", Mirzaei et al. 2023,
+    section 3.2) also points at what the instruction merely mentions, the second alone at every stain.
+    A change without a background, of the light or the whole scene, gives a mask of everything.
     """
     import torch
 
+    factor = size[0] // done.shape[-1]
+    reach, rim = round(GROW * factor), RIM * factor
     masks = []
-    for row in relevance(difference):
-        wide = torch.nn.functional.interpolate(row[None, None], size[::-1], mode="bilinear")[0, 0]
-        masks.append(Image.fromarray(((wide > threshold) * 255).byte().cpu().numpy()))
+    for strength, change in zip(
+        _smooth(said.abs().mean(dim=(1, 2))), _smooth(done.abs().mean(1)), strict=True
+    ):
+        if change.median() > WHOLE * change.max():
+            masks.append(Image.new("L", size, 255))
+            continue
+        outcome = standing_out(change)
+        both = outcome.minimum(standing_out(strength))
+        if both.max() < threshold:  # they point at different places: then what was done counts
+            both = outcome
+        fine = torch.nn.functional.interpolate(both[None, None], size[::-1], mode="bilinear")
+        inside = (fine >= min(threshold, float(fine.max()))).float()
+        # Edges lie in between the cells, and the shadow or the outline of a thing belongs to it.
+        grown = torch.nn.functional.max_pool2d(inside, 2 * reach + 1, 1, reach)[0, 0]
+        masks.append(feather(Image.fromarray((grown * 255).byte().cpu().numpy()), rim))
     return masks
 
 
-def relevance(difference: Tensor) -> Tensor:
-    """How much the instruction moves each place, in [0, 1], [batch, h, w], from [batch, draws, 4, h, w].
+def standing_out(strength: Tensor) -> Tensor:
+    """[h, w] in [0, 1]: 0 up to the median, 1 at the greatest value that is no outlier (1.5 spreads)."""
+    values = strength.flatten()
+    low, high = values.quantile(0.25), values.quantile(0.75)
+    most = (high + 1.5 * (high - low)).minimum(values.max())
+    middle = values.median()
+    return ((strength - middle) / (most - middle).clamp_min(1e-12)).clamp(0, 1)
 
-    The difference of the model's predictions with and without the instruction, absolute and averaged
-    over channels and draws, without its outliers, from its least to its greatest value ("Watch Your
-    Steps", Mirzaei et al. 2023, section 3.2).
-    """
-    strength = difference.float().abs().mean(dim=(1, 2))
-    flat = strength.flatten(1)
-    low, high = flat.quantile(0.25, dim=1), flat.quantile(0.75, dim=1)
-    limit = (high + 1.5 * (high - low))[:, None, None]
-    strength = strength.minimum(limit)
-    least, most = strength.amin((1, 2), True), strength.amax((1, 2), True)
-    return (strength - least) / (most - least).clamp_min(1e-12)
+
+def _smooth(maps: Tensor) -> Tensor:
+    """[batch, h, w], each place the mean of the 3x3 around it."""
+    import torch
+
+    wide = torch.nn.functional.pad(maps.float()[:, None], (1, 1, 1, 1), mode="replicate")
+    return torch.nn.functional.avg_pool2d(wide, 3, 1)[:, 0]
 
 
 def _times(size: tuple[int, int]) -> str:
