@@ -52,7 +52,9 @@ def mixed_folder(folder: Path) -> list[str]:
 
 
 def manifest(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    """The lines of results; those of plans are left out."""
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return [row for row in rows if "plan" not in row]
 
 
 # --- what is found --------------------------------------------------------------------------------
@@ -114,10 +116,7 @@ def test_several_seeds_have_numbered_names() -> None:
 
 
 def invert(pictures, seeds):
-    results = [Image.eval(picture, lambda level: 255 - level) for picture in pictures]
-    for result in results:
-        result.info = {"parameters": "make it night\nSteps: 1, Version: ip2p 0.1"}
-    return results
+    return [Image.eval(picture, lambda level: 255 - level) for picture in pictures]
 
 
 def do(config: EditConfig, *, edit=invert, batch_size: int = 4, jobs: int = 2) -> tuple[list[str], dict]:
@@ -197,6 +196,20 @@ def test_files_of_others_are_left_alone() -> None:
     Path("other/run.json").write_text("{}")
     with pytest.raises(InputError, match="holds another run"):
         do(EditConfig(**{**vars(CONFIG), "out": Path("other")}))
+    Path("out/b.png").unlink()
+    do(CONFIG)
+    save_pages(Path("pages"), ["c.png"])
+    Path("out/c.png").write_bytes(b"mine")  # and not only at the beginning
+    with pytest.raises(InputError, match="out/c.png is there already; add --overwrite"):
+        do(CONFIG)
+
+
+def test_a_result_without_a_line_is_made_again() -> None:
+    save_pages(Path("pages"), ["a.bmp", "b.bmp"])  # a format without room for settings
+    do(CONFIG)
+    text = Path("out/manifest.jsonl").read_text()
+    Path("out/manifest.jsonl").write_text("".join(text.splitlines(keepends=True)[:-1]))  # killed before it
+    assert do(CONFIG)[0] == [json.loads(text.splitlines()[-1])["name"]]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fcntl")
@@ -213,7 +226,7 @@ def test_a_line_that_was_being_written_does_not_count() -> None:
     save_pages(Path("pages"), ["a.png", "b.png"])
     do(CONFIG)
     text = Path("out/manifest.jsonl").read_text()
-    Path("out/manifest.jsonl").write_text(text[:-30])
+    Path("out/manifest.jsonl").write_text(text[:-30])  # killed while it was written
     assert do(CONFIG)[0] == [json.loads(text.splitlines()[-1])["name"]]
     assert sorted(row["name"] for row in manifest(Path("out"))) == ["a.png", "b.png"]
 

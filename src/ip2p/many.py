@@ -1,8 +1,8 @@
 """Edit many pictures into a folder: batched by size, killed at any time and gone on with, nothing twice.
 
 A result is written beside its place, synced, renamed, and only then named in the folder's `manifest.jsonl`
-with its checksum. The manifest is the only truth; `run.json` beside it holds the settings, which may not
-change while a job goes on.
+with its checksum; the places of all results are noted there before the first is made. The manifest is the
+only truth; `run.json` beside it holds the settings, which may not change while a job goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from ip2p import images
 from ip2p.config import EditConfig, run_json
 from ip2p.errors import InputError, Ip2pError
 from ip2p.files import make_folder, write_text
-from ip2p.infotext import read_infotext
 
 MANIFEST, RUN = "manifest.jsonl", "run.json"
 # What a folder's pictures are called. HEIC is not read, but told, not passed over in silence.
@@ -157,9 +156,28 @@ def _root(pattern: str) -> Path:
 class Job:
     """A folder of results and its manifest, held by one process at a time. `open_job` makes one."""
 
-    def __init__(self, folder: Path, file: IO[bytes], done: Mapping[str, Done]) -> None:
-        self.folder, self.file, self.done = folder, file, dict(done)
+    def __init__(self, folder: Path, file: IO[bytes]) -> None:
+        self.folder, self.file = folder, file
+        self.done: dict[str, Done] = {}
+        self.planned: set[str] = set()
         self._lock = threading.Lock()
+        self._read()
+
+    def _read(self) -> None:
+        self.file.seek(0)
+        data = self.file.read()
+        whole = data.rfind(b"\n") + 1
+        # A line that was being written when the process was killed never counted.
+        self.file.truncate(whole)
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                row = json.loads(line)
+                if "plan" in row:
+                    self.planned |= set(row["plan"])
+                else:
+                    self.done[row["name"]] = Done(**row)
+            except (ValueError, TypeError, KeyError):
+                log.warning("line %d of %s cannot be read and does not count", number, self.folder / MANIFEST)
 
     def commit(self, task: Task, result: Image.Image) -> Path:
         """Write a result, and its line when it lies there whole."""
@@ -173,13 +191,15 @@ class Job:
             sha256=checksum(path),
             source_sha256=checksum(task.source),
         )
-        line = json.dumps(vars(row), ensure_ascii=False) + "\n"
+        self._write(vars(row))
+        return path
+
+    def _write(self, row: Mapping[str, object]) -> None:
+        line = json.dumps(row, ensure_ascii=False) + "\n"
         with self._lock:
             self.file.write(line.encode())
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.done[task.name] = row
-        return path
 
     def is_done(self, task: Task) -> bool:
         """Whether the result lies there whole, made from the picture as it is now."""
@@ -193,16 +213,12 @@ class Job:
         except OSError:
             return False
 
-    def in_the_way(self, task: Task) -> bool:
-        """Whether the place of a result holds a file that no run of this job can have written."""
-        path = self.folder / task.name
-        if task.name in self.done or not path.exists():
-            return False
-        # Killed between the renaming and the line, a run leaves a result with settings in it.
-        try:
-            return "Version: ip2p" not in (read_infotext(path) or "")
-        except InputError:
-            return True
+    def plan(self, tasks: Sequence[Task]) -> None:
+        """Note that what will lie at the places of these results is this job's."""
+        names = [task.name for task in tasks if task.name not in self.planned]
+        if names:
+            self._write({"plan": names})
+            self.planned |= set(names)
 
     def sweep(self, task: Task) -> None:
         """Remove what a killed run was writing (`files.replacing`)."""
@@ -232,7 +248,7 @@ def open_job(config: EditConfig, folder: Path) -> Iterator[Job]:
             _same_settings(config, run)
         if config.overwrite or not run.exists():
             write_text(run, run_json(config))
-        yield Job(folder, file, _read_manifest(file, manifest))
+        yield Job(folder, file)
 
 
 def checksum(path: Path) -> str:
@@ -255,22 +271,6 @@ def _hold(file: IO[bytes], folder: Path) -> None:
             raise InputError(
                 f"another ip2p is writing into {folder}; wait for it, or choose another with -o."
             ) from None
-
-
-def _read_manifest(file: IO[bytes], path: Path) -> dict[str, Done]:
-    file.seek(0)
-    data = file.read()
-    whole = data.rfind(b"\n") + 1
-    # A line that was being written when the process was killed never counted.
-    file.truncate(whole)
-    done = {}
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            row = Done(**json.loads(line))
-            done[row.name] = row
-        except (ValueError, TypeError):
-            log.warning("line %d of %s cannot be read; its picture is made again", number, path)
-    return done
 
 
 def _same_settings(config: EditConfig, run: Path) -> None:
@@ -305,13 +305,15 @@ def split(job: Job, tasks: Sequence[Task], jobs: int, *, overwrite: bool) -> tup
         there = list(pool.map(job.is_done, tasks))
     done = [task for task, is_there in zip(tasks, there, strict=True) if is_there]
     todo = [task for task, is_there in zip(tasks, there, strict=True) if not is_there]
-    foreign = [] if overwrite else [task for task in todo if job.in_the_way(task)]
-    if foreign:
+    # Killed between the renaming and its line, a run leaves a result that was only planned.
+    foreign = [task for task in todo if task.name not in job.planned and (job.folder / task.name).exists()]
+    if foreign and not overwrite:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise InputError(
             f"{job.folder / foreign[0].name} is there already{more}; add --overwrite, or choose another "
             "folder with -o."
         )
+    job.plan(tasks)
     for task in todo:
         job.sweep(task)
     return done, todo
