@@ -95,7 +95,7 @@ def _named(network: str, root: Any) -> Iterator[tuple[str, Layer]]:
                 yield table[f"{name}.weight"].key.removesuffix(".weight"), module
 
 
-def _deltas(path: Path, modules: Mapping[Place, Layer]) -> list[tuple[Layer, Tensor]]:
+def _deltas(path: Path, modules: Mapping[Place, Layer]) -> Iterator[tuple[Layer, Tensor]]:
     """Each module that a file changes, with the change of its weight at weight 1, fp32."""
     file = open_weights(path)
     weights = {key: file.read(key) for key in file.shapes}
@@ -118,10 +118,11 @@ def _deltas(path: Path, modules: Mapping[Place, Layer]) -> list[tuple[Layer, Ten
             f"{path}: {len(strangers)} of {len(weights)} keys do not fit this model, {strangers[0]} first. "
             "Use a LoRA made for the same base model; DoRA, LoHa and LoKr are not read."
         )
-    return [
+    # One at a time: together they are as large as the networks.
+    return (
         (modules[place], _delta(part, place, metadata).reshape(modules[place].weight.shape))
         for place, part in parts.items()
-    ]
+    )
 
 
 def _metadata(path: Path, file: Weights) -> dict[str, Any]:
