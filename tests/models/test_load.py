@@ -248,6 +248,19 @@ def test_the_tokenizer_of_a_file_without_one(bare, tmp_path, monkeypatch):
         tokenizer_texts(stored)
 
 
+def test_openclip_sees_zeros_after_the_text(xl_dir):
+    from ip2p.models.load import _for_openclip, _texts, make_tokenizer
+
+    texts = _texts(xl_dir / "tokenizer")
+    plain = make_tokenizer(texts, xl_dir)
+    assert plain.convert_ids_to_tokens(plain.pad_token_id) == "<|endoftext|>"
+    changed = make_tokenizer(_for_openclip(texts), xl_dir)
+    assert (changed.pad_token, changed.eos_token) == ("!", "<|endoftext|>")
+    ids = changed("make it night", padding="max_length")["input_ids"]
+    assert ids[-1] == changed.convert_tokens_to_ids("!")
+    assert ids[:5] == plain("make it night")["input_ids"][:5]
+
+
 def test_a_change_to_loaded_weights_leaves_the_file_alone(bare):
     path = bare("sd1_dir")
     before = path.read_bytes()

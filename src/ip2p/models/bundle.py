@@ -7,10 +7,12 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from ip2p.errors import InputError, ModelError
 from ip2p.images import nearest
@@ -118,36 +120,27 @@ def load_bundle(
     stored = open_model(path, weights=weights)
     check_editor(stored)
     texts = tokenizer_texts(stored)
-    spare = None if vae is None else _find_vae(vae, stored)
+    parts = {name: _part(stored, name) for name in stored.networks}
+    if vae is not None:
+        parts["vae"] = _find_vae(vae, stored)
+    whole = stored.kind == "sdxl" and parts["vae"].config.get("force_upcast", True)
+    half = dtype if dtype == torch.float16 and not whole else torch.float32
     # The networks are built from here on: that takes seconds, and a bad file should say so at once.
-    parts = {part: _load(stored, part, dtype, device) for part in stored.networks if part != "vae"}
-    source = spare or _Part(stored.configs["vae"], stored.weights["vae"], None, _place(stored, "vae"))
-    network = empty_network("vae", source.config)
-    vae_dtype = dtype if dtype == torch.float16 else torch.float32
-    if stored.kind == "sdxl" and network.config.force_upcast:
-        vae_dtype = torch.float32
-    autoencoder = fill(
-        network,
-        source.table(list(network.state_dict())) if source.table else table_of(stored, "vae", network),
-        source.weights,
-        source=source.path,
-        dtype=vae_dtype,
-        device=device,
-    )
+    networks = {
+        name: _load(part, name, half if name == "vae" else dtype, device) for name, part in parts.items()
+    }
     tokenizers = {
-        name: make_tokenizer(files, path, openclip=name == "tokenizer_2" or stored.architecture == "SD 2.x")
-        if stored.layout == "file"
-        else make_tokenizer(files, path / name)
+        name: make_tokenizer(files, path / name if stored.layout == "folder" else path)
         for name, files in texts.items()
     }
-    unet = parts["unet"]
+    unet, autoencoder = networks["unet"], networks["vae"]
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     halvings = len(unet.config.block_out_channels) - 1
     native = _square(unet.config.sample_size) * factor
     return Bundle(
         unet=unet,
         vae=autoencoder,
-        text_encoder=parts["text_encoder"],
+        text_encoder=networks["text_encoder"],
         tokenizer=tokenizers["tokenizer"],
         scheduler_config=stored.configs["scheduler"],
         latent_scale=autoencoder.config.scaling_factor,
@@ -155,7 +148,7 @@ def load_bundle(
         size_multiple=max(8, factor * 2**halvings),
         card=_card(stored, str(model), native_size=native),
         folder=path,
-        text_encoder_2=parts.get("text_encoder_2"),
+        text_encoder_2=networks.get("text_encoder_2"),
         tokenizer_2=tokenizers.get("tokenizer_2"),
         kind=stored.kind,
         condition_scale=autoencoder.config.scaling_factor if stored.cosxl else 1.0,
@@ -173,33 +166,29 @@ def check_editor(stored: Stored) -> None:
         )
 
 
-def _load(stored: Stored, part: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-    network = empty_network(part, stored.configs[part])
-    return fill(
-        network,
-        table_of(stored, part, network),
-        stored.weights[part],
-        source=_place(stored, part),
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _place(stored: Stored, part: str) -> Path:
-    return stored.path / part if stored.layout == "folder" else stored.path
-
-
-# --- another autoencoder -----------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Part:
-    """A network of its own: its config, its weights, and how to find them by the network's names."""
+    """A network on disk: its config, its weights, where each of the network's names lies in them."""
 
     config: Mapping[str, Any]
     weights: Weights
-    table: Callable[[Sequence[str]], keys.Table] | None
+    table: Callable[[nn.Module], keys.Table]
     path: Path
+
+
+def _part(stored: Stored, name: str) -> _Part:
+    path = stored.path / name if stored.layout == "folder" else stored.path
+    table = partial(table_of, stored, name)
+    return _Part(stored.configs[name], stored.weights[name], table, path)
+
+
+def _load(part: _Part, name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    network = empty_network(name, part.config)
+    table = part.table(network)
+    return fill(network, table, part.weights, source=part.path, dtype=dtype, device=device)
+
+
+# --- another autoencoder -----------------------------------------------------------------------
 
 
 def _find_vae(vae: str | Path, stored: Stored) -> _Part:
@@ -236,7 +225,8 @@ def _vae_folder(folder: Path) -> _Part:
     if kind != "AutoencoderKL":
         raise ModelError(f"{folder} holds a {kind}, not an AutoencoderKL. Name another --vae.")
     weights = part_weights(inner)
-    return _Part(config, weights, lambda names: keys.folder_table(list(weights.shapes), list(names)), inner)
+    stored = list(weights.shapes)
+    return _Part(config, weights, lambda vae: keys.folder_table(stored, list(vae.state_dict())), inner)
 
 
 def _vae_file(path: Path, scale: float) -> _Part:
@@ -254,7 +244,7 @@ def _vae_file(path: Path, scale: float) -> _Part:
         config = ldm.vae_config(weights.shapes, scale=scale, side=512, prefix=prefix)
     except (ModelError, KeyError) as error:
         raise ModelError(f"{path} is no autoencoder that can be read ({error}). Name another.") from None
-    return _Part(config, weights, lambda names: keys.vae_table(names, config, prefix), path)
+    return _Part(config, weights, lambda vae: keys.vae_table(list(vae.state_dict()), config, prefix), path)
 
 
 # --- finding -----------------------------------------------------------------------------------
@@ -344,8 +334,8 @@ def from_hub(
 
     def fetch(*, local: bool, more: Sequence[str] = ()) -> Path:
         wanted = [*files, *more]
-        at = {} if revision is None else {"revision": revision}
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=local, **at))
+        found = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=local)
+        return Path(found)
 
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     with contextlib.suppress(LocalEntryNotFoundError):

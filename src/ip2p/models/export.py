@@ -7,6 +7,7 @@ and values survive the way there and back exactly; what LDM has no place for lie
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -222,14 +223,16 @@ def _prediction(stored: Stored) -> str:
 
 
 def write_safetensors(path: Path, items: Iterable[Item], metadata: dict[str, str]) -> None:
-    """Write tensors one by one in the safetensors format, largest numbers first, then by name."""
-    ordered = sorted(items, key=lambda item: (-item.dtype.itemsize, item.name))
+    """Write tensors one by one in the safetensors format, those that can all lie aligned first."""
+
+    def order(item: Item) -> tuple[bool, int, str]:
+        return bool(_bytes(item) % ALIGNED), -item.dtype.itemsize, item.name
+
+    ordered = sorted(items, key=order)
     table: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for item in ordered:
-        size = item.dtype.itemsize
-        for side in item.shape:
-            size *= side
+        size = _bytes(item)
         table[item.name] = {
             "dtype": NAMES[item.dtype],
             "shape": list(item.shape),
@@ -245,7 +248,11 @@ def write_safetensors(path: Path, items: Iterable[Item], metadata: dict[str, str
             tensor = item.make().detach().cpu().contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (item.shape, item.dtype), item.name
             if tensor.numel():
-                file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def _bytes(item: Item) -> int:
+    return math.prod(item.shape) * item.dtype.itemsize
 
 
 @contextmanager

@@ -537,19 +537,30 @@ def tokenizer_texts(stored: Stored) -> dict[str, dict[str, str]]:
 
     Raises ModelError if they are nowhere, with the command that fetches them.
     """
-    wanted = ["tokenizer", "tokenizer_2"] if stored.kind == "sdxl" else ["tokenizer"]
     found = dict(stored.tokenizers)
+    words = stored.configs["text_encoder"].get("vocab_size")
     if "tokenizer" not in found:
-        words = stored.configs["text_encoder"].get("vocab_size")
         if words != CLIP_WORDS:
             raise ModelError(
                 f"{stored.path} brings no tokenizer, and its {words} words are not CLIP's. "
-                f"Put the folder named tokenizer of the model beside the file."
+                "Put the folder named tokenizer of the model beside the file."
             )
         found["tokenizer"] = _texts(_clip_tokenizer(stored.path))
-    for name in wanted:
-        found.setdefault(name, found["tokenizer"])
-    return {name: found[name] for name in wanted}
+    if stored.kind == "sdxl" and "tokenizer_2" not in found:
+        found["tokenizer_2"] = _for_openclip(found["tokenizer"])
+    own = stored.layout == "folder" or TOKENIZERS_ENTRY in stored.weights["unet"].metadata
+    if stored.architecture == "SD 2.x" and words == CLIP_WORDS and not own:
+        found["tokenizer"] = _for_openclip(found["tokenizer"])
+    return found
+
+
+def _for_openclip(texts: dict[str, str]) -> dict[str, str]:
+    """CLIP's tokenizer as the folders of SD 2.x and SDXL have it: OpenCLIP saw zeros after the text."""
+    changed = dict(texts)
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if file in texts or file == "tokenizer_config.json":
+            changed[file] = json.dumps(json.loads(texts.get(file, "{}")) | {"pad_token": "!"}, indent=2)
+    return changed
 
 
 def _clip_tokenizer(path: Path) -> Path:
@@ -571,8 +582,8 @@ def _clip_tokenizer(path: Path) -> Path:
     )
 
 
-def make_tokenizer(texts: Mapping[str, str], source: Path, *, openclip: bool = False) -> CLIPTokenizer:
-    """A tokenizer from its files. openclip: of a network that was trained with zeros after the text."""
+def make_tokenizer(texts: Mapping[str, str], source: Path) -> CLIPTokenizer:
+    """A tokenizer from its files. Raises ModelError."""
     from transformers import CLIPTokenizer
 
     try:
@@ -583,8 +594,6 @@ def make_tokenizer(texts: Mapping[str, str], source: Path, *, openclip: bool = F
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ModelError(unreadable(source, error)) from None
-    if openclip and len(tokenizer) == CLIP_WORDS and tokenizer.convert_ids_to_tokens(0) == "!":
-        tokenizer.pad_token = "!"
     if not 0 < tokenizer.model_max_length <= 1000:
         tokenizer.model_max_length = 77  # a bare vocabulary does not say it
     return tokenizer
