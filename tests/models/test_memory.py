@@ -76,9 +76,12 @@ def test_where_the_parts_lie_is_decided_once():
         choice(2.2, offload=False, size=(768, 768))
 
 
-def test_low_saves_all_it_can_and_high_asks_nothing():
-    assert choice(80, mode="low") == Memory(passes_at_once=False, vae_tiling=True, offload=True)
-    assert choice(80, mode="low", device="cpu") == Memory(passes_at_once=False, vae_tiling=True)
+def test_low_saves_what_changes_no_result_and_high_asks_nothing():
+    assert choice(80, mode="low") == choice(None, mode="low") == Memory(passes_at_once=False, offload=True)
+    assert choice(80, mode="low", device="cpu") == Memory(passes_at_once=False)
+    # Tiles change the picture: they are for what would not fit otherwise.
+    low = choice(8, (1536, 1536), mode="low")
+    assert low == Memory(passes_at_once=False, vae_tiling=True, offload=True)
     assert choice(0.1, mode="high") == Memory()
     with pytest.raises(InputError, match="Memory mode 'some' is not known; use one of low, auto, high"):
         choice(8, mode="some")

@@ -100,9 +100,9 @@ def choose_memory(
 ) -> Memory:
     """How to edit at `size` with `free` bytes for everything, weights included; None is unknown.
 
-    `high` asks nothing of the device, `low` saves all it can, `auto` takes the first way that fits:
-    passes in turn and offloading change no result, tiling comes last. `offload` leaves one choice
-    where the parts already lie. Raises ResourceError with a size that fits.
+    `high` asks nothing of the device, `auto` takes the first way that fits, `low` the thriftiest that
+    changes no result: passes in turn and offloading. Tiling comes last, where nothing else fits.
+    `offload` leaves one choice where the parts already lie. Raises ResourceError with a size that fits.
     """
     check_memory(mode)
     away = [False] if device == "cpu" else [False, True] if offload is None else [offload]
@@ -113,7 +113,7 @@ def choose_memory(
     if mode == "high":
         return ways[0]
     if mode == "low":
-        ways = ways[-1:]
+        ways = [plan for plan in ways if not plan.passes_at_once and plan.offload == away[-1]]
     if free is None:
         return ways[0]
     room = free - RESERVE.get(device, 0)
