@@ -88,7 +88,7 @@ class Preset:
     # t = 1000 u^power: below 1 favours the noisy steps, where an edit is decided. 1 is the paper's.
     timestep_power: float = 0.5
     # Weight of the losses that teach the network to see and to read (`train.recognition`); 0 is the paper's.
-    recognition: float = 0.15
+    recognition: float = 0.4
     # The text tower of a CLIP trained for minutes is not Stable Diffusion's: it learns on with the UNet.
     train_text: bool = True
     # A small network that predicts noise needs long to learn even to copy the page at high noise levels,
@@ -126,7 +126,7 @@ PRESETS: dict[str, Preset] = {
         # Three levels: a latent cell holds 4 x 4 pixels. Where it held 8 x 8 of a page of 128 pixels, a
         # training of 17 minutes lost the things' colours (recipes/LOG.md).
         vae_channels=(32, 64, 128),
-        reuse=8,  # drawing costs a fifth of a core
+        reuse=3,  # eight times, and it begins to know them by heart (recipes/LOG.md)
         ema=0.998,
     ),
     "h100": Preset(

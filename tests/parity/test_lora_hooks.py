@@ -1,6 +1,5 @@
 """Oracle: diffusers' edit pipeline with each LoRA beside its layer, and with PEFT where it is installed."""
 
-import importlib.util
 
 import pytest
 import torch
@@ -102,7 +101,6 @@ def test_lora_edits_match_the_pipeline_with_the_lora_beside(pipeline, lora, tiny
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 def test_lora_edits_match_diffusers_with_peft(pipeline, lora, tiny_model_dir, page):
     path, _ = lora
     pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="one")

@@ -160,11 +160,12 @@ def edit_pages(
 
     from ip2p.devices import NoiseStream
     from ip2p.diffusion.schedule import SPACINGS
+    from ip2p.models.text import join_prompts
 
     images = editor.encode_image(_signed(pages))
     latents = editor.edit_latents(
         images,
-        torch.cat([editor.encode_text(text) for text in instructions]),
+        join_prompts([editor.encode_text(text) for text in instructions]),
         editor.encode_text(""),
         noise=NoiseStream(list(seeds), images.shape[1:], editor.device),
         text_cfg=text_cfg,
