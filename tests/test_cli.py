@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_controlnet
 from PIL import Image
 
 from ip2p import __version__, advice, cli, command, infotext
@@ -359,6 +360,47 @@ def test_picture_can_be_made_again_from_its_settings(
     assert edit(tiny_model_dir, *words, "-o", f"night.{ending}") == 0
     assert edit(tiny_model_dir, "--from-settings", f"night.{ending}", "-o", f"again.{ending}") == 0
     assert Path(f"night.{ending}").read_bytes() == Path(f"again.{ending}").read_bytes()
+
+
+def test_photographs_settings_work_together_and_make_the_picture_again(
+    page: Image.Image, tiny_model_dir: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    page.resize((96, 64)).save("page.png")
+    white = np.zeros((64, 96), np.uint8)
+    white[10:50, 20:60] = 255
+    Image.fromarray(white).save("mask.png")
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {"lora_down": torch.eye(32)[:2], "lora_up": 9 * torch.eye(32)[:, :2]}
+    save_file({f"{name}.{part}.weight": value for part, value in factors.items()}, "style.safetensors")
+    make_controlnet().save_pretrained("control")
+    words = ["make it night", "--steps", 3, "--lora", "style.safetensors:0.7", "--mask", "mask.png"]
+    words += ["--controlnet", "control", "--control-image", "page.png", "--control-scale", 0.5]
+    words += ["--text-cfg-rescale", 0.5, "--cfg-interval", 0.1, 0.9, "--feather", 3]
+    assert edit(tiny_model_dir, *words, "-o", "night.png", "--show-mask", "shown.png") == 0
+    before, after = (np.asarray(Image.open(name).convert("RGB")) for name in ("page.png", "night.png"))
+    assert (before == after)[white == 0].all() and (before != after)[30, 40].any()
+    shown = np.asarray(Image.open("shown.png"))
+    assert shown.shape[:2] == white.shape and not shown[white == 0].any() and shown[30, 40].all()
+    assert edit(tiny_model_dir, "--from-settings", "night.png", "-o", "again.png") == 0
+    assert Path("night.png").read_bytes() == Path("again.png").read_bytes()
+    # Each setting acts: without it the picture is another.
+    for flag, value in (("--lora", "style.safetensors:0"), ("--control-scale", 0), ("--text-cfg-rescale", 0)):
+        words = ["--from-settings", "night.png", "-o", "other.png", "--overwrite", flag, value]
+        assert edit(tiny_model_dir, *words) == 0
+        assert (np.asarray(Image.open("other.png")) != after).any()
+
+
+def test_the_region_found_is_shown_for_each_result(page: Image.Image, tiny_model_dir: Path) -> None:
+    page.save("page.png")
+    words = ["make it night", "--steps", 1, "--count", 2, "--auto-mask", "--show-mask", "region.png"]
+    assert edit(tiny_model_dir, *words) == 0
+    for k in (1, 2):
+        assert Image.open(f"region-{k}.png").size == page.size
+        text = infotext.read_infotext(Path(f"page-edited-{k}.png"))
+        assert text is not None and "Auto mask: 0.5" in text
 
 
 def test_flag_beats_the_settings_of_a_picture(page: Image.Image, tiny_model_dir: Path) -> None:

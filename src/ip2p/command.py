@@ -285,7 +285,8 @@ def grid(config: GridConfig) -> None:
             cell=config.cell,
             made=advance,
             seed=config.seed,
-            **edit_settings(config) | {"text_cfg": text_cfg, "image_cfg": image_cfg},
+            # Its cells are small: the photograph's own pixels would not be seen.
+            **edit_settings(config) | {"text_cfg": text_cfg, "image_cfg": image_cfg, "fit": "model"},
         )
     images.save_image(sheet, out, overwrite=config.overwrite)
     print(out)

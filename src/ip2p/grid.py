@@ -51,6 +51,8 @@ def draw(
     `cell`: the longer side of a result in the grid, in pixels; none is enlarged. `settings`: those of
     `Editor.edit`, with `seed` for one; `made` is called after each result.
     """
+    share = min(1, cell / max(picture.size))
+    size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
     names = {"text-cfg": "text_cfg", "image-cfg": "image_cfg", "seed": "seed", "steps": "steps"}
     cells = []
     for row in rows.values:
@@ -61,14 +63,14 @@ def draw(
             [result] = editor.edit(
                 picture, instruction, seeds=[seed], **chosen | {"steps": int(chosen["steps"])}
             )
-            cells[-1].append(_small(result, cell))
+            cells[-1].append(_scaled(result, size))
             made()
     return sheet(
         cells,
         columns=[columns.label(value) for value in columns.values],
         rows=[rows.label(value) for value in rows.values],
         title=f"“{instruction}”",
-        picture=_small(picture, cell),
+        picture=_scaled(picture, size),
     )
 
 
@@ -115,7 +117,6 @@ def sheet(
     return paper
 
 
-def _small(picture: Image.Image, longer: int) -> Image.Image:
-    small = picture.convert("RGB")
-    small.thumbnail((longer, longer), Image.Resampling.LANCZOS)
-    return small
+def _scaled(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    picture = picture.convert("RGB")
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
