@@ -5,13 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import ip2p
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.editor import Editor
 from ip2p.errors import InputError, ModelError, ResourceError
-from ip2p.images import load_image, save_image
+from ip2p.images import load_image, save_image, to_tensor
 from ip2p.infotext import parse_infotext, read_infotext
 
 FAST = {"steps": 3}
@@ -67,6 +67,8 @@ def test_every_setting_changes_the_result(tiny_editor, page):
         {"seeds": [5]},
         {"size": 32},
         {"steps": 4},
+        {"text_cfg_rescale": 0.7},
+        {"cfg_interval": (0.4, 1.0)},
     ):
         other = tiny_editor.edit(page, "make it night", **(FAST | change))[0]
         assert (pixels(plain) != pixels(other)).any(), change
@@ -143,6 +145,144 @@ def test_edit_latents_draws_from_text_alone(tiny_editor):
     assert torch.isfinite(last).all()
 
 
+# --- where, and at which size --------------------------------------------------------------------
+
+
+def drawn(size, box):
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+@pytest.mark.parametrize(("size", "box"), [((64, 64), (20, 10, 50, 60)), ((300, 200), (200, 40, 260, 100))])
+def test_outside_the_mask_a_png_is_the_input_to_the_byte(tiny_editor, tmp_path, size, box):
+    picture, mask = Image.effect_noise(size, 60).convert("RGB"), drawn(size, box)
+    mask.save(tmp_path / "mask.png")
+    made = tiny_editor.edit(
+        picture, "make it night", mask=tmp_path / "mask.png", mask_padding=10, feather=3, **FAST
+    )[0]
+    path = save_image(made, tmp_path / "out.png")
+    result, outside = pixels(Image.open(path)), pixels(mask) == 0
+    assert result.shape[1::-1] == size
+    assert (result[outside] != pixels(picture)[outside]).sum() == 0
+    assert (result[~outside] != pixels(picture)[~outside]).mean() > 0.5
+    used = made.info["mask"]
+    assert (used.mode, used.size) == ("L", size)
+    assert (pixels(used)[outside] == 0).all() and used.getextrema() == (0, 255)
+    said = parse_infotext(read_infotext(path))
+    assert (said.mask_padding, said.feather) == (10, 3.0)
+    again = tiny_editor.edit(
+        picture, "make it night", mask=mask, mask_padding=10, feather=3, size=said.size, **FAST
+    )[0]
+    assert again.tobytes() == made.tobytes()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_latents_outside_the_mask_end_as_the_pictures(tiny_editor, page, sampler):
+    seen = []
+    mask = drawn((64, 64), (32, 0, 64, 64))
+    tiny_editor.edit(
+        page, "make it night", mask=mask, sampler=sampler, callback=lambda *step: seen.append(step[2]), **FAST
+    )
+    known = tiny_editor.encode_image(to_tensor(page)) * tiny_editor.bundle.latent_scale
+    torch.testing.assert_close(seen[-1][..., :8], known[..., :8])
+    assert (seen[-1][..., 8:] - known[..., 8:]).abs().mean() > 0.1
+
+
+def test_a_found_mask_keeps_what_is_outside_and_is_shown(tiny_editor, page):
+    plain = tiny_editor.edit(page, "make it night", seeds=[3], **FAST)[0]
+    found = tiny_editor.edit(page, "make it night", seeds=[3], auto_mask=0.9, **FAST)[0]
+    everything = tiny_editor.edit(page, "make it night", seeds=[3], auto_mask=0.0, **FAST)[0]
+    mask = pixels(found.info["mask"])
+    assert (pixels(found)[mask == 0] == pixels(page)[mask == 0]).all()
+    assert (pixels(found)[mask == 255] == pixels(plain)[mask == 255]).all()
+    assert everything.tobytes() == plain.tobytes()
+    assert everything.info["mask"].getextrema() == (255, 255)
+    assert "mask" not in plain.info
+    assert parse_infotext(found.info["parameters"]).auto_mask == 0.9
+
+
+def test_fit_model_gives_the_size_at_which_the_model_works(tiny_editor):
+    picture = Image.effect_noise((300, 200), 60).convert("RGB")
+    made = tiny_editor.edit(picture, "make it night", fit="model", **FAST)[0]
+    assert made.size == tiny_editor.working_size((300, 200))
+    masked = tiny_editor.edit(
+        picture, "make it night", fit="model", mask=drawn((300, 200), (90, 90, 150, 150)), **FAST
+    )[0]
+    assert masked.size == masked.info["mask"].size == tiny_editor.working_size((124, 124))
+    assert parse_infotext(made.info["parameters"]).fit == "model"
+
+
+def test_a_picture_of_the_working_size_is_the_models_result_itself(tiny_editor, page):
+    kinds = [tiny_editor.edit(page, "make it night", fit=fit, **FAST)[0] for fit in ("original", "model")]
+    assert kinds[0].tobytes() == kinds[1].tobytes()
+
+
+def test_a_photograph_of_12_megapixels_keeps_size_profile_place_and_detail(tiny_editor, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a camera"
+    exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 31.0, 12.5), 3: "E", 4: (13.0, 24.0, 36.0)})
+    exif.get_ifd(0x8769).update({0x9003: "2026:11:21 04:00:00", 0xA002: 4000, 0xA003: 3000})
+    small = np.random.default_rng(0).integers(30, 220, (750, 1000, 3), dtype=np.uint8)
+    photo = Image.fromarray(small).resize((4000, 3000), Image.Resampling.BICUBIC)
+    photo.save(tmp_path / "in.jpg", quality=92, exif=exif, icc_profile=profile)
+    upright = load_image(tmp_path / "in.jpg")
+    assert upright.size == (3000, 4000)
+    mask = drawn((3000, 4000), (1000, 1500, 1800, 2600))
+    made = tiny_editor.edit(tmp_path / "in.jpg", "make it night", mask=mask, steps=1)[0]
+    with Image.open(save_image(made, tmp_path / "out.jpg")) as file:
+        assert (file.format, file.size) == ("JPEG", (3000, 4000))
+        assert file.info["icc_profile"] == profile
+        kept = file.getexif()
+        assert (kept.get(0x0112, 1), kept[0x010F]) == (1, "a camera")
+        assert dict(kept.get_ifd(0x8825)) == {1: "N", 2: (52, 31, 12.5), 3: "E", 4: (13, 24, 36)}
+        details = kept.get_ifd(0x8769)
+        assert (details[0x9003], details[0xA002], details[0xA003]) == ("2026:11:21 04:00:00", 3000, 4000)
+        apart = np.asarray(file).astype(np.int16) - np.asarray(upright)
+    outside = np.asarray(mask) == 0
+    assert 10 * np.log10(255**2 / np.square(apart[outside], dtype=np.float64).mean()) >= 40
+    assert abs(apart[~outside]).mean() > 5
+
+
+# --- several pictures ----------------------------------------------------------------------------
+
+
+def noisy(*size):
+    return Image.effect_noise(size, 60).convert("RGB")
+
+
+@pytest.mark.parametrize("settings", [{}, {"auto_mask": 0.5}, {"negative": "grey", "sampler": "dpmpp_2m"}])
+def test_each_picture_of_a_batch_equals_it_alone(tiny_editor, page, settings):
+    pictures = [page, noisy(64, 64), noisy(200, 100), noisy(70, 70)]
+    texts = ["make it night", "a cat", "make it night", "make it night"]
+    batch = tiny_editor.edit_batch(pictures, texts, seeds=[4, 5, 6, 7], **FAST, **settings)
+    for picture, text, seed, made in zip(pictures, texts, [4, 5, 6, 7], batch, strict=True):
+        alone = tiny_editor.edit(picture, text, seeds=[seed], **FAST, **settings)[0]
+        assert made.size == picture.size
+        assert abs(pixels(made) - pixels(alone)).max() <= 1
+        assert made.info["parameters"] == alone.info["parameters"]
+
+
+def test_pictures_of_one_working_size_go_through_together(tiny_editor, page):
+    rows = []
+    tiny_editor.edit_batch(
+        [page, noisy(64, 64), noisy(200, 100)],
+        "make it night",
+        seeds=[1, 2, 3],
+        callback=lambda step, steps, x: rows.append(len(x)),
+        steps=1,
+    )
+    assert rows == [2, 1]
+
+
+def test_a_batch_needs_a_seed_for_every_picture(tiny_editor, page):
+    with pytest.raises(InputError, match="2 pictures, 2 instructions and 1 seeds"):
+        tiny_editor.edit_batch([page, page], "make it night", seeds=[1])
+    with pytest.raises(InputError, match="instruction is empty"):
+        tiny_editor.edit_batch([page, page], ["make it night", " "], seeds=[1, 2])
+
+
 def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
     assert tiny_editor.working_size((64, 64), (48, 32)) == (48, 32)
     with pytest.raises(InputError, match=r"50x32 .* multiples of 8\. Try 48x32"):
@@ -163,6 +303,17 @@ def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
         ({"seeds": [-1]}, "Seed -1"),
         ({"batch_size": 0}, "batch"),
         ({"size": 3}, "size is 3"),
+        ({"fit": "magic"}, "original, model"),
+        ({"auto_mask": 1.5}, "auto-mask is 1.5"),
+        ({"mask": Image.new("L", (64, 64), "white"), "auto_mask": 0.5}, "one of them"),
+        ({"mask": Image.new("L", (64, 64))}, "black all over"),
+        ({"mask": Image.new("L", (32, 64), "white")}, "mask is 32x64 pixels and the picture 64x64"),
+        ({"mask": "mask-that-is-missing.png"}, "no such file"),
+        ({"mask_padding": -1}, "mask-padding is -1"),
+        ({"feather": float("nan")}, "feather is nan"),
+        ({"text_cfg_rescale": 2.0}, "rescale is 2"),
+        ({"cfg_interval": (0.9, 0.2)}, "interval 0.9 0.2 is empty"),
+        ({"control_image": Image.new("RGB", (64, 64))}, "needs a ControlNet"),
     ],
 )
 def test_settings_out_of_range_are_errors(tiny_editor, page, change, message):

@@ -196,10 +196,14 @@ def found(said: Tensor, done: Tensor, threshold: float, size: tuple[int, int]) -
 
 
 def standing_out(strength: Tensor) -> Tensor:
-    """[h, w] in [0, 1]: 0 up to the median, 1 at the greatest value that is no outlier (1.5 spreads)."""
+    """[h, w] in [0, 1]: 0 up to the median, 1 at the greatest value that is no outlier (1.5 spreads).
+
+    Over a background that hardly stirs, all of a change would be outliers: the limit is a quarter of its
+    largest value at least.
+    """
     values = strength.flatten()
     low, high = values.quantile(0.25), values.quantile(0.75)
-    most = (high + 1.5 * (high - low)).minimum(values.max())
+    most = (high + 1.5 * (high - low)).maximum(values.max() / 4).minimum(values.max())
     middle = values.median()
     return ((strength - middle) / (most - middle).clamp_min(1e-12)).clamp(0, 1)
 
