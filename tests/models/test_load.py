@@ -122,6 +122,21 @@ def test_older_names_of_the_text_encoder_are_read(bare, tmp_path, sd1_dir):
     same(load_bundle(tmp_path / "old.ckpt"), load_bundle(sd1_dir))
 
 
+def test_a_checkpoint_from_before_torch_1_6_is_read(tmp_path):
+    from ip2p.models.load import open_weights
+
+    weight = {"weight": torch.randn(3)}
+    torch.save({"state_dict": weight}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert torch.equal(open_weights(tmp_path / "old.ckpt").read("weight"), weight["weight"])
+
+
+def test_a_pickle_without_weights_is_refused(tmp_path):
+    for number, value in enumerate((3, {"state_dict": 3}, {"state_dict": {}}, [torch.zeros(1)])):
+        torch.save(value, tmp_path / f"{number}.ckpt")
+        with pytest.raises(ModelError, match="holds no weights by name"):
+            load_bundle(tmp_path / f"{number}.ckpt")
+
+
 def test_what_a_trainer_leaves_in_a_checkpoint_is_ignored(bare, tmp_path, sd1_dir):
     import sys
     import types

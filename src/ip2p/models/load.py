@@ -166,8 +166,9 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
             raise
         except Exception as error:  # zipfile's, struct's, EOFError, RuntimeError
             raise ModelError(unreadable(path, error)) from None
-    state = value.get("state_dict", value) if isinstance(value, dict) else {}
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    state = value.get("state_dict", value) if isinstance(value, dict) else None
+    found = state.items() if isinstance(state, dict) else ()
+    tensors = {name: tensor for name, tensor in found if isinstance(name, str) and isinstance(tensor, Tensor)}
     if not tensors:
         raise ModelError(f"{path} holds no weights by name. Use a .safetensors file of the model.")
     return tensors
