@@ -245,6 +245,23 @@ def test_what_the_network_refuses_is_told_with_its_picture() -> None:
     assert len(made) == 6
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, cli._Terminated])
+def test_what_is_computed_is_written_whatever_stops_the_job(stop: type[BaseException]) -> None:
+    save_pages(Path("pages"), [f"{k}.png" for k in range(6)])
+    computed = []
+
+    def edit(pictures, seeds):
+        if len(computed) == 4:
+            raise stop
+        computed.append(pictures)
+        return invert(pictures, seeds)
+
+    with pytest.raises(stop):
+        do(CONFIG, edit=edit, batch_size=1)
+    assert len(manifest(Path("out"))) == 4
+    assert len(do(CONFIG)[0]) == 2
+
+
 def test_a_full_disk_stops_the_job_and_keeps_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     save_pages(Path("pages"), [f"{k}.png" for k in range(6)])
     save, calls = Image.Image.save, []

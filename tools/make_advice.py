@@ -9,10 +9,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from ip2p import advice
+from ip2p.chain import chain
+from ip2p.grid import Axis, default_values, sheet
+from ip2p.grid import draw as draw_grid
+from ip2p.images import load_image, save_image
+
+if TYPE_CHECKING:
+    from ip2p.editor import Editor
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURES = ROOT / "docs" / "advice.md", ROOT / "docs" / "pictures"
@@ -22,19 +30,13 @@ STEPS, SEED = 20, 1
 
 def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
     """Draw the four pictures of `advice.PICTURES` with `model` into `folder`."""
-    from ip2p.editor import Editor
-    from ip2p.grid import Axis, default_values, sheet
-    from ip2p.grid import draw as draw_grid
-    from ip2p.images import load_image, save_image
+    from ip2p.editor import Editor  # imports torch
 
     editor = Editor.load(model, dtype="fp32")
     text_cfg, image_cfg = editor.scales(None, None)
     entries = json.loads((pages / "pages.json").read_text(encoding="utf-8"))
-    first, second = (load_image(pages / entry["page"]) for entry in entries[:2])
+    first, second = (load_image(pages / entries[k]["page"]) for k in (0, 2))
     thing = entries[0]["instructions"][0]
-
-    def small(picture: Image.Image) -> Image.Image:
-        return picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
     def edited(picture: Image.Image, instruction: str, seed: int = SEED, **settings: object) -> Image.Image:
         return editor.edit(picture, instruction, steps=steps, seeds=[seed], **settings)[0]
@@ -76,30 +78,28 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
         folder / "mask.png",
     )
 
-    chain(editor, second, steps, small, folder / "chain.png")
+    save_image(chain_sheet(editor, second, steps), folder / "chain.png")
 
 
-def chain(editor, picture, steps, small, path) -> None:  # type: ignore[no-untyped-def]
+def chain_sheet(editor: Editor, picture: Image.Image, steps: int) -> Image.Image:
     """Three edits in a row, each on the last result and each from the start."""
-    from ip2p.chain import chain as edit_chain
-    from ip2p.grid import sheet
-    from ip2p.images import save_image
-
     instructions = ["make it night", "make it snow", "make it look like a watercolour"]
     rows = [
         [
             small(step.image)
-            for step in edit_chain(
+            for step in chain(
                 editor, picture, instructions, seed=SEED, from_original=from_original, steps=steps
             )
         ]
         for from_original in (False, True)
     ]
-    columns = [instructions[0], *(f"--then {words}" for words in instructions[1:])]
-    save_image(
-        sheet(rows, columns=columns, rows=["each on the last", "--from-original"], picture=small(picture)),
-        path,
+    return sheet(
+        rows, columns=instructions, rows=["each on the last", "--from-original"], picture=small(picture)
     )
+
+
+def small(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ table in `ip2p.toml` (in the working folder, or `--config FILE`), else from the 
 [edit]
 steps = 30
 image-cfg = 1.2
+lora = ["style.safetensors:0.8"]
 
 [storybook.draw]
 size = 512
@@ -40,6 +41,24 @@ Results go to stdout, all else to stderr; there is no progress bar without a ter
 | 3 | a model that is missing, unreadable or of the wrong kind, or the network that is needed for it |
 | 4 | out of memory, disk or time |
 | 130, 143 | stopped by Ctrl-C, by SIGTERM; no half-written file is left |
+
+## Many pictures
+
+```sh
+ip2p edit photos "make it snow" -o snow                   # the pictures in a folder, not in its folders
+ip2p edit 'photos/**/*.jpg' "make it snow" -o snow        # a glob, in quotes
+ip2p edit a.png b.jpg c.webp "make it snow" -o snow       # the instruction comes last
+```
+
+Results have the names of the pictures (GIF and others that are not written become NAME.png). Sizes may be
+mixed; pictures of one working size go through the network together (`--batch-size`), while others are read
+and written (`--jobs`). A picture that cannot be edited stops nothing: its error is told at the end, and the
+exit code is 2.
+
+Stopped or killed at any time, the same command goes on: what lies whole in the folder is not made again. The
+folder's `manifest.jsonl` is the truth, with the checksum of each result and of the picture it was made from;
+`run.json` has the settings. With other settings the command is refused and says which one differs;
+`--overwrite` begins anew.
 """
 
 

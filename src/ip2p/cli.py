@@ -174,7 +174,8 @@ def _together(kind: type[Any], words: Sequence[str]) -> list[str]:
     from ip2p.config import values_of
 
     takes = {f"--{name.replace('_', '-')}": count for name, count in values_of(kind).items()} | {"-o": 1}
-    places, flags = [], []
+    places: list[str] = []
+    flags: list[str] = []
     left = iter(words)
     for word in left:
         if word == "--":

@@ -271,9 +271,13 @@ def grid(config: GridConfig) -> None:
     axes = []
     for flag, text in (("--columns", config.columns), ("--rows", config.rows)):
         setting, values = configs.parse_axis(flag, text)
-        if values is None:
-            values = grids.default_values(setting, text_cfg=text_cfg, image_cfg=image_cfg, seed=config.seed)
-        axes.append(grids.Axis(setting=setting, values=values))
+        scales = {"text_cfg": text_cfg, "image_cfg": image_cfg}
+        axes.append(
+            grids.Axis(
+                setting=setting,
+                values=values or grids.default_values(setting, **scales, seed=config.seed),
+            )
+        )
     columns, rows = axes
     with progress("editing", len(columns.values) * len(rows.values)) as advance:
         sheet = grids.draw(
@@ -418,6 +422,10 @@ def with_settings(config: EditConfig, source: Path) -> EditConfig:
     if found.sampler not in samplers:
         raise InputError(
             f"{source} names the sampler {found.sampler!r}; --sampler takes {', '.join(samplers)}."
+        )
+    if found.fit not in typing.get_args(configs.Fit) or found.weights not in typing.get_args(configs.Weights):
+        raise InputError(
+            f"{source} has settings of another version of ip2p ({found.version}); write them out."
         )
     return dataclasses.replace(
         config,

@@ -155,12 +155,8 @@ class EditConfig:
             raise InputError("--show-mask has no mask to show; add --mask FILE or --auto-mask.")
         check_float("--control-scale", self.control_scale, 0, MAX_SCALE, "--control-scale 1")
         if (self.controlnet is None) != (self.control_image is None):
-            given, lacks = (
-                ("controlnet", "control-image FILE")
-                if self.controlnet
-                else ("control-image", "controlnet MODEL")
-            )
-            raise InputError(f"--{given} needs the other half of it; add --{lacks}.")
+            lacks = "--control-image FILE" if self.controlnet else "--controlnet MODEL"
+            raise InputError(f"a ControlNet needs a model and a picture to read; add {lacks}.")
         for text in self.lora:
             parse_lora(text)
         if self.best is not None:
@@ -183,9 +179,9 @@ class EditConfig:
             raise InputError(
                 "--fit model cuts the picture to the mask, which --then needs again; leave it away."
             )
-        for flag, given in (("--from-original", self.from_original), ("--animation", self.animation)):
-            if given and not self.then:
-                raise InputError(f'{flag} is for edits in a row; add --then "make it snow".')
+        if (self.from_original or self.animation) and not self.then:
+            flag = "--from-original" if self.from_original else "--animation"
+            raise InputError(f'{flag} is for edits in a row; add --then "make it snow".')
         if self.animation and self.animation.suffix.lower() not in (".gif", ".webp"):
             raise InputError(f"{self.animation}: animations are written as .gif or .webp. Change the ending.")
         check_int("--frame-ms", self.frame_ms, 20, 60_000, "--frame-ms 1000")

@@ -54,7 +54,7 @@ def draw(
     share = min(1, cell / max(picture.size))
     size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
     names = {"text-cfg": "text_cfg", "image-cfg": "image_cfg", "seed": "seed", "steps": "steps"}
-    cells = []
+    cells: list[list[Image.Image]] = []
     for row in rows.values:
         cells.append([])
         for column in columns.values:

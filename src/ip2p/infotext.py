@@ -108,7 +108,7 @@ def parse_infotext(text: str) -> Settings:
     try:
         width, height = (int(side) for side in found.pop("Size").split("x"))
         more = {name: read(found.pop(label)) for name, (label, _, read) in MORE.items() if label in found}
-        loras = []
+        loras: list[str] = []
         while f"LoRA {len(loras) + 1}" in found:
             loras.append(found.pop(f"LoRA {len(loras) + 1}"))
         return Settings(
@@ -202,7 +202,7 @@ MORE: dict[str, tuple[str, Callable[[Any], str], Callable[[str], Any]]] = {
     "fit": ("Fit", str, str),
     "revision": ("Model revision", str, str),
     "weights": ("Model weights", str, str),
-    "vae": ("VAE", str, str),
+    "vae": ("VAE model", str, str),  # A1111's VAE is a file's name in its own folder
     "controlnet": ("ControlNet", str, str),
     "control_image": ("Control image", str, str),
     "control_scale": ("Control scale", _number, float),
