@@ -182,6 +182,39 @@ def test_float_grey_is_a_share_of_white():
     assert np.asarray(load_image(encoded(Image.fromarray(values), "TIFF")))[0, 0, 0] == 128
 
 
+def test_16_bit_colours_become_their_high_bytes():
+    values = np.random.default_rng(0).integers(0, 65536, (48, 64, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    body = b"IHDR" + struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for chunk in (body, b"IDAT" + zlib.compress(rows), b"IEND"):
+        data += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    assert (np.asarray(load_image(data)) == values >> 8).all()
+
+
+def test_grey_with_a_profile_looks_as_it_did():
+    # Linear light at half is 188 of 255 in sRGB.
+    white, curve = struct.pack(">4s4x3i", b"XYZ ", 63190, 65536, 54061), struct.pack(">4s4xI", b"curv", 0)
+    table = struct.pack(">I", 2)
+    start = 128 + 4 + 24
+    table += struct.pack(">4sII", b"wtpt", start, 20) + struct.pack(">4sII", b"kTRC", start + 20, 12)
+    size = start + 32
+    head = struct.pack(
+        ">I4sI4s4s4s12s4s", size, b"\0" * 4, 0x02400000, b"mntr", b"GRAY", b"XYZ ", b"\0" * 12, b"acsp"
+    )
+    head = head.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061)
+    profile = head.ljust(128, b"\0") + table + white + curve
+    loaded = load_image(encoded(Image.new("L", (64, 48), 128), "PNG", icc_profile=profile))
+    assert loaded.getpixel((5, 5)) == pytest.approx((188, 188, 188), abs=1)
+    assert "icc_profile" not in loaded.info
+
+
+def test_transparency_can_be_laid_on_black():
+    with pytest.warns(UserWarning, match="laid on black"):
+        loaded = load_image(Image.new("RGBA", (32, 32), (255, 255, 255, 0)), background="black")
+    assert loaded.getpixel((5, 5)) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_is_laid_on_white_and_said(mode):
     image = Image.new(mode, (32, 32), (0,) * (len(mode) - 1) + (0,))
@@ -286,6 +319,51 @@ def test_exif_and_profile_are_kept(tmp_path, ending):
     with Image.open(path) as again:
         assert again.getexif()[ARTIST] == "someone"
         assert again.info["icc_profile"] == profile
+
+
+def tagged(orientation=6):
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[ARTIST] = orientation, "someone"
+    exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 31.0, 12.5)})
+    exif.get_ifd(0x8769).update({0x9003: "2026:11:21 04:00:00", 0xA002: 64, 0xA003: 48})
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
+def test_place_and_time_are_kept_and_the_size_is_the_upright_one(tmp_path, kind, ending):
+    loaded = load_image(encoded(noise_image(), kind, exif=tagged()))
+    loaded.info["parameters"] = "make it night\nSteps: 20"
+    with Image.open(save_image(loaded, tmp_path / f"out.{ending}")) as file:
+        assert file.size == (48, 64)
+        exif = file.getexif()
+        assert (exif.get(ORIENTATION, 1), exif[ARTIST]) == (1, "someone")
+        assert dict(exif.get_ifd(0x8825)) == {1: "N", 2: (52, 31, 12.5)}
+        details = exif.get_ifd(0x8769)
+        assert (details[0x9003], details[0xA002], details[0xA003]) == ("2026:11:21 04:00:00", 48, 64)
+
+
+@pytest.mark.parametrize("ending", ["tif", "tiff", "bmp", "png"])
+def test_lossless_formats_keep_every_byte(tmp_path, ending):
+    path = save_image(load_image(encoded(noise_image(), "TIFF")), tmp_path / f"out.{ending}")
+    assert load_image(path).tobytes() == noise_image().tobytes()
+
+
+def test_what_a_tiff_says_of_its_own_bytes_does_not_travel(tmp_path):
+    loaded = load_image(encoded(noise_image(), "TIFF", compression="tiff_lzw"))
+    with Image.open(save_image(loaded, tmp_path / "out.jpg")) as file:
+        assert not {0x0100, 0x0103, 0x0111} & set(file.getexif())
+
+
+def test_exif_that_cannot_be_kept_is_said_and_left_out(monkeypatch):
+    data = encoded(noise_image(), "JPEG", exif=tagged(1))
+
+    def broken(*_):
+        raise struct.error("short format requires a number")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", broken)
+    with pytest.warns(UserWarning, match="EXIF that cannot be kept"):
+        assert "exif" not in load_image(data).info
 
 
 def test_a_profile_that_no_longer_fits_is_dropped():

@@ -94,6 +94,14 @@ def test_distances_are_euclidean():
     np.testing.assert_allclose(masks._depth(inside, 9), exact.clip(max=9), atol=1e-5)
 
 
+def test_a_mask_cut_out_closely_has_its_rim_all_around():
+    mask = disc()
+    box = mask.getbbox()
+    assert masks.cut(mask, box, 4).tobytes() == feather(mask, 4).crop(box).tobytes()
+    whole = (0, 0, *mask.size)
+    assert masks.cut(mask, whole, 4).tobytes() == feather(mask, 4).tobytes()
+
+
 def test_grey_is_kept_under_the_rim():
     half = disc().point(lambda level: level // 2)
     assert np.asarray(feather(half, 3)).max() == 127

@@ -257,7 +257,8 @@ class Editor:
         working = self.working_size((box[2] - box[0], box[3] - box[1]), how.size)
         if mask is not None:
             box = masks.widened(box, working, picture.size)
-            part, mask = picture.crop(box), mask.crop(box)
+            part = picture.crop(box)
+            mask = masks.cut(mask, box, how.feather_of(part.size))
         # All of it is resized, not cropped to fit: the result lies on the input pixel for pixel.
         shown = part if part.size == working else part.resize(working, Image.Resampling.LANCZOS)
         control = None
@@ -388,8 +389,6 @@ class Editor:
         info = dict(sheet.picture.info)
         if region is not None:
             region = region.resize(original.size, Image.Resampling.BILINEAR)
-            if how.auto_mask is None:
-                region = masks.feather(region, how.feather_of(original.size))
             result = masks.paste(original, edited, region)
             if how.fit == "original" and result.size != sheet.picture.size:
                 whole = sheet.picture.copy()
@@ -634,7 +633,7 @@ class _How:
 class _Sheet:
     """A picture made ready: `part` is what `box` cuts out of it, `shown` the part as the model sees it.
 
-    rebuilt: `shown` through the autoencoder, where it was needed. mask: the part of the one drawn.
+    rebuilt: `shown` through the autoencoder, where it was needed. mask: the part of the one drawn, feathered.
     """
 
     instruction: str

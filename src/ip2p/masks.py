@@ -66,6 +66,14 @@ def feather(mask: Image.Image, width: float) -> Image.Image:
     return Image.fromarray(np.minimum(values, (rim * 255).round()).astype(np.uint8))
 
 
+def cut(mask: Image.Image, box: Box, width: float) -> Image.Image:
+    """What `box` cuts out of the mask, feathered. The box holds all that is not black."""
+    # With a pixel around it: there the mask ends, but not where the picture does.
+    left, top = max(0, box[0] - 1), max(0, box[1] - 1)
+    around = mask.crop((left, top, min(mask.width, box[2] + 1), min(mask.height, box[3] + 1)))
+    return feather(around, width).crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
+
+
 def _depth(inside: NDArray[np.bool_], limit: int) -> NDArray[np.float32]:
     """The Euclidean distance of every pixel to the nearest one outside, at most `limit`; [h, w].
 
