@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_clip, make_tokenizer
+from conftest import make_clip
 
 from ip2p.clip import MEAN, STD, Clip, similarities
 from ip2p.errors import ModelError

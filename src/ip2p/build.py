@@ -122,7 +122,7 @@ PRESETS: dict[str, Preset] = {
         size=64,
         vae=StageConfig(steps=1_000_000, minutes=15, batch=4, lr=1.5e-3),
         clip=StageConfig(steps=1_000_000, minutes=6, batch=96, lr=1e-3),
-        unet=StageConfig(steps=1_000_000, minutes=105, batch=32, lr=1e-3),
+        unet=StageConfig(steps=1_000_000, minutes=112, batch=32, lr=1e-3),
         # Three levels: a latent cell holds 4 x 4 pixels. Where it held 8 x 8 of a page of 128 pixels, a
         # training of 17 minutes lost the things' colours (recipes/LOG.md).
         vae_channels=(32, 64, 128),
@@ -646,7 +646,7 @@ def new_heads(preset: Preset) -> nn.ModuleDict:
     )
 
 
-def _outputs_of(*modules: nn.Module) -> list[Tensor]:
+def _outputs_of(*modules: Any) -> list[Tensor]:
     """A list that holds, after each forward pass, the last attention block's output of each of `modules`."""
     outputs = [torch.empty(0)] * len(modules)
 
@@ -673,7 +673,7 @@ def train_unet(run: Run) -> None:
     scale = vae.config.scaling_factor
     torch.manual_seed(preset.seed)
     further = (run.output / "start" / "unet").exists()
-    unet = _start_unet(run) if further else new_unet(preset)
+    unet: Any = _start_unet(run) if further else new_unet(preset)
     data_seed = preset.seed + (1003 if further else 3)  # further training shall see new pages
     unet = unet.to(device)
     if device.type == "cpu":

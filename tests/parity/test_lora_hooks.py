@@ -1,6 +1,5 @@
 """Oracle: diffusers' edit pipeline with each LoRA beside its layer, and with PEFT where it is installed."""
 
-
 import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline

@@ -156,7 +156,6 @@ def edit_pages(
     image_cfg: float,
 ) -> list[NDArray[np.uint8]]:
     """Edit a batch of pages, uint8 [batch, size, size, 3], each by its own instruction."""
-    import torch
 
     from ip2p.devices import NoiseStream
     from ip2p.diffusion.schedule import SPACINGS
