@@ -490,9 +490,12 @@ def test_full_disk(run, tiny_model_dir: Path, here: Path, monkeypatch: pytest.Mo
 
 
 SLOW_WRITER = """
-import sys, time
+import signal, sys, time
 from PIL import Image
 from ip2p import cli
+
+# Where the tests run in the background, their processes begin with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def slow(self, file, *args, **options):
     with open(file, "wb") as half:
