@@ -674,7 +674,10 @@ def train_unet(run: Run) -> None:
     torch.manual_seed(preset.seed)
     further = (run.output / "start" / "unet").exists()
     unet: Any = _start_unet(run) if further else new_unet(preset)
-    data_seed = preset.seed + (1003 if further else 3)  # further training shall see new pages
+    data_seed = preset.seed + 3
+    if further:  # it shall see new pages, each time that it goes further
+        before = json.loads((run.state_dir / "start.done.json").read_text())["unet"] or {}
+        data_seed += 1000 + int(before.get("steps", 0))
     unet = unet.to(device)
     if device.type == "cpu":
         # As in CLIP: plain attention trains faster on a CPU.
