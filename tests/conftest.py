@@ -1,5 +1,6 @@
 """Shared fixtures, and the import hook that checks every shape annotation while tests run."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -303,3 +304,12 @@ def sd2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def xl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small SDXL editor."""
     return make_xl_model(tmp_path_factory.mktemp("models") / "xl")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and no settings from outside."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("IP2P_")]:
+        monkeypatch.delenv(name)
+    return tmp_path

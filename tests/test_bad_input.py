@@ -23,14 +23,11 @@ from ip2p.config import MAX_PIXELS
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with one good picture, page.png, and no settings from outside."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("IP2P_")]:
-        monkeypatch.delenv(name)
+def here(here: Path) -> Path:
+    """`conftest.here` with one good picture, page.png."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((64, 48)).save("page.png")
-    return tmp_path
+    return here
 
 
 @pytest.fixture

@@ -13,13 +13,7 @@ from PIL import Image, ImageSequence
 from ip2p import chain, cli
 from ip2p.infotext import parse_infotext
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("IP2P_")]:
-        monkeypatch.delenv(name)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 class Darker:

@@ -19,13 +19,7 @@ from ip2p import cli, many
 from ip2p.config import EditConfig
 from ip2p.errors import InputError, ResourceError
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("IP2P_")]:
-        monkeypatch.delenv(name)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def save_pages(folder: Path, names: list[str], seed: int = 0) -> None:

@@ -27,6 +27,14 @@ from torch import Tensor, nn
 from ip2p.errors import InputError, ModelError
 from ip2p.files import write_text
 from ip2p.images import signed_psnr
+from ip2p.storybook.labels import (
+    EDIT_SIZES,
+    IGNORED,
+    PAGE_SIZES,
+    THING_SIZES,
+    edit_labels,
+    scene_labels,
+)
 from ip2p.storybook.scene import rng_for
 from ip2p.train.checkpoints import load_state, save_state
 from ip2p.train.ema import Ema
@@ -162,7 +170,6 @@ class Pages(torch.utils.data.IterableDataset):
         from ip2p.storybook.captions import caption
         from ip2p.storybook.draw import draw
         from ip2p.storybook.edits import sample_edit
-        from ip2p.storybook.labels import edit_labels, scene_labels
         from ip2p.storybook.scene import sample_scene
 
         def pixels(scene: Any) -> Tensor:
@@ -634,8 +641,6 @@ LABELS = ("labels_before", "labels_after", "labels_edit")
 
 def new_heads(preset: Preset) -> nn.ModuleDict:
     """Heads for the page before, the page after, and the edit's words (`train.recognition`)."""
-    from ip2p.storybook.labels import EDIT_SIZES, PAGE_SIZES, THING_SIZES
-
     middle = preset.unet_channels[-2]
     return nn.ModuleDict(
         {
@@ -776,8 +781,6 @@ def train_unet(run: Run) -> None:
         with torch.no_grad():
             numbers = {"mse": float(F.mse_loss(predicted.float(), wanted))}
         if preset.recognition:
-            from ip2p.storybook.labels import EDIT_SIZES, IGNORED
-
             labels = {k: pool[k][rows] for k in LABELS}
             text_null, caption_only = text_null.to(device)[:, None], caption_only.to(device)[:, None]
             # Only what the conditions tell: the page before if it is shown; the page after by a caption

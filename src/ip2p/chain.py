@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ip2p.files import replacing
-from ip2p.images import signed_psnr, to_tensor
+from ip2p.images import resized, signed_psnr, to_tensor
 
 if TYPE_CHECKING:
     from ip2p.clip import Clip
@@ -63,8 +63,7 @@ def drift(start: Image.Image, step: Image.Image, clip: Clip | None) -> Drift:
     """PSNR in dB (at most 106), and the cosine of CLIP's embeddings."""
     from ip2p.rank import image_similarity
 
-    if start.size != step.size:  # --fit model
-        start = start.resize(step.size, Image.Resampling.LANCZOS)
+    start = resized(start, step.size)  # they differ with --fit model
     error = (to_tensor(start) - to_tensor(step)).square().mean()
     return Drift(
         psnr=signed_psnr(error).item(), clip=None if clip is None else image_similarity(clip, start, step)
@@ -87,8 +86,7 @@ def save_animation(frames: Sequence[Image.Image], path: Path, *, frame_ms: int) 
     """Write pictures as a GIF or WebP that repeats, at the last one's size; that one stays twice as long."""
     durations = [frame_ms] * (len(frames) - 1) + [2 * frame_ms]
     size = frames[-1].size
-    shown = [frame.convert("RGB") for frame in frames]
-    shown = [frame if frame.size == size else frame.resize(size, Image.Resampling.LANCZOS) for frame in shown]
+    shown = [resized(frame.convert("RGB"), size) for frame in frames]
     kind = {".gif": "GIF", ".webp": "WEBP"}[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 90} if kind == "WEBP" else {"disposal": 1}
     if kind == "GIF":

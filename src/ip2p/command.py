@@ -36,12 +36,7 @@ def edit(config: EditConfig) -> None:
     if config.examples:
         print(advice.TEXT, end="")
         return
-    if not config.image:
-        raise InputError('no picture is named; write: ip2p edit page.png "make it night"')
-    if not config.instruction.strip():
-        raise InputError(
-            'the instruction is empty; say what to change, as in: ip2p edit page.png "make it night"'
-        )
+    check_words(config, "edit")
     if os.path.isfile(config.instruction):
         raise InputError(
             f"the instruction {config.instruction!r} is a file; the instruction comes last, as in: "
@@ -255,12 +250,7 @@ def edit_many(config: EditConfig) -> None:
 
 def grid(config: GridConfig) -> None:
     """Draw the results over two settings as one picture; its path goes to stdout."""
-    if not config.image:
-        raise InputError('no picture is named; write: ip2p grid page.png "make it night"')
-    if not config.instruction.strip():
-        raise InputError(
-            'the instruction is empty; say what to change, as in: ip2p grid page.png "make it night"'
-        )
+    check_words(config, "grid")
     picture = images.load_image(config.image, max_pixels=config.max_pixels)
     source = Path(config.image)
     out = place(config.out, source, f"{source.stem}-grid.png")
@@ -297,6 +287,15 @@ def grid(config: GridConfig) -> None:
 
 
 # --- what the verbs share -------------------------------------------------------------------------
+
+
+def check_words(config: EditConfig | GridConfig, verb: str) -> None:
+    """Raise InputError unless a picture is named and the instruction says something."""
+    example = f'ip2p {verb} page.png "make it night"'
+    if not config.image:
+        raise InputError(f"no picture is named; write: {example}")
+    if not config.instruction.strip():
+        raise InputError(f"the instruction is empty; say what to change, as in: {example}")
 
 
 def open_picture(config: EditConfig) -> Image.Image:

@@ -29,7 +29,7 @@ from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.errors import InputError, ModelError, ResourceError
-from ip2p.images import MAX_PIXELS, fit_size, load_image, signed_psnr, to_pil, to_tensor
+from ip2p.images import MAX_PIXELS, fit_size, load_image, resized, signed_psnr, to_pil, to_tensor
 from ip2p.infotext import Settings, format_infotext
 from ip2p.masks import held
 from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle
@@ -128,11 +128,14 @@ class Editor:
         control_folder = None if controlnet is None else find_controlnet(controlnet)
         found = find_model(model, revision=revision)
         shapes = None if control_folder is None else part_weights(control_folder).shapes
-        need = footprint_of_stored(open_model(found, weights=weights), number, shapes)
+        stored = open_model(found, weights=weights)
+        need = footprint_of_stored(stored, number, shapes)
         # The autoencoder's own size is the one that the model was made for.
         plan = choose_memory(need, memory, free_bytes(place), (need.tile, need.tile), device=place.type)
         home = torch.device("cpu") if plan.offload else place
-        bundle = load_bundle(model, device=home, dtype=number, revision=revision, weights=weights, vae=vae)
+        bundle = load_bundle(
+            model, device=home, dtype=number, revision=revision, weights=weights, vae=vae, stored=stored
+        )
         apply_loras(bundle, loras)
         control = None
         if control_folder is not None:
@@ -260,12 +263,12 @@ class Editor:
             part = picture.crop(box)
             mask = masks.cut(mask, box, how.feather_of(part.size))
         # All of it is resized, not cropped to fit: the result lies on the input pixel for pixel.
-        shown = part if part.size == working else part.resize(working, Image.Resampling.LANCZOS)
+        shown = resized(part, working)
         control = None
         if how.control_image is not None:
             drawing = load_image(how.control_image, max_pixels=how.max_pixels)
             if mask is not None:
-                drawing = drawing.resize(picture.size, Image.Resampling.LANCZOS).crop(box)
+                drawing = resized(drawing, picture.size).crop(box)
             control = self.control(drawing, working, how.control_scale)
         with _memory_error(*working):
             latent = self.encode_image(to_tensor(shown))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ip2p.images import resized
+
 if TYPE_CHECKING:
     from ip2p.editor import Editor
 
@@ -21,6 +23,11 @@ class Axis:
 
     setting: str
     values: Sequence[float]
+
+    @property
+    def name(self) -> str:
+        """The setting as `Editor.edit` calls it."""
+        return self.setting.replace("-", "_")
 
     def label(self, value: float) -> str:
         return f"{LABELS[self.setting]} {value:g}"
@@ -53,24 +60,23 @@ def draw(
     """
     share = min(1, cell / max(picture.size))
     size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
-    names = {"text-cfg": "text_cfg", "image-cfg": "image_cfg", "seed": "seed", "steps": "steps"}
     cells: list[list[Image.Image]] = []
     for row in rows.values:
         cells.append([])
         for column in columns.values:
-            chosen = settings | {names[rows.setting]: row, names[columns.setting]: column}
+            chosen = settings | {rows.name: row, columns.name: column}
             seed = int(chosen.pop("seed"))
             [result] = editor.edit(
                 picture, instruction, seeds=[seed], **chosen | {"steps": int(chosen["steps"])}
             )
-            cells[-1].append(_scaled(result, size))
+            cells[-1].append(resized(result.convert("RGB"), size))
             made()
     return sheet(
         cells,
         columns=[columns.label(value) for value in columns.values],
         rows=[rows.label(value) for value in rows.values],
         title=f"“{instruction}”",
-        picture=_scaled(picture, size),
+        picture=resized(picture.convert("RGB"), size),
     )
 
 
@@ -115,8 +121,3 @@ def sheet(
         pen.text((GAP, top - line), "input", "black", font)
         paper.paste(picture, (GAP, top))
     return paper
-
-
-def _scaled(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    picture = picture.convert("RGB")
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)

@@ -56,17 +56,23 @@ def nearest(name: str, names: Sequence[str]) -> str | None:
     return folded[close[0]] if close else None
 
 
+def close_file(path: Path) -> Path | None:
+    """What lies in the folder of `path` under the name most like its own, or None."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:  # no folder, or one that cannot be read
+        return None
+    close = nearest(path.name, names)
+    return path.parent / close if close else None
+
+
 def missing_file(path: Path) -> InputError:
     """The error for a file that is not there, with the nearest name beside it."""
     folder = path.parent
     if not folder.is_dir():
         return InputError(f"{path}: the folder {folder} does not exist. Check the path.")
-    try:
-        names = [entry.name for entry in folder.iterdir()]
-    except OSError:
-        names = []
-    close = nearest(path.name, names)
-    hint = f"Did you mean {folder / close}?" if close else "Check the path."
+    close = close_file(path)
+    hint = f"Did you mean {close}?" if close else "Check the path."
     return InputError(f"{path}: no such file. {hint}")
 
 
@@ -293,6 +299,11 @@ def fit_size(width: int, height: int, *, native: int = 512, multiple: int = 64) 
     return tuple(side * units // shorter * multiple for side in (width, height))  # type: ignore[return-value]
 
 
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at `size`, width and height; itself if it has it already."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
 # --- saving ------------------------------------------------------------------------------------
 
 
@@ -364,9 +375,7 @@ def grid(
     for number, row in enumerate(rows):
         y = top + number * step
         for column, image in enumerate(row):
-            shown = image.convert("RGB")
-            if shown.size != (width, height):
-                shown = shown.resize((width, height), Image.Resampling.LANCZOS)
+            shown = resized(image.convert("RGB"), (width, height))
             sheet.paste(shown, (gap + column * (width + gap), y))
         if labels:
             pen.text((gap, y + height + 2), labels[number], "black", font)

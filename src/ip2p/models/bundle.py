@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ip2p.errors import InputError, ModelError
-from ip2p.images import nearest
+from ip2p.images import close_file, nearest
 from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.load import (
@@ -105,6 +105,7 @@ def load_bundle(
     revision: str | None = None,
     weights: Literal["ema", "plain"] = "ema",
     vae: str | Path | None = None,
+    stored: Stored | None = None,
 ) -> Bundle:
     """Load an editor of SD 1.x, SD 2.x or SDXL.
 
@@ -113,11 +114,12 @@ def load_bundle(
     layout; of the averaged and the last weights in it, `weights` are taken, the averaged ones if there
     are any. `vae`: another autoencoder, a folder, a hub name or a single file. Nothing in a file is
     run. The networks take `dtype`; the autoencoder takes it if it is fp16 and fp32 otherwise, since
-    bf16 keeps too few bits for pixels, and SDXL's stays in fp32, which alone holds its values. Raises
+    bf16 keeps too few bits for pixels, and SDXL's stays in fp32, which alone holds its values.
+    `stored`: the model, if it was opened already (`load.open_model`). Raises
     ModelError, and InputError for a revision of what has none.
     """
-    path = find_model(model, revision=revision)
-    stored = open_model(path, weights=weights)
+    stored = stored or open_model(find_model(model, revision=revision), weights=weights)
+    path = stored.path
     check_editor(stored)
     texts = tokenizer_texts(stored)
     parts = {name: _part(stored, name) for name in stored.networks}
@@ -292,12 +294,9 @@ def packaged_models() -> list[str]:
 
 
 def _closest(path: Path, packaged: list[str]) -> str:
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = nearest(path.name, beside)
-    if path.parent == Path(".") and nearest(path.name, packaged):
-        close = nearest(path.name, packaged)
-    if close:
-        return f"Did you mean {path.parent / close}?"
+    ours = nearest(path.name, packaged) if path.parent == Path(".") else None
+    if close := ours or close_file(path):
+        return f"Did you mean {close}?"
     return f"Use storybook, a folder, a .safetensors or .ckpt file, or a hub name like {PHOTO_MODEL}."
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ip2p.errors import ModelError
-from ip2p.images import to_tensor
+from ip2p.images import resized, to_tensor
 from ip2p.models.bundle import from_hub
 from ip2p.models.load import SINGLE_FILES, load_part, read_json
 
@@ -52,9 +52,7 @@ class Control:
 
 def control_tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     """An RGB picture at the working size, width and height: [1, 3, H, W] in [0, 1]."""
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    return (to_tensor(picture) + 1) / 2
+    return (to_tensor(resized(picture, size)) + 1) / 2
 
 
 def find_controlnet(model: str | Path) -> Path:

@@ -215,8 +215,9 @@ class Stored:
     @property
     def cosxl(self) -> bool:
         """Whether the image condition is scaled as CosXL's is, which alone has this scheduler."""
-        edm = str(self.configs["scheduler"].get("_class_name", "")).startswith("EDM")
-        return self.kind == "sdxl" and (edm or bool(self.configs["model_index"].get("is_cosxl_edit")))
+        return self.kind == "sdxl" and (
+            _is_edm(self.configs) or bool(self.configs["model_index"].get("is_cosxl_edit"))
+        )
 
 
 def open_model(path: Path, *, weights: Literal["ema", "plain"] = "ema") -> Stored:
@@ -302,11 +303,14 @@ def _velocity(weights: Weights, kind: str) -> bool:
     return False
 
 
+def _is_edm(configs: Mapping[str, ldm.Config]) -> bool:
+    return str(configs["scheduler"].get("_class_name", "")).startswith("EDM")
+
+
 def _index(configs: Mapping[str, ldm.Config]) -> ldm.Config:
     xl = "text_encoder_2" in configs
     name = f"StableDiffusion{'XL' if xl else ''}"
     edits = configs["unet"].get("in_channels") == 2 * configs["vae"].get("latent_channels", 4)
-    edm = str(configs["scheduler"].get("_class_name", "")).startswith("EDM")
     index: ldm.Config = {
         "_class_name": name + ("InstructPix2PixPipeline" if edits else "Pipeline"),
         "scheduler": ["diffusers", configs["scheduler"].get("_class_name")],
@@ -320,7 +324,7 @@ def _index(configs: Mapping[str, ldm.Config]) -> ldm.Config:
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
             "force_zeros_for_empty_prompt": True,
-            **({"is_cosxl_edit": True} if edm and edits else {}),
+            **({"is_cosxl_edit": True} if _is_edm(configs) and edits else {}),
         }
         return index
     empty = [None, None]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ip2p.errors import InputError, ModelError
-from ip2p.images import nearest
+from ip2p.images import close_file
 from ip2p.models.keys import unet_table
 from ip2p.models.load import Weights, open_weights, unreadable
 
@@ -54,9 +54,8 @@ def check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
         if not math.isfinite(weight):
             raise InputError(f"The weight of {name} is {weight}; use a number, for example --lora {name}:1")
         if not path.is_file():
-            beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            close = nearest(path.name, beside)
-            hint = f"Did you mean {path.parent / close}?" if close else "Check the path."
+            close = close_file(path)
+            hint = f"Did you mean {close}?" if close else "Check the path."
             raise InputError(f"{name}: no such LoRA file. {hint}")
 
 
