@@ -17,7 +17,7 @@ from PIL import Image
 
 from ip2p import cli, many
 from ip2p.config import EditConfig
-from ip2p.errors import InputError, ResourceError
+from ip2p.errors import InputError, ResourceError, Terminated
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -239,7 +239,7 @@ def test_what_the_network_refuses_is_told_with_its_picture() -> None:
     assert len(made) == 6
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, cli._Terminated])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
 def test_what_is_computed_is_written_whatever_stops_the_job(stop: type[BaseException]) -> None:
     save_pages(Path("pages"), [f"{k}.png" for k in range(6)])
     computed = []

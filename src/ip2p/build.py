@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ip2p.clip import MEAN, STD
 from ip2p.errors import InputError, ModelError
 from ip2p.files import write_text
 from ip2p.images import signed_psnr
-from ip2p.storybook.labels import (
-    EDIT_SIZES,
-    IGNORED,
-    PAGE_SIZES,
-    THING_SIZES,
-    edit_labels,
-    scene_labels,
-)
+from ip2p.storybook.labels import EDIT_SIZES, PAGE_SIZES, THING_SIZES
 from ip2p.storybook.scene import rng_for
-from ip2p.train.checkpoints import load_state, save_state
-from ip2p.train.ema import Ema
-from ip2p.train.loss import (
-    BETA_END,
-    BETA_START,
-    TIMESTEPS,
-    add_noise,
-    change_weights,
-    noise_loss,
-    null_conditions,
-    random_timesteps,
-    scaled_linear_alpha_bar,
-    snr_weight,
-    velocity,
-)
-from ip2p.train.recognition import Heads, SceneHead, class_loss
+from ip2p.storybook.source import StorybookSource
+from ip2p.train.cache import encode_pictures
+from ip2p.train.checkpoints import Checkpoints
+from ip2p.train.loop import LoopConfig, fit, new_accelerator, sole_owner
+from ip2p.train.loss import BETA_END, BETA_START, TIMESTEPS, scaled_linear_alpha_bar
+from ip2p.train.objective import EditTask, Objective, place_seed
+from ip2p.train.recognition import Recognition
+from ip2p.train.samples import PooledSamples, Share, Words, read_tokens
+from ip2p.train.transform import Transform
 
 STAGES = ("vae", "clip", "unet")
 
@@ -159,8 +145,7 @@ class Pages(torch.utils.data.IterableDataset):
     """Batches drawn from the storybook, an endless stream in which batch k is the same on every machine.
 
     `kind` "page" yields {"image"}; "pair" yields {"before", "after"} as uint8 [batch, 3, size, size] with
-    the lists "instruction", "caption" (of the page before) and "edited_caption", and the class numbers
-    "labels_before", "labels_after" and "labels_edit" (`storybook.labels`).
+    the lists "instruction", "caption" (of the page before) and "edited_caption".
     """
 
     def __init__(self, kind: str, batch: int, size: int, seed: int, start: int = 0) -> None:
@@ -187,9 +172,6 @@ class Pages(torch.utils.data.IterableDataset):
             "instruction": [e.instruction for e in edits],
             "caption": [caption(e.before, rng) for e, rng in zip(edits, rngs, strict=True)],
             "edited_caption": [caption(e.after, rng) for e, rng in zip(edits, rngs, strict=True)],
-            "labels_before": torch.from_numpy(np.stack([scene_labels(e.before) for e in edits])),
-            "labels_after": torch.from_numpy(np.stack([scene_labels(e.after) for e in edits])),
-            "labels_edit": torch.from_numpy(np.stack([edit_labels(e) for e in edits])),
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -219,18 +201,7 @@ def to_signed(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.to(device, non_blocking=True).float() / 127.5 - 1
 
 
-# --- one loop for every stage -------------------------------------------------------------------
-
-
-@dataclass
-class Clock:
-    """How much of its time a stage has used, over all the calls that it took."""
-
-    used: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    def seconds(self) -> float:
-        return self.used + time.monotonic() - self.started
+# --- what all stages share ----------------------------------------------------------------------
 
 
 class OutOfTime(Exception):
@@ -255,133 +226,49 @@ class Run:
     def done(self, stage: str) -> bool:
         return (self.state_dir / f"{stage}.done.json").exists()
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16)
-
-
-def learning_rate(progress: float, step: int, config: StageConfig) -> float:
-    """Linear warm-up, then a cosine to a fiftieth of the peak as `progress` goes from 0 to 1."""
-    warm = min(1.0, (step + 1) / config.warmup)
-    return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
 
 def train_stage(
     run: Run,
     stage: str,
-    model: nn.Module,
+    task: nn.Module,
     config: StageConfig,
-    losses: Callable[[int, torch.Generator], Iterator[tuple[Tensor, dict[str, float]]]],
-    *,
-    use_ema: bool,
-    extra: dict[str, Any] | None = None,
+    batches: Callable[[int], Iterator[list[Any]]],
 ) -> dict[str, Any]:
-    """Train until the stage's end; resume from its state; raise OutOfTime when this call's time is used up.
-
-    `losses(first, generator)` yields (loss, numbers to log) a step. It counts its data from `first`, the
-    number of steps already made, and takes all its randomness from `generator`, whose state is saved.
-    """
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(0.9, 0.99),
-        fused=True,
+    """Train to the stage's end with the one loop (`train.loop.fit`); OutOfTime when this call's time is up."""
+    result = fit(
+        task,
+        batches,
+        LoopConfig(
+            steps=config.steps,
+            minutes=config.minutes,
+            batch=config.batch,
+            lr=config.lr,
+            schedule="cosine",
+            warmup=config.warmup,
+            weight_decay=config.weight_decay,
+            decay_vectors=False,
+            betas=(0.9, 0.99),
+            clip_norm=config.clip_norm,
+            ema=run.preset.ema,
+            nan_steps=10,
+            save_every=None,
+            save_seconds=run.preset.save_every,
+        ),
+        folder=run.state_dir / stage,
+        accelerator=new_accelerator(run.device, "bf16"),
+        fingerprint=_fingerprint(run, stage),
+        name=stage,
+        deadline=run.deadline,
+        say=run.log,
     )
-    ema = Ema(model, run.preset.ema) if use_ema else None
-    path = run.state_dir / f"{stage}.pt"
-    state, warning = load_state(path)
-    if warning:
-        run.log(f"warning: {warning}")
-    generator = torch.Generator().manual_seed(run.preset.seed)
-    step, clock, curve, bad = 0, Clock(), [], 0
-    if state is not None:
-        own = _fingerprint(run, stage)
-        changed = [k for k in own if state["preset"].get(k) != own[k]]
-        if changed:
-            raise InputError(
-                f"{path} was made with another {' and '.join(changed)} than preset {run.name!r} has now; "
-                f"give another --out, or delete {run.output}"
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        if ema:
-            ema.load_state_dict(state["ema"])
-        step, curve = state["step"], state["curve"]
-        clock.used = state["seconds"]
-        run.log(f"{stage}: going on from step {step}")
-
-    def save() -> None:
-        save_state(
-            {
-                "preset": _fingerprint(run, stage),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema.state_dict() if ema else None,
-                "generator": generator.get_state(),
-                "step": step,
-                "seconds": clock.seconds(),
-                "curve": curve,
-            },
-            path,
-        )
-
-    budget = config.minutes * 60
-    saved = shown = time.monotonic()
-    shown_step = step
-    totals: dict[str, float] = {}
-    count = 0
-    model.train()
-    source = losses(step, generator)
-    while (progress := max(step / config.steps, clock.seconds() / budget)) < 1:
-        if run.deadline is not None and time.monotonic() > run.deadline:
-            save()
-            raise OutOfTime
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, step, config)
-        loss, numbers = next(source)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if torch.isfinite(norm):
-            optimizer.step()
-            if ema:
-                ema.update(model)
-            bad = 0
-        else:
-            bad += 1  # the step is not applied
-            run.log(f"{stage}: step {step} gave {float(loss.detach()):g}; not applied")
-            if bad >= 10:
-                raise FloatingPointError(
-                    f"{stage}: ten steps in a row were not finite; the state before is {path}"
-                )
-        step += 1
-        for key, number in {"loss": float(loss.detach()), **numbers}.items():
-            totals[key] = totals.get(key, 0.0) + number
-        count += 1
-        now = time.monotonic()
-        if now - shown > 20 or step >= config.steps:
-            rate = (step - shown_step) * config.batch / (now - shown)
-            means = {k: round(v / count, 5) for k, v in totals.items()}
-            curve.append({"step": step, "seconds": round(clock.seconds()), **means})
-            text = " ".join(f"{k} {v:g}" for k, v in means.items())
-            run.log(f"{stage}: step {step} {min(progress, 1):.1%} {text} {rate:.0f} samples/s")
-            shown, shown_step, totals, count = now, step, {}, 0
-        if now - saved > run.preset.save_every:
-            save()
-            saved = now
-    save()
-    if ema:
-        ema.copy_to(model)
-    model.eval()
+    if not result.finished:
+        raise OutOfTime
     return {
-        "steps": step,
-        "samples": step * config.batch,
-        "minutes": round(clock.seconds() / 60, 1),
-        "curve": curve,
+        "steps": result.step,
+        "samples": result.step * config.batch,
+        "minutes": round(result.seconds / 60, 1),
+        "curve": result.curve,
         "config": asdict(config),
-        **(extra or {}),
     }
 
 
@@ -420,32 +307,44 @@ def new_vae(preset: Preset) -> nn.Module:
     )
 
 
+class VaeTask(nn.Module):
+    """An autoencoder's loss on pictures in [-1, 1] [batch, 3, h, w], given the noise of their latents."""
+
+    def __init__(self, vae: Any, preset: Preset) -> None:
+        super().__init__()
+        self.vae, self.preset = vae, preset
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        x, noise = (part.to(self.vae.device) for part in batch)
+        posterior = self.vae.encode(x).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        y = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
+        # The absolute error keeps edges, the square adds what PSNR counts. Differences between the
+        # channels count apart: a small thing's hue is a small error, and else is learnt last.
+        off = y - x
+        hue = (off[:, :2] - off[:, 1:]).abs().mean()
+        error = off.abs().mean() + 2 * off.square().mean() + self.preset.hue_weight * hue
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        psnr = signed_psnr(off.detach().square().mean())
+        return error + self.preset.kl_weight * kl, {"kl": float(kl.detach()), "psnr": float(psnr)}
+
+
 def train_vae(run: Run) -> None:
     preset = run.preset
     torch.manual_seed(preset.seed)
     vae = new_vae(preset).to(run.device)
     if run.device.type == "cuda":  # on a CPU this layout's group norms train slower
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    side = preset.size // 2 ** (len(preset.vae_channels) - 1)
 
-    def losses(first: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    def batches(first: int) -> Iterator[list[Any]]:
         pages = Pages("page", preset.vae.batch, preset.size, preset.seed, first)
-        for batch in stream(pages, preset.workers):
-            x = to_signed(batch["image"], run.device)
-            with run.autocast():
-                posterior = vae.encode(x).latent_dist
-                mean, logvar = posterior.mean.float(), posterior.logvar.float()
-                noise = torch.randn(mean.shape, generator=generator).to(run.device)
-                y = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
-            # The absolute error keeps edges, the square adds what PSNR counts. Differences between the
-            # channels count apart: a small thing's hue is a small error, and else is learnt last.
-            off = y - x
-            hue = (off[:, :2] - off[:, 1:]).abs().mean()
-            error = off.abs().mean() + 2 * off.square().mean() + preset.hue_weight * hue
-            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-            psnr = signed_psnr(off.detach().square().mean())
-            yield error + preset.kl_weight * kl, {"kl": float(kl.detach()), "psnr": float(psnr)}
+        for step, batch in enumerate(stream(pages, preset.workers), first):
+            generator = torch.Generator().manual_seed(place_seed("vae", preset.seed, step))
+            noise = torch.randn((preset.vae.batch, 4, side, side), generator=generator)
+            yield [(to_signed(batch["image"], run.device), noise)]
 
-    summary = train_stage(run, "vae", vae, preset.vae, losses, use_ema=True)
+    summary = train_stage(run, "vae", VaeTask(vae, preset), preset.vae, batches)
     scale, known = measure_vae(vae, run)
     vae.register_to_config(scaling_factor=scale)
     vae.save_pretrained(run.output / "vae")
@@ -499,16 +398,6 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def tokenize(tokenizer: Any, texts: list[str], device: torch.device) -> Tensor:
-    return tokenizer(
-        texts,
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids.to(device)
-
-
 def new_clip(preset: Preset, tokenizer: Any) -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
@@ -544,12 +433,44 @@ def clip_loss(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def train_clip(run: Run) -> None:
+class ClipTask(nn.Module):
     """Captions against pictures, and instructions against the direction from one picture to the other.
 
     The second term teaches the text tower what instructions mean; the UNet is conditioned on it.
     Page and edited page stand in the same batch, each the other's hard negative.
     """
+
+    def __init__(self, clip: Any, tokenizer: Any, preset: Preset) -> None:
+        super().__init__()
+        self.clip, self.preset, self.tokens = clip, preset, read_tokens(tokenizer)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        x = pixels.to(self.clip.device).float() / 255
+        if x.shape[-1] != self.preset.clip_pixels:
+            x = F.interpolate(x, size=self.preset.clip_pixels, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        return self.clip.visual_projection(self.clip.vision_model((x - mean) / std).pooler_output).float()
+
+    def texts(self, texts: list[str]) -> Tensor:
+        tokens = self.tokens(texts).text.to(self.clip.device)
+        return self.clip.text_projection(self.clip.text_model(tokens).pooler_output).float()
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        n = len(batch["before"])
+        images = self.images(torch.cat([batch["before"], batch["after"]]))
+        texts = self.texts([*batch["caption"], *batch["edited_caption"], *batch["instruction"]])
+        with torch.autocast(images.device.type, enabled=False):
+            scale = self.clip.logit_scale.exp().clamp(max=100)
+            captions, instructions = F.normalize(texts[: 2 * n], dim=-1), F.normalize(texts[2 * n :], dim=-1)
+            unit = F.normalize(images, dim=-1)
+            direction = F.normalize(unit[n:] - unit[:n], dim=-1, eps=1e-4)
+            image_text = clip_loss(unit, captions, scale)
+            edit = clip_loss(direction, instructions, scale.detach().clamp(max=30))
+            hits = ((unit @ captions.T).argmax(1).cpu() == torch.arange(2 * n)).float().mean()
+        return image_text + 0.5 * edit, {"edit": float(edit.detach()), "top1": float(hits)}
+
+
+def train_clip(run: Run) -> None:
     from transformers import CLIPTokenizer
 
     preset = run.preset
@@ -557,49 +478,22 @@ def train_clip(run: Run) -> None:
         make_tokenizer(run.output / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(run.output / "tokenizer")
     torch.manual_seed(preset.seed)
-    clip = new_clip(preset, tokenizer).to(run.device)
+    clip: Any = new_clip(preset, tokenizer).to(run.device)
     if run.device.type == "cpu":
         # The fused kernel's backward pass is the slower one on a CPU at these lengths.
         clip.set_attn_implementation("eager")
-    mean = torch.tensor(CLIP_MEAN, device=run.device)[:, None, None]
-    std = torch.tensor(CLIP_STD, device=run.device)[:, None, None]
 
-    def image_embeds(pixels: Tensor) -> Tensor:
-        x = pixels.to(run.device).float() / 255
-        if x.shape[-1] != preset.clip_pixels:
-            x = F.interpolate(x, size=preset.clip_pixels, mode="bicubic", antialias=True).clamp(0, 1)
-        return clip.visual_projection(clip.vision_model((x - mean) / std).pooler_output).float()
-
-    def text_embeds(texts: list[str]) -> Tensor:
-        return clip.text_projection(
-            clip.text_model(tokenize(tokenizer, texts, run.device)).pooler_output
-        ).float()
-
-    def losses(first: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    def batches(first: int) -> Iterator[list[Any]]:
         pairs = Pages("pair", preset.clip.batch, preset.size, preset.seed + 2, first)
-        for batch in stream(pairs, preset.workers):
-            n = len(batch["before"])
-            with run.autocast():
-                images = image_embeds(torch.cat([batch["before"], batch["after"]]))
-                texts = text_embeds([*batch["caption"], *batch["edited_caption"], *batch["instruction"]])
-            scale = clip.logit_scale.exp().clamp(max=100)
-            captions, instructions = F.normalize(texts[: 2 * n], dim=-1), F.normalize(texts[2 * n :], dim=-1)
-            unit = F.normalize(images, dim=-1)
-            direction = F.normalize(unit[n:] - unit[:n], dim=-1, eps=1e-4)
-            image_text = clip_loss(unit, captions, scale)
-            edit = clip_loss(direction, instructions, scale.detach().clamp(max=30))
-            hits = ((unit @ captions.T).argmax(1).cpu() == torch.arange(2 * n)).float().mean()
-            yield image_text + 0.5 * edit, {"edit": float(edit.detach()), "top1": float(hits)}
+        return ([batch] for batch in stream(pairs, preset.workers))
 
-    summary = train_stage(run, "clip", clip, preset.clip, losses, use_ema=True)
+    summary = train_stage(run, "clip", ClipTask(clip, tokenizer, preset), preset.clip, batches)
     clip.save_pretrained(run.output / "clip")
     _text_encoder(clip).save_pretrained(run.output / "text_tower")
     _finish(run, "clip", summary)
 
 
 TEXT_TOKENS = 48  # 99% of the captions and every instruction fit
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _text_encoder(clip: nn.Module) -> nn.Module:
@@ -636,36 +530,6 @@ def new_unet(preset: Preset) -> nn.Module:
     )
 
 
-LABELS = ("labels_before", "labels_after", "labels_edit")
-
-
-def new_heads(preset: Preset) -> nn.ModuleDict:
-    """Heads for the page before, the page after, and the edit's words (`train.recognition`)."""
-    middle = preset.unet_channels[-2]
-    return nn.ModuleDict(
-        {
-            "before": SceneHead(middle, THING_SIZES, PAGE_SIZES),
-            "after": SceneHead(middle, THING_SIZES, PAGE_SIZES),
-            "edit": Heads(preset.clip_width, EDIT_SIZES),
-        }
-    )
-
-
-def _outputs_of(*modules: Any) -> list[Tensor]:
-    """A list that holds, after each forward pass, the last attention block's output of each of `modules`."""
-    outputs = [torch.empty(0)] * len(modules)
-
-    def keep(place: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[place] = output[0]
-
-        return hook
-
-    for place, module in enumerate(modules):
-        module.attentions[-1].register_forward_hook(keep(place))
-    return outputs
-
-
 def train_unet(run: Run) -> None:
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
@@ -673,9 +537,9 @@ def train_unet(run: Run) -> None:
 
     preset, device = run.preset, run.device
     vae = AutoencoderKL.from_pretrained(run.output / "vae").to(device).eval().requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)
     tokenizer = CLIPTokenizer.from_pretrained(run.output / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(run.output / "text_tower").to(device)
-    scale = vae.config.scaling_factor
     torch.manual_seed(preset.seed)
     further = (run.output / "start" / "unet").exists()
     unet: Any = _start_unet(run) if further else new_unet(preset)
@@ -688,116 +552,58 @@ def train_unet(run: Run) -> None:
         # As in CLIP: plain attention trains faster on a CPU.
         unet.set_attn_processor(AttnProcessor())
         text_encoder.set_attn_implementation("eager")
-    trained = nn.ModuleDict({"unet": unet})
-    if preset.train_text:
-        trained["text_encoder"] = text_encoder
-    else:
-        text_encoder.eval().requires_grad_(False)
+    recognition = None
     if preset.recognition:
-        trained["recognition"] = heads = new_heads(preset).to(device)
-        seen = _outputs_of(unet.down_blocks[-2], unet.up_blocks[1])
-    alpha_bar = scaled_linear_alpha_bar()
-    config = preset.unet
-    steps_a_pool = preset.pool // config.batch
+        recognition = Recognition(
+            preset.unet_channels[-2],
+            preset.clip_width,
+            THING_SIZES,
+            PAGE_SIZES,
+            EDIT_SIZES,
+            preset.recognition,
+        )
+        recognition.watch(unet)
+    objective = Objective(
+        prediction=preset.prediction,
+        snr_clip=preset.snr_clip,
+        timestep_power=preset.timestep_power,
+        change_share=preset.change_share,
+        change_weight_most=preset.change_weight_most,
+        caption_share=preset.caption_share,
+    )
+    task = EditTask(
+        unet,
+        scaled_linear_alpha_bar(),
+        objective,
+        latent_scale=vae.config.scaling_factor,
+        text_encoder=text_encoder if preset.train_text else None,
+        aside=recognition,
+    )
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        vae.to(memory_format=torch.channels_last)
-        with run.autocast():
-            posterior = vae.encode(
-                to_signed(pixels, device).contiguous(memory_format=torch.channels_last)
-            ).latent_dist
-        return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
+        mean, std = encode_pictures(vae, pixels, autocast=torch.bfloat16)
+        return mean.contiguous(), std.contiguous()
 
-    def new_pool(source: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """Draw and encode `pool` pairs; `changed` marks the latent cells in which the two pages differ."""
-        parts: dict[str, list[Any]] = {}
-        factor = 2 ** (len(preset.vae_channels) - 1)
-        for _ in range(preset.pool // _DRAW):
-            batch = next(source)
-            before, _ = encode(batch["before"])
-            after, after_std = encode(batch["after"])
-            differ = (batch["before"] != batch["after"]).any(dim=1, keepdim=True).float()
-            part = {
-                "before": before,
-                "after": after,
-                "after_std": after_std,
-                "changed": F.max_pool2d(differ, factor).to(device),
-                **{k: batch[k].to(device) for k in LABELS},
-            }
-            for key, value in part.items():
-                parts.setdefault(key, []).append(value)
-            for key in ("instruction", "edited_caption"):
-                parts.setdefault(key, []).extend(batch[key])
-        return {k: torch.cat(v) if isinstance(v[0], Tensor) else v for k, v in parts.items()}
+    @torch.no_grad()
+    def hidden(texts: list[str]) -> Words:
+        return Words(text_encoder(tokens(texts).text.to(device)).last_hidden_state)
 
-    _DRAW = math.gcd(preset.pool, 64)
-
-    def losses(first: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        steps_a_round = steps_a_pool * preset.reuse
-        # A resumed run draws the pool anew in which it stood, and goes on in the middle of it.
-        turn, position = divmod(first, steps_a_round)
-        draws_a_pool = preset.pool // _DRAW
-        pairs = Pages("pair", _DRAW, preset.size, data_seed, turn * draws_a_pool)
-        # While one pool is learnt from, the next is drawn.
-        source = stream(pairs, preset.workers, ahead=draws_a_pool)
-        while True:
-            pool = new_pool(source)
-            shuffle = torch.Generator().manual_seed(preset.seed + turn)
-            order = torch.cat([torch.randperm(preset.pool, generator=shuffle) for _ in range(preset.reuse)])
-            for k in range(position, steps_a_round):
-                rows = order[k * config.batch : (k + 1) * config.batch]
-                yield step_loss(pool, rows, generator)
-            turn, position = turn + 1, 0
-
-    def step_loss(
-        pool: dict[str, Any], rows: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, float]]:
-        n = len(rows)
-        after = pool["after"][rows]
-        gauss = torch.randn((2, *after.shape), generator=generator).to(device)
-        target = (after + pool["after_std"][rows] * gauss[0]) * scale
-        draw = torch.rand(n, generator=generator)
-        text_null, image_null = null_conditions(draw)
-        # Apart from the dropout: a caption and no image, so that the model also draws from a caption alone.
-        caption_only = torch.rand(n, generator=generator) < preset.caption_share
-        image_null = (image_null | caption_only).to(device)
-        texts = [
-            pool["edited_caption"][i] if caption else "" if null else pool["instruction"][i]
-            for i, caption, null in zip(rows.tolist(), caption_only.tolist(), text_null.tolist(), strict=True)
-        ]
-        # The image condition is unscaled, and a missing image is a zero latent (FACTS 2 and 3).
-        image = torch.where(image_null[:, None, None, None], 0.0, pool["before"][rows])
-        t = random_timesteps(n, generator, preset.timestep_power)
-        a = alpha_bar[t].to(device)
-        noisy = add_noise(target, gauss[1], a)
-        with run.autocast():
-            context = text_encoder(tokenize(tokenizer, texts, device)).last_hidden_state.float()
-            predicted = unet(torch.cat([noisy, image], dim=1), t.to(device), context).sample
-        changed = torch.where(image_null[:, None, None, None], 1.0, pool["changed"][rows])
-        cells = change_weights(changed, preset.change_share, preset.change_weight_most)
-        wanted = gauss[1] if preset.prediction == "epsilon" else velocity(target, gauss[1], a)
-        loss = noise_loss(predicted, wanted, snr_weight(a, preset.snr_clip, preset.prediction), cells)
-        with torch.no_grad():
-            numbers = {"mse": float(F.mse_loss(predicted.float(), wanted))}
-        if preset.recognition:
-            labels = {k: pool[k][rows] for k in LABELS}
-            text_null, caption_only = text_null.to(device)[:, None], caption_only.to(device)[:, None]
-            # Only what the conditions tell: the page before if it is shown; the page after by a caption
-            # (text null or not: it takes precedence), or by both conditions; the edit by its words.
-            told = caption_only | ~(text_null | image_null[:, None])
-            before, sees = heads["before"].loss(
-                seen[0], labels["labels_before"].masked_fill(image_null[:, None], IGNORED)
-            )
-            after, knows = heads["after"].loss(seen[1], labels["labels_after"].masked_fill(~told, IGNORED))
-            words = labels["labels_edit"].masked_fill(text_null | caption_only, IGNORED)
-            logits = heads["edit"](context[:, -1].float())
-            edit = class_loss(logits, words, EDIT_SIZES)
-            loss = loss + preset.recognition * (before + after + edit)
-            numbers |= {"sees": sees, "knows": knows, "reads": float(edit.detach())}
-        return loss, numbers
-
-    summary = train_stage(run, "unet", trained, config, losses, use_ema=True)
+    tokens = read_tokens(tokenizer)
+    samples = PooledSamples(
+        StorybookSource(preset.size, seed=data_seed),
+        tokens if preset.train_text else hidden,
+        # Mirrored, a page would disagree with its labels.
+        Transform(size=(preset.size, preset.size), flip=False),
+        encode,
+        objective,
+        Share(batch=preset.unet.batch, micro=preset.unet.batch),
+        seed=data_seed,
+        pool=preset.pool,
+        reuse=preset.reuse,
+        workers=preset.workers,
+    )
+    summary = train_stage(run, "unet", task, preset.unet, samples)
     unet.save_pretrained(run.output / "unet", max_shard_size="15MB")
     text_encoder.save_pretrained(run.output / "text_encoder")
     _finish(run, "unet", summary)
@@ -817,7 +623,7 @@ def start_from(run: Run, model: str) -> None:
 
     from ip2p.models.bundle import find_model
 
-    if run.done("vae") or (run.state_dir / "vae.pt").exists():
+    if run.done("vae") or (run.state_dir / "vae").exists():
         if (run.output / "start").exists():
             return  # the same call again goes on
         raise InputError(f"{run.output} holds a build already; --start needs a new folder: --out OTHER")
@@ -874,12 +680,12 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
         unet = UNet2DConditionModel.from_pretrained(source / "unet")
         text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder")
     else:
-        state, _ = load_state(source / "state" / "unet.pt")
+        state = Checkpoints(source / "state" / "unet").load()
         if state is None:
             raise InputError(
                 f"{source} holds no trained UNet yet; run: ip2p storybook build --output {source}"
             )
-        unet = new_unet(replace(preset, size=state["preset"]["size"]))
+        unet = new_unet(replace(preset, size=state["fingerprint"]["size"]))
         text_encoder = CLIPTextModel.from_pretrained(source / "text_tower")
         average = state["ema"]["average"]
         for part, module in (("unet", unet), ("text_encoder", text_encoder)):
@@ -985,7 +791,7 @@ def run(
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     finished = True
-    with _sole_owner(here.output):
+    with sole_owner(here.output):
         if start is not None:
             start_from(here, start)
         for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
@@ -1018,7 +824,7 @@ def card(run: Run) -> dict[str, Any]:
 
     made = {s: {k: told(s)[k] for k in ("steps", "samples", "minutes")} for s in STAGES if told(s)}
     if "unet" not in made:
-        state, _ = load_state(run.state_dir / "unet.pt")
+        state = Checkpoints(run.state_dir / "unet").load()
         if state is not None:
             batch = run.preset.unet.batch
             minutes = round(state["seconds"] / 60, 1)
@@ -1033,18 +839,3 @@ def card(run: Run) -> dict[str, Any]:
         "preset": run.name,
         "trained": made,
     }
-
-
-@contextlib.contextmanager
-def _sole_owner(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: two builds in one folder would overwrite each other's state."""
-    import fcntl
-
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"another build is at work in {folder}; wait for it or give another --output"
-            ) from None
-        yield

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ip2p import __version__
-from ip2p.errors import InputError, Ip2pError, ResourceError
+from ip2p.errors import InputError, Ip2pError, ResourceError, Terminated
 from ip2p.terminal import say
 
 # verb: (its config in ip2p.config, the function that runs it, what it does in a few words)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped")
         return 130
-    except _Terminated:
+    except Terminated:
         say("stopped by SIGTERM")
         return 143
 
@@ -229,16 +229,12 @@ def _one_line(box: str) -> str:
     return line.removeprefix("Error parsing ") + "."
 
 
-class _Terminated(BaseException):
-    """SIGTERM came. Not an Exception, so that no handler in between swallows it."""
-
-
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
     """Let SIGTERM unwind the stack, so that temporary files go away, as Ctrl-C does."""
 
     def raise_terminated(number: int, frame: types.FrameType | None) -> None:
-        raise _Terminated
+        raise Terminated
 
     try:
         before = signal.signal(signal.SIGTERM, raise_terminated)

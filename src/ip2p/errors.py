@@ -25,3 +25,7 @@ class ResourceError(Ip2pError):
     """Memory, disk or time ran out."""
 
     code = 4
+
+
+class Terminated(BaseException):
+    """SIGTERM came. Not an Exception, so that no handler in between swallows it."""

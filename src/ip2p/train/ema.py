@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -9,26 +12,45 @@ from torch import Tensor, nn
 class Ema:
     """Keeps `decay * average + (1 - decay) * weights`, with decay min(max_decay, (1 + n) / (10 + n)).
 
-    The warm-up of the decay is the released code's: early averages forget the random start.
+    The warm-up of the decay is the released code's: early averages forget the random start. Only trained
+    weights have an average; frozen ones are equal to theirs.
     """
 
     def __init__(self, model: nn.Module, max_decay: float = 0.9999) -> None:
         self.max_decay = max_decay
         self.updates = 0
-        self.average: dict[str, Tensor] = {
-            k: v.detach().clone().float() for k, v in model.state_dict().items()
-        }
+        self.average: dict[str, Tensor] = {k: p.detach().clone().float() for k, p in _trained(model).items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.updates += 1
-        decay = min(self.max_decay, (1 + self.updates) / (10 + self.updates))
-        weights = model.state_dict()
+    def update(self, model: nn.Module, times: int = 1) -> None:
+        """Take the weights in, `times` times: the released code does so after every micro-batch."""
+        weights = _trained(model)
         average = list(self.average.values())
-        torch._foreach_lerp_(average, [weights[k].float() for k in self.average], 1 - decay)
+        new = [weights[k].detach().float() for k in self.average]
+        keep = 1.0  # what is left of the old average: one pass over the weights does for all updates
+        for _ in range(times):
+            self.updates += 1
+            keep *= min(self.max_decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(average, new, 1 - keep)
 
+    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        model.load_state_dict(self.average)
+        weights = _trained(model)
+        for key, value in self.average.items():
+            weights[key].copy_(value)
+
+    @contextlib.contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """The averages as the model's weights while the block runs."""
+        weights = _trained(model)
+        own = {k: weights[k].detach().clone() for k in self.average}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for key, value in own.items():
+                    weights[key].copy_(value)
 
     def state_dict(self) -> dict[str, object]:
         return {"updates": self.updates, "average": self.average}
@@ -38,3 +60,7 @@ class Ema:
         self.updates = state["updates"]
         for key, value in state["average"].items():
             self.average[key].copy_(value)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {k: p for k, p in model.named_parameters() if p.requires_grad}

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-TEXT_NULL_BELOW = 0.10
-IMAGE_NULL_FROM, IMAGE_NULL_BELOW = 0.05, 0.15
 # Stable Diffusion's noise schedule.
 TIMESTEPS, BETA_START, BETA_END = 1000, 0.00085, 0.012
 
 
-def null_conditions(draw: Float[Tensor, " batch"]) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
+@dataclass(frozen=True)
+class Shares:
+    """How many samples lose only their text, only their image, both; the paper's 5% each (section 3.2.1)."""
+
+    text: float = 0.05
+    image: float = 0.05
+    both: float = 0.05
+
+
+def null_conditions(
+    draw: Float[Tensor, " batch"], shares: Shares | None = None
+) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
     """Which samples lose their text, and which their image, from one uniform draw in [0, 1) each.
 
-    One draw decides both, as in the released code: 5% lose the text only, 5% both, 5% the image only
-    (paper, section 3.2.1).
+    One draw decides both, as in the released code: below `text` the text goes, in the next `both` both go,
+    in the next `image` the image.
     """
-    return draw < TEXT_NULL_BELOW, (draw >= IMAGE_NULL_FROM) & (draw < IMAGE_NULL_BELOW)
+    shares = shares or Shares()
+    text_end = shares.text + shares.both
+    return draw < text_end, (draw >= shares.text) & (draw < text_end + shares.image)
 
 
 def add_noise(
@@ -83,11 +96,11 @@ def scaled_linear_alpha_bar(
 
 
 def random_timesteps(
-    count: int, generator: torch.Generator, power: float = 1.0, steps: int = TIMESTEPS
+    uniform: Float[Tensor, " count"], power: float = 1.0, steps: int = TIMESTEPS
 ) -> Int[Tensor, " count"]:
-    """Timesteps `floor(steps u^power)`, u uniform in [0, 1): uniform for power 1 (the paper's), else of
+    """Timesteps `floor(steps u^power)` from uniform draws in [0, 1): uniform for power 1 (the paper's), else of
     density proportional to t^(1 / power - 1)."""
-    return (torch.rand(count, generator=generator).pow(power) * steps).long().clamp(max=steps - 1)
+    return (uniform.pow(power) * steps).long().clamp(max=steps - 1)
 
 
 def change_weights(

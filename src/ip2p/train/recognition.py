@@ -8,11 +8,17 @@ themselves. These heads sit on its features during training, are told the right 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ip2p.train.objective import EditBatch
+
+IGNORED = -100  # the label of what is not asked
 
 
 class Heads(nn.Module):
@@ -65,3 +71,58 @@ def class_loss(
         if (own >= 0).any():
             losses.append(F.cross_entropy(part.reshape(-1, part.shape[-1]), own))
     return torch.stack(losses).mean() if losses else logits.float().sum() * 0
+
+
+class Recognition(nn.Module):
+    """The heads of an editor: on its features for the page before and the page after, on its text for the edit.
+
+    thing_sizes, page_sizes, edit_sizes: how many classes each field has. `watch(unet)` comes first; then
+    each forward pass of the UNet leaves the features that `loss` reads.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        text_width: int,
+        thing_sizes: Sequence[int],
+        page_sizes: Sequence[int],
+        edit_sizes: Sequence[int],
+        weight: float,
+    ) -> None:
+        super().__init__()
+        self.before = SceneHead(channels, thing_sizes, page_sizes)
+        self.after = SceneHead(channels, thing_sizes, page_sizes)
+        self.edit = Heads(text_width, edit_sizes)
+        self.weight = weight
+        self._features: dict[str, Tensor] = {}
+
+    def watch(self, unet: Any) -> None:
+        """Take the page before from the way down, the page after from the way up, at the middle level."""
+        for name, block in (("before", unet.down_blocks[-2]), ("after", unet.up_blocks[1])):
+            block.attentions[-1].register_forward_hook(self._keep(name))
+
+    def _keep(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._features[name] = output[0]
+
+        return hook
+
+    def loss(
+        self, batch: EditBatch, context: Float[Tensor, "batch tokens features"]
+    ) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """The weighted loss, and how often things are named rightly (`sees`, `knows`; `reads` is a loss)."""
+        labels, draws = batch.labels, batch.draws
+        assert labels is not None, "recognition needs drawn pages, whose labels are known"
+        # Only what the conditions tell: the page before if it is shown; the page after by a caption
+        # (text null or not: it takes precedence), or by both conditions; the edit by its words.
+        no_image, no_text = draws.image_null[:, None], draws.text_null[:, None]
+        by_caption = draws.caption_only[:, None]
+        told = by_caption | ~(no_text | no_image)
+        before, sees = self.before.loss(
+            self._features["before"], labels["before"].masked_fill(no_image, IGNORED)
+        )
+        after, knows = self.after.loss(self._features["after"], labels["after"].masked_fill(~told, IGNORED))
+        words = labels["edit"].masked_fill(no_text | by_caption, IGNORED)
+        edit = class_loss(self.edit(context[:, -1]), words, self.edit.sizes)
+        numbers = {"sees": sees, "knows": knows, "reads": float(edit.detach())}
+        return self.weight * (before + after + edit), numbers
