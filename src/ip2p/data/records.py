@@ -29,6 +29,10 @@ class BrokenRow(Exception):
         return f"{self.id}: {self.reason}"
 
 
+class MissingPart(BrokenRow):
+    """A row that lacks a picture, or its words."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """One edit: the pictures before and after, and the instruction that leads from one to the other.

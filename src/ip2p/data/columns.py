@@ -1,0 +1,163 @@
+"""By which names the parts of a row are known: columns of tables, keys of JSON, members of tar shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ip2p.data.records import BrokenRow, MissingPart
+from ip2p.errors import InputError
+
+# The first name is the hub edition's where it has one; MagicBrush's and the obvious ones follow.
+PICTURES: dict[str, tuple[str, ...]] = {
+    "before": (
+        *("original_image", "source_img", "before", "source_image", "input_image", "before_image"),
+        *("input_img", "original", "source", "input"),
+    ),
+    "after": (
+        *("edited_image", "target_img", "after", "target_image", "output_image", "after_image"),
+        *("output_img", "edited_img", "edited", "target", "output"),
+    ),
+    "mask": ("mask_img", "mask", "mask_image"),
+}
+WORDS: dict[str, tuple[str, ...]] = {
+    "instruction": ("edit_prompt", "instruction", "edit_instruction", "edit", "prompt", "text"),
+    "caption": (
+        *("original_prompt", "caption", "original_caption", "source_caption", "input_caption"),
+        *("source_prompt", "input_prompt", "before_caption"),
+    ),
+    "edited_caption": (
+        *("edited_prompt", "edited_caption", "target_caption", "output_caption"),
+        *("target_prompt", "output_prompt", "after_caption"),
+    ),
+    "id": ("id", "key", "pair_id"),
+}
+# The original's prompt.json calls its words by these too; beside pictures they would be pictures.
+ORIGINAL_WORDS = {
+    "instruction": ("edit",),
+    "caption": ("caption", "input"),
+    "edited_caption": ("output",),
+}
+SCORES = (
+    *("seed", "p2p_threshold", "cfg_scale"),
+    *("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"),
+)
+NEEDED = ("before", "after", "instruction")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_PATH_ENDING = re.compile(r"_?(file_?name|path|file)$")
+
+
+def find_columns(names: Iterable[str], *, of: str, paths: bool = False) -> dict[str, str]:
+    """Part of a row → the column that holds it, for the parts that are there.
+
+    `paths`: the pictures are given by the paths of files, so that `before_path` stands for before too.
+    Raises InputError, naming the columns of `of` and the missing ones, without both pictures and an
+    instruction.
+    """
+    seen = list(names)
+    folded: dict[str, str] = {}
+    for name in seen:
+        plain = name.strip().lower().replace(" ", "_").replace("-", "_")
+        folded.setdefault(_PATH_ENDING.sub("", plain) or plain if paths else plain, name)
+    found = {
+        part: folded[next(known for known in knowns if known in folded)]
+        for part, knowns in (PICTURES | WORDS).items()
+        if any(known in folded for known in knowns)
+    }
+    if lacking := [part for part in NEEDED if part not in found]:
+        raise unknown_columns(of, seen, lacking)
+    return found
+
+
+def unknown_columns(
+    of: str, seen: Sequence[str], lacking: Sequence[str], *, what: str = "columns"
+) -> InputError:
+    """The error for a table without a part that every row needs."""
+    needs = "; ".join(f"{part} ({', '.join((PICTURES | WORDS)[part][:3])} …)" for part in lacking)
+    shown = ", ".join(seen[:12]) + (" …" if len(seen) > 12 else "")
+    return InputError(f"{of} has the {what} {shown or '(none)'}; needed besides: {needs}. Rename them.")
+
+
+def words_of(row: Mapping[str, Any], names: Mapping[str, Sequence[str]] = WORDS) -> dict[str, str]:
+    """The words among the keys of a row: instruction, caption, edited_caption and id, "" when absent."""
+    folded = {str(key).lower(): value for key, value in row.items()}
+    found = {}
+    for part in WORDS:
+        values = (folded[name] for name in names.get(part, ()) if folded.get(name) is not None)
+        found[part] = text(next(values, ""))
+    return found
+
+
+def text(value: object) -> str:
+    """A cell as words: nothing for null, without the blanks around."""
+    return "" if value is None else str(value).strip()
+
+
+def scores_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The scores among the keys of a row, and those in its `scores`: a mapping, or one as JSON."""
+    inner = row.get("scores")
+    if isinstance(inner, str):
+        try:
+            inner = json.loads(inner)
+        except ValueError:
+            inner = None
+    given = {key: row.get(key) for key in SCORES} | (dict(inner) if isinstance(inner, Mapping) else {})
+    return {key: number for key, value in given.items() if (number := _number(value)) is not None}
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or value in (None, ""):
+        return None
+    try:
+        if isinstance(value, str):
+            return int(value) if value.lstrip("-").isdigit() else float(value)
+        return value if isinstance(value, int | float) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def stamp(paths: Iterable[Path], *more: object) -> str:
+    """A short hash of the names, sizes and modification times of files; a missing one counts as such."""
+    digest = hashlib.blake2b(repr(more).encode(), digest_size=12)
+    for path in paths:
+        try:
+            known = os.stat(path)
+            digest.update(f"{path.name}\x1f{known.st_size}\x1f{known.st_mtime_ns}\x1e".encode())
+        except OSError:
+            digest.update(f"{path.name}\x1f-\x1e".encode())
+    return digest.hexdigest()
+
+
+def read_picture(path: Path, part: str, id: str) -> bytes:
+    """The bytes of a picture's file. Raises MissingPart, BrokenRow."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingPart(id, f"{part}: the picture {path} is missing") from None
+    except OSError as error:
+        raise BrokenRow(id, f"{part}: {path} cannot be read ({error.strerror})") from None
+
+
+_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
+
+
+def of_split(names: Sequence[str], split: str, *, of: str) -> list[str]:
+    """Those of the names of files (with `/`) that belong to a split; all if no name tells of one.
+
+    A file's own name or a folder of it tells: train-00000-of-00009.parquet, data/train/0000.parquet.
+    Raises InputError when other splits are there and this one is not.
+    """
+    splits = {name: {word for word in re.split(r"[^A-Za-z]+", name.lower()) if word} for name in names}
+    chosen = [name for name in names if split.lower() in splits[name]]
+    others = sorted({word for words in splits.values() for word in words & set(_SPLITS)})
+    if chosen or not others:
+        return chosen or list(names)
+    raise InputError(f"{of} has no split {split}; it has {', '.join(others)}. Choose with --split.")

@@ -1,0 +1,143 @@
+"""Pictures in folders, and a table that names them: before/ and after/ beside metadata.csv or .jsonl."""
+
+from __future__ import annotations
+
+import csv
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ip2p.data import columns
+from ip2p.data.records import BrokenRow, Pair
+from ip2p.errors import InputError
+
+TABLES = (".jsonl", ".csv", ".tsv")
+_STEMS = ("metadata", "captions", "pairs", "edits")
+_NOT_TABLES = {"manifest", "quarantine"}  # ours, beside other outputs
+# Where the pictures of a table with one file name a row lie.
+FOLDERS = (
+    *(("before", "after"), ("input", "output"), ("source", "target"), ("original", "edited")),
+    *(("inputs", "outputs"), ("sources", "targets"), ("originals", "edits")),
+)
+
+
+def find_table(folder: Path) -> Path | None:
+    """The table of a folder: metadata.jsonl or .csv, captions.*, or else the only one that lies in it."""
+    tables = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in TABLES and path.stem not in _NOT_TABLES
+    )
+    for stem in _STEMS:
+        for ending in TABLES:
+            if (path := folder / f"{stem}{ending}") in tables:
+                return path
+    return tables[0] if len(tables) == 1 else None
+
+
+def picture_folders(folder: Path) -> tuple[Path, Path] | None:
+    """The two folders of pictures in a folder, before and after, or None."""
+    for names in FOLDERS:
+        before, after = (folder / name for name in names)
+        if before.is_dir() and after.is_dir():
+            return before, after
+    return None
+
+
+class FolderSource:
+    """The rows of a CSV, TSV or JSONL file whose columns name pictures, relative to the file.
+
+    With one column of file names (`file_name`, `name`, `image`), these lie in both folders beside it.
+    An id is the table's, else the row's number. Raises InputError for a table that cannot be read,
+    unknown columns, or no rows.
+    """
+
+    endless = False
+
+    def __init__(self, table: Path, *, name: str) -> None:
+        self.name, self.table = name, table
+        self._rows = _read_table(table)
+        if not self._rows:
+            raise InputError(f"{table} has no rows. Name another data set.")
+        seen = list(dict.fromkeys(key for row in self._rows if isinstance(row, dict) for key in row))
+        self._folders: tuple[Path, Path] | None = None
+        self._columns = self._find(seen)
+
+    def _find(self, seen: list[str]) -> dict[str, str]:
+        try:
+            return columns.find_columns(seen, of=str(self.table), paths=True)
+        except InputError:
+            folders = picture_folders(self.table.parent)
+            plain = {name.strip().lower(): name for name in seen}
+            file = next(
+                (plain[n] for n in ("file_name", "filename", "file", "name", "image") if n in plain), None
+            )
+            if folders is None or file is None:
+                raise
+            self._folders = folders
+            rest = [name for name in seen if name != file]
+            found = columns.find_columns([*rest, "before", "after"], of=str(self.table))
+            return found | {"before": file, "after": file}
+
+    @cached_property
+    def key(self) -> str:
+        files = [path for row in range(len(self)) for path in self._paths(row) if path is not None]
+        return columns.stamp([self.table, *files], "folders")
+
+    def _paths(self, row: int) -> list[Path | None]:
+        """Where the pictures of a row lie: before, after, mask."""
+        cells = self._rows[row]
+        found: list[Path | None] = []
+        for number, part in enumerate(("before", "after", "mask")):
+            name = columns.text(cells.get(self._columns.get(part, ""))) if isinstance(cells, dict) else ""
+            folder = self._folders[number] if self._folders and number < 2 else self.table.parent
+            found.append(folder / name if name else None)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def blocks(self) -> list[range]:
+        return [range(len(self))]
+
+    def __getitem__(self, row: int) -> Pair:
+        cells, id = self._rows[row], f"{row:07}"
+        if isinstance(cells, str):
+            raise BrokenRow(id, cells)
+        id = columns.text(cells.get(self._columns.get("id", "id"))) or id
+        words = {
+            part: columns.text(cells.get(self._columns.get(part, "")))
+            for part in ("instruction", "caption", "edited_caption")
+        }
+        before, after, mask = self._paths(row)
+        return Pair(
+            id=id,
+            before=columns.read_picture(before, "before", id),
+            after=columns.read_picture(after, "after", id),
+            mask=None if mask is None else columns.read_picture(mask, "mask", id),
+            scores=columns.scores_of(cells),
+            **words,
+        )
+
+
+def _read_table(path: Path) -> list[dict[str, Any] | str]:
+    """The rows by column; in place of a row that cannot be read, why."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() != ".jsonl":
+                tab = path.suffix.lower() == ".tsv"
+                return [dict(row) for row in csv.DictReader(file, delimiter="\t" if tab else ",")]
+            return [_object(line, number) for number, line in enumerate(file, 1) if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no UTF-8 text. Save it as UTF-8.") from None
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read as a table ({error}). Mend it, or write JSONL.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
+
+
+def _object(line: str, number: int) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    return row if isinstance(row, dict) else f"line {number} of the table is no JSON object"

@@ -1,0 +1,139 @@
+"""Data sets of the hub: their parquet files in the cache, or read where they lie without being fetched."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ip2p.data.columns import of_split
+from ip2p.errors import InputError, ModelError
+
+CONVERTED = "refs/convert/parquet"  # where the hub keeps a parquet edition of most data sets
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no path here can be one of the hub: owner/name."""
+    local = name.startswith((".", "~", "/", "\\")) or Path(name).parent.is_dir()
+    return not local and re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None
+
+
+def download_command(name: str, revision: str | None) -> str:
+    more = f" --revision {revision}" if revision else ""
+    return f"hf download --repo-type dataset {name}{more} --include '*.parquet'"
+
+
+def cached_files(name: str, split: str, revision: str | None = None) -> tuple[list[Path], str]:
+    """The parquet files of a split in the cache, fetched if they are not there; and their commit.
+
+    Raises ModelError when the hub is needed and cannot be reached, or has no such data set or revision;
+    InputError for a split that it lacks.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fetch(files: Sequence[str], *, local: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=list(files),
+                local_files_only=local,
+            )
+        )
+
+    offline = constants.HF_HUB_OFFLINE
+    with contextlib.suppress(LocalEntryNotFoundError):
+        folder = fetch(["*.parquet"], local=True)
+        there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet"))
+        # A fetch of some files alone, or one that was stopped, leaves a part of them.
+        if there and (chosen := _chosen(there, split, name, offline)):
+            return [folder / file for file in chosen], folder.name
+    if offline:
+        raise ModelError(
+            f"The data set {name} is not whole in the cache and HF_HUB_OFFLINE is set. "
+            f"Fetch it: {download_command(name, revision)}"
+        )
+    files, _ = _listed(name, split, revision)
+    try:
+        folder = fetch(files, local=False)
+    except Exception as error:
+        raise _told(name, revision, error) from None
+    return [folder / file for file in files], folder.name
+
+
+def _chosen(there: Sequence[str], split: str, name: str, offline: bool) -> list[str]:
+    """Those of the split if they are whole, as far as their names tell; else none."""
+    try:
+        chosen = of_split(there, split, of=name)
+    except InputError:
+        return []  # the other split was fetched
+    parts = [re.search(r"-(\d+)-of-(\d+)\.parquet$", file) for file in chosen]
+    if all(parts):
+        wholes = {
+            (file[: part.start()], int(part[2])) for file, part in zip(chosen, parts, strict=True) if part
+        }
+        return chosen if sum(count for _, count in wholes) == len(chosen) else []
+    return chosen if offline else []  # these names do not tell how many there are
+
+
+def remote_files(name: str, split: str, revision: str | None = None) -> tuple[list[str], str]:
+    """The paths of a split's parquet files in the hub's file system, at the commit that comes with them."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"The data set {name} cannot be streamed: HF_HUB_OFFLINE is set. "
+            f"Fetch it where there is a network, then go without --stream: {download_command(name, revision)}"
+        )
+    files, commit = _listed(name, split, revision)
+    return [f"datasets/{name}@{commit}/{file}" for file in files], commit
+
+
+def _listed(name: str, split: str, revision: str | None) -> tuple[list[str], str]:
+    from huggingface_hub import HfApi
+
+    try:
+        known = HfApi().dataset_info(name, revision=revision)
+    except Exception as error:
+        raise _told(name, revision, error) from None
+    files = sorted(entry.rfilename for entry in known.siblings or () if entry.rfilename.endswith(".parquet"))
+    if not files:
+        raise InputError(
+            f"The data set {name} has no parquet files"
+            + (f" at {revision}." if revision else f"; try the hub's own edition: --revision {CONVERTED}")
+        )
+    return of_split(files, split, of=name), str(known.sha)
+
+
+def filesystem() -> Any:
+    """The hub as an fsspec file system."""
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem()
+
+
+def unreachable(name: str, error: Exception, revision: str | None = None) -> ModelError:
+    return ModelError(
+        f"The hub cannot be reached for the data set {name} ({type(error).__name__}). "
+        f"Where there is a network: {download_command(name, revision)}"
+    )
+
+
+def _told(name: str, revision: str | None, error: Exception) -> ModelError:
+    """The client's errors in a line; it raises its own, its transport's, and OSError."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        command = download_command(name, revision)
+        return ModelError(
+            f"{name} asks for an agreement. Accept it on its page, then: HF_TOKEN=... {command}"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ModelError(f"{name} has no revision {revision}. Check it on the data set's page.")
+    if isinstance(error, RepositoryNotFoundError):
+        return ModelError(f"{name} is neither a path here nor a data set on the hub. Check the name.")
+    return unreachable(name, error, revision)
