@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from ip2p.diffusion.schedule import Schedule, karras_sigmas, linspace_sigmas, schedule_from_config
+from ip2p.diffusion.schedule import (
+    Schedule,
+    alpha_bar_from_config,
+    karras_sigmas,
+    linspace_sigmas,
+    schedule_from_config,
+)
 from ip2p.errors import ModelError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -58,11 +64,40 @@ def test_other_betas_are_read():
 
 @pytest.mark.parametrize(
     "change",
-    [{"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "sample"}, {"rescale_betas_zero_snr": True}],
+    [{"beta_schedule": "laplace"}, {"prediction_type": "sample"}],
 )
 def test_what_cannot_be_sampled_is_an_error_that_names_it(change):
     with pytest.raises(ModelError, match=next(iter(change))):
         schedule_from_config(SD | change)
+
+
+NOISES = [
+    SD,
+    SD | {"num_train_timesteps": 500},
+    {"beta_schedule": "linear"},
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"trained_betas": [0.01, 0.2, 0.4]},
+    SD | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    {"beta_schedule": "linear", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+]
+
+
+@pytest.mark.parametrize("config", NOISES, ids=lambda config: "-".join(map(str, config)))
+def test_noise_is_that_of_diffusers_in_training_and_in_sampling(config):
+    """Oracles: diffusers' DDPMScheduler and EulerAncestralDiscreteScheduler."""
+    from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
+
+    theirs = DDPMScheduler.from_config(config).alphas_cumprod
+    kept = alpha_bar_from_config(config)
+    assert kept.shape == theirs.shape and (kept.diff() < 0).all()
+    torch.testing.assert_close(kept, theirs, rtol=1e-6, atol=1e-7)
+    if config.get("rescale_betas_zero_snr"):
+        assert kept[-1] == 0  # training sees noise alone
+    sampler = EulerAncestralDiscreteScheduler.from_config(config)
+    sigmas = sampler.sigmas.flip(0)[1:].double()
+    # The smallest sigmas after a rescaling keep few digits: diffusers turns ᾱ to betas and back.
+    rtol = 1e-3 if config.get("rescale_betas_zero_snr") else 2e-6
+    torch.testing.assert_close(schedule_from_config(config).levels, sigmas, rtol=rtol, atol=1e-7)
 
 
 COSXL = {

@@ -50,7 +50,7 @@ class Schedule:
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """Read a diffusers `scheduler_config.json` (scaled_linear, linear or trained betas, or CosXL's EDM).
+    """Read a diffusers `scheduler_config.json`, of betas (`alpha_bar_from_config`) or CosXL's EDM.
 
     Raises ModelError for a beta schedule or a prediction type that this package does not sample.
     """
@@ -62,11 +62,20 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
         )
     if "sigma_data" in config:
         return _edm_schedule(config, prediction)
+    kept = alpha_bar_from_config(config)
     if config.get("rescale_betas_zero_snr"):
-        raise ModelError(
-            "The scheduler asks for rescale_betas_zero_snr, whose first sigma is infinite. "
-            "Use a model trained without it."
-        )
+        # No signal at all would be an infinite sigma: diffusers, too, begins at 4096.
+        kept[-1] = 2**-24
+    return Schedule((((1 - kept) / kept) ** 0.5).double(), prediction)
+
+
+def alpha_bar_from_config(config: Mapping[str, Any]) -> Float[Tensor, "train_steps"]:
+    """ᾱ(t) of training for t = 0 … T-1, falling, from a diffusers `scheduler_config.json`.
+
+    scaled_linear, linear, squaredcos_cap_v2 (Nichol and Dhariwal 2021, eq. 17) or trained betas, with
+    the last ᾱ moved to zero where `rescale_betas_zero_snr` says so (Lin et al. 2024, algorithm 1). Raises
+    ModelError for another schedule.
+    """
     kind = config.get("beta_schedule", "linear")
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     count = config.get("num_train_timesteps", 1000)
@@ -76,14 +85,20 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
     elif kind == "linear":
         betas = torch.linspace(start, end, count, dtype=torch.float32)
+    elif kind == "squaredcos_cap_v2":
+        cosine = ((torch.arange(count + 1, dtype=torch.float64) / count + 0.008) / 1.008 * torch.pi / 2).cos()
+        betas = (1 - (cosine[1:] / cosine[:-1]).square()).clamp(max=0.999).float()
     else:
         raise ModelError(
-            f"The scheduler's beta_schedule is {kind!r}; scaled_linear and linear can be sampled. "
-            "Use a model of one of these kinds."
+            f"The scheduler's beta_schedule is {kind!r}; scaled_linear, linear and squaredcos_cap_v2 are "
+            "known. Use a model of one of these kinds."
         )
     # The product in fp32, as diffusers has it: in fp64 sigma would differ by 3 parts in a million.
     kept = torch.cumprod(1 - betas, dim=0)
-    return Schedule((((1 - kept) / kept) ** 0.5).double(), prediction)
+    if config.get("rescale_betas_zero_snr"):
+        root = kept.sqrt()
+        kept = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    return kept
 
 
 def _edm_schedule(config: Mapping[str, Any], prediction: str) -> Schedule:
