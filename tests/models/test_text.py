@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ip2p.models.bundle import load_bundle
-from ip2p.models.text import Prompt, encode_prompt, join_prompts
+from ip2p.models.text import Prompt, drop_text, encode_prompt, encode_prompts, join_prompts
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +39,32 @@ def test_texts_join_as_rows(bundle):
     plain = join_prompts([Prompt(torch.zeros(1, 2, 3)), Prompt(torch.ones(1, 2, 3))])
     assert plain.hidden[:, 0, 0].tolist() == [0, 1] and plain.pooled is None and plain.time_ids is None
     assert join_prompts([torch.zeros(1, 2, 3), torch.ones(1, 2, 3)]).shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["tiny_model_dir", "sd2_dir", "xl_dir"])
+def test_texts_together_are_encoded_as_each_alone(request, name):
+    bundle = load_bundle(request.getfixturevalue(name))
+    texts = ["make it night", "", "snow", "make it night " * 30]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the cut text
+        together = encode_prompts(bundle, texts, (64, 32))
+        alone = join_prompts([encode_prompt(bundle, text, (64, 32)) for text in texts])
+    for part in ("hidden", "pooled", "time_ids"):
+        one, other = getattr(together, part), getattr(alone, part)
+        assert (one is None) == (other is None) == (part != "hidden" and bundle.kind == "sd")
+        if one is not None:
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["tiny_model_dir", "xl_dir"])
+def test_a_dropped_text_is_the_empty_one_and_sdxls_summary_goes_with_it(request, name):
+    bundle = load_bundle(request.getfixturevalue(name))
+    prompt = encode_prompts(bundle, ["night", "snow", "rain"], (64, 32))
+    null = encode_prompt(bundle, "", (64, 32))
+    mixed = drop_text(prompt, null, torch.tensor([False, True, False]))
+    for part in ("hidden", "pooled") if bundle.kind == "sdxl" else ("hidden",):
+        kept, empty, one = (getattr(p, part) for p in (prompt, null, mixed))
+        assert torch.equal(one[[0, 2]], kept[[0, 2]]) and torch.equal(one[1], empty[0])
+        assert not torch.equal(kept[1], empty[0])
+    assert mixed.time_ids is prompt.time_ids

@@ -31,7 +31,12 @@ class Prompt:
 
 
 def encode_prompt(bundle: Bundle, text: str, size: tuple[int, int]) -> Prompt:
-    """Encode one text for a picture of `size`, its width and height in pixels.
+    """Encode one text for a picture of `size`, its width and height in pixels: `encode_prompts` of one."""
+    return encode_prompts(bundle, [text], size)
+
+
+def encode_prompts(bundle: Bundle, texts: Sequence[str], size: tuple[int, int]) -> Prompt:
+    """Encode texts, a row each, for pictures of `size`, their width and height in pixels.
 
     SD: the encoder's last hidden state; the folder of an SD 2.x model leaves out the encoder's last
     layer, so that this is the penultimate one of OpenCLIP. SDXL: both encoders' penultimate hidden
@@ -39,9 +44,25 @@ def encode_prompt(bundle: Bundle, text: str, size: tuple[int, int]) -> Prompt:
     text beyond the encoder's tokens. Raises ModelError for another size conditioning than SDXL's.
     """
     if bundle.kind == "sd":
-        tokens = _tokens(bundle.tokenizer, text, bundle.text_encoder.device)
+        tokens = _tokens(bundle.tokenizer, texts, bundle.text_encoder.device)
         return Prompt(bundle.text_encoder(tokens)[0].float())
-    return _encode_for_sdxl(bundle, text, size)
+    return _encode_for_sdxl(bundle, texts, size)
+
+
+def drop_text(prompt: Prompt, null: Prompt, dropped: Tensor) -> Prompt:
+    """`prompt` with the rows where `dropped` [batch] is true made those of `null`, an encoded "".
+
+    SDXL's pooled summary goes with the text; the numbers of the picture's size stay.
+    """
+
+    def mixed(kept: Tensor, empty: Tensor) -> Tensor:
+        return torch.where(dropped.to(kept.device).view(-1, *(1,) * (kept.ndim - 1)), empty, kept)
+
+    pooled = prompt.pooled
+    if pooled is not None:
+        assert null.pooled is not None, "both are SDXL's"
+        pooled = mixed(pooled, null.pooled)
+    return Prompt(mixed(prompt.hidden, null.hidden), pooled, prompt.time_ids)
 
 
 def join_prompts(prompts: Sequence[Tensor | Prompt]) -> Tensor | Prompt:
@@ -59,19 +80,21 @@ def join_prompts(prompts: Sequence[Tensor | Prompt]) -> Tensor | Prompt:
     return Prompt(hidden, rows([p.pooled for p in some]), rows([p.time_ids for p in some]))
 
 
-def _encode_for_sdxl(bundle: Bundle, text: str, size: tuple[int, int]) -> Prompt:
+def _encode_for_sdxl(bundle: Bundle, texts: Sequence[str], size: tuple[int, int]) -> Prompt:
     first, second = bundle.text_encoder, bundle.text_encoder_2
     assert second is not None and bundle.tokenizer_2 is not None, "an SDXL bundle has two text encoders"
-    one = first(_tokens(bundle.tokenizer, text, first.device), output_hidden_states=True)
+    one = first(_tokens(bundle.tokenizer, texts, first.device), output_hidden_states=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first tokenizer said what was cut
-        tokens = _tokens(bundle.tokenizer_2, text, second.device)
+        tokens = _tokens(bundle.tokenizer_2, texts, second.device)
     two = second(tokens, output_hidden_states=True)
     hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1).float()
     pooled = two.text_embeds.float()
-    if not text and bundle.zero_empty_text:
-        hidden, pooled = torch.zeros_like(hidden), torch.zeros_like(pooled)
-    return Prompt(hidden, pooled, _time_ids(bundle.unet, pooled.shape[-1], size).to(hidden.device))
+    if bundle.zero_empty_text:
+        empty = torch.tensor([not text for text in texts], device=hidden.device)
+        hidden, pooled = hidden.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
+    numbers = _time_ids(bundle.unet, pooled.shape[-1], size).to(hidden.device)
+    return Prompt(hidden, pooled, numbers.repeat(len(texts), 1))
 
 
 def _time_ids(unet: Any, projected: int, size: tuple[int, int]) -> Tensor:
@@ -87,15 +110,18 @@ def _time_ids(unet: Any, projected: int, size: tuple[int, int]) -> Tensor:
     return torch.tensor([numbers], dtype=torch.float32)
 
 
-def _tokens(tokenizer: Any, text: str, device: torch.device) -> Tensor:
-    """[1, limit] token ids. A warning names the text cut off."""
+def _tokens(tokenizer: Any, texts: Sequence[str], device: torch.device) -> Tensor:
+    """[batch, limit] token ids. A warning names the text cut off."""
     limit = tokenizer.model_max_length
-    whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    if len(whole["input_ids"]) > limit:
-        # The last place is the end token's.
-        cut = text[whole["offset_mapping"][limit - 1][0] :].strip()
-        warnings.warn(
-            f"The text is longer than {limit} tokens; this part has no effect: {cut!r}", stacklevel=1
-        )
-    padded = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+    for text in texts:
+        whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        if len(whole["input_ids"]) > limit:
+            # The last place is the end token's.
+            cut = text[whole["offset_mapping"][limit - 1][0] :].strip()
+            warnings.warn(
+                f"The text is longer than {limit} tokens; this part has no effect: {cut!r}", stacklevel=1
+            )
+    padded = tokenizer(
+        list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+    )
     return padded["input_ids"].to(device)
