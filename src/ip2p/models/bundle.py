@@ -77,7 +77,8 @@ class Bundle:
 
     latent_scale multiplies target latents; condition_scale those of the input image, which most
     editors saw unscaled. latent_factor is pixels a latent cell; size_multiple is what the pixel sizes must
-    be a multiple of. zero_empty_text: SDXL's empty text is zeros and not encoded.
+    be a multiple of. zero_empty_text: SDXL's empty text is zeros and not encoded. widened: the UNet was no
+    editor's, and its new input channels are still zero (`base.load_base`).
     """
 
     unet: UNet2DConditionModel
@@ -95,6 +96,7 @@ class Bundle:
     kind: Literal["sd", "sdxl"] = "sd"
     condition_scale: float = 1.0
     zero_empty_text: bool = True
+    widened: bool = False
 
 
 def load_bundle(
@@ -107,7 +109,7 @@ def load_bundle(
     vae: str | Path | None = None,
     stored: Stored | None = None,
 ) -> Bundle:
-    """Load an editor of SD 1.x, SD 2.x or SDXL.
+    """Load an editor of SD 1.x, SD 2.x or SDXL, in eval mode and without gradients.
 
     `model`: `storybook`, a folder in the diffusers format, a hub name such as
     timbrooks/instruct-pix2pix (at `revision`), or a single .safetensors or .ckpt file in the LDM
@@ -119,23 +121,38 @@ def load_bundle(
     ModelError, and InputError for a revision of what has none.
     """
     stored = stored or open_model(find_model(model, revision=revision), weights=weights)
-    path = stored.path
     check_editor(stored)
+    return make_bundle(stored, str(model), device=device, dtype=dtype, vae=vae)
+
+
+def make_bundle(
+    stored: Stored,
+    name: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    vae: str | Path | None = None,
+    unet: UNet2DConditionModel | None = None,
+) -> Bundle:
+    """The networks of an opened model, whatever its UNet takes; `load_bundle` says the rest.
+
+    name: what the model is called if it does not say. unet: a UNet to take instead of the model's, as
+    it is. Raises ModelError.
+    """
+    path = stored.path
     texts = tokenizer_texts(stored)
-    parts = {name: _part(stored, name) for name in stored.networks}
+    parts = {part: _part(stored, part) for part in stored.networks if part != "unet" or unet is None}
     if vae is not None:
         parts["vae"] = _find_vae(vae, stored)
     whole = stored.kind == "sdxl" and parts["vae"].config.get("force_upcast", True)
     half = dtype if dtype == torch.float16 and not whole else torch.float32
     # The networks are built from here on: that takes seconds, and a bad file should say so at once.
-    networks = {
-        name: _load(part, name, half if name == "vae" else dtype, device) for name, part in parts.items()
-    }
+    networks = {key: _load(part, key, half if key == "vae" else dtype, device) for key, part in parts.items()}
     tokenizers = {
-        name: make_tokenizer(files, path / name if stored.layout == "folder" else path)
-        for name, files in texts.items()
+        key: make_tokenizer(files, path / key if stored.layout == "folder" else path)
+        for key, files in texts.items()
     }
-    unet, autoencoder = networks["unet"], networks["vae"]
+    unet, autoencoder = unet or networks["unet"], networks["vae"]
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     halvings = len(unet.config.block_out_channels) - 1
     native = _square(unet.config.sample_size) * factor
@@ -148,7 +165,7 @@ def load_bundle(
         latent_scale=autoencoder.config.scaling_factor,
         latent_factor=factor,
         size_multiple=max(8, factor * 2**halvings),
-        card=_card(stored, str(model), native_size=native),
+        card=_card(stored, name, native_size=native),
         folder=path,
         text_encoder_2=networks.get("text_encoder_2"),
         tokenizer_2=tokenizers.get("tokenizer_2"),
@@ -201,7 +218,7 @@ def _find_vae(vae: str | Path, stored: Stored) -> _Part:
         part = _vae_folder(path)
     elif path.is_file() or path.suffix in SINGLE_FILES:
         part = _vae_file(path, scale)
-    elif _is_hub_name(str(vae), path):
+    elif is_hub_name(str(vae), path):
         part = _vae_folder(from_hub(str(vae), HUB_PART, lambda folder: _has_config(folder)))
     else:
         raise ModelError(f"{vae}: no such autoencoder. {_closest(path, [])}")
@@ -263,7 +280,7 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
         )
     path = Path(name).expanduser()
     packaged = packaged_models()
-    if not path.exists() and name not in packaged and _is_hub_name(name, path):
+    if not path.exists() and name not in packaged and is_hub_name(name, path):
         return from_hub(name, HUB_FILES, _is_whole, revision=revision)
     if revision is not None:
         raise InputError(f"{name} is not a hub name, so it has no --revision {revision}; leave it out.")
@@ -283,7 +300,8 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     raise ModelError(f"{name}: no such model {what}. {_closest(path, packaged)}")
 
 
-def _is_hub_name(name: str, path: Path) -> bool:
+def is_hub_name(name: str, path: Path) -> bool:
+    """Whether `name` can only mean a model on the hub: OWNER/NAME, and no place here. `path` is it as one."""
     local = name.startswith((".", "~", "/", "\\")) or path.parent.is_dir() or path.suffix in SINGLE_FILES
     return not local and re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None
 

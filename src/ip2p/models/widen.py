@@ -1,0 +1,41 @@
+"""A Stable Diffusion UNet made to take a picture beside the noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ip2p.errors import ModelError
+
+
+def widen_conv_in(unet: Any, channels: int = 8) -> None:
+    """Let a UNet take `channels` input channels, in place: those that it had, then new ones of weight zero.
+
+    The bias is copied, so that before any step the UNet answers as it did whatever the new channels hold
+    (paper, section 3.2). Its config says the new number. Raises ModelError if it takes more already.
+    """
+    old = unet.conv_in
+    if old.in_channels > channels:
+        raise ModelError(
+            f"This UNet takes {old.in_channels} channels, more than the {channels} of an editor. "
+            "Use one that takes fewer."
+        )
+    new = nn.Conv2d(
+        channels,
+        old.out_channels,
+        old.kernel_size,
+        stride=old.stride,
+        padding=old.padding,
+        bias=old.bias is not None,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        if new.bias is not None:
+            new.bias.copy_(old.bias)
+    unet.conv_in = new.requires_grad_(old.weight.requires_grad)
+    unet.register_to_config(in_channels=channels)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from bases import make_base, random_latent, run_unet
+from conftest import make_model
+from torch import nn
+
+from ip2p.errors import ModelError
+from ip2p.models.base import load_base
+from ip2p.models.load import load_part
+from ip2p.models.widen import widen_conv_in
+
+
+@pytest.fixture(scope="module")
+def bases(sd1_dir, sd2_dir, xl_dir, tmp_path_factory):
+    """Folders with a small SD 1.x, 2.x and SDXL, by those names. Do not write into them."""
+    folder = tmp_path_factory.mktemp("bases")
+    editors = {"SD 1.x": sd1_dir, "SD 2.x": sd2_dir, "SDXL": xl_dir}
+    return {name: make_base(editor, folder / name) for name, editor in editors.items()}
+
+
+def four_channels(folder):
+    from diffusers import UNet2DConditionModel
+
+    return load_part(UNet2DConditionModel, folder / "unet", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["SD 1.x", "SD 2.x", "SDXL"])
+def test_a_widened_unet_answers_as_before_whatever_the_picture(bases, name):
+    before = four_channels(bases[name])
+    assert before.conv_in.bias.abs().min() > 0
+    widened = load_base(bases[name]).unet.eval()
+    noisy = random_latent(4)
+    expected = run_unet(before, noisy)
+    for picture in (torch.zeros(2, 4, 8, 8), random_latent(4, seed=3), 30 * random_latent(4, seed=4)):
+        assert torch.equal(run_unet(widened, torch.cat([noisy, picture], dim=1)), expected)
+
+
+def test_new_channels_are_zero_and_the_bias_is_copied(tmp_path):
+    unet = four_channels(make_model(tmp_path / "base", in_channels=4))
+    old = unet.conv_in
+    widen_conv_in(unet)
+    new = unet.conv_in
+    assert unet.config.in_channels == new.in_channels == 8
+    assert torch.equal(new.weight[:, :4], old.weight) and (new.weight[:, 4:] == 0).all()
+    assert torch.equal(new.bias, old.bias) and new.bias.data_ptr() != old.bias.data_ptr()
+    # A gradient reaches the new channels, so that training can use the picture.
+    new.requires_grad_(True)(torch.ones(1, 8, 4, 4)).sum().backward()
+    assert (new.weight.grad[:, 4:] != 0).all()
+
+
+def test_a_unet_that_takes_more_channels_is_refused(tmp_path):
+    unet = four_channels(make_model(tmp_path / "base", in_channels=4))
+    unet.conv_in = nn.Conv2d(9, 32, 3, padding=1)
+    with pytest.raises(ModelError, match="takes 9 channels, more than the 8"):
+        widen_conv_in(unet)
