@@ -264,9 +264,9 @@ def test_the_tokenizer_of_a_file_without_one(bare, tmp_path, monkeypatch):
 
 
 def test_openclip_sees_zeros_after_the_text(xl_dir):
-    from ip2p.models.load import _for_openclip, _texts, make_tokenizer
+    from ip2p.models.load import _for_openclip, make_tokenizer, texts_of
 
-    texts = _texts(xl_dir / "tokenizer")
+    texts = texts_of(xl_dir / "tokenizer")
     plain = make_tokenizer(texts, xl_dir)
     assert plain.convert_ids_to_tokens(plain.pad_token_id) == "<|endoftext|>"
     changed = make_tokenizer(_for_openclip(texts), xl_dir)

@@ -6,13 +6,15 @@ and values survive the way there and back exactly; what LDM has no place for lie
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import shutil
 import struct
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,28 +93,54 @@ def export_file(stored: Stored, path: Path, *, dtype: torch.dtype | None = None)
 
 def export_folder(stored: Stored, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write a diffusers folder, whole or not at all; `dtype` as in `export_file`. Raises ModelError."""
+    parts = {}
+    for part in stored.networks:
+        table, names, shapes = _read_table(stored, part)
+        target = {name: Place(folder_name(name, part, stored.prefixed)) for name in names}
+        parts[part] = _turned(stored, part, table, target, shapes, dtype)
     texts = tokenizer_texts(stored)
+    write_folder(folder, stored.configs, parts, texts, card=stored.card, rest=list(_leftovers(stored)))
+
+
+def write_folder(
+    folder: Path,
+    configs: Mapping[str, ldm.Config],
+    parts: Mapping[str, Sequence[Item]],
+    tokenizers: Mapping[str, Mapping[str, str]],
+    *,
+    card: ldm.Config,
+    rest: Sequence[Item] = (),
+    texts: Mapping[str, str] | None = None,
+    files: Mapping[str, Path] | None = None,
+    shard: int | None = None,
+) -> None:
+    """Write a diffusers folder in the place of all that `folder` holds, whole or not at all.
+
+    configs: of each part, the scheduler and `model_index`. parts: the weights of the networks, which are
+    written one by one, in files of at most `shard` bytes (or one of a single tensor). tokenizers: their
+    files. rest: what else lay in a single file. texts, files: more to lie there, by name; a file may be
+    a folder.
+    """
     with replacing_folder(folder) as temporary:
-        for part in stored.networks:
-            table, names, shapes = _read_table(stored, part)
-            target = {name: Place(_folder_name(stored, part, name)) for name in names}
+        for part, items in parts.items():
             (temporary / part).mkdir()
-            items = _turned(stored, part, table, target, shapes, dtype)
-            file = temporary / part / f"{FILES.get(part, 'model')}.safetensors"
-            write_safetensors(file, items, {"format": "pt"})
-            _write_json(temporary / part / "config.json", stored.configs[part])
-        for name, files in texts.items():
+            _write_weights(temporary / part, FILES.get(part, "model"), items, shard)
+            _write_json(temporary / part / "config.json", configs[part])
+        for name, found in tokenizers.items():
             (temporary / name).mkdir()
-            for file_name, text in files.items():
-                (temporary / name / file_name).write_bytes(text.encode("utf-8"))
+            for file_name, text in found.items():
+                write_text(temporary / name / file_name, text)
         (temporary / "scheduler").mkdir()
-        _write_json(temporary / "scheduler" / "scheduler_config.json", stored.configs["scheduler"])
-        if stored.card:
-            _write_json(temporary / "ip2p.json", stored.card)
-        rest = list(_leftovers(stored))
+        _write_json(temporary / "scheduler" / "scheduler_config.json", configs["scheduler"])
+        if card:
+            _write_json(temporary / "ip2p.json", card)
         if rest:
             write_safetensors(temporary / LEFTOVERS, rest, {"format": "pt"})
-        _write_json(temporary / "model_index.json", stored.configs["model_index"])
+        for name, text in (texts or {}).items():
+            write_text(temporary / name, text)
+        for name, path in (files or {}).items():
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, temporary / name)
+        _write_json(temporary / "model_index.json", configs["model_index"])
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -174,11 +202,12 @@ def _turned(
     return items
 
 
-def _folder_name(stored: Stored, part: str, name: str) -> str:
+def folder_name(name: str, part: str, prefixed: Container[str]) -> str:
+    """What a weight of a part is called in a folder; `prefixed` as in `Stored`."""
     # `text_encoder_2` has the prefix in its network's own names too.
     plain = name.removeprefix("text_model.")
     bare = not part.startswith("text_encoder") or plain == "text_projection.weight"
-    if bare or (part not in stored.prefixed and plain == name):
+    if bare or (part not in prefixed and plain == name):
         return name
     return "text_model." + plain
 
@@ -251,32 +280,65 @@ def write_safetensors(path: Path, items: Iterable[Item], metadata: dict[str, str
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
+def _write_weights(folder: Path, stem: str, items: Sequence[Item], shard: int | None) -> None:
+    """One file, or several with an index as diffusers and transformers have it."""
+    groups: list[list[Item]] = [[]]
+    for item in items:
+        if shard and groups[-1] and sum(map(_bytes, groups[-1])) + _bytes(item) > shard:
+            groups.append([])
+        groups[-1].append(item)
+    index: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        ending = f"-{number:05}-of-{len(groups):05}" if len(groups) > 1 else ""
+        name = f"{stem}{ending}.safetensors"
+        index |= {item.name: name for item in group}
+        with replacing(folder / name) as temporary:
+            write_safetensors(temporary, group, {"format": "pt"})
+    if len(groups) > 1:
+        total = {"total_size": sum(map(_bytes, items))}
+        _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": index})
+
+
 def _bytes(item: Item) -> int:
     return math.prod(item.shape) * item.dtype.itemsize
 
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not."""
+    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not.
+
+    What is killed before the end leaves the old folder, and the temporary one beside it.
+    """
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    old = temporary.with_name(temporary.name + "-old")
     try:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)
-        if folder.exists():
-            os.replace(folder, old)
-        try:
+        if not folder.exists():
             os.replace(temporary, folder)
-        except BaseException:
-            if old.exists():
+        elif _exchange(temporary, folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            old = temporary.with_name(temporary.name + "-old")
+            os.replace(folder, old)
+            try:
+                os.replace(temporary, folder)
+            except BaseException:
                 os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step, so that there is none at no moment. False where none can."""
+    exchange = 2  # RENAME_EXCHANGE of Linux' renameat2, which Python does not offer
+    here = -100  # AT_FDCWD
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -246,7 +246,7 @@ def _open_folder(folder: Path) -> Stored:
         architecture="SDXL" if xl else "SD 2.x" if linear else "SD 1.x",
         configs=configs,
         weights=stored,
-        tokenizers={part: _texts(folder / part) for part in parts if part.startswith("tokenizer")},
+        tokenizers={part: texts_of(folder / part) for part in parts if part.startswith("tokenizer")},
         card=read_json(folder / "ip2p.json") if (folder / "ip2p.json").exists() else {},
         prefixed=frozenset(
             part for part in stored if any(key.startswith("text_model.") for key in stored[part].shapes)
@@ -269,7 +269,7 @@ def _open_file(path: Path, choice: Literal["ema", "plain"]) -> Stored:
                 raise ModelError(f"Its header has no config of the {part}. Export it again.")
     except ModelError as error:
         raise ModelError(f"{path} is no model that can be read. {error}") from None
-    configs.setdefault("model_index", _index(configs))
+    configs.setdefault("model_index", pipeline_index(configs))
     ema = sum(key.startswith(keys.EMA) for key in shapes)
     return Stored(
         path=path,
@@ -307,7 +307,8 @@ def _is_edm(configs: Mapping[str, ldm.Config]) -> bool:
     return str(configs["scheduler"].get("_class_name", "")).startswith("EDM")
 
 
-def _index(configs: Mapping[str, ldm.Config]) -> ldm.Config:
+def pipeline_index(configs: Mapping[str, ldm.Config]) -> ldm.Config:
+    """The `model_index.json` of the pipeline that these configs of networks and scheduler make."""
     xl = "text_encoder_2" in configs
     name = f"StableDiffusion{'XL' if xl else ''}"
     edits = configs["unet"].get("in_channels") == 2 * configs["vae"].get("latent_channels", 4)
@@ -355,7 +356,8 @@ def part_weights(folder: Path) -> Weights:
     return Weights(dict.fromkeys(shards or files[:1]))
 
 
-def _texts(folder: Path) -> dict[str, str]:
+def texts_of(folder: Path) -> dict[str, str]:
+    """The files of a tokenizer's folder that make it. Raises ModelError."""
     try:
         return {
             name: (folder / name).read_bytes().decode("utf-8")
@@ -368,7 +370,7 @@ def _texts(folder: Path) -> dict[str, str]:
 
 def _beside(path: Path) -> dict[str, dict[str, str]]:
     """The tokenizers in folders of that name beside a single file."""
-    found = {name: _texts(path.parent / name) for name in ("tokenizer", "tokenizer_2")}
+    found = {name: texts_of(path.parent / name) for name in ("tokenizer", "tokenizer_2")}
     return {name: texts for name, texts in found.items() if texts}
 
 
@@ -550,7 +552,7 @@ def tokenizer_texts(stored: Stored) -> dict[str, dict[str, str]]:
                 f"{stored.path} brings no tokenizer, and its {words} words are not CLIP's. "
                 "Put the folder named tokenizer of the model beside the file."
             )
-        found["tokenizer"] = _texts(_clip_tokenizer(stored.path))
+        found["tokenizer"] = texts_of(_clip_tokenizer(stored.path))
     if stored.kind == "sdxl" and "tokenizer_2" not in found:
         found["tokenizer_2"] = _for_openclip(found["tokenizer"])
     own = stored.layout == "folder" or TOKENIZERS_ENTRY in stored.weights["unet"].metadata
