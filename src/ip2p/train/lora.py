@@ -130,4 +130,9 @@ def _config(rank: int, alpha: float, names: list[str]) -> Any:
         from peft import LoraConfig
     except ImportError:
         raise InputError("training a LoRA needs peft: pip install 'ip2p[lora]'") from None
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type] # it takes any number
+        target_modules=names,
+        init_lora_weights="gaussian",
+    )
