@@ -108,6 +108,19 @@ def _hash(value: object) -> str:
     return hashlib.sha256(_text(value)).hexdigest()[:16]
 
 
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a line of JSON: on the disk when this returns, and never joined to a torn line before it."""
+    text = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    with open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if end and file.read(1) != b"\n":  # cut short by a kill or a full disk
+            text = b"\n" + text
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 # --- parts in a folder -------------------------------------------------------------------------
 
 
@@ -201,18 +214,10 @@ class Parts:
         self._release(part)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         if fcntl is not None:
             fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, self.count)
         try:
-            with open(self.folder / MANIFEST, "a+b") as file:
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - 1))
-                if end and file.read(1) != b"\n":  # cut short by a kill
-                    text = b"\n" + text
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            append_row(self.folder / MANIFEST, line)
         finally:
             if fcntl is not None:
                 fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self.count)
