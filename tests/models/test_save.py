@@ -13,7 +13,7 @@ from ip2p.editor import Editor
 from ip2p.errors import ModelError
 from ip2p.models import export
 from ip2p.models.base import load_base, prediction_of
-from ip2p.models.save import Data, edit_scheduler, model_card, save_editor
+from ip2p.models.save import Data, edit_scheduler, model_card, save_editor, write_editor
 
 CARD = {"name": "mine", "native_size": 64}
 
@@ -145,6 +145,26 @@ def test_large_weights_lie_in_shards(sd1_dir, tmp_path):
             state = getattr(bundle, part).state_dict()
             for name, weight in getattr(loaded, part).state_dict().items():
                 assert torch.equal(weight, state[name]), name
+
+
+def test_a_part_that_no_pipeline_knows_lies_beside(tiny_model_dir, tiny_clip_dir, tmp_path):
+    from transformers import CLIPModel
+
+    from ip2p.clip import Clip
+
+    bundle = load_base(tiny_model_dir)
+    clip = CLIPModel.from_pretrained(tiny_clip_dir)
+    networks = {"unet": bundle.unet, "vae": bundle.vae, "text_encoder": bundle.text_encoder, "clip": clip}
+    noise = {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "v_prediction"}
+    tokenizers = {"tokenizer": bundle.tokenizer}
+    write_editor(
+        tmp_path / "out", networks, tokenizers, noise, dtype=torch.float32, card=CARD, shard=15 * 2**20
+    )
+    assert load_base(tmp_path / "out").card.name == "mine"
+    assert pipeline(tmp_path / "out", "sd").scheduler.config.prediction_type == "v_prediction"
+    loaded = Clip.load(tmp_path / "out" / "clip")
+    words = ["make it night"]
+    torch.testing.assert_close(loaded.texts(words), Clip(clip.eval(), bundle.tokenizer).texts(words))
 
 
 def contents(folder):
