@@ -31,6 +31,7 @@ from ip2p.terminal import say
 VERBS = {
     "edit": ("EditConfig", "ip2p.command:edit", "edit a picture, or many, with an instruction"),
     "grid": ("GridConfig", "ip2p.command:grid", "draw the results over two settings as one picture"),
+    "train": ("TrainConfig", "ip2p.trainer:train", "train an editor on pairs of pictures"),
     "model info": ("InfoConfig", "ip2p.models.command:info", "say what a model is and whether it is whole"),
     "model convert": (
         "ConvertConfig",
@@ -146,7 +147,7 @@ def parse(verb: str, words: Sequence[str]) -> Any:
 
         defaults = with_settings(defaults, Path(settings))
     # The parser adds a repeated flag's values to the defaults; a flag takes their place.
-    repeated = {f"--{name}": name for name in ("lora", "then") if hasattr(defaults, name)}
+    repeated = {f"--{name}": name for name in ("lora", "then") if isinstance(getattr(defaults, name, 0), tuple)}
     given = {name: () for flag, name in repeated.items() if _peek(words, flag) is not None}
     defaults = dataclasses.replace(defaults, **given)
     told = io.StringIO()

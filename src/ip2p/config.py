@@ -42,6 +42,7 @@ Images = Annotated[tuple[str, ...], arg(metavar="[IMAGE ...]", help_behavior_hin
 Words = Annotated[str, arg(metavar="INSTRUCTION", help_behavior_hint="")]
 ModelPath = Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]
 Out = Annotated[Path | None, arg(aliases=["-o"], metavar="PATH", help_behavior_hint="")]
+Data = Annotated[str, arg(metavar="DATA", help_behavior_hint="")]
 File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Folder = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 Int = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
@@ -298,6 +299,132 @@ class DrawConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train an editor on pairs of pictures: ip2p train --data pairs --base MODEL --output editor --steps N"""
+
+    data: Data = ""  # parquet, folders, shards or a hub id of pairs (docs/data.md); or storybook
+    base: ModelPath = ""  # Stable Diffusion or an editor: a hub id, a folder, a file; or a UNet's config.json
+    output: Out = None  # the editor's folder; the same call goes on from what lies there
+    steps: int = 1000  # optimizer steps
+    parts: Model = None  # with a config as --base: the model that gives autoencoder, text encoder and noise
+    size: Size = None  # at which pictures are seen, in pixels; default: the base's own
+    resize_to: Int = None  # draw crops: the shorter side is resized to anything from --size to this
+    no_flip: bool = False  # do not mirror pictures; those whose words name a side never are
+    batch: int = 32  # samples of a step, over all processes
+    micro_batch: Int = (
+        None  # samples at once on a process; the rest accumulate; default: as many as there are
+    )
+    lr: float = 1e-4  # learning rate
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate after the warm-up
+    warmup: int = 0  # steps over which the learning rate rises
+    weight_decay: float = 0.01  # AdamW's
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.999  # AdamW's
+    clip_norm: float = 1.0  # gradients longer than this are shortened to it; 0 leaves them
+    ema: float = 0.9999  # most decay of the weights' moving average, which is what is written; 0: none
+    ema_every: Literal["step", "micro"] = (
+        "step"  # update it once a step or, as the paper's code, a micro-batch
+    )
+    text_null: float = 0.05  # share of samples that lose their instruction alone
+    image_null: float = 0.05  # share that lose their picture alone
+    both_null: float = 0.05  # share that lose both
+    min_snr: Float = None  # gamma of Min-SNR weighting; 5 is its paper's; default: none
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"  # auto is what the base predicts
+    lora: Int = None  # train a LoRA of this rank in place of all weights
+    lora_alpha: Float = None  # its strength; default: the rank
+    lora_targets: Literal["attention", "all"] = "attention"  # the layers beside which it lies
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the passes; the weights stay fp32
+    compile: bool = False  # compile the UNet first; pays on a GPU in long runs
+    checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
+    cache: Folder = None  # where latents and encoded texts are kept; default: ~/.cache/ip2p
+    cache_dtype: Literal["fp16", "fp32"] = "fp16"  # of the kept numbers
+    no_cache: bool = False  # encode the pictures anew each time
+    pool: int = 1024  # without a cache: pairs that are read and encoded at once
+    reuse: int = 1  # without a cache: how often each is used before the next pool
+    workers: int = 1  # processes that read pictures ahead
+    keep: int = 2  # checkpoints that stay
+    save_every: int = 500  # steps between two checkpoints
+    validate_every: int = 500  # steps between two validations; 0: none
+    held_out: int = 8  # pairs kept out of training, for the validations; at most a tenth of all
+    validate_steps: int = 20  # sampling steps of a validation's edits
+    clip: Model = None  # a CLIP for the validations' curves: a folder or a hub id; default: the base's own
+    stop_when_worse: Int = None  # end after so many validations in a row that are no better than the best
+    watch: str = "auto"  # which of their numbers that is; auto: success, else directional, else loss
+    nan_steps: int = 1  # end after so many steps in a row that are not finite
+    track: str = "auto"  # where curves go: tensorboard, wandb, … as accelerate knows them, none; auto
+    profile: bool = False  # print where a step's time goes, and images a second
+    seconds: Float = None  # save and stop after so many seconds
+    seed: int = 0  # of the order, the noise and the dropout
+    revision: Text = None  # branch, tag or commit of a base of the hub
+    vae: Model = None  # another autoencoder: a folder, a hub id, or a file
+    data_revision: Text = None  # of data of the hub
+    split: str = "train"  # of data of the hub
+    stream: bool = False  # read data of the hub without fetching them whole; nothing is cached
+    license: Text = None  # of the new editor, for its card
+    base_license: Text = None  # of the base, for the card
+    data_license: Text = None  # of the data, for the card
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp16"  # of the weights that are written at the end
+    ray: Int = None  # train on so many workers of a Ray cluster
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    config: File = None  # settings file, .toml or .yaml; default: ip2p.toml in this folder, if there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used, alone or together."""
+        example = "ip2p train --data pairs --base MODEL --output editor --steps 1000"
+        for name in ("data", "base", "output"):
+            if not str(getattr(self, name) or "").strip():
+                raise InputError(f"--{name} is missing; write: {example}")
+        check_int("--steps", self.steps, 1, 10**9, "--steps 1000")
+        check_size(self.size)
+        check_int("--batch", self.batch, 1, 10**6, "--batch 32")
+        if self.micro_batch is not None:
+            check_int("--micro-batch", self.micro_batch, 1, self.batch, f"--micro-batch {min(8, self.batch)}")
+            if self.batch % self.micro_batch:
+                raise InputError(
+                    f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}. "
+                    f"Try --batch {self.micro_batch * -(-self.batch // self.micro_batch)}."
+                )
+        check_float("--lr", self.lr, 0, 1, "--lr 1e-4")
+        check_int("--warmup", self.warmup, 0, 10**9, "--warmup 500")
+        check_float("--weight-decay", self.weight_decay, 0, 10, "--weight-decay 0.01")
+        for flag, decay in (("--beta1", self.beta1), ("--beta2", self.beta2), ("--ema", self.ema)):
+            if not 0 <= decay < 1:
+                raise InputError(f"{flag} is {decay}; it must be at least 0 and less than 1. Try {flag} 0.9.")
+        check_float("--clip-norm", self.clip_norm, 0, 1e9, "--clip-norm 1")
+        shares = {"text": self.text_null, "image": self.image_null, "both": self.both_null}
+        for name, share in shares.items():
+            check_float(f"--{name}-null", share, 0, 1, f"--{name}-null 0.05")
+        if sum(shares.values()) > 1:
+            raise InputError(
+                "--text-null, --image-null and --both-null are more than 1 together. Try 0.05 each."
+            )
+        if self.min_snr is not None:
+            check_float("--min-snr", self.min_snr, 0.01, 1e6, "--min-snr 5")
+        if self.lora is not None:
+            check_int("--lora", self.lora, 1, 4096, "--lora 16")
+        if self.lora_alpha is not None and self.lora is None:
+            raise InputError("--lora-alpha is a LoRA's; add --lora 16.")
+        for name in ("pool", "reuse", "keep", "save_every", "nan_steps", "validate_steps"):
+            flag = f"--{name.replace('_', '-')}"
+            check_int(flag, getattr(self, name), 1, 10**9, f"{flag} {getattr(TrainConfig, name)}")
+        for name in ("validate_every", "held_out", "workers"):
+            flag = f"--{name.replace('_', '-')}"
+            check_int(flag, getattr(self, name), 0, 10**9, f"{flag} {getattr(TrainConfig, name)}")
+        if self.stop_when_worse is not None:
+            check_int("--stop-when-worse", self.stop_when_worse, 1, 10**6, "--stop-when-worse 5")
+            if not self.validate_every or not self.held_out:
+                raise InputError(
+                    "--stop-when-worse needs validations; leave --validate-every and --held-out."
+                )
+        if self.seconds is not None:
+            check_float("--seconds", self.seconds, 0, 1e9, "--seconds 540")
+        check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
+        if self.ray is not None:
+            check_int("--ray", self.ray, 1, 4096, "--ray 8")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     """Train the storybook model: ip2p storybook build --preset smoke -o model"""
 
@@ -471,7 +598,8 @@ def with_defaults(
             raise InputError(
                 f"{file or CONFIG_FILE} sets {key} for {verb}, which has no such setting; {hint}"
             )
-        values[name] = _convert(value, hints[name], f"{key} in {file or CONFIG_FILE}")
+        if value is not None:  # YAML's null leaves a setting as it is
+            values[name] = _convert(value, hints[name], f"{key} in {file or CONFIG_FILE}")
     for name in names:
         variable = f"IP2P_{name.upper()}"
         if env.get(variable, "") != "":
@@ -484,6 +612,8 @@ def _file_table(file: Path | None, verb: str) -> dict[str, Any]:
     path = file or Path(CONFIG_FILE)
     if file is None and not path.is_file():
         return {}
+    if path.suffix in (".yaml", ".yml"):
+        return _yaml_table(path, verb)
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -499,6 +629,23 @@ def _file_table(file: Path | None, verb: str) -> dict[str, Any]:
         if not isinstance(table, dict):
             raise InputError(f"{word} in {path} is not a table; write [{verb.replace(' ', '.')}] above it.")
     return table
+
+
+def _yaml_table(path: Path, verb: str) -> dict[str, Any]:
+    """A recipe: the verb's settings at its top, or under the verb's name."""
+    import yaml
+
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"cannot read the settings file {path}: {error.strerror}; check --config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the settings file {path} is not YAML: {reason}. Mend it.") from None
+    inner = table.get(verb, table) if isinstance(table, dict) else table
+    if not isinstance(inner, dict):
+        raise InputError(f"{path} holds no settings; write lines such as: lr: 0.0001")
+    return inner
 
 
 def _convert(value: object, hint: Any, source: str) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash at any moment: written beside, flushed to the disk, renamed, then listed."""
+"""Checkpoints that survive a crash at any moment: written beside, flushed, renamed, and then listed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANIFEST = "manifest.jsonl"
 
 
 class Checkpoints:
-    """The saved states of one run: `step-00000500.pt` and its fellows, and a manifest that lists the whole ones.
+    """The saved states of one run: `step-00000500.pt` and so on, and a manifest that lists the whole ones.
 
     The manifest is the only truth: a file that it does not list was never finished. The `keep` newest
     stay; an older one goes only when the new one is listed.
@@ -42,7 +42,7 @@ class Checkpoints:
                 try:
                     torch.save(state, hashing)
                 except Exception:
-                    # torch says that the archive's end is not where it should be, and not that the disk is full.
+                    # torch says that the archive's end is in the wrong place, not that the disk is full.
                     if hashing.trouble is not None:
                         raise OSError(hashing.trouble.errno, hashing.trouble.strerror, str(path)) from None
                     raise
@@ -85,7 +85,8 @@ class Checkpoints:
             log.warning("%s %s; going on from the checkpoint before it", path, trouble)
         if rows:
             raise InputError(
-                f"no checkpoint in {self.folder} can be read; delete that folder to begin anew, or bring them back."
+                f"no checkpoint in {self.folder} can be read; bring them back, or delete that folder to "
+                "begin anew."
             )
         return None
 

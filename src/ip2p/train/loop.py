@@ -277,9 +277,9 @@ def fit(
                     step -= bad - 1
                     save()
                     raise ModelError(
-                        f"{name}: the gradients of step {step} are not finite. The weights before it are saved, "
-                        f"its samples' ids are in {folder / BAD_STEPS}. Look at those samples, lower --lr, or "
-                        f"step over it: --nan-steps 10."
+                        f"{name}: the gradients of step {step} are not finite. The weights before it are "
+                        f"saved, and its samples' ids are in {folder / BAD_STEPS}. Look at those samples, lower the "
+                        "learning rate, or step over it: --nan-steps 10."
                     )
             step += 1
             timer.steps += 1

@@ -98,8 +98,10 @@ def scaled_linear_alpha_bar(
 def random_timesteps(
     uniform: Float[Tensor, " count"], power: float = 1.0, steps: int = TIMESTEPS
 ) -> Int[Tensor, " count"]:
-    """Timesteps `floor(steps u^power)` from uniform draws in [0, 1): uniform for power 1 (the paper's), else of
-    density proportional to t^(1 / power - 1)."""
+    """Timesteps `floor(steps u^power)` from uniform draws in [0, 1).
+
+    They are uniform for power 1 (the paper's), else of density proportional to t^(1 / power - 1).
+    """
     return (uniform.pow(power) * steps).long().clamp(max=steps - 1)
 
 

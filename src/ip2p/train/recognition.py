@@ -74,7 +74,7 @@ def class_loss(
 
 
 class Recognition(nn.Module):
-    """The heads of an editor: on its features for the page before and the page after, on its text for the edit.
+    """The heads of an editor: on its features for the pages before and after, on its text for the edit.
 
     thing_sizes, page_sizes, edit_sizes: how many classes each field has. `watch(unet)` comes first; then
     each forward pass of the UNet leaves the features that `loss` reads.

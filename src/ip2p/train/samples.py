@@ -1,9 +1,9 @@
 """Where a step's samples come from: the latent cache, or pictures that are encoded as training goes.
 
-A run's samples stand in one endless row. Place p of it is one row of the data, in one variant, with one draw of
-all that is random; which, follows from p and the run's seed. Step k takes the places from k · batch on. So the
-order, the noise and the dropout are the same however a batch is split over processes and micro-batches, and
-a run that goes on needs nothing but the number of its step.
+A run's samples stand in one endless row. Place p of it is one row of the data, in one variant, with one draw
+of all that is random; which, follows from p and the run's seed. Step k takes the places from k · batch on. So
+the order, the noise and the dropout are the same however a batch is split over processes and micro-batches,
+and a run that goes on needs nothing but the number of its step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,12 +104,11 @@ def read_tokens(tokenizer: Any) -> Reader:
     return read
 
 
-def read_cached(cache: TextCache, texts: Sequence[str]) -> Reader:
-    """Texts as the hidden states of an encoder that does not; `texts` are those that the cache holds."""
-    place = {text: number for number, text in enumerate(texts)}
+def read_cached(cache: TextCache) -> Reader:
+    """Texts as the hidden states of an encoder that does not."""
 
-    def read(wanted: list[str]) -> Words:
-        prompt = cache.read([place[text] for text in wanted])
+    def read(texts: list[str]) -> Words:
+        prompt = cache.read(cache.places(texts))
         return Words(prompt.hidden, prompt.pooled, prompt.time_ids)
 
     return read
@@ -255,6 +255,7 @@ class _Chunks(torch.utils.data.IterableDataset):
         if info is not None:
             torch.set_num_threads(1)
             os.nice(5)  # training's threads wait for each other, so reading must not hold one of them up
+            leave_signals()
         turn, number = self.turn, 0
         while True:
             needed = self.needed(turn)
@@ -302,6 +303,15 @@ class _Chunks(torch.utils.data.IterableDataset):
 
 
 CHUNK = 64
+
+
+def leave_signals() -> None:
+    """In a worker process: leave Ctrl-C and SIGTERM, which a whole group gets, to the main process.
+
+    It needs its workers until it has saved; they end with it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class PooledSamples:

@@ -276,8 +276,8 @@ def _panel(key: str, points: Sequence[tuple[int, float]], last: int) -> Image.Im
     pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13)
     pen.text((left, 8), f"{key}: {points[-1][1]:.4g} at step {points[-1][0]}", "black", font)
     pen.line([(left, top), (left, bottom), (right, bottom)], "#999999")
-    for bound, y in ((low, bottom), (high, top)):
-        pen.text((left - 6, y), f"{bound:.4g}", "#555555", font, anchor="rm")
+    for bound, at in ((low, bottom), (high, top)):
+        pen.text((left - 6, at), f"{bound:.4g}", "#555555", font, anchor="rm")
     pen.text((left, bottom + 6), "0", "#555555", font)
     pen.text((right, bottom + 6), str(last), "#555555", font, anchor="ra")
     every = -(-len(points) // POINTS)
