@@ -136,8 +136,10 @@ def stamp(paths: Iterable[Path], *more: object) -> str:
     return digest.hexdigest()
 
 
-def read_picture(path: Path, part: str, id: str) -> bytes:
-    """The bytes of a picture's file. Raises MissingPart, BrokenRow."""
+def read_picture(path: Path | None, part: str, id: str) -> bytes:
+    """The bytes of a picture's file, None if none is named. Raises MissingPart, BrokenRow."""
+    if path is None:
+        raise MissingPart(id, f"{part}: no picture is named")
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

@@ -88,10 +88,13 @@ class FolderSource:
         cells = self._rows[row]
         found: list[Path | None] = []
         for number, part in enumerate(("before", "after", "mask")):
-            name = columns.text(cells.get(self._columns.get(part, ""))) if isinstance(cells, dict) else ""
+            name = self._text(cells, part) if isinstance(cells, dict) else ""
             folder = self._folders[number] if self._folders and number < 2 else self.table.parent
             found.append(folder / name if name else None)
         return found
+
+    def _text(self, cells: dict[str, Any], part: str) -> str:
+        return columns.text(cells.get(self._columns.get(part, "")))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -103,11 +106,7 @@ class FolderSource:
         cells, id = self._rows[row], f"{row:07}"
         if isinstance(cells, str):
             raise BrokenRow(id, cells)
-        id = columns.text(cells.get(self._columns.get("id", "id"))) or id
-        words = {
-            part: columns.text(cells.get(self._columns.get(part, "")))
-            for part in ("instruction", "caption", "edited_caption")
-        }
+        id = self._text(cells, "id") or id
         before, after, mask = self._paths(row)
         return Pair(
             id=id,
@@ -115,7 +114,9 @@ class FolderSource:
             after=columns.read_picture(after, "after", id),
             mask=None if mask is None else columns.read_picture(mask, "mask", id),
             scores=columns.scores_of(cells),
-            **words,
+            instruction=self._text(cells, "instruction"),
+            caption=self._text(cells, "caption"),
+            edited_caption=self._text(cells, "edited_caption"),
         )
 
 

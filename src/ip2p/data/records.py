@@ -79,9 +79,12 @@ class Source(Protocol):
     """
 
     name: str  # as the user gave it
-    # Changes when the data change: a hash of names, sizes and modification times, or the hub's revision.
-    key: str
     endless: bool  # only the storybook drawn on the fly, whose len is 2**31
+
+    @property
+    def key(self) -> str:
+        """Changes when the data change: a hash of names, sizes, modification times; or the hub's revision."""
+        ...
 
     def __len__(self) -> int: ...
 

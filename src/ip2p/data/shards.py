@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class ShardSource:
     def __init__(self, files: Sequence[Path], *, name: str) -> None:
         self.name, self.files = name, list(files)
         self.key = columns.stamp(self.files, "shards")
-        self._open: Lately[IO[bytes]] = Lately(FILES_KEPT)
+        self._open: Lately[Any] = Lately(FILES_KEPT)
         self._keys: list[str] = []
         self._shards: list[int] = []
         self._broken: dict[int, str] = {}  # row: why the shard ends there

@@ -1,0 +1,386 @@
+"""What is wrong with a data set, row by row and over all rows; and a sheet of some of its pairs.
+
+A defect is certain: a broken or missing picture, no instruction, an id that stands twice. A warning is what
+looks wrong by a rule of thumb, which its line states, and what is to be known before training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image, ImageOps
+
+from ip2p import images
+from ip2p.data.align import find_move
+from ip2p.data.records import BrokenRow, MissingPart, Pair, Source, open_picture
+from ip2p.errors import InputError
+
+SHOWN = 5  # ids of a finding
+OF_ENDLESS = 1000  # rows looked at when a source has no end
+MAX_TOKENS = 77  # of CLIP, with its two ends
+ON_SHEET, SHEET_COLUMNS, SHEET_SIDE = 24, 3, 160
+
+# How an instruction begins, and a caption hardly ever.
+_VERBS = """
+    add adjust apply attach become blur bring brighten can change clear color colour convert could cover
+    crop cut darken decorate delete do dress draw enlarge erase exchange expand extend fill flip get give
+    have hide include increase insert keep let lets let's lower lighten make modify move need paint place
+    please position put recolor recolour reduce remove render repaint replace resize restore rotate set
+    sharpen shift show shrink style swap switch take transform translate transfer turn use wear zoom
+"""
+IMPERATIVES = frozenset(_VERBS.split())
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing that was found: in how many rows, of which the first are named, and why."""
+
+    name: str
+    kind: Literal["defect", "warning"]
+    rule: str  # what the name means here
+    count: int
+    ids: tuple[str, ...]  # the first SHOWN, each with its reason where reasons differ
+
+    def line(self) -> str:
+        more = ", …" if self.count > len(self.ids) else ""
+        rows = f"{self.count:,} row{'s' if self.count != 1 else ''}"
+        return f"{self.name:<20}{rows}: {self.rule}: {', '.join(self.ids)}{more}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found. looked_at: of `rows` so many from the first on."""
+
+    name: str
+    rows: int
+    looked_at: int
+    findings: tuple[Finding, ...]
+    sizes: dict[str, int]  # width x height of the picture before: how many rows
+    lengths: dict[
+        str, dict[str, Any]
+    ]  # instruction, caption, edited_caption: min, median, max words, over 77
+
+    @property
+    def defects(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.kind == "defect"]
+
+    def lines(self) -> list[str]:
+        """The report for a person, a line a fact."""
+        part = (
+            "" if self.looked_at == self.rows else f", of which the first {self.looked_at:,} were looked at"
+        )
+        rows = f"{self.rows:,} rows" if self.rows < 2**31 else "without end"
+        lines = [f"{'data':<20}{self.name}, {rows}{part}"]
+        if self.sizes:
+            common = sorted(self.sizes.items(), key=lambda size: -size[1])
+            shown = ", ".join(f"{size} ({count:,})" for size, count in common[:3])
+            more = f" and {len(common) - 3} more" if len(common) > 3 else ""
+            lines.append(f"{'sizes':<20}{shown}{more}")
+        for name, told in self.lengths.items():
+            if not told["rows"]:
+                lines.append(f"{name:<20}none")
+                continue
+            lines.append(
+                f"{name:<20}{told['min']} / {told['median']:g} / {told['max']} words (min / median / max), "
+                f"about {told['long']:,} over {MAX_TOKENS} tokens"
+                + (f", {told['empty']:,} empty" if told["empty"] else "")
+            )
+        lines += [finding.line() for finding in self.findings]
+        return lines if self.findings else [*lines, f"{'found':<20}nothing wrong"]
+
+    def summary(self) -> str:
+        """The defects in a line."""
+        found = ", ".join(f"{finding.name} {finding.count:,}" for finding in self.defects)
+        return f"{self.name} has defects: {found}. Mend or leave out these rows."
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "data": self.name,
+            "rows": self.rows,
+            "looked_at": self.looked_at,
+            "sizes": self.sizes,
+            "lengths": self.lengths,
+            "findings": [
+                {"name": f.name, "kind": f.kind, "rule": f.rule, "rows": f.count, "ids": list(f.ids)}
+                for f in self.findings
+            ],
+        }
+
+
+# --- one row --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is kept of a row: its words, the hashes of its pictures, and what was found in it alone."""
+
+    id: str
+    words: tuple[str, str, str] = ("", "", "")  # instruction, caption, edited caption
+    before: bytes = b""
+    after: bytes = b""
+    size: tuple[int, int] | None = None
+    found: dict[str, str] = field(default_factory=dict)  # finding: reason
+
+
+def _look(pair: Pair | BrokenRow) -> _Row:
+    if isinstance(pair, BrokenRow):
+        name = "missing picture" if isinstance(pair, MissingPart) else "broken picture"
+        return _Row(pair.id, found={name: pair.reason})
+    words = (pair.instruction, pair.caption, pair.edited_caption)
+    found: dict[str, str] = {}
+    if not pair.instruction.strip():
+        found["empty instruction"] = ""
+    elif imperative(pair.caption or pair.edited_caption) and not imperative(pair.instruction):
+        found["swapped words"] = ""
+    opened = []
+    for part, data in (("before", pair.before), ("after", pair.after)):
+        try:
+            opened.append(open_picture(data, pair.id))
+        except BrokenRow as error:
+            found["broken picture"] = f"{part}: {error.reason}"
+    if len(opened) < 2:
+        return _Row(pair.id, words, found=found)
+    one, two = opened
+    if one.size != two.size:
+        found["size mismatch"] = "{}x{} and {}x{}".format(*one.size, *two.size)
+    hashes = _hash(one), _hash(two)
+    if hashes[0] == hashes[1]:
+        found["identical pictures"] = ""
+    elif one.size == two.size and (move := find_move(one, two)):
+        found["misaligned"] = str(move)
+    return _Row(pair.id, words, *hashes, one.size, found)
+
+
+def imperative(words: str) -> bool:
+    """Whether a sentence begins as an instruction does: "make it …", "please turn …", "now add …"."""
+    first = re.findall(r"[a-z']+", words.lower())[:2]
+    if len(first) == 2 and first[0] in ("now", "then", "just", "and", "also"):
+        first = first[1:]
+    return bool(first) and first[0] in IMPERATIVES
+
+
+def tokens(words: str) -> int:
+    """About how many tokens CLIP's tokenizer makes: a word up to 8 letters is one, and so is a sign."""
+    return 2 + sum(math.ceil(len(part) / 8) for part in re.findall(r"\w+|[^\w\s]", words))
+
+
+def _hash(image: Image.Image) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
+
+
+# --- all rows -------------------------------------------------------------------------------------
+
+_DEFECTS = {
+    "broken picture": "cannot be read or decoded",
+    "missing picture": "a picture or the words of the row are not there",
+    "empty instruction": "nothing tells what to change",
+    "duplicate ids": "an id that stands more than once",
+}
+_WARNINGS = {
+    "swapped words": "the caption begins as an instruction does and the instruction does not, so the columns "
+    "may be swapped",
+    "swapped pictures": "in pairs that share a picture, it is the one after that is shared, so before and "
+    "after may be swapped",
+    "size mismatch": "before and after have different sizes",
+    "misaligned": "what the edit left is not where it was",
+    "duplicate pairs": "the pictures and the instruction of an earlier row",
+    "identical pictures": "before and after are the same",
+}
+
+
+def check(
+    source: Source,
+    *,
+    limit: int | None = None,
+    jobs: int | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> Report:
+    """Read every row, or the first `limit`, and report what is wrong.
+
+    Pictures are decoded in `jobs` threads; `done` is called once a row.
+    """
+    count = len(source) if not source.endless else OF_ENDLESS
+    count = min(count, limit) if limit is not None else count
+    rows = []
+    for row in _looked_at(source, count, jobs or min(8, os.cpu_count() or 1)):
+        rows.append(row)
+        done()
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for row in rows:
+        for name, reason in row.found.items():
+            found[name].append((row.id, reason))
+    for name, ids in (
+        ("duplicate ids", _repeated(rows)),
+        ("duplicate pairs", _duplicates(rows)),
+        ("swapped pictures", _swapped_pictures(rows)),
+    ):
+        found[name] = [(id, "") for id in ids]
+    kinds: list[tuple[Literal["defect", "warning"], dict[str, str]]] = [
+        ("defect", _DEFECTS),
+        ("warning", _WARNINGS),
+    ]
+    findings = tuple(
+        Finding(
+            name,
+            kind,
+            rule,
+            len(found[name]),
+            tuple(f"{id} ({reason})" if reason else id for id, reason in found[name][:SHOWN]),
+        )
+        for kind, rules in kinds
+        for name, rule in rules.items()
+        if found[name]
+    )
+    sizes: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if row.size:
+            sizes[f"{row.size[0]}x{row.size[1]}"] += 1
+    read = [row for row in rows if not {"missing picture", "broken picture"} & row.found.keys()]
+    lengths = {
+        name: _lengths([row.words[which] for row in read])
+        for which, name in enumerate(("instruction", "caption", "edited caption"))
+    }
+    return Report(source.name, len(source), count, findings, dict(sizes), lengths)
+
+
+def _looked_at(source: Source, count: int, jobs: int) -> Iterator[_Row]:
+    """The rows in order; read here, since a source is for one thread, and looked at by others."""
+    waiting: deque[Future[_Row]] = deque()
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for number in range(count):
+                try:
+                    pair: Pair | BrokenRow = source[number]
+                except BrokenRow as error:
+                    pair = error
+                waiting.append(pool.submit(_look, pair))
+                if len(waiting) > 4 * jobs:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _lengths(texts: Sequence[str]) -> dict[str, Any]:
+    words = [len(text.split()) for text in texts if text]
+    return {
+        "rows": len(words),
+        "empty": len(texts) - len(words),
+        "min": min(words, default=0),
+        "median": statistics.median(words) if words else 0,
+        "max": max(words, default=0),
+        "long": sum(tokens(text) > MAX_TOKENS for text in texts),
+    }
+
+
+def _repeated(rows: Sequence[_Row]) -> list[str]:
+    seen: dict[str, int] = defaultdict(int)
+    for row in rows:
+        seen[row.id] += 1
+    return [id for id, times in seen.items() if times > 1]
+
+
+def _duplicates(rows: Sequence[_Row]) -> list[str]:
+    seen = set()
+    again = []
+    for row in rows:
+        if row.before:
+            pair = row.before, row.after, " ".join(row.words[0].lower().split())
+            if pair in seen:
+                again.append(row.id)
+            seen.add(pair)
+    return again
+
+
+def _swapped_pictures(rows: Sequence[_Row]) -> list[str]:
+    """The rows whose picture after is what other rows start from, or end at where they should start.
+
+    Edits of one picture share it as `before`, with its caption. So a row is suspect when its `after` is the
+    `before` of others of the same caption (without captions: of at least two others), and its own
+    `before` stands nowhere else; and so are all rows that end at one picture from different ones
+    though their captions say that they start at the same (without captions: three rows or more).
+    An edit of an edit (A to B, B to C) is not suspect by this.
+    """
+    starts, ends = defaultdict(list), defaultdict(list)
+    for row in rows:
+        if row.before and row.before != row.after:
+            starts[row.before].append(row)
+            ends[row.after].append(row)
+    suspect = []
+    for row in rows:
+        if not row.before or row.before == row.after:
+            continue
+        others = [other for other in starts.get(row.after, ()) if other is not row]
+        lone = len({other.after for other in starts[row.before]}) == 1 and row.before not in ends
+        caption = row.words[1]
+        if others and lone:
+            alike = [other for other in others if other.words[1] == caption]
+            if (caption and alike) or (not caption and len(others) >= 2):
+                suspect.append(row.id)
+        elif not others and lone:
+            group = ends[row.after]
+            froms = {other.before for other in group}
+            captions = {other.words[1] for other in group}
+            if len(froms) == len(group) and len(captions) == 1:
+                edited = {other.words[2] for other in group}
+                if (caption and len(group) >= 2 and len(edited) == len(group)) or (
+                    not caption and len(group) >= 3
+                ):
+                    suspect.append(row.id)
+    return suspect
+
+
+# --- a look at it ---------------------------------------------------------------------------------
+
+
+def sheet(source: Source, path: Path, *, count: int = ON_SHEET, limit: int | None = None) -> None:
+    """Write a picture of up to `count` pairs with their instructions, spread evenly over the rows.
+
+    Of a source without end, and with `limit`, over the first rows. Broken rows are named in their place.
+    Raises InputError as `images.check_output` does.
+    """
+    total = min(len(source) if not source.endless else OF_ENDLESS, limit or len(source))
+    count = min(count, total)
+    shown = sorted({number * total // count for number in range(count)})
+    rows, labels = [], []
+    for number in shown:
+        try:
+            pair = source[number]
+            both = [open_picture(data, pair.id) for data in (pair.before, pair.after)]
+            rows.append([ImageOps.pad(one, (SHEET_SIDE, SHEET_SIDE), color="white") for one in both])
+            labels.append(pair.instruction or "(no instruction)")
+        except BrokenRow as error:
+            rows.append([Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), "lightgrey")] * 2)
+            labels.append(f"{error.id}: {error.reason}")
+    high = -(-len(rows) // SHEET_COLUMNS)
+    # A label must not run into its neighbour; Pillow's own letters are about 6 pixels wide at this size.
+    labels = [label if len(label) <= 52 else label[:51] + "…" for label in labels]
+    parts = [
+        images.grid(
+            rows[start : start + high], labels[start : start + high], header=("before", "after"), font_size=12
+        )
+        for start in range(0, len(rows), high)
+    ]
+    whole = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
+    left = 0
+    for part in parts:
+        whole.paste(part, (left, 0))
+        left += part.width
+    images.save_image(whole, path)
+
+
+def must_be_whole(report: Report) -> None:
+    """Raise InputError with the defects of a report in a line, if it has any."""
+    if report.defects:
+        raise InputError(report.summary())
