@@ -96,7 +96,10 @@ def test_noise_and_velocity_loss_weigh_the_same_error_of_x0_alike():
 
 
 def test_power_one_draws_timesteps_uniformly_and_a_smaller_one_favours_noise():
-    drawn = {p: random_timesteps(torch.rand(100_000, generator=torch.Generator().manual_seed(0)), p) for p in (1.0, 0.6)}
+    drawn = {
+        p: random_timesteps(torch.rand(100_000, generator=torch.Generator().manual_seed(0)), p)
+        for p in (1.0, 0.6)
+    }
     for timesteps in drawn.values():
         assert timesteps.min() >= 0 and timesteps.max() == 999
     # The mean of u^p is 1 / (p + 1), and P(u^p < 0.2) is 0.2^(1/p).

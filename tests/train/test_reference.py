@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -16,9 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ip2p.diffusion.schedule import alpha_bar_from_config
 from ip2p.models.base import load_base
 from ip2p.storybook.source import StorybookSource
 from ip2p.train.cache import build_cache
+from ip2p.train.checkpoints import Checkpoints
 from ip2p.train.loop import LoopConfig, fit, new_accelerator
 from ip2p.train.objective import EditTask, Objective
 from ip2p.train.samples import CachedSamples, Share, Words
@@ -101,8 +102,8 @@ def plain_loop(folder: Path, cache=None):
     return losses, unet.state_dict(), average.state_dict()
 
 
-def ours(folder: Path, work: Path, share: Share, *, steps: int = STEPS):
-    """The same with the package's cache, samples, task and loop: losses, weights and averages."""
+def ours(folder: Path, work: Path, share: Share, *, steps: int = STEPS, number: torch.dtype = torch.float32):
+    """The same with the package's cache, samples, task and loop: losses, weights, averages, and the cache."""
     bundle = load_base(folder)
     transform = Transform(size=(64, 64))
     pages = StorybookSource(64, seed=1, count=ROWS)
@@ -117,27 +118,24 @@ def ours(folder: Path, work: Path, share: Share, *, steps: int = STEPS):
     share = replace(share, rank=rank, world=world)
     kept = list(range(ROWS))
     samples = CachedSamples(cache, words, transform, Objective(), share, seed=SEED, kept=kept)
-    from ip2p.diffusion.schedule import alpha_bar_from_config
-
     alpha_bar = alpha_bar_from_config(bundle.scheduler_config)
     task = EditTask(bundle.unet, alpha_bar, Objective(), latent_scale=bundle.latent_scale)
-    weights = {}
+    task.to(number)
 
-    def note(step: int) -> bool:
-        return False
+    def batches(first: int):
+        for micro in samples(first):
+            yield [batch.map(lambda t: t.to(number) if t.is_floating_point() else t) for batch in micro]
 
+    run = work / f"run-{share.batch}-{share.micro}-{world}"
     result = fit(
         task,
-        samples,
-        LoopConfig(steps=steps, batch=BATCH, lr=LR, weight_decay=DECAY, save_every=steps, log_seconds=0.0),
-        folder=work / f"run-{share.micro}-{world}",
+        batches,
+        LoopConfig(steps=steps, batch=share.batch, lr=LR, weight_decay=DECAY, log_seconds=0.0),
+        folder=run,
         accelerator=accelerator,
         fingerprint={},
-        check=note,
     )
-    from ip2p.train.checkpoints import Checkpoints
-
-    state = Checkpoints(work / f"run-{share.micro}-{world}").load()
+    state = Checkpoints(run).load()
     weights = {k.removeprefix("unet."): v.clone() for k, v in state["model"].items()}
     average = {k.removeprefix("unet."): v.clone() for k, v in state["ema"]["average"].items()}
     return [row["loss"] for row in result.curve], weights, average, cache
@@ -159,3 +157,40 @@ def test_twenty_steps_equal_a_plain_loop(whole, tiny_model_dir):
     assert losses[0] != losses[-1]
     assert largest(weights, own) < 1e-6
     assert largest(average, own_average) < 1e-6
+
+
+# fp64: in fp32 AdamW turns the rounding of gradients that are zero into steps of the learning rate's size.
+
+
+@pytest.fixture(scope="module")
+def four_steps_of_32(tiny_model_dir, tmp_path_factory):
+    work = tmp_path_factory.mktemp("split")
+    share = Share(batch=32, micro=32)
+    return work, ours(tiny_model_dir, work, share, steps=4, number=torch.float64)
+
+
+def test_four_micro_batches_of_8_equal_a_batch_of_32(four_steps_of_32, tiny_model_dir):
+    work, (losses, weights, average, _) = four_steps_of_32
+    split = ours(tiny_model_dir, work, Share(batch=32, micro=8), steps=4, number=torch.float64)
+    assert max(abs(a - b) for a, b in zip(losses, split[0], strict=True)) < 2e-6  # they are logged to 1e-6
+    assert largest(weights, split[1]) < 1e-9
+    assert largest(average, split[2]) < 1e-6  # the averages are fp32
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(four_steps_of_32, tiny_model_dir, tmp_path):
+    """accelerate over gloo; torchrun starts them, for `accelerate launch` starts several on GPUs alone."""
+    _, (losses, weights, _, _) = four_steps_of_32
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    worker = str(Path(__file__).with_name("two_processes.py"))
+    made = subprocess.run(
+        [sys.executable, *launch, worker, str(tiny_model_dir), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert two["world"] == 2
+    assert max(abs(a - b) for a, b in zip(losses, two["losses"], strict=True)) < 2e-6
+    assert largest(weights, two["weights"]) < 1e-9
