@@ -23,7 +23,6 @@ from PIL import Image, ImageOps
 from ip2p import images
 from ip2p.data.align import find_move
 from ip2p.data.records import BrokenRow, MissingPart, Pair, Source, open_picture
-from ip2p.errors import InputError
 
 SHOWN = 5  # ids of a finding
 OF_ENDLESS = 1000  # rows looked at when a source has no end
@@ -378,9 +377,3 @@ def sheet(source: Source, path: Path, *, count: int = ON_SHEET, limit: int | Non
         whole.paste(part, (left, 0))
         left += part.width
     images.save_image(whole, path)
-
-
-def must_be_whole(report: Report) -> None:
-    """Raise InputError with the defects of a report in a line, if it has any."""
-    if report.defects:
-        raise InputError(report.summary())

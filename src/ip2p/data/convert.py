@@ -1,0 +1,546 @@
+"""Any source into any of the layouts that are read, part by part, killed at any time and gone on with.
+
+A part is a run of rows. Its files are written beside their places and renamed, and only then named in the
+folder's `manifest.jsonl`; a shard never lies half-written under its name. The tables that make the whole
+readable (`seeds.json`, `metadata.jsonl`) come last, from the manifest alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from ip2p.data.loading import MANIFEST
+from ip2p.data.original import METADATA, PROMPT, SEEDS
+from ip2p.data.records import BrokenRow, Pair, Source, open_picture
+from ip2p.errors import InputError
+from ip2p.files import make_folder, replacing, write_text
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Layout = Literal["parquet", "magicbrush", "original", "shards", "folders"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+QUARANTINE = "quarantine.jsonl"
+ROWS_A_GROUP = 100
+MAX_BROKEN = 0.01
+# What a layout has no place for. Class numbers (`Pair.labels`) are drawn anew and never written.
+HOLDS_NO: dict[Layout, tuple[str, ...]] = {
+    "parquet": ("mask", "labels"),
+    "magicbrush": ("caption", "edited_caption", "scores", "labels"),
+    "original": ("mask", "labels"),
+    "shards": ("labels",),
+    "folders": ("labels",),
+}
+# What the layouts write into a folder, and so may remove from it.
+_OURS = (
+    "data/*.parquet",
+    "*.tar",
+    SEEDS,
+    METADATA,
+    QUARANTINE,
+    "before/*",
+    "after/*",
+    "mask/*",
+    f"*/{PROMPT}",
+)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` wrote. left_out: how many rows had what the layout cannot hold."""
+
+    rows: int
+    broken: tuple[tuple[str, str], ...]  # id, reason
+    left_out: dict[str, int]
+
+    def lines(self, to: Layout) -> list[str]:
+        """What a person should know of it."""
+        lines = []
+        if self.left_out:
+            lost = ", ".join(f"{name} ({rows:,} rows)" for name, rows in self.left_out.items())
+            lines.append(f"the layout {to} has no place for {lost}: left out")
+        if self.broken:
+            lines.append(f"{len(self.broken):,} broken rows are left out, and named in {QUARANTINE}")
+        return lines
+
+
+def convert(
+    source: Source,
+    target: Path,
+    to: Layout,
+    *,
+    count: int | None = None,
+    shard_rows: int = 1000,
+    overwrite: bool = False,
+    max_broken: float = MAX_BROKEN,
+    done: Callable[[int], None] = lambda rows: None,
+) -> Converted:
+    """Write the rows of `source`, or the first `count`, into the folder `target` in the layout `to`.
+
+    Encoded pictures go over byte for byte; pixels become PNG. Called again after it was stopped it goes on
+    with the parts that are missing. Broken rows are left out and named in quarantine.jsonl. `done` is told
+    how many rows a part had. Raises InputError for a source without end and without a count, for a folder
+    that holds something else, that was begun with other settings or that another process writes into, and
+    when more than the share `max_broken` of the rows are broken.
+    """
+    if source.endless and count is None:
+        raise InputError(f"{source.name} has no end; say how many rows with --count 10000.")
+    total = len(source) if count is None else min(count, len(source))
+    header = {"source": source.name, "key": source.key, "to": to, "rows": total, "shard_rows": shard_rows}
+    if target.suffix in (".parquet", ".tar", ".csv", ".jsonl"):
+        raise InputError(f"{target} is to be a folder; name it without {target.suffix}.")
+    make_folder(target)
+    with _job(target, header, overwrite=overwrite) as job:
+        writer = _WRITERS[to](target, job)
+        for part, start in enumerate(range(0, total, shard_rows)):
+            rows = range(start, min(start + shard_rows, total))
+            if part not in job.parts:
+                job.commit(part, _write_part(source, rows, writer, part, HOLDS_NO[to]))
+            broken = [row for entry in job.parts.values() for row in entry["broken"]]
+            if len(broken) > max_broken * total:
+                first = "; ".join(f"{id}: {reason}" for id, reason in broken[:3])
+                raise InputError(
+                    f"{len(broken):,} of the first {rows.stop:,} rows of {source.name} are broken; at most "
+                    f"{max_broken:.0%} of {total:,} may be. {first}. Look at all: ip2p data check"
+                )
+            done(len(rows))
+        broken = [row for _, entry in sorted(job.parts.items()) for row in entry["broken"]]
+        if broken:
+            lines = (json.dumps({"id": id, "reason": why}, ensure_ascii=False) + "\n" for id, why in broken)
+            write_text(target / QUARANTINE, "".join(lines))
+        writer.finish()
+        job.finish()
+    lost: Counter[str] = Counter()
+    for entry in job.parts.values():
+        lost.update(entry["left_out"])
+    return Converted(total - len(broken), tuple((id, why) for id, why in broken), dict(lost))
+
+
+def _write_part(
+    source: Source, rows: range, writer: _Writer, part: int, holds_no: Sequence[str]
+) -> dict[str, Any]:
+    """Write the rows of a part; its line of the manifest."""
+    broken: list[tuple[str, str]] = []
+    lost: Counter[str] = Counter()
+
+    def whole() -> Iterator[tuple[int, Pair]]:
+        for row in rows:
+            try:
+                pair = source[row]
+                for picture in (pair.before, pair.after):
+                    open_picture(picture, pair.id)
+            except BrokenRow as error:
+                broken.append((error.id, error.reason))
+                continue
+            lost.update(name for name in holds_no if getattr(pair, name))
+            yield row, pair
+
+    files, index = writer.write(part, whole())
+    return {"files": files, "index": index, "broken": broken, "left_out": dict(lost)}
+
+
+def encoded(picture: bytes | NDArray[np.uint8]) -> bytes:
+    """A picture's file: itself when it is one, else its pixels as PNG."""
+    if isinstance(picture, bytes):
+        return picture
+    buffer = io.BytesIO()
+    # The highest levels cost several times the drawing and save a tenth.
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=2)
+    return buffer.getvalue()
+
+
+# --- what is done ---------------------------------------------------------------------------------
+
+
+class _Job:
+    """The manifest of a folder: a line that says what is converted, one a part, and one when all is done."""
+
+    def __init__(self, folder: Path, file: IO[bytes]) -> None:
+        self.folder, self.file = folder, file
+        self.parts: dict[int, dict[str, Any]] = {}
+        self.finished = False
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def is_whole(self, entry: dict[str, Any]) -> bool:
+        """Whether the files of a part lie there in their size."""
+        for name, (size, _) in entry["files"].items():
+            try:
+                if (self.folder / name).stat().st_size != size:
+                    return False
+            except OSError:
+                return False
+        return True
+
+    def commit(self, part: int, entry: dict[str, Any]) -> None:
+        self.append({"part": part} | entry)
+        self.parts[part] = entry
+
+    def finish(self) -> None:
+        if not self.finished:
+            self.append({"done": True})
+
+
+@contextmanager
+def _job(folder: Path, header: dict[str, Any], *, overwrite: bool) -> Iterator[_Job]:
+    manifest = folder / MANIFEST
+    if not manifest.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something else; choose another folder.")
+    with open(manifest, "a+b") as file:
+        _hold(file, folder)
+        file.seek(0)
+        data = file.read()
+        # A line that was being written when the process was killed never counted.
+        rows = _rows(data[: data.rfind(b"\n") + 1])
+        if rows and "convert" not in rows[0]:
+            raise InputError(f"{folder} holds something else; choose another folder.")
+        if rows and overwrite:
+            _remove_ours(folder)
+            rows = []
+            data = b""
+        job = _Job(folder, file)
+        file.truncate(data.rfind(b"\n") + 1)
+        if not rows:
+            job.append({"convert": header})
+        else:
+            _same(folder, rows[0]["convert"], header)
+            _sweep(folder)
+        job.parts = {row["part"]: row for row in rows if "part" in row}
+        # What has been lost since is made again.
+        job.parts = {part: row for part, row in job.parts.items() if job.is_whole(row)}
+        job.finished = {"done": True} in rows
+        yield job
+
+
+def _rows(data: bytes) -> list[dict[str, Any]]:
+    rows = []
+    for line in data.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # its part is made again
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    said = {"source": "of {}", "key": "of other data", "to": "--to {}", "rows": "of {} rows"}
+    said["shard_rows"] = "--shard-rows {}"
+    for name, words in said.items():
+        if before.get(name) != now[name]:
+            one, two = (words.format(told) for told in (before.get(name), now[name]))
+            change = f"{one}, and now it is {two}" if one != two else f"{one}: they have changed since"
+            raise InputError(f"{folder} was begun {change}; add --overwrite, or choose another folder.")
+
+
+def _remove_ours(folder: Path) -> None:
+    for pattern in _OURS:
+        for path in list(folder.glob(pattern)):
+            if path.name == PROMPT:
+                shutil.rmtree(path.parent)
+            else:
+                path.unlink()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed run was writing (`files.replacing`)."""
+    for pattern in (".train-*", ".metadata-*", ".seeds-*", "data/.*", "before/.*", "after/.*", "mask/.*"):
+        for half in folder.glob(pattern):
+            half.unlink(missing_ok=True)
+
+
+def _hold(file: IO[bytes], folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"another ip2p is writing into {folder}; wait for it, or choose another folder."
+        ) from None
+
+
+# --- the layouts ----------------------------------------------------------------------------------
+
+Files = dict[str, tuple[int, str]]  # name below the folder → size, sha256
+
+
+class _Writer:
+    """Writes a part's rows; gives back its files, and what `finish` needs of each row."""
+
+    def __init__(self, folder: Path, job: _Job) -> None:
+        self.folder, self.job = folder, job
+
+    def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Write what makes the whole readable."""
+
+    def index(self) -> Iterator[Any]:
+        """What the parts noted of their rows, in order."""
+        for _, entry in sorted(self.job.parts.items()):
+            yield from entry["index"]
+
+    def put(self, files: Files, name: str, data: bytes) -> str:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        # Not synced: there are thousands. One that a power cut emptied has another size than its line says.
+        with replacing(path, sync=False) as temporary:
+            temporary.write_bytes(data)
+        files[name] = (len(data), hashlib.sha256(data).hexdigest())
+        return name
+
+
+class _Parquet(_Writer):
+    """The hub edition's five columns, and the ids and scores beside them."""
+
+    def schema(self) -> Any:
+        return hub_schema(
+            {
+                "original_image": "Image",
+                "original_prompt": "string",
+                "edit_prompt": "string",
+                "edited_prompt": "string",
+                "edited_image": "Image",
+                "id": "string",
+                "scores": "string",
+            }
+        )
+
+    def cells(self, row: int, pair: Pair) -> dict[str, object]:
+        return {
+            "original_image": _image(pair.before, f"{row:07}_0"),
+            "original_prompt": pair.caption,
+            "edit_prompt": pair.instruction,
+            "edited_prompt": pair.edited_caption,
+            "edited_image": _image(pair.after, f"{row:07}_1"),
+            "id": pair.id,
+            "scores": _json(dict(pair.scores)).decode(),
+        }
+
+    def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        # Apart from the manifest: Arrow and the hub's tools take a folder's files for parquet, all of them.
+        path = self.folder / "data" / f"train-{part:05}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        schema = self.schema()
+        with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            group: list[dict[str, object]] = []
+            for row, pair in rows:
+                group.append(self.cells(row, pair))
+                if len(group) == ROWS_A_GROUP:
+                    writer.write_table(pa.Table.from_pylist(group, schema))
+                    group = []
+            if group:
+                writer.write_table(pa.Table.from_pylist(group, schema))
+        return {f"data/{path.name}": _known(path)}, []
+
+
+class _MagicBrush(_Parquet):
+    """MagicBrush's columns, and the ids beside them."""
+
+    def schema(self) -> Any:
+        return hub_schema(
+            {
+                "img_id": "string",
+                "turn_index": "int32",
+                "source_img": "Image",
+                "mask_img": "Image",
+                "instruction": "string",
+                "target_img": "Image",
+                "id": "string",
+            }
+        )
+
+    def cells(self, row: int, pair: Pair) -> dict[str, object]:
+        turn = re.fullmatch(r"(.+)-(\d{1,6})", pair.id)
+        return {
+            "img_id": turn[1] if turn else pair.id,
+            "turn_index": int(turn[2]) if turn else 1,
+            "source_img": _image(pair.before, f"{row:07}-input"),
+            "mask_img": None if pair.mask is None else _image(pair.mask, f"{row:07}-mask"),
+            "instruction": pair.instruction,
+            "target_img": _image(pair.after, f"{row:07}-output"),
+            "id": pair.id,
+        }
+
+
+class _Shards(_Writer):
+    """Tar files of `0000001.before.jpg .after.jpg .mask.png .json`."""
+
+    def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
+        path = self.folder / f"train-{part:06}.tar"
+        with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, pair in rows:
+                members = {}
+                for part_name, data in _pictures(pair):
+                    members[f"{part_name}{ending(data)}"] = data
+                members["json"] = _json(_words(pair))
+                for name, data in members.items():
+                    member = tarfile.TarInfo(f"{row:07}.{name}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        return {path.name: _known(path)}, []
+
+
+class _Folders(_Writer):
+    """before/, after/ and mask/, and metadata.jsonl, which comes last."""
+
+    def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
+        files: Files = {}
+        index = []
+        for row, pair in rows:
+            line = {
+                name: self.put(files, f"{name}/{row:07}{ending(data)}", data)
+                for name, data in _pictures(pair)
+            }
+            index.append(line | _words(pair))
+        return files, index
+
+    def finish(self) -> None:
+        write_text(self.folder / METADATA, "".join(_json(line).decode() + "\n" for line in self.index()))
+
+
+class _Original(_Writer):
+    """The layout of the paper's code; rows of one prompt share a folder if their ids are NAME/SEED.
+
+    Pictures are called .jpg whatever they hold, for so that code opens them. A row whose seed is not known
+    takes its number for one.
+    """
+
+    def __init__(self, folder: Path, job: _Job) -> None:
+        super().__init__(folder, job)
+        self.taken: dict[str, tuple[str, set[int]]] = {}  # folder: the prompt in it, the seeds
+        for name, seed, prompt in self.index():
+            self.taken.setdefault(name, (prompt, set()))[1].add(seed)
+
+    def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
+        files: Files = {}
+        index = []
+        for row, pair in rows:
+            words = {"caption": pair.caption, "input": pair.caption}
+            words |= {"edit": pair.instruction, "output": pair.edited_caption}
+            prompt = _json(words)
+            digest = hashlib.sha256(prompt).hexdigest()[:16]
+            name, seed = self._place(row, pair, digest)
+            index.append((name, seed, digest))
+            inner = self.folder / name
+            inner.mkdir(exist_ok=True)
+            for half in inner.glob(".*"):  # of a killed run
+                half.unlink()
+            # The scores of other seeds are in this file already, and may be of another part.
+            told = [line for line in _lines(inner / METADATA) if line.get("seed") != seed]
+            told.append({"seed": seed} | {k: v for k, v in pair.scores.items() if k != "seed"})
+            if pair.id != f"{name}/{seed}":
+                told[-1]["id"] = pair.id
+            write = {PROMPT: prompt, METADATA: b"".join(_json(line) + b"\n" for line in told)}
+            for file, data in write.items():
+                with replacing(inner / file, sync=False) as temporary:
+                    temporary.write_bytes(data)
+            self.put(files, f"{name}/{seed}_0.jpg", encoded(pair.before))
+            self.put(files, f"{name}/{seed}_1.jpg", encoded(pair.after))
+        return files, index
+
+    def _place(self, row: int, pair: Pair, prompt: str) -> tuple[str, int]:
+        known = re.fullmatch(r"(\d{7})/(\d+)", pair.id)
+        seed = int(known[2]) if known else int(pair.scores.get("seed", row))
+        first = name = known[1] if known else f"{row:07}"
+        number = 1
+        while name in self.taken and (self.taken[name][0] != prompt or seed in self.taken[name][1]):
+            number += 1
+            name = f"{first}-{number}"
+        self.taken.setdefault(name, (prompt, set()))[1].add(seed)
+        return name, seed
+
+    def finish(self) -> None:
+        seeds: dict[str, list[int]] = {}
+        for name, seed, _ in self.index():
+            seeds.setdefault(name, []).append(seed)
+        write_text(self.folder / SEEDS, json.dumps(list(seeds.items())))
+
+
+_WRITERS: dict[Layout, type[_Writer]] = {
+    "parquet": _Parquet,
+    "magicbrush": _MagicBrush,
+    "original": _Original,
+    "shards": _Shards,
+    "folders": _Folders,
+}
+
+
+def hub_schema(kinds: dict[str, str]) -> Any:
+    """Columns with the note by which the hub's tools know pictures. kinds: Image, or a type of Arrow."""
+    import pyarrow as pa
+
+    types = {"Image": pa.struct([("bytes", pa.binary()), ("path", pa.string())])}
+    types |= {"string": pa.string(), "int32": pa.int32()}
+    features = {
+        name: {"_type": "Image"} if kind == "Image" else {"dtype": kind, "_type": "Value"}
+        for name, kind in kinds.items()
+    }
+    note = json.dumps({"info": {"features": features}})
+    return pa.schema([(name, types[kind]) for name, kind in kinds.items()], metadata={"huggingface": note})
+
+
+def _image(picture: bytes | NDArray[np.uint8], stem: str) -> dict[str, object]:
+    data = encoded(picture)
+    return {"bytes": data, "path": stem + ending(data)}
+
+
+def ending(data: bytes) -> str:
+    """What the name of a picture's file should end in, by its first bytes."""
+    heads = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif"}
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return ".webp"
+    return next((name for head, name in heads.items() if data.startswith(head)), ".png")
+
+
+def _pictures(pair: Pair) -> list[tuple[str, bytes]]:
+    pictures = [("before", encoded(pair.before)), ("after", encoded(pair.after))]
+    return pictures if pair.mask is None else [*pictures, ("mask", pair.mask)]
+
+
+def _words(pair: Pair) -> dict[str, Any]:
+    words = {"id": pair.id, "instruction": pair.instruction}
+    words |= {"caption": pair.caption, "edited_caption": pair.edited_caption}
+    return {k: v for k, v in words.items() if v} | ({"scores": dict(pair.scores)} if pair.scores else {})
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, default=float).encode()  # NumPy's numbers too
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return _rows(path.read_bytes()) if path.exists() else []
+
+
+def _known(path: Path) -> tuple[int, str]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return path.stat().st_size, digest.hexdigest()
