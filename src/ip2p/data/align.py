@@ -39,8 +39,9 @@ class Move:
         across, down = (round(v) for v in self.shift)
         if abs(self.scale - 1) < 0.015:
             return f"shifted by {across:+d}, {down:+d} px"
-        how = "cropped and enlarged" if self.scale > 1 else "shrunk"
-        return f"{how} by {abs(self.scale - 1):.0%}"
+        if self.scale > 1:
+            return f"cropped by {1 - 1 / self.scale:.0%} and enlarged"
+        return f"shrunk by {1 - self.scale:.0%}"
 
 
 def find_move(before: Image.Image, after: Image.Image) -> Move | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ip2p import images
@@ -39,8 +40,9 @@ def check(config: DataCheckConfig, source: Source) -> None:
 
 def convert(config: DataConvertConfig, source: Source) -> None:
     """Write the rows into the folder `config.target`, and print its path; say what was left out."""
-    if config.target is None:
+    if not config.target.strip():
         raise InputError("no folder to write is named; write: ip2p data convert DATA TARGET --to shards")
+    target = Path(config.target)
     total = min(config.count or len(source), len(source))
     with progress("rows", total) as advance:
 
@@ -50,14 +52,14 @@ def convert(config: DataConvertConfig, source: Source) -> None:
 
         converted = convert_rows(
             source,
-            config.target,
+            target,
             config.to,
             count=config.count,
             shard_rows=config.shard_rows,
             overwrite=config.overwrite,
             done=done,
         )
-    write_text(config.target / "run.json", run_json(config))
+    write_text(target / "run.json", run_json(config))
     for line in converted.lines(config.to):
         say(line)
-    print(config.target)
+    print(target)

@@ -1,0 +1,220 @@
+"""What is wrong with a data set: every defect is found, named, and told from what is right."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from layouts import Rows, make_pair, make_pairs, picture
+from PIL import Image
+from test_align import cropped, drawn, shifted
+
+from ip2p.data.check import check, imperative, sheet, tokens
+from ip2p.data.loading import open_source
+from ip2p.data.records import BrokenRow
+from ip2p.storybook.source import StorybookSource
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def found(rows):
+    return {f.name: (f.kind, f.count, f.ids) for f in check(Rows(rows)).findings}
+
+
+def page(kind, number):
+    before, after = drawn(kind, number)
+    return {"before": png(before), "after": png(after)}
+
+
+def every_defect(folder):
+    """A folder with each defect once, under an id that says which, beside 12 rows that are right."""
+    rows = []
+
+    def add(id, before, after, instruction="make it blue", caption="a page", edited_caption="a blue page"):
+        names = []
+        for part, data in (("before", before), ("after", after)):
+            name = f"{part}/{len(rows):03}.png"
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            if data is not None:
+                (folder / name).write_bytes(data)
+            names.append(name)
+        rows.append([id, *names, instruction, caption, edited_caption])
+
+    pages = [page(kind, number) for kind in ("recolour", "add", "put_on", "remove") for number in range(3)]
+    for number, both in enumerate(pages):
+        add(f"right-{number}", **both)
+    one, three = pages[0], pages[6]
+    before, after = drawn("remove", 3)
+    add("cut", one["before"], one["after"][:-300])
+    add("no-picture", one["before"], None)
+    add("silent", picture(1), picture(2), instruction="  ")
+    add("swapped-words", picture(3), picture(4), "a page with a cat", "make the cat green", "a green cat")
+    add("swapped-pictures", picture(20), picture(5), "make it new", "a shared page", "another")
+    rows[-1][1:3] = rows[-1][2], rows[-1][1]  # its after is what the next ones start from
+    add("shares-1", picture(20), picture(6), "make it old", "a shared page", "an old page")
+    add("shares-2", picture(20), picture(7), "make it odd", "a shared page", "an odd page")
+    add("other-size", picture(8), picture(9, size=(24, 24)))
+    add("shifted", png(before), png(shifted(after, 8, 0)))
+    add("cropped", png(before), png(cropped(after, 0.1)))
+    add("right-3", picture(10), picture(11))  # an id that is there already
+    add("again", three["before"], three["after"])
+    add("same", picture(12), picture(12), instruction="word " * 90)
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["id", "before", "after", "instruction", "caption", "edited_caption"], *rows]
+        )
+    return folder
+
+
+def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
+    report = check(open_source(str(every_defect(tmp_path / "set"))))
+    told = {line.split("  ")[0]: " ".join(line.split()) for line in report.lines()}
+    starts = {
+        "broken picture": "1 row: cannot be read or decoded: cut (after: is damaged or cut short",
+        "missing picture": "1 row: a picture or the words of the row are not there: no-picture (after: ",
+        "empty instruction": "1 row: nothing tells what to change: silent",
+        "duplicate ids": "1 row: an id that stands more than once: right-3",
+        "swapped words": "1 row: the caption begins as an instruction does",
+        "swapped pictures": "1 row: in pairs that share a picture",
+        "size mismatch": "1 row: before and after have different sizes: other-size (24x20 and 24x24)",
+        "misaligned": "2 rows: what the edit left is not where it was: shifted (shifted by +8, +0 px), "
+        "cropped (cropped by 10% and enlarged)",
+        "duplicate pairs": "1 row: the pictures and the instruction of an earlier row: again",
+        "identical pictures": "1 row: before and after are the same: same",
+    }
+    for name, start in starts.items():
+        assert told.get(name, "").startswith(f"{name} {start}"), told.get(name)
+    assert told["swapped words"].endswith("may be swapped: swapped-words")
+    assert told["swapped pictures"].endswith("may be swapped: swapped-pictures")
+    assert told["data"].endswith("set, 25 rows")
+    assert told["instruction"] == (
+        "instruction 3 / 3 / 90 words (min / median / max), about 1 over 77 tokens, 1 empty"
+    )
+    assert told["caption"].startswith("caption 2 / 2 / 4 words")
+    assert {f.name for f in report.findings} == set(starts)
+    assert [f.name for f in report.defects] == list(starts)[:4]
+    assert report.summary() == (
+        f"{report.name} has defects: broken picture 1, missing picture 1, empty instruction 1, "
+        "duplicate ids 1. Mend or leave out these rows."
+    )
+    assert json.loads(json.dumps(report.to_json()))["findings"][0]["ids"][0].startswith("cut (after")
+
+
+def test_drawn_pairs_have_nothing_wrong():
+    report = check(StorybookSource(64, seed=5, count=40))
+    assert report.findings == ()
+    assert report.lines()[-1] == f"{'found':<20}nothing wrong"
+    assert report.sizes == {"64x64": 40}
+
+
+def test_a_source_without_end_is_looked_at_in_part():
+    endless = Rows(make_pairs(3))
+    endless.endless = True
+    endless.__class__ = type("Long", (Rows,), {"__len__": lambda self: 2**31})
+    report = check(endless, limit=2)
+    assert (report.looked_at, report.lines()[0].split(", ", 1)[1]) == (
+        2,
+        "without end, of which the first 2 were looked at",
+    )
+
+
+def test_the_first_few_ids_are_named_and_all_are_counted():
+    rows = [BrokenRow(f"row-{number}", "before: gone") for number in range(9)]
+    kind, count, ids = found(rows)["broken picture"]
+    assert (kind, count, len(ids)) == ("defect", 9, 5)
+    line = check(Rows(rows)).findings[0].line()
+    assert line.startswith(f"{'broken picture':<20}9 rows: ") and line.endswith("row-4 (before: gone), …")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "make it snow",
+        "Turn the cat red.",
+        "please add a hat",
+        "Now put it on the moon",
+        "let's go to Mars",
+        "SWAP them",
+    ],
+)
+def test_an_instruction_is_told_by_its_beginning(words):
+    assert imperative(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["a cat on a mat", "in the snow", "as a painting", "The house is now red", "", "makeup on a table"],
+)
+def test_what_is_no_command_is_not_taken_for_one(words):
+    assert not imperative(words)
+
+
+def test_words_are_swapped_only_if_both_look_like_the_other():
+    assert "swapped words" in found([make_pair(0, instruction="a red cat", caption="make the cat red")])
+    for instruction, caption in (
+        ("in the snow", "a cat on a mat"),
+        ("make the cat red", "a cat"),
+        ("make the cat red", "make a wish, a poster"),
+        ("as a painting", ""),
+    ):
+        pair = make_pair(0, instruction=instruction, caption=caption, edited_caption="")
+        assert "swapped words" not in found([pair])
+
+
+def swaps(*pairs, captions=None):
+    """The rows that look swapped, of pairs of picture numbers; `captions`: of before and of after."""
+    rows = []
+    for number, (before, after) in enumerate(pairs):
+        caption, edited = captions[number] if captions else ("", "")
+        words = {"caption": caption, "edited_caption": edited}
+        rows.append(make_pair(number, id=str(number), before=picture(before), after=picture(after), **words))
+    return found(rows).get("swapped pictures", ("", 0, ()))[2]
+
+
+def test_a_row_that_ends_where_its_group_begins_is_swapped():
+    assert swaps((1, 2), (1, 3), (4, 1)) == ("2",)
+    # With captions one other row is enough: both say that they start at the same.
+    assert swaps((1, 2), (3, 1), captions=[("a", "b"), ("a", "c")]) == ("1",)
+
+
+def test_a_group_that_ends_at_one_picture_is_swapped():
+    assert swaps((2, 1), (3, 1), (4, 1)) == ("0", "1", "2")
+    assert swaps((2, 1), (3, 1), captions=[("a", "b"), ("a", "c")]) == ("0", "1")
+
+
+def test_edits_of_edits_and_ways_back_are_not_swapped():
+    assert swaps((1, 2), (2, 3), (3, 4)) == ()
+    assert swaps((1, 2), (1, 3), (1, 4), (2, 5)) == ()
+    assert swaps((1, 2), (2, 1)) == ()
+    # What is removed from different pictures may leave the same one, and they are told apart by their words.
+    assert swaps((2, 1), (3, 1), (4, 1), captions=[("b", "a"), ("c", "a"), ("d", "a")]) == ()
+    # An edit of an edit, edited twice: the second step's caption is another.
+    assert swaps((1, 2), (2, 3), (2, 4), captions=[("a", "b"), ("b", "c"), ("b", "d")]) == ()
+
+
+def test_the_same_picture_in_another_format_is_the_same():
+    pixels = np.asarray(Image.open(io.BytesIO(picture(1))))
+    assert "identical pictures" in found([make_pair(0, before=picture(1), after=pixels)])
+    again = make_pair(1, before=pixels, after=picture(2), instruction="Make  it number 0")
+    assert found([make_pair(0, before=picture(1), after=picture(2)), again])["duplicate pairs"][2] == (
+        "pair-1",
+    )
+
+
+def test_tokens_are_about_as_many_as_words_and_signs():
+    assert tokens("make it snow") == 5
+    assert tokens("a photograph, please") == 2 + 1 + 2 + 1 + 1
+
+
+def test_the_sheet_shows_pairs_evenly_and_names_broken_rows(tmp_path):
+    rows = [*make_pairs(10), BrokenRow("lost", "before: gone")]
+    sheet(Rows(rows), tmp_path / "sheet.png", count=11)
+    shown = Image.open(tmp_path / "sheet.png")
+    assert shown.width > 3 * 2 * 160 and shown.height > 4 * 160
+    grey = np.asarray(shown.convert("RGB")) == (211, 211, 211)  # the broken row's place
+    assert grey.all(-1).sum() >= 2 * 160 * 160 - 100
