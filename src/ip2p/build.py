@@ -27,6 +27,7 @@ from ip2p.clip import MEAN, STD
 from ip2p.errors import InputError, ModelError
 from ip2p.files import write_text
 from ip2p.images import signed_psnr
+from ip2p.models.save import edit_scheduler, write_editor
 from ip2p.storybook.labels import EDIT_SIZES, PAGE_SIZES, THING_SIZES
 from ip2p.storybook.scene import rng_for
 from ip2p.storybook.source import StorybookSource
@@ -234,7 +235,7 @@ def train_stage(
     config: StageConfig,
     batches: Callable[[int], Iterator[list[Any]]],
 ) -> dict[str, Any]:
-    """Train to the stage's end with the one loop (`train.loop.fit`); OutOfTime when this call's time is up."""
+    """Train to the stage's end (`train.loop.fit`). Raises OutOfTime when this call's time is up."""
     result = fit(
         task,
         batches,
@@ -671,10 +672,10 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
 
     An unfinished UNet stage counts with the moving average of its newest state.
     """
-    from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-    target.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[name]
     if (source / "unet").exists() and (source / "text_encoder").exists():
         unet = UNet2DConditionModel.from_pretrained(source / "unet")
@@ -692,58 +693,30 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
             own = {k.removeprefix(part + "."): v for k, v in average.items() if k.startswith(part + ".")}
             if own:  # the text encoder is there only where it was trained along
                 module.load_state_dict(own)
-    shard = "15MB"
-    unet.to(dtype).save_pretrained(target / "unet", max_shard_size=shard)
-    vae = AutoencoderKL.from_pretrained(source / "vae")
-    vae.to(dtype).save_pretrained(target / "vae", max_shard_size=shard)
-    text_encoder.to(dtype).save_pretrained(target / "text_encoder", max_shard_size=shard)
-    clip = CLIPModel.from_pretrained(source / "clip")
-    clip.to(dtype).save_pretrained(target / "clip", max_shard_size=shard)
-    for part in ("unet", "vae", "text_encoder", "clip"):
-        path = target / part / "config.json"
-        path.write_text(json.dumps(_portable(json.loads(path.read_text())), indent=2) + "\n")
-    CLIPTokenizer.from_pretrained(source / "tokenizer").save_pretrained(target / "tokenizer")
-    EulerAncestralDiscreteScheduler(
-        beta_start=BETA_START,
-        beta_end=BETA_END,
-        beta_schedule="scaled_linear",
-        num_train_timesteps=TIMESTEPS,
-        prediction_type=preset.prediction,
-        timestep_spacing="linspace",
-        steps_offset=0,
-    ).save_pretrained(target / "scheduler")
-    import diffusers
-
-    (target / "model_index.json").write_text(
-        json.dumps(
+    told = target / "README.md"
+    write_editor(
+        target,
+        {
+            "unet": unet,
+            "vae": AutoencoderKL.from_pretrained(source / "vae"),
+            "text_encoder": text_encoder,
+            "clip": CLIPModel.from_pretrained(source / "clip"),
+        },
+        {"tokenizer": CLIPTokenizer.from_pretrained(source / "tokenizer")},
+        edit_scheduler(
             {
-                "_class_name": "StableDiffusionInstructPix2PixPipeline",
-                "_diffusers_version": diffusers.__version__,
-                "feature_extractor": [None, None],
-                "image_encoder": [None, None],
-                "requires_safety_checker": False,
-                "safety_checker": [None, None],
-                "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "vae": ["diffusers", "AutoencoderKL"],
-            },
-            indent=2,
-        )
-        + "\n"
+                "beta_start": BETA_START,
+                "beta_end": BETA_END,
+                "beta_schedule": "scaled_linear",
+                "num_train_timesteps": TIMESTEPS,
+                "prediction_type": preset.prediction,
+            }
+        ),
+        dtype=dtype,
+        card=card,
+        shard=15_000_000,
+        files={told.name: told} if told.exists() else {},
     )
-    (target / "ip2p.json").write_text(json.dumps(card, indent=2) + "\n")
-
-
-def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """A part's config without this machine's paths, and naming fp32.
-
-    transformers loads in the dtype that the config names, diffusers in fp32: a pipeline opened without
-    a dtype would mix the two.
-    """
-    kept = {k: _portable(v) if isinstance(v, dict) else v for k, v in config.items() if k != "_name_or_path"}
-    return {k: "float32" if k in ("dtype", "torch_dtype") else v for k, v in kept.items()}
 
 
 def run(

@@ -521,8 +521,8 @@ class _Checks:
             steps=self.here.config.validate_steps,
             size=self.here.transform.size[0],
             splits=("test",),
-        )["test"]["model"]
-        return {"success": told["success"], "kept": told["preservation"]}
+        )["test"]["model"]["overall"]
+        return {"success": told["success"], "kept": told["preservation"] or 0.0}
 
     def __call__(self, step: int) -> bool:
         self.curves.forget_after(step - 1)

@@ -242,8 +242,9 @@ def fit(
                     say(f"{name}: saved at step {step}; the same command goes on from here")
                 signals.raise_if_any()
                 return result(False)
+            lr = learning_rate(config, step, progress)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, progress)
+                group["lr"] = lr
             with timer.part("waiting for data"):
                 micro = next(source)
             optimizer.zero_grad(set_to_none=True)

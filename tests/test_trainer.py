@@ -1,0 +1,509 @@
+"""`ip2p train` as a whole on tiny models: from pairs and a base to an editor, stopped, damaged, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+
+from ip2p import cli, trainer
+from ip2p.config import TrainConfig
+from ip2p.errors import InputError, ModelError, Terminated
+from ip2p.files import write_text
+from ip2p.storybook.edits import sample_edit
+from ip2p.storybook.pairs import write_pairs
+from ip2p.storybook.scene import rng_for
+from ip2p.train import loop
+from ip2p.train.checkpoints import Checkpoints
+from ip2p.train.loop import sole_owner
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """A parquet of 24 storybook pairs."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    write_pairs((sample_edit(rng_for("test", 0, k)) for k in range(24)), path, size=SIDE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A small Stable Diffusion of 4 channels."""
+    return make_model(tmp_path_factory.mktemp("base") / "sd", in_channels=4)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def config(pairs, base, cache, tmp_path) -> TrainConfig:
+    """Six steps in fp32, with a checkpoint after every second."""
+    return TrainConfig(
+        data=str(pairs),
+        base=str(base),
+        output=tmp_path / "editor",
+        steps=6,
+        batch=4,
+        size=SIDE,
+        lr=1e-3,
+        cache=cache,
+        precision="fp32",
+        save_every=2,
+        validate_every=0,
+        workers=0,
+        track="none",
+        device="cpu",
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def state(config: TrainConfig) -> dict:
+    return Checkpoints(config.output / trainer.TRAINING).load()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Make the loop raise, or call something, when step k begins."""
+    real = loop.learning_rate
+
+    def arrange(step: int, action):
+        def at(config, now, progress):
+            if now == step:
+                action()
+            return real(config, now, progress)
+
+        monkeypatch.setattr(loop, "learning_rate", at)
+        return lambda: monkeypatch.setattr(loop, "learning_rate", real)
+
+    return arrange
+
+
+def kill():
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def whole(pairs, base, cache, tmp_path_factory):
+    """A run that nothing disturbed: its settings and its output."""
+    output = tmp_path_factory.mktemp("whole") / "editor"
+    config = TrainConfig(
+        data=str(pairs),
+        base=str(base),
+        output=output,
+        steps=6,
+        batch=4,
+        size=SIDE,
+        lr=1e-3,
+        cache=cache,
+        precision="fp32",
+        save_every=2,
+        validate_every=0,
+        workers=0,
+        track="none",
+        device="cpu",
+    )
+    trainer.run(config)
+    return config
+
+
+# --- what comes out ---
+
+
+def test_the_output_is_an_editor_for_us_and_for_diffusers(whole, page):
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    from ip2p.editor import Editor
+
+    [result] = Editor.load(whole.output, device="cpu").edit(page, "make it night", steps=2)
+    assert result.size == page.size
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(whole.output)
+    assert pipeline.unet.config.in_channels == 8
+    card = (whole.output / "README.md").read_text()
+    assert "pairs.parquet" in card and "| lr | 0.001 |" in card and "| steps | 6 |" in card
+    assert str(whole.output.parent) not in card
+    assert json.loads((whole.output / "run.json").read_text())["settings"]["steps"] == 6
+
+
+def test_the_written_weights_are_the_averages(whole):
+    average = state(whole)["ema"]["average"]
+    for key, value in weights(whole.output).items():
+        assert torch.equal(value, average[f"unet.{key}"].half()), key
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole.output.rglob("*") if p.is_file() and p.name != ".lock"}
+    trainer.train(whole)
+    told = capsys.readouterr()
+    assert "is finished: 6 steps. Give more --steps" in told.err and told.out.strip() == str(whole.output)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_training_changes_every_kind_of_weight(whole, base):
+    from ip2p.models.base import load_base
+
+    start = load_base(base).unet.state_dict()
+    last = state(whole)["model"]
+    new = [k for k in start if not torch.equal(last[f"unet.{k}"], start[k])]
+    assert len(new) == len(start)
+    image_part = last["unet.conv_in.weight"][:, 4:]
+    assert image_part.abs().max() > 0
+
+
+# --- FACTS: long jobs ---
+
+
+def test_n_then_killed_then_n_is_2n_to_the_bit(config, whole, stop_at):
+    again = stop_at(5, kill)  # one step after the checkpoint of step 4
+    with pytest.raises(Killed):
+        trainer.run(config)
+    again()
+    assert state(config)["step"] == 4
+    trainer.run(config)
+    ours, theirs = state(config), state(whole)
+    for part in ("model", "optimizer"):
+        a, b = ours[part], theirs[part]
+        if part == "optimizer":
+            a, b = ({f"{i}.{k}": v for i, row in x["state"].items() for k, v in row.items()} for x in (a, b))
+        assert same(a, b), part
+    assert same(ours["ema"]["average"], theirs["ema"]["average"])
+    assert same(weights(config.output), weights(whole.output))
+    logs = [
+        [json.loads(line)["step"] for line in (c.output / "training" / "log.jsonl").read_text().splitlines()]
+        for c in (config, whole)
+    ]
+    assert logs[0] == logs[1] == [6]
+
+
+def test_more_steps_go_on_from_a_finished_run(config, whole):
+    trainer.run(replace(config, steps=4))
+    assert state(config)["step"] == 4
+    trainer.run(config)
+    assert same(weights(config.output), weights(whole.output))
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "code"), [(signal.SIGTERM, Terminated, 143), (signal.SIGINT, KeyboardInterrupt, 130)]
+)
+def test_a_signal_saves_and_the_rest_gives_the_same(config, whole, stop_at, number, error, code):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        again = stop_at(3, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(error):
+            trainer.run(config)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    again()
+    assert state(config)["step"] == 4  # the step in which it came was finished
+    trainer.run(config)
+    assert same(weights(config.output), weights(whole.output))
+
+
+def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(config, whole, stop_at, caplog):
+    again = stop_at(5, kill)
+    with pytest.raises(Killed):
+        trainer.run(config)
+    again()
+    newest = config.output / "training" / "step-00000004.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    trainer.run(config)
+    assert "step-00000004.pt has 1,000 bytes" in caplog.text
+    assert same(weights(config.output), weights(whole.output))
+
+
+def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(config, monkeypatch, stop_at):
+    from ip2p.train.objective import EditTask
+
+    real = EditTask.forward
+
+    def bad_at_three(self, batch):
+        loss, numbers = real(self, batch)
+        return (loss * float("nan") if steps["now"] == 3 else loss), numbers
+
+    steps = {"now": 0}
+    rate = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda c, s, p: (steps.update(now=s), rate(c, s, p))[1])
+    monkeypatch.setattr(EditTask, "forward", bad_at_three)
+    with pytest.raises(ModelError, match=r"step 3 are not finite.*not-applied.jsonl.*--nan-steps 10"):
+        trainer.run(config)
+    saved = state(config)
+    assert saved["step"] == 3 and all(torch.isfinite(v).all() for v in saved["model"].values())
+    [row] = [
+        json.loads(x) for x in (config.output / "training" / "not-applied.jsonl").read_text().splitlines()
+    ]
+    assert row["step"] == 3 and len(row["ids"]) == 4
+    # The same call meets it again; with patience the run steps over it and ends.
+    with pytest.raises(ModelError):
+        trainer.run(config)
+    assert trainer.run(replace(config, nan_steps=10)).finished
+    assert all(torch.isfinite(v).all() for v in state(config)["model"].values())
+
+
+def test_two_runs_in_one_folder_the_second_is_refused(config):
+    with sole_owner(config.output), pytest.raises(InputError, match="another run is at work in"):
+        trainer.run(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": 1e-4}, "lr was 0.001 and is now 0.0001"),
+        ({"batch": 8}, "batch"),
+        ({"seed": 1}, "seed"),
+        ({"lora": 2}, "lora"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(whole, change, named):
+    before = (whole.output / "training" / "manifest.jsonl").read_bytes()
+    with pytest.raises(InputError, match=named):
+        trainer.run(replace(whole, steps=8, **change))
+    assert before == (whole.output / "training" / "manifest.jsonl").read_bytes()
+
+
+def test_changed_data_are_refused(config, tmp_path, stop_at):
+    own = tmp_path / "own.parquet"
+    own.write_bytes(Path(config.data).read_bytes())
+    config = replace(config, data=str(own))
+    again = stop_at(3, kill)
+    with pytest.raises(Killed):
+        trainer.run(config)
+    again()
+    write_pairs((sample_edit(rng_for("test", 1, k)) for k in range(24)), own, size=SIDE)
+    with pytest.raises(InputError, match="content of --data"):
+        trainer.run(config)
+
+
+def test_how_a_batch_is_split_may_change_when_a_run_goes_on(config, stop_at):
+    again = stop_at(3, kill)
+    with pytest.raises(Killed):
+        trainer.run(config)
+    again()
+    assert trainer.run(replace(config, micro_batch=2)).finished
+
+
+def test_time_up_saves_and_the_next_call_goes_on(config, whole):
+    assert not trainer.run(replace(config, seconds=0.0)).finished
+    assert not (config.output / "model_index.json").exists()
+    trainer.run(config)
+    assert same(weights(config.output), weights(whole.output))
+
+
+def test_killed_as_the_editor_is_written_the_next_call_writes_it(config, monkeypatch, whole):
+    real = trainer.save_editor
+    monkeypatch.setattr(trainer, "save_editor", lambda *a, **k: kill())
+    with pytest.raises(Killed):
+        trainer.run(config)
+    assert not (config.output / "model_index.json").exists()
+    monkeypatch.setattr(trainer, "save_editor", real)
+    trainer.run(config)
+    assert same(weights(config.output), weights(whole.output))
+
+
+# --- starts ---
+
+
+def test_a_lora_of_an_editor_is_a_file_and_a_merged_model(config, tiny_model_dir, page):
+    from ip2p.editor import Editor
+
+    config = replace(config, base=str(tiny_model_dir), lora=2, ema=0.0)
+    trainer.run(config)
+    trained = state(config)["model"]
+    assert trained and all(".lora_" in name for name in trained)
+    whole = Editor.load(config.output, device="cpu", dtype="fp32")
+    beside = Editor.load(
+        tiny_model_dir, device="cpu", dtype="fp32", loras=[(config.output / trainer.LORA_FILE, 1.0)]
+    )
+    edits = [np.asarray(e.edit(page, "make it night", steps=3)[0], int) for e in (whole, beside)]
+    assert abs(edits[0] - edits[1]).max() <= 2  # the merged one is in fp16
+    assert np.abs(edits[0]).sum() > 0
+
+
+def test_a_lora_of_stable_diffusion_trains_the_widened_input_too(config):
+    config = replace(config, lora=2)
+    trainer.run(config)
+    trained = state(config)["model"]
+    assert any("conv_in" in name for name in trained) and any(".lora_" in name for name in trained)
+    assert not (config.output / trainer.LORA_FILE).exists()
+    assert weights(config.output)["conv_in.weight"].shape[1] == 8
+
+
+def test_a_unet_can_start_from_its_config_alone(config, tiny_model_dir, tmp_path):
+    own = tmp_path / "unet.json"
+    own.write_text((tiny_model_dir / "unet" / "config.json").read_text())
+    with pytest.raises(InputError, match="add --parts MODEL"):
+        trainer.run(replace(config, base=str(own)))
+    assert trainer.run(replace(config, base=str(own), parts=str(tiny_model_dir), steps=2)).finished
+
+
+@pytest.mark.parametrize("kind", ["sd2", "xl"])
+def test_sd2_and_sdxl_train_and_open(config, sd2_dir, xl_dir, page, kind):
+    from ip2p.editor import Editor
+
+    folder = {"sd2": sd2_dir, "xl": xl_dir}[kind]
+    config = replace(config, base=str(folder), steps=2)
+    trainer.run(config)
+    scheduler = json.loads((config.output / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == ("v_prediction" if kind == "sd2" else "epsilon")
+    [result] = Editor.load(config.output, device="cpu").edit(page, "make it night", steps=1)
+    assert result.size == page.size
+
+
+# --- samples ---
+
+
+def test_without_a_cache_the_pictures_are_encoded_as_it_goes(config):
+    done = trainer.run(replace(config, no_cache=True, pool=8))
+    assert done.finished
+
+
+def test_the_storybook_is_drawn_as_it_goes_and_scored(config, tiny_model_dir):
+    config = replace(
+        config, data="storybook", base=str(tiny_model_dir), validate_every=4, held_out=2, validate_steps=1
+    )
+    trainer.run(config)
+    rows = [json.loads(x) for x in (config.output / "training" / "curves.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 6]
+    assert {"loss", "psnr", "success", "kept"} <= rows[0].keys()
+
+
+def test_broken_rows_are_quarantined_and_beyond_one_in_a_hundred_it_stops(config, tmp_path):
+
+    from PIL import Image
+
+    folder = tmp_path / "own"
+    rng = np.random.default_rng(0)
+    for name in ("before", "after"):
+        (folder / name).mkdir(parents=True)
+        for k in range(120):
+            Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(
+                folder / name / f"{k:03}.png"
+            )
+    rows = "".join(f"before/{k:03}.png,after/{k:03}.png,make it night\n" for k in range(120))
+    (folder / "metadata.csv").write_text("before,after,instruction\n" + rows)
+    broken = folder / "after" / "007.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    config = replace(config, data=str(folder))
+    # Without a cache it has to come by the row to see it.
+    for name, more in (("cached", {"steps": 1}), ("online", {"steps": 5, "no_cache": True, "pool": 120})):
+        own = replace(config, output=config.output.with_name(name), batch=24, **more)
+        assert trainer.run(own).finished
+    told = (config.output.with_name("online") / "training" / "quarantine.jsonl").read_text()
+    assert "007" in told
+    for k in (8, 9):
+        broken = folder / "after" / f"{k:03}.png"
+        broken.write_bytes(b"no picture")
+    with pytest.raises(InputError, match="broken"):
+        trainer.run(replace(config, output=config.output.with_name("other")))
+
+
+# --- validations ---
+
+
+def test_validations_are_shown_logged_and_end_a_run_that_gets_worse(config, tiny_clip_dir, monkeypatch):
+    config = replace(
+        config,
+        steps=40,
+        validate_every=2,
+        held_out=2,
+        validate_steps=1,
+        clip=str(tiny_clip_dir),
+        stop_when_worse=3,
+    )
+    config = replace(config, watch="loss")
+    values = iter([0.5, 0.4, 0.45, 0.6, 0.41, 0.1])
+    monkeypatch.setattr(trainer, "held_out_loss", lambda *a, **k: next(values))
+    result = trainer.run(config)
+    assert result.stopped_early and result.step == 10
+    folder = config.output / "training"
+    rows = [json.loads(x) for x in (folder / "curves.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [0.5, 0.4, 0.45, 0.6, 0.41]
+    assert {"psnr", "clip_image", "clip_directional"} <= rows[0].keys()
+    assert len(list((folder / "held-out").glob("*.png"))) == 5 and (config.output / "curves.png").exists()
+    assert trainer.run(config) is None  # it is finished
+
+
+def test_held_out_pairs_are_not_trained_on(config, monkeypatch):
+    seen = set()
+    real = trainer.CachedSamples.batch
+
+    def note(self, places):
+        batch = real(self, places)
+        seen.update(batch.ids)
+        return batch
+
+    monkeypatch.setattr(trainer.CachedSamples, "batch", note)
+    config = replace(config, steps=30, validate_every=100, held_out=2, lr=1e-5)
+    trainer.run(config)
+    assert len(seen) == 22
+
+
+# --- the command line ---
+
+
+def test_the_shortest_call_and_a_recipe(pairs, base, cache, here, capsys):
+    write_text(here / "recipe.yaml", "batch: 4\nlr: 0.001\nema_every: micro\nmin_snr: null\nsize: 64\n")
+    words = f"train --data {pairs} --base {base} --output made --steps 2 --config recipe.yaml --cache {cache}"
+    assert (
+        cli.main(
+            [*words.split(), "--precision", "fp32", "--validate-every", "0", "--track", "none", "--profile"]
+        )
+        == 0
+    )
+    told = capsys.readouterr()
+    assert told.out.strip() == "made"
+    assert "images a second" in told.err and "backward" in told.err
+    settings = json.loads(Path("made/run.json").read_text())["settings"]
+    assert (settings["batch"], settings["lr"], settings["ema_every"], settings["min_snr"]) == (
+        4,
+        0.001,
+        "micro",
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--base x --output y", "--data is missing"),
+        ("--data x --output y", "--base is missing"),
+        ("--data x --base y", "--output is missing"),
+        ("--data none.parquet --base storybook --output y", "none.parquet"),
+        ("--data x --base y --output z --batch 10 --micro-batch 4", "--batch 10 is not a multiple"),
+        ("--data x --base y --output z --lr nan", "--lr"),
+        ("--data x --base y --output z --ema 1", "--ema is 1"),
+        (
+            "--data x --base y --output z --text-null 0.5 --image-null 0.4 --both-null 0.3",
+            "more than 1 together",
+        ),
+        ("--data x --base y --output z --steps 0", "--steps"),
+        ("--data storybook --base storybook --output z --size 60", "is not a multiple of"),
+        ("--data storybook --base storybook --output z --track nonsense", "choose one of: auto, none"),
+    ],
+)
+def test_bad_settings_exit_2_in_one_line(here, capsys, words, says):
+    assert cli.main(["train", *words.split()]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert says in told[-1], told
