@@ -20,9 +20,7 @@ class StorybookSource:
     back (`edits.sample_edit`).
     """
 
-    def __init__(
-        self, size: int, *, seed: int = 0, split: Split = "train", count: int | None = None
-    ) -> None:
+    def __init__(self, size: int, *, seed: int = 0, split: Split = "train", count: int | None = None) -> None:
         self.size, self.seed, self.split = size, seed, split
         self.endless = count is None
         self.count = ENDLESS if count is None else count
