@@ -103,7 +103,8 @@ def train(config: TrainConfig) -> None:
     if config.ray is not None:
         from ip2p.train.ray import launch
 
-        launch(config, config.ray)
+        make_folder(Path(str(config.output)))
+        launch(run, replace(config, ray=None), workers=config.ray, storage=Path(str(config.output)) / "ray")
     else:
         run(config)
     if _main():
