@@ -255,7 +255,9 @@ def words_of(who: str, given: Given, folder: Path) -> list[str]:
         *("--batch", str(given.batch), "--micro-batch", str(given.batch), "--precision", given.precision),
         *("--workers", str(given.workers), "--device", given.device, "--save-every", "1000000"),
         *("--validate-every", "0", "--track", "none", "--seed", "0"),
-        *(["--no-cache"] if "--no-cache" in who else ["--cache", str(folder / "cache")]),
+        # A pool of one batch is encoded for each step, as diffusers does.
+        *(["--no-cache", "--pool", str(given.batch)] if "--no-cache" in who else []),
+        *([] if "--no-cache" in who else ["--cache", str(folder / "cache")]),
         *(["--compile"] if given.compile else []),
     ]
 

@@ -32,6 +32,12 @@ VERBS = {
     "edit": ("EditConfig", "ip2p.command:edit", "edit a picture, or many, with an instruction"),
     "grid": ("GridConfig", "ip2p.command:grid", "draw the results over two settings as one picture"),
     "train": ("TrainConfig", "ip2p.trainer:train", "train an editor on pairs of pictures"),
+    "data check": ("DataCheckConfig", "ip2p.trainer:data_check", "say what is wrong with a data set"),
+    "data convert": (
+        "DataConvertConfig",
+        "ip2p.trainer:data_convert",
+        "write a data set in another layout",
+    ),
     "model info": ("InfoConfig", "ip2p.models.command:info", "say what a model is and whether it is whole"),
     "model convert": (
         "ConvertConfig",
@@ -147,7 +153,9 @@ def parse(verb: str, words: Sequence[str]) -> Any:
 
         defaults = with_settings(defaults, Path(settings))
     # The parser adds a repeated flag's values to the defaults; a flag takes their place.
-    repeated = {f"--{name}": name for name in ("lora", "then") if isinstance(getattr(defaults, name, 0), tuple)}
+    repeated = {
+        f"--{name}": name for name in ("lora", "then") if isinstance(getattr(defaults, name, 0), tuple)
+    }
     given = {name: () for flag, name in repeated.items() if _peek(words, flag) is not None}
     defaults = dataclasses.replace(defaults, **given)
     told = io.StringIO()

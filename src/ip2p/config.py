@@ -35,6 +35,7 @@ Spacing = Literal["linspace", "karras"]
 Weights = Literal["ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
+LayoutName = Literal["parquet", "magicbrush", "original", "shards", "folders"]
 # What the help shows in place of a type; nothing in place of a default of None.
 Image = Annotated[str, arg(metavar="IMAGE", help_behavior_hint="")]
 Target = Annotated[str, arg(metavar="TARGET", help_behavior_hint="")]
@@ -42,7 +43,7 @@ Images = Annotated[tuple[str, ...], arg(metavar="[IMAGE ...]", help_behavior_hin
 Words = Annotated[str, arg(metavar="INSTRUCTION", help_behavior_hint="")]
 ModelPath = Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]
 Out = Annotated[Path | None, arg(aliases=["-o"], metavar="PATH", help_behavior_hint="")]
-Data = Annotated[str, arg(metavar="DATA", help_behavior_hint="")]
+DataPath = Annotated[str, arg(metavar="DATA", help_behavior_hint="")]
 File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Folder = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 Int = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
@@ -302,7 +303,7 @@ class DrawConfig:
 class TrainConfig:
     """Train an editor on pairs of pictures: ip2p train --data pairs --base MODEL --output editor --steps N"""
 
-    data: Data = ""  # parquet, folders, shards or a hub id of pairs (docs/data.md); or storybook
+    data: DataPath = ""  # parquet, folders, shards or a hub id of pairs (docs/data.md); or storybook
     base: ModelPath = ""  # Stable Diffusion or an editor: a hub id, a folder, a file; or a UNet's config.json
     output: Out = None  # the editor's folder; the same call goes on from what lies there
     steps: int = 1000  # optimizer steps
@@ -311,9 +312,7 @@ class TrainConfig:
     resize_to: Int = None  # draw crops: the shorter side is resized to anything from --size to this
     no_flip: bool = False  # do not mirror pictures; those whose words name a side never are
     batch: int = 32  # samples of a step, over all processes
-    micro_batch: Int = (
-        None  # samples at once on a process; the rest accumulate; default: as many as there are
-    )
+    micro_batch: Int = None  # samples at once on a process; the rest accumulate
     lr: float = 1e-4  # learning rate
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate after the warm-up
     warmup: int = 0  # steps over which the learning rate rises
@@ -322,9 +321,7 @@ class TrainConfig:
     beta2: float = 0.999  # AdamW's
     clip_norm: float = 1.0  # gradients longer than this are shortened to it; 0 leaves them
     ema: float = 0.9999  # most decay of the weights' moving average, which is what is written; 0: none
-    ema_every: Literal["step", "micro"] = (
-        "step"  # update it once a step or, as the paper's code, a micro-batch
-    )
+    ema_every: Literal["step", "micro"] = "step"  # once a step or, as the paper's code, a micro-batch
     text_null: float = 0.05  # share of samples that lose their instruction alone
     image_null: float = 0.05  # share that lose their picture alone
     both_null: float = 0.05  # share that lose both
@@ -422,6 +419,58 @@ class TrainConfig:
         check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
         if self.ray is not None:
             check_int("--ray", self.ray, 1, 4096, "--ray 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckConfig:
+    """Say what is in a data set and what is wrong with it: ip2p data check pairs --sheet sheet.png"""
+
+    data: Positional[DataPath] = ""  # a folder, a parquet, tar, CSV or JSONL file, a hub id, or storybook
+    limit: Int = None  # look at the first so many rows; default: all, and of the storybook 1000
+    sheet: File = None  # one picture with pairs from all over the set
+    json: bool = False  # print the report as JSON
+    split: str = "train"  # where names tell of several; storybook: as in `storybook draw`
+    stream: bool = False  # read a hub's data set where it lies, without fetching it whole
+    revision: Text = None  # branch, tag or commit of a hub's data set
+    size: int = 256  # of the storybook's pages: the side in pixels
+    seed: int = 0  # of the storybook's pages
+    overwrite: bool = False  # replace a sheet that is there already
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for a number that cannot be used."""
+        if self.limit is not None:
+            check_int("--limit", self.limit, 1, 10**9, "--limit 1000")
+        check_int("--size", self.size, 32, 1024, "--size 256")
+        check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConvertConfig:
+    """Write a data set in another layout: ip2p data convert pairs shards --to shards"""
+
+    data: Positional[DataPath] = ""  # a folder, a parquet, tar, CSV or JSONL file, a hub id, or storybook
+    target: Positional[Target] = ""  # a folder; goes on from what is there already
+    to: LayoutName = "parquet"  # the hub's columns, MagicBrush's, the paper's folders, tars, or a table
+    count: Int = None  # write the first so many rows; the storybook needs it
+    shard_rows: int = 1000  # rows a file of parquet or tar, and a part that is committed at once
+    split: str = "train"  # where names tell of several; storybook: as in `storybook draw`
+    stream: bool = False  # read a hub's data set where it lies, without fetching it whole
+    revision: Text = None  # branch, tag or commit of a hub's data set
+    size: int = 256  # of the storybook's pages: the side in pixels
+    seed: int = 0  # of the storybook's pages
+    overwrite: bool = False  # begin anew in a folder that an earlier conversion wrote
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for a number that cannot be used."""
+        if self.count is not None:
+            check_int("--count", self.count, 1, 10**9, "--count 1000")
+        check_int("--shard-rows", self.shard_rows, 1, 1_000_000, "--shard-rows 1000")
+        check_int("--size", self.size, 32, 1024, "--size 256")
+        check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
 
 
 @dataclass(frozen=True, kw_only=True)

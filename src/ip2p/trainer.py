@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import time
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from ip2p.clip import Clip
-from ip2p.config import TrainConfig, as_dict, run_json
+from ip2p.config import DataCheckConfig, DataConvertConfig, Split, TrainConfig, as_dict, run_json
+from ip2p.data.command import check as check_data
+from ip2p.data.command import convert as convert_data
 from ip2p.data.loading import open_source
 from ip2p.data.records import Pair, Source
 from ip2p.devices import has_fast_bf16, pick_device
@@ -189,7 +192,14 @@ def _run(config: TrainConfig, output: Path) -> Result:
                 f"--size: the {name} of {pixels} pixels is not a multiple of {bundle.size_multiple}, as this "
                 f"model needs. Try {fits}."
             )
-    source = find_source(config, size)
+    source = find_source(
+        config.data,
+        size[0] if size[0] == size[1] else None,
+        seed=config.seed,
+        split=config.split,
+        stream=config.stream,
+        revision=config.data_revision,
+    )
     transform = Transform(size=size, resize_to=config.resize_to, flip=not (config.no_flip or source.endless))
     objective = Objective(
         prediction=prediction_of(bundle),
@@ -312,13 +322,38 @@ def open_base(config: TrainConfig, device: torch.device) -> Bundle:
     return load_base(config.base, device=device, revision=config.revision, vae=config.vae)
 
 
-def find_source(config: TrainConfig, size: tuple[int, int]) -> Source:
-    """The data named; `storybook` is drawn as it is needed."""
-    if config.data == STORYBOOK and not Path(STORYBOOK).exists():
-        if size[0] != size[1]:
-            raise InputError(f"storybook pages are square, and --size is {size[0]}x{size[1]}; give one side.")
-        return StorybookSource(size[0], seed=config.seed)
-    return open_source(config.data, stream=config.stream, revision=config.data_revision, split=config.split)
+def find_source(
+    data: str, side: int | None, *, seed: int, split: str, stream: bool, revision: str | None
+) -> Source:
+    """The data named; `storybook` is drawn as it is needed, `side` pixels wide and high."""
+    if data != STORYBOOK or Path(STORYBOOK).exists():
+        return open_source(data, stream=stream, revision=revision, split=split)
+    if side is None:
+        raise InputError("storybook pages are square; give --size one side, as in --size 256.")
+    if split not in typing.get_args(Split):
+        raise InputError(f"--split is {split!r}; of the storybook: {', '.join(typing.get_args(Split))}.")
+    return StorybookSource(side, seed=seed, split=typing.cast(Split, split))
+
+
+def data_check(config: DataCheckConfig) -> None:
+    """`ip2p data check`"""
+    check_data(config, _named(config))
+
+
+def data_convert(config: DataConvertConfig) -> None:
+    """`ip2p data convert`"""
+    convert_data(config, _named(config))
+
+
+def _named(config: DataCheckConfig | DataConvertConfig) -> Source:
+    return find_source(
+        config.data,
+        config.size,
+        seed=config.seed,
+        split=config.split,
+        stream=config.stream,
+        revision=config.revision,
+    )
 
 
 def cache_home(config: TrainConfig) -> Path:
@@ -375,7 +410,7 @@ def _samples(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
         return _online(here)
     home = cache_home(config)
     make_folder(home)
-    more = {"rank": here.share.rank, "world": here.share.world, "dtype": config.cache_dtype, "say": say}
+    more: dict[str, Any] = {"rank": here.share.rank, "world": here.share.world, "dtype": config.cache_dtype}
     cache = build_cache(
         source,
         here.bundle,
@@ -427,8 +462,10 @@ def _online(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
                 known[text] = [
                     None if x is None else x[k].cpu() for x in (told.hidden, told.pooled, told.time_ids)
                 ]
-        columns = zip(*(known[text] for text in texts), strict=True)
-        return Words(*(None if rows[0] is None else torch.stack(rows) for rows in columns))
+        columns: Any = zip(*(known[text] for text in texts), strict=True)
+        hidden, pooled, time_ids = (None if rows[0] is None else torch.stack(rows) for rows in columns)
+        assert hidden is not None, "every text has hidden states"
+        return Words(hidden, pooled, time_ids)
 
     @torch.no_grad()
     def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import resource
+import select
 import signal
 from collections import namedtuple
 from pathlib import Path
@@ -293,6 +294,33 @@ def test_the_claim_of_a_killed_process_ends_with_it(tiny_bundle, tmp_path):
 
     assert len(build(Rows(3), tiny_bundle, tmp_path, say=say)) == 3
     assert len(said) == 1 and "another process's" in said[0]
+
+
+def test_the_workers_of_a_killed_process_end_with_it(tiny_bundle, tmp_path):
+    asked, told = os.pipe()
+    alive, held = os.pipe()
+    calls = []
+
+    def hang():
+        calls.append(0)
+        if len(calls) == 2:  # the first chunk has come, and nobody takes the next ones
+            signal.pause()
+
+    def tell(row):
+        if row == 10:  # the chunk before is on its way, and larger than a pipe holds
+            os.write(told, b"x")
+
+    def work():
+        large = Transform(size=(64, 64))
+        build(Rows(16, side=64, on_read=tell), tiny_bundle, tmp_path, large, workers=1, stop=hang)
+
+    child = Child(work)
+    os.close(held)
+    os.read(asked, 1)
+    os.kill(child.pid, signal.SIGKILL)
+    child.end()
+    ended, _, _ = select.select([alive], [], [], 30)
+    assert ended and os.read(alive, 1) == b"", "the last holder of the pipe has gone"
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])

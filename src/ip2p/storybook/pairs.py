@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
+from ip2p.data.convert import encoded, hub_schema
 from ip2p.files import replacing
 from ip2p.storybook.captions import caption
 from ip2p.storybook.draw import draw
@@ -65,7 +63,7 @@ def write_pairs(edits: Iterable[Edit], path: Path, *, size: int = 256) -> int:
     """
     import pyarrow.parquet as pq
 
-    schema = _schema()
+    schema = hub_schema({column: "Image" if column.endswith("_image") else "string" for column in COLUMNS})
     rows = pair_rows(edits, size)
     count = 0
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
@@ -75,20 +73,6 @@ def write_pairs(edits: Iterable[Edit], path: Path, *, size: int = 256) -> int:
     return count
 
 
-def _schema() -> Any:
-    """The columns with the note by which the hub's tools know pictures."""
-    import pyarrow as pa
-
-    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    fields, features = [], {}
-    for column in COLUMNS:
-        is_image = column.endswith("_image")
-        fields.append(pa.field(column, picture if is_image else pa.string()))
-        features[column] = {"_type": "Image"} if is_image else {"dtype": "string", "_type": "Value"}
-    note = json.dumps({"info": {"features": features}})
-    return pa.schema(fields, metadata={"huggingface": note})
-
-
 def _table(rows: list[PairRow], first: int, schema: Any) -> Any:
     import pyarrow as pa
 
@@ -96,16 +80,9 @@ def _table(rows: list[PairRow], first: int, schema: Any) -> Any:
         value = getattr(row, column)
         if isinstance(value, str):
             return value
-        return {"bytes": _png(value), "path": f"{number:07}_{int(column == 'edited_image')}.png"}
+        return {"bytes": encoded(value), "path": f"{number:07}_{int(column == 'edited_image')}.png"}
 
     columns = [
         [cell(row, column, number) for number, row in enumerate(rows, start=first)] for column in COLUMNS
     ]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-
-
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    # The highest levels cost several times the drawing and save a tenth.
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=2)
-    return buffer.getvalue()

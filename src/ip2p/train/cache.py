@@ -12,8 +12,10 @@ import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -331,7 +333,7 @@ class LatentCache:
             for name, values in told["labels"].items():
                 labels.setdefault(name, []).extend(values)
         self.labels = {name: np.asarray(values, np.int64) for name, values in labels.items()}
-        self._maps: dict[int, Tensor] = {}
+        self._maps: dict[int, np.ndarray] = {}
 
     @property
     def variants(self) -> int:
@@ -349,25 +351,22 @@ class LatentCache:
         if len(where) and not (where.min() >= 0 and where.max() < len(self)):
             raise IndexError(f"places are from 0 to {len(self) - 1}, and not {where.min()} to {where.max()}")
         part = np.searchsorted(self._starts, where, side="right") - 1
-        found = torch.empty((3, len(where), *self.shape[2:]))
+        found = np.empty((len(where), *self.shape[1:]), self.dtype.replace("fp", "float"))
         for number in np.unique(part):
-            here = torch.from_numpy(np.flatnonzero(part == number))
-            local = torch.from_numpy(where - self._starts[number])[here]
-            some = self._map(int(number))[local, torch.from_numpy(which)[here]]
-            found[:, here] = some.transpose(0, 1).float()
-        return Latents(*found)
+            here = np.flatnonzero(part == number)
+            found[here] = self._map(int(number))[where[here] - self._starts[number], which[here]]
+        return Latents(*(some.float().contiguous() for some in torch.from_numpy(found).unbind(1)))
 
-    def _map(self, part: int) -> Tensor:
+    def _map(self, part: int) -> np.ndarray:
         if part not in self._maps:
-            # Unlike numpy's, torch's maps keep no file open: a thousand parts would be a thousand handles.
-            flat = torch.from_file(
-                str(self._paths[part]),
-                False,
-                self._kept[part] * math.prod(self.shape),
-                dtype=TENSORS[self.dtype],
-            )
-            self._maps[part] = flat.view(-1, *self.shape)
+            numbers = self._kept[part] * math.prod(self.shape)
+            self._maps[part] = _mapped(self._paths[part], numbers, self.dtype).reshape(-1, *self.shape)
         return self._maps[part]
+
+
+def _mapped(path: Path, numbers: int, dtype: str) -> np.ndarray:
+    # Unlike numpy's, torch's maps keep no file open: a thousand parts would be a thousand handles.
+    return torch.from_file(str(path), False, numbers, dtype=TENSORS[dtype]).numpy()
 
 
 @dataclass
@@ -427,6 +426,21 @@ class _Chunks(Sampler):
 
 def _same(chunk: Any) -> Any:
     return chunk
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker process: end at once when its parent has, however that ended.
+
+    By torch's own check it would first wait for its chunks to be read, which nobody does any more.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def build_cache(
@@ -494,6 +508,7 @@ def build_cache(
                 sampler=_Chunks(claims, chunk, total),
                 num_workers=workers,
                 collate_fn=_same,
+                #                worker_init_fn=_end_with_parent,
             )
             chunks: list[_Chunk] = []
             encoded: list[Tensor] = []
@@ -588,7 +603,7 @@ class TextCache:
         self.hidden, self.pooled = tuple(line["hidden"]), line["pooled"]
         self.time_ids = None if line["time_ids"] is None else torch.tensor(line["time_ids"])
         self._paths = [parts.path(part) for part in range(parts.count)]
-        self._maps: dict[int, Tensor] = {}
+        self._maps: dict[int, np.ndarray] = {}
 
     @classmethod
     def build(
@@ -651,25 +666,25 @@ class TextCache:
 
     def read(self, indices: Sequence[int]) -> Prompt:
         """The encoded texts of some places, fp32 on the CPU."""
-        where = torch.as_tensor(indices, dtype=torch.int64)
-        width = math.prod(self.hidden) + self.pooled
-        found = torch.empty((len(where), width))
+        where = np.asarray(indices, np.int64)
+        split = math.prod(self.hidden)
+        found = np.empty((len(where), split + self.pooled), self.dtype.replace("fp", "float"))
         part = where // PART_ROWS
-        for number in part.unique().tolist():
-            here = part == number
-            found[here] = self._map(number, width)[where[here] - number * PART_ROWS].float()
-        hidden = found[:, : math.prod(self.hidden)].view(-1, *self.hidden)
+        for number in np.unique(part):
+            here = np.flatnonzero(part == number)
+            found[here] = self._map(int(number))[where[here] - number * PART_ROWS]
+        rows = torch.from_numpy(found).float()
+        hidden = rows[:, :split].reshape(-1, *self.hidden)
         if not self.pooled:
             return Prompt(hidden)
-        times = None if self.time_ids is None else self.time_ids.expand(len(where), -1)
-        return Prompt(hidden, found[:, math.prod(self.hidden) :], times)
+        times = None if self.time_ids is None else self.time_ids.repeat(len(where), 1)
+        return Prompt(hidden, rows[:, split:].contiguous(), times)
 
-    def _map(self, part: int, width: int) -> Tensor:
+    def _map(self, part: int) -> np.ndarray:
         if part not in self._maps:
             rows = min(PART_ROWS, len(self) - part * PART_ROWS)
-            path = str(self._paths[part])
-            flat = torch.from_file(path, False, rows * width, dtype=TENSORS[self.dtype])
-            self._maps[part] = flat.view(rows, width)
+            width = math.prod(self.hidden) + self.pooled
+            self._maps[part] = _mapped(self._paths[part], rows * width, self.dtype).reshape(rows, width)
         return self._maps[part]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,7 +41,7 @@ class Checkpoints:
             with open(temporary, "wb") as file:
                 hashing = _Hashing(file)
                 try:
-                    torch.save(state, hashing)
+                    torch.save(state, typing.cast(typing.IO[bytes], hashing))
                 except Exception:
                     # torch says that the archive's end is in the wrong place, not that the disk is full.
                     if hashing.trouble is not None:

@@ -279,8 +279,8 @@ def fit(
                     save()
                     raise ModelError(
                         f"{name}: the gradients of step {step} are not finite. The weights before it are "
-                        f"saved, and its samples' ids are in {folder / BAD_STEPS}. Look at those samples, lower the "
-                        "learning rate, or step over it: --nan-steps 10."
+                        f"saved, and its samples' ids are in {folder / BAD_STEPS}. Look at those samples, "
+                        "lower the learning rate, or step over it: --nan-steps 10."
                     )
             step += 1
             timer.steps += 1
@@ -465,9 +465,9 @@ def _signals() -> Iterator[_Signals]:
 
     before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(kind) is not signal.SIG_IGN:
+                before[kind] = signal.signal(kind, note)
     except ValueError:  # not the main thread: the process's owner handles signals
         pass
     try:

@@ -145,6 +145,7 @@ class EditTask(nn.Module):
         self.objective = objective
         self.latent_scale, self.condition_scale = latent_scale, condition_scale
         self.register_buffer("alpha_bar", alpha_bar.float(), persistent=False)
+        self.alpha_bar: Tensor
 
     def forward(self, batch: EditBatch) -> tuple[Tensor, dict[str, float]]:
         device = self.alpha_bar.device

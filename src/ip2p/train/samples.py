@@ -297,8 +297,8 @@ class _Chunks(torch.utils.data.IterableDataset):
             except BrokenRow as error:
                 broken.append((error.id, error.reason))
         raise InputError(
-            f"a hundred rows in a row of {self.source.name} are broken, {broken[0][0]} first ({broken[0][1]}); "
-            f"look at it: ip2p data check {self.source.name}"
+            f"a hundred rows one after the other of {self.source.name} are broken, {broken[0][0]} first "
+            f"({broken[0][1]}); look at it: ip2p data check {self.source.name}"
         )
 
 
