@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ip2p.train.recognition import Heads, SceneHead, class_loss
+from ip2p.train.recognition import Heads, Recognition, SceneHead, class_loss
 
 
 def test_class_loss_is_the_mean_of_the_fields_cross_entropies():
@@ -44,3 +44,45 @@ def test_a_scene_head_reads_a_thing_from_where_it_stands():
 @pytest.mark.parametrize("shape", [(5,), (5, 6)])
 def test_heads_keep_the_leading_dimensions(shape):
     assert Heads(7, (3, 4))(torch.randn(*shape, 7)).shape == (*shape, 7)
+
+
+def test_only_what_the_conditions_tell_is_asked():
+    from ip2p.train.objective import Draws, EditBatch
+
+    torch.manual_seed(0)
+    recognition = Recognition(32, 8, (3, 2), (2,), (4, 2), weight=0.5)
+    for name in ("before", "after"):
+        recognition._features[name] = torch.randn(4, 32, 4, 4)
+    context = torch.randn(4, 5, 8)
+    none = torch.zeros(4, dtype=torch.bool)
+    # Row 0 shows all; row 1 lost its text, row 2 its image; row 3 has a caption and no image.
+    draws = Draws(
+        posterior=torch.zeros(4, 4, 4, 4),
+        noise=torch.zeros(4, 4, 4, 4),
+        timesteps=torch.zeros(4, dtype=torch.long),
+        text_null=torch.tensor([False, True, False, False]),
+        image_null=torch.tensor([False, False, True, True]),
+        caption_only=torch.tensor([False, False, False, True]),
+    )
+    labels = {
+        "before": torch.zeros(4, 6 * 2 + 1, dtype=torch.long),
+        "after": torch.zeros(4, 6 * 2 + 1, dtype=torch.long),
+        "edit": torch.zeros(4, 2, dtype=torch.long),
+    }
+
+    def loss(part: str | None = None, row: int = 0) -> float:
+        told = {key: value.clone() for key, value in labels.items()}
+        if part:
+            told[part][row] = 1
+        zeros = torch.zeros(4, 4, 4, 4)
+        batch = EditBatch(
+            before=zeros, mean=zeros, std=zeros, draws=draws, text=none, ids="abcd", labels=told
+        )
+        return float(recognition.loss(batch, context)[0].detach())
+
+    counted = {part: [abs(loss(part, row) - loss()) > 1e-6 for row in range(4)] for part in labels}
+    assert counted == {
+        "before": [True, True, False, False],
+        "after": [True, False, False, True],
+        "edit": [True, False, True, False],
+    }
