@@ -508,7 +508,7 @@ def build_cache(
                 sampler=_Chunks(claims, chunk, total),
                 num_workers=workers,
                 collate_fn=_same,
-                #                worker_init_fn=_end_with_parent,
+                worker_init_fn=_end_with_parent,
             )
             chunks: list[_Chunk] = []
             encoded: list[Tensor] = []
