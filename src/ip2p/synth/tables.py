@@ -1,0 +1,105 @@
+"""Tables of words read a row at a time: JSONL, CSV, TSV, parquet, and plain text; a file may be larger than
+memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ip2p import images
+from ip2p.errors import InputError
+
+LINE = "line"  # the column of a plain text
+ENDINGS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+_BATCH = 4096
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table by column; a plain text's lines are its column `LINE`.
+
+    In a folder, the rows of all its tables, in the order of their names. Raises InputError for what is
+    missing, empty, of another kind, no UTF-8, or cut short.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise images.missing_file(path)
+    if path.is_dir():
+        files = sorted(
+            file
+            for pattern in ("*", "*/*")
+            for file in path.glob(pattern)
+            if file.suffix.lower() in ENDINGS and file.is_file() and not file.name.startswith(".")
+        )
+        if not files:
+            raise InputError(f"{path} holds no table; name a folder with {', '.join(ENDINGS)} files.")
+    else:
+        files = [path]
+    for file in files:
+        if file.stat().st_size == 0:
+            raise InputError(f"{file} is empty (0 bytes). Fetch or write it again.")
+        yield from _parquet(str(file), file) if file.suffix.lower() == ".parquet" else _text(file)
+
+
+def _text(path: Path) -> Iterator[dict[str, Any]]:
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise InputError(f"{path} is no table that is read: {', '.join(ENDINGS)}. Rename or convert it.")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if ending in (".csv", ".tsv"):
+                for cells in csv.DictReader(file, delimiter="\t" if ending == ".tsv" else ","):
+                    yield {key: value for key, value in cells.items() if key is not None}
+                return
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                yield _object(path, line, number) if ending == ".jsonl" else {LINE: line.strip()}
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no UTF-8 text. Save it as UTF-8.") from None
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read as a table ({error}). Mend it, or write JSONL.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
+
+
+def _object(path: Path, line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if isinstance(row, str):  # a file of quoted captions
+        return {LINE: row}
+    if not isinstance(row, dict):
+        raise InputError(f"{path}, line {number} is no JSON object. Mend or remove the line.")
+    return row
+
+
+def parquet_rows(files: list[Any]) -> Iterator[dict[str, Any]]:
+    """The rows of parquet files that are open already or named by paths."""
+    for file in files:
+        yield from _parquet(str(file), file)
+
+
+def _parquet(name: str, file: Any) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        # Pictures, which the words' neighbours may be, would take gigabytes a batch.
+        wanted = [
+            field.name
+            for field in table.schema_arrow
+            if not (pa.types.is_binary(field.type) or pa.types.is_nested(field.type))
+        ]
+        for batch in table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False):
+            yield from batch.to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, EOFError):
+        raise InputError(
+            f"{name} is no whole parquet file, or is cut short. Fetch or write it again."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be read ({error}). Check the file and its permissions.") from None
