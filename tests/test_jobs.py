@@ -1,0 +1,418 @@
+"""Jobs: what is committed is whole, nothing is lost or made twice, and Ray makes the same files.
+
+Ray itself is an extra and takes a minute to start, so that a stand-in takes its place here.
+"""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ip2p import jobs
+from ip2p.errors import InputError, ModelError, ResourceError, Terminated
+from ip2p.jobs import Cluster, Made
+
+PARTS = [range(0, 3), range(3, 6), range(6, 7)]
+SETTINGS = {"key": "squares"}
+
+
+class Squares:
+    """Squares of numbers; numbers in `none` go into another table."""
+
+    loaded = 0
+
+    def __init__(self, none=(), call=lambda part: None):
+        type(self).loaded += 1
+        self.none, self.call, self.made = none, call, []
+
+    def __call__(self, part):
+        self.call(part)
+        self.made.append(part)
+        kept = [n for n in part if n not in self.none]
+        return Made(
+            tables={
+                "data/train": pa.table({"n": pa.array(kept, pa.int64()), "square": [n * n for n in kept]}),
+                "rejected/rejected": pa.table(
+                    {"n": pa.array([n for n in part if n in self.none], pa.int64())}
+                ),
+            },
+            counts={"looked": len(part), "odd": sum(n % 2 for n in part)},
+        )
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def go(tmp_path, said):
+    """Run the job of squares in a folder, with whatever is to be otherwise."""
+
+    def go(stage=Squares, parts=PARTS, folder=tmp_path / "job", settings=SETTINGS, **more):
+        return jobs.run(stage, parts, folder, settings=settings, say=said.append, **more)
+
+    return go
+
+
+def rows(folder):
+    return [row for path in jobs.committed(folder, "data/train") for row in pq.read_table(path).to_pylist()]
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.parquet")}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / jobs.MANIFEST).read_text().splitlines()]
+
+
+def test_every_part_is_made_once_and_named_with_its_checksums(go, tmp_path):
+    told = go(partial(Squares, none=(4,)))
+    folder = tmp_path / "job"
+    assert [row["square"] for row in rows(folder)] == [0, 1, 4, 9, 25, 36]
+    assert (told.parts, told.made) == (3, 3)
+    assert told.rows == {"data/train": 6, "rejected/rejected": 1}
+    assert told.counts == {"looked": 7, "odd": 3}
+    assert [next(iter(line)) for line in lines(folder)] == ["job", "part", "part", "part", "done"]
+    assert sorted(contents(folder)) == sorted(name for l in lines(folder)[1:4] for name in l["files"])
+    assert jobs.damaged(folder) == []
+    assert jobs.is_job(folder) and not jobs.is_job(tmp_path)
+    assert jobs.summary(folder).counts == told.counts
+
+
+def test_a_finished_job_loads_nothing_and_tells_the_same(go, said):
+    first = go()
+    loaded = Squares.loaded
+    again = go()
+    assert Squares.loaded == loaded
+    assert (again.made, again.rows, again.counts) == (0, first.rows, first.counts)
+    assert said == [said[0]] and said[0].startswith("3 of 3 parts lie in ")
+
+
+def test_an_error_leaves_what_was_committed_and_the_next_call_makes_the_rest(go, tmp_path):
+    def fail(part):
+        if part[0] == 3:
+            raise ModelError("the model is gone")
+
+    with pytest.raises(ModelError):
+        go(partial(Squares, call=fail))
+    assert [row["n"] for row in rows(tmp_path / "job")] == [0, 1, 2]
+    seen = []
+    assert go(partial(Squares, call=seen.append)).made == 2
+    assert seen == PARTS[1:]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_writing_leaves_no_half_file(go, tmp_path, monkeypatch, kind):
+    def ended(number, frame):
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    write = pq.write_table
+
+    def interrupted(table, path, **more):
+        write(table, path, **more)
+        if len(jobs.committed(tmp_path / "job", "data/train")) == 1:
+            os.truncate(path, 20)
+            os.kill(os.getpid(), kind)
+
+    monkeypatch.setattr(pq, "write_table", interrupted)
+    before = signal.signal(kind, ended)
+    try:
+        with pytest.raises((Terminated, KeyboardInterrupt)):
+            go()
+    finally:
+        signal.signal(kind, before)
+    monkeypatch.undo()
+    assert sorted(contents(tmp_path / "job")) == [
+        "data/train-00000.parquet",
+        "rejected/rejected-00000.parquet",
+    ]
+    assert go().made == 2
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import pyarrow.parquet as pq
+from ip2p import jobs
+from test_jobs import PARTS, SETTINGS, Squares, rows
+
+def child(folder, fatal):
+    # Runs the job and kills itself at the fatal one of the calls that reach the disk.
+    if (pid := os.fork()) == 0:
+        calls = 0
+        def deadly(function):
+            def call(*given, **more):
+                nonlocal calls
+                calls += 1
+                if calls == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*given, **more)
+            return call
+        os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+        pq.write_table = deadly(pq.write_table)
+        jobs.run(Squares, PARTS, folder, settings=SETTINGS, say=lambda line: None)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+told = []
+for fatal in range(1, 100):
+    folder = Path(sys.argv[1]) / str(fatal)
+    code = child(folder, fatal)
+    there = len(jobs.committed(folder, "data/train")) if jobs.is_job(folder) else 0
+    damaged = jobs.damaged(folder) if jobs.is_job(folder) else []
+    again = child(folder, 0)
+    told.append([code, there, damaged, again, rows(folder), sorted(p.name for p in folder.rglob(".*"))])
+    if code == 0:
+        break
+print(json.dumps(told))
+"""
+
+
+def test_killed_at_any_write_nothing_is_lost_or_doubled(tmp_path):
+    tests = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), tests], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    # A line for the head, three parts of two files and a line each, one for the end.
+    assert len(told) > 20
+    assert [code for code, *_ in told] == [-signal.SIGKILL] * (len(told) - 1) + [0]
+    assert {there for _, there, *_ in told} == {0, 1, 2, 3}
+    for _, _, damaged, again, made, halves in told:
+        assert (damaged, again, halves) == ([], 0, [])
+        assert [row["n"] for row in made] == list(range(7))
+
+
+def test_a_torn_line_never_counted(go, tmp_path):
+    go()
+    manifest = tmp_path / "job" / jobs.MANIFEST
+    whole = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(b"".join(whole[:2]) + whole[2][:-7])
+    assert len(jobs.committed(tmp_path / "job", "data/train")) == 1
+    assert go().made == 2
+    assert len(rows(tmp_path / "job")) == 7
+
+
+def test_a_part_that_was_cut_short_is_told_and_made_again(go, tmp_path, said):
+    go()
+    path = tmp_path / "job" / "data" / "train-00001.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    assert go().made == 1
+    assert "train-00001.parquet is gone or cut short" in said[0]
+    assert path.read_bytes() == whole
+    flipped = bytearray(whole)
+    flipped[10] ^= 1
+    path.write_bytes(flipped)
+    assert jobs.damaged(tmp_path / "job") == ["data/train-00001.parquet"]
+
+
+def test_two_jobs_in_one_folder_are_refused(go):
+    def other(part):
+        with pytest.raises(InputError, match="another ip2p is writing into"):
+            go()
+
+    go(partial(Squares, call=other))
+
+
+def test_other_settings_are_refused_by_name_unless_overwritten(go, tmp_path):
+    go()
+    with pytest.raises(InputError, match=r'begun with key "squares", and now it is "cubes"; add --overwrite'):
+        go(settings={"key": "cubes"})
+    with pytest.raises(InputError, match="begun with parts 3, and now it is 1"):
+        go(parts=PARTS[:1])
+    with pytest.raises(InputError, match="begun with seed null, and now it is 1"):
+        go(settings={**SETTINGS, "seed": 1})
+    own = tmp_path / "job" / "notes.txt"
+    own.write_text("mine")
+    assert go(parts=PARTS[:1], overwrite=True).made == 1
+    assert sorted(contents(tmp_path / "job")) == [
+        "data/train-00000.parquet",
+        "rejected/rejected-00000.parquet",
+    ]
+    assert own.read_text() == "mine"
+
+
+def test_a_folder_of_something_else_is_refused(go, tmp_path):
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    (folder / "photo.jpg").write_text("mine")
+    with pytest.raises(InputError, match="holds something else"):
+        go()
+    assert not (folder / jobs.MANIFEST).exists()
+    (folder / "photo.jpg").unlink()
+    assert go().made == 3
+    (folder / jobs.MANIFEST).write_text('{"convert": {}}\n')
+    with pytest.raises(InputError, match="holds something else"):
+        go(overwrite=True)
+    with pytest.raises(InputError, match=r"holds no manifest\.jsonl of a job"):
+        jobs.committed(folder, "data/train")
+
+
+def test_a_full_disk_is_told_and_what_was_committed_stays(go, tmp_path, monkeypatch):
+    write = pq.write_table
+
+    def full(table, path, **more):
+        write(table, path, **more)
+        if len(jobs.committed(tmp_path / "job", "data/train")) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(ResourceError, match=r"no space left on the disk of .*goes on from the 1 parts"):
+        go()
+    monkeypatch.undo()
+    assert len(contents(tmp_path / "job")) == 2
+    assert go().made == 2
+
+
+def test_pace_tells_the_rate_and_the_time_left():
+    assert jobs.pace(0, 10, 5.0, "rows") == ""
+    assert jobs.pace(50, 250, 4.0, "rows") == "12.5 rows/s, 0:16 left"
+    assert jobs.pace(3000, 6000, 2.0, "rows") == "1,500 rows/s, 0:02 left"
+    assert jobs.pace(10, 250, 150.0, "triples") == "4 triples/min, 1:00:00 left"
+
+
+# --- Ray ------------------------------------------------------------------------------------------
+
+
+class TaskFailed(Exception):
+    def __init__(self, cause):
+        super().__init__("a worker raised")
+        self.cause = cause
+
+
+class ActorDied(Exception):
+    pass
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """A Ray whose tasks end in the order last begun, first done."""
+    told = SimpleNamespace(resources={"CPU": 3.0}, options=[], actors=0, most=0, lost=(), killed=0, shut=0)
+
+    class Actor:
+        def __init__(self, worker):
+            self.worker = worker
+            told.actors += 1
+            self.answer = SimpleNamespace(remote=self.begin)
+
+        def begin(self, part):
+            return (lambda: self.worker.answer(part), part)
+
+    class Remote:
+        def __init__(self, kind):
+            self.kind = kind
+
+        def options(self, **options):
+            told.options.append(options)
+            return self
+
+        def remote(self, *given):
+            return Actor(self.kind(*given))
+
+    def wait(refs, num_returns):
+        told.most = max(told.most, len(refs))
+        return refs[-1:], refs[:-1]
+
+    def get(ref):
+        if ref[1][0] in told.lost:
+            raise ActorDied("The actor died unexpectedly.\nMore.")
+        try:
+            return ref[0]()
+        except Exception as error:
+            raise TaskFailed(error) from None
+
+    def count(name):
+        return lambda *given: setattr(told, name, getattr(told, name) + 1)
+
+    def init(address, **more):
+        if address == "nowhere:1":
+            raise ConnectionError("no")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the real one's import
+
+    module = ModuleType("ray")
+    module.__dict__.update(
+        exceptions=SimpleNamespace(RayActorError=ActorDied, RayTaskError=TaskFailed),
+        is_initialized=lambda: False,
+        init=init,
+        remote=Remote,
+        wait=wait,
+        get=get,
+        kill=count("killed"),
+        shutdown=count("shut"),
+        cluster_resources=lambda: told.resources,
+    )
+    monkeypatch.setitem(sys.modules, "ray", module)
+    return told
+
+
+def test_ray_makes_the_same_files_whatever_the_order(go, tmp_path, ray):
+    go(folder=tmp_path / "here")
+    handler = signal.getsignal(signal.SIGTERM)
+    told = go(cluster=Cluster(workers=2))
+    assert contents(tmp_path / "job") == contents(tmp_path / "here")
+    assert [line["part"] for line in lines(tmp_path / "job")[1:4]] != [0, 1, 2]
+    assert told.counts == jobs.summary(tmp_path / "here").counts
+    assert (ray.actors, ray.most, ray.killed, ray.shut) == (2, 2, 2, 1)
+    assert ray.options == [{"max_restarts": -1, "max_task_retries": 3, "num_cpus": 1, "num_gpus": 0.0}]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_job_begun_here_goes_on_on_ray(go, ray, tmp_path):
+    def fail(part):
+        if part[0] == 3:
+            raise ModelError("stopped")
+
+    with pytest.raises(ModelError):
+        go(partial(Squares, call=fail))
+    assert go(cluster=Cluster()).made == 2
+    assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
+
+
+def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_told(go, ray, tmp_path):
+    def fail(part):
+        raise ModelError("no such model") if part[0] == 6 else ZeroDivisionError("a fault")
+
+    with pytest.raises(ModelError, match="no such model"):
+        go(partial(Squares, call=fail), cluster=Cluster())
+    with pytest.raises(ZeroDivisionError):
+        go(partial(Squares, call=fail), cluster=Cluster(workers=1))
+    ray.lost = (3,)
+    with pytest.raises(ResourceError, match="workers at part 1 were lost 4 times"):
+        go(cluster=Cluster(workers=1))
+    assert [row["n"] for row in rows(tmp_path / "job")] == [0, 1, 2]
+    assert ray.shut == 3
+
+
+def test_workers_are_as_many_as_fit(ray, go):
+    fitting = partial(jobs._fitting, parts=100)
+    assert fitting({"CPU": 8.0}, Cluster(cpus=2)) == (4, {"num_cpus": 2, "num_gpus": 0.0})
+    assert fitting({"CPU": 32.0, "GPU": 3.0}, Cluster()) == (3, {"num_cpus": 1, "num_gpus": 1.0})
+    assert fitting({"CPU": 32.0, "GPU": 1.0}, Cluster(gpus=0.25)) == (4, {"num_cpus": 1, "num_gpus": 0.25})
+    assert jobs._fitting({"CPU": 8.0}, Cluster(), 3)[0] == 3
+    with pytest.raises(ResourceError, match=r"4 workers of 1 CPU each do not fit .* 3 CPU; 3 would"):
+        go(cluster=Cluster(workers=4))
+    with pytest.raises(ResourceError, match="1 workers of 1 CPU, 1 GPU each do not fit"):
+        go(cluster=Cluster(gpus=1))
+
+
+def test_a_cluster_that_does_not_answer_and_a_missing_ray_are_told(ray, go, monkeypatch):
+    with pytest.raises(ResourceError, match="no Ray cluster answers at nowhere:1"):
+        go(cluster=Cluster(address="nowhere:1"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'ip2p\[ray\]'"):
+        go(cluster=Cluster())
