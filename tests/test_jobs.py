@@ -84,7 +84,7 @@ def test_every_part_is_made_once_and_named_with_its_checksums(go, tmp_path):
     assert told.rows == {"data/train": 6, "rejected/rejected": 1}
     assert told.counts == {"looked": 7, "odd": 3}
     assert [next(iter(line)) for line in lines(folder)] == ["job", "part", "part", "part", "done"]
-    assert sorted(contents(folder)) == sorted(name for l in lines(folder)[1:4] for name in l["files"])
+    assert sorted(contents(folder)) == sorted(name for line in lines(folder)[1:4] for name in line["files"])
     assert jobs.damaged(folder) == []
     assert jobs.is_job(folder) and not jobs.is_job(tmp_path)
     assert jobs.summary(folder).counts == told.counts
