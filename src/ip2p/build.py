@@ -39,6 +39,7 @@ from ip2p.train.objective import EditTask, Objective, place_seed
 from ip2p.train.recognition import Recognition
 from ip2p.train.samples import PooledSamples, Share, Words, read_tokens
 from ip2p.train.transform import Transform
+from ip2p.train.workers import start_worker
 
 STAGES = ("vae", "clip", "unet")
 
@@ -178,9 +179,6 @@ class Pages(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
         first, step = (self.start, 1) if info is None else (self.start + info.id, info.num_workers)
-        if info is not None:
-            torch.set_num_threads(1)
-            os.nice(5)  # training's threads wait for each other, so drawing must not hold one of them up
         while True:
             yield self.make(first)
             first += step
@@ -192,6 +190,7 @@ def stream(pages: Pages, workers: int, ahead: int = 8) -> Iterator[dict[str, Any
         pages,
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=start_worker,
         prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
     )
     return iter(loader)

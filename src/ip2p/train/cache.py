@@ -12,10 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,9 +28,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ip2p import terminal
 from ip2p.data.records import BrokenRow, Source
 from ip2p.errors import InputError, ModelError, ResourceError
-from ip2p.files import make_folder, replacing, write_text
+from ip2p.files import append_row, make_folder, replacing, write_text
 from ip2p.models.text import Prompt
 from ip2p.train.transform import Transform
+from ip2p.train.workers import start_worker
 
 try:
     import fcntl
@@ -108,19 +106,6 @@ def _text(value: object) -> bytes:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(_text(value)).hexdigest()[:16]
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a line of JSON: on the disk when this returns, and never joined to a torn line before it."""
-    text = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    with open(path, "a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 1))
-        if end and file.read(1) != b"\n":  # cut short by a kill or a full disk
-            text = b"\n" + text
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- parts in a folder -------------------------------------------------------------------------
@@ -428,21 +413,6 @@ def _same(chunk: Any) -> Any:
     return chunk
 
 
-def _end_with_parent(worker: int) -> None:
-    """In a worker process: end at once when its parent has, however that ended.
-
-    By torch's own check it would first wait for its chunks to be read, which nobody does any more.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def build_cache(
     source: Source,
     bundle: Bundle,
@@ -508,7 +478,7 @@ def build_cache(
                 sampler=_Chunks(claims, chunk, total),
                 num_workers=workers,
                 collate_fn=_same,
-                worker_init_fn=_end_with_parent,
+                worker_init_fn=start_worker,
             )
             chunks: list[_Chunk] = []
             encoded: list[Tensor] = []

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ip2p.errors import InputError, ModelError, Terminated
+from ip2p.files import append_row, write_text
 from ip2p.train.checkpoints import Checkpoints
 from ip2p.train.ema import Ema
 
@@ -407,8 +408,7 @@ def _set_rng(state: dict[str, Any], accelerator: Accelerator) -> None:
 
 
 def _log(accelerator: Accelerator, folder: Path, row: dict[str, float]) -> None:
-    with open(folder / LOG, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(folder / LOG, row)
     told = {k: v for k, v in row.items() if k not in ("step", "seconds")}
     accelerator.log(told, step=int(row["step"]))
 
@@ -422,7 +422,7 @@ def _forget_after(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def _not_applied(
@@ -435,8 +435,7 @@ def _not_applied(
         "losses": [float(x) for x in losses],
         "ids": ids,
     }
-    with open(folder / BAD_STEPS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(folder / BAD_STEPS, row)
 
 
 # --- stopping ---

@@ -8,12 +8,9 @@ and a run that goes on needs nothing but the number of its step.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import queue
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,8 +24,10 @@ from torch import Tensor
 
 from ip2p.data.records import BrokenRow, Pair, Source
 from ip2p.errors import InputError
+from ip2p.files import append_row
 from ip2p.train.objective import EditBatch, Objective, draw, place_seed
 from ip2p.train.transform import Transform
+from ip2p.train.workers import start_worker
 
 if TYPE_CHECKING:
     from ip2p.train.cache import LatentCache, TextCache
@@ -252,10 +251,6 @@ class _Chunks(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
         mine, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        if info is not None:
-            torch.set_num_threads(1)
-            os.nice(5)  # training's threads wait for each other, so reading must not hold one of them up
-            leave_signals()
         turn, number = self.turn, 0
         while True:
             needed = self.needed(turn)
@@ -303,15 +298,6 @@ class _Chunks(torch.utils.data.IterableDataset):
 
 
 CHUNK = 64
-
-
-def leave_signals() -> None:
-    """In a worker process: leave Ctrl-C and SIGTERM, which a whole group gets, to the main process.
-
-    It needs its workers until it has saved; they end with it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class PooledSamples:
@@ -379,6 +365,7 @@ class PooledSamples:
             _Chunks(self, turn),
             batch_size=None,
             num_workers=self.workers,
+            worker_init_fn=start_worker,
             # While one pool is learnt from, the next is read.
             prefetch_factor=max(2, -(-self.pool // CHUNK) // self.workers) if self.workers else None,
         )
@@ -447,8 +434,7 @@ class PooledSamples:
             self.broken[id] = reason
             log.warning("%s is left out: %s", id, reason)
             if self.quarantine is not None:
-                with open(self.quarantine, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"id": id, "reason": reason}) + "\n")
+                append_row(self.quarantine, {"id": id, "reason": reason})
         whole = self.seen if self.source.endless else min(self.seen, len(self.source))
         if len(self.broken) > MAX_BROKEN * max(whole, 100):
             first = "; ".join(f"{id}: {reason}" for id, reason in list(self.broken.items())[:3])

@@ -24,9 +24,9 @@ from ip2p.clip import Clip
 from ip2p.data.records import BrokenRow, Pair
 from ip2p.editor import Editor
 from ip2p.errors import InputError
-from ip2p.files import make_folder, write_text
+from ip2p.files import append_row, make_folder, write_text
 from ip2p.images import grid, save_image, signed_psnr
-from ip2p.train.cache import LatentCache, Latents, append_row
+from ip2p.train.cache import LatentCache, Latents
 from ip2p.train.loss import TIMESTEPS
 from ip2p.train.objective import place_seed
 from ip2p.train.transform import Transform
