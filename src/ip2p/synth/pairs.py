@@ -1,0 +1,483 @@
+"""Pairs of pictures for edits in words: Stable Diffusion draws both captions at once (paper, section 3.1.2).
+
+Both pictures come from one noise and share attention for a share p of the steps (`synth.attention`). A source
+picture that several candidates have in common is drawn once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ip2p.config import MAX_STEPS, check_float, check_int, check_size
+from ip2p.data.records import Pair
+from ip2p.devices import NoiseStream, pick_device, pick_dtype
+from ip2p.diffusion import Latent, Sigma
+from ip2p.diffusion.denoiser import Told, UNetDenoiser, told
+from ip2p.diffusion.samplers import SAMPLERS
+from ip2p.diffusion.schedule import SPACINGS
+from ip2p.editor import Editor
+from ip2p.errors import InputError, ModelError, ResourceError
+from ip2p.images import to_pil
+from ip2p.models.bundle import HUB_PART, Bundle, find_model, from_hub, is_hub_name, make_bundle
+from ip2p.models.load import load_part, open_model
+from ip2p.models.text import encode_prompts
+from ip2p.synth.attention import (
+    Alignment,
+    Sharing,
+    WordSharing,
+    refinement,
+    replacement,
+    share_attention,
+    shares,
+)
+from ip2p.synth.records import SCALE, Candidate, P, Triple, candidate
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
+    from numpy.typing import NDArray
+
+# What a pair shares: the maps of self-attention (the paper's code), those of cross-attention, of words at the
+# same place or of words in common (Hertz et al. 2022), or of both.
+Attention = Literal["self", "replace", "refine", "self+replace", "self+refine"]
+# Why a candidate has its pictures or has none: drawn; refused half-way or at the end; not a number.
+Fate = Literal["made", "early", "judged", "overflow"]
+Pictures = Float[Tensor, "batch 3 height width"]
+# From candidates and their pictures before and after, in [0, 1]: which to keep.
+Judge = Callable[[Sequence[Candidate], Tensor, Tensor], "Sequence[bool] | Tensor"]
+CPU_BATCH, BATCH = 4, 8  # candidates at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What became of a candidate.
+
+    before, after: uint8 [height, width, 3], and latents, the sampler's for both, fp32 [2, 4, h, w] on the
+    CPU; all None unless it was made. evaluations: pictures that went through the UNet for it, a guided one
+    twice; a source in common counts for its first candidate.
+    """
+
+    candidate: Candidate
+    fate: Fate
+    evaluations: int
+    before: NDArray[np.uint8] | None = None
+    after: NDArray[np.uint8] | None = None
+    latents: Tensor | None = None
+
+    def pair(self, **scores: float) -> Pair:
+        """A row of training data, with what is known of it and more `scores`."""
+        assert self.before is not None and self.after is not None, f"it was not made: {self.fate}"
+        one, triple = self.candidate, self.candidate.triple
+        known: dict[str, float] = {"seed": one.seed, "p2p_threshold": one.p, "cfg_scale": one.scale}
+        return Pair(
+            id=one.id,
+            before=self.before,
+            after=self.after,
+            instruction=triple.instruction,
+            caption=triple.caption,
+            edited_caption=triple.edited_caption,
+            scores=known | scores,
+        )
+
+
+def shared_candidate(
+    triple: Triple,
+    number: int,
+    per_source: int,
+    *,
+    p: tuple[float, float] = P,
+    scale: tuple[float, float] = SCALE,
+) -> Candidate:
+    """Candidate `number` with the seed and the guidance scale of the first of its block of `per_source`.
+
+    It keeps its own p. `PairMaker` draws the source picture of such a block once, which takes
+    (1 + n) / (2 n) of the work for n candidates; the price is that they are n tries at one source picture.
+    """
+    one = candidate(triple, number, p=p, scale=scale)
+    first = candidate(triple, number - number % per_source, p=p, scale=scale)
+    return replace(one, seed=first.seed, scale=first.scale)
+
+
+class PairMaker:
+    """Draws the pairs of candidates; a stage: it opens the model when it is made, and is then called.
+
+    model: anything that `models.load.open_model` reads, Stable Diffusion or an editor, which is then
+    shown no picture; or a Bundle. steps, sampler, spacing: as the paper's code has them. size: the side
+    in pixels, the model's own if None, or width and height. attention: what a pair shares. batch_size:
+    candidates at once, 4 on a CPU and else 8 if None; in fp32 nothing but the rounding of sums
+    depends on it.
+
+    early: refuses candidates at `early_at` of the steps by the pictures that the network expects then;
+    judge: at the end. Both see pictures decoded by tiny_vae if there is one, an AutoencoderTiny, its folder
+    or hub name; what is kept is decoded by the model's own. Candidates that were refused take no more work,
+    and the others come out as without them.
+
+    evaluations counts the pictures that went through the UNet; decoded and previewed those that were decoded
+    in full and by tiny_vae. Raises ModelError for a UNet that takes neither noise alone nor noise and a
+    picture, and InputError for settings out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Bundle,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        weights: Literal["ema", "plain"] = "ema",
+        vae: str | Path | None = None,
+        steps: int = 100,
+        sampler: str = "euler_ancestral",
+        spacing: str = "linspace",
+        size: int | tuple[int, int] | None = None,
+        attention: Attention = "self",
+        batch_size: int | None = None,
+        early: Judge | None = None,
+        early_at: float = 0.5,
+        judge: Judge | None = None,
+        tiny_vae: AutoencoderTiny | str | Path | None = None,
+    ) -> None:
+        check_int("--steps", steps, 1, MAX_STEPS, "--steps 100")
+        check_float("--early-at", early_at, 0, 1, "--early-at 0.5")
+        for name, value, known in (
+            ("Sampler", sampler, SAMPLERS),
+            ("Spacing", spacing, SPACINGS),
+            ("Attention", attention, get_args(Attention)),
+        ):
+            if value not in known:
+                raise InputError(f"{name} {value!r} is not known; use one of {', '.join(known)}.")
+        if batch_size is not None:
+            check_int("--batch-size", batch_size, 1, 10**6, "--batch-size 8")
+        check_size(size)
+        if not isinstance(model, Bundle):
+            model = open_painter(
+                model, device=device, dtype=dtype, revision=revision, weights=weights, vae=vae
+            )
+        unet: Any = model.unet
+        taken, latent = unet.config.in_channels, model.vae.config.latent_channels
+        if taken not in (latent, 2 * latent):
+            raise _not_a_painter(model.folder, taken, latent)
+        share_attention(unet)
+        # It encodes no picture and edits none here; it decodes, at the size that memory allows.
+        self.editor = Editor(model)
+        self.device = self.editor.device
+        self.network = UNetDenoiser(
+            unet if taken == 2 * latent else _WithoutPicture(unet), self.editor.schedule
+        )
+        self.steps, self.sampler, self.attention = steps, sampler, attention
+        self.sigmas = SPACINGS[spacing](self.editor.schedule, steps)
+        native = model.card.native_size
+        self.size = self.editor.working_size((native, native), size)
+        self.batch_size = batch_size or (CPU_BATCH if self.device.type == "cpu" else BATCH)
+        self.early, self.judge = early, judge
+        # Of the first step nothing is known before it, and after the last one the picture is done.
+        self.early_step = min(max(1, math.ceil(early_at * steps)), steps - 1)
+        self.tiny_vae = None if tiny_vae is None else _open_tiny(tiny_vae, model)
+        self.evaluations = self.decoded = self.previewed = 0
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[Made]:
+        """Draw the pairs, in the order of the candidates. Raises ResourceError out of memory."""
+        # Those of one source picture lie side by side.
+        first: dict[_Source, int] = {}
+        for place, one in enumerate(candidates):
+            first.setdefault(_source(one), place)
+        order = sorted(range(len(candidates)), key=lambda place: (first[_source(candidates[place])], place))
+        made: dict[int, Made] = {}
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            try:
+                some = self._draw([candidates[place] for place in places])
+            except torch.OutOfMemoryError:
+                raise ResourceError(
+                    f"Out of memory with {len(places)} pairs at once of {self.size[0]}x{self.size[1]}. "
+                    f"Try --batch-size {max(1, len(places) // 2)}."
+                ) from None
+            made |= dict(zip(places, some, strict=True))
+        return [made[place] for place in range(len(candidates))]
+
+    @torch.inference_mode()
+    def _draw(self, candidates: Sequence[Candidate]) -> list[Made]:
+        """The pairs of one batch: rows of sources, each once, then the rows of the edits."""
+        sources = list(dict.fromkeys(_source(one) for one in candidates))
+        batch = _Batch(candidates, torch.tensor([sources.index(_source(one)) for one in candidates]))
+        denoise = self._denoiser(batch, sources)
+        shape = (4, *(side // self.editor.bundle.latent_factor for side in reversed(self.size)))
+        stream = NoiseStream([source.seed for source in sources], shape, self.device)
+        whose = torch.cat([torch.arange(len(sources)), batch.owners]).to(self.device)
+
+        def noise() -> Tensor:
+            return stream()[whose]  # the paper's code: one noise for both pictures, at every step
+
+        start = noise() * self.sigmas[0]
+        last = start
+        sampling = SAMPLERS[self.sampler](denoise, start, self.sigmas, noise)
+        for step, x in enumerate(sampling, 1):
+            last = x
+            if self.early is not None and step == self.early_step:
+                assert denoise.x0 is not None
+                self._ask(self.early, denoise.x0, batch, "early")
+            if not batch.alive.any():
+                break
+        batch.drop_overflown(last)
+        if self.judge is not None:
+            self._ask(self.judge, last, batch, "judged")
+        kept = batch.made()
+        shown: dict[int, tuple[Tensor, Tensor]] = {}
+        if kept:
+            before, after = self._pictures(last, batch, kept, preview=False)
+            shown = {place: (before[k], after[k]) for k, place in enumerate(kept)}
+            overflown = [place for place, both in shown.items() if not all(p.isfinite().all() for p in both)]
+            batch.drop(overflown, "overflow")
+        self.evaluations += int(batch.evaluations.sum())
+        return [batch.result(place, last, shown.get(place)) for place in range(len(candidates))]
+
+    def _ask(self, judge: Judge, latents: Latent, batch: _Batch, fate: Fate) -> None:
+        """Let a judge see what is still drawn, and drop what it refuses."""
+        batch.drop_overflown(latents)
+        places = batch.made()
+        if not places:
+            return
+        before, after = self._pictures(latents, batch, places, preview=True)
+        answer = [bool(yes) for yes in judge([batch.candidates[place] for place in places], before, after)]
+        assert len(answer) == len(places), "a judge answers for each candidate"
+        batch.drop([place for place, yes in zip(places, answer, strict=True) if not yes], fate)
+
+    def _denoiser(self, batch: _Batch, sources: Sequence[_Source]) -> _PairDenoiser:
+        bundle, candidates = self.editor.bundle, batch.candidates
+        captions = [source.caption for source in sources]
+        texts = captions + [one.triple.edited_caption for one in candidates]
+        unique = list(dict.fromkeys(texts))
+        every = told(encode_prompts(bundle, unique, self.size), len(unique))
+        rows = torch.tensor([unique.index(text) for text in texts], device=self.device)
+        scales = [source.scale for source in sources] + [one.scale for one in candidates]
+        return _PairDenoiser(
+            self.network,
+            batch,
+            told={name: value.to(self.device)[rows] for name, value in every.items()},
+            null=told(encode_prompts(bundle, [""], self.size), 1),
+            scale=torch.tensor(scales, dtype=torch.float32, device=self.device),
+            sigmas=self.sigmas,
+            share_self="self" in self.attention,
+            alignments=None if self.attention == "self" else [self._align(one) for one in candidates],
+        )
+
+    def _align(self, one: Candidate) -> Alignment:
+        tokenizer, triple = self.editor.bundle.tokenizer, one.triple
+        caption, edited = triple.caption, triple.edited_caption
+        found = replacement(tokenizer, caption, edited) if "replace" in self.attention else None
+        # Captions of unlike word counts have no words at the same places.
+        return found or refinement(tokenizer, caption, edited)
+
+    def _pictures(
+        self, latents: Latent, batch: _Batch, kept: Sequence[int], *, preview: bool
+    ) -> tuple[Pictures, Pictures]:
+        """Pictures before and after in [0, 1] of some candidates; each picture is decoded once."""
+        both = torch.cat([batch.owners[kept], batch.edits[kept]])
+        rows, places = both.unique(return_inverse=True)
+        tiny = self.tiny_vae if preview else None
+        parts = []
+        for some in rows.to(self.device).split(2 * self.batch_size):
+            if tiny is None:
+                self.decoded += len(some)
+                pixels = self.editor.decode(latents[some])
+            else:
+                self.previewed += len(some)
+                scaled = latents[some] / tiny.config.scaling_factor
+                pixels = tiny.decode(scaled.to(tiny.dtype), return_dict=False)[0].float()
+            parts.append(((pixels + 1) / 2).clamp(0, 1))
+        before, after = torch.cat(parts)[places.to(self.device)].chunk(2)
+        return before, after
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What makes a source picture; candidates that agree in it have the same."""
+
+    caption: str
+    seed: int
+    scale: float
+
+
+def _source(one: Candidate) -> _Source:
+    return _Source(one.triple.caption, one.seed, one.scale)
+
+
+class _Batch:
+    """The candidates of a batch, what becomes of them, and their rows: sources, each once, then edits.
+
+    owners, edits: of each candidate, the rows of its source and of its edit. alive: rows that are still
+    drawn. evaluations: how often each row went through the network.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], owners: Int[Tensor, "edits"]) -> None:
+        self.candidates, self.owners = candidates, owners
+        self.sources = int(owners.max()) + 1
+        self.edits = torch.arange(len(owners)) + self.sources
+        self.fates: list[Fate] = ["made"] * len(owners)
+        rows = self.sources + len(owners)
+        self.alive: Bool[Tensor, rows] = torch.ones(rows, dtype=torch.bool)
+        self.evaluations: Int[Tensor, rows] = torch.zeros(rows, dtype=torch.long)
+
+    def made(self) -> list[int]:
+        """The candidates that were not dropped."""
+        return [place for place, fate in enumerate(self.fates) if fate == "made"]
+
+    def drop(self, places: Sequence[int], fate: Fate) -> None:
+        """End some candidates, and the sources that only they have."""
+        for place in places:
+            self.fates[place] = fate
+        kept = self.made()
+        self.alive[:] = False
+        self.alive[self.edits[kept]] = True
+        self.alive[self.owners[kept]] = True
+
+    def drop_overflown(self, latents: Latent) -> None:
+        fine = latents.isfinite().flatten(1).all(dim=1).cpu()
+        lost = [k for k in self.made() if not (fine[self.owners[k]] and fine[self.edits[k]])]
+        self.drop(lost, "overflow")
+
+    def result(self, place: int, latents: Latent, shown: tuple[Tensor, Tensor] | None) -> Made:
+        owner, edit = int(self.owners[place]), int(self.edits[place])
+        work = int(self.evaluations[edit])
+        if owner not in self.owners[:place]:
+            work += int(self.evaluations[owner])
+        candidate, fate = self.candidates[place], self.fates[place]
+        if fate != "made" or shown is None:
+            return Made(candidate=candidate, fate=fate, evaluations=work)
+        before, after = (np.asarray(to_pil(picture * 2 - 1)) for picture in shown)
+        pair = latents[[owner, edit]].float().cpu()
+        return Made(
+            candidate=candidate, fate=fate, evaluations=work, before=before, after=after, latents=pair
+        )
+
+
+class _PairDenoiser:
+    """The denoiser of a batch of pairs, with plain guidance: rows that are not alive stay as they are.
+
+    told, null: the texts of all rows, and the empty one. scale: [rows]. x0: the last answer.
+    """
+
+    def __init__(
+        self,
+        network: UNetDenoiser,
+        batch: _Batch,
+        *,
+        told: Told,
+        null: Told,
+        scale: Float[Tensor, "rows"],
+        sigmas: Float[Tensor, "steps"],
+        share_self: bool,
+        alignments: Sequence[Alignment] | None,
+    ) -> None:
+        self.network, self.batch, self.told, self.null, self.scale = network, batch, told, null, scale
+        self.p = torch.tensor([one.p for one in batch.candidates], dtype=torch.float64)
+        self.sigmas, self.share_self = sigmas, share_self
+        self.moved = self.kept = None
+        if alignments is not None:
+            self.moved = torch.stack([one.moved for one in alignments]).to(scale.device)
+            self.kept = torch.stack([one.kept for one in alignments]).to(scale.device)
+        self.x0: Latent | None = None
+
+    def __call__(self, x: Latent, sigma: Sigma) -> Latent:
+        rows = self.batch.alive.nonzero()[:, 0]
+        self.batch.evaluations[rows] += 2
+        place = rows.to(x.device)
+        some, count = x[place], len(rows)
+        sharing = self._sharing(rows, int((self.sigmas > sigma).sum())).arguments()
+        network = replace(self.network, control=lambda *_: sharing)
+        words = {
+            name: torch.cat([value[place], self.null[name].to(value).expand(count, *value.shape[1:])])
+            for name, value in self.told.items()
+        }
+        both = some.repeat(2, 1, 1, 1)
+        # An editor is shown no picture.
+        full, neither = network.tell(both, sigma, words, torch.zeros_like(both)).chunk(2)
+        mixed = neither + self.scale[place].view(-1, 1, 1, 1) * (full - neither)
+        self.x0 = x.index_copy(0, place, network.x0(some, mixed, sigma))
+        return self.x0
+
+    def _sharing(self, rows: Int[Tensor, "alive"], step: int) -> Sharing:
+        """What a step's batch shares: first the rows with their text, then the same without."""
+        batch = self.batch
+        shared = shares(self.p, step, len(self.sigmas) - 1) & batch.alive[batch.edits]
+        some = shared.nonzero()[:, 0]
+        if not len(some):
+            return Sharing()
+        owners, edits = batch.owners[some], batch.edits[some]
+        whose = torch.arange(len(batch.alive)).index_copy(0, edits, owners)
+        place = torch.zeros_like(whose).index_copy(0, rows, torch.arange(len(rows)))
+        device = self.scale.device
+        maps = words = None
+        if self.share_self:
+            half = place[whose[rows]]
+            maps = torch.cat([half, half + len(rows)]).to(device)
+        if self.moved is not None and self.kept is not None:
+            # Without a text there are no words to share: Hertz et al. leave that half alone.
+            moved, kept = (each[some.to(device)] for each in (self.moved, self.kept))
+            words = WordSharing(place[edits].to(device), place[owners].to(device), moved, kept)
+        return Sharing(maps, words)
+
+
+class _WithoutPicture(nn.Module):
+    """A UNet of noise alone as one that is given a picture besides, and does not look."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, channels: Tensor, *arguments: Any, **more: Any) -> Any:
+        return self.unet(channels[:, : channels.shape[1] // 2], *arguments, **more)
+
+
+def open_painter(
+    model: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    weights: Literal["ema", "plain"] = "ema",
+    vae: str | Path | None = None,
+) -> Bundle:
+    """Open a model that can draw from a caption: what `load_bundle` opens, and Stable Diffusion itself.
+
+    Raises ModelError for a UNet of other channels, before its weights are read.
+    """
+    stored = open_model(find_model(model, revision=revision), weights=weights)
+    channels, needed = stored.channels
+    if channels not in (needed // 2, needed):
+        raise _not_a_painter(stored.path, channels, needed // 2)
+    place = pick_device(device)
+    return make_bundle(stored, str(model), device=place, dtype=pick_dtype(place, dtype), vae=vae)
+
+
+def _not_a_painter(path: Path, channels: int, latent: int) -> ModelError:
+    return ModelError(
+        f"{path}: its UNet takes {channels} channels; pairs are drawn by one that takes {latent} (Stable "
+        f"Diffusion) or {2 * latent} (an editor). Name another --model."
+    )
+
+
+def _open_tiny(tiny: AutoencoderTiny | str | Path, bundle: Bundle) -> AutoencoderTiny:
+    from diffusers import AutoencoderTiny
+
+    if isinstance(tiny, (str, Path)):
+        name, path = str(tiny), Path(tiny).expanduser()
+        if is_hub_name(name, path):
+            path = from_hub(name, HUB_PART, lambda folder: any(folder.glob("*.safetensors")))
+        tiny = load_part(AutoencoderTiny, path, bundle.vae.dtype)
+    shape = tiny.config.latent_channels, 2 ** (len(tiny.config.decoder_block_out_channels) - 1)
+    wanted = bundle.vae.config.latent_channels, bundle.latent_factor
+    if shape != wanted:
+        raise ModelError(
+            f"The tiny autoencoder has latents of {shape[0]} channels and {shape[1]} pixels a cell, the "
+            f"model of {wanted[0]} and {wanted[1]}. Use one that was made for it."
+        )
+    return tiny.to(bundle.vae.device)
