@@ -460,6 +460,27 @@ def test_held_out_pairs_are_not_trained_on(config, monkeypatch):
     assert len(seen) == 22
 
 
+def test_curves_go_to_tensorboard_which_is_the_default_when_it_is_there(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer.run(replace(config, steps=2, track="auto", validate_every=1, held_out=2, validate_steps=1))
+    told = set()
+    for events in (config.output / "training" / "tensorboard").rglob("events*"):
+        read = EventAccumulator(str(events))
+        read.Reload()
+        told |= set(read.Tags()["scalars"])
+    assert {"loss", "norm", "held out/loss", "held out/psnr"} <= told
+
+
+def test_without_tensorboard_auto_tracks_nothing_and_asking_for_it_is_told(monkeypatch):
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
+    assert trainer._trackers("auto") is None and trainer._trackers("none") is None
+    with pytest.raises(InputError, match=r"pip install 'ip2p\[track\]'"):
+        trainer._trackers("tensorboard")
+    with pytest.raises(InputError, match="pip install wandb"):
+        trainer._trackers("wandb")
+
+
 # --- the command line ---
 
 

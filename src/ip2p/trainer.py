@@ -280,12 +280,14 @@ def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         raise InputError(
             f"--precision fp16 needs a CUDA device, and this is {device.type}; use bf16 or fp32."
         )
-    trackers = _trackers(config.track)
-    return new_accelerator(
-        device,
-        "no" if precision == "fp32" else precision,
-        **({"log_with": trackers, "project_dir": str(folder)} if trackers else {}),
-    )
+    number = "no" if precision == "fp32" else precision
+    tracker = _trackers(config.track)
+    if tracker is None:
+        return new_accelerator(device, number)
+    accelerator = new_accelerator(device, number, log_with=tracker, project_dir=str(folder))
+    told = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in as_dict(config).items()}
+    accelerator.init_trackers(tracker, config=told)
+    return accelerator
 
 
 def _trackers(track: str) -> str | None:
@@ -295,13 +297,13 @@ def _trackers(track: str) -> str | None:
     if track == "auto":
         return "tensorboard" if installed else None
     if track == "tensorboard" and not installed:
-        raise InputError("--track tensorboard needs it: pip install tensorboard")
+        raise InputError("--track tensorboard needs it: pip install 'ip2p[track]'")
     from accelerate.utils import LoggerType
 
     known = [kind.value for kind in LoggerType if kind.value != "all"]
     if track not in known:
         raise InputError(f"--track is {track!r}; choose one of: auto, none, {', '.join(known)}.")
-    if track != "tensorboard" and not importlib.util.find_spec(track.replace("comet_ml", "comet_ml")):
+    if track != "tensorboard" and not importlib.util.find_spec(track):
         raise InputError(f"--track {track} needs it: pip install {track}")
     return track
 
