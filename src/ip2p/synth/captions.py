@@ -1,0 +1,309 @@
+"""Captions in: read from any table or a hub's data set, cleaned, limited, deduplicated, sampled by a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import html
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ip2p.data import columns, hub
+from ip2p.errors import InputError
+from ip2p.synth.tables import LINE, parquet_rows, read_rows
+
+Language = Literal["english", "latin", "any"]
+
+# Lower case; the first that a table has. LAION's are TEXT, URL, AESTHETIC_SCORE, NSFW, punsafe, LANGUAGE.
+NAMES = {
+    "text": ("text", "caption", "captions", "prompt", "original_prompt", "input", "description", LINE),
+    "url": ("url", "image_url", "caption_url", "source_url"),
+    "score": ("aesthetic_score", "aesthetic", "aesthetics", "aesthetics_score", "score"),
+    "nsfw": ("nsfw",),
+    "unsafe": ("punsafe", "unsafe"),
+    "language": ("language", "lang"),
+}
+UNSAFE = 0.5  # LAION's own advice for punsafe
+
+# Sexual, gory and hateful words. Whole words, case ignored; a word also stands for its plural in s.
+BLOCK_LIST = (
+    *("nude", "nudity", "naked", "topless", "nsfw", "porn", "porno", "pornographic", "pornstar", "hentai"),
+    *("xxx", "erotic", "erotica", "sex", "sexy", "sexual", "sexually", "blowjob", "handjob", "cum", "orgasm"),
+    *("orgy", "masturbation", "masturbating", "dildo", "vibrator", "vagina", "penis", "genital", "genitalia"),
+    *("boob", "tits", "nipple", "milf", "bdsm", "bondage", "fetish", "striptease", "stripper", "escort"),
+    *("upskirt", "panties", "lingerie", "prostitute", "hooker", "slut", "whore", "bitch", "fuck", "fucking"),
+    *("shit", "cunt", "dick pic", "cock ring", "rape", "raped", "rapist", "incest", "molest", "pedophile"),
+    *("paedophile", "lolita", "loli", "shota", "bestiality", "zoophilia", "gore", "gory", "beheading"),
+    *("beheaded", "decapitated", "decapitation", "disembowelled", "dismembered", "mutilated", "corpse"),
+    *("suicide", "hanging body", "torture", "tortured", "genocide", "lynching", "nazi", "swastika"),
+    *("white power", "ku klux klan", "nigger", "nigga", "faggot", "fag", "kike", "chink", "spic", "gook"),
+    *("wetback", "raghead", "tranny", "retard", "retarded"),
+)
+# The commonest short words of texts in some languages, which tell them from English ones.
+_ENGLISH = (
+    *("the", "of", "and", "in", "with", "on", "at", "for", "by", "from", "to", "is", "an", "over", "under"),
+    *("her", "his", "its", "their", "this", "that", "into", "near", "through", "as", "are"),
+)
+_OTHERS = (
+    *("der", "die", "das", "und", "mit", "ein", "eine", "einem", "einer", "auf", "im", "vom", "zum", "für"),
+    *("le", "les", "du", "des", "une", "et", "dans", "sur", "avec", "pour", "aux", "est", "qui"),
+    *("el", "los", "las", "una", "del", "con", "para", "por", "y", "que", "su", "unos"),
+    *("il", "lo", "gli", "di", "della", "nel", "per", "e", "che", "sul", "alla"),
+    *("o", "os", "um", "uma", "do", "da", "dos", "em", "na", "ao"),
+    *("het", "een", "van", "op", "met", "voor", "och", "ett", "på", "av", "som", "og", "til", "med"),
+    *("w", "z", "na", "się", "jest", "dla", "ve", "bir", "ile"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """A caption, and what its table says of it."""
+
+    text: str
+    url: str = ""
+    score: float | None = None  # how beautiful the picture is, by LAION's predictor: 1 to 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Which captions are taken."""
+
+    min_words: int = 2
+    max_words: int = 50  # CLIP reads 75 tokens
+    max_characters: int = 300
+    min_score: float | None = None  # of those with an aesthetic score; those without one are then left out
+    language: Language = "english"
+    block: Sequence[str] = BLOCK_LIST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """What was read. rows: how many there were; left_out: why not all of them are here, by reason."""
+
+    captions: list[Caption]
+    rows: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """What a person should know of it."""
+        if not self.left_out:
+            return []
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
+        return [f"of {self.rows:,} rows {len(self.captions):,} captions are taken; left out: {reasons}"]
+
+
+def read_captions(
+    path: str | Path,
+    *,
+    column: str | None = None,
+    rules: Rules | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    split: str = "train",
+    revision: str | None = None,
+    stream: bool = False,
+) -> Captions:
+    """The captions of a .txt, .jsonl, .csv, .tsv or .parquet file, a folder of them, or a hub's data set.
+
+    column: where they are; by default the first of `NAMES`. sample: so many of them, drawn with `seed`: those
+    whose hash with the seed is lowest, in the order of the hash. So the draw does not depend on the order of
+    the rows, and a larger one begins with the smaller. split, revision, stream: of a hub's data set.
+    Raises InputError for what cannot be read, an unknown column or nothing left; ModelError for the hub.
+    """
+    if sample is not None and sample < 1:
+        raise InputError(f"--sample is {sample}; use 1 or more, or leave it out for all captions.")
+    return take(
+        _rows(str(path), split=split, revision=revision, stream=stream),
+        of=str(path),
+        column=column,
+        rules=rules or Rules(),
+        sample=sample,
+        seed=seed,
+    )
+
+
+def take(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    of: str,
+    column: str | None = None,
+    rules: Rules,
+    sample: int | None = None,
+    seed: int = 0,
+) -> Captions:
+    """Those of the rows of a table that the rules let through, each caption and each url once."""
+    left_out: Counter[str] = Counter()
+    blocked = blocker(rules.block)
+    seen: set[bytes] = set()
+    heap: list[tuple[int, int, Caption]] = []  # the sample, its highest hash first
+    taken: list[Caption] = []
+    number = 0
+    for number, row in enumerate(rows, 1):
+        cells = {str(key).strip().lower(): value for key, value in row.items()}
+        text = _text(cells, column, of)
+        caption = Caption(
+            text=clean(text),
+            url=columns.text(_cell(cells, "url")),
+            score=_number(_cell(cells, "score")),
+        )
+        reason = _left_out(caption, cells, rules, blocked)
+        # The same caption at two places, or two captions of one picture, teach the same edit twice.
+        keys = [_hash(key_of(caption.text))] + ([_hash(caption.url)] if caption.url else [])
+        if reason is None and any(key in seen for key in keys):
+            reason = "doubled"
+        if reason is not None:
+            left_out[reason] += 1
+            continue
+        seen.update(keys)
+        if sample is None:
+            taken.append(caption)
+            continue
+        rank = int.from_bytes(_hash(f"{seed}\x1f{key_of(caption.text)}"), "big")
+        push = heapq.heappush if len(heap) < sample else heapq.heappushpop
+        push(heap, (-rank, -number, caption))
+    if sample is not None:
+        taken = [caption for _, _, caption in sorted(heap, reverse=True)]
+        if spare := number - sum(left_out.values()) - len(taken):
+            left_out["not drawn"] = spare
+    if not taken:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "no rows"
+        raise InputError(
+            f"{of} has no captions that can be used: {reasons}. Widen the limits, or name another."
+        )
+    return Captions(captions=taken, rows=number, left_out=dict(left_out))
+
+
+def _rows(path: str, *, split: str, revision: str | None, stream: bool) -> Iterator[dict[str, Any]]:
+    here = Path(path).expanduser()
+    if here.exists() or not hub.is_hub_name(path):
+        for flag, given in (("--revision", revision is not None), ("--stream", stream)):
+            if given and here.exists():
+                raise InputError(f"{path} lies here, so {flag} means nothing for it; leave it out.")
+        return read_rows(here)
+    if stream:
+        names, _ = hub.remote_files(path, split, revision)
+        system = hub.filesystem()
+        return parquet_rows([system.open(name, "rb") for name in names])
+    files, _ = hub.cached_files(path, split, revision)
+    return parquet_rows(list(files))
+
+
+def _text(cells: Mapping[str, Any], column: str | None, of: str) -> str:
+    names = NAMES["text"] if column is None else (column.strip().lower(),)
+    for name in names:
+        if name in cells:
+            value = cells[name]
+            return str(value[0]) if isinstance(value, list) and value else columns.text(value)
+    seen = ", ".join(list(cells)[:12]) or "(none)"
+    if column is None:
+        raise InputError(
+            f"{of} has no column that is known to hold captions, but {seen}; name one: --column."
+        )
+    raise InputError(f"{of} has no column {column}, but {seen}.")
+
+
+def _cell(cells: Mapping[str, Any], part: str) -> Any:
+    return next((cells[name] for name in NAMES[part] if cells.get(name) is not None), None)
+
+
+def _number(value: object) -> float | None:
+    try:
+        return None if value is None or isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def _left_out(
+    caption: Caption, cells: Mapping[str, Any], rules: Rules, blocked: Callable[[str], str | None]
+) -> str | None:
+    """Why a caption is not taken, in words that follow a number; None if it is."""
+    words = caption.text.split()
+    if not words:
+        return "empty"
+    if len(words) < rules.min_words:
+        return "too short"
+    if len(words) > rules.max_words or len(caption.text) > rules.max_characters:
+        return "too long"
+    if rules.min_score is not None and (caption.score is None or caption.score < rules.min_score):
+        return "below the score"
+    unsafe = _number(_cell(cells, "unsafe"))
+    if columns.text(_cell(cells, "nsfw")).upper() == "NSFW" or (unsafe is not None and unsafe >= UNSAFE):
+        return "unsafe by their table"
+    if blocked(caption.text):
+        return "on the block-list"
+    said = columns.text(_cell(cells, "language")).lower()
+    if rules.language == "english" and (said or "en") not in ("en", "eng", "english"):
+        return "in another language"
+    if not is_in(caption.text, rules.language):
+        return "in another language"
+    return None
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def clean(text: str) -> str:
+    """One line without markup's leftovers: entities read, control characters and outer quotes away."""
+    text = re.sub(r"<[^<>]{1,200}>", " ", html.unescape(text))
+    text = "".join(" " if unicodedata.category(letter).startswith("C") else letter for letter in text)
+    text = " ".join(text.split())
+    while len(text) > 1 and (text[0], text[-1]) in (('"', '"'), ("'", "'"), ("“", "”"), ("«", "»")):
+        text = text[1:-1].strip()
+    return text
+
+
+def key_of(text: str) -> str:
+    """What two texts share that are the same but for case, blanks and punctuation at the end."""
+    return " ".join(text.casefold().split()).strip(" .!?,;:")
+
+
+def is_in(text: str, language: Language) -> bool:
+    """Whether a text may be in a language, by its letters, and for English by its commonest words.
+
+    latin: nine of ten letters are. english: and at most one in ten carries an accent, and there are not
+    two or more small words of other languages and as many as of English.
+    """
+    if language == "any":
+        return True
+    letters = [letter for letter in text if letter.isalpha()]
+    if not letters:
+        return False
+    latin = sum(unicodedata.name(letter, "").startswith("LATIN") for letter in letters)
+    if latin < 0.9 * len(letters):
+        return False
+    if language == "latin":
+        return True
+    if sum(not letter.isascii() for letter in letters) > max(2, 0.1 * len(letters)):
+        return False
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    other, english = (sum(word in known for word in words) for known in (_OTHERS, _ENGLISH))
+    return not (other >= 2 and other >= english)
+
+
+def blocker(words: Sequence[str]) -> Callable[[str], str | None]:
+    """A function that finds the first blocked word of a text, None if there is none."""
+    kept = sorted({" ".join(word.casefold().split()) for word in words} - {""}, key=len, reverse=True)
+    if not kept:
+        return lambda text: None
+    pattern = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, kept)) + r")(?:e?s)?(?!\w)")
+
+    def find(text: str) -> str | None:
+        found = pattern.search(" ".join(text.casefold().split()))
+        return found[1] if found else None
+
+    return find
+
+
+def read_block_list(path: Path) -> tuple[str, ...]:
+    """The words of a file, one a line, with # before a remark. Raises InputError."""
+    lines = (str(row.get(LINE, "")).split("#")[0].strip() for row in read_rows(path))
+    return tuple(dict.fromkeys(line for line in lines if line))
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
