@@ -236,8 +236,10 @@ def test_other_settings_are_refused_by_name_unless_overwritten(go, tmp_path):
         go(parts=PARTS[:1])
     with pytest.raises(InputError, match="begun with seed null, and now it is 1"):
         go(settings={**SETTINGS, "seed": 1})
+    assert go(overwrite="changed").made == 0
     own = tmp_path / "job" / "notes.txt"
     own.write_text("mine")
+    assert go(parts=PARTS[:1], overwrite="changed").made == 1
     assert go(parts=PARTS[:1], overwrite=True).made == 1
     assert sorted(contents(tmp_path / "job")) == [
         "data/train-00000.parquet",

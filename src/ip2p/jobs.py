@@ -17,10 +17,10 @@ import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 from ip2p import terminal
 from ip2p.errors import InputError, Ip2pError, ResourceError
@@ -86,7 +86,7 @@ def run(
     settings: Mapping[str, Any],
     unit: str = "rows",
     cluster: Cluster | None = None,
-    overwrite: bool = False,
+    overwrite: bool | Literal["changed"] = False,
     beside: Collection[str] = ("run.json",),
     threads: int | None = None,
     say: Callable[[str], None] = terminal.say,
@@ -97,8 +97,9 @@ def run(
     is any value with a length, in `unit`s: a list of triples, a range of rows. `stage` makes the stage: a
     class, or `functools.partial(Class, ...)`; it is called once a worker, and not when nothing is to be
     done. settings: what decides the result, as JSON values: a hash of the input, models, seeds. They may not
-    change while a job goes on. beside: what may lie in a folder that is begun. threads: of torch, in each
-    worker; on a CPU its number can change the last bits of a result, and Ray's default is another.
+    change while a job goes on. overwrite: begin anew; "changed": only if they did. beside: what may lie in a
+    folder that is begun. threads: of torch, in each worker; on a CPU its number can change the last bits of
+    a result, and Ray's default is another.
 
     Raises InputError for a folder that holds something else, that was begun with other settings, or that
     another process writes into, and without Ray; ResourceError for a full disk or a cluster that is too
@@ -218,7 +219,7 @@ def _opened(
     folder: Path,
     head: Mapping[str, Any],
     *,
-    overwrite: bool,
+    overwrite: bool | Literal["changed"],
     beside: Collection[str],
     say: Callable[[str], None],
 ) -> Iterator[_Job]:
@@ -234,7 +235,7 @@ def _opened(
         rows = _rows(data[:whole])
         if whole and not (rows and "job" in rows[0]):
             raise InputError(f"{folder} holds something else; choose another folder.")
-        if rows and overwrite:
+        if rows and (overwrite is True or (overwrite and rows[0]["job"] != head)):
             _remove(folder, rows)
             rows, whole = [], 0
         file.truncate(whole)
@@ -388,7 +389,7 @@ def _progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], Non
 
 # --- workers --------------------------------------------------------------------------------------
 
-Work = Iterator[tuple[int, Made, float]]  # part, what was made of it, seconds
+Work = Generator[tuple[int, Made, float], None, None]  # part, what was made of it, seconds
 
 
 def _here(stage: Callable[[], Stage], parts: Sequence[Any], todo: Sequence[int], threads: int | None) -> Work:
@@ -434,7 +435,7 @@ def _on_ray(
     todo: Sequence[int],
     cluster: Cluster,
     threads: int | None,
-) -> Iterator[tuple[int, Made, float]]:
+) -> Work:
     """A pool of actors, each with one part at a time: a kill costs no more than one part a worker."""
     with _ray_of(cluster) as ray:
         count, resources = _fitting(ray.cluster_resources(), cluster, len(todo))
