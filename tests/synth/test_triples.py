@@ -58,7 +58,7 @@ def test_the_seeds_are_unlike_each_other_and_change_a_part_of_their_captions(div
 
 
 def test_a_set_from_a_template_fails_those_bounds():
-    things = "dog cat cow hen fox owl bee ant elk emu".split()
+    things = ["dog", "cat", "cow", "hen", "fox", "owl", "bee", "ant", "elk", "emu"]
     triples = [
         make(f"a photo of a {a} in the park", f"make it a {b}", f"a photo of a {b} in the park")
         for a in things

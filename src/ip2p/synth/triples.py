@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from ip2p.synth.captions import key_of
@@ -26,7 +28,9 @@ OVERLAP_OF = 1000  # so many triples are compared with all to tell how alike the
 Grams = frozenset[str]
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 # What comes before the verb of a polite instruction.
-_OPENINGS = frozenset("please now just then could can would we you i it the let's to and".split())
+_OPENINGS = frozenset(
+    ("please", "now", "just", "then", "could", "can", "would", "we", "you", "i", "it", "the", "let's", "to")
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class Diversity:
         lines = [
             f"{self.count:,} triples, {self.captions:,} captions, {self.instructions:,} instructions, "
             f"{self.words:,} words",
-            f"{len(self.first_words):,} first words of instructions, {self.first_word_entropy:.1f} bits: {few}",
+            f"{len(self.first_words):,} first words of instructions, "
+            f"{self.first_word_entropy:.1f} bits: {few}",
             f"edited captions keep {self.kept:.0%} of the words; {1 - self.changed:.1%} are unchanged",
             f"the nearest other triple is {self.overlap:.0%} alike on average; {len(self.near):,} pairs are "
             f"{NEAR:.0%} alike or more",
@@ -84,8 +89,6 @@ def seed_triples() -> tuple[Triple, ...]:
 
 def examples(count: int, *parts: object, of: Sequence[Triple] | None = None) -> list[Triple]:
     """`count` different seeds, drawn by a hash of `parts`: the same wherever they are asked for."""
-    import random
-
     pool = seed_triples() if of is None else of
     return random.Random(place_seed("examples", *parts)).sample(pool, min(count, len(pool)))
 
@@ -135,7 +138,7 @@ def grams_of(triple: Triple) -> Grams:
     for mark, text in (("c", triple.caption), ("i", triple.instruction)):
         words = words_of(text)
         grams.update(f"{mark} {word}" for word in words)
-        grams.update(f"{mark} {a} {b}" for a, b in zip(words, words[1:], strict=False))
+        grams.update(f"{mark} {a} {b}" for a, b in pairwise(words))
     return frozenset(grams)
 
 
