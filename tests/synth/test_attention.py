@@ -1,0 +1,246 @@
+"""Prompt-to-Prompt's attention, held against maps that are built in full."""
+
+import random
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from ip2p.errors import ModelError
+from ip2p.models.bundle import load_bundle
+from ip2p.models.text import encode_prompts
+from ip2p.synth import attention
+from ip2p.synth.attention import Sharing, WordSharing, refinement, replacement, share_attention, shares
+
+PAIRS = [
+    ("a cat at night", "a dog at night"),
+    ("a cat at night", "a painting of a cat at night"),
+    ("make a small red cat at night", "make a cat"),
+    ("night after night a cat", "a cat at night after a night"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_editor):
+    return tiny_editor.bundle.tokenizer
+
+
+def random_heads(*sizes: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+
+
+class TestMaps:
+    """In fp64, the sums that build maps and those that do not differ by rounding alone."""
+
+    def test_a_row_with_anothers_map_attends_where_that_one_does(self):
+        query, key, value = random_heads((4, 2, 9, 8), (4, 2, 9, 8), (4, 2, 9, 8))
+        rows = torch.tensor([0, 0, 2, 2])
+        maps = (query @ key.mT / 8**0.5).softmax(dim=-1)
+        torch.testing.assert_close(attention.self_attention(query, key, value, rows), maps[rows] @ value)
+
+    def test_words_mix_the_sources_map_with_their_own(self):
+        query, key, value = random_heads((3, 2, 9, 8), (3, 2, 5, 8), (3, 2, 5, 8))
+        moved, kept = random_heads((2, 5, 5), (2, 5), seed=1)
+        words = WordSharing(torch.tensor([2, 1]), torch.tensor([0, 0]), moved, kept)
+        maps = (query @ key.mT / 8**0.5).softmax(dim=-1)
+        wanted = maps.clone()
+        for row, move, keep in zip((2, 1), moved, kept, strict=True):
+            wanted[row] = maps[0] @ move + maps[row] * keep
+        torch.testing.assert_close(attention.cross_attention(query, key, value, words), wanted @ value)
+
+
+class Explicit:
+    """Attention of the released code and of Hertz et al.: every map is built, then exchanged.
+
+    The batch is source and edit with their text, then both without. `words`: the map of the source, taken to
+    the edit's words, and how much of it they take.
+    """
+
+    def __init__(self, *, share_self: bool = False, mapper=None, taken=None):
+        self.share_self, self.mapper, self.taken = share_self, mapper, taken
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        heads = attn.heads
+
+        def split(states):
+            batch, tokens, width = states.shape
+            return states.reshape(batch, tokens, heads, width // heads).permute(0, 2, 1, 3)
+
+        q, k, v = split(attn.to_q(hidden_states)), split(attn.to_k(seen)), split(attn.to_v(seen))
+        sim = torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+        if self.share_self and encoder_hidden_states is None:
+            one, _, three, _ = sim.chunk(4)
+            sim = torch.cat([one, one, three, three])
+        maps = sim.softmax(dim=-1)
+        if self.mapper is not None and encoder_hidden_states is not None:
+            new = torch.einsum("hpw,wn->hpn", maps[0], self.mapper)
+            maps = maps.clone()
+            maps[1] = new * self.taken + maps[1] * (1 - self.taken)
+        out = torch.einsum("bhij,bhjd->bhid", maps, v).permute(0, 2, 1, 3).flatten(2)
+        return attn.to_out[0](out)
+
+
+@pytest.fixture(params=["tiny_model_dir", "sd1_dir", "sd2_dir", "xl_dir"])
+def network(request: pytest.FixtureRequest):
+    """A bundle and a call of its UNet on source and edit with and without their text, with what is shared."""
+    bundle = load_bundle(request.getfixturevalue(request.param))
+    generator = torch.Generator().manual_seed(0)
+    channels = torch.randn(4, 8, 16, 16, generator=generator)
+    prompt = encode_prompts(bundle, [*PAIRS[0], "", ""], (64, 64))
+    more = {}
+    if prompt.pooled is not None:
+        more["added_cond_kwargs"] = {"text_embeds": prompt.pooled, "time_ids": prompt.time_ids}
+
+    @torch.inference_mode()
+    def call(sharing: Sharing | None = None):
+        told = {} if sharing is None else sharing.arguments()
+        return bundle.unet(channels, 500.0, encoder_hidden_states=prompt.hidden, **more, **told).sample
+
+    return bundle, call
+
+
+def test_nothing_shared_is_diffusers_own_attention_to_the_bit(network):
+    bundle, call = network
+    bundle.unet.set_attn_processor(AttnProcessor2_0())
+    wanted = call()
+    share_attention(bundle.unet)
+    assert torch.equal(call(), wanted)
+    assert torch.equal(call(Sharing()), wanted)
+
+
+def test_shared_self_attention_is_the_released_codes(network):
+    bundle, call = network
+    bundle.unet.set_attn_processor(Explicit())
+    alone = call()
+    bundle.unet.set_attn_processor(Explicit(share_self=True))
+    wanted = call()
+    share_attention(bundle.unet)
+    torch.testing.assert_close(call(Sharing(torch.tensor([0, 0, 2, 2]))), wanted, atol=1e-5, rtol=1e-5)
+    assert (wanted - alone)[1::2].abs().amin(dim=0).max() > 1e-3  # in both halves of guidance
+    torch.testing.assert_close(wanted[::2], alone[::2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("align", [refinement, replacement])
+def test_shared_cross_attention_is_that_of_built_maps(network, align):
+    bundle, call = network
+    bundle.unet.set_attn_processor(Explicit())
+    alone = call()
+    aligned = align(bundle.tokenizer, *PAIRS[0])
+    bundle.unet.set_attn_processor(Explicit(mapper=aligned.moved, taken=1 - aligned.kept))
+    wanted = call()
+    words = WordSharing(torch.tensor([1]), torch.tensor([0]), aligned.moved[None], aligned.kept[None])
+    share_attention(bundle.unet)
+    torch.testing.assert_close(call(Sharing(words=words)), wanted, atol=1e-5, rtol=1e-5)
+    assert (wanted - alone)[1].abs().max() > 1e-4
+    others = [0, 2, 3]
+    torch.testing.assert_close(wanted[others], alone[others], atol=1e-5, rtol=1e-5)
+
+
+def test_attention_of_another_kind_is_refused():
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+    )
+    with pytest.raises(ModelError, match="of a kind that Prompt-to-Prompt is not made for"):
+        share_attention(unet)
+
+
+class TestShares:
+    def test_the_first_share_p_of_the_steps(self):
+        p = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
+        steps = 100
+        counts = sum(shares(p, step, steps).long() for step in range(steps))
+        wanted = [sum(one > i / (steps - 1) for i in range(steps)) for one in p.tolist()]
+        assert counts.tolist() == wanted == [0, 10, 50, 90, 99]
+
+    def test_a_single_step_is_shared_unless_p_is_zero(self):
+        assert shares(torch.tensor([0.0, 0.01, 1.0]), 0, 1).tolist() == [False, True, True]
+
+
+def needleman_wunsch(before: list[int], after: list[int]) -> list[int]:
+    """Hertz et al.'s alignment (gap 0, match 1, mismatch -1): of each token after, its place before or -1."""
+    score = [[0] * (len(after) + 1) for _ in range(len(before) + 1)]
+    step = {}
+    for i in range(1, len(before) + 1):
+        for j in range(1, len(after) + 1):
+            left, up = score[i][j - 1], score[i - 1][j]
+            both = score[i - 1][j - 1] + (1 if before[i - 1] == after[j - 1] else -1)
+            score[i][j] = max(left, up, both)
+            step[i, j] = "left" if score[i][j] == left else "up" if score[i][j] == up else "both"
+    found = [-1] * len(after)
+    i, j = len(before), len(after)
+    while i > 0 or j > 0:
+        way = step.get((i, j), "left" if i == 0 else "up")
+        if way == "both":
+            found[j - 1] = i - 1
+        i, j = i - (way != "left"), j - (way != "up")
+    return found
+
+
+class TestWords:
+    def test_tokens_in_common_are_those_of_the_authors_alignment(self):
+        rng = random.Random(0)
+        for _ in range(200):
+            before, after = ([0, *(rng.randint(1, 4) for _ in range(rng.randint(0, 9))), 9] for _ in "ab")
+            pairs = attention._common(before, after)
+            found = needleman_wunsch(before, after)
+            assert pairs == [(i, j) for j, i in enumerate(found) if i >= 0], (before, after)
+
+    @pytest.mark.parametrize("before, after", PAIRS)
+    def test_refinement_moves_what_both_captions_have(self, tokenizer, before, after):
+        aligned = refinement(tokenizer, before, after)
+        old, new = tokenizer(before)["input_ids"], tokenizer(after)["input_ids"]
+        found = needleman_wunsch(old, new)
+        for j, i in enumerate(found):
+            assert aligned.kept[j] == (i < 0)
+            assert aligned.moved[:, j].nonzero().flatten().tolist() == ([i] if i >= 0 else [])
+
+    @pytest.mark.parametrize("before, after", PAIRS)
+    def test_padding_is_paired_with_padding(self, tokenizer, before, after):
+        aligned = refinement(tokenizer, before, after)
+        old, new = len(tokenizer(before)["input_ids"]), len(tokenizer(after)["input_ids"])
+        limit = tokenizer.model_max_length
+        for j in range(new, limit):
+            source = old + j - new
+            assert aligned.kept[j] == (source >= limit)
+            assert aligned.moved[:, j].nonzero().flatten().tolist() == ([source] if source < limit else [])
+
+    @pytest.mark.parametrize("align", [refinement, replacement])
+    def test_a_caption_lies_on_itself(self, tokenizer, align):
+        aligned = align(tokenizer, "a cat at night", "a cat at night")
+        assert torch.equal(aligned.moved, torch.eye(77)) and not aligned.kept.any()
+
+    def test_a_word_takes_the_map_of_the_one_it_replaces(self, tokenizer):
+        # "night" is one token here and "make" another: begin, a, night, end.
+        aligned = replacement(tokenizer, "night make night", "night night night")
+        assert torch.equal(aligned.moved, torch.eye(77)) and not aligned.kept.any()
+
+    def test_a_word_of_other_tokens_shares_its_places_and_the_rest_does_not_slip(self, tokenizer):
+        aligned = replacement(tokenizer, "night it night", "night cat night")  # 1, 1, 1 and 1, 3, 1 tokens
+        assert [len(tokenizer(word)["input_ids"]) - 2 for word in ("night", "it", "cat")] == [1, 1, 3]
+        wanted = torch.zeros(6, 8)
+        wanted[0, 0] = wanted[1, 1] = wanted[3, 5] = wanted[4, 6] = wanted[5, 7] = 1
+        wanted[2, 2:5] = 1 / 3
+        torch.testing.assert_close(aligned.moved[:6, :8], wanted)
+        assert not aligned.kept.any()
+
+    def test_replacement_keeps_the_sum_of_every_map(self, tokenizer):
+        aligned = replacement(tokenizer, "a cat sat at night", "a dinosaur ran at noon")
+        torch.testing.assert_close(aligned.moved.sum(dim=1)[:60], torch.ones(60))
+
+    def test_captions_of_unlike_word_counts_cannot_be_replaced(self, tokenizer):
+        assert replacement(tokenizer, "a cat", "a black cat") is None
+
+    def test_captions_beyond_the_tokens_are_cut(self, tokenizer):
+        long = "a cat at night " * 30
+        for align in (refinement, replacement):
+            aligned = align(tokenizer, long, long)
+            assert torch.equal(aligned.moved, torch.eye(77)) and not aligned.kept.any()

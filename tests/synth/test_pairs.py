@@ -1,0 +1,396 @@
+"""The pair maker: what it draws, that it draws each alone, and that it does no more work than it must."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from diffusers import AutoencoderTiny
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from ip2p.devices import NoiseStream
+from ip2p.diffusion.schedule import linspace_sigmas
+from ip2p.editor import Editor
+from ip2p.errors import InputError, ModelError
+from ip2p.models.text import encode_prompts
+from ip2p.synth.pairs import PairMaker, open_painter, shared_candidate
+from ip2p.synth.records import Candidate, Triple, candidate
+
+STEPS = 3
+CAT = Triple(id="1", caption="a cat", instruction="make it night", edited_caption="a cat at night")
+DOG = Triple(id="2", caption="a dog", instruction="make it a cat", edited_caption="a cat")
+SAME = Triple(id="3", caption="a cat", instruction="nothing", edited_caption="a cat")
+
+
+def one(
+    triple: Triple = CAT, seed: int = 1, p: float = 0.5, scale: float = 3.0, number: int = 0
+) -> Candidate:
+    return Candidate(triple=triple, number=number, seed=seed, p=p, scale=scale)
+
+
+def sharp(folder):
+    """A random model whose attention is not nearly even, so that it matters whose map a row has."""
+    bundle = open_painter(folder, device="cpu", dtype="fp32")
+    for name, weight in bundle.unet.named_parameters():
+        if name.endswith(("to_q.weight", "to_out.0.weight")):
+            weight.data *= 8
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_model_dir):
+    return sharp(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def painter_dir(tmp_path_factory: pytest.TempPathFactory):
+    """A random Stable Diffusion: its UNet takes noise alone."""
+    return make_model(tmp_path_factory.mktemp("models") / "painter", in_channels=4)
+
+
+def maker(bundle, **settings) -> PairMaker:
+    return PairMaker(bundle, **({"steps": STEPS, "batch_size": 8} | settings))
+
+
+def close(made, wanted, tolerance: float = 1e-4) -> None:
+    """Equal but for the rounding of sums, in the latents and in the pictures."""
+    for some, other in zip(made, wanted, strict=True):
+        assert some.candidate == other.candidate and some.fate == other.fate == "made"
+        torch.testing.assert_close(some.latents, other.latents, atol=tolerance, rtol=tolerance)
+        for name in ("before", "after"):
+            levels = np.abs(getattr(some, name).astype(int) - getattr(other, name).astype(int))
+            assert levels.max() <= 1
+
+
+class Released:
+    """The released code's loop over one pair, on a diffusers UNet: maps are built and copied."""
+
+    def __init__(self, bundle):
+        self.unet, self.share = bundle.unet, False
+        self.empty, self.encode = None, lambda texts: encode_prompts(bundle, texts, (64, 64)).hidden
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        kept = torch.cumprod(1 - betas, dim=0).float()
+        self.log_sigmas = ((1 - kept) / kept).sqrt().log()
+
+    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            attn.head_to_batch_dim(states)
+            for states in (attn.to_q(hidden_states), attn.to_k(seen), attn.to_v(seen))
+        )
+        sim = torch.einsum("bid,bjd->bij", q, k) * attn.scale
+        if self.share and encoder_hidden_states is None:
+            parts = sim.chunk(4)
+            sim = torch.cat((parts[0], parts[0], parts[2], parts[2]))
+        out = torch.einsum("bij,bjd->bid", sim.softmax(dim=-1), v)
+        return attn.to_out[0](attn.batch_to_head_dim(out))
+
+    def sigmas(self, steps):
+        t = torch.linspace(999, 0, steps)
+        low, high, part = t.floor().long(), t.ceil().long(), t.frac()
+        levels = (1 - part) * self.log_sigmas[low] + part * self.log_sigmas[high]
+        return torch.cat([levels.exp(), torch.zeros(1)])
+
+    def time(self, sigma):
+        dists = sigma.log() - self.log_sigmas[:, None]
+        low = dists.ge(0).cumsum(dim=0).argmax(dim=0).clamp(max=998)
+        part = (self.log_sigmas[low] - sigma.log()) / (self.log_sigmas[low] - self.log_sigmas[low + 1])
+        return (1 - part.clamp(0, 1)) * low + part.clamp(0, 1) * (low + 1)
+
+    def denoised(self, x, sigma, scale, cond, uncond):
+        x_in, sigma_in = torch.cat([x] * 2), sigma.expand(4)
+        channels = x_in / (sigma**2 + 1) ** 0.5
+        if self.unet.config.in_channels == 8:
+            channels = torch.cat([channels, torch.zeros_like(channels)], dim=1)
+        words = torch.cat([uncond, cond])
+        noise = self.unet(channels, self.time(sigma_in), encoder_hidden_states=words, return_dict=False)[0]
+        neither, full = (x_in - noise * sigma).chunk(2)
+        return neither + (full - neither) * scale
+
+    @torch.inference_mode()
+    def pair(self, which: Candidate, steps: int):
+        class Attend:
+            __call__ = staticmethod(self.attend)
+
+        self.unet.set_attn_processor(Attend())
+        try:
+            cond = self.encode([which.triple.caption, which.triple.edited_caption])
+            uncond = self.encode(["", ""])
+            sigmas = self.sigmas(steps)
+            stream = NoiseStream([which.seed], (4, 16, 16))
+            x = (stream() * sigmas[0]).repeat(2, 1, 1, 1)
+            for i in range(len(sigmas) - 1):
+                self.share = which.p > i / (len(sigmas) - 2)
+                here, there = sigmas[i], sigmas[i + 1]
+                denoised = self.denoised(x, here, which.scale, cond, uncond)
+                up = min(there, (there**2 * (here**2 - there**2) / here**2) ** 0.5)
+                down = (there**2 - up**2) ** 0.5
+                x = x + (x - denoised) / here * (down - here)
+                if there > 0:
+                    x = x + stream() * up
+            return x
+        finally:
+            self.unet.set_attn_processor(AttnProcessor2_0())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.75, 1.0])
+@pytest.mark.parametrize("model", ["tiny_model_dir", "painter_dir"])
+def test_a_pair_is_the_released_codes(request, model, p):
+    bundle = sharp(request.getfixturevalue(model))
+    which = one(p=p)
+    wanted = Released(bundle).pair(which, 5)
+    (made,) = maker(bundle, steps=5)([which])
+    torch.testing.assert_close(made.latents, wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
+def test_with_p_zero_both_pictures_are_drawn_as_if_alone(bundle, sampler):
+    """Oracle: the editor's own loop, told no picture, one text at a time."""
+    which = one(DOG, p=0.0)
+    (made,) = maker(bundle, sampler=sampler)([which])
+    editor = Editor(bundle)
+    for latents, text in zip(made.latents, (DOG.caption, DOG.edited_caption), strict=True):
+        *_, alone = editor.edit_latents(
+            None,
+            editor.encode_text(text),
+            editor.encode_text(""),
+            noise=NoiseStream([which.seed], (4, 16, 16)),
+            text_cfg=which.scale,
+            sampler=sampler,
+            sigmas=linspace_sigmas(editor.schedule, STEPS),
+        )
+        torch.testing.assert_close(latents[None], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_p_changes_the_edit_and_not_the_source(bundle):
+    made = maker(bundle)([one(p=p) for p in (0.0, 0.4, 1.0)])
+    for k, pair in enumerate(made[1:], 1):
+        torch.testing.assert_close(pair.latents[0], made[0].latents[0])
+        assert all((pair.latents[1] - other.latents[1]).abs().max() > 1e-2 for other in made[:k])
+
+
+@pytest.mark.parametrize("attention", ["self", "refine", "replace", "self+refine", "self+replace"])
+def test_equal_captions_and_p_one_give_two_equal_pictures(bundle, attention):
+    (made,) = maker(bundle, attention=attention)([one(SAME, p=1.0)])
+    torch.testing.assert_close(made.latents[0], made.latents[1])
+    assert np.array_equal(made.before, made.after)
+
+
+def test_each_way_to_share_draws_another_edit(bundle):
+    dog = dataclasses.replace(DOG, caption="a dog at night", edited_caption="a cat by night")
+    drawn = [
+        maker(bundle, attention=way)([one(dog, p=1.0)])[0].latents
+        for way in ("self", "refine", "replace", "self+refine", "self+replace")
+    ]
+    for latents in drawn[1:]:
+        torch.testing.assert_close(latents[0], drawn[0][0])
+    for k, latents in enumerate(drawn):
+        assert all((latents[1] - other[1]).abs().max() > 1e-3 for other in drawn[:k])
+
+
+def test_captions_of_unlike_word_counts_are_refined_where_words_are_to_be_replaced(bundle):
+    some = [maker(bundle, attention=way)([one(CAT, p=0.8)]) for way in ("refine", "replace")]
+    close(*some)
+
+
+MANY = [candidate(CAT, 0, scale=(2, 4)), candidate(DOG, 0, scale=(2, 4)), one(SAME, seed=7, p=0.0)]
+
+
+@pytest.mark.parametrize("sampler, attention", [("euler_ancestral", "self"), ("dpmpp_2m", "self+refine")])
+def test_results_do_not_depend_on_the_batch(bundle, sampler, attention):
+    alone, two, all_ = (
+        maker(bundle, steps=3, sampler=sampler, attention=attention, batch_size=size)(MANY)
+        for size in (1, 2, 3)
+    )
+    close(two, alone)
+    close(all_, alone)
+    assert len({pair.latents.sum().item() for pair in alone}) == len(MANY)
+
+
+def test_sdxl_and_velocity_draw_the_same_in_every_batch(xl_dir, sd2_dir):
+    for folder in (xl_dir, sd2_dir):
+        model = sharp(folder)
+        some = [one(CAT), one(DOG, seed=2, p=1.0)]
+        made = [maker(model, steps=1, size=64, batch_size=size)(some) for size in (1, 2)]
+        close(*made)
+        assert made[0][0].before.shape == (64, 64, 3)
+
+
+class TestOneSource:
+    def test_a_block_of_candidates_has_one_seed_and_scale(self):
+        some = [shared_candidate(CAT, number, 3, p=(0.2, 0.4)) for number in range(6)]
+        assert [(each.seed, each.scale) for each in some[:3]] == [(some[0].seed, some[0].scale)] * 3
+        assert some[0] == candidate(CAT, 0, p=(0.2, 0.4)) and some[3] == candidate(CAT, 3, p=(0.2, 0.4))
+        assert len({each.p for each in some}) == 6 and len({each.id for each in some}) == 6
+        assert all(0.2 <= each.p < 0.4 for each in some)
+        assert shared_candidate(CAT, 4, 1) == candidate(CAT, 4)
+
+    def test_it_is_drawn_once_and_its_pairs_are_as_if_alone(self, bundle):
+        some = [one(CAT, p=p, number=n) for n, p in enumerate((0.2, 0.6, 1.0))]
+        drawing = maker(bundle)
+        together = drawing(some)
+        assert drawing.evaluations == 2 * STEPS * (1 + 3)
+        assert drawing.decoded == 1 + 3
+        assert [each.evaluations for each in together] == [4 * STEPS, 2 * STEPS, 2 * STEPS]
+        close(together, maker(bundle, batch_size=1)(some))
+
+    def test_candidates_of_one_source_find_each_other_and_keep_their_order(self, bundle):
+        some = [one(CAT, number=0), one(DOG), one(SAME, number=1), one(DOG, p=0.9, number=1)]
+        drawing = maker(bundle, batch_size=2)
+        made = drawing(some)
+        assert [each.candidate for each in made] == some
+        assert drawing.evaluations == 2 * STEPS * (3 + 3)
+        close(made, maker(bundle, batch_size=1)(some))
+
+
+class TestRefusing:
+    def judge(self, keep, seen):
+        def decide(candidates, before, after):
+            assert before.shape == after.shape == (len(candidates), 3, 64, 64)
+            assert before.min() >= 0 and before.max() <= 1
+            seen.append((list(candidates), before, after))
+            return [each in keep for each in candidates]
+
+        return decide
+
+    @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
+    def test_early_costs_no_more_work_and_changes_no_other(self, bundle, sampler):
+        keep = [MANY[0], MANY[2]]
+        seen: list = []
+        drawing = maker(bundle, sampler=sampler, steps=4, early=self.judge(keep, seen), early_at=0.5)
+        made = drawing(MANY)
+        assert [each.fate for each in made] == ["made", "early", "made"]
+        assert [each.evaluations for each in made] == [16, 8, 16]
+        assert drawing.evaluations == sum(each.evaluations for each in made)
+        assert made[1].before is None and made[1].latents is None
+        close([made[0], made[2]], maker(bundle, sampler=sampler, steps=4)(keep))
+        assert [len(candidates) for candidates, *_ in seen] == [3]
+
+    def test_a_source_is_drawn_as_long_as_one_of_its_edits(self, bundle):
+        some = [one(CAT, p=p, number=n) for n, p in enumerate((0.2, 0.6))]
+        drawing = maker(bundle, steps=4, early=self.judge(some[1:], []), early_at=0.5)
+        made = drawing(some)
+        assert [each.evaluations for each in made] == [8 + 4, 8]
+        close(made[1:], maker(bundle, steps=4)(some[1:]))
+
+    def test_all_of_them_ends_the_drawing(self, bundle):
+        drawing = maker(bundle, early=self.judge([], []), early_at=0.01)
+        assert [each.fate for each in drawing(MANY[:2])] == ["early"] * 2
+        assert drawing.evaluations == 2 * 2 * 2
+        assert drawing.decoded == 4  # for the judge
+
+    def test_early_sees_the_x0_that_the_network_expects(self, bundle):
+        """After the first step at p = 0: the first denoised picture, from the editor's own guidance."""
+        seen: list = []
+        which = one(CAT, p=0.0)
+        maker(bundle, early=self.judge([], seen), early_at=0.0)([which])
+        editor = Editor(bundle)
+        from ip2p.diffusion.denoiser import guided
+
+        sigma = linspace_sigmas(editor.schedule, STEPS)[0]
+        with torch.inference_mode():
+            x0 = guided(
+                editor.model,
+                text=editor.encode_text(CAT.edited_caption),
+                null_text=editor.encode_text(""),
+                image=None,
+                text_cfg=which.scale,
+                image_cfg=1.0,
+            )(NoiseStream([1], (4, 16, 16))() * sigma, sigma)
+            wanted = ((editor.decode(x0) + 1) / 2).clamp(0, 1)
+        torch.testing.assert_close(seen[0][2], wanted, atol=1e-4, rtol=1e-4)
+
+    def test_the_judge_sees_tiny_pictures_and_only_what_it_keeps_is_decoded_in_full(self, bundle):
+        torch.manual_seed(0)
+        tiny = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        ).eval()
+        keep, seen = MANY[1:2], []
+        drawing = maker(bundle, steps=2, judge=self.judge(keep, seen), tiny_vae=tiny)
+        made = drawing(MANY)
+        assert [each.fate for each in made] == ["judged", "made", "judged"]
+        assert (drawing.previewed, drawing.decoded) == (6, 2)
+        wanted = maker(bundle, steps=2)(keep)
+        close(made[1:2], wanted)
+        with torch.inference_mode():
+            shown = (tiny.decode(wanted[0].latents).sample.clamp(-1, 1) + 1) / 2
+        _, before, after = seen[0]
+        torch.testing.assert_close(torch.stack([before[1], after[1]]), shown, atol=1e-4, rtol=1e-4)
+
+    def test_a_tiny_autoencoder_of_other_latents_is_refused(self, bundle):
+        tiny = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        )
+        with pytest.raises(ModelError, match="4 channels and 2 pixels a cell, the model of 4 and 4"):
+            maker(bundle, tiny_vae=tiny)
+
+    def test_a_tiny_autoencoder_is_read_from_its_folder(self, bundle, tmp_path):
+        torch.manual_seed(0)
+        tiny = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        )
+        tiny.save_pretrained(tmp_path)
+        opened = maker(bundle, tiny_vae=tmp_path).tiny_vae
+        for name, weight in opened.state_dict().items():
+            assert torch.equal(weight, tiny.state_dict()[name])
+
+    def test_pictures_that_are_no_numbers_are_told_and_harm_no_other(self, bundle):
+        some = [one(CAT), one(DOG, seed=2, scale=math.inf)]
+        made = maker(bundle)(some)
+        assert [each.fate for each in made] == ["made", "overflow"]
+        close(made[:1], maker(bundle)(some[:1]))
+
+
+def test_a_made_pair_is_a_row_of_training_data(bundle):
+    which = candidate(CAT, 3)
+    (made,) = maker(bundle)([which])
+    row = made.pair(clip_sim_dir=0.25)
+    assert (row.id, row.instruction, row.caption) == (which.id, "make it night", "a cat")
+    assert row.edited_caption == "a cat at night"
+    assert row.before is made.before and row.before.dtype == np.uint8 and row.before.shape == (64, 64, 3)
+    assert row.scores == {
+        "seed": which.seed,
+        "p2p_threshold": which.p,
+        "cfg_scale": which.scale,
+        "clip_sim_dir": 0.25,
+    }
+
+
+def test_nothing_to_draw_is_nothing(bundle):
+    drawing = maker(bundle)
+    assert drawing([]) == [] and drawing.evaluations == 0
+
+
+def test_what_cannot_draw_is_refused(tmp_path, bundle):
+    with pytest.raises(ModelError, match="takes 9 channels; pairs are drawn by one that takes 4"):
+        PairMaker(make_model(tmp_path / "nine", in_channels=9), device="cpu")
+    for settings, said in (
+        ({"steps": 0}, "--steps is 0"),
+        ({"attention": "cross"}, "Attention 'cross' is not known"),
+        ({"sampler": "ddim"}, "Sampler 'ddim' is not known"),
+        ({"spacing": "even"}, "Spacing 'even' is not known"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"early_at": 1.5}, "--early-at is 1.5"),
+        ({"size": (60, 64)}, "sides are multiples of"),
+    ):
+        with pytest.raises(InputError, match=said):
+            maker(bundle, **settings)
+
+
+def test_the_packaged_models_card_and_size_are_used(tiny_model_dir):
+    drawing = PairMaker(tiny_model_dir, device="cpu", dtype="fp32", steps=1)
+    assert drawing.size == (64, 64) and drawing.batch_size == 4
+    (made,) = PairMaker(tiny_model_dir, device="cpu", dtype="fp32", steps=1, size=(96, 64))([one()])
+    assert made.before.shape == made.after.shape == (64, 96, 3)
