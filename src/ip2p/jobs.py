@@ -107,7 +107,7 @@ def run(
     stays.
     """
     make_folder(folder)
-    head = {"format": FORMAT, "parts": len(parts), **_plain(settings)}
+    head = {"format": FORMAT, **_plain(settings), "parts": len(parts)}
     with _opened(folder, head, overwrite=overwrite, beside=beside, say=say) as job:
         todo = [part for part in range(len(parts)) if part not in job.lines]
         if len(todo) < len(parts):

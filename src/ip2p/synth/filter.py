@@ -1,0 +1,654 @@
+"""Keep the good pairs: by the four CLIP similarities, the best of each edit, and none twice.
+
+Three steps. Every row is scored (a job: the slow part); which rows stay is decided from all scores at once,
+in memory; those rows are written (a job again). The scores stay beside what is kept, so that other
+thresholds cost no scoring.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from ip2p import jobs, terminal
+from ip2p.clip import Clip, similarities
+from ip2p.data import columns
+from ip2p.data.convert import encoded, ending, hub_schema
+from ip2p.data.parquet import ParquetSource
+from ip2p.data.records import BrokenRow, Pair, Source, open_picture
+from ip2p.errors import InputError
+from ip2p.images import to_tensor
+from ip2p.jobs import Cluster, Made
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Column: which of the similarities it holds; the names are those of the paper's code.
+SIMILARITIES = {
+    "clip_sim_image": "image_image",
+    "clip_sim_0": "text_image_before",
+    "clip_sim_1": "text_image_after",
+    "clip_sim_dir": "directional",
+}
+KEPT, SCORED = "data/train", "scores/scores"  # tables of the two jobs
+SCORES_FOLDER = "scores"
+TOP = 4  # pairs of an edit, as the paper keeps
+NEAR_BITS = 4
+PART_ROWS = 1000
+CLIP_SIDE = 512
+DECIMALS = 6  # so that a similarity's last bits, which follow the batch, do not show
+
+Safety = Callable[[Sequence[Image.Image]], Sequence[bool]]  # which pictures are safe
+
+
+# --- thresholds -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """The least similarity of the two pictures, of each picture and its caption, and of the two changes."""
+
+    image: float
+    caption: float
+    directional: float
+
+    def least(self) -> dict[str, float]:
+        """By column."""
+        return {
+            "clip_sim_image": self.image,
+            "clip_sim_0": self.caption,
+            "clip_sim_1": self.caption,
+            "clip_sim_dir": self.directional,
+        }
+
+    def passes(self, scores: Mapping[str, float]) -> bool:
+        """Whether a pair is good enough; a similarity that is not known (no captions) is not asked for."""
+        return not any(scores.get(name, math.nan) < least for name, least in self.least().items())
+
+
+PRESETS = {
+    "paper": Thresholds(image=0.75, caption=0.2, directional=0.2),  # section 3.1.2, with ViT-L/14
+    "code": Thresholds(image=0.70, caption=0.2, directional=0.2),  # the released code's defaults
+}
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def measure(
+    clip: Clip,
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+    captions: Sequence[str],
+    edited_captions: Sequence[str],
+    *,
+    batch: int = 32,
+) -> dict[str, NDArray[np.float64]]:
+    """The four similarities of each pair of RGB pictures and captions, by column, [pairs] each.
+
+    NaN where a caption is needed and empty. Pictures may have any sizes; beyond 512 they are made smaller.
+    """
+    words = list(dict.fromkeys(word for word in chain(captions, edited_captions)))
+    place = {word: number for number, word in enumerate(words)}
+    texts = torch.cat([clip.texts(words[k : k + batch]) for k in range(0, len(words), batch)])
+    found = similarities(
+        _embedded(clip, before, batch),
+        _embedded(clip, after, batch),
+        texts[[place[word] for word in captions]],
+        texts[[place[word] for word in edited_captions]],
+    )
+    scores = {
+        name: getattr(found, of).double().cpu().numpy().round(DECIMALS) for name, of in SIMILARITIES.items()
+    }
+    none = (
+        np.array([not word.strip() for word in captions]),
+        np.array([not w.strip() for w in edited_captions]),
+    )
+    for name, unknown in (
+        ("clip_sim_0", none[0]),
+        ("clip_sim_1", none[1]),
+        ("clip_sim_dir", none[0] | none[1]),
+    ):
+        scores[name][unknown] = np.nan
+    return scores
+
+
+def _embedded(clip: Clip, pictures: Sequence[Image.Image], batch: int) -> torch.Tensor:
+    """Embeddings [pictures, features]; pictures of one size go together."""
+    sizes: dict[tuple[int, int], list[int]] = defaultdict(list)
+    small = [_small(picture) for picture in pictures]
+    for number, picture in enumerate(small):
+        sizes[picture.size].append(number)
+    order = list(chain.from_iterable(sizes.values()))
+    parts = [
+        clip.images((torch.cat([to_tensor(small[k]) for k in alike[start : start + batch]]) + 1) / 2)
+        for alike in sizes.values()
+        for start in range(0, len(alike), batch)
+    ]
+    return torch.cat(parts)[np.argsort(order)]
+
+
+def _small(picture: Image.Image) -> Image.Image:
+    # CLIP's bicubic does not smooth: of a photograph's full size it would see single pixels.
+    if max(picture.size) <= CLIP_SIDE:
+        return picture
+    picture = picture.copy()
+    picture.thumbnail((CLIP_SIDE, CLIP_SIDE), Image.Resampling.LANCZOS)
+    return picture
+
+
+def picture_hash(picture: Image.Image) -> int:
+    """64 bits that hardly change when a picture is scaled, encoded again or brightened a little.
+
+    Which of the 8x8 lowest frequencies of the grey picture at 32x32 (a cosine transform) lie above their
+    median.
+    """
+    grey = np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
+    low = (_COSINES @ grey @ _COSINES.T).round(3)  # without its rounding a flat picture would be noise
+    bits = np.packbits(low.ravel() > np.median(low))
+    return int.from_bytes(bits.tobytes(), "big")
+
+
+_COSINES = np.cos(np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None]) / 4
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of each row of a data set, all in its order, [rows] each.
+
+    edits: a hash of the caption, the instruction and the edited caption, which candidates of one edit
+    share. instructions: of a broken row, what is wrong with it. hashes: of both pictures, uint64 [rows, 2],
+    zeros where they were not looked at. flaws: "broken" or "unsafe" or "". clips: which CLIP measured, "" for
+    scores that the row had. scores: by column, NaN where unknown.
+    """
+
+    ids: list[str]
+    edits: list[str]
+    instructions: list[str]
+    hashes: NDArray[np.uint64]
+    flaws: list[str]
+    clips: list[str]
+    scores: dict[str, NDArray[np.float64]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def of(self, row: int) -> dict[str, float]:
+        """The scores of a row that are known."""
+        return {n: float(v[row]) for n, v in self.scores.items() if not np.isnan(v[row])}
+
+
+_SCORE_FIELDS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("id", "edit", "instruction", "flaw", "clip")),
+        *(("hash_0", pa.uint64()), ("hash_1", pa.uint64())),
+        *((name, pa.float64()) for name in SIMILARITIES),
+    ]
+)
+
+
+class Scorer:
+    """The stage that scores rows of a source; it maps a range of them to a table of scores.
+
+    Rows that have all four similarities keep them unless `rescore`; so CLIP is loaded when it is first
+    needed. safety: makes a function that tells which pictures are safe; a pair with an unsafe one is
+    flawed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        clip: Path | None,
+        *,
+        device: str = "cpu",
+        batch: int = 32,
+        rescore: bool = False,
+        safety: Callable[[], Safety] | None = None,
+    ) -> None:
+        self.source, self.folder, self.device = source, clip, device
+        self.batch, self.rescore = batch, rescore
+        self.clip: Clip | None = None
+        self.is_safe = safety() if safety is not None else None
+
+    def __call__(self, part: range) -> Made:
+        rows: list[dict[str, Any]] = []
+        counts: Counter[str] = Counter(scored=0, broken=0)
+        # In pieces: a thousand decoded pairs do not fit in memory.
+        for start in range(0, len(part), self.batch):
+            rows += self._scored(part[start : start + self.batch], counts)
+        return Made(tables={SCORED: pa.Table.from_pylist(rows, _SCORE_FIELDS)}, counts=counts)
+
+    def _scored(self, part: range, counts: Counter[str]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        whole: list[tuple[dict[str, Any], Pair, list[Image.Image]]] = []
+        for number in part:
+            try:
+                pair = self.source[number]
+                both = [open_picture(data, pair.id) for data in (pair.before, pair.after)]
+            except BrokenRow as error:
+                rows.append(_broken(error))
+                counts["broken"] += 1
+                continue
+            rows.append(_facts(pair, both))
+            whole.append((rows[-1], pair, both))
+        wanted = [each for each in whole if self.rescore or not _has_all(each[1])]
+        if wanted:
+            counts["scored"] += len(wanted)
+            found = self._measured([pair for _, pair, _ in wanted], [both for *_, both in wanted])
+            for number, (row, *_) in enumerate(wanted):
+                own = {name: values[number].item() for name, values in found.items()}
+                row |= {name: None if math.isnan(value) else value for name, value in own.items()}
+                row["clip"] = str(self.folder)
+        if self.is_safe is not None and whole:
+            safe = list(self.is_safe([picture for *_, both in whole for picture in both]))
+            for (row, *_), one, two in zip(whole, safe[::2], safe[1::2], strict=True):
+                row["flaw"] = "" if one and two else "unsafe"
+        return rows
+
+    def _measured(
+        self, pairs: Sequence[Pair], pictures: Sequence[Sequence[Image.Image]]
+    ) -> dict[str, NDArray[np.float64]]:
+        if self.clip is None:
+            if self.folder is None:
+                raise InputError(
+                    f"{pairs[0].id} of {self.source.name} has no similarities; name a CLIP that judges it: "
+                    "--clip openai/clip-vit-large-patch14"
+                )
+            self.clip = Clip.load(self.folder, self.device)
+        before, after = zip(*pictures, strict=True)
+        captions, edited = [p.caption for p in pairs], [p.edited_caption for p in pairs]
+        return measure(self.clip, before, after, captions, edited, batch=self.batch)
+
+
+def _broken(error: BrokenRow) -> dict[str, Any]:
+    return {"id": error.id, "edit": "", "instruction": error.reason, "flaw": "broken", "clip": ""}
+
+
+def _facts(pair: Pair, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    words = repr((pair.caption, pair.instruction, pair.edited_caption))
+    hashes = [picture_hash(picture) for picture in pictures] or [0, 0]
+    if not pair.caption:  # the instruction alone may be said of many pictures
+        words += str(hashes[0] or pair.id)
+    facts: dict[str, Any] = {"id": pair.id, "instruction": pair.instruction, "flaw": "", "clip": ""}
+    facts["edit"] = hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
+    facts |= {"hash_0": hashes[0], "hash_1": hashes[1]}
+    return facts | {name: pair.scores.get(name) for name in SIMILARITIES}
+
+
+def _has_all(pair: Pair) -> bool:
+    return all(name in pair.scores for name in SIMILARITIES)
+
+
+def score(
+    source: Source,
+    folder: Path,
+    *,
+    clip: Path | None = None,
+    device: str = "cpu",
+    batch: int = 32,
+    rescore: bool = False,
+    safety: Callable[[], Safety] | None = None,
+    count: int | None = None,
+    part_rows: int = PART_ROWS,
+    cluster: Cluster | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = terminal.say,
+) -> Scored:
+    """Score every row of `source`, or the first `count`, as a job in `folder`; scores that fit stay.
+
+    Raises InputError for a source without end and without a count, and as `jobs.run` does.
+    """
+    if source.endless and count is None:
+        raise InputError(f"{source.name} has no end; say how many rows with --count 10000.")
+    total = len(source) if count is None else min(count, len(source))
+    settings = {"source": source.name, "key": source.key, "rows": total, "part_rows": part_rows}
+    settings |= {"clip": str(clip) if clip else None, "rescore": rescore, "safety": _name_of(safety)}
+    jobs.run(
+        partial(Scorer, source, clip, device=device, batch=batch, rescore=rescore, safety=safety),
+        [range(start, min(start + part_rows, total)) for start in range(0, total, part_rows)],
+        folder,
+        settings=settings,
+        unit="pairs",
+        cluster=cluster,
+        threads=threads,
+        overwrite="changed" if overwrite else False,
+        say=say,
+    )
+    return read_scores(folder)
+
+
+def read_scores(folder: Path) -> Scored:
+    """What a scoring job left in its folder. Raises InputError for a folder that is none."""
+    files = jobs.committed(folder, SCORED)
+    table = (
+        pa.concat_tables([pq.read_table(path) for path in files]) if files else _SCORE_FIELDS.empty_table()
+    )
+    return _scored(table)
+
+
+def known_scores(source: Source, count: int | None = None) -> Scored:
+    """The scores that the rows of `source` have of themselves; pictures are neither decoded nor compared."""
+    total = len(source) if count is None else min(count, len(source))
+    rows = []
+    for row in range(total):
+        try:
+            rows.append(_facts(source[row]))
+        except BrokenRow as error:
+            rows.append(_broken(error))
+    return _scored(pa.Table.from_pylist(rows, _SCORE_FIELDS))
+
+
+def _scored(table: Any) -> Scored:
+    def numbers(name: str, kind: Any, null: Any) -> Any:
+        return table[name].combine_chunks().fill_null(null).to_numpy(zero_copy_only=False).astype(kind)
+
+    return Scored(
+        ids=table["id"].to_pylist(),
+        edits=table["edit"].to_pylist(),
+        instructions=table["instruction"].to_pylist(),
+        hashes=np.stack([numbers(f"hash_{k}", np.uint64, 0) for k in (0, 1)], axis=1),
+        flaws=table["flaw"].to_pylist(),
+        clips=table["clip"].to_pylist(),
+        scores={name: numbers(name, np.float64, np.nan) for name in SIMILARITIES},
+    )
+
+
+def _name_of(safety: Callable[[], Safety] | None) -> str | None:
+    """Of a function or a class, also under `functools.partial`, with what it was given."""
+    if safety is None:
+        return None
+    if isinstance(safety, partial):
+        return f"{_name_of(safety.func)} {safety.args} {safety.keywords}"
+    return getattr(safety, "__qualname__", type(safety).__qualname__)
+
+
+# --- which stay -----------------------------------------------------------------------------------
+
+# Why a row does not stay: the first of these that holds.
+REASONS = (
+    *("broken", "unsafe", "clip_sim_image", "clip_sim_0", "clip_sim_1", "clip_sim_dir"),
+    *("duplicate", "surplus"),
+)
+
+
+def select(
+    scored: Scored,
+    thresholds: Thresholds,
+    *,
+    top: int | None = TOP,
+    near_bits: int | None = NEAR_BITS,
+) -> list[str]:
+    """Of each row, why it goes: one of `REASONS`, or "" if it stays.
+
+    A similarity below its threshold goes. Of pairs with the same instruction (in letters and digits, case
+    ignored) and both pictures the same but for `near_bits` of the 64 bits of their hashes each, all but the
+    best are duplicates; None finds none. Of the rest, the `top` best of each edit stay; None keeps all. Best
+    is the directional similarity, then the image similarity, then the earlier row.
+    """
+    reasons = list(scored.flaws)
+    for name, least in thresholds.least().items():
+        for row in np.flatnonzero(scored.scores[name] < least).tolist():
+            reasons[row] = reasons[row] or name
+    best = (
+        np.nan_to_num(scored.scores["clip_sim_dir"], nan=-2),
+        np.nan_to_num(scored.scores["clip_sim_image"], nan=-2),
+    )
+    passing = [row for row in np.lexsort((-best[1], -best[0])).tolist() if not reasons[row]]
+    if near_bits is not None:
+        for row in _repeated(scored, passing, near_bits):
+            reasons[row] = "duplicate"
+    taken: Counter[str] = Counter()
+    for row in passing:
+        if not reasons[row] and top is not None:
+            taken[scored.edits[row]] += 1
+            if taken[scored.edits[row]] > top:
+                reasons[row] = "surplus"
+    return reasons
+
+
+def _repeated(scored: Scored, rows: Sequence[int], bits: int) -> Iterator[int]:
+    """Those of the rows, best first, that are near one before them that stays."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        if scored.hashes[row].any():  # else not looked at
+            words = "".join(letter for letter in scored.instructions[row].lower() if letter.isalnum())
+            groups[words].append(row)
+    for group in groups.values():
+        kept = np.empty((len(group), 2), np.uint64)
+        count = 0
+        for row in group:
+            own = scored.hashes[row]
+            if (np.bitwise_count(kept[:count] ^ own) <= bits).all(axis=1).any():
+                yield row
+            else:
+                kept[count], count = own, count + 1
+
+
+# --- what stays -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """What a filter did. reasons: rows that went, by the first reason; unknown: rows without captions."""
+
+    rows: int
+    kept: int
+    reasons: dict[str, int]
+    unknown: int
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        share = f" ({self.kept / self.rows:.1%})" if self.rows else ""
+        lines = [f"{self.kept:,} of {self.rows:,} pairs stay{share}"]
+        if self.reasons:
+            lines.append("gone: " + ", ".join(f"{name} {count:,}" for name, count in self.reasons.items()))
+        if self.unknown:
+            lines.append(f"{self.unknown:,} pairs lack captions and were judged by what is known of them")
+        return lines
+
+
+def filter_pairs(
+    source: Source,
+    folder: Path,
+    thresholds: Thresholds,
+    *,
+    top: int | None = TOP,
+    near_bits: int | None = NEAR_BITS,
+    overwrite: bool = False,
+    part_rows: int = PART_ROWS,
+    say: Callable[[str], None] = terminal.say,
+    **scoring: Any,
+) -> Filtered:
+    """Score `source` into `folder`/scores, and write the rows that stay into `folder`, with their scores.
+
+    They are written as parquet in the hub edition's columns, or with all the columns that a parquet source
+    on this disk has, its pictures byte for byte. scoring: as of `score`. Called again after it was stopped
+    it goes on; `overwrite` with other thresholds keeps the scores. Raises InputError as `jobs.run` does.
+    """
+    scored = score(
+        source, folder / SCORES_FOLDER, part_rows=part_rows, overwrite=overwrite, say=say, **scoring
+    )
+    reasons = select(scored, thresholds, top=top, near_bits=near_bits)
+    kept = [row for row, reason in enumerate(reasons) if not reason]
+    settings = {"source": source.name, "key": source.key, "rows": len(scored), **asdict(thresholds)}
+    settings |= {"top": top, "near_bits": near_bits, "part_rows": part_rows, "kept": _hash_of(scored, kept)}
+    jobs.run(
+        partial(Writer, source, scored),
+        [kept[start : start + part_rows] for start in range(0, len(kept), part_rows)],
+        folder,
+        settings=settings,
+        unit="pairs",
+        overwrite=overwrite,
+        beside=("run.json", SCORES_FOLDER),
+        say=say,
+    )
+    counts = Counter(reasons)
+    unknown = sum(
+        bool(np.isnan(scored.scores["clip_sim_dir"][row]))
+        for row, flaw in enumerate(scored.flaws)
+        if not flaw
+    )
+    told = {name: counts[name] for name in REASONS if counts[name]}
+    return Filtered(len(reasons), len(kept), told, unknown)
+
+
+def _hash_of(scored: Scored, kept: Sequence[int]) -> str:
+    """Which rows stay, with which scores."""
+    said = [[row, scored.ids[row], scored.of(row)] for row in kept]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+class Writer:
+    """The stage that writes rows of a source with their scores; it maps row numbers to a table."""
+
+    def __init__(self, source: Source, scored: Scored) -> None:
+        self.source, self.scored = source, scored
+        self.table = _Rows.of(source)
+        self.measured = any(scored.clips)  # of all parts, which have the same columns
+
+    def __call__(self, part: Sequence[int]) -> Made:
+        if self.table is not None:
+            return Made(tables={KEPT: self._with_scores(self.table.take(part), part)})
+        rows = []
+        for row in part:
+            pair = self.source[row]
+            cells: dict[str, Any] = {"original_prompt": pair.caption, "edit_prompt": pair.instruction}
+            cells |= {"edited_prompt": pair.edited_caption, "id": pair.id}
+            cells["original_image"] = picture_cell(pair.before, f"{row:07}_0")
+            cells["edited_image"] = picture_cell(pair.after, f"{row:07}_1")
+            cells["clip"] = self.scored.clips[row] or None
+            rows.append(
+                cells | {k: v for k, v in pair.scores.items() if k in columns.SCORES} | self.scored.of(row)
+            )
+        return Made(tables={KEPT: pa.Table.from_pylist(rows, PAIR_SCHEMA)})
+
+    def _with_scores(self, table: Any, part: Sequence[int]) -> Any:
+        """A table of a parquet source with its scores put in their columns, and an id where it has none."""
+        new: dict[str, tuple[str, list[Any]]] = {
+            name: ("float64", [self.scored.of(row).get(name) for row in part]) for name in SIMILARITIES
+        }
+        if "id" not in table.column_names:
+            new["id"] = ("string", [self.scored.ids[row] for row in part])
+        if self.measured or "clip" in table.column_names:
+            none = [None] * len(part)
+            before = table["clip"].to_pylist() if "clip" in table.column_names else none
+            new["clip"] = (
+                "string",
+                [self.scored.clips[row] or old for row, old in zip(part, before, strict=True)],
+            )
+        if "scores" in table.column_names:  # JSON, which readers take before the columns
+            told = [json.loads(cell or "{}") for cell in table["scores"].to_pylist()]
+            both = [json.dumps(old | self.scored.of(row)) for old, row in zip(told, part, strict=True)]
+            new["scores"] = ("string", both)
+        schema = with_columns(table.schema, {name: kind for name, (kind, _) in new.items()})
+        arrays = [
+            pa.array(new[field.name][1], field.type) if field.name in new else table[field.name]
+            for field in schema
+        ]
+        return pa.table(arrays, schema=schema)
+
+
+class _Rows:
+    """The rows of parquet files on this disk, with all their columns."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = list(files)
+        self.groups: list[tuple[int, int]] = []
+        self.starts = [0]
+        for number, path in enumerate(self.files):
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    self.groups.append((number, group))
+                    self.starts.append(self.starts[-1] + file.metadata.row_group(group).num_rows)
+
+    @classmethod
+    def of(cls, source: Source) -> _Rows | None:
+        """None for another source, for files that differ in their columns, and for pictures elsewhere."""
+        if not isinstance(source, ParquetSource) or source.remote:
+            return None
+        schemas = [pq.read_schema(path) for path in source.files]
+        if not all(each.equals(schemas[0]) for each in schemas):
+            return None
+        rows = cls(source.files)
+        # Pictures that are named by their paths would not be found from another folder.
+        first = rows.take([0])
+        places = columns.find_columns(first.column_names, of=source.name)
+        cells = [first[places[part]][0].as_py() for part in ("before", "after")]
+        held = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
+        return rows if all(isinstance(data, bytes) for data in held) else None
+
+    def take(self, rows: Sequence[int]) -> Any:
+        """Rows, given in rising order."""
+        tables: dict[int, list[int]] = defaultdict(list)
+        for row in rows:
+            place = bisect_right(self.starts, row) - 1
+            tables[place].append(row - self.starts[place])
+        taken = []
+        for place, inner in tables.items():
+            number, group = self.groups[place]
+            with pq.ParquetFile(self.files[number]) as file:
+                taken.append(file.read_row_group(group).take(inner))
+        return pa.concat_tables(taken)
+
+
+# --- tables of pairs ------------------------------------------------------------------------------
+
+_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
+
+
+def with_columns(schema: Any, kinds: Mapping[str, str]) -> Any:
+    """A schema with more columns, or with these kinds for those it has, also in the hub's note of them."""
+    for name, kind in kinds.items():
+        field = pa.field(name, _TYPES[kind])
+        place = schema.get_field_index(name)
+        schema = schema.append(field) if place < 0 else schema.set(place, field)
+    notes = dict(schema.metadata or {})
+    if b"huggingface" in notes:
+        note = json.loads(notes[b"huggingface"])
+        features = note.get("info", {}).get("features")
+        if features is not None:
+            features |= {name: {"dtype": kind, "_type": "Value"} for name, kind in kinds.items()}
+            schema = schema.with_metadata(notes | {b"huggingface": json.dumps(note).encode()})
+    return schema
+
+
+# The hub edition's columns, what the pair came from, and its scores.
+PAIR_SCHEMA = with_columns(
+    hub_schema(
+        {
+            "original_image": "Image",
+            "original_prompt": "string",
+            "edit_prompt": "string",
+            "edited_prompt": "string",
+            "edited_image": "Image",
+            "id": "string",
+        }
+    ),
+    {
+        **{"triple_id": "string", "candidate": "int64", "seed": "int64"},
+        **{name: "float64" for name in ("p2p_threshold", "cfg_scale", *SIMILARITIES)},
+        **{name: "string" for name in ("model", "clip", "license")},
+    },
+)
+
+
+def picture_cell(picture: bytes | NDArray[np.uint8], stem: str) -> dict[str, object]:
+    """A picture as the hub's columns hold it; pixels become PNG."""
+    data = encoded(picture)
+    return {"bytes": data, "path": stem + ending(data)}

@@ -1,0 +1,407 @@
+import dataclasses
+import io
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+from ip2p import jobs
+from ip2p.clip import Clip, similarities
+from ip2p.data.loading import open_source
+from ip2p.data.records import BrokenRow, Pair
+from ip2p.errors import InputError
+from ip2p.synth.filter import (
+    PAIR_SCHEMA,
+    PRESETS,
+    SIMILARITIES,
+    Scored,
+    Scorer,
+    Thresholds,
+    filter_pairs,
+    known_scores,
+    measure,
+    picture_cell,
+    picture_hash,
+    score,
+    select,
+)
+
+ALL = Thresholds(image=-1, caption=-1, directional=-1)
+quiet = {"say": lambda line: None}
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """Smooth noise: no two are alike."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pair(number: int, edit: int = 0, scores=(), **changes) -> Pair:
+    fields = {
+        "id": f"p{number}",
+        "before": png(picture(2 * number)),
+        "after": png(picture(2 * number + 1)),
+        "caption": f"cat {edit}",
+        "instruction": f"make it dog {edit}",
+        "edited_caption": f"dog {edit}",
+        "scores": dict(zip(SIMILARITIES, scores, strict=False)),
+    }
+    return Pair(**(fields | changes))
+
+
+class Rows:
+    endless, name, key = False, "rows", "k"
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        if isinstance(self.rows[row], BrokenRow):
+            raise self.rows[row]
+        return self.rows[row]
+
+    def blocks(self):
+        return [range(len(self.rows))]
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_clip_dir) -> Clip:
+    return Clip.load(tiny_clip_dir)
+
+
+@pytest.fixture
+def unmeasured() -> Rows:
+    """Five pairs without scores; one is broken, one has other sizes, one no captions."""
+    rows = [pair(n) for n in range(5)]
+    rows[1] = BrokenRow("p1", "cut short")
+    rows[2] = pair(2, before=png(picture(4, (64, 64))), after=png(picture(5, (700, 350))))
+    rows[3] = pair(3, caption="", edited_caption="")
+    return Rows(rows)
+
+
+@pytest.fixture
+def measured() -> Rows:
+    """Pairs with scores (image, before, after, directional): three of one edit, then flaws of every kind."""
+    good = 0.9, 0.3, 0.3
+    twin = png(picture(2)), png(picture(3).filter(ImageFilter.BoxBlur(1)))
+    return Rows(
+        [
+            pair(0, scores=(*good, 0.3)),
+            pair(1, scores=(*good, 0.5)),
+            pair(2, scores=(*good, 0.4)),
+            pair(3, 1, scores=(0.69, 0.3, 0.3, 0.5)),
+            pair(4, 1, scores=(0.72, 0.3, 0.3, 0.5)),
+            pair(5, 1, scores=(0.9, 0.19, 0.3, 0.5)),
+            pair(6, 1, scores=(0.9, 0.3, 0.19, 0.5)),
+            pair(7, 1, scores=(0.9, 0.3, 0.3, 0.1999)),
+            pair(8, 2, scores=(0.75, 0.2, 0.2, 0.2)),
+            pair(9, scores=(*good, 0.25), before=twin[0], after=twin[1], instruction="Make it dog 0!"),
+            BrokenRow("p10", "no picture"),
+        ]
+    )
+
+
+# --- similarities ---------------------------------------------------------------------------------
+
+
+def test_similarities_are_clips_own_whatever_the_batch_and_the_sizes(clip):
+    before = [picture(0), picture(1, (64, 64)), picture(2)]
+    after = [picture(3), picture(4, (64, 64)), picture(5, (64, 64))]
+    words = ["a cat", "a longer text about a cat", "a cat"], ["a dog", "night", "snow"]
+    told = measure(clip, before, after, *words)
+    for k in range(3):
+        one, two = (torch.from_numpy(np.array(p[k])).permute(2, 0, 1)[None] / 255 for p in (before, after))
+        found = similarities(clip.images(one), clip.images(two), *(clip.texts([w[k]]) for w in words))
+        for name, of in SIMILARITIES.items():
+            assert told[name][k] == pytest.approx(getattr(found, of).item(), abs=2e-6)
+    small = measure(clip, before, after, *words, batch=1)
+    for name, values in told.items():
+        np.testing.assert_allclose(values, small[name], atol=2e-6)
+    assert len({value for values in told.values() for value in values.tolist()}) == 12
+
+
+def test_without_captions_only_the_pictures_are_compared(clip):
+    told = measure(clip, [picture(0)] * 2, [picture(1)] * 2, ["", "a cat"], ["a dog", " "])
+    assert not np.isnan(told["clip_sim_image"]).any()
+    assert np.isnan(told["clip_sim_0"]).tolist() == [True, False]
+    assert np.isnan(told["clip_sim_1"]).tolist() == [False, True]
+    assert np.isnan(told["clip_sim_dir"]).all()
+
+
+def test_large_pictures_are_made_smaller_smoothly_before_clip_sees_them(clip):
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8))
+    small = large.resize((512, 384), Image.Resampling.LANCZOS)
+    one, two = (
+        measure(clip, [each], [picture(0)], [""], [""])["clip_sim_image"][0] for each in (large, small)
+    )
+    assert one == pytest.approx(two, abs=1e-4)
+    assert large.size == (1600, 1200)
+
+
+# --- thresholds -----------------------------------------------------------------------------------
+
+
+def test_presets_are_the_papers_and_its_codes():
+    assert PRESETS["paper"] == Thresholds(image=0.75, caption=0.2, directional=0.2)
+    assert PRESETS["code"] == Thresholds(image=0.70, caption=0.2, directional=0.2)
+
+
+def test_a_similarity_at_its_threshold_passes_and_an_unknown_one_is_not_asked_for():
+    paper = PRESETS["paper"]
+    at = {"clip_sim_image": 0.75, "clip_sim_0": 0.2, "clip_sim_1": 0.2, "clip_sim_dir": 0.2}
+    assert paper.passes(at)
+    for name in at:
+        assert not paper.passes(at | {name: 0.19})
+        assert paper.passes({other: value for other, value in at.items() if other != name})
+    assert paper.passes(at | {"clip_sim_dir": float("nan")})
+
+
+def test_rows_go_by_the_first_reason_and_the_best_of_each_edit_stay(measured, tmp_path):
+    scored = score(measured, tmp_path / "scores", **quiet)
+    code = select(scored, PRESETS["code"], top=2)
+    assert code == [
+        *("surplus", "", "", "clip_sim_image", "", "clip_sim_0", "clip_sim_1", "clip_sim_dir", ""),
+        *("duplicate", "broken"),
+    ]
+    paper = select(scored, PRESETS["paper"], top=2)
+    assert [row for row in range(11) if paper[row] != code[row]] == [4]
+    assert paper[4] == "clip_sim_image"
+    assert select(scored, PRESETS["code"], top=None)[0] == ""
+    assert select(scored, PRESETS["code"], top=None, near_bits=None)[9] == ""
+    assert [row for row, why in enumerate(select(scored, PRESETS["code"], top=1)) if not why] == [1, 4, 8]
+
+
+def test_the_best_of_duplicates_stays_and_another_instruction_is_no_duplicate():
+    def told(instructions, sims, hashes):
+        count = len(sims)
+        return Scored(
+            ids=[str(k) for k in range(count)],
+            edits=[str(k) for k in range(count)],
+            instructions=instructions,
+            hashes=np.array(hashes, np.uint64),
+            flaws=[""] * count,
+            clips=[""] * count,
+            scores={name: np.array(sims) for name in SIMILARITIES},
+        )
+
+    near = [(1, 8), (0b11111, 8), (0b11111, 8 | 2**40 | 2**41 | 2**42 | 2**43 | 2**44)]
+    assert select(told(["a b"] * 3, [0.5, 0.6, 0.4], near), ALL) == ["duplicate", "", ""]
+    assert select(told(["a b"] * 3, [0.5, 0.6, 0.4], near), ALL, near_bits=5) == [
+        "duplicate",
+        "",
+        "duplicate",
+    ]
+    assert select(told(["a b", "a c", "a d"], [0.5, 0.6, 0.4], near), ALL, near_bits=64) == ["", "", ""]
+    # Hashes that were not made are not compared.
+    assert select(told(["a b"] * 2, [0.5, 0.6], [(0, 0), (0, 0)]), ALL) == ["", ""]
+
+
+# --- hashes ---------------------------------------------------------------------------------------
+
+
+def bits(one: Image.Image, other: Image.Image) -> int:
+    return (picture_hash(one) ^ picture_hash(other)).bit_count()
+
+
+def test_a_hash_survives_what_does_not_change_a_picture_and_tells_pictures_apart():
+    for seed in range(20):
+        one = picture(seed, (256, 192))
+        buffer = io.BytesIO()
+        one.save(buffer, "JPEG", quality=60)
+        changed = [Image.open(buffer), one.resize((150, 113)), ImageEnhance.Brightness(one).enhance(0.93)]
+        assert max(bits(one, each) for each in changed) <= 4
+        assert bits(one, picture(seed + 100, (256, 192))) >= 12
+    flat = Image.new("RGB", (64, 64), "teal")
+    assert bits(flat, Image.new("RGB", (64, 64), (0, 129, 127))) == 0
+
+
+# --- scoring as a job -----------------------------------------------------------------------------
+
+
+def test_every_row_is_scored_and_broken_rows_are_told(unmeasured, clip, tiny_clip_dir, tmp_path):
+    scored = score(unmeasured, tmp_path / "s", clip=tiny_clip_dir, part_rows=2, **quiet)
+    assert scored.ids == [f"p{n}" for n in range(5)]
+    assert scored.flaws == ["", "broken", "", "", ""]
+    assert scored.instructions[1] == "cut short"
+    assert scored.clips == [str(tiny_clip_dir), "", *[str(tiny_clip_dir)] * 3]
+    expected = measure(clip, [picture(0)], [picture(1)], ["cat 0"], ["dog 0"])
+    assert scored.of(0) == {name: pytest.approx(expected[name][0], abs=2e-6) for name in SIMILARITIES}
+    assert set(scored.of(3)) == {"clip_sim_image"} and scored.of(1) == {}
+    assert scored.hashes[0].tolist() == [picture_hash(picture(0)), picture_hash(picture(1))]
+    assert scored.edits[0] == scored.edits[4] != scored.edits[3]
+    assert jobs.summary(tmp_path / "s").counts == {"scored": 4, "broken": 1}
+
+
+def test_rows_that_have_their_scores_keep_them_unless_they_are_to_be_measured(
+    measured, tiny_clip_dir, tmp_path
+):
+    scored = score(measured, tmp_path / "a", **quiet)
+    assert scored.of(3) == dict(zip(SIMILARITIES, (0.69, 0.3, 0.3, 0.5), strict=True))
+    assert jobs.summary(tmp_path / "a").counts == {"scored": 0, "broken": 1}
+    again = score(measured, tmp_path / "b", clip=tiny_clip_dir, rescore=True, **quiet)
+    assert jobs.summary(tmp_path / "b").counts == {"scored": 10, "broken": 1}
+    assert again.of(3) != scored.of(3)
+    own = known_scores(measured)
+    assert own.ids == scored.ids and own.flaws == scored.flaws and own.edits == scored.edits
+    np.testing.assert_array_equal(own.scores["clip_sim_dir"], scored.scores["clip_sim_dir"])
+
+
+def test_pairs_without_scores_need_a_clip(unmeasured, tmp_path):
+    with pytest.raises(InputError, match="p0 of rows has no similarities; name a CLIP"):
+        score(unmeasured, tmp_path / "s", **quiet)
+
+
+def test_a_source_without_end_needs_a_count(measured, tmp_path):
+    measured.endless = True
+    with pytest.raises(InputError, match="say how many rows"):
+        score(measured, tmp_path / "s", **quiet)
+    assert len(score(measured, tmp_path / "s", count=3, **quiet)) == 3
+
+
+def no_red(limit, loaded):
+    """A safety check that takes pictures for unsafe whose mean red is beyond a limit."""
+    loaded.append(limit)
+    return lambda pictures: [np.asarray(picture)[..., 0].mean() <= limit for picture in pictures]
+
+
+def test_the_safety_check_is_loaded_once_and_asked_of_both_pictures(tmp_path):
+    red = png(Image.new("RGB", (32, 32), "red"))
+    rows = [pair(n, scores=(0.9,) * 4) for n in range(4)]
+    rows[1], rows[2] = dataclasses.replace(rows[1], after=red), dataclasses.replace(rows[2], before=red)
+    loaded: list[int] = []
+    safety = partial(no_red, 200, loaded)
+    scored = score(Rows(rows), tmp_path / "s", safety=safety, part_rows=2, **quiet)
+    assert scored.flaws == ["", "unsafe", "unsafe", ""]
+    assert len(loaded) == 1
+    assert select(scored, ALL)[1] == "unsafe"
+    # Another check is another job.
+    with pytest.raises(InputError, match="begun with safety"):
+        score(Rows(rows), tmp_path / "s", part_rows=2, **quiet)
+
+
+# --- filtering ------------------------------------------------------------------------------------
+
+
+def test_kept_pairs_are_a_data_set_with_scores(measured, tmp_path):
+    kept = tmp_path / "kept"
+    told = filter_pairs(measured, kept, PRESETS["code"], top=2, part_rows=3, **quiet)
+    assert (told.rows, told.kept) == (11, 4)
+    assert list(told.reasons) == [
+        *("broken", "clip_sim_image", "clip_sim_0", "clip_sim_1", "clip_sim_dir", "duplicate", "surplus"),
+    ]
+    assert told.lines()[0] == "4 of 11 pairs stay (36.4%)"
+    source = open_source(str(kept))
+    assert [source[row].id for row in range(len(source))] == ["p1", "p2", "p4", "p8"]
+    for row in source[0], source[3]:
+        own = measured[int(row.id[1:])]
+        assert (row.before, row.after) == (own.before, own.after)
+        assert (row.caption, row.instruction) == (own.caption, own.instruction)
+        assert dict(row.scores) == dict(own.scores)
+    assert pq.read_schema(kept / "data" / "train-00000.parquet").equals(PAIR_SCHEMA)
+
+
+def test_other_thresholds_cost_no_scoring(unmeasured, tiny_clip_dir, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    assert filter_pairs(unmeasured, kept, ALL, clip=tiny_clip_dir, **quiet).kept == 4
+    monkeypatch.setattr(Scorer, "__call__", None)
+    assert filter_pairs(unmeasured, kept, ALL, clip=tiny_clip_dir, **quiet).kept == 4
+    with pytest.raises(InputError, match=r"begun with image -1, and now it is 2; add --overwrite"):
+        filter_pairs(unmeasured, kept, dataclasses.replace(ALL, image=2), clip=tiny_clip_dir, **quiet)
+    told = filter_pairs(
+        unmeasured, kept, dataclasses.replace(ALL, image=2), clip=tiny_clip_dir, overwrite=True, **quiet
+    )
+    assert (told.kept, told.unknown) == (0, 1)
+    assert not list(kept.glob("data/*.parquet"))
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """A parquet folder as the pair maker writes it: two files, columns that no reader asks for."""
+    rows = []
+    for n in range(5):
+        own = pair(n)
+        rows.append(
+            {
+                "original_image": picture_cell(own.before, f"{n}_0"),
+                "edited_image": picture_cell(own.after, f"{n}_1"),
+                **{"original_prompt": own.caption, "edit_prompt": own.instruction},
+                **{"edited_prompt": own.edited_caption, "id": own.id, "triple_id": f"t{n % 2}"},
+                **{"candidate": n, "seed": 2**32 - n, "p2p_threshold": n / 8, "license": "CC0-1.0"},
+                **({name: 0.5 + n / 16 for name in SIMILARITIES} if n != 3 else {}),
+                **{"clip": "its own"},
+            }
+        )
+    folder = tmp_path / "pairs"
+    (folder / "data").mkdir(parents=True)
+    for number, part in enumerate((rows[:2], rows[2:])):
+        pq.write_table(
+            pa.Table.from_pylist(part, PAIR_SCHEMA),
+            folder / "data" / f"train-{number:05}.parquet",
+            row_group_size=2,
+        )
+    return folder
+
+
+def test_a_parquet_source_keeps_all_its_columns(table, tiny_clip_dir, tmp_path):
+    source = open_source(str(table))
+    filter_pairs(source, tmp_path / "kept", dataclasses.replace(ALL, image=0.55), clip=tiny_clip_dir, **quiet)
+    [path] = (tmp_path / "kept" / "data").iterdir()
+    kept, old = pq.read_table(path), pa.concat_tables(map(pq.read_table, sorted(table.glob("data/*"))))
+    rows = [int(id[1:]) for id in kept["id"].to_pylist()]
+    assert set(rows) - {3} == {1, 2, 4}
+    for name in old.column_names:
+        if name not in (*SIMILARITIES, "clip"):
+            assert kept[name].to_pylist() == old.take(rows)[name].to_pylist()
+    clips = dict(zip(rows, kept["clip"].to_pylist(), strict=True))
+    assert clips[4] == "its own" and clips.get(3, str(tiny_clip_dir)) == str(tiny_clip_dir)
+    assert kept.schema.equals(PAIR_SCHEMA)
+
+
+def test_scores_join_the_columns_of_a_data_set_that_has_none(table, tiny_clip_dir, tmp_path):
+    """The hub edition's own five columns, and scores as JSON that would hide the new ones."""
+    [first, _] = sorted(table.glob("data/*"))
+    plain = pq.read_table(first).select([*PAIR_SCHEMA.names[:5]])
+    plain = plain.append_column("scores", pa.array(['{"clip_sim_dir": 9.0, "seed": 7}'] * 2))
+    pq.write_table(plain, tmp_path / "plain.parquet")
+    source = open_source(str(tmp_path / "plain.parquet"))
+    filter_pairs(source, tmp_path / "kept", ALL, clip=tiny_clip_dir, rescore=True, **quiet)
+    kept = open_source(str(tmp_path / "kept"))
+    assert [kept[row].id for row in range(2)] == ["0000000", "0000001"]
+    assert set(kept[0].scores) == {*SIMILARITIES, "seed"}
+    assert abs(kept[0].scores["clip_sim_dir"]) <= 1
+    schema = pq.read_schema(tmp_path / "kept" / "data" / "train-00000.parquet")
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["original_image"] == {"_type": "Image"}
+    assert features["clip_sim_dir"] == {"dtype": "float64", "_type": "Value"}
+    assert set(SIMILARITIES) | {"id", "clip"} <= set(schema.names)
+
+
+def test_pictures_that_a_table_names_by_path_are_taken_in(tiny_clip_dir, tmp_path):
+    for k in (0, 1):
+        picture(k).save(tmp_path / f"{k}.png")
+    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {
+        f"{name}_image": pa.array([{"path": f"{k}.png"}], cell)
+        for k, name in enumerate(("original", "edited"))
+    }
+    pq.write_table(pa.table(columns | {"edit_prompt": ["make it red"]}), tmp_path / "t.parquet")
+    source = open_source(str(tmp_path / "t.parquet"))
+    filter_pairs(source, tmp_path / "kept", ALL, clip=tiny_clip_dir, **quiet)
+    kept = open_source(str(tmp_path / "kept"))[0]
+    assert (kept.id, kept.before) == ("0000000", (tmp_path / "0.png").read_bytes())
+    assert set(kept.scores) == {"clip_sim_image"}
