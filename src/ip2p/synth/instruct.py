@@ -1,0 +1,478 @@
+"""Edits in words: a caption goes to a writer, its answer is parsed, and refused with a reason or taken.
+
+A writer is anything that answers many asks with texts in the delimiters of the paper's code: a language
+model here (`LocalWriter`), a server elsewhere (`server.ServerWriter`), or a function.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from ip2p.errors import InputError, ModelError
+from ip2p.synth.captions import BLOCK_LIST, Caption, blocker, key_of
+from ip2p.synth.records import Rejected, Triple, place_seed, triple_id
+from ip2p.synth.triples import examples, seed_triples
+
+# The paper's code: what ends the caption, what parts the answer, and what ends it.
+SEPARATOR, MIDDLE, STOP = "\n##\n", "\n%%\n", "\nEND"
+# The paper's code: how its tuned model is sampled.
+TEMPERATURE, FREQUENCY_PENALTY, MAX_TOKENS = 0.7, 0.1, 256
+RETRIES = 3  # the paper's code asks so often again
+
+# Why an answer is refused. The order is that in which they are looked for.
+REASONS = {
+    "too_long": "it was cut off, or has too many words",
+    "unparsable": "it is not an instruction and a caption",
+    "unchanged": "the edited caption is the caption",
+    "seed": "the edited caption is that of a seed triple",
+    "block_list": "a word of it is on the block-list",
+    "spatial": "it moves, turns or crops, or asks for another view, which Prompt-to-Prompt cannot do",
+    "duplicate": "another edit of the caption says the same",
+}
+
+# Prompt-to-Prompt keeps the layout: it changes what is there and not where. To move somebody to the desert
+# is no such edit, to move somebody to the left is.
+_SIDES = r"(?:far |top |bottom |upper |lower )*(?:left|right)"
+_PLACES = rf"(?:{_SIDES}|centre|center|middle|top|bottom|edge|side|corner|foreground|background|front|back)"
+_PICTURE = r"(?:the |this |that )?(?:picture|image|photo|photograph|frame|painting|drawing|scene|canvas|shot)"
+_VIEWS = r"(?:above|below|behind|(?:the |a )?(?:front|back|side|air|top|distance))"
+_SPATIAL = re.compile(
+    r"\b(?:"
+    # turn the whole or cut it
+    r"(?:rotate|flip|mirror|crop|re-?cent(?:er|re)|re-?position)(?:d|ped)? "
+    rf"(?:the|it|him|her|them|this|that|his|its|{_PICTURE})\b"
+    r"|zoom(?:s|ed|ing)? (?:in|out)\b"
+    r"|upside[ -]down\b|back to front\b"
+    # move somebody or something
+    r"|(?:move|shift|slide|push|pull|nudge|put|place|bring|send|turn)s?\b[^.;]*? (?:"
+    rf"(?:to|towards?|into|in|on|at) (?:the |its |his |her |their )?{_PLACES}"
+    rf"(?=$|[.,;!?]| (?:side|corner|half|edge|part|hand)\b| of {_PICTURE}\b)"
+    r"|(?:closer|nearer|farther|further|apart)\b"
+    r"|(?:up|upwards?|down|downwards?|sideways|backwards?|forwards?|around)(?=$|[.,;!?]))"
+    rf"|(?:on|to|from|at|in) the {_SIDES}(?:[ -]hand)?(?=$|[.,;!?]| (?:side|corner|half|edge|of|part)\b)"
+    rf"|(?:in|to|at) the (?:\w+ )?(?:corner|edge|side) of {_PICTURE}\b"
+    r"|(?:swap|switch|exchange|trade) (?:the |their |its )?(?:places?|positions?|sides?)\b"
+    r"|(?:swap|switch) (?:the )?\w+ (?:and|with) the \w+(?: around| over)?(?=$|[.,;!?])"
+    # look from elsewhere
+    r"|(?:face|look)(?:ing)? (?:(?:to )?(?:the )?(?:left|right)|the other way|away)\b"
+    r"|(?:show|seen?|view|viewed|camera|angle|viewpoint|perspective|shot|photograph|draw|paint)\b"
+    rf"[^.;]*? from {_VIEWS}\b"
+    r"|(?:change|shift|move|tilt|lower|raise) the (?:camera|viewpoint|view|angle|perspective)\b"
+    r"|(?:bird'?s[ -]eye|aerial|side|rear) view\b|close[ -]?up\b|wide(?:r)? (?:angle|shot)\b"
+    r")",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One question to a writer: edit `number` of a caption, for the `attempt`th time."""
+
+    caption: str
+    number: int = 0
+    attempt: int = 0
+
+    @property
+    def seed(self) -> int:
+        """32 bits, from the question alone, so that it is answered alike wherever it is asked."""
+        return place_seed("instruct", self.caption, self.number, self.attempt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a writer said, without the prompt. finished: it came to its end, and was not cut off."""
+
+    text: str
+    finished: bool = True
+
+
+class Writer(Protocol):
+    """Answers questions, in their order. `name` goes into the source of the triples."""
+
+    name: str
+
+    def __call__(self, asks: Sequence[Ask]) -> list[Answer]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """An answer in its two parts."""
+
+    instruction: str
+    edited_caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What is refused."""
+
+    max_instruction_words: int = 40
+    max_caption_words: int = 60  # CLIP reads 75 tokens
+    block: Sequence[str] = BLOCK_LIST
+    spatial: bool = True  # refuse what Prompt-to-Prompt cannot do
+    seeds: bool = True  # refuse the edited captions of the seed triples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What came of one caption: its triples, and the answers that were refused."""
+
+    caption: str
+    triples: tuple[Triple, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+
+
+def prompt_of(caption: str, shots: Iterable[Triple] = ()) -> str:
+    """What a model reads: caption and separator; before them finished examples, for one that is not tuned."""
+    told = "".join(shot.caption + SEPARATOR + completion_of(shot) + "\n\n" for shot in shots)
+    return told + caption + SEPARATOR
+
+
+def completion_of(triple: Triple) -> str:
+    """What a model is to answer to `prompt_of` the caption."""
+    return triple.instruction + MIDDLE + triple.edited_caption + STOP
+
+
+def parse(completion: str) -> Edit | None:
+    """The parts of an answer; None unless there are just two of a line each."""
+    # Begun anew behind the end is none of it; some tokenizers have no blank line before the END.
+    parts = completion.split(STOP)[0].strip().split(MIDDLE)
+    if len(parts) != 2:
+        return None
+    instruction, edited = (part.strip() for part in parts)
+    if not instruction or not edited or "\n" in instruction or "\n" in edited:
+        return None
+    if SEPARATOR.strip() in instruction + edited or MIDDLE.strip() in instruction + edited:
+        return None
+    return Edit(instruction=" ".join(instruction.split()), edited_caption=" ".join(edited.split()))
+
+
+def is_spatial(instruction: str) -> bool:
+    """Whether an instruction moves, turns or crops, or asks for another view: Prompt-to-Prompt cannot."""
+    return _SPATIAL.search(instruction) is not None
+
+
+def reject(triple: Triple, limits: Limits | None = None) -> str | None:
+    """Why a parsed triple is refused, a code of REASONS; None if it is not."""
+    limits = limits or Limits()
+    instruction, edited = triple.instruction, triple.edited_caption
+    if (
+        len(instruction.split()) > limits.max_instruction_words
+        or len(edited.split()) > limits.max_caption_words
+    ):
+        return "too_long"
+    if key_of(edited) == key_of(triple.caption):
+        return "unchanged"
+    if limits.seeds and key_of(edited) in _seed_captions():
+        return "seed"
+    blocked = _blocker(tuple(limits.block))
+    if blocked(instruction) or blocked(edited):
+        return "block_list"
+    if limits.spatial and is_spatial(instruction):
+        return "spatial"
+    return None
+
+
+@lru_cache(1)
+def _seed_captions() -> frozenset[str]:
+    return frozenset(key_of(seed.edited_caption) for seed in seed_triples())
+
+
+@lru_cache(4)
+def _blocker(words: tuple[str, ...]) -> Callable[[str], str | None]:
+    return blocker(words)
+
+
+class Instruct:
+    """The stage from captions to triples.
+
+    writer: or what makes one, when the stage is to be made elsewhere. edits: how many of each caption.
+    An answer that is refused is asked for again, `retries` times, each with another seed. What comes of a
+    caption depends on nothing but the caption, as long as the writer's answers depend on the ask alone.
+    """
+
+    def __init__(
+        self,
+        writer: Writer | Callable[[], Writer],
+        *,
+        edits: int = 1,
+        retries: int = RETRIES,
+        limits: Limits | None = None,
+    ) -> None:
+        for flag, value, least in (("edits", edits, 1), ("retries", retries, 0)):
+            if value < least:
+                raise InputError(f"--{flag} is {value}; use {least} or more.")
+        made: Any = writer if hasattr(writer, "name") else writer()  # type: ignore[call-arg]
+        self.writer: Writer = made
+        self.edits, self.retries = edits, retries
+        self.limits = limits or Limits()
+
+    def __call__(self, captions: Sequence[Caption | str]) -> list[Written]:
+        """The edits of each caption, in order; a caption of which all answers were refused has none."""
+        texts = [caption if isinstance(caption, str) else caption.text for caption in captions]
+        work = [_Work(text) for text in texts]
+        open_asks = [(w, Ask(caption=w.caption, number=n)) for w in work for n in range(self.edits)]
+        for attempt in range(self.retries + 1):
+            if not open_asks:
+                break
+            answers = self.writer([ask for _, ask in open_asks])
+            again = []
+            for (w, ask), answer in zip(open_asks, answers, strict=True):
+                if not self._take(w, ask, answer):
+                    following = Ask(caption=ask.caption, number=ask.number, attempt=attempt + 1)
+                    again.append((w, following))
+            open_asks = again
+        return [w.written() for w in work]
+
+    def _take(self, work: _Work, ask: Ask, answer: Answer) -> bool:
+        id = triple_id(ask.caption, ask.number)
+        edit = parse(answer.text)
+        triple = None
+        if edit is not None:
+            triple = Triple(
+                id=id,
+                caption=ask.caption,
+                instruction=edit.instruction,
+                edited_caption=edit.edited_caption,
+                source=self.writer.name,
+            )
+        reason: str | None
+        if not answer.finished:
+            reason = "too_long"
+        elif triple is None:
+            reason = "unparsable"
+        else:
+            reason = reject(triple, self.limits) or work.doubled(triple)
+        if reason is None:
+            assert triple is not None
+            work.taken[ask.number] = triple
+            return True
+        work.rejected.append(
+            Rejected(id=f"{id}-{ask.attempt}", caption=ask.caption, text=answer.text, reason=reason)
+        )
+        return False
+
+
+@dataclass
+class _Work:
+    caption: str
+    taken: dict[int, Triple] = field(default_factory=dict)
+    rejected: list[Rejected] = field(default_factory=list)
+
+    def doubled(self, triple: Triple) -> str | None:
+        same = (
+            key_of(one.edited_caption) == key_of(triple.edited_caption)
+            or key_of(one.instruction) == key_of(triple.instruction)
+            for one in self.taken.values()
+        )
+        return "duplicate" if any(same) else None
+
+    def written(self) -> Written:
+        triples = tuple(triple for _, triple in sorted(self.taken.items()))
+        return Written(caption=self.caption, triples=triples, rejected=tuple(self.rejected))
+
+
+def reasons(written: Iterable[Written]) -> dict[str, int]:
+    """How many answers were refused for each reason, in the order of REASONS."""
+    counted = Counter(rejected.reason for each in written for rejected in each.rejected)
+    return {reason: counted[reason] for reason in REASONS if counted[reason]}
+
+
+# --- a model here ---------------------------------------------------------------------------------
+
+LM_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+class LocalWriter:
+    """A causal language model of transformers, sampled in batches.
+
+    model: a folder or a hub's name. shots: how many seed triples it is shown first; 0 for a tuned model.
+    Every question is drawn with a generator of its own, seeded by the question, so that an answer does not
+    depend on the others of the batch (in fp32, up to rounding in the product of matrices, which moves a
+    probability by a millionth). The frequency penalty counts the tokens of the answer. temperature 0 takes
+    the likeliest. Raises ModelError for what is no language model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch: int = 32,
+        shots: int = 0,
+        temperature: float = TEMPERATURE,
+        frequency_penalty: float = FREQUENCY_PENALTY,
+        max_tokens: int = MAX_TOKENS,
+    ) -> None:
+        from ip2p.devices import pick_device, pick_dtype
+
+        check_sampling(temperature, frequency_penalty, max_tokens)
+        if batch < 1:
+            raise InputError(f"--batch is {batch}; use 1 or more.")
+        self.name = Path(model).name if Path(model).expanduser().is_dir() else str(model)
+        self.batch, self.shots = batch, shots
+        self.temperature, self.frequency_penalty = temperature, frequency_penalty
+        self.device = pick_device(device)
+        self.model, self.tokenizer = load_lm(model, revision=revision)
+        self.model.to(self.device, pick_dtype(self.device, dtype)).eval().requires_grad_(False)
+        self.tokenizer.padding_side = "left"
+        self.max_tokens = max_tokens
+        self.context: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        self.tokens = 0  # that were written
+
+    def __call__(self, asks: Sequence[Ask]) -> list[Answer]:
+        prompts = [prompt_of(ask.caption, examples(self.shots, ask.caption, ask.number)) for ask in asks]
+        # Alike in length, so that little is padded.
+        order = sorted(range(len(asks)), key=lambda place: len(prompts[place]))
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(order), self.batch):
+            chosen = order[start : start + self.batch]
+            written = self._write([prompts[i] for i in chosen], [asks[i].seed for i in chosen])
+            answers.update(zip(chosen, written, strict=True))
+        return [answers[place] for place in range(len(asks))]
+
+    def _write(self, prompts: list[str], seeds: list[int]) -> list[Answer]:
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        from ip2p.models.load import quiet
+
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=True)
+        length = inputs["input_ids"].shape[1]
+        room = self.max_tokens if self.context is None else min(self.max_tokens, self.context - length)
+        if room < 1:
+            raise InputError(
+                f"{self.name} reads {self.context} tokens and a prompt has {length}; use fewer --shots."
+            )
+        draw = _Draw(seeds, length, self.temperature, self.frequency_penalty)
+        ended = _Ended(self.tokenizer, length)
+        ends = self.model.generation_config.eos_token_id
+        ends = [self.tokenizer.eos_token_id] if ends is None else ends
+        config = GenerationConfig(
+            max_new_tokens=room,
+            do_sample=False,  # `_Draw` leaves one token to choose
+            eos_token_id=ends,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        with torch.inference_mode(), quiet():
+            out = self.model.generate(
+                input_ids=inputs["input_ids"].to(self.device),
+                attention_mask=inputs["attention_mask"].to(self.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([draw]),
+                stopping_criteria=StoppingCriteriaList([ended]),
+            )
+        answers = []
+        stops = set(ends if isinstance(ends, list) else [ends]) - {None}
+        for row in out[:, length:].tolist():
+            end = next((place for place, token in enumerate(row) if token in stops), None)
+            self.tokens += len(row) if end is None else end + 1
+            text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
+            answers.append(Answer(text=text.split(STOP)[0], finished=end is not None or STOP in text))
+        return answers
+
+
+def check_sampling(temperature: float, frequency_penalty: float, max_tokens: int) -> None:
+    """Raise InputError for values that no model can be sampled with."""
+    if not 0 <= temperature <= 2:
+        raise InputError(f"--temperature is {temperature:g}; use 0 to 2.")
+    if not -2 <= frequency_penalty <= 2:
+        raise InputError(f"--frequency-penalty is {frequency_penalty:g}; use -2 to 2.")
+    if max_tokens < 1:
+        raise InputError(f"--max-tokens is {max_tokens}; use 1 or more.")
+
+
+def load_lm(model: str | Path, *, revision: str | None = None) -> tuple[Any, Any]:
+    """A causal language model in fp32 on the CPU, and its tokenizer, from a folder or the hub.
+
+    Only safetensors are read, and no code of the folder is run. Raises ModelError.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ip2p.images import close_file
+    from ip2p.models.bundle import from_hub, is_hub_name
+    from ip2p.models.load import quiet, unreadable
+
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if not is_hub_name(str(model), folder):
+            close = close_file(folder)
+            hint = f"Did you mean {close}?" if close else "Name a folder, or a hub's OWNER/NAME."
+            raise ModelError(f"{model}: no such language model. {hint}")
+        folder = from_hub(str(model), LM_FILES, _is_lm, revision=revision)
+    elif revision is not None:
+        raise InputError(f"{model} lies here, so it has no --revision {revision}; leave it out.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} is no language model: config.json is missing. Name the folder that holds it."
+        )
+    try:
+        import torch
+
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            network = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+    except Exception as error:  # safetensors, tokenizers and transformers each raise their own
+        raise ModelError(unreadable(folder, error)) from None
+    if tokenizer.pad_token_id is None:
+        # What is padded is masked, so that any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return network, tokenizer
+
+
+def _is_lm(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+class _Draw:
+    """A LogitsProcessor that draws each row's next token with the row's own generator, and leaves only it."""
+
+    def __init__(self, seeds: Sequence[int], start: int, temperature: float, penalty: float) -> None:
+        import torch
+
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.start, self.temperature, self.penalty = start, temperature, penalty
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        scores = scores.float()
+        written = input_ids[:, self.start :]
+        if self.penalty and written.shape[1]:
+            counts = torch.zeros_like(scores)
+            counts.scatter_add_(1, written, torch.ones_like(written, dtype=scores.dtype))
+            scores = scores - self.penalty * counts
+        if self.temperature == 0:
+            return scores
+        # One uniform number a step, looked up in the distribution.
+        line = torch.softmax(scores / self.temperature, dim=1, dtype=torch.float64).cumsum(1)
+        uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
+        chosen = torch.searchsorted(line, uniform.to(line) * line[:, -1:], right=True)
+        chosen = chosen.clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class _Ended:
+    """A StoppingCriteria: which rows have written STOP."""
+
+    TAIL = 8  # tokens that surely hold it, also when it is written in letters
+
+    def __init__(self, tokenizer: Any, start: int) -> None:
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        import torch
+
+        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.TAIL) :]
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        return torch.tensor([STOP in text for text in texts], device=input_ids.device)

@@ -1,0 +1,388 @@
+"""A language model that writes edits: tuned on triples, whole or as a LoRA, or made small from nothing."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ip2p import terminal
+from ip2p.devices import has_fast_bf16, pick_device
+from ip2p.errors import InputError, ModelError
+from ip2p.files import make_folder, write_text
+from ip2p.models.export import replacing_folder
+from ip2p.synth.instruct import MAX_TOKENS, TEMPERATURE, completion_of, load_lm, prompt_of
+from ip2p.synth.records import Triple, place_seed
+from ip2p.synth.triples import seed_triples
+
+Backend = Literal["auto", "plain", "trl"]
+IGNORED = -100  # the label of a token that is not learnt, in transformers' models
+END = "<|end|>"
+CARD = "ip2p.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How a language model is tuned. The paper tuned GPT-3 for one epoch."""
+
+    lora: int | None = None  # rank of a LoRA, which is merged at the end; None trains the whole model
+    epochs: float = 3.0
+    batch: int = 16
+    rate: float | None = None  # learning rate; by default 5e-5 for the whole model, 2e-4 for a LoRA
+    warm_up: float = 0.03  # share of the steps; then the rate falls to zero along a cosine
+    weight_decay: float = 0.01
+    clip: float = 1.0  # the most that the norm of the gradient may be
+    max_length: int = 512  # tokens of caption and edit together; longer triples are left out
+    seed: int = 0
+
+    def learning_rate(self) -> float:
+        return self.rate if self.rate is not None else 5e-5 if self.lora is None else 2e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What came of a tuning. losses: the mean of each step, in nats a token of the answers."""
+
+    steps: int
+    losses: tuple[float, ...]
+    left_out: int  # triples longer than max_length
+
+
+def tune_lm(
+    base: str | Path,
+    output: Path,
+    triples: Sequence[Triple] | None = None,
+    *,
+    tuning: Tuning | None = None,
+    backend: Backend = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    say: Callable[[str], None] = terminal.say,
+) -> Tuned:
+    """Tune a causal language model on triples, the seeds by default, and write it into the folder `output`.
+
+    It learns the answers and not the captions before them. backend: TRL's SFTTrainer, which spreads over the
+    devices of `accelerate launch`; the loop here, which needs nothing besides torch; or TRL where it is
+    installed. What is written is a whole model in fp32, with the paper's sampling values in its generation
+    config, which every server of language models opens; it takes the place of `output` in one step. Raises
+    InputError for settings out of range, a missing package, or no triple that fits; ModelError for `base`.
+    """
+    tuning = tuning or Tuning()
+    _check(tuning)
+    triples = seed_triples() if triples is None else triples
+    if not triples:
+        raise InputError("there are no triples to tune on; name a file with some.")
+    use_trl = _has_trl() if backend == "auto" else backend == "trl"
+    if use_trl and not _has_trl():
+        raise InputError("--backend trl needs TRL, which is missing; install it: pip install 'ip2p[llm]'")
+    make_folder(output.parent)
+    model, tokenizer = load_lm(base, revision=revision)
+    rows = [row for triple in triples if len(row := row_of(triple, tokenizer)) <= tuning.max_length]
+    if not rows:
+        raise InputError(
+            f"all {len(triples):,} triples are longer than {tuning.max_length} tokens; raise --max-length."
+        )
+    left_out = len(triples) - len(rows)
+    if left_out:
+        say(f"{left_out:,} triples are longer than {tuning.max_length} tokens and are left out")
+    if tuning.lora is not None:
+        model = _with_lora(model, tuning)
+    train = _train_trl if use_trl else _train
+    losses = train(model, rows, tokenizer, tuning, pick_device(device), say)
+    if tuning.lora is not None:
+        model = model.merge_and_unload()
+    told = {
+        "made_by": "ip2p synth tune-lm",
+        "base": Path(base).name if Path(base).is_dir() else str(base),
+        "triples": len(rows),
+        "backend": "trl" if use_trl else "plain",
+        "tuning": asdict(tuning) | {"rate": tuning.learning_rate()},
+        "loss": losses[-1] if losses else None,
+    }
+    save_lm(model, tokenizer, output, told)
+    return Tuned(steps=len(losses), losses=tuple(losses), left_out=left_out)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A triple in tokens; the model is to learn those from `start` on."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def row_of(triple: Triple, tokenizer: Any) -> Row:
+    """The tokens of a triple as a model meets them: the prompt's, then the answer's, then the end."""
+    # Apart, for so they are when it writes: joined, a token might span the border.
+    prompt = tokenizer(prompt_of(triple.caption))["input_ids"]
+    end = tokenizer.eos_token_id
+    if end is not None and prompt and prompt[-1] == end:
+        prompt = prompt[:-1]
+    answer = tokenizer(completion_of(triple), add_special_tokens=False)["input_ids"]
+    ends = [] if end is None else [end]
+    return Row((*prompt, *answer, *ends), len(prompt))
+
+
+def _check(tuning: Tuning) -> None:
+    numbers = (
+        ("lora", tuning.lora if tuning.lora is not None else 1, 1),
+        ("batch", tuning.batch, 1),
+        ("max-length", tuning.max_length, 8),
+    )
+    for flag, value, least in numbers:
+        if value < least:
+            raise InputError(f"--{flag} is {value}; use {least} or more.")
+    for flag, share in (("epochs", tuning.epochs), ("rate", tuning.learning_rate()), ("clip", tuning.clip)):
+        if not (math.isfinite(share) and share > 0):
+            raise InputError(f"--{flag} is {share:g}; use a positive number.")
+
+
+def _with_lora(model: Any, tuning: Tuning) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError("tuning a LoRA needs peft: pip install 'ip2p[llm]'") from None
+    assert tuning.lora is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(tuning.seed)
+        try:
+            config = LoraConfig(
+                r=tuning.lora,
+                lora_alpha=2 * tuning.lora,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"this language model takes no LoRA ({error}); tune it whole.") from None
+
+
+def order(count: int, tuning: Tuning) -> list[list[int]]:
+    """The rows of each step: shuffled anew each epoch, the last step of all may be shorter."""
+    places: list[int] = []
+    wanted = max(1, round(count * tuning.epochs))
+    epoch = 0
+    while len(places) < wanted:
+        turn = list(range(count))
+        random.Random(place_seed("tune", tuning.seed, epoch)).shuffle(turn)
+        places += turn
+        epoch += 1
+    places = places[:wanted]
+    return [places[start : start + tuning.batch] for start in range(0, wanted, tuning.batch)]
+
+
+def rate_at(step: int, steps: int, tuning: Tuning) -> float:
+    """The share of the learning rate at step 0 … steps - 1: a line up, then half a cosine down."""
+    warm = math.ceil(tuning.warm_up * steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _batch(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and labels, [rows, longest], padded on the right."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), pad)
+    labels = torch.full((len(rows), longest), IGNORED)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for number, row in enumerate(rows):
+        values = torch.tensor(row.tokens)
+        tokens[number, : len(row)] = values
+        mask[number, : len(row)] = 1
+        labels[number, row.start : len(row)] = values[row.start :]
+    return tokens, mask, labels
+
+
+def _groups(model: Any, tuning: Tuning) -> list[dict[str, Any]]:
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Biases and the scales of norms are not shrunk.
+    return [
+        {"params": [p for p in learnt if p.ndim > 1], "weight_decay": tuning.weight_decay},
+        {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _train(
+    model: Any,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    tuning: Tuning,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> list[float]:
+    """The plain loop: AdamW on the mean loss a token of the answers of a batch."""
+    torch.manual_seed(tuning.seed)  # of dropout, where the model has it
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(_groups(model, tuning), lr=tuning.learning_rate())
+    steps = order(len(rows), tuning)
+    losses: list[float] = []
+    with terminal.progress("tune", len(steps)) as advance:
+        for step, places in enumerate(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = tuning.learning_rate() * rate_at(step, len(steps), tuning)
+            batch = _batch([rows[place] for place in places], tokenizer.pad_token_id or 0)
+            tokens, mask, labels = (tensor.to(device) for tensor in batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
+                loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+            value = loss.item()
+            if not math.isfinite(value):
+                raise InputError(f"the loss is {value} at step {step + 1}; use a lower --rate.")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), tuning.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(value)
+            advance()
+            if (step + 1) % max(1, len(steps) // 10) == 0:
+                say(f"step {step + 1:,} of {len(steps):,}: loss {value:.3f}")
+    model.eval()
+    return losses
+
+
+def _has_trl() -> bool:
+    import importlib.util
+
+    return all(importlib.util.find_spec(name) is not None for name in ("trl", "datasets"))
+
+
+def _train_trl(
+    model: Any,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    tuning: Tuning,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> list[float]:
+    """The same by TRL: the same rows, labels, optimizer and rates; its own order of rows."""
+    import tempfile
+
+    from datasets import Dataset  # type: ignore[import-not-found]
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
+
+    data = Dataset.from_dict(
+        {
+            "input_ids": [list(row.tokens) for row in rows],
+            "completion_mask": [[int(n >= row.start) for n in range(len(row))] for row in rows],
+        }
+    )
+    with tempfile.TemporaryDirectory() as scratch:  # it insists on a place for checkpoints
+        config = SFTConfig(
+            output_dir=scratch,
+            num_train_epochs=tuning.epochs,
+            per_device_train_batch_size=tuning.batch,
+            learning_rate=tuning.learning_rate(),
+            lr_scheduler_type="cosine",
+            warmup_steps=math.ceil(tuning.warm_up * math.ceil(len(rows) * tuning.epochs / tuning.batch)),
+            weight_decay=tuning.weight_decay,
+            max_grad_norm=tuning.clip,
+            max_length=tuning.max_length,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=device.type == "cuda" and has_fast_bf16(device),
+            use_cpu=device.type == "cpu",
+            seed=tuning.seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            log_level="error",
+        )
+        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)  # it prints each step on stdout
+        trainer.train()
+        losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    model.eval()
+    if losses:
+        say(f"{len(losses):,} steps: loss {losses[-1]:.3f}")
+    return losses
+
+
+def save_lm(model: Any, tokenizer: Any, folder: Path, told: dict[str, Any] | None = None) -> None:
+    """Write a language model in the place of all that `folder` holds; a kill leaves the old or the new."""
+    import json
+
+    from transformers import GenerationConfig
+
+    from ip2p.models.load import quiet
+
+    # `transformers serve` takes what a request does not say from here, and draws only if this says so.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with replacing_folder(folder) as temporary, quiet():
+        model.to("cpu").save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_text(temporary / CARD, json.dumps(told or {}, indent=1) + "\n")
+
+
+def new_lm(
+    texts: Iterable[str],
+    folder: Path,
+    *,
+    vocabulary: int = 2048,
+    width: int = 256,
+    layers: int = 6,
+    heads: int = 4,
+    context: int = 512,
+    seed: int = 0,
+) -> None:
+    """Write a small untrained model of Llama's kind, with a tokenizer of byte pairs learnt from `texts`.
+
+    It is a base for `tune_lm` where no other is at hand: a small language is learnt from nothing.
+    width: of the residual stream, a multiple of twice `heads`. Raises InputError.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    if vocabulary < 300:
+        raise InputError(f"a vocabulary of {vocabulary} is too small; use 300 or more.")
+    if width % (2 * heads):
+        raise InputError(
+            f"a width of {width} does not split over {heads} heads; use a multiple of {2 * heads}."
+        )
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=[END], initial_alphabet=letters, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END)
+    tokenizer.model_max_length = context
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=-(-8 * width // 3 // 32) * 32,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=context,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    make_folder(folder.parent)
+    save_lm(model, tokenizer, folder, {"made_by": "ip2p", "base": "none"})

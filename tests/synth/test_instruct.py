@@ -1,0 +1,298 @@
+"""Answers are parsed and refused by reason; a model's answers do not depend on the batch."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ip2p.errors import InputError, ModelError
+from ip2p.synth.captions import Caption
+from ip2p.synth.instruct import (
+    REASONS,
+    Answer,
+    Ask,
+    Edit,
+    Instruct,
+    Limits,
+    LocalWriter,
+    Rejected,
+    Triple,
+    completion_of,
+    is_spatial,
+    load_lm,
+    parse,
+    prompt_of,
+    reasons,
+    reject,
+)
+from ip2p.synth.records import triple_id
+from ip2p.synth.triples import examples, seed_triples
+from ip2p.synth.tune import new_lm
+
+FOX = "a red fox in the snow"
+
+
+def triple(instruction="make it a wolf", edited="a red wolf in the snow", caption=FOX):
+    return Triple(id=triple_id(caption, 0), caption=caption, instruction=instruction, edited_caption=edited)
+
+
+# --- parsing --------------------------------------------------------------------------------------
+
+
+def test_prompt_and_completion_have_the_delimiters_of_the_papers_code():
+    assert prompt_of(FOX) == "a red fox in the snow\n##\n"
+    assert completion_of(triple()) == "make it a wolf\n%%\na red wolf in the snow\nEND"
+    shown = prompt_of("a cat", [triple()])
+    assert (
+        shown == "a red fox in the snow\n##\nmake it a wolf\n%%\na red wolf in the snow\nEND\n\na cat\n##\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "make it a wolf\n%%\na red wolf in the snow\nEND",
+        " make it  a wolf\n%%\na red wolf in the snow\n",
+        "make it a wolf\n%%\na red wolf in the snow\nEND\n\nanother caption\n##\nx\n%%\ny",
+    ],
+)
+def test_an_answer_is_parsed(text):
+    assert parse(text) == Edit(instruction="make it a wolf", edited_caption="a red wolf in the snow")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "make it a wolf", "make it a wolf %% a red wolf", "a\n%%\nb\n%%\nc", "\n%%\nb", "a\n%%\n"),
+        *("a\nb\n%%\nc", "a\n%%\nb\nc", "a\n%%\nb ## c", "a %%\n%%\nb"),
+    ],
+)
+def test_what_has_not_two_parts_of_a_line_is_not_parsed(text):
+    assert parse(text) is None
+
+
+def test_every_seed_survives_the_way_to_a_completion_and_back():
+    for seed in seed_triples():
+        edit = parse(completion_of(seed))
+        assert edit == Edit(instruction=seed.instruction, edited_caption=seed.edited_caption)
+
+
+# --- refusing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"edited_caption": "A red  fox in the snow."}, "unchanged"),
+        ({"edited_caption": seed_triples()[5].edited_caption + "!"}, "seed"),
+        ({"edited_caption": "a nude fox in the snow"}, "block_list"),
+        ({"instruction": "cover it in gore"}, "block_list"),
+        ({"instruction": "move the fox to the left"}, "spatial"),
+        ({"edited_caption": "word " * 61}, "too_long"),
+        ({"instruction": "word " * 41}, "too_long"),
+    ],
+)
+def test_a_triple_is_refused_for_its_reason(changed, reason):
+    assert reject(replace(triple(), **changed)) == reason
+    assert reason is None or reason in REASONS
+
+
+def test_limits_can_be_widened():
+    assert reject(triple("flip the picture"), Limits(spatial=False)) is None
+    assert reject(triple(edited="a nude fox"), Limits(block=())) is None
+    assert reject(triple(edited=seed_triples()[5].edited_caption), Limits(seeds=False)) is None
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        *("move the cat to the left", "Flip the image", "rotate the chair", "zoom in on the face"),
+        *("crop the picture", "swap the dog and the cat", "put a bird in the top right corner"),
+        *("add a tree on the left", "turn the car around", "make it upside down", "show it from above"),
+        *("change the camera angle", "move the tree closer", "have him face the other way"),
+        *("Move the boat to the background", "swap their positions", "make it an aerial view"),
+        *("place the lamp at the bottom of the picture", "make the dog look to the right"),
+    ],
+)
+def test_edits_of_place_and_view_are_spatial(instruction):
+    assert is_spatial(instruction)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        *("make it snow", "move them to the beach", "send him to the top of Mount Everest"),
+        *("swap the dog for a cat", "make his left hand a claw", "replace the background with a forest"),
+        *("turn the lights on", "shift it to winter", "put the singer in front of a crowd"),
+        *("place it at the bottom of the sea", "put a cat on the side table", "switch the logs for mirrors"),
+    ],
+)
+def test_edits_of_what_is_there_are_not_spatial(instruction):
+    assert not is_spatial(instruction)
+
+
+def test_no_seed_would_be_refused():
+    assert Counter(reject(seed, Limits(seeds=False)) for seed in seed_triples()) == {
+        None: len(seed_triples())
+    }
+
+
+# --- the stage ------------------------------------------------------------------------------------
+
+
+class Script:
+    """A writer that answers from a table by caption, number and attempt, and notes what it was asked."""
+
+    name = "script"
+
+    def __init__(self, table):
+        self.table, self.asked = table, []
+
+    def __call__(self, asks):
+        self.asked.append(list(asks))
+        answers = [self.table.get((a.caption, a.number, a.attempt), "nothing") for a in asks]
+        return [answer if isinstance(answer, Answer) else Answer(text=answer) for answer in answers]
+
+
+GOOD, OTHER = "make it a wolf\n%%\na red wolf in the snow", "make it rain\n%%\na red fox in the rain"
+
+
+def test_refused_answers_are_asked_for_again_and_counted():
+    cut = Answer(text=GOOD, finished=False)
+    script = Script({(FOX, 0, 1): cut, (FOX, 0, 2): GOOD, ("a cat", 0, 0): "make it\n%%\na cat."})
+    written = Instruct(script, retries=2)([Caption(text=FOX), "a cat"])
+    assert [each.caption for each in written] == [FOX, "a cat"]
+    assert written[0].triples == (replace(triple(), source="script"),)
+    assert [each.reason for each in written[0].rejected] == ["unparsable", "too_long"]
+    assert written[1].triples == ()
+    first = triple_id("a cat", 0)
+    assert written[1].rejected[0] == Rejected(
+        id=f"{first}-0", caption="a cat", text="make it\n%%\na cat.", reason="unchanged"
+    )
+    assert reasons(written) == {"too_long": 1, "unparsable": 3, "unchanged": 1}
+    assert [len(batch) for batch in script.asked] == [2, 2, 2]
+    assert len({ask.seed for batch in script.asked for ask in batch}) == 6
+
+
+def test_several_edits_of_a_caption_differ_from_each_other():
+    table = {(FOX, 0, 0): GOOD, (FOX, 1, 0): GOOD + ".", (FOX, 2, 0): OTHER, (FOX, 1, 1): "x\n%%\ny"}
+    written = Instruct(Script(table), edits=3)([FOX])[0]
+    assert [each.instruction for each in written.triples] == ["make it a wolf", "x", "make it rain"]
+    assert [each.id for each in written.triples] == [triple_id(FOX, number) for number in range(3)]
+    assert [each.reason for each in written.rejected] == ["duplicate"]
+
+
+def test_what_comes_of_a_caption_does_not_depend_on_the_others():
+    table = {(FOX, 0, 0): "no", (FOX, 0, 1): GOOD, ("a cat", 0, 0): "make it a hen\n%%\na hen"}
+    together = Instruct(Script(table))([FOX, "a cat"])
+    assert together == [Instruct(Script(table))([caption])[0] for caption in (FOX, "a cat")]
+
+
+def test_a_writer_can_be_made_where_the_stage_is():
+    assert Instruct(lambda: Script({(FOX, 0, 0): GOOD}))([FOX])[0].triples
+    with pytest.raises(InputError, match="--edits is 0"):
+        Instruct(Script({}), edits=0)
+
+
+# --- a model here ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm") / "tiny"
+    texts = [text for seed in seed_triples()[:20] for text in (seed.caption, seed.instruction)]
+    new_lm(texts, folder, vocabulary=320, width=32, layers=2, heads=2, context=256)
+    return folder
+
+
+def local(lm, **settings):
+    return LocalWriter(lm, device="cpu", dtype="fp32", **({"max_tokens": 24} | settings))
+
+
+def test_answers_do_not_depend_on_the_batch(lm):
+    asks = [Ask(caption=seed.caption, number=n % 2) for n, seed in enumerate(seed_triples()[:5])]
+    together = local(lm)(asks)
+    assert len({answer.text for answer in together}) == 5 and together == local(lm, batch=2)(asks)
+    assert together == [local(lm)([ask])[0] for ask in asks]
+    assert together == local(lm)(asks[::-1])[::-1]
+    assert local(lm)([replace(asks[0], attempt=1)]) != together[:1]
+
+
+def test_without_temperature_the_answer_is_that_of_transformers_greedy_search(lm):
+    model, tokenizer = load_lm(lm)
+    inputs = tokenizer(prompt_of(FOX), return_tensors="pt")
+    wanted = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    wanted = tokenizer.decode(wanted[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    writer = local(lm, temperature=0, frequency_penalty=0)
+    assert writer([Ask(caption=FOX)]) == [Answer(text=wanted, finished=False)] and writer.tokens == 24
+
+
+def test_tokens_are_drawn_with_their_probabilities(lm):
+    model, tokenizer = load_lm(lm)
+    # Sharper than an untrained model is, so that some tokens are drawn often.
+    writer = local(lm, temperature=0.05, max_tokens=1, batch=500)
+    inputs = tokenizer(prompt_of(FOX), return_tensors="pt")
+    with torch.inference_mode():
+        wanted = torch.softmax(model(**inputs).logits[0, -1] / 0.05, dim=0)
+    drawn = Counter(answer.text for answer in writer([Ask(caption=FOX, attempt=n) for n in range(500)]))
+    for token in wanted.topk(5).indices.tolist():
+        share, text = wanted[token].item(), tokenizer.decode([token])
+        # Five standard deviations of 500 draws.
+        assert abs(drawn[text] / 500 - share) < 5 * (share * (1 - share) / 500) ** 0.5
+
+
+def test_the_frequency_penalty_takes_from_tokens_of_the_answer(lm):
+    plain, punished = (
+        local(lm, temperature=0, frequency_penalty=penalty)([Ask(caption=FOX)])[0].text for penalty in (0, 2)
+    )
+    tokenizer = load_lm(lm)[1]
+    most, least = (max(Counter(tokenizer(text)["input_ids"]).values()) for text in (plain, punished))
+    assert least < most
+
+
+def test_an_answer_ends_with_the_stop_and_an_answer_that_does_not_is_cut(lm, monkeypatch):
+    writer = local(lm)
+    tokens = writer.tokenizer("make it a wolf\n%%\na wolf\nEND and more")["input_ids"]
+
+    def generate(input_ids, logits_processor, stopping_criteria, **_):
+        # A model that always writes the same: what is asked of it is when to stop.
+        out = input_ids
+        for token in tokens:
+            out = torch.cat([out, torch.full((len(out), 1), token)], dim=1)
+            if stopping_criteria[0](out, None).all():
+                break
+        return out
+
+    monkeypatch.setattr(writer.model, "generate", generate)
+    answers = writer([Ask(caption=FOX), Ask(caption="a cat")])
+    assert answers == [Answer(text="make it a wolf\n%%\na wolf")] * 2
+    assert writer.tokens < 2 * len(tokens)
+    tokens = tokens[:6]
+    assert not writer([Ask(caption=FOX)])[0].finished
+
+
+def test_shots_are_shown_to_a_model_that_is_not_tuned(lm, monkeypatch):
+    writer, seen = local(lm, shots=3), []
+    monkeypatch.setattr(
+        writer, "_write", lambda prompts, seeds: seen.extend(prompts) or [Answer(text="")] * len(prompts)
+    )
+    writer([Ask(caption=FOX)])
+    assert seen == [prompt_of(FOX, examples(3, FOX, 0))] and seen[0].count("\nEND\n\n") == 3
+
+
+def test_what_is_no_language_model_is_told(lm, tmp_path):
+    with pytest.raises(ModelError, match="no such language model. Did you mean"):
+        LocalWriter(lm.parent / "tinny")
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        LocalWriter(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot be read"):
+        LocalWriter(tmp_path)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE|cannot be reached"):
+        LocalWriter("someone/something")
+    with pytest.raises(InputError, match="--temperature is -1"):
+        LocalWriter(lm, temperature=-1)
+    with pytest.raises(InputError, match="use fewer --shots"):
+        local(lm, shots=9)([Ask(caption=FOX)])
