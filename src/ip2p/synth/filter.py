@@ -525,18 +525,12 @@ class Writer:
     def __call__(self, part: Sequence[int]) -> Made:
         if self.table is not None:
             return Made(tables={KEPT: self._with_scores(self.table.take(part), part)})
-        rows = []
-        for row in part:
-            pair = self.source[row]
-            cells: dict[str, Any] = {"original_prompt": pair.caption, "edit_prompt": pair.instruction}
-            cells |= {"edited_prompt": pair.edited_caption, "id": pair.id}
-            cells["original_image"] = picture_cell(pair.before, f"{row:07}_0")
-            cells["edited_image"] = picture_cell(pair.after, f"{row:07}_1")
-            cells["clip"] = self.scored.clips[row] or None
-            rows.append(
-                cells | {k: v for k, v in pair.scores.items() if k in columns.SCORES} | self.scored.of(row)
-            )
-        return Made(tables={KEPT: pa.Table.from_pylist(rows, PAIR_SCHEMA)})
+        pairs = (self.source[row] for row in part)
+        rows = [
+            pair_row(pair, f"{row:07}", clip=self.scored.clips[row] or None, **self.scored.of(row))
+            for pair, row in zip(pairs, part, strict=True)
+        ]
+        return Made(tables={KEPT: pair_table(rows)})
 
     def _with_scores(self, table: Any, part: Sequence[int]) -> Any:
         """A table of a parquet source with its scores put in their columns, and an id where it has none."""
@@ -646,6 +640,28 @@ PAIR_SCHEMA = with_columns(
         **{name: "string" for name in ("model", "clip", "license")},
     },
 )
+
+
+def pair_row(pair: Pair, stem: str = "", **more: object) -> dict[str, Any]:
+    """A pair as a row of `PAIR_SCHEMA`, with what else is known: triple_id, candidate, model, clip, license.
+
+    stem: what the names of its pictures begin with, its id unless given. Pixels become PNG.
+    """
+    return {
+        "original_image": picture_cell(pair.before, f"{stem or pair.id}_0"),
+        "original_prompt": pair.caption,
+        "edit_prompt": pair.instruction,
+        "edited_prompt": pair.edited_caption,
+        "edited_image": picture_cell(pair.after, f"{stem or pair.id}_1"),
+        "id": pair.id,
+        **{name: value for name, value in pair.scores.items() if name in columns.SCORES},
+        **more,
+    }
+
+
+def pair_table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows of `pair_row` as a table, for a stage to return."""
+    return pa.Table.from_pylist(list(rows), PAIR_SCHEMA)
 
 
 def picture_cell(picture: bytes | NDArray[np.uint8], stem: str) -> dict[str, object]:
