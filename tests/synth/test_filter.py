@@ -120,11 +120,11 @@ def measured() -> Rows:
 
 
 def test_similarities_are_clips_own_whatever_the_batch_and_the_sizes(clip):
-    before = [picture(0), picture(1, (64, 64)), picture(2)]
-    after = [picture(3), picture(4, (64, 64)), picture(5, (64, 64))]
-    words = ["a cat", "a longer text about a cat", "a cat"], ["a dog", "night", "snow"]
+    before = [picture(0), picture(1, (64, 64)), picture(6, (64, 64)), picture(2)]
+    after = [picture(3), picture(4), picture(7, (64, 64)), picture(5, (64, 64))]
+    words = ["a cat", "a longer text about a cat", "night", "a cat"], ["a dog", "night", "day", "snow"]
     told = measure(clip, before, after, *words)
-    for k in range(3):
+    for k in range(4):
         one, two = (torch.from_numpy(np.array(p[k])).permute(2, 0, 1)[None] / 255 for p in (before, after))
         found = similarities(clip.images(one), clip.images(two), *(clip.texts([w[k]]) for w in words))
         for name, of in SIMILARITIES.items():
@@ -132,7 +132,7 @@ def test_similarities_are_clips_own_whatever_the_batch_and_the_sizes(clip):
     small = measure(clip, before, after, *words, batch=1)
     for name, values in told.items():
         np.testing.assert_allclose(values, small[name], atol=2e-6)
-    assert len({value for values in told.values() for value in values.tolist()}) == 12
+    assert len({value for values in told.values() for value in values.tolist()}) == 16
 
 
 def test_without_captions_only_the_pictures_are_compared(clip):
