@@ -1,0 +1,409 @@
+"""Edits written by a server of language models that speaks OpenAI's protocol: vLLM, Ollama, OpenAI's own …
+
+Two ways of asking. `completion`: the text of the prompt goes on, for a model tuned on triples. `chat`: some
+seed triples are shown as a conversation and the answer is to be JSON of a schema, for a general model.
+Everything goes over the standard library's HTTP, so that nothing besides needs to be installed.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ip2p import terminal
+from ip2p.errors import InputError, ModelError
+from ip2p.synth.instruct import (
+    FREQUENCY_PENALTY,
+    MAX_TOKENS,
+    MIDDLE,
+    STOP,
+    TEMPERATURE,
+    Answer,
+    Ask,
+    check_sampling,
+    prompt_of,
+)
+from ip2p.synth.records import Triple
+from ip2p.synth.triples import examples
+
+Way = Literal["completion", "chat"]
+KEY = "OPENAI_API_KEY"
+SHOTS = 8  # triples that a general model is shown
+PATIENCE = 300.0  # seconds for which a server may be away
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
+AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # what may pass if it is asked later
+
+SYSTEM = (
+    "You write training data for a program that edits pictures by instruction. You are given the caption of "
+    "a picture. Think of one interesting change that a person could ask for: to an object, its colour or "
+    "material, the style or artist, place, time, weather, season, mood, clothing, or something added, "
+    "removed or replaced. Write the instruction as the person would say it, and the caption of the picture "
+    "after the change. Keep all of the caption that does not change, word for word. Do not move or turn "
+    "anything, and do not change the view. Vary what you ask for and how you say it. Answer with JSON "
+    "alone: an object with instruction and edited_caption."
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {"instruction": {"type": "string"}, "edited_caption": {"type": "string"}},
+    "required": ["instruction", "edited_caption"],
+    "additionalProperties": False,
+}
+# How an answer's form is asked for, the strictest first; a server that refuses one is asked by the next.
+FORMS: tuple[dict[str, Any], ...] = (
+    {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "edit", "strict": True, "schema": SCHEMA},
+        }
+    },
+    {"response_format": {"type": "json_object"}},
+    {},
+)
+_OF_FORMS = {"response_format", "json_schema", "json_object", "schema", "guided_json"}
+
+
+@dataclass
+class Usage:
+    """What a server has counted. tokens of prompts and answers; cost in the money of the prices."""
+
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    cost: float = 0.0
+
+    def line(self) -> str:
+        told = (
+            f"{self.requests:,} answers, {self.retries:,} retries, {self.prompt_tokens:,} tokens in, "
+            f"{self.answer_tokens:,} out"
+        )
+        return told + (f", cost {self.cost:,.4f}" if self.cost else "")
+
+
+class ServerWriter:
+    """A model of a server, asked by several threads at once.
+
+    url: up to /v1, such as http://localhost:8000/v1. way: `completion` for a tuned model, `chat` for a
+    general one; shots: how many seed triples it is shown, by default none and SHOTS. together: requests under
+    way at once; rate: the most that are begun a second. price: of a million tokens of prompts and of answers.
+    key: sent as a bearer's token, by default that of OPENAI_API_KEY.
+
+    A request that fails in a way that may pass (the server is away, busy or broken) is sent again after a
+    wait that doubles, or that the server says in Retry-After, until `patience` seconds have passed since any
+    request of all threads was answered. So a server may be killed and started again. Every question carries
+    its seed; whether equal seeds give equal answers is the server's affair. Raises InputError for settings,
+    ModelError for a server that refuses, stays away, or does not speak the protocol.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        way: Way = "completion",
+        shots: int | None = None,
+        temperature: float = TEMPERATURE,
+        frequency_penalty: float = FREQUENCY_PENALTY,
+        max_tokens: int = MAX_TOKENS,
+        together: int = 8,
+        rate: float | None = None,
+        price: tuple[float, float] = (0.0, 0.0),
+        timeout: float = 120.0,
+        patience: float = PATIENCE,
+        key: str | None = None,
+        say: Callable[[str], None] = terminal.say,
+    ) -> None:
+        check_sampling(temperature, frequency_penalty, max_tokens)
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"--server {url} is no address; write it as http://localhost:8000/v1")
+        if not model.strip():
+            raise InputError("the server's model is not named; name one: --model NAME")
+        if way not in ("completion", "chat"):
+            raise InputError(f"--way is {way}; use completion for a tuned model, chat for a general one.")
+        for flag, value in (("together", together), ("timeout", timeout)):
+            if not value > 0:
+                raise InputError(f"--{flag} is {value:g}; use a positive number.")
+        if rate is not None and not rate > 0:
+            raise InputError(f"--rate is {rate:g}; use a positive number of requests a second.")
+        self.name, self.model, self.way = model, model, way
+        self.url = url.rstrip("/")
+        self.shots = shots if shots is not None else SHOTS if way == "chat" else 0
+        self.sampling = {
+            "temperature": temperature,
+            "frequency_penalty": frequency_penalty,
+            "max_tokens": max_tokens,
+        }
+        self.together, self.price, self.timeout, self.patience = together, price, timeout, patience
+        self.usage = Usage()
+        self.say = say
+        self._key = os.environ.get(KEY) if key is None else key
+        self._lock = threading.Lock()
+        self._pace = _Pace(rate)
+        self._form = 0  # of FORMS
+        self._drop: set[str] = set()  # fields that the server does not know
+        self._newer = False  # it calls max_tokens max_completion_tokens
+        self._answered = time.monotonic()
+        self._away = False
+
+    def __call__(self, asks: Sequence[Ask]) -> list[Answer]:
+        if not asks:
+            return []
+        self._answered = time.monotonic()
+        stop = threading.Event()
+        with ThreadPoolExecutor(min(self.together, len(asks)), "ip2p-server") as pool:
+            futures = [pool.submit(self._answer, ask, stop) for ask in asks]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                # What waits for a retry must not hold the error back, nor Ctrl-C.
+                stop.set()
+                for future in futures:
+                    future.cancel()
+                raise
+            return [future.result() for future in futures]
+
+    def _answer(self, ask: Ask, stop: threading.Event) -> Answer:
+        shown = examples(self.shots, ask.caption, ask.number)
+        if self.way == "completion":
+            own: dict[str, Any] = {"prompt": prompt_of(ask.caption, shown), "stop": [STOP]}
+            choice = self._choice(self._ask("completions", own, ask, stop))
+            text = choice.get("text")
+        else:
+            own = {"messages": _messages(ask.caption, shown)}
+            choice = self._choice(self._ask("chat/completions", own, ask, stop))
+            message = choice.get("message")
+            text = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(text, str):
+            text = ""  # it declined, or only called a tool: unparsable
+        if self.way == "chat":
+            text = _from_json(text)
+        return Answer(text=text.split(STOP)[0], finished=choice.get("finish_reason") != "length")
+
+    def _body(self, own: dict[str, Any], ask: Ask) -> dict[str, Any]:
+        """A request in the form that the server is known to take by now."""
+        # 31 bits: some servers keep seeds as signed numbers of 32.
+        body = {"model": self.model, **self.sampling, "seed": ask.seed >> 1, **own}
+        if self._newer:
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        form = FORMS[self._form] if self.way == "chat" else {}
+        return {name: value for name, value in (body | form).items() if name not in self._drop}
+
+    def _choice(self, reply: dict[str, Any]) -> dict[str, Any]:
+        choices = reply.get("choices")
+        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+            raise ModelError(
+                f"{self.url} answered without choices ({_short(json.dumps(reply))}); it is no server of "
+                "language models in OpenAI's protocol. Check --server."
+            )
+        return choices[0]
+
+    def _ask(self, path: str, own: dict[str, Any], ask: Ask, stop: threading.Event) -> dict[str, Any]:
+        """The reply to a request, sent again as often as there is hope."""
+        # Not all at once again after a pause; and not from the seed of any result.
+        jitter = random.Random(ask.seed)
+        attempt = 0
+        while True:
+            self._pace(stop)
+            if stop.is_set():
+                raise ModelError(f"asking {self.url} was stopped.")
+            sent = self._body(own, ask)
+            try:
+                reply = self._post(path, sent)
+            except _Refused as error:
+                if self._adapt(sent, error):
+                    continue
+                raise ModelError(self._refusal(path, error)) from None
+            except _Passing as error:
+                attempt += 1
+                self._wait(error, attempt, jitter, stop)
+                continue
+            self._count(reply)
+            return reply
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(
+            f"{self.url}/{path}", json.dumps(body).encode(), headers, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                data = response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                told = _short(_read(error))
+            if error.code in AGAIN:
+                raise _Passing(f"{error.code} {told}", _retry_after(error.headers)) from None
+            raise _Refused(error.code, told) from None
+        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
+            reason = getattr(error, "reason", error)
+            raise _Passing(str(reason) or type(error).__name__, None) from None
+        try:
+            reply = json.loads(data)
+        except ValueError:
+            reply = None
+        if not isinstance(reply, dict):
+            raise _Refused(200, f"no JSON: {_short(data.decode(errors='replace'))}")
+        return reply
+
+    def _adapt(self, sent: dict[str, Any], error: _Refused) -> bool:
+        """Ask in a plainer form from now on, where the server refused one; False if that is not why."""
+        if error.code not in (400, 404, 422, 501):
+            return False
+        words = set(re.findall(r"[a-z_]+", error.told.lower()))
+        with self._lock:
+            # What another thread has changed meanwhile is only sent again.
+            if "response_format" in sent and words & _OF_FORMS:
+                if sent["response_format"] == FORMS[self._form].get("response_format"):
+                    self._form += 1
+                return True
+            if "max_tokens" in sent and "max_completion_tokens" in words:
+                self._newer = True
+                return True
+            for field in ("seed", "frequency_penalty", "stop"):
+                if field in sent and field in words:
+                    if field not in self._drop:
+                        self._drop.add(field)
+                        self.say(f"{self.url} does not know {field}; it is left out")
+                    return True
+        return False
+
+    def _refusal(self, path: str, error: _Refused) -> str:
+        what = f"{self.url}/{path} answered {error.code} ({error.told})"
+        if error.code in (401, 403):
+            return f"{what}; set {KEY} to a key that it takes."
+        if error.code == 404:
+            other = "chat" if self.way == "completion" else "completion"
+            return f"{what}; check --server (it ends in /v1), the name {self.model}, or try --way {other}."
+        return f"{what}. Check --server and --model."
+
+    def _wait(self, error: _Passing, attempt: int, jitter: random.Random, stop: threading.Event) -> None:
+        pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * (0.5 + jitter.random())
+        if error.after is not None:
+            pause = max(error.after, pause)
+        with self._lock:
+            self.usage.retries += 1
+            left = self._answered + self.patience - time.monotonic()
+            if left <= 0 or (error.after is not None and error.after > left):
+                raise ModelError(
+                    f"{self.url} has not answered for {self.patience:g} s ({error}). Start or free it, then "
+                    "run the same command again: it goes on where it stopped."
+                )
+            if not self._away:
+                self._away = True
+                self.say(f"{self.url}: {error}; asking again for up to {self.patience:g} s")
+        stop.wait(min(pause, left))
+
+    def _count(self, reply: dict[str, Any]) -> None:
+        told = reply.get("usage")
+        told = told if isinstance(told, dict) else {}
+        read, written = (_whole(told.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        with self._lock:
+            self._answered = time.monotonic()
+            self._away = False
+            self.usage.requests += 1
+            self.usage.prompt_tokens += read
+            self.usage.answer_tokens += written
+            self.usage.cost += (read * self.price[0] + written * self.price[1]) / 1e6
+
+
+class _Pace:
+    """Lets at most `rate` callers a second through, evenly."""
+
+    def __init__(self, rate: float | None) -> None:
+        self.gap = 0.0 if rate is None else 1 / rate
+        self.next = 0.0
+        self.lock = threading.Lock()
+
+    def __call__(self, stop: threading.Event) -> None:
+        if not self.gap:
+            return
+        with self.lock:
+            now = time.monotonic()
+            mine = max(now, self.next)
+            self.next = mine + self.gap
+        stop.wait(mine - now)
+
+
+class _Passing(Exception):
+    """A failure that may pass. after: seconds that the server asks to wait, if it does."""
+
+    def __init__(self, told: str, after: float | None) -> None:
+        super().__init__(told)
+        self.after = after
+
+
+class _Refused(Exception):
+    def __init__(self, code: int, told: str) -> None:
+        super().__init__(code, told)
+        self.code, self.told = code, told
+
+
+def _messages(caption: str, shown: Sequence[Triple]) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": SYSTEM}]
+    for triple in shown:
+        edit = {"instruction": triple.instruction, "edited_caption": triple.edited_caption}
+        messages.append({"role": "user", "content": triple.caption})
+        messages.append({"role": "assistant", "content": json.dumps(edit, ensure_ascii=False)})
+    return [*messages, {"role": "user", "content": caption}]
+
+
+def _from_json(text: str) -> str:
+    """An answer in JSON, or with JSON in it, in the delimiters; unchanged if there is none."""
+    start, end = text.find("{"), text.rfind("}")
+    try:
+        edit = json.loads(text[start : end + 1])
+        instruction, edited = edit["instruction"], edit["edited_caption"]
+    except (ValueError, KeyError, TypeError):
+        return text
+    if not (isinstance(instruction, str) and isinstance(edited, str)):
+        return text
+    return " ".join(instruction.split()) + MIDDLE + " ".join(edited.split())
+
+
+def _retry_after(headers: Any) -> float | None:
+    """The seconds of Retry-After, given as a number or as a date."""
+    told = headers.get("Retry-After") if headers else None
+    if told is None:
+        return None
+    try:
+        return max(0.0, float(told))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def _read(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(4096).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:300] + " …"
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0

@@ -1,0 +1,352 @@
+"""A server is asked by several threads, through pauses and restarts, in a form that it takes."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from ip2p.errors import InputError, ModelError
+from ip2p.synth import server as module
+from ip2p.synth.instruct import Answer, Ask, Edit, Instruct, parse, prompt_of
+from ip2p.synth.server import FORMS, SCHEMA, ServerWriter
+from ip2p.synth.triples import examples
+
+GOOD = "make it a wolf\n%%\n{} and a wolf"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
+    monkeypatch.delenv(module.KEY, raising=False)
+
+
+class Fake:
+    """A server of a language model on a port of this machine. reply(body, path, headers) gives a status and
+    what is sent: a dict as JSON, or bytes as they are; None cuts the connection."""
+
+    def __init__(self, reply=None):
+        self.reply = reply or (lambda body, path, headers: (200, answer(body)))
+        self.bodies, self.paths, self.headers, self.port = [], [], [], 0
+
+    def start(self):
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.bodies.append(body)
+                fake.paths.append(self.path)
+                fake.headers.append(dict(self.headers))
+                told = fake.reply(body, self.path, self.headers)
+                if told is None:
+                    self.close_connection = True
+                    return
+                status, sent, *more = told
+                data = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+                self.send_response(status)
+                for name, value in more:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_):  # a client that gave up
+                pass
+
+        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.005,))
+        self.thread.start()
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}/v1"
+
+
+@contextmanager
+def serving(reply=None):
+    fake = Fake(reply)
+    fake.start()
+    try:
+        yield fake
+    finally:
+        fake.stop()
+
+
+def caption_of(body):
+    if "prompt" in body:
+        return body["prompt"].split("\n##\n")[-2].split("\n")[-1]
+    return body["messages"][-1]["content"]
+
+
+def answer(body, text=None, finish="stop"):
+    text = GOOD.format(caption_of(body)) if text is None else text
+    choice = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+    return {
+        "choices": [choice | {"finish_reason": finish}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 4},
+    }
+
+
+def json_answer(body, **more):
+    edit = {"instruction": "make it a wolf", "edited_caption": caption_of(body) + " and a wolf"}
+    return answer(body, json.dumps(edit | more))
+
+
+ASKS = [Ask(caption=f"a picture of {n} foxes") for n in range(12)]
+WANTED = [Answer(text=GOOD.format(ask.caption)) for ask in ASKS]
+
+
+def make(fake, **settings):
+    return ServerWriter(fake.url, "lm", **({"say": lambda _: None} | settings))
+
+
+def test_a_tuned_model_completes_the_prompt_with_the_papers_values():
+    with serving() as fake:
+        writer = make(fake, price=(2.0, 10.0))
+        assert writer(ASKS) == WANTED
+    assert set(fake.paths) == {"/v1/completions"}
+    body = next(body for body in fake.bodies if body["prompt"] == prompt_of(ASKS[0].caption))
+    assert body == {
+        "model": "lm",
+        "prompt": "a picture of 0 foxes\n##\n",
+        "temperature": 0.7,
+        "frequency_penalty": 0.1,
+        "max_tokens": 256,
+        "stop": ["\nEND"],
+        "seed": ASKS[0].seed >> 1,
+    }
+    assert 0 <= body["seed"] < 2**31
+    usage = writer.usage
+    assert (usage.requests, usage.retries, usage.prompt_tokens, usage.answer_tokens) == (12, 0, 120, 48)
+    assert usage.cost == pytest.approx((120 * 2 + 48 * 10) / 1e6)
+    assert usage.line() == "12 answers, 0 retries, 120 tokens in, 48 out, cost 0.0007"
+
+
+def test_a_general_model_is_shown_seeds_and_asked_for_json_of_a_schema():
+    with serving(lambda body, *_: (200, json_answer(body))) as fake:
+        answers = make(fake, way="chat", shots=3, key="secret")(ASKS[:1])
+    assert parse(answers[0].text) == Edit(
+        instruction="make it a wolf", edited_caption="a picture of 0 foxes and a wolf"
+    )
+    body = fake.bodies[0]
+    assert fake.paths == ["/v1/chat/completions"] and fake.headers[0]["Authorization"] == "Bearer secret"
+    assert body["response_format"]["json_schema"]["schema"] == SCHEMA and body["temperature"] == 0.7
+    roles = [message["role"] for message in body["messages"]]
+    assert roles == ["system", *["user", "assistant"] * 3, "user"]
+    first = examples(3, ASKS[0].caption, 0)[0]
+    assert body["messages"][1]["content"] == first.caption
+    assert json.loads(body["messages"][2]["content"])["edited_caption"] == first.edited_caption
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ('Sure! ```json\n{"instruction": "a\\nb", "edited_caption": "c"}\n```', ("a b", "c")),
+        ('{"instruction": "a"}', None),
+        ('{"instruction": 1, "edited_caption": "c"}', None),
+        ("make it a wolf", None),
+        (None, None),
+    ],
+)
+def test_json_is_found_in_an_answer_and_what_is_none_is_unparsable(text, parsed):
+    reply = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+    with serving(lambda *_: (200, reply)) as fake:
+        edit = parse(make(fake, way="chat")(ASKS[:1])[0].text)
+    assert edit == (None if parsed is None else Edit(instruction=parsed[0], edited_caption=parsed[1]))
+
+
+def test_a_server_that_refuses_a_form_is_asked_in_a_plainer_one_once_and_for_all():
+    def reply(body, *_):
+        kind = body.get("response_format", {}).get("type")
+        if kind:
+            return 422, {"detail": f"Unsupported fields in the request: {{'response_format'}} {kind}"}
+        if "seed" in body:
+            return 400, {"error": {"message": "Unrecognized request argument supplied: seed"}}
+        if "max_tokens" in body:
+            return 400, {"error": {"message": "use 'max_completion_tokens' instead of max_tokens"}}
+        return 200, json_answer(body)
+
+    said = []
+    with serving(reply) as fake:
+        writer = make(fake, way="chat", together=4, say=said.append)
+        assert [answer.text for answer in writer(ASKS)] == [answer.text for answer in WANTED]
+        few = len(fake.bodies)
+        assert len(writer(ASKS)) == 12
+        assert len(fake.bodies) == few + 12
+    assert FORMS[writer._form] == {} and fake.bodies[-1]["max_completion_tokens"] == 256
+    assert len(said) == 1 and "does not know seed" in said[0]
+
+
+def test_as_many_requests_are_under_way_as_was_asked_for():
+    barrier = threading.Barrier(4, timeout=20)
+
+    def reply(body, *_):
+        barrier.wait()  # passes only when four have come
+        return 200, answer(body)
+
+    with serving(reply) as fake:
+        assert make(fake, together=4)(ASKS[:8]) == WANTED[:8]
+
+
+def test_requests_begin_no_faster_than_the_rate():
+    class Clock:
+        waits: list = []  # noqa: RUF012
+
+        def wait(self, seconds):
+            self.waits.append(seconds)
+
+    pace, clock = module._Pace(100.0), Clock()
+    for _ in range(50):
+        pace(clock)
+    assert clock.waits[0] == 0 and 0.3 < clock.waits[-1] <= 0.49  # 49 gaps of 0.01 s, less what passed
+    assert clock.waits == sorted(clock.waits)
+    with serving() as fake:
+        start = time.monotonic()
+        make(fake, rate=100.0)(ASKS)
+        assert time.monotonic() - start >= 0.11
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_failure_that_may_pass_is_asked_again(status):
+    failures = {}
+
+    def reply(body, *_):
+        failures[body["prompt"]] = failures.get(body["prompt"], 0) + 1
+        return (200, answer(body)) if failures[body["prompt"]] > 2 else (status, {"error": "busy"})
+
+    said = []
+    with serving(reply) as fake:
+        writer = make(fake, say=said.append)
+        assert writer(ASKS) == WANTED
+    assert writer.usage.retries == 24 and writer.usage.requests == 12
+    assert said and f"{status}" in said[0]
+
+
+def test_cut_connections_and_broken_replies_are_asked_again():
+    seen = set()
+
+    def reply(body, *_):
+        if body["prompt"] not in seen:
+            seen.add(body["prompt"])
+            return None
+        return 200, answer(body)
+
+    with serving(reply) as fake:
+        assert make(fake)(ASKS) == WANTED
+
+
+def test_a_server_that_is_killed_and_started_again_half_way_loses_nothing():
+    fake, stopped, said = Fake(), threading.Event(), []
+    killer = threading.Thread(target=lambda: (stopped.wait(), fake.stop()))
+
+    def reply(body, *_):
+        if len(fake.bodies) >= 6 and not stopped.is_set():
+            stopped.set()
+        # What is under way when it is killed never gets its answer.
+        return None if stopped.is_set() and killer.is_alive() else (200, answer(body))
+
+    def say(line):
+        said.append(line)
+        killer.join()  # it is down, and the port free
+        fake.start()
+
+    fake.reply = reply
+    fake.start()
+    killer.start()
+    try:
+        writer = ServerWriter(fake.url, "lm", together=2, say=say)
+        written = Instruct(writer)([ask.caption for ask in ASKS])
+    finally:
+        stopped.set()
+        killer.join()
+        fake.stop()
+    assert [each.triples[0].edited_caption for each in written] == [f"{a.caption} and a wolf" for a in ASKS]
+    assert [each.rejected for each in written] == [()] * 12
+    assert len(said) == 1 and "asking again" in said[0]
+    assert writer.usage.requests == 12 and writer.usage.retries >= 1
+
+
+def test_retry_after_is_waited_for(monkeypatch):
+    waits, first = [], threading.Event()
+
+    def reply(body, *_):
+        if not first.is_set():
+            first.set()
+            return 429, {"error": "slow down"}, ("Retry-After", "7")
+        return 200, answer(body)
+
+    monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: waits.append(timeout))
+    with serving(reply) as fake:
+        assert make(fake)(ASKS[:1]) == WANTED[:1]
+    assert 7 in waits
+    for told, wanted in (("2.5", 2.5), (formatdate(time.time() + 60, usegmt=True), 60), ("soon", None)):
+        found = module._retry_after({"Retry-After": told})
+        assert found == (None if wanted is None else pytest.approx(wanted, abs=2))
+
+
+def test_a_server_that_stays_away_is_given_up_with_the_way_on():
+    fake = Fake()
+    fake.start()
+    fake.stop()
+    with pytest.raises(ModelError, match=r"has not answered for 0\.05 s .*goes on where it stopped"):
+        make(fake, patience=0.05)(ASKS)
+    with (
+        serving(lambda *_: (429, {"error": "quota"}, ("Retry-After", "9999"))) as busy,
+        pytest.raises(ModelError, match="quota"),
+    ):
+        make(busy)(ASKS[:2])
+
+
+@pytest.mark.parametrize(
+    ("status", "sent", "told"),
+    [
+        (401, {"error": "bad key"}, "set OPENAI_API_KEY"),
+        (404, {"error": "no model lm"}, "the name lm, or try --way chat"),
+        (400, {"error": "context too long"}, "answered 400 .*context too long"),
+        (200, {"hello": 1}, "without choices"),
+        (200, b"<html>", "no JSON: <html>"),
+    ],
+)
+def test_a_refusal_is_told_at_once(status, sent, told):
+    with serving(lambda *_: (status, sent)) as fake, pytest.raises(ModelError, match=told):
+        make(fake)(ASKS)
+    assert len(fake.bodies) <= 12  # none was asked again
+
+
+def test_an_answer_that_was_cut_off_says_so():
+    with serving(lambda body, *_: (200, answer(body, finish="length"))) as fake:
+        assert not make(fake)(ASKS[:1])[0].finished
+    with serving(lambda body, *_: (200, answer(body, GOOD.format("x") + "\nEND and on"))) as fake:
+        assert make(fake)(ASKS[:1]) == [Answer(text=GOOD.format("x"))]
+        assert make(fake)([]) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"url": "localhost:8000"}, "write it as http"),
+        ({"url": "ftp://x/v1"}, "write it as http"),
+        ({"model": " "}, "name one: --model"),
+        ({"way": "talk"}, "--way is talk"),
+        ({"together": 0}, "--together is 0"),
+        ({"rate": 0}, "--rate is 0"),
+        ({"temperature": 3}, "--temperature is 3"),
+    ],
+)
+def test_settings_out_of_range_are_told(settings, told):
+    with pytest.raises(InputError, match=told):
+        ServerWriter(**({"url": "http://localhost:1/v1", "model": "lm"} | settings))
