@@ -369,10 +369,10 @@ def _task(here: _Setting) -> EditTask:
     config, bundle = here.config, here.bundle
     unet: Any = bundle.unet
     cells = here.transform.size[0] * here.transform.size[1] // bundle.latent_factor**2
-    if here.accelerator.device.type == "cpu" and cells <= 1024:
+    if here.accelerator.device.type == "cpu" and cells <= 256:
         from diffusers.models.attention_processor import AttnProcessor
 
-        # The fused kernel's backward pass is the slower one on a CPU at these lengths.
+        # With so few cells the fused kernel's backward pass is the slower one on a CPU, most of all in bf16.
         unet.set_attn_processor(AttnProcessor())
     if config.lora is not None:
         from ip2p.train.lora import add_lora

@@ -393,3 +393,34 @@ def test_original_folder_of_numbers_alone_does_not_look_into_each_for_parquet(tm
     folder = write_original(tmp_path / "set", make_pairs(1))
     shutil.copy(write_hub(tmp_path / "x.parquet", make_pairs(2)), folder / "0000000" / "x.parquet")
     assert len(open_source(str(folder))) == 1
+
+
+def test_the_output_of_a_job_that_was_stopped_is_no_data_set(tmp_path):
+    from ip2p import jobs
+    from ip2p.storybook.source import StorybookSource
+    from ip2p.synth.filter import pair_row, pair_table
+
+    source = StorybookSource(32, count=4)
+
+    class Stopped(Exception):
+        pass
+
+    class Rows:
+        broken = True
+
+        def __call__(self, part):
+            if 2 in part and self.broken:
+                raise Stopped
+            return jobs.Made(tables={"data/train": pair_table([pair_row(source[k]) for k in part])})
+
+    def go():
+        jobs.run(Rows, [range(0, 2), range(2, 4)], tmp_path / "out", settings={}, unit="pairs")
+
+    with pytest.raises(Stopped):
+        go()
+    with pytest.raises(InputError, match="is not finished"):
+        open_source(str(tmp_path / "out"))
+    Rows.broken = False
+    go()
+    whole = open_source(str(tmp_path / "out"))
+    assert [whole[k].id for k in range(len(whole))] == [source[k].id for k in range(4)]

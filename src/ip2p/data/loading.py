@@ -105,11 +105,18 @@ def _files(folder: Path, ending: str, split: str) -> list[Path]:
 
 
 def _check_finished(folder: Path) -> None:
-    """Raise InputError for a conversion that was stopped: it lacks rows, and nothing else tells."""
+    """Raise InputError for a conversion or a job that was stopped: it lacks rows, and nothing else tells."""
     try:
         with open(folder / MANIFEST, encoding="utf-8") as file:
             first = json.loads(file.readline())
-            if "convert" in first and not any('"done"' in line for line in file):
+            if any('"done"' in line for line in file):
+                return
+            if "job" in first:
+                raise InputError(
+                    f"{folder} is not finished: what makes it was stopped, or is at work. "
+                    "Run the command that makes it again."
+                )
+            if "convert" in first:
                 source, to = first["convert"]["source"], first["convert"]["to"]
                 raise InputError(
                     f"{folder} is a conversion that was stopped. "
