@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -479,6 +481,43 @@ def test_without_tensorboard_auto_tracks_nothing_and_asking_for_it_is_told(monke
         trainer._trackers("tensorboard")
     with pytest.raises(InputError, match="pip install wandb"):
         trainer._trackers("wandb")
+
+
+def test_stopping_when_it_gets_worse_needs_pairs_to_hold_out(config, tmp_path):
+    few = tmp_path / "few.parquet"
+    write_pairs((sample_edit(rng_for("test", 0, k)) for k in range(6)), few, size=SIDE)
+    with pytest.raises(InputError, match="has 6 rows"):
+        trainer.run(replace(config, data=str(few), validate_every=2, stop_when_worse=1))
+
+
+def test_two_processes_share_a_run_validate_it_and_write_one_editor(config, tmp_path):
+    """The command under torchrun: caches, steps, validations that may end it, one folder."""
+    more = {"validate_every": 2, "held_out": 2, "validate_steps": 1, "cache": tmp_path / "cache"}
+    both = replace(config, output=tmp_path / "two", **more)
+    words = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(both).items()
+        if value not in (None, False) and value != getattr(TrainConfig, name, None)
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    made = subprocess.run(
+        [*launch, "-m", "ip2p", "train", *words, "--stop-when-worse", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert made.stdout.split() == [str(both.output)]
+    assert (both.output / "model_index.json").exists()
+    trainer.run(replace(config, **more))
+    curves = [
+        [json.loads(line)["loss"] for line in (folder / "training" / "curves.jsonl").read_text().splitlines()]
+        for folder in (both.output, config.output)
+    ]
+    # fp32, and AdamW makes steps of the rounding of gradients that are zero (tests/train/test_reference.py).
+    steps = min(map(len, curves))
+    assert steps >= 2 and curves[0][:steps] == pytest.approx(curves[1][:steps], abs=1e-3)
 
 
 # --- the command line ---

@@ -214,6 +214,11 @@ def _run(config: TrainConfig, output: Path) -> Result:
     start_key = weights_key(bundle.unet)
     samples, reader, held, data = _samples(here)
     task = _task(here)
+    if config.stop_when_worse and not held:
+        raise InputError(
+            f"--stop-when-worse needs held-out pairs, at most a tenth of all, and {config.data} has "
+            f"{data.rows} rows; leave it away, or give more data."
+        )
     checks = _Checks(here, task, reader, held) if main and held else None
     if main:
         write_text(output / "run.json", run_json(config))
@@ -241,7 +246,8 @@ def _run(config: TrainConfig, output: Path) -> Result:
         fingerprint=fingerprint(config, source, start_key),
         name="train",
         deadline=None if config.seconds is None else started + config.seconds,
-        check=checks,
+        # The others wait for the main process as it validates, and learn whether to stop.
+        check=checks or (_no_check if held else None),
         parts={"watch": checks.watch} if checks is not None else {},
         profile=config.profile,
         say=say if main else lambda text: None,
@@ -647,6 +653,10 @@ def _write(here: _Setting, output: Path, task: EditTask, data: Data, checks: _Ch
             shutil.rmtree(target)
         os.replace(entry, target)
     fresh.rmdir()
+
+
+def _no_check(step: int) -> bool:
+    return False
 
 
 def _told(name: str) -> str:
