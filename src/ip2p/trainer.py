@@ -107,7 +107,13 @@ def train(config: TrainConfig) -> None:
         from ip2p.train.ray import launch
 
         make_folder(Path(str(config.output)))
-        launch(run, replace(config, ray=None), workers=config.ray, storage=Path(str(config.output)) / "ray")
+        launch(
+            run,
+            replace(config, ray=None),
+            workers=config.ray,
+            storage=Path(str(config.output)) / TRAINING / "ray",
+            use_gpu=False if config.device == "cpu" else None,
+        )
     else:
         run(config)
     if _main():
@@ -499,7 +505,8 @@ def _online(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
         here.objective,
         here.share,
         seed=config.seed,
-        pool=config.pool,
+        # No more than the run will use, which matters for short ones.
+        pool=min(config.pool, -(-config.steps * config.batch // config.reuse)),
         reuse=config.reuse,
         workers=config.workers,
         kept=kept,
