@@ -446,7 +446,14 @@ def _samples(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
     held, kept = _apart(config, cache.ids)
     words = read_cached(told)
     samples = CachedSamples(
-        cache, words, here.transform, here.objective, here.share, seed=config.seed, kept=kept
+        cache,
+        words,
+        here.transform,
+        here.objective,
+        here.share,
+        seed=config.seed,
+        kept=kept,
+        ahead=here.accelerator.device.type != "cpu",
     )
     data = Data(name=config.data, rows=len(kept), quarantined=len(cache.broken), license=config.data_license)
     return samples, words, [source[cache.rows[place]] for place in held], data

@@ -154,7 +154,10 @@ def chosen_texts(
 
 
 class CachedSamples:
-    """Samples whose latents lie on the disk. kept: the places in the cache that are trained on."""
+    """Samples whose latents lie on the disk.
+
+    kept: the places in the cache that are trained on. ahead: read in a thread while the device works.
+    """
 
     def __init__(
         self,
@@ -166,7 +169,9 @@ class CachedSamples:
         *,
         seed: int,
         kept: Sequence[int],
+        ahead: bool = True,
     ) -> None:
+        self.ahead = ahead
         self.cache, self.words, self.transform, self.objective = cache, words, transform, objective
         self.share, self.seed, self.kept = share, seed, kept
         self.order = Order(len(kept), seed)
@@ -193,7 +198,7 @@ class CachedSamples:
         )
 
     def __call__(self, first: int) -> Iterator[list[EditBatch]]:
-        """The micro-batches of each step from `first` on, read ahead by a thread."""
+        """The micro-batches of each step from `first` on, read ahead by a thread if the device is another."""
 
         def steps() -> Iterator[list[EditBatch]]:
             step = first
@@ -201,7 +206,8 @@ class CachedSamples:
                 yield [self.batch(places) for places in self.share.places(step)]
                 step += 1
 
-        return ahead(steps())
+        # On a CPU a second thread's small sums would take the cores from the network's.
+        return ahead(steps()) if self.ahead else steps()
 
 
 def ahead(items: Iterator[Any], count: int = 3) -> Iterator[Any]:
