@@ -48,13 +48,12 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def config(pairs, base, cache, tmp_path) -> TrainConfig:
+def settings(pairs: Path, base: Path, cache: Path, output: Path) -> TrainConfig:
     """Six steps in fp32, with a checkpoint after every second."""
     return TrainConfig(
         data=str(pairs),
         base=str(base),
-        output=tmp_path / "editor",
+        output=output,
         steps=6,
         batch=4,
         size=SIDE,
@@ -67,6 +66,11 @@ def config(pairs, base, cache, tmp_path) -> TrainConfig:
         track="none",
         device="cpu",
     )
+
+
+@pytest.fixture
+def config(pairs, base, cache, tmp_path) -> TrainConfig:
+    return settings(pairs, base, cache, tmp_path / "editor")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -111,23 +115,7 @@ def kill():
 @pytest.fixture(scope="module")
 def whole(pairs, base, cache, tmp_path_factory):
     """A run that nothing disturbed: its settings and its output."""
-    output = tmp_path_factory.mktemp("whole") / "editor"
-    config = TrainConfig(
-        data=str(pairs),
-        base=str(base),
-        output=output,
-        steps=6,
-        batch=4,
-        size=SIDE,
-        lr=1e-3,
-        cache=cache,
-        precision="fp32",
-        save_every=2,
-        validate_every=0,
-        workers=0,
-        track="none",
-        device="cpu",
-    )
+    config = settings(pairs, base, cache, tmp_path_factory.mktemp("whole") / "editor")
     trainer.run(config)
     return config
 
