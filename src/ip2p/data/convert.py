@@ -29,6 +29,7 @@ from ip2p.data.original import METADATA, PROMPT, SEEDS
 from ip2p.data.records import BrokenRow, Pair, Source, open_picture
 from ip2p.errors import InputError
 from ip2p.files import make_folder, replacing, write_text
+from ip2p.jobs import hold
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -205,7 +206,7 @@ def _job(folder: Path, header: dict[str, Any], *, overwrite: bool) -> Iterator[_
     if not manifest.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} holds something else; choose another folder.")
     with open(manifest, "a+b") as file:
-        _hold(file, folder)
+        hold(file, folder)
         file.seek(0)
         data = file.read()
         # A line that was being written when the process was killed never counted.
@@ -266,19 +267,6 @@ def _sweep(folder: Path) -> None:
     for pattern in (".train-*", ".metadata-*", ".seeds-*", "data/.*", "before/.*", "after/.*", "mask/.*"):
         for half in folder.glob(pattern):
             half.unlink(missing_ok=True)
-
-
-def _hold(file: IO[bytes], folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"another ip2p is writing into {folder}; wait for it, or choose another folder."
-        ) from None
 
 
 # --- the layouts ----------------------------------------------------------------------------------
