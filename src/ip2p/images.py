@@ -189,8 +189,8 @@ def _checked(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
         )
     # A JPEG of several pictures (MPO) is a photograph with a preview: its first one is the photograph.
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        frames = getattr(image, "n_frames", 2)
-        raise InputError(f"{name} is animated or has pages ({frames} of them). Save the one to edit as PNG.")
+        # How many are not counted: that walks through the whole file, which may have millions.
+        raise InputError(f"{name} is animated or has pages. Save the one to edit as PNG.")
     return image
 
 
@@ -311,11 +311,26 @@ def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) 
     """Write a picture by the ending of its name, whole or not at all; its `info` travels with it.
 
     `info["parameters"]` (the settings) goes to PNG's text chunk of that name, and to EXIF
-    UserComment in JPEG, WebP and TIFF; exif and icc_profile are kept. BMP holds pixels alone.
+    UserComment in JPEG, WebP and TIFF; exif, icc_profile and, but in TIFF, xmp are kept. BMP holds pixels
+    alone.
     Raises InputError as `check_output` does.
     """
     path = check_output(path, overwrite=overwrite)
     kind = WRITES[path.suffix.lower()]
+    with replacing(path) as partial:
+        image.save(partial, kind, **_write_options(image, kind))
+    return path
+
+
+def to_bytes(image: Image.Image, kind: Literal["PNG", "JPEG", "WEBP"] = "PNG", **options: object) -> bytes:
+    """The bytes of a picture's file, its `info` in it as `save_image` has it; `options` are Pillow's own."""
+    file = io.BytesIO()
+    image.save(file, kind, **{**_write_options(image, kind), **options})
+    return file.getvalue()
+
+
+def _write_options(image: Image.Image, kind: str) -> dict[str, Any]:
+    """How Pillow is to write a format, and what of the picture's `info` goes into the file."""
     settings = image.info.get("parameters")
     exif = Image.Exif()
     if image.info.get("exif"):
@@ -327,23 +342,26 @@ def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) 
     details.update(
         (tag, side) for tag, side in zip((EXIF_WIDTH, EXIF_HEIGHT), image.size, strict=True) if tag in details
     )
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
+    xmp = image.info.get("xmp")
     if kind == "PNG":
+        options["pnginfo"] = text = PngImagePlugin.PngInfo()
         if settings:
-            options["pnginfo"] = text = PngImagePlugin.PngInfo()
             text.add_text("parameters", settings)
+        if xmp:
+            text.add_itxt("XML:com.adobe.xmp", xmp.decode())
     else:
         options |= WRITE_OPTIONS[kind]
         if settings:
             details[USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be")
+        if xmp and kind in ("JPEG", "WEBP"):
+            options["xmp"] = xmp
     # Empty sub-folders are written too, so look for entries.
     if any(tag != EXIF_IFD for tag in exif) or details:
         options["exif"] = exif.tobytes()
     if image.info.get("icc_profile"):
         options["icc_profile"] = image.info["icc_profile"]
-    with replacing(path) as partial:
-        image.save(partial, kind, **options)
-    return path
+    return options
 
 
 # --- contact sheets ----------------------------------------------------------------------------
