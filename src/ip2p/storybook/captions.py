@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 from ip2p.storybook.language import (
     COLOURLESS_STYLES,
@@ -13,7 +14,7 @@ from ip2p.storybook.language import (
     side_words,
     worn,
 )
-from ip2p.storybook.scene import KINDS, SLOTS, Scene, Thing, rng_for
+from ip2p.storybook.scene import KINDS, SLOTS, Scene, Thing, rng_for, stable_hash
 
 # {things} stand {place} {time}{weather}; {style} is what such a picture is.
 TEMPLATES = (
@@ -26,16 +27,16 @@ TEMPLATES = (
     "{style}: {things} {place} {time}{weather}",
     "{things}, {place}, {time}{weather}, {style}",
 )
-_SIZES = {"small": "small", "medium": "", "large": "large"}
-_TIMES = {"morning": "in the morning", "noon": "at noon", "sunset": "at sunset", "night": "at night"}
-_WEATHERS = {
+SIZE_WORDS = {"small": "small", "medium": "", "large": "large"}
+TIME_SAID = {"morning": "in the morning", "noon": "at noon", "sunset": "at sunset", "night": "at night"}
+WEATHER_SAID = {
     "clear": (" under a clear sky", " in clear weather"),
     "cloudy": (" under a cloudy sky", " in cloudy weather"),
     "rain": (" in the rain", " in rainy weather"),
     "snow": (" in the snow", " in snowy weather"),
     "fog": (" in the fog", " in foggy weather"),
 }
-_STYLES = {
+STYLE_SAID = {
     "plain": ("an illustration", "a plain picture"),
     "pencil": ("a pencil drawing", "a pencil sketch"),
     "watercolour": ("a watercolour", "a watercolour painting"),
@@ -45,11 +46,58 @@ _STYLES = {
 }
 # All words that stand in no template, for the vocabulary.
 WORDS = (
-    *_SIZES.values(),
-    *_TIMES.values(),
-    *(w for options in (*_WEATHERS.values(), *_STYLES.values()) for w in options),
+    *SIZE_WORDS.values(),
+    *TIME_SAID.values(),
+    *(w for options in (*WEATHER_SAID.values(), *STYLE_SAID.values()) for w in options),
     "and wearing in with nothing in the sky",
 )
+
+
+def phrases() -> list[str]:
+    """What captions say in several words that never part, with the space before; some begin a caption."""
+    first = (
+        *(words[0] for words in PLACE_WORDS.values()),
+        *(words for options in STYLE_SAID.values() for words in options),
+    )
+    inside = (
+        *first,
+        *(side_words(slot)[0] for slot in SLOTS),
+        "in the sky",
+        *TIME_SAID.values(),
+        *(words.strip() for options in WEATHER_SAID.values() for words in options),
+    )
+    return [*(f" {text}" for text in inside), *first]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a caption is said. Two pages in one form differ in their captions by what differs on the pages."""
+
+    template: str = TEMPLATES[0]
+    sizes: bool = True
+    sides: bool = True
+    weather: int = 0  # which of the words for it
+    style: int = 0
+    clear: bool = True  # whether a clear sky is named
+    noon: bool = True
+    shuffled: bool = False  # else the things stand as on the page, from left to right
+    words: int | None = None  # seeds the words and the place of each thing, by its uid; None: the plain ones
+
+
+def form_of(rng: random.Random) -> Form:
+    """Draw a form; every scene takes as many lots."""
+    lots = [rng.random() for _ in range(8)]
+    return Form(
+        template=TEMPLATES[int(lots[2] * len(TEMPLATES))],
+        sizes=lots[0] < 0.8,
+        sides=lots[1] < 0.7,
+        weather=int(lots[3] < 0.4),
+        style=int(lots[4] < 0.4),
+        clear=lots[5] >= 0.5,
+        noon=lots[6] >= 0.4,
+        shuffled=lots[7] < 0.25,
+        words=rng.getrandbits(64),
+    )
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
@@ -58,27 +106,21 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     Without `rng` the canonical caption, which names every field of the record that can be seen (styles
     without colours show none); with it one of several, which may leave out sizes, sides, a clear sky or noon.
     """
+    return say_page(scene, Form() if rng is None else form_of(rng))
+
+
+def say_page(scene: Scene, form: Form) -> str:
+    """The caption of the page in this form."""
     things = sorted(scene.things, key=lambda t: (t.in_sky, SLOTS.index(t.slot)))
-    with_size = with_side = True
-    template = TEMPLATES[0]
-    weather, style, time = _WEATHERS[scene.weather][0], _STYLES[scene.style][0], _TIMES[scene.time]
-    if rng is not None:
-        # All lots are drawn for every scene, so that two pages with one seed get the same form of caption.
-        lots = [rng.random() for _ in range(8)]
-        with_size, with_side = lots[0] < 0.8, lots[1] < 0.7
-        template = TEMPLATES[int(lots[2] * len(TEMPLATES))]
-        weather = _WEATHERS[scene.weather][lots[3] < 0.4]
-        style = _STYLES[scene.style][lots[4] < 0.4]
-        if scene.weather == "clear" and lots[5] < 0.5:
-            weather = ""
-        if scene.time == "noon" and lots[6] < 0.4:
-            time = ""
-        if lots[7] < 0.25:
-            rng.shuffle(things)
+    if form.shuffled:
+        things.sort(key=lambda t: stable_hash("place in the caption", form.words, t.uid))
+    weather = "" if scene.weather == "clear" and not form.clear else WEATHER_SAID[scene.weather][form.weather]
+    time = "" if scene.time == "noon" and not form.noon else TIME_SAID[scene.time]
+    style = STYLE_SAID[scene.style][form.style]
     with_colour = scene.style not in COLOURLESS_STYLES
-    said = [_say(t, rng, with_size=with_size, with_side=with_side, with_colour=with_colour) for t in things]
+    said = [_say(t, form, with_colour=with_colour) for t in things]
     listed = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}" if said else "nothing"
-    text = template.format(
+    text = form.template.format(
         things=listed, place=PLACE_WORDS[scene.place][0], time=time, weather=weather, style=style
     )
     return " ".join(text.split()).replace(" ,", ",").replace(",,", ",")
@@ -90,24 +132,24 @@ def captions(scene: Scene, n: int, seed: int) -> list[str]:
     return [caption(scene) if i == 0 else caption(scene, rng) for i in range(n)]
 
 
-def _say(
-    thing: Thing, rng: random.Random | None, *, with_size: bool, with_side: bool, with_colour: bool
-) -> str:
+def _say(thing: Thing, form: Form, *, with_colour: bool) -> str:
+    # Lots of its own, so that a thing is said alike beside others than before.
+    rng = None if form.words is None else rng_for("words", form.words, thing.uid)
     text = counted(
         thing.count,
         noun_of(thing.kind, rng),
-        size=_SIZES[thing.size] if with_size else "",
+        size=SIZE_WORDS[thing.size] if form.sizes else "",
         colour=thing.colour if with_colour else "",
     )
+    wearing, in_sky = (0.0, 0.0) if rng is None else (rng.random(), rng.random())
     if thing.wears is not None:
         wears = worn(thing.wears, thing.count)
-        form = 0.0 if rng is None else rng.random()
-        if form < 0.6:
+        if wearing < 0.6:
             text += f" wearing {wears}"
-        elif form < 0.8 or thing.kind in KINDS["person"]:  # "in" tells a person's clothes
+        elif wearing < 0.8 or thing.kind in KINDS["person"]:  # "in" tells a person's clothes
             text += f" with {wears}"
         else:
             text += f" in {pronoun(thing).p} {wears.removeprefix('a ')}"
-    if with_side:
+    if form.sides:
         text += f" {side_words(thing.slot)[0]}"
-    return f"{text} in the sky" if thing.in_sky and (rng is None or rng.random() < 0.5) else text
+    return f"{text} in the sky" if thing.in_sky and in_sky < 0.5 else text

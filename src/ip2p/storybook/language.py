@@ -491,7 +491,7 @@ def pick_phrasing(
 # --- nouns --------------------------------------------------------------------------------------
 
 _PLURALS = {"bus": "buses", "fox": "foxes", "cactus": "cactuses", "person": "people"}
-_OTHER_NOUNS = {
+OTHER_NOUNS = {
     "cat": "kitty",
     "dog": "puppy",
     "rabbit": "bunny",
@@ -519,9 +519,14 @@ def a(noun: str) -> str:
 
 def noun_of(kind: str, rng: random.Random | None = None) -> str:
     """The kind's own noun or, one time in twelve, another one for it."""
-    if rng is not None and kind in _OTHER_NOUNS and rng.random() < 0.08:
-        return _OTHER_NOUNS[kind]
+    if rng is not None and kind in OTHER_NOUNS and rng.random() < 0.08:
+        return OTHER_NOUNS[kind]
     return kind
+
+
+def nouns_of(kind: str) -> tuple[str, ...]:
+    """All nouns for a kind, its own first."""
+    return (kind, OTHER_NOUNS[kind]) if kind in OTHER_NOUNS else (kind,)
 
 
 def described(noun: str, *, size: str = "", colour: str = "", count: int = 1) -> str:
@@ -574,7 +579,7 @@ def pronoun(thing: Thing) -> Name:
     return _PRONOUNS["her"] if thing.kind in _FEMALE else _PRONOUNS["it"]
 
 
-def _noun_phrase(noun: str, count: int, colour: str = "") -> Name:
+def noun_phrase(noun: str, count: int, colour: str = "") -> Name:
     text = f"the {described(noun, colour=colour, count=count)}"
     owner = f"{text}'" if count > 1 and text.endswith("s") else f"{text}'s"
     return Name(text, text, owner, "are" if count > 1 else "is")
@@ -608,14 +613,14 @@ def name_thing(
         group = GROUP_OF[thing.kind]
         everywhere = (*scene.things, *(also_in.things if also_in else ()))
         if group != "sky" and all(GROUP_OF[t.kind] != group or t.uid == thing.uid for t in everywhere):
-            return _noun_phrase(group, thing.count)
+            return noun_phrase(group, thing.count)
     count = thing.count
     if lot < 0.62 and side and not owner:
         on_side = "in the middle" if thing.slot == "middle" else f"on the {thing.slot}"
         everywhere = (*scene.things, *(also_in.things if also_in else ()))
         alone = all(t.slot != thing.slot or t.uid == thing.uid for t in everywhere)
         noun = "thing" if alone and lot > 0.56 else noun_of(thing.kind, rng)
-        text = f"{_noun_phrase(noun, count).t} {on_side}"
+        text = f"{noun_phrase(noun, count).t} {on_side}"
         return Name(text, text, text, "are" if count > 1 else "is")
     noun = noun_of(thing.kind, rng)
     by_colour = (
@@ -624,7 +629,7 @@ def name_thing(
         and scene.style not in COLOURLESS_STYLES
         and (also_in is None or also_in.style not in COLOURLESS_STYLES)
     )
-    return _noun_phrase(noun, count, thing.colour if by_colour else "")
+    return noun_phrase(noun, count, thing.colour if by_colour else "")
 
 
 def clothes(name: Name) -> Name:
@@ -688,7 +693,7 @@ def side_words(slot: str, rng: random.Random | None = None) -> tuple[str, str]:
 
 # --- from a clause to what a person types -------------------------------------------------------
 
-_POLITE = (
+POLITE = (
     "please {x}",
     "please {x}",
     "{x} please",
@@ -721,7 +726,7 @@ def finish(clause: str, rng: random.Random, *, typos: bool = False) -> str:
     """Make a clause into an instruction as somebody may type it: politeness, spelling, case, stop, typos."""
     text = clause
     if rng.random() < 0.15 and is_imperative(text):
-        text = _POLITE[int(rng.random() * len(_POLITE))].format(x=text)
+        text = POLITE[int(rng.random() * len(POLITE))].format(x=text)
     question = text.startswith(("could you", "can you", "what if"))
     if rng.random() < 0.5:
         text = american(text)
@@ -772,8 +777,8 @@ def _vocabulary() -> tuple[str, ...]:
     def texts() -> Iterable[str]:
         for phrasings in PHRASINGS.values():
             yield from (re.sub(r"\{\w+\}", " ", p.text) for p in phrasings)
-        yield from (re.sub(r"\{\w+\}", " ", t) for t in (*_POLITE, *captions.TEMPLATES))
-        nouns: Sequence[str] = (*ALL_KINDS, *_OTHER_NOUNS.values(), *KINDS, *WEARABLES, "thing", "clothes")
+        yield from (re.sub(r"\{\w+\}", " ", t) for t in (*POLITE, *captions.TEMPLATES))
+        nouns: Sequence[str] = (*ALL_KINDS, *OTHER_NOUNS.values(), *KINDS, *WEARABLES, "thing", "clothes")
         yield from nouns
         yield from (plural(n) for n in nouns)
         yield from NUMBERS
