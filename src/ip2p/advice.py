@@ -82,6 +82,25 @@ less is lost, but with many instructions at once some may be passed over.
   `ip2p edit page.png --from-settings night.png` makes it again, and any flag beside it changes one thing.
 """
 
+# What the page of `ip2p ui` says beside a field, in the words of the text above.
+BESIDE = {
+    "instruction": "Say what to change, not what the whole picture shows. One change at a time works best.",
+    "text_cfg": "How strongly the instruction is followed. Changes too little? Raise it by a third.",
+    "image_cfg": "How strongly the picture is kept. Changes too much? Raise it by 0.1 to 0.2.",
+    "steps": "More help with fine things, seldom with an edit that fails altogether.",
+    "seed": "−1 is a random one. The same seed and settings give the same picture again.",
+    "count": "Another seed is the cheapest second try.",
+    "sampler": "How the noise is taken away.",
+    "spacing": "How the noise levels lie; linspace is the paper's code's.",
+    "size": "The side at which the model works, or 576x384; empty: near what it was trained at.",
+    "negative": "What to stay away from, for example: blurry.",
+    "region": "It changes what was not named? No scale cures that, a mask does.",
+    "auto_mask": "A lower threshold takes more.",
+    "painted": "Paint where the edit may go. Outside, the picture stays as it is.",
+    "mask": "A picture of the same size: white where the edit may go, black where not a byte may change.",
+    "model": "What edits.",
+}
+
 # Which picture of docs/pictures/ the page shows at the end of a section, and what it says of it.
 PICTURES = {
     "## How much": ("grid.png", "One instruction over both scales, as ip2p grid draws it"),
@@ -103,3 +122,13 @@ def page() -> str:
             heading = line
         lines.append(line)
     return "\n".join(lines[:-1]) + "\n"
+
+
+def templates() -> list[tuple[str, str]]:
+    """The instructions that work, each with its first example: ("make it …", "make it night")."""
+    pairs = []
+    for line in TEXT.split("## How much")[0].splitlines():
+        if line.startswith("    ") and (words := line.strip()):
+            template, _, examples = (part.strip() for part in words.partition("  "))
+            pairs.append((template, examples.split(";")[0].split(",")[0]))
+    return pairs
