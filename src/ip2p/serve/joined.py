@@ -1,0 +1,391 @@
+"""One editor for many threads: what they ask of its network at the same time is asked in one call.
+
+Every thread edits as if it were alone. A thread of the editor's own does all that its networks do: it waits
+until the threads that sample have each asked for their next step, joins the questions of equal shape, also
+those of different steps, and splits the answer. Rows of a batch do not see each other in these networks, so
+that each gets what it would get alone, but for the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ip2p.diffusion import Latent, Sigma
+from ip2p.diffusion.denoiser import UNetDenoiser
+from ip2p.editor import Editor
+from ip2p.errors import ResourceError
+from ip2p.models.text import Prompt
+
+T = TypeVar("T")
+
+# How long a call waits for a thread that samples and has not asked yet, in seconds. Between two steps a
+# thread does next to nothing; when it decodes, ends or fails, it is not waited for at all.
+PATIENCE = 0.02
+PASSES = 3  # rows that a picture has in a call at most (equation 3)
+
+
+class Stopped(Exception):
+    """An edit was stopped by `Lane.stop`."""
+
+
+class Lane:
+    """One thread's way through a JoinedEditor. `stop` may be called from any thread."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self._engine = engine
+        self.pictures: int | None = None  # how many of an edit's results to make at once; None: what fits
+        self.x0: Tensor | None = None  # the newest prediction of the result, [batch, 4, h, w]
+        self.most = PASSES  # rows of a call that fit in memory
+        self.sampling = False
+        self.stopped = False
+        self.kind: Kind | None = None  # of its last question
+        self.work: _Work | None = None  # what it waits for
+
+    def stop(self) -> None:
+        """Make the edit raise Stopped: at once if it waits, else when it next asks something of the model."""
+        self._engine.stop(self)
+
+
+# What has to be equal for two questions to be one call: each argument's name, the shape of a row, the dtype.
+Kind = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+@dataclass(eq=False)
+class _Work:
+    """Something for the engine to do: a call of its own, or rows that may be joined to those of others."""
+
+    lane: Lane
+    call: Callable[[], Any] | None = None
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    since: float = field(default_factory=time.monotonic)
+    ended: threading.Event = field(default_factory=threading.Event)
+    answer: Any = None
+    error: BaseException | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.rows["sample"])
+
+    def finish(self, call: Callable[[], Any]) -> None:
+        try:
+            self.answer = call()
+        except BaseException as error:
+            self.error = error
+        self.end()
+
+    def end(self) -> None:
+        # Before its thread wakes up: until it asks again it is one to wait for.
+        self.lane.work = None
+        self.ended.set()
+
+
+class _Engine:
+    """The thread in which an editor's networks work, and what waits for it."""
+
+    def __init__(self, unet: nn.Module, join: int, patience: float, calls: Counter[int]) -> None:
+        self.unet = unet
+        self.join = join
+        self.patience = patience
+        self.calls = calls
+        self._changed = threading.Condition()
+        self._single: deque[_Work] = deque()
+        self._posted: list[_Work] = []
+        self._lanes: set[Lane] = set()  # those that sample
+        self._own = threading.local()
+        self._free_since = 0.0
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="ip2p-engine", daemon=True)
+        self._thread.start()
+
+    # --- for the threads that edit ---------------------------------------------------------------
+
+    @property
+    def lane(self) -> Lane:
+        """The calling thread's."""
+        if not hasattr(self._own, "lane"):
+            self._own.lane = Lane(self)
+        lane: Lane = self._own.lane
+        return lane
+
+    @contextlib.contextmanager
+    def new_lane(self) -> Iterator[Lane]:
+        before = getattr(self._own, "lane", None)
+        lane = self._own.lane = Lane(self)
+        try:
+            yield lane
+        finally:
+            self.leave(lane)
+            lane.x0 = None
+            self._own.lane = before
+            if before is None:
+                del self._own.lane
+
+    def enter(self, lane: Lane) -> None:
+        """From now on the lane asks for one step after the other: calls wait for it."""
+        with self._changed:
+            lane.sampling, lane.kind = True, None
+            self._lanes.add(lane)
+
+    def leave(self, lane: Lane) -> None:
+        with self._changed:
+            lane.sampling = False
+            self._lanes.discard(lane)
+            self._changed.notify()
+
+    def call(self, call: Callable[[], T]) -> T:
+        """`call()`, in the engine's thread."""
+        if threading.current_thread() is self._thread:
+            return call()
+        answer: T = self._ask(_Work(self.lane, call))
+        return answer
+
+    def predict(self, rows: dict[str, Tensor]) -> Tensor:
+        """The network's answer to rows, [rows, channel, h, w], asked together with those of others."""
+        answer: Tensor = self._ask(_Work(self.lane, rows=rows))
+        return answer
+
+    def _ask(self, work: _Work) -> Any:
+        lane = work.lane
+        with self._changed:
+            if lane.stopped:
+                raise Stopped
+            if self._closed:
+                raise ResourceError("The model was put away. Ask again.")
+            lane.work = work
+            if work.call is not None:
+                self._single.append(work)
+            else:
+                lane.kind = _kind(work.rows)
+                self._posted.append(work)
+            self._changed.notify()
+        work.ended.wait()
+        if lane.stopped:
+            raise Stopped
+        if work.error is not None:
+            raise work.error
+        return work.answer
+
+    def stop(self, lane: Lane) -> None:
+        with self._changed:
+            lane.stopped = True
+            if (work := lane.work) is not None:
+                # What the engine has begun it ends; nobody waits for the answer.
+                if work in self._single:
+                    self._single.remove(work)
+                if work in self._posted:
+                    self._posted.remove(work)
+                work.end()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread after what it has at hand; what waits fails."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # --- the engine's own thread -----------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        while some := self._take():
+            if some[0].call is not None:
+                some[0].finish(some[0].call)
+            else:
+                self.calls[len(some)] += 1
+                self._answer(some)
+            del some  # or the last pictures stay in memory until somebody asks again
+            self._free_since = time.monotonic()
+
+    def _take(self) -> list[_Work]:
+        """Wait for what to do; nothing at the end."""
+        with self._changed:
+            while not self._closed:
+                if some := self._next():
+                    return some
+                self._changed.wait(self._until_impatient())
+            for work in [*self._single, *self._posted]:
+                work.finish(_put_away)
+            return []
+
+    def _next(self) -> list[_Work]:
+        """What to do now: a call of its own first, since it begins or ends an edit; else rows to join."""
+        if self._single:
+            return [self._single.popleft()]
+        for first in self._posted:
+            if self._complete(first):
+                most = min(work.lane.most for work in self._posted)
+                some: list[_Work] = []
+                for work in self._posted:
+                    fits = not some or sum(each.count for each in some) + work.count <= most
+                    if fits and len(some) < self.join and work.lane.kind == first.lane.kind:
+                        some.append(work)
+                self._posted = [work for work in self._posted if work not in some]
+                return some
+        return []
+
+    def _complete(self, work: _Work) -> bool:
+        """Whether nobody is to be waited for who may ask for the same shape."""
+        if time.monotonic() >= self._deadline(work):
+            return True
+        return not any(lane.work is None and lane.kind in (None, work.lane.kind) for lane in self._lanes)
+
+    def _deadline(self, work: _Work) -> float:
+        # Those whose answer has just come need their time, however long another has waited for its turn.
+        return max(work.since, self._free_since) + self.patience
+
+    def _until_impatient(self) -> float | None:
+        if not self._posted:
+            return None
+        return max(0.0, min(map(self._deadline, self._posted)) - time.monotonic())
+
+    def _answer(self, some: Sequence[_Work]) -> None:
+        """Ask for all rows in one call; where that fails, for each alone, so that only the guilty fail."""
+        if len(some) > 1:
+            try:
+                joined = {name: torch.cat([work.rows[name] for work in some]) for name in some[0].rows}
+                answers = self._predict(joined).split([work.count for work in some])
+            except Exception:  # out of memory, above all; nothing is known of whose fault it is
+                pass
+            else:
+                for work, answer in zip(some, answers, strict=True):
+                    work.answer = answer
+                    work.end()
+                return
+        for work in some:
+            work.finish(lambda rows=work.rows: self._predict(rows))  # type: ignore[misc]
+
+    def _predict(self, rows: dict[str, Tensor]) -> Tensor:
+        names = {"sample", "timestep", "encoder_hidden_states"}
+        added = {name: value for name, value in rows.items() if name not in names}
+        output: Tensor = self.unet(
+            rows["sample"],
+            rows["timestep"],
+            encoder_hidden_states=rows["encoder_hidden_states"],
+            return_dict=False,
+            **({"added_cond_kwargs": added} if added else {}),
+        )[0]
+        return output
+
+
+class _JoinedUNet(nn.Module):
+    """Stands where the UNet stood and hands what it is asked to the engine."""
+
+    def __init__(self, engine: _Engine) -> None:
+        super().__init__()
+        self.unet = engine.unet
+        self.engine = engine
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        **more: Any,
+    ) -> tuple[Tensor]:
+        rows = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        rows |= added_cond_kwargs or {}
+        residuals = {name: value for name, value in more.items() if name != "return_dict"}
+        if residuals:  # of a ControlNet: lists of maps, which are not joined
+            named = {**more, "encoder_hidden_states": encoder_hidden_states}
+            if added_cond_kwargs:
+                named["added_cond_kwargs"] = added_cond_kwargs
+            answer: tuple[Tensor] = self.engine.call(lambda: self.unet(sample, timestep, **named))
+            return answer
+        return (self.engine.predict(rows),)
+
+
+@dataclass(frozen=True)
+class _Watched(UNetDenoiser):
+    """A denoiser that keeps its last prediction of the result in the thread's lane, for previews."""
+
+    def x0(self, x: Latent, prediction: Latent, sigma: Sigma) -> Latent:
+        result = super().x0(x, prediction, sigma)
+        assert isinstance(self.unet, _JoinedUNet)
+        self.unet.engine.lane.x0 = result
+        return result
+
+
+class JoinedEditor(Editor):
+    """An editor for any number of threads at once; it shares the weights of the one that it is made from.
+
+    join: how many threads' questions are one call at most, and how many pictures an edit makes at once
+    where its lane does not say. calls: counts the calls of the network by the number of threads joined.
+    Close it when it is done with.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        *,
+        join: int = 8,
+        patience: float = PATIENCE,
+        calls: Counter[int] | None = None,
+    ) -> None:
+        # The same parts where they lie: to load or to hook them anew would double them.
+        vars(self).update(vars(editor))
+        self.offloads = editor.device.type != editor.bundle.unet.device.type
+        self.batch_size = join
+        self.engine = _Engine(editor.bundle.unet, join, patience, Counter() if calls is None else calls)
+        self.model = _Watched(_JoinedUNet(self.engine), self.schedule, self.bundle.condition_scale)
+
+    @property
+    def calls(self) -> Counter[int]:
+        return self.engine.calls
+
+    def lane(self) -> contextlib.AbstractContextManager[Lane]:
+        """The calling thread's way through, to be watched and stopped, while the block runs."""
+        return self.engine.new_lane()
+
+    def close(self) -> None:
+        """Give up the thread; edits that still run fail."""
+        self.engine.close()
+
+    # All that touches a network runs in the engine's thread: the processor's cores, an autoencoder's switches
+    # for tiling, a tokenizer's and those of offloading serve one at a time.
+
+    def encode_text(self, text: str, size: tuple[int, int] | None = None) -> Tensor | Prompt:
+        encode = super().encode_text
+        return self.engine.call(lambda: encode(text, size))
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        encode = super().encode_image
+        return self.engine.call(lambda: encode(pictures))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        decode = super().decode
+        return self.engine.call(lambda: decode(latents))
+
+    def edit_latents(self, *args: Any, **settings: Any) -> Iterator[Tensor]:
+        lane = self.engine.lane
+        height, width = (side * self.bundle.latent_factor for side in settings["noise"].shape[-2:])
+        passes = PASSES if self._plan(1, height, width).passes_at_once else 1
+        lane.most = passes * super().fitting_batch((width, height))
+        self.engine.enter(lane)
+        try:
+            yield from super().edit_latents(*args, **settings)
+        finally:
+            self.engine.leave(lane)
+
+    def fitting_batch(self, size: tuple[int, int]) -> int:
+        fitting, wanted = super().fitting_batch(size), self.engine.lane.pictures
+        return fitting if wanted is None else min(fitting, wanted)
+
+
+def _kind(rows: dict[str, Tensor]) -> Kind:
+    return tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in rows.items())
+
+
+def _put_away() -> None:
+    raise ResourceError("The model was put away while it worked. Ask again.")

@@ -1,0 +1,157 @@
+"""Finished files kept for a while in a bounded folder, under names made here and read back by them alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from ip2p.errors import InputError, ResourceError
+
+# 128 random bits in base 64, and an ending: nothing in it can name another folder.
+NAME = re.compile(r"[A-Za-z0-9_-]{22}\.[a-z0-9]{1,8}", re.ASCII)
+MARK = ".ip2p-store"  # stands in a folder that may be emptied
+
+
+@dataclass(frozen=True)
+class _Entry:
+    size: int
+    since: float
+
+
+class Store:
+    """A folder of files, each kept for `seconds`; the oldest go first when `size` bytes or `count` is passed.
+
+    The folder is this store's alone, for its owner only (0700, files 0600), and is emptied when a store is
+    made: what it held belongs to a process that is gone. Any number of threads may use it. Raises InputError
+    for a folder that holds anything else, that is a link, or that cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, seconds: float = 600, size: int = 2**30, count: int = 10_000) -> None:
+        self.folder = folder
+        self.seconds = seconds
+        self.size = size
+        self.count = count
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+        try:
+            if folder.is_symlink():
+                raise InputError(f"{folder} is a link; name the folder itself for the results.")
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.chmod(folder, 0o700)
+            self._empty()
+            (folder / MARK).touch(mode=0o600)
+        except OSError as error:
+            raise InputError(f"The folder {folder} for results cannot be used ({error.strerror}).") from None
+
+    def put(self, data: bytes, suffix: str) -> str:
+        """Keep a file, written whole; its new name, which ends in `suffix`, such as ".png".
+
+        Raises ResourceError for one that is larger than the store, or a full disk.
+        """
+        name = secrets.token_urlsafe(16) + suffix
+        assert NAME.fullmatch(name), name
+        if len(data) > self.size:
+            raise ResourceError(
+                f"A result of {len(data):,} bytes is more than the {self.size:,} that the server keeps."
+            )
+        with self._lock:
+            self._drop_old(len(data))
+            # Before it is written, or many at once would pass the bound.
+            self._entries[name] = _Entry(len(data), time.monotonic())
+            self._bytes += len(data)
+        partial = self.folder / f".{name}"
+        try:
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(data)
+            os.rename(partial, self.folder / name)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            with self._lock:
+                self._forget(name)
+            raise ResourceError(f"A result cannot be kept ({error.strerror}). Free the disk.") from None
+        return name
+
+    def read(self, name: str) -> bytes | None:
+        """The file kept under exactly this name; None for any other text, and once its time has passed."""
+        if not NAME.fullmatch(name):
+            return None
+        with self._lock:
+            self._drop_old(0)
+            if name not in self._entries:
+                return None
+        try:
+            # Nobody else writes here, and still no link is followed out of the folder.
+            with open(os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+        except OSError:
+            return None
+
+    def remove(self, name: str) -> None:
+        """Drop a file before its time; nothing happens for a name that is not kept."""
+        with self._lock:
+            if name in self._entries:
+                self._forget(name)
+
+    def tidy(self) -> None:
+        """Drop what is past its time; `put` and `read` do so too."""
+        with self._lock:
+            self._drop_old(0)
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._entries)
+
+    @property
+    def bytes(self) -> int:
+        """Of all that is kept now."""
+        with self._lock:
+            return self._bytes
+
+    def close(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            for name in list(self._entries):
+                self._forget(name)
+
+    def _drop_old(self, room: int) -> None:
+        now = time.monotonic()
+        extra = 1 if room else 0
+        while self._entries:
+            name, oldest = next(iter(self._entries.items()))
+            full = self._bytes + room > self.size or len(self._entries) + extra > self.count
+            if not full and now - oldest.since < self.seconds:
+                return
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        entry = self._entries.pop(name, None)
+        if entry is not None:
+            self._bytes -= entry.size
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _empty(self) -> None:
+        there = list(self.folder.iterdir())
+        known = {
+            entry for entry in there if entry.name == MARK or NAME.fullmatch(entry.name.removeprefix("."))
+        }
+        if there and (self.folder / MARK not in there or known != set(there)):
+            strange = next((entry for entry in there if entry not in known), there[0])
+            raise InputError(
+                f"{self.folder} holds {strange.name}, which is no result of this server's, and would be "
+                "emptied. Name a folder of its own."
+            )
+        for entry in known:
+            if entry.is_dir() and not entry.is_symlink():
+                raise InputError(f"{self.folder} holds the folder {entry.name}. Name a folder of its own.")
+            entry.unlink()

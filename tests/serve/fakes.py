@@ -1,0 +1,60 @@
+"""A model for tests of the service and of its load: tiny, random, and with a fixed time a call."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from conftest import make_model
+from torch import nn
+
+from ip2p.editor import Editor
+
+
+class SlowUNet(nn.Module):
+    """A UNet that takes `seconds` longer. rows: of each call. before: called with its input; it may raise."""
+
+    def __init__(self, unet: nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.unet = unet
+        self.seconds = seconds
+        self.rows: list[int] = []
+        self.threads: set[int] = set()
+        self.before: Callable[[torch.Tensor], None] = lambda sample: None
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("unet"), name)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **more: object) -> object:
+        self.rows.append(len(sample))
+        self.threads.add(threading.get_ident())
+        self.before(sample)
+        time.sleep(self.seconds)
+        return self.unet(sample, timestep, **more)
+
+
+@functools.lru_cache(maxsize=1)
+def _folder() -> TemporaryDirectory:
+    folder = TemporaryDirectory(prefix="ip2p-fake-")
+    make_model(Path(folder.name) / "fake")
+    return folder
+
+
+def fake_editor(seconds_a_call: float = 0.01) -> Editor:
+    """A new editor of the tests' tiny random model (64², fp32, on the CPU), named "fake".
+
+    Each call of its network takes `seconds_a_call` longer, whatever it is asked. `editor.bundle.unet.rows`
+    has the rows of each call so far.
+    """
+    editor = Editor.load(Path(_folder().name) / "fake", device="cpu", dtype="fp32")
+    slow = SlowUNet(editor.bundle.unet, seconds_a_call)
+    return Editor(dataclasses.replace(editor.bundle, unet=slow))
