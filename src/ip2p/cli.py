@@ -18,8 +18,9 @@ import re
 import signal
 import sys
 import types
+import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ VERBS = {
     "edit": ("EditConfig", "ip2p.command:edit", "edit a picture, or many, with an instruction"),
     "grid": ("GridConfig", "ip2p.command:grid", "draw the results over two settings as one picture"),
     "train": ("TrainConfig", "ip2p.trainer:train", "train an editor on pairs of pictures"),
+    "synth instruct": ("SynthInstructConfig", "ip2p.maker:instruct", "write edits of captions in words"),
+    "synth tune-lm": ("SynthTuneConfig", "ip2p.maker:tune_lm", "tune a language model that writes edits"),
+    "synth pairs": ("SynthPairsConfig", "ip2p.maker:pairs", "draw pairs of pictures for edits in words"),
+    "synth filter": ("SynthFilterConfig", "ip2p.maker:filter_pairs", "keep the good pairs, by CLIP"),
+    "synth inspect": ("SynthInspectConfig", "ip2p.maker:inspect", "a page of what is kept and rejected"),
     "data check": ("DataCheckConfig", "ip2p.trainer:data_check", "say what is wrong with a data set"),
     "data convert": (
         "DataConvertConfig",
@@ -154,17 +160,22 @@ def parse(verb: str, words: Sequence[str]) -> Any:
         defaults = with_settings(defaults, Path(settings))
     # The parser adds a repeated flag's values to the defaults; a flag takes their place.
     repeated = {
-        f"--{name}": name for name in ("lora", "then") if isinstance(getattr(defaults, name, 0), tuple)
+        f"--{name.replace('_', '-')}": name
+        for name in ("lora", "then", "model", "allow_host", "allow_origin")
+        if isinstance(getattr(defaults, name, 0), tuple)
     }
     given = {name: () for flag, name in repeated.items() if _peek(words, flag) is not None}
     defaults = dataclasses.replace(defaults, **given)
+    given_words = _with_value(words, "--auto-mask", str(AUTO_MASK), is_number)
+    if typing.get_type_hints(kind).get("ray") == str | None:
+        given_words = _with_value(given_words, "--ray", "", is_address)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
             config = tyro.cli(
                 kind,
                 prog=f"ip2p {verb}",
-                args=_together(kind, _with_value(words, "--auto-mask", str(AUTO_MASK))),
+                args=_together(kind, given_words),
                 default=defaults,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -199,20 +210,25 @@ def _together(kind: type[Any], words: Sequence[str]) -> list[str]:
     return [*flags, "--", *places] if any(word.startswith("-") for word in places) else [*places, *flags]
 
 
-def _with_value(words: Sequence[str], flag: str, value: str) -> list[str]:
-    """The words with `value` after each `flag` that no number follows."""
-
-    def is_number(word: str) -> bool:
-        try:
-            float(word)
-        except ValueError:
-            return False
-        return True
-
+def _with_value(words: Sequence[str], flag: str, value: str, is_one: Callable[[str], bool]) -> list[str]:
+    """The words with `value` after each `flag` that no value of its own follows."""
     told: list[str] = []
     for word, following in zip(words, [*words, ""][1:], strict=True):
-        told += [word, value] if word == flag and not is_number(following) else [word]
+        told += [word, value] if word == flag and not is_one(following) else [word]
     return told
+
+
+def is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def is_address(word: str) -> bool:
+    """Whether a word after --ray is where a cluster is, and not the file that the verb reads."""
+    return re.fullmatch(r"auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", word) is not None
 
 
 def _peek(words: Sequence[str], flag: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import json
 import math
 import os
@@ -35,6 +36,11 @@ Spacing = Literal["linspace", "karras"]
 Weights = Literal["ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
+Mark = Literal["iptc", "visible", "none"]
+Language = Literal["english", "latin", "any"]
+Way = Literal["completion", "chat"]
+Attention = Literal["self", "replace", "refine", "self+replace", "self+refine"]
+Preset = Literal["auto", "paper", "code", "storybook"]
 LayoutName = Literal["parquet", "magicbrush", "original", "shards", "folders"]
 # What the help shows in place of a type; nothing in place of a default of None.
 Image = Annotated[str, arg(metavar="IMAGE", help_behavior_hint="")]
@@ -52,10 +58,20 @@ Float = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 Text = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 Threshold = Annotated[float | None, arg(metavar="[THRESHOLD]", help_behavior_hint="")]
 Interval = Annotated[tuple[float, float], arg(metavar="LOW HIGH")]
+SomeInterval = Annotated[tuple[float, float] | None, arg(metavar="LOW HIGH", help_behavior_hint="")]
+Captions = Annotated[str, arg(metavar="CAPTIONS", help_behavior_hint="")]
+Triples = Annotated[str, arg(metavar="TRIPLES", help_behavior_hint="")]
+Prices = Annotated[tuple[float, float], arg(metavar="READ WRITTEN")]
+SomeSampler = Annotated[SamplerName | None, arg(metavar="SAMPLER", help_behavior_hint="")]
+SomeSpacing = Annotated[Spacing | None, arg(metavar="SPACING", help_behavior_hint="")]
+SomeAttention = Annotated[Attention | None, arg(metavar="ATTENTION", help_behavior_hint="")]
+Address = Annotated[str | None, arg(metavar="[ADDRESS]", help_behavior_hint="")]
 # Settings that may be given several times; a flag of the command line replaces those of the file.
 Loras = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="FILE:WEIGHT", help_behavior_hint="")]]
 Axis = Annotated[str, arg(metavar="SETTING[=VALUES]")]
 Thens = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="INSTRUCTION", help_behavior_hint="")]]
+Models = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="[NAME=]MODEL")]]
+Names = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="NAME", help_behavior_hint="")]]
 
 MAX_STEPS = 1000  # as many as the noise levels that a model is trained on
 MAX_SCALE = 100.0
@@ -287,6 +303,8 @@ class DrawConfig:
     split: Split = "train"  # the pages and phrasings of training, or one of the three that it never sees
     pairs: File = None  # parquet of edit pairs, in the columns of the published data set
     captions: File = None  # text file with a caption a line
+    varied: bool = False  # say the captions in many forms, as training does; else each in the fullest one
+    triples: File = None  # parquet of exact edits in words: caption, instruction, edited_caption
     sheet: File = None  # one picture that shows the first 64 pages
     overwrite: bool = False  # replace an output that is there already
     config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
@@ -497,6 +515,315 @@ class BuildConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SynthInstructConfig:
+    """Write edits of captions with a language model: ip2p synth instruct captions.txt -o triples.parquet"""
+
+    captions: Positional[Captions] = (
+        ""  # .txt, .jsonl, .csv, .tsv, .parquet, a folder of them, a hub's data set
+    )
+    out: Out = (
+        None  # a .parquet file, its parts in a folder beside it; or that folder alone; goes on from there
+    )
+    model: str = "storybook"  # storybook, a folder, a hub id; with --server its name for the model
+    server: Text = None  # ask a server in OpenAI's protocol, as http://localhost:8000/v1
+    way: Way = "completion"  # of asking a server: completion for a tuned model, chat for a general one
+    shots: Int = None  # seed triples that the model is shown; default: 8 with --way chat, else none
+    edits: int = 1  # of each caption
+    retries: int = 3  # an answer that is refused is asked for so often again
+    allow_spatial: bool = False  # take edits that move or turn things, which Prompt-to-Prompt cannot draw
+    block_list: File = None  # words that no text may hold, one a line, in place of the built-in ones
+    column: Text = None  # of the captions; default: the first that is known, such as TEXT or caption
+    sample: Int = None  # so many captions, drawn by --seed; default: all
+    seed: int = 0  # of the sample; answers are drawn by their captions
+    min_words: int = 2  # of a caption
+    max_words: int = 50  # of a caption
+    min_score: Float = None  # of the aesthetic score in the table
+    language: Language = "english"  # of the captions, by their letters and commonest words
+    split: str = "train"  # of a hub's data set
+    revision: Text = None  # branch, tag or commit of a hub's data set
+    stream: bool = False  # read a hub's data set where it lies, without fetching it whole
+    temperature: float = 0.7  # the paper's code's, as the next two; 0 takes the likeliest word
+    frequency_penalty: float = 0.1  # against words that the answer has already
+    max_tokens: int = 256  # of an answer
+    batch: int = 32  # answers at once of a model here
+    together: int = 8  # requests under way at once
+    rate: Float = None  # at most so many requests a second
+    price: Prices = (0.0, 0.0)  # of a million tokens read and written, to tell what it cost
+    timeout: float = 120.0  # seconds that one answer of a server may take
+    patience: float = 300.0  # seconds for which a server may be away before the run stops
+    key_variable: Text = (
+        None  # the environment's that holds the server's key; else IP2P_API_KEY, OPENAI_API_KEY
+    )
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    ray: Address = None  # on a Ray cluster: at this address, else at RAY_ADDRESS, else one on this machine
+    ray_workers: Int = None  # default: as many as fit
+    ray_gpus: Float = None  # a worker; default: one if the cluster has any
+    threads: Int = None  # of a worker's processor; default: 1 with --ray, else all
+    overwrite: bool = False  # begin anew in place of an output that is there
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used, alone or together."""
+        example = "ip2p synth instruct captions.txt -o triples.parquet"
+        check_named(self, ("captions", "the captions are"), ("out", "-o is"), example=example)
+        for flag, value, least, example in (
+            ("--edits", self.edits, 1, 2),
+            ("--retries", self.retries, 0, 3),
+            ("--min-words", self.min_words, 0, 2),
+            ("--max-words", self.max_words, 1, 50),
+            ("--max-tokens", self.max_tokens, 1, 256),
+            ("--batch", self.batch, 1, 32),
+            ("--together", self.together, 1, 8),
+        ):
+            check_int(flag, value, least, 1_000_000, f"{flag} {example}")
+        check_some(self, sample=1000, shots=8)
+        check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
+        check_float("--temperature", self.temperature, 0, 2, "--temperature 0.7")
+        check_float("--frequency-penalty", self.frequency_penalty, -2, 2, "--frequency-penalty 0.1")
+        if self.min_score is not None:
+            check_float("--min-score", self.min_score, 0, 10, "--min-score 5")
+        for price in self.price:
+            check_float("--price", price, 0, 1e6, "--price 0.15 0.6")
+        check_float("--timeout", self.timeout, 0.1, 86_400, "--timeout 120")
+        check_float("--patience", self.patience, 0, 1e6, "--patience 300")
+        if self.rate is not None:
+            check_float("--rate", self.rate, 0.001, 1e6, "--rate 5")
+        if self.server is not None and "@" in self.server:
+            raise InputError("--server holds a name or a password; put the key into the environment instead.")
+        if self.server is not None and self.model == "storybook":
+            raise InputError("--server needs the name of its model; add --model NAME.")
+        for name in ("way", "rate", "price", "key_variable"):
+            if self.server is None and getattr(self, name) != getattr(SynthInstructConfig, name):
+                raise InputError(f"--{name.replace('_', '-')} is for a server; add --server URL.")
+        check_workers(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthTuneConfig:
+    """Tune a language model that writes edits: ip2p synth tune-lm --base MODEL -o writer --lora 16"""
+
+    base: ModelPath = ""  # a causal language model: a folder or a hub id
+    out: Out = None  # folder of the tuned model
+    triples: File = None  # .parquet, .jsonl, .csv or a folder of `synth instruct`; default: the seed triples
+    lora: Int = None  # train a LoRA of this rank and merge it; default: the whole model
+    epochs: float = 3.0  # over the triples
+    batch: int = 16  # triples of a step
+    rate: Float = None  # learning rate; default: 5e-5, and 2e-4 for a LoRA
+    warm_up: float = 0.03  # share of the steps over which it rises
+    weight_decay: float = 0.01  # AdamW's
+    clip_norm: float = 1.0  # gradients longer than this are shortened to it
+    max_length: int = 512  # tokens of a caption and its edit; longer ones are left out
+    backend: Literal["auto", "plain", "trl"] = (
+        "auto"  # trl: TRL's trainer, of several devices; auto: if there
+    )
+    seed: int = 0  # of the order and the LoRA
+    revision: Text = None  # branch, tag or commit of a base of the hub
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    overwrite: bool = False  # replace an output that is there already
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used."""
+        example = "ip2p synth tune-lm --base MODEL -o writer"
+        check_named(self, ("base", "--base is"), ("out", "-o is"), example=example)
+        check_some(self, lora=16)
+        check_float("--epochs", self.epochs, 0.001, 1e4, "--epochs 3")
+        check_int("--batch", self.batch, 1, 10**6, "--batch 16")
+        if self.rate is not None:
+            check_float("--rate", self.rate, 1e-9, 1, "--rate 5e-5")
+        check_float("--warm-up", self.warm_up, 0, 1, "--warm-up 0.03")
+        check_float("--weight-decay", self.weight_decay, 0, 10, "--weight-decay 0.01")
+        check_float("--clip-norm", self.clip_norm, 1e-6, 1e9, "--clip-norm 1")
+        check_int("--max-length", self.max_length, 8, 10**6, "--max-length 512")
+        check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
+
+
+# How `synth pairs` draws unless told otherwise, and as the paper and its code do. 0 or None turns a way off.
+PAIRS: dict[str, Any] = {
+    **{"most": 32, "enough": 4, "round_size": 8, "worth": 0.1, "risk": 0.05, "p_per_source": 1},
+    **{"steps": 20, "sampler": "euler_ancestral", "spacing": "linspace", "attention": "self"},
+    **{"early_at": 0.0, "tiny_vae": None},
+}
+PAIRS_AS_PAPER: dict[str, Any] = PAIRS | {
+    **{"most": 100, "enough": 0, "round_size": 100, "risk": 0.0, "p_per_source": 1},
+    **{"steps": 100, "sampler": "euler_ancestral", "spacing": "linspace", "attention": "self"},
+    **{"early_at": 0.0, "tiny_vae": None},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthPairsConfig:
+    """Draw pairs of pictures for edits in words: ip2p synth pairs triples.parquet -o pairs"""
+
+    triples: Positional[Triples] = ""  # .parquet, .jsonl, .csv, or a folder that `synth instruct` wrote
+    out: Out = None  # folder of parquet; the same call goes on from what lies there
+    model: str = "storybook"  # storybook, a hub id, a diffusers folder, a .safetensors or .ckpt file
+    revision: Text = None  # branch, tag or commit of a model of the hub
+    weights: Weights = "ema"  # of a file that holds both: the averaged ones or the last ones
+    vae: Model = None  # another autoencoder: a folder, a hub id, or a file
+    clip: Model = None  # the CLIP that judges; default: the model's own, else openai/clip-vit-large-patch14
+    count: Int = None  # draw the first so many triples
+    keep: Literal["passed", "all"] = "passed"  # all: every candidate that was drawn, with its scores
+    as_paper: bool = False  # none of the savings: 100 candidates of 100 steps each, none given up
+    most: Int = None  # candidates of a triple; default: 32
+    enough: Int = None  # a triple is done after so many that pass, 0: draw all candidates; default: 4
+    round_size: Int = None  # candidates of a triple between two looks at what passed; default: 8
+    worth: Float = None  # the share of passes below which a triple may be given up; default: 0.1
+    risk: Float = None  # of giving up one that is worth it, 0: none is given up; default: 0.05
+    early_at: Float = None  # refuse at this share of the steps what looks far off, 0: never; default: 0
+    early_margin: float = 0.05  # how far below a threshold a similarity lies that is refused early
+    p_per_source: Int = None  # candidates with one source picture, each with its own p; default: 1
+    steps: Int = None  # sampling steps; default: 20
+    sampler: SomeSampler = None  # euler_ancestral, euler or dpmpp_2m; default: euler_ancestral
+    spacing: SomeSpacing = None  # of the noise levels, linspace or karras; default: linspace
+    tiny_vae: Model = None  # a tiny autoencoder for the pictures that are judged; default: none
+    attention: SomeAttention = None  # what a pair shares: self, replace, refine, self+…; default: self
+    p: Interval = (0.1, 0.9)  # the share of the steps in which it is shared, drawn for each candidate
+    scale: SomeInterval = None  # of guidance, drawn for each; default: 3 5 for the storybook, else 7.5 15
+    preset: Preset = "auto"  # of the least similarities; auto: storybook for its CLIP, else paper
+    image: Float = None  # least similarity of the two pictures, instead of the preset's
+    caption: Float = None  # of each picture and its caption
+    directional: Float = None  # of the change in the pictures and in the captions
+    size: Size = None  # of the pictures; default: what the model was trained at
+    batch_size: Int = None  # pairs drawn at once; default: 4 on a CPU, else 8
+    license: Text = None  # of the pictures, for their column
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    ray: Address = None  # on a Ray cluster: at this address, else at RAY_ADDRESS, else one on this machine
+    ray_workers: Int = None  # default: as many as fit
+    ray_gpus: Float = None  # a worker; default: one if the cluster has any
+    threads: Int = None  # of a worker's processor; default: 1 with --ray, else all
+    overwrite: bool = False  # begin anew in place of an output that is there
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used, alone or together."""
+        check_named(
+            self,
+            ("triples", "the triples are"),
+            ("out", "-o is"),
+            example="ip2p synth pairs triples.parquet -o pairs",
+        )
+        for name, value in PAIRS_AS_PAPER.items():
+            given = getattr(self, name)
+            if self.as_paper and given is not None and given != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} {given} is not the paper's; leave out {flag} or --as-paper.")
+        how = self.how()
+        for flag, value, least in (
+            ("--most", how["most"], 1),
+            ("--enough", how["enough"], 0),
+            ("--round-size", how["round_size"], 1),
+            ("--p-per-source", how["p_per_source"], 1),
+        ):
+            check_int(flag, value, least, 10_000, f"{flag} {PAIRS[flag[2:].replace('-', '_')]}")
+        check_float("--worth", how["worth"], 1e-4, 0.999, "--worth 0.1")
+        check_float("--risk", how["risk"], 0, 0.999, "--risk 0.05")
+        check_float("--early-at", how["early_at"], 0, 1, "--early-at 0.5")
+        check_float("--early-margin", self.early_margin, 0, 2, "--early-margin 0.05")
+        check_int("--steps", how["steps"], 1, MAX_STEPS, "--steps 20")
+        check_interval("--p", self.p, 1, "--p 0.1 0.9")
+        if self.scale is not None:
+            check_interval("--scale", self.scale, MAX_SCALE, "--scale 7.5 15")
+        check_thresholds(self.image, self.caption, self.directional)
+        check_some(self, count=100, batch_size=8)
+        check_size(self.size)
+        check_workers(self)
+
+    def how(self) -> dict[str, Any]:
+        """Each of the ways to save work as it is to be, the names being those of `PAIRS`."""
+        usual = PAIRS_AS_PAPER if self.as_paper else PAIRS
+        return {
+            name: value if getattr(self, name) is None else getattr(self, name)
+            for name, value in usual.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthFilterConfig:
+    """Keep the good pairs of a data set, by CLIP: ip2p synth filter pairs -o kept"""
+
+    data: Positional[DataPath] = ""  # a folder, a parquet, tar, CSV or JSONL file, or a hub id
+    out: Out = None  # folder of parquet; the same call goes on from what lies there
+    preset: Preset = "auto"  # of the least similarities; auto: storybook for its CLIP, else paper
+    image: Float = None  # least similarity of the two pictures, instead of the preset's
+    caption: Float = None  # of each picture and its caption
+    directional: Float = None  # of the change in the pictures and in the captions
+    top: int = 4  # the best so many of each edit stay, by the directional similarity; 0: all
+    near_bits: int = 4  # of 64 in which two pictures' hashes differ that count as the same; -1: not compared
+    keep: Literal["passed", "all"] = "passed"  # all: every row that can be read, with its scores
+    clip: Model = (
+        None  # measures rows without scores; default: the one of the others, else the paper's ViT-L/14
+    )
+    rescore: bool = False  # measure rows that have their scores too
+    safety: Model = None  # a picture classifier, a folder or a hub id: pairs that it calls NSFW or unsafe go
+    count: Int = None  # look at the first so many rows
+    split: str = "train"  # where names tell of several
+    revision: Text = None  # branch, tag or commit of a hub's data set
+    stream: bool = False  # read a hub's data set where it lies, without fetching it whole
+    batch: int = 32  # pictures that are measured at once
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    ray: Address = None  # on a Ray cluster: at this address, else at RAY_ADDRESS, else one on this machine
+    ray_workers: Int = None  # default: as many as fit
+    ray_gpus: Float = None  # a worker; default: one if the cluster has any
+    threads: Int = None  # of a worker's processor; default: 1 with --ray, else all
+    overwrite: bool = False  # begin anew in place of an output; with other thresholds the scores stay
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used, alone or together."""
+        check_named(
+            self, ("data", "the data set is"), ("out", "-o is"), example="ip2p synth filter pairs -o kept"
+        )
+        check_thresholds(self.image, self.caption, self.directional)
+        check_int("--top", self.top, 0, 1_000_000, "--top 4")
+        check_int("--near-bits", self.near_bits, -1, 64, "--near-bits 4")
+        check_int("--batch", self.batch, 1, 1_000_000, "--batch 32")
+        check_some(self, count=1000)
+        if self.keep == "all" and any(
+            value is not None for value in (self.image, self.caption, self.directional)
+        ):
+            raise InputError("--keep all writes every row; leave --image, --caption and --directional away.")
+        check_workers(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthInspectConfig:
+    """Show on a page what the thresholds keep and reject: ip2p synth inspect kept -o inspect.html"""
+
+    data: Positional[DataPath] = ""  # what `synth pairs` or `synth filter` wrote, or any data set with scores
+    out: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path("inspect.html")  # pictures inside
+    preset: Preset = "auto"  # of the least similarities; auto: the filter's, else as `synth filter` has it
+    image: Float = None  # least similarity of the two pictures, instead of the preset's
+    caption: Float = None  # of each picture and its caption
+    directional: Float = None  # of the change in the pictures and in the captions
+    top: int = 4  # the best so many of each edit stay; 0: all
+    near_bits: int = 4  # of 64 in which two pictures' hashes differ that count as the same; -1: not compared
+    each: int = 6  # pairs shown on each side of a threshold
+    side: int = 128  # of a picture on the page
+    count: Int = None  # look at the first so many rows
+    split: str = "train"  # where names tell of several
+    overwrite: bool = False  # replace an output that is there already
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used."""
+        check_named(self, ("data", "the data set is"), example="ip2p synth inspect kept")
+        check_thresholds(self.image, self.caption, self.directional)
+        check_int("--top", self.top, 0, 1_000_000, "--top 4")
+        check_int("--near-bits", self.near_bits, -1, 64, "--near-bits 4")
+        check_int("--each", self.each, 1, 1000, "--each 6")
+        check_int("--side", self.side, 16, 1024, "--side 128")
+        check_some(self, count=1000)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """Score a model on storybook edits whose answer is known: ip2p storybook score --count 500"""
 
@@ -537,6 +864,47 @@ def check_int(name: str, value: int, low: int, high: int, example: str) -> None:
 def check_float(name: str, value: float, low: float, high: float, example: str) -> None:
     if not math.isfinite(value) or not low <= value <= high:
         raise InputError(f"{name} is {value}; it must be a number from {low:g} to {high:g}. Try {example}.")
+
+
+def check_named(config: object, *needed: tuple[str, str], example: str) -> None:
+    """Raise InputError for a setting without which nothing can be done; each with the words for it."""
+    for name, called in needed:
+        if not str(getattr(config, name) or "").strip():
+            raise InputError(f"{called} missing; write: {example}")
+
+
+def check_some(config: object, **examples: int) -> None:
+    """Raise InputError for a whole number below 1 among settings that may be None."""
+    for name, example in examples.items():
+        if (value := getattr(config, name)) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            least = 0 if name == "shots" else 1
+            check_int(flag, value, least, 10**9, f"{flag} {example}")
+
+
+def check_interval(flag: str, ends: tuple[float, float], most: float, example: str) -> None:
+    """Raise InputError unless both ends are numbers from 0 to `most`, the lower one first."""
+    for end in ends:
+        check_float(flag, end, 0, most, example)
+    if ends[0] > ends[1]:
+        raise InputError(f"{flag} {ends[0]:g} {ends[1]:g} is empty. Try {example}.")
+
+
+def check_thresholds(image: float | None, caption: float | None, directional: float | None) -> None:
+    """Raise InputError for what no cosine can be."""
+    for name, value in (("image", image), ("caption", caption), ("directional", directional)):
+        if value is not None:
+            check_float(f"--{name}", value, -1, 1, f"--{name} 0.2")
+
+
+def check_workers(config: Any) -> None:
+    """Raise InputError for workers that cannot be, or of a cluster where none is asked for."""
+    check_some(config, ray_workers=4, threads=1)
+    if config.ray_gpus is not None:
+        check_float("--ray-gpus", config.ray_gpus, 0, 1024, "--ray-gpus 1")
+    for name in ("ray_workers", "ray_gpus"):
+        if config.ray is None and getattr(config, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is of a Ray cluster; add --ray.")
 
 
 def check_guidance(steps: int, text_cfg: float | None, image_cfg: float | None) -> None:
@@ -702,7 +1070,7 @@ def _convert(value: object, hint: Any, source: str) -> Any:
 
     A setting that takes several values is a list, in a variable too (a JSON one) unless it holds one.
     """
-    kinds = _flat(hint)
+    kinds = [kind for kind in _flat(hint) if kind is not type(None)]
     several = [typing.get_args(k) for k in kinds if typing.get_origin(k) is tuple and kinds == [k]]
     if several:
         return _convert_list(value, several[0], source)
@@ -753,7 +1121,7 @@ def values_of(cls: type[Any]) -> dict[str, int]:
     """How many words of the command line each setting takes after its flag."""
     counts = {}
     for name, hint in typing.get_type_hints(cls).items():
-        [*_, last] = kinds = _flat(hint)
+        [*_, last] = kinds = [kind for kind in _flat(hint) if kind is not type(None)]
         pair = typing.get_origin(last) is tuple and len(kinds) == 1 and Ellipsis not in typing.get_args(last)
         counts[name] = 0 if last is bool else len(typing.get_args(last)) if pair else 1
     return counts

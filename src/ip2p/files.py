@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ip2p.errors import InputError
+
+_SAMPLED = 1 << 20  # bytes
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -80,6 +83,27 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def content_key(path: Path, *patterns: str) -> str:
+    """A short hash of a file, or of the files in a folder that fit a pattern, by default all.
+
+    Of each its name, size, beginning and end: weights that were trained further differ there, and gigabytes
+    need not be read. Unlike times of modification it is the same on every machine.
+    """
+    files = [path]
+    if path.is_dir():
+        found = {file for pattern in patterns or ("**/*",) for file in path.glob(pattern)}
+        files = sorted(file for file in found if file.is_file())
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        with open(file, "rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            digest.update(f"{file.relative_to(path).as_posix()}\x1f{size}\x1e".encode())
+            for start in (0, max(_SAMPLED, size - _SAMPLED)):
+                opened.seek(start)
+                digest.update(opened.read(_SAMPLED))
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -149,6 +149,12 @@ def is_job(folder: Path) -> bool:
         return False
 
 
+def is_done(folder: Path) -> bool:
+    """Whether all parts of a job are committed. Raises InputError for a folder that is no job's."""
+    head, lines = _lines_of(folder)
+    return len(lines) == head["parts"]
+
+
 def damaged(folder: Path) -> list[str]:
     """The committed files that are gone or not as they were written, by their checksums; reads them all."""
     found = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from ip2p.clip import Clip, similarities
 from ip2p.errors import ModelError
 from ip2p.images import to_tensor
-from ip2p.models.bundle import find_model, from_hub
+from ip2p.models.bundle import find_model, from_hub, packaged_models
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"  # the paper's
 HUB_FILES = ("*.json", "*.txt", "model.safetensors", "model-*-of-*.safetensors")
@@ -77,7 +77,8 @@ def pixels(picture: Image.Image) -> Tensor:
 def find_clip(clip: str | None, model: str, *, revision: str | None = None) -> Path:
     """The folder of the CLIP that `clip` names, else of the one that comes with the editor `model`.
 
-    Raises ModelError when there is none, with the command that fetches one.
+    clip: a folder, a hub id, or a packaged model, whose own it is. Raises ModelError when there is none,
+    with the command that fetches one.
     """
     if clip is None:
         own = find_model(model, revision=revision) / "clip"
@@ -90,6 +91,8 @@ def find_clip(clip: str | None, model: str, *, revision: str | None = None) -> P
     path = Path(clip).expanduser()
     if path.is_dir():
         return path
+    if clip in packaged_models():
+        return find_clip(None, clip)
     if clip.count("/") != 1 or path.parent.is_dir():
         raise ModelError(f"{clip}: no such folder. Name a CLIP's folder, or a hub id like {CLIP_MODEL}.")
     return from_hub(clip, HUB_FILES, _is_whole)

@@ -306,6 +306,15 @@ def is_hub_name(name: str, path: Path) -> bool:
     return not local and re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None
 
 
+def called(model: str | Path) -> str:
+    """What tables call a model: the name that was given, of a path the last part alone.
+
+    A table may go to other machines, where the place means nothing, and is nobody's business.
+    """
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else str(model)
+
+
 def packaged_models() -> list[str]:
     """The names of the models inside the package."""
     return sorted(entry.parent.name for entry in PACKAGED.glob("*/model_index.json"))

@@ -12,7 +12,7 @@ import json
 import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -34,6 +35,7 @@ from ip2p.data.records import BrokenRow, Pair, Source, open_picture
 from ip2p.errors import InputError
 from ip2p.images import to_tensor
 from ip2p.jobs import Cluster, Made
+from ip2p.models.bundle import called
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,6 +54,8 @@ NEAR_BITS = 4
 PART_ROWS = 1000
 CLIP_SIDE = 512
 DECIMALS = 6  # so that a similarity's last bits, which follow the batch, do not show
+
+STORYBOOK = "storybook"  # what the drawn world, its model and its CLIP are called
 
 Safety = Callable[[Sequence[Image.Image]], Sequence[bool]]  # which pictures are safe
 
@@ -84,7 +88,31 @@ class Thresholds:
 PRESETS = {
     "paper": Thresholds(image=0.75, caption=0.2, directional=0.2),  # section 3.1.2, with ViT-L/14
     "code": Thresholds(image=0.70, caption=0.2, directional=0.2),  # the released code's defaults
+    "storybook": Thresholds(image=0.70, caption=0.2, directional=0.1),  # with the storybook's own small CLIP
 }
+
+
+def preset_for(clips: Collection[str]) -> str:
+    """The name of the preset that fits scores measured with these CLIPs, as the column `clip` names them.
+
+    Cosines of one CLIP say nothing of another's: those of the storybook's have thresholds of their own. For
+    any other, and for a mixture, it is the paper's.
+    """
+    named = {clip for clip in clips if clip}
+    return STORYBOOK if named == {STORYBOOK} else "paper"
+
+
+def clips_of(source: Source) -> set[str]:
+    """The CLIPs that measured the rows of a data set: what a parquet table here has in its column `clip`."""
+    if not isinstance(source, ParquetSource):
+        return {STORYBOOK} if source.name == STORYBOOK else set()
+    if source.remote:
+        return set()
+    found: set[str] = set()
+    for path in source.files:
+        if "clip" in pq.read_schema(path).names:
+            found |= set(pc.unique(pq.read_table(path, columns=["clip"])["clip"]).to_pylist())
+    return {clip for clip in found if clip}
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -205,22 +233,24 @@ _SCORE_FIELDS = pa.schema(
 class Scorer:
     """The stage that scores rows of a source; it maps a range of them to a table of scores.
 
-    Rows that have all four similarities keep them unless `rescore`; so CLIP is loaded when it is first
-    needed. safety: makes a function that tells which pictures are safe; a pair with an unsafe one is
-    flawed.
+    Rows that have all four similarities keep them unless `rescore`; so CLIP is found and loaded when it is
+    first needed. clip: its folder, or what finds it; clip_name: what the table calls it. safety: makes a
+    function that tells which pictures are safe; a pair with an unsafe one is flawed.
     """
 
     def __init__(
         self,
         source: Source,
-        clip: Path | None,
+        clip: Path | Callable[[], Path] | None,
         *,
+        clip_name: str = "",
         device: str = "cpu",
         batch: int = 32,
         rescore: bool = False,
         safety: Callable[[], Safety] | None = None,
     ) -> None:
-        self.source, self.folder, self.device = source, clip, device
+        self.source, self.find, self.device = source, clip, device
+        self.clip_name = clip_name or _named(clip)
         self.batch, self.rescore = batch, rescore
         self.clip: Clip | None = None
         self.is_safe = safety() if safety is not None else None
@@ -253,7 +283,7 @@ class Scorer:
             for number, (row, *_) in enumerate(wanted):
                 own = {name: values[number].item() for name, values in found.items()}
                 row |= {name: None if math.isnan(value) else value for name, value in own.items()}
-                row["clip"] = str(self.folder)
+                row["clip"] = self.clip_name
         if self.is_safe is not None and whole:
             safe = list(self.is_safe([picture for *_, both in whole for picture in both]))
             for (row, *_), one, two in zip(whole, safe[::2], safe[1::2], strict=True):
@@ -264,12 +294,12 @@ class Scorer:
         self, pairs: Sequence[Pair], pictures: Sequence[Sequence[Image.Image]]
     ) -> dict[str, NDArray[np.float64]]:
         if self.clip is None:
-            if self.folder is None:
+            if self.find is None:
                 raise InputError(
                     f"{pairs[0].id} of {self.source.name} has no similarities; name a CLIP that judges it: "
                     "--clip openai/clip-vit-large-patch14"
                 )
-            self.clip = Clip.load(self.folder, self.device)
+            self.clip = Clip.load(self.find() if callable(self.find) else self.find, self.device)
         before, after = zip(*pictures, strict=True)
         captions, edited = [p.caption for p in pairs], [p.edited_caption for p in pairs]
         return measure(self.clip, before, after, captions, edited, batch=self.batch)
@@ -298,7 +328,9 @@ def score(
     source: Source,
     folder: Path,
     *,
-    clip: Path | None = None,
+    clip: Path | Callable[[], Path] | None = None,
+    clip_name: str = "",
+    clip_key: str = "",
     device: str = "cpu",
     batch: int = 32,
     rescore: bool = False,
@@ -312,15 +344,19 @@ def score(
 ) -> Scored:
     """Score every row of `source`, or the first `count`, as a job in `folder`; scores that fit stay.
 
+    clip_key: changes with the weights of the CLIP, when that is to be noticed.
     Raises InputError for a source without end and without a count, and as `jobs.run` does.
     """
     if source.endless and count is None:
         raise InputError(f"{source.name} has no end; say how many rows with --count 10000.")
     total = len(source) if count is None else min(count, len(source))
     settings = {"source": source.name, "key": source.key, "rows": total, "part_rows": part_rows}
-    settings |= {"clip": str(clip) if clip else None, "rescore": rescore, "safety": _name_of(safety)}
+    name = clip_name or _named(clip)
+    settings |= {"clip": name or None, "rescore": rescore, "safety": _name_of(safety)}
+    settings |= {"content of --clip": clip_key} if clip_key else {}
+    more: dict[str, Any] = {"device": device, "batch": batch, "rescore": rescore, "safety": safety}
     jobs.run(
-        partial(Scorer, source, clip, device=device, batch=batch, rescore=rescore, safety=safety),
+        partial(Scorer, source, clip, clip_name=name, **more),
         [range(start, min(start + part_rows, total)) for start in range(0, total, part_rows)],
         folder,
         settings=settings,
@@ -367,6 +403,10 @@ def _scored(table: Any) -> Scored:
         clips=table["clip"].to_pylist(),
         scores={name: numbers(name, np.float64, np.nan) for name in SIMILARITIES},
     )
+
+
+def _named(clip: Path | Callable[[], Path] | None) -> str:
+    return called(clip) if isinstance(clip, Path) else ""
 
 
 def _name_of(safety: Callable[[], Safety] | None) -> str | None:

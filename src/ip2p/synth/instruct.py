@@ -286,6 +286,7 @@ def reasons(written: Iterable[Written]) -> dict[str, int]:
 
 # --- a model here ---------------------------------------------------------------------------------
 
+PACKAGED_LM = "lm"  # folder inside a packaged model's
 LM_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
@@ -313,11 +314,12 @@ class LocalWriter:
         max_tokens: int = MAX_TOKENS,
     ) -> None:
         from ip2p.devices import pick_device, pick_dtype
+        from ip2p.models.bundle import called
 
         check_sampling(temperature, frequency_penalty, max_tokens)
         if batch < 1:
             raise InputError(f"--batch is {batch}; use 1 or more.")
-        self.name = Path(model).name if Path(model).expanduser().is_dir() else str(model)
+        self.name = called(model)
         self.batch, self.shots = batch, shots
         self.temperature, self.frequency_penalty = temperature, frequency_penalty
         self.device = pick_device(device)
@@ -391,29 +393,15 @@ def check_sampling(temperature: float, frequency_penalty: float, max_tokens: int
 
 
 def load_lm(model: str | Path, *, revision: str | None = None) -> tuple[Any, Any]:
-    """A causal language model in fp32 on the CPU, and its tokenizer, from a folder or the hub.
+    """A causal language model in fp32 on the CPU, and its tokenizer: `find_lm` says from where.
 
     Only safetensors are read, and no code of the folder is run. Raises ModelError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ip2p.images import close_file
-    from ip2p.models.bundle import from_hub, is_hub_name
     from ip2p.models.load import quiet, unreadable
 
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        if not is_hub_name(str(model), folder):
-            close = close_file(folder)
-            hint = f"Did you mean {close}?" if close else "Name a folder, or a hub's OWNER/NAME."
-            raise ModelError(f"{model}: no such language model. {hint}")
-        folder = from_hub(str(model), LM_FILES, _is_lm, revision=revision)
-    elif revision is not None:
-        raise InputError(f"{model} lies here, so it has no --revision {revision}; leave it out.")
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{folder} is no language model: config.json is missing. Name the folder that holds it."
-        )
+    folder = find_lm(model, revision=revision)
     try:
         import torch
 
@@ -428,6 +416,32 @@ def load_lm(model: str | Path, *, revision: str | None = None) -> tuple[Any, Any
         # What is padded is masked, so that any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return network, tokenizer
+
+
+def find_lm(model: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a language model: one here, that of a model in the package, or one of the hub.
+
+    Raises ModelError.
+    """
+    from ip2p.images import close_file
+    from ip2p.models.bundle import find_model, from_hub, is_hub_name, packaged_models
+
+    folder = Path(model).expanduser()
+    if not folder.exists() and str(model) in packaged_models():
+        folder = find_model(model, revision=revision) / PACKAGED_LM
+    elif not folder.exists():
+        if not is_hub_name(str(model), folder):
+            close = close_file(folder)
+            hint = f"Did you mean {close}?" if close else "Name a folder, or a hub's OWNER/NAME."
+            raise ModelError(f"{model}: no such language model. {hint}")
+        folder = from_hub(str(model), LM_FILES, _is_lm, revision=revision)
+    elif revision is not None:
+        raise InputError(f"{model} lies here, so it has no --revision {revision}; leave it out.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} is no language model: config.json is missing. Name the folder that holds it."
+        )
+    return folder
 
 
 def _is_lm(folder: Path) -> bool:

@@ -8,16 +8,19 @@ code and the hub edition give the three.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ip2p import jobs
 from ip2p.data import columns
 from ip2p.errors import InputError
 from ip2p.files import replacing
 from ip2p.synth.tables import read_rows
 
+TABLE = "data/train"  # of a job that makes triples
 COLUMNS = ("id", "caption", "instruction", "edited_caption", "source")
 P = (0.1, 0.9)  # paper, section 3.1.2: how large a share of the steps the pair shares its attention
 SCALE = (7.5, 15.0)  # the paper's code: the guidance scale of a candidate
@@ -122,27 +125,42 @@ def triple_of(row: Mapping[str, Any], *, source: str = "", number: int = 0) -> T
     )
 
 
-def write_triples(path: Path, triples: Iterable[Triple]) -> None:
-    """Write triples as parquet, whole or not at all."""
+def triple_table(triples: Iterable[Triple]) -> Any:
+    """Triples as a table of `COLUMNS`."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     schema = pa.schema([(name, pa.string()) for name in COLUMNS])
-    table = pa.Table.from_pylist([asdict(triple) for triple in triples], schema)
+    return pa.Table.from_pylist([asdict(triple) for triple in triples], schema)
+
+
+def write_triples(path: Path, triples: Iterable[Triple]) -> None:
+    """Write triples as parquet, whole or not at all."""
+    import pyarrow.parquet as pq
+
+    table = triple_table(triples)
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
 
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if not jobs.is_job(path):
+        return read_rows(path)
+    if not jobs.is_done(path):
+        raise InputError(f"{path} is not finished. Run the command that makes it again.")
+    return chain.from_iterable(map(read_rows, jobs.committed(path, TABLE)))
+
+
 def read_triples(path: Path) -> list[Triple]:
-    """The triples of a parquet, JSONL or CSV file, in its order.
+    """The triples of a parquet, JSONL or CSV file, or of a job's folder, in their order.
 
     Two edits of a caption in a file without ids are numbered. Raises InputError for a file that is missing
-    or cannot be read, for rows that lack one of the texts, for an id that comes twice, and for no rows.
+    or cannot be read, a job that was stopped, for rows that lack one of the texts, for an id that comes
+    twice, and for no rows.
     """
     triples: list[Triple] = []
     edits: dict[str, int] = {}
     seen: set[str] = set()
-    for place, row in enumerate(read_rows(path), 1):
+    for place, row in enumerate(_rows(path), 1):
         caption = columns.words_of(row, _NAMES)["caption"]
         triple = triple_of(row, number=edits.get(caption, 0))
         if triple is None:

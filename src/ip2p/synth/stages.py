@@ -1,0 +1,225 @@
+"""The stages of `jobs` that make training data: captions to triples, triples to pairs.
+
+A stage is made once in each process that works, here or on Ray, and what it makes of a part follows from the
+part alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ip2p.clip import Clip
+from ip2p.config import SynthPairsConfig
+from ip2p.data.records import open_picture
+from ip2p.images import to_pil
+from ip2p.jobs import Made
+from ip2p.models.bundle import called
+from ip2p.synth.filter import KEPT, Thresholds, measure, pair_row, pair_table
+from ip2p.synth.instruct import Instruct, Limits, Writer, reasons
+from ip2p.synth.pairs import PairMaker, shared_candidate
+from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, triple_table
+from ip2p.synth.rounds import Rounds, run
+
+REJECTED = "rejected/rejected"  # the table of answers that were refused
+FATES = ("candidates", "made", "passed", "early", "judged", "overflow")
+REFUSED = "refused: "  # what the counts of the reasons begin with
+
+
+class InstructStage:
+    """Captions to triples; the answers that were refused go into a table of their own, with the reasons.
+
+    writer: makes the writer. Counts captions, those without a triple, triples, the refused by reason, and
+    what the writer counts of itself: tokens, and of a server what it cost.
+    """
+
+    def __init__(self, writer: Callable[[], Writer], *, edits: int, retries: int, limits: Limits) -> None:
+        self.instruct = Instruct(writer, edits=edits, retries=retries, limits=limits)
+
+    def __call__(self, part: Sequence[str]) -> Made:
+        import pyarrow as pa
+
+        before = self._used()
+        written = self.instruct(part)
+        used = self._used()
+        triples = [triple for each in written for triple in each.triples]
+        refused = [asdict(rejected) for each in written for rejected in each.rejected]
+        counts: dict[str, float] = {
+            "captions": len(written),
+            "captions without": sum(not each.triples for each in written),
+            "triples": len(triples),
+            **{REFUSED + reason: count for reason, count in reasons(written).items()},
+            **{name: value - before[name] for name, value in used.items()},
+        }
+        schema = pa.schema([(name, pa.string()) for name in Rejected.__dataclass_fields__])
+        tables = {TABLE: triple_table(triples), REJECTED: pa.Table.from_pylist(refused, schema)}
+        return Made(tables=tables, counts=counts)
+
+    def _used(self) -> dict[str, float]:
+        writer: Any = self.instruct.writer
+        usage = getattr(writer, "usage", None)
+        return asdict(usage) if usage is not None else {"answer_tokens": getattr(writer, "tokens", 0)}
+
+
+class PairStage:
+    """Triples to pairs: candidates in rounds, drawn, measured, judged (paper, section 3.1.2).
+
+    clip: finds the folder of the CLIP that judges; clip_name: what the table calls it. scale: from which
+    interval the guidance is drawn. Of the config, what concerns drawing and judging is read. All triples of a
+    part are drawn together.
+
+    Counts candidates, what became of them (made, passed, early, judged, overflow), pictures through the UNet
+    (evaluations), decoded and previewed; triples, how each ended (enough, hopeless, most), those without a
+    pair, and those with a text that the painter reads only in part (cut).
+    """
+
+    def __init__(
+        self,
+        config: SynthPairsConfig,
+        *,
+        clip: Callable[[], Path],
+        clip_name: str,
+        thresholds: Thresholds,
+        scale: tuple[float, float] = SCALE,
+    ) -> None:
+        how = config.how()
+        self.thresholds, self.scale, self.p = thresholds, scale, config.p
+        self.early_thresholds = lowered(thresholds, config.early_margin)
+        self.per_source: int = how["p_per_source"]
+        self.keep_all = config.keep == "all"
+        self.rounds = Rounds(
+            most=how["most"],
+            enough=how["enough"] or None,
+            size=how["round_size"],
+            worth=how["worth"],
+            risk=how["risk"],
+            shared=self.per_source,
+        )
+        tiny = how["tiny_vae"]
+        self.painter = PairMaker(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            revision=config.revision,
+            weights=config.weights,
+            vae=config.vae,
+            steps=how["steps"],
+            sampler=how["sampler"],
+            spacing=how["spacing"],
+            size=config.size,
+            attention=how["attention"],
+            batch_size=config.batch_size,
+            early=self._early if how["early_at"] else None,
+            early_at=how["early_at"],
+            # Of what fails on the small pictures none is decoded in full, unless all are to be kept.
+            judge=self._previewed if tiny is not None and not self.keep_all else None,
+            tiny_vae=tiny,
+        )
+        self.clip = Clip.load(clip(), self.painter.device)
+        self.known = {"model": called(config.model), "clip": clip_name, "license": config.license}
+
+    def __call__(self, part: Sequence[Triple]) -> Made:
+        painter = self.painter
+        before = painter.evaluations, painter.decoded, painter.previewed
+        counts: Counter[str] = Counter(dict.fromkeys(FATES, 0))
+        drawn: list[dict[str, Any]] = []
+
+        def judge(candidates: list[Candidate]) -> list[bool | None]:
+            passes, rows = self._judged(candidates, counts)
+            drawn.extend(rows)
+            return passes
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The text is longer than")  # counted as cut
+            prompts = run(part, self.rounds, judge, new=self._candidate)
+        order = {triple.id: place for place, triple in enumerate(part)}
+        drawn.sort(key=lambda row: (order[row["triple_id"]], row["candidate"]))
+        ends = Counter(prompt.ended for prompt in prompts)
+        counts.update({f"prompts_{end}": ends[end] for end in ("enough", "hopeless", "most")})
+        counts["prompts"] = len(part)
+        counts["prompts_none"] = sum(not prompt.passed for prompt in prompts)
+        counts["cut"] = sum(self._is_cut(triple) for triple in part)
+        after = painter.evaluations, painter.decoded, painter.previewed
+        names = ("evaluations", "decoded", "previewed")
+        counts.update({n: b - a for n, a, b in zip(names, before, after, strict=True)})
+        return Made(tables={KEPT: pair_table(drawn)}, counts=counts)
+
+    def _candidate(self, triple: Triple, number: int) -> Candidate:
+        return shared_candidate(triple, number, self.per_source, p=self.p, scale=self.scale)
+
+    def _judged(
+        self, candidates: list[Candidate], counts: Counter[str]
+    ) -> tuple[list[bool | None], list[dict[str, Any]]]:
+        """Of each candidate whether it passes, True or None; and the rows of those that are kept."""
+        every = self.painter(candidates)
+        counts["candidates"] += len(every)
+        counts.update(each.fate for each in every)
+        made = [each for each in every if each.fate == "made"]
+        drawn = [each.pair() for each in made]
+        scores = self._scores(
+            [each.candidate for each in made],
+            [open_picture(pair.before, pair.id) for pair in drawn],
+            [open_picture(pair.after, pair.id) for pair in drawn],
+        )
+        passes: dict[str, bool] = {}
+        rows = []
+        for each, own in zip(made, scores, strict=True):
+            passes[each.candidate.id] = passed = self.thresholds.passes(own)
+            if passed or self.keep_all:
+                one, row = each.candidate, pair_row(each.pair(**own))
+                rows.append(row | self.known | {"triple_id": one.triple.id, "candidate": one.number})
+        counts["passed"] += sum(passes.values())
+        return [passes.get(one.id) or None for one in candidates], rows
+
+    def _early(
+        self, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor
+    ) -> list[bool]:
+        return self._pass(self.early_thresholds, candidates, before, after)
+
+    def _previewed(
+        self, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor
+    ) -> list[bool]:
+        return self._pass(self.thresholds, candidates, before, after)
+
+    def _pass(
+        self, least: Thresholds, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor
+    ) -> list[bool]:
+        """Which candidates pass by pictures that are not the last ones, in [0, 1]."""
+        one, two = ([to_pil(picture * 2 - 1) for picture in both] for both in (before, after))
+        return [least.passes(own) for own in self._scores(candidates, one, two)]
+
+    def _scores(
+        self, candidates: Sequence[Candidate], before: list[Image.Image], after: list[Image.Image]
+    ) -> list[dict[str, float]]:
+        if not candidates:
+            return []
+        found = measure(
+            self.clip,
+            before,
+            after,
+            [one.triple.caption for one in candidates],
+            [one.triple.edited_caption for one in candidates],
+        )
+        return [
+            {name: float(values[k]) for name, values in found.items() if not np.isnan(values[k])}
+            for k in range(len(candidates))
+        ]
+
+    def _is_cut(self, triple: Triple) -> bool:
+        tokenizer = self.painter.editor.bundle.tokenizer
+        texts = [triple.caption, triple.edited_caption]
+        whole = tokenizer(texts, verbose=False)["input_ids"]
+        return any(len(tokens) > tokenizer.model_max_length for tokens in whole)
+
+
+def lowered(thresholds: Thresholds, margin: float) -> Thresholds:
+    """Thresholds that are less by a margin."""
+    return Thresholds(**{name: value - margin for name, value in asdict(thresholds).items()})
