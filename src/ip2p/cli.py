@@ -32,6 +32,8 @@ from ip2p.terminal import say
 VERBS = {
     "edit": ("EditConfig", "ip2p.command:edit", "edit a picture, or many, with an instruction"),
     "grid": ("GridConfig", "ip2p.command:grid", "draw the results over two settings as one picture"),
+    "ui": ("UiConfig", "ip2p.serve.app:ui", "edit in the browser"),
+    "serve": ("ServeConfig", "ip2p.serve.app:serve", "serve edits over HTTP, with the page"),
     "train": ("TrainConfig", "ip2p.trainer:train", "train an editor on pairs of pictures"),
     "synth instruct": ("SynthInstructConfig", "ip2p.maker:instruct", "write edits of captions in words"),
     "synth tune-lm": ("SynthTuneConfig", "ip2p.maker:tune_lm", "tune a language model that writes edits"),

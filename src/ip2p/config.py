@@ -37,6 +37,7 @@ Weights = Literal["ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
 Mark = Literal["iptc", "visible", "none"]
+Mark = Literal["iptc", "visible", "none"]
 Language = Literal["english", "latin", "any"]
 Way = Literal["completion", "chat"]
 Attention = Literal["self", "replace", "refine", "self+replace", "self+refine"]
@@ -72,6 +73,8 @@ Axis = Annotated[str, arg(metavar="SETTING[=VALUES]")]
 Thens = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="INSTRUCTION", help_behavior_hint="")]]
 Models = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="[NAME=]MODEL")]]
 Names = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="NAME", help_behavior_hint="")]]
+Models = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="[NAME=]MODEL")]]
+Names = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="NAME", help_behavior_hint="")]]
 
 MAX_STEPS = 1000  # as many as the noise levels that a model is trained on
 MAX_SCALE = 100.0
@@ -79,6 +82,7 @@ MAX_COUNT = 1000
 MAX_SEED = 2**63 - 1
 MIN_SIZE, MAX_SIZE = 16, 4096
 MAX_PIXELS = 16_000_000  # of a picture to read; about 200 MB while it is decoded
+MIN_KEY = 16  # characters of a server's key: what guessing cannot find
 AUTO_MASK = 0.5  # the threshold of a bare --auto-mask
 CONFIG_FILE = "ip2p.toml"
 
@@ -258,6 +262,127 @@ class GridConfig:
             raise InputError(
                 f"a grid has at most {MAX_COUNT} pictures; give --columns and --rows fewer values."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Serve edits over HTTP, with a page in the browser: ip2p serve --port 7860"""
+
+    host: str = "127.0.0.1"  # address to listen at; other machines reach 0.0.0.0, and only with a key
+    port: int = 7860  # of TCP
+    model: Models = (
+        "storybook",
+    )  # what is served, and nothing else; may be repeated, the first is asked first
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    memory: MemoryUse = "auto"  # low is slower and needs least; high never saves; auto looks at the device
+    api_key_file: File = None  # keys that callers must have, one a line; or one in IP2P_API_KEY
+    public: bool = False  # let other machines in without a key
+    allow_host: Names = ()  # a further name in the address by which callers may come; may be repeated
+    allow_origin: Names = ()  # a page elsewhere that may post, as https://example.org; may be repeated
+    max_pixels: int = MAX_PIXELS  # refuse a larger picture before decoding it
+    max_steps: int = 150  # refuse more sampling steps
+    max_count: int = 8  # refuse more results a request
+    max_words: int = 2000  # refuse a longer instruction, in characters
+    max_mb: int = 64  # refuse a larger request, in megabytes
+    queue: int = 64  # requests that may wait; more are told when to come again
+    per_client: int = 16  # requests of one caller that may wait or run
+    join: int = 8  # pictures of equal size that go through the network together
+    keep_seconds: float = 600.0  # how long results can be fetched
+    store: Folder = None  # folder for them; default: one that goes when the server ends
+    store_mb: int = 1024  # most that lies there; the oldest go first
+    urls: bool = False  # fetch pictures that a request names by http(s), from public addresses alone
+    safety: Model = (
+        None  # a safety checker in the diffusers format, which refuses results: a folder or a hub id
+    )
+    mark: Mark = "iptc"  # what tells that a result was edited: IPTC's tag in the file, words too, or nothing
+    drain_seconds: float = 30.0  # after SIGTERM or Ctrl-C: how long what runs may take to finish
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used, or that would let anybody in unasked."""
+        check_int("--port", self.port, 0, 65535, "--port 7860")
+        self.models()
+        if not is_loopback(self.host) and not self.public and not self.api_keys():
+            raise InputError(
+                f"--host {self.host} lets other machines in. Ask them for a key (set IP2P_API_KEY, or "
+                "--api-key-file FILE), or say --public."
+            )
+        for name in self.allow_host:
+            if not name or set(name) & set("/@ ") or (":" in name and not is_address(name)):
+                raise InputError(
+                    f"--allow-host {name!r} is not a name alone. Try --allow-host pictures.example.org."
+                )
+        for origin in self.allow_origin:
+            scheme, colon, name = origin.partition("://")
+            if scheme not in ("http", "https") or not colon or not name or set(name) & set("/@? "):
+                raise InputError(
+                    f"--allow-origin {origin!r} is not an origin. Try --allow-origin https://example.org."
+                )
+        check_int("--max-pixels", self.max_pixels, 1, 2**40, f"--max-pixels {MAX_PIXELS}")
+        check_int("--max-steps", self.max_steps, 1, MAX_STEPS, "--max-steps 150")
+        for name, most in (
+            *(("max_count", MAX_COUNT), ("max_words", 10**6), ("max_mb", 4096), ("queue", 10**6)),
+            *(("per_client", 10**6), ("join", 1024), ("store_mb", 10**9)),
+        ):
+            flag = f"--{name.replace('_', '-')}"
+            check_int(flag, getattr(self, name), 1, most, f"{flag} {getattr(ServeConfig, name)}")
+        check_float("--keep-seconds", self.keep_seconds, 1, 1e9, "--keep-seconds 600")
+        check_float("--drain-seconds", self.drain_seconds, 0, 86_400, "--drain-seconds 30")
+
+    def models(self) -> dict[str, str]:
+        """The models by the names under which they are served. Raises InputError for a name given twice."""
+        return parse_models(self.model)
+
+    def api_keys(self, env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+        """The keys of `--api-key-file`, else the one in IP2P_API_KEY. Raises InputError for bad ones.
+
+        They are no setting, so that no `run.json` and no list of processes shows them.
+        """
+        if self.api_key_file is None:
+            keys, source = [env["IP2P_API_KEY"]] if env.get("IP2P_API_KEY") else [], "IP2P_API_KEY"
+        else:
+            source = f"--api-key-file {self.api_key_file}"
+            try:
+                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{source} cannot be read ({error}). Write a key a line into it.") from None
+            keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            if not keys:
+                raise InputError(f"{source} holds no key. Write one a line into it.")
+        for key in keys:
+            if len(key) < MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
+                raise InputError(
+                    f"a key of {source} cannot be used: it needs {MIN_KEY} characters or more of ASCII, "
+                    "without blanks. Try: openssl rand -hex 24"
+                )
+        return tuple(keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UiConfig:
+    """Edit in the browser: ip2p ui"""
+
+    port: int = 7860  # of this machine alone; the next free one is taken where it is in use
+    model: Models = ("storybook",)  # what can be chosen; may be repeated, the first is chosen
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    memory: MemoryUse = "auto"  # low is slower and needs least; high never saves; auto looks at the device
+    max_pixels: int = MAX_PIXELS  # refuse a larger picture before decoding it
+    mark: Mark = "iptc"  # what tells that a result was edited: IPTC's tag in the file, words too, or nothing
+    no_browser: bool = False  # do not open the page, only tell its address
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used."""
+        self.serving().check()
+
+    def serving(self) -> ServeConfig:
+        """How the page is served: to this machine alone."""
+        shared = {field.name for field in dataclasses.fields(ServeConfig)}
+        return ServeConfig(**{name: value for name, value in vars(self).items() if name in shared})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -958,6 +1083,46 @@ def parse_lora(text: str) -> tuple[Path, float]:
         raise InputError(f"--lora {text!r} names no file. Try --lora style.safetensors:0.8.")
     check_float(f"the weight of --lora {text}", weight, -10, 10, f"--lora {file}:0.8")
     return Path(file), weight
+
+
+def parse_models(listed: Sequence[str]) -> dict[str, str]:
+    """NAME=MODEL, or MODEL alone, by the names under which they are served.
+
+    A model alone goes by its own name: a hub id whole, a folder or a file by its last part, without the
+    ending. Raises InputError for none, an empty one, or a name that stands for two.
+    """
+    models: dict[str, str] = {}
+    for text in listed:
+        name, equals, model = text.partition("=")
+        if not equals:
+            path = Path(text)
+            local = (
+                path.exists() or text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt")
+            )
+            stem = path.stem if path.suffix in (".safetensors", ".ckpt") else path.resolve().name
+            name, model = (stem if local else text), text
+        if not name.strip() or not model.strip():
+            raise InputError(f"--model {text!r} names no model. Try --model mine=./my-editor.")
+        if name in models:
+            raise InputError(f"--model {text}: two models are called {name}. Try --model other={model}.")
+        models[name] = model
+    if not models:
+        raise InputError("no model is named. Try --model storybook.")
+    return models
+
+
+def is_address(text: str) -> bool:
+    """Whether it is an IP address and not a name."""
+    try:
+        ipaddress.ip_address(text.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens at `host`."""
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
 
 
 AXES: dict[str, type] = {"text-cfg": float, "image-cfg": float, "seed": int, "steps": int}

@@ -1,0 +1,279 @@
+"""The server: an application with the page and three interfaces over one service; how it begins and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import sys
+import tempfile
+import threading
+import types
+import webbrowser
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ip2p import __version__
+from ip2p.config import ServeConfig, UiConfig
+from ip2p.errors import InputError, Ip2pError
+from ip2p.terminal import say
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+except ImportError as error:
+    raise InputError(
+        f"the server needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
+    ) from None
+
+from ip2p.serve import metrics, native
+from ip2p.serve.errors import Refusal, body_of, refusal_of
+from ip2p.serve.guard import Guard
+from ip2p.serve.mark import marker
+from ip2p.serve.service import Limits, Service
+from ip2p.serve.wire import Desk
+
+if TYPE_CHECKING:
+    from ip2p.editor import Editor
+
+FLUSH_SECONDS = 5  # after the last edit: for its answer to go out
+
+
+def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> FastAPI:
+    """The application over a service, whose `store` keeps the results that are asked for by address.
+
+    page: with the page at `/`. The guard is its outermost layer.
+    """
+    desk = Desk(service, config)
+    app = FastAPI(
+        title="ip2p",
+        version=__version__,
+        summary="Edit pictures by instruction",
+        redoc_url=None,
+    )
+    app.include_router(native.router(desk))
+
+    @app.get("/healthz", tags=["server"], summary="Whether the server lives")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["server"], summary="Whether it takes requests")
+    async def readyz() -> Response:
+        ready = service.ready
+        return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
+
+    @app.get("/metrics", tags=["server"], summary="Numbers for Prometheus")
+    async def numbers() -> Response:
+        return PlainTextResponse(metrics.prometheus(service.stats()), media_type=metrics.MEDIA_TYPE)
+
+    answer_errors(app)
+    if page:
+        from ip2p.serve import ui
+
+        built = ui.build_page(service, client=lambda request: str(request.request.scope["state"]["client"]))
+        app = ui.mount(app, built, path="/", max_file_size=config.max_mb * 1_000_000)
+    # Last, and so around everything, the page too.
+    app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
+    return app
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Every error in the form of the interface that was called."""
+
+    def answer(request: Request, refusal: Refusal) -> Response:
+        return JSONResponse(
+            body_of(request.url.path, refusal), status_code=refusal.status, headers=refusal.headers
+        )
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Ip2pError)
+        return answer(request, refusal_of(error, request.url.path))
+
+    async def by_status(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        words = {
+            404: "There is nothing at this address. See /docs.",
+            405: "This address takes another method.",
+        }
+        message = words.get(error.status_code, str(error.detail))
+        refusal = Refusal(message, status=error.status_code, headers=error.headers)
+        return answer(request, refusal)
+
+    async def by_field(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return answer(request, Refusal(f"{name} cannot be used: {first['msg']}.", status=422, field=name))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it; the log tells it from an answer
+
+    app.add_exception_handler(Ip2pError, ours)
+    app.add_exception_handler(HTTPException, by_status)
+    app.add_exception_handler(RequestValidationError, by_field)
+    app.add_exception_handler(ClientDisconnect, gone)
+
+
+# --- the verbs -------------------------------------------------------------------------------------
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what runs."""
+    run(config)
+
+
+def ui(config: UiConfig) -> None:
+    """Serve the page to this machine and open it in the browser."""
+    run(config.serving(), browser=not config.no_browser, any_port=True)
+
+
+def run(config: ServeConfig, *, browser: bool = False, any_port: bool = False) -> None:
+    """Load the first model, listen, and serve until a signal; the address goes to stderr.
+
+    browser: open the page. any_port: the next free port will do. Raises what the model's loading raises, and
+    InputError for an address that cannot be listened at.
+    """
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(_listening(config.host, config.port, tries=20 if any_port else 1))
+        service = stack.enter_context(make_service(config, stack))
+        service.warm()
+        app = make_app(service, config)
+        place = _address(config.host, listening)
+        server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                # Whoever calls from this machine could name any other as the caller.
+                proxy_headers=False,
+                server_header=False,
+                lifespan="on",
+                timeout_keep_alive=15,
+                timeout_graceful_shutdown=FLUSH_SECONDS,
+            ),
+            lambda: service.drain(config.drain_seconds),
+            ready=lambda: _say_ready(place, browser),
+        )
+        with _access_log():
+            server.run(sockets=[listening])
+
+
+def make_service(config: ServeConfig, stack: contextlib.ExitStack) -> Service:
+    """The service that a config asks for; `stack` removes its folder at the end."""
+    store = config.store
+    if store is None:
+        store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ip2p-results-"))) / "results"
+    limits = Limits(
+        pixels=config.max_pixels,
+        steps=config.max_steps,
+        count=config.max_count,
+        words=config.max_words,
+        queue=config.queue,
+        per_client=config.per_client,
+    )
+    return Service(
+        {name: _loader(model, config) for name, model in config.models().items()},
+        limits=limits,
+        join=config.join,
+        loaded=len(config.models()),
+        finish=marker(config),
+        keep_seconds=config.keep_seconds,
+        store=store,
+        store_bytes=config.store_mb * 1_000_000,
+    )
+
+
+def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
+    def load() -> Editor:
+        from ip2p.editor import Editor
+
+        return Editor.load(model, device=config.device, dtype=config.dtype, memory=config.memory)
+
+    return load
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which at a signal first lets the service finish: its answers still have to go out.
+
+    A second signal ends it at once. The process then ends well: to be asked to stop is no failure.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Any], ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain, self._ready = drain, ready
+        self._draining = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+        if self._draining:
+            self.force_exit = self.should_exit = True
+            return
+        self._draining = True
+        threading.Thread(target=self._end, name="ip2p-drain", daemon=True).start()
+
+    def _end(self) -> None:
+        try:
+            self._drain()
+        finally:
+            self.should_exit = True
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int, *, tries: int) -> Iterator[socket.socket]:
+    """A listening socket at `port`, or at the first free one of so many from it on. Raises InputError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for candidate in range(port, min(port + tries, 65536)):
+            try:
+                sock.bind((host.strip("[]"), candidate))
+                break
+            except OSError as error:
+                reason = error.strerror or str(error)
+        else:
+            raise InputError(
+                f"cannot listen at {host} port {port}: {reason}. Try --port {(port % 65535) + 1}."
+            )
+        # Whoever comes while the model loads waits, and is not turned away.
+        sock.listen(128)
+        yield sock
+
+
+def _address(host: str, listening: socket.socket) -> str:
+    port = listening.getsockname()[1]
+    name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+def _say_ready(place: str, browser: bool) -> None:
+    say(f"the page is at {place}/ and the interfaces at {place}/docs; Ctrl-C stops it")
+    if browser:
+        webbrowser.open(place)
+
+
+@contextlib.contextmanager
+def _access_log() -> Iterator[None]:
+    """A line of JSON a request on stderr, as it is."""
+    access = logging.getLogger("ip2p.serve.access")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access.addHandler(handler)
+    access.propagate, before = False, access.propagate
+    level = access.level
+    access.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        access.removeHandler(handler)
+        access.propagate = before
+        access.setLevel(level)

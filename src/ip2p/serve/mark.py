@@ -1,0 +1,63 @@
+"""What is done to every result before anybody sees it: it is looked at, and it is marked as edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ip2p.config import ServeConfig
+
+# IPTC's digital source type of a picture that a trained model changed.
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+XMP = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"/>
+</rdf:RDF></x:xmpmeta>
+<?xpacket end="w"?>""".encode()
+WORDS = "AI-edited"
+
+Finish = Callable[[Image.Image], Image.Image]
+
+
+def marker(config: ServeConfig) -> Finish | None:
+    """What `Service` is to do with each result: refuse it (--safety), mark it (--mark), or nothing."""
+    steps: list[Finish] = []
+    if config.safety is not None:
+        from ip2p.serve.safety import Safety  # imports torch
+
+        steps.append(Safety.load(config.safety, device=config.device).check)
+    if config.mark == "visible":
+        steps.append(write_words)
+    if config.mark != "none":
+        steps.append(tag)
+    if not steps:
+        return None
+
+    def finish(picture: Image.Image) -> Image.Image:
+        for step in steps:
+            picture = step(picture)
+        return picture
+
+    return finish
+
+
+def tag(picture: Image.Image) -> Image.Image:
+    """The picture with IPTC's digital source type in its XMP, where `images.to_bytes` finds it."""
+    picture.info["xmp"] = XMP
+    return picture
+
+
+def write_words(picture: Image.Image) -> Image.Image:
+    """The picture with "AI-edited" in its lower right corner, a twentieth of its side high."""
+    marked = picture.copy()
+    height = max(8, min(picture.size) // 20)
+    font = ImageFont.load_default(height)
+    pen = ImageDraw.Draw(marked, "RGBA")
+    left, top, right, bottom = pen.textbbox((0, 0), WORDS, font)
+    pad = height // 3
+    x, y = marked.width - (right - left) - pad, marked.height - (bottom - top) - pad
+    pen.rectangle((x - pad, y - pad, marked.width, marked.height), (0, 0, 0, 160))
+    pen.text((x - left, y - top), WORDS, (255, 255, 255, 255), font)
+    return marked
