@@ -1,14 +1,20 @@
 """What the buttons of the page do, without a word of how the page looks.
 
-An action returns the values of the fields that it changes, by name (`ip2p.serve.ui` has the names); a long one
-yields such values while it works. Errors that a user can cause are told in the field "status".
+An action returns the values of the fields that it changes, by name (`ip2p.serve.ui` has the names); a long
+one yields such values while it works. Errors that a user can cause are raised.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
+import functools
 import html
+import itertools
 import time
-from collections.abc import AsyncIterator
+import zipfile
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +22,38 @@ from anyio import to_thread
 from PIL import Image
 
 from ip2p import grid
+from ip2p.config import MAX_SCALE
 from ip2p.errors import InputError, Ip2pError
+from ip2p.images import WRITES, load_image, resized, save_image
 from ip2p.infotext import parse_infotext, read_infotext
-from ip2p.serve.run import Controls, from_settings, progress, run, surprise
-from ip2p.serve.session import Session, show, store
+from ip2p.serve.run import Controls, duration, from_settings, progress, run, surprise
+from ip2p.serve.service import FieldError, Full
+from ip2p.serve.session import Session, for_browser, show, store
 
 if TYPE_CHECKING:
-    from ip2p.serve.service import Job, Service
+    from ip2p.serve.service import Job, Request, Service
 
 Values = dict[str, Any]
 OFTEN = 0.2  # seconds between two signs of life: more would be work for every browser and nobody's gain
 CELL = 256  # the longer side of a cell of the matrix
 AT_ONCE = 4  # requests of one browser that are in the service together
 MAX_CELLS, MAX_FILES = 25, 200
+# What stands above the fields, where it is not their name with a capital.
+LABELS = {
+    "image": "Picture",
+    "instruction": "Instruction",
+    "negative": "Negative prompt",
+    "seeds": "Candidates or seed",
+    "steps": "Steps",
+    "sampler": "Sampler",
+    "spacing": "Noise levels",
+    "text_cfg": "Text CFG",
+    "image_cfg": "Image CFG",
+    "size": "Size",
+    "mask": "Mask",
+    "auto_mask": "Threshold",
+    "model": "Model",
+}
 
 
 class Actions:
@@ -76,7 +101,7 @@ class Actions:
     def go_on(self, session: Session) -> Values:
         """Make the chosen candidate the picture that is edited next."""
         session.go_on()
-        return self.state(session) | {"status": say("Go on from here, or undo."), "instruction": ""}
+        return self.state(session) | {"status": say("Say what to change next, or undo."), "instruction": ""}
 
     def undo(self, session: Session) -> Values:
         session.history.undo()
@@ -148,6 +173,44 @@ class Actions:
             "download": str(session.download(chosen.file, chosen.parameters)),
         }
 
+    # --- for programs -----------------------------------------------------------------------------------
+
+    async def edit_once(
+        self, path: str | None, controls: Controls, client: str
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """The candidates for one picture as files in its format, and the settings of each."""
+        if path is None:
+            raise InputError("picture is missing. Send one.")
+        with contextlib.closing(Session()) as session:
+            await to_thread.run_sync(lambda: session.open(path, max_pixels=self.service.limits.pixels))
+            picture = await to_thread.run_sync(session.picture)
+            request = await to_thread.run_sync(lambda: controls.request(picture, previews=0))
+            job = await self._one(session, request, client)
+            if job.state != "done":
+                raise InputError("The edit was stopped.")
+            await to_thread.run_sync(session.keep, [result.image for result in job.results])
+            files = []
+            for made in session.candidates:
+                files.append(str(await to_thread.run_sync(session.download, made.file, made.parameters)))
+            return files, [plain(made.parameters) for made in session.candidates]
+
+    async def batch_once(
+        self, paths: Sequence[str], controls: Controls, client: str
+    ) -> tuple[list[str], list[str]]:
+        """The zip of `batch`, and the lines of what could not be edited."""
+        with contextlib.closing(Session()) as session:
+            last: Values = {}
+            async with contextlib.aclosing(self.batch(session, controls, client, paths)) as told:
+                async for values in told:
+                    last |= values
+            return [last["zip"]] if last["zip"] else [], last["failed"]
+
+    def settings_of(self, path: str | None) -> dict[str, Any]:
+        """What an edited file was made with, by the names of the controls."""
+        if path is None:
+            raise InputError("settings_file is missing. Send a picture that ip2p edited.")
+        return plain(self._read(path))
+
     # --- settings -------------------------------------------------------------------------------------
 
     def take(self, session: Session) -> Values:
@@ -159,13 +222,17 @@ class Actions:
 
     def take_from(self, path: str) -> Values:
         """The settings that an edited file carries."""
+        found = parse_infotext(self._read(path))
+        return from_settings(found, self.service.models) | {"status": say("Settings loaded.")}
+
+    def _read(self, path: str) -> str:
         try:
             text = read_infotext(path)
         except InputError:
             raise InputError("The file is no PNG, JPEG or WebP picture. Give one that ip2p edited.") from None
         if text is None:
             raise InputError(f"{Path(path).name} carries no settings. Give a picture that ip2p edited.")
-        return from_settings(parse_infotext(text), self.service.models) | {"status": say("Settings loaded.")}
+        return text
 
     def own(self, model: str | None) -> Values:
         """The scales that a model recommends."""
@@ -190,27 +257,26 @@ class Actions:
 
     # --- editing --------------------------------------------------------------------------------------
 
-    async def edit(self, session: Session, controls: Controls, client: str) -> AsyncIterator[Values]:
+    async def edit(self, session: Session, controls: Controls, client: str) -> AsyncGenerator[Values, None]:
         """Make candidates, with their pictures on the way and the time left."""
         step = session.history.current
         picture = await to_thread.run_sync(session.picture)
         request = await to_thread.run_sync(controls.request, picture)
         session.candidates, session.chosen = [], None
         yield self.results(session) | {"status": say("Waiting"), "session": session}
-        job: Job | None = None
         told, drawn = 0.0, -1
-        async for job in run(self.service, request, client=client):
-            session.jobs.add(job.id)
-            now = time.monotonic()
-            if job.state not in ("waiting", "running") or now - told < OFTEN:
-                continue
-            told = now
-            values: Values = {"status": bar(job)}
-            if any(job.previews) and drawn != job.step:
-                drawn = job.step
-                values["candidates"] = await to_thread.run_sync(self._previews, session, job)
-            yield values
-        assert job is not None
+        async with contextlib.aclosing(run(self.service, request, client=client)) as news:
+            async for job in news:
+                session.jobs.add(job.id)
+                now = time.monotonic()
+                if job.state not in ("waiting", "running") or now - told < OFTEN:
+                    continue
+                told = now
+                values: Values = {"status": bar(job)}
+                if any(job.previews) and drawn != job.step:
+                    drawn = job.step
+                    values["candidates"] = await to_thread.run_sync(self._previews, session, job)
+                yield values
         session.jobs.discard(job.id)
         if job.error is not None:
             raise job.error
@@ -218,22 +284,213 @@ class Actions:
             yield {"status": say("Stopped."), "candidates": []}
             return
         if session.history.at != step.number:  # the picture was changed meanwhile: these belong to another
-            yield {"status": say("The picture was changed meanwhile; run the edit again.")}
+            yield {"status": say("The picture was changed meanwhile. Run the edit again.")}
             return
         await to_thread.run_sync(session.keep, [result.image for result in job.results])
         values = await to_thread.run_sync(self.results, session)
         count = len(job.results)
-        yield values | {"status": say("Done. Compare, and go on from one." if count > 1 else "Done.")}
+        yield values | {"status": say("Done. Compare, and continue from one." if count > 1 else "Done.")}
 
     def _previews(self, session: Session, job: Job) -> list[tuple[str, str]]:
-        shown = [preview for preview in job.previews if preview is not None]
+        count = len(job.previews)
         return [
-            (
-                str(show(preview, session.new("preview.webp"), CELL)),
-                f"{k} of {len(job.previews)}, step {job.step}",
-            )
-            for k, preview in enumerate(shown, 1)
+            (str(show(preview, session.new("preview.webp"), CELL)), f"{k} of {count}")
+            for k, preview in enumerate(job.previews, 1)
+            if preview is not None
         ]
+
+    async def matrix(
+        self, session: Session, controls: Controls, client: str, columns: str, rows: str
+    ) -> AsyncGenerator[Values, None]:
+        """Edit once for each pair of a text CFG (columns) and an image CFG (rows), all with one seed."""
+        across, down = read_numbers("Text CFG", columns), read_numbers("Image CFG", rows)
+        pairs = [(text, image) for image in down for text in across]
+        if len(pairs) > MAX_CELLS:
+            raise InputError(
+                f"The matrix has {len(pairs)} cells; it may have {MAX_CELLS}. Give fewer values."
+            )
+        picture = await to_thread.run_sync(session.picture)
+        first = dataclasses.replace(controls, count=1)
+        base = await to_thread.run_sync(lambda: first.request(picture, previews=0))
+        # Its cells are small: the photograph's own pixels would not be seen.
+        requests = [
+            dataclasses.replace(base, text_cfg=text, image_cfg=image, fit="model") for text, image in pairs
+        ]
+        labels = [f"text {text:g} · image {image:g}" for text, image in pairs]
+        cells: dict[int, Image.Image] = {}
+        session.cells = {}
+        share = min(1, CELL / max(picture.size))
+        size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
+        blank = str(show(Image.new("RGB", size, "#9ca3af"), session.new("blank.webp"), CELL))
+        shown = [blank] * len(pairs)
+        took = Took(len(pairs))
+        yield {
+            "cells": (list(zip(shown, labels, strict=True)), len(across)),
+            "sheet": None,
+            "status": measure(f"0 of {len(pairs)} cells", 0, len(pairs)),
+            "session": session,
+        }
+        async with contextlib.aclosing(self._all(session, requests, client)) as made:
+            async for number, job in made:
+                if isinstance(job, Ip2pError):
+                    raise job
+                [result] = job.results
+                cells[number] = resized(result.image.convert("RGB"), size)
+                session.cells[number] = result.image.info["parameters"]
+                shown[number] = str(show(cells[number], session.new("cell.webp"), CELL))
+                yield {
+                    "cells": (list(zip(shown, labels, strict=True)), len(across)),
+                    "status": measure(
+                        f"{len(cells)} of {len(pairs)} cells{took(len(cells))}", len(cells), len(pairs)
+                    ),
+                }
+        if len(cells) < len(pairs):
+            yield {"status": say("Stopped.")}
+            return
+
+        def draw() -> str:
+            whole = grid.sheet(
+                [[cells[y * len(across) + x] for x in range(len(across))] for y in range(len(down))],
+                columns=[f"text CFG {value:g}" for value in across],
+                rows=[f"image CFG {value:g}" for value in down],
+                title=f"“{base.instruction}”",
+                picture=resized(picture, size),
+            )
+            return str(save_image(whole, for_browser(f"{Path(session.source).stem}-grid.png")))
+
+        yield {
+            "status": say("Done. Click a cell to take its settings."),
+            "sheet": await to_thread.run_sync(draw),
+        }
+
+    def cell(self, session: Session, number: int) -> Values:
+        """The settings of a cell of the matrix."""
+        if number not in session.cells:
+            raise InputError("That cell is not made yet. Wait for it, or choose another one.")
+        made = parse_infotext(session.cells[number])
+        return {
+            "text_cfg": made.text_cfg,
+            "image_cfg": made.image_cfg,
+            "seed": made.seed,
+            "status": say(
+                f"Taken over: text CFG {made.text_cfg:g}, image CFG {made.image_cfg:g}, seed {made.seed}."
+            ),
+        }
+
+    async def batch(
+        self, session: Session, controls: Controls, client: str, paths: Sequence[str]
+    ) -> AsyncGenerator[Values, None]:
+        """Edit every file once, with its own seed, into a zip where each keeps its name."""
+        if not paths:
+            raise InputError("There are no files yet. Drop the pictures to edit.")
+        if len(paths) > MAX_FILES:
+            raise InputError(
+                f"There are {len(paths)} files; a batch takes {MAX_FILES}. Give fewer at a time."
+            )
+        if controls.region in ("painted", "file"):
+            raise InputError(
+                "A mask belongs to one picture. For many, edit everywhere or let the model find it."
+            )
+        names = kept_names([Path(path).name for path in paths])
+        count = len(paths)
+        controls = dataclasses.replace(controls, count=1)
+        first = controls.seeds()[0]
+
+        def request(number: int) -> Request:
+            picture = load_image(Path(paths[number]).read_bytes(), max_pixels=self.service.limits.pixels)
+            return dataclasses.replace(controls, seed=first + number).request(picture, previews=0)
+
+        failed: dict[int, str] = {}
+        target = for_browser("edited.zip")
+        took = Took(count)
+        done = 0
+        yield {
+            "status": measure(f"0 of {count} files", 0, count),
+            "zip": None,
+            "errors": "",
+            "session": session,
+        }
+        # Pictures are compressed already.
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+
+            def keep(name: str, result: Image.Image) -> None:
+                file = save_image(result, session.new(name))
+                archive.write(file, name)
+                file.unlink()
+
+            async with contextlib.aclosing(
+                self._all(session, [functools.partial(request, k) for k in range(count)], client)
+            ) as made:
+                async for number, job in made:
+                    if isinstance(job, Ip2pError):
+                        failed[number] = f"{Path(paths[number]).name}: {job}"
+                    else:
+                        await to_thread.run_sync(keep, names[number], job.results[0].image)
+                    done += 1
+                    yield {
+                        "status": measure(f"{done} of {count} files{took(done)}", done, count),
+                        "errors": listed(failed),
+                    }
+            if failed:
+                archive.writestr("errors.txt", "\n".join(failed[k] for k in sorted(failed)) + "\n")
+        good = done - len(failed)
+        words = f"{good} of {count} edited" + (f", {len(failed)} could not be." if failed else ".")
+        if done < count:
+            words = f"Stopped. {words}"
+        yield {
+            "status": say(words),
+            "errors": listed(failed),
+            "failed": [failed[number] for number in sorted(failed)],
+            "zip": str(target) if good else None,
+        }
+
+    async def _all(
+        self, session: Session, requests: Sequence[Request | Callable[[], Request]], client: str
+    ) -> AsyncGenerator[tuple[int, Job | Ip2pError], None]:
+        """The job of each request with its number, as they end, until they are stopped."""
+        stops, numbers = session.stops, iter(range(len(requests)))
+        running: dict[asyncio.Task[Job], int] = {}
+        try:
+            while True:
+                while (
+                    len(running) < AT_ONCE
+                    and session.stops == stops
+                    and (k := next(numbers, None)) is not None
+                ):
+                    running[asyncio.create_task(self._one(session, requests[k], client))] = k
+                if not running:
+                    return
+                ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    number = running.pop(task)
+                    try:
+                        job = task.result()
+                    except Ip2pError as error:
+                        yield number, error
+                        continue
+                    if job.state == "done":
+                        yield number, job
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _one(self, session: Session, request: Request | Callable[[], Request], client: str) -> Job:
+        """The ended job of a request; where the service is full, it waits its turn. Raises Ip2pError."""
+        ready = await to_thread.run_sync(request) if callable(request) else request
+        stops = session.stops
+        while True:
+            try:
+                async with contextlib.aclosing(run(self.service, ready, client=client)) as news:
+                    async for job in news:
+                        session.jobs.add(job.id)
+                session.jobs.discard(job.id)
+                if job.error is not None:
+                    raise job.error
+                return job
+            except Full as full:
+                if session.stops != stops:
+                    raise
+                await asyncio.sleep(min(full.retry_after, 5))
 
     def stop(self, session: Session) -> Values:
         """Cancel whatever runs for this browser; it ends within a step."""
@@ -250,7 +507,15 @@ def say(words: str) -> str:
 
 def complain(error: Ip2pError) -> str:
     """An error in the status."""
-    return f'<p class="said wrong" role="alert">{html.escape(str(error))}</p>'
+    return f'<p class="said wrong" role="alert">{html.escape(worded(error))}</p>'
+
+
+def worded(error: Ip2pError) -> str:
+    """An error that names a field by what stands above it on the page."""
+    words = str(error)
+    if isinstance(error, FieldError) and words.startswith(error.field) and error.field in LABELS:
+        return LABELS[error.field] + words.removeprefix(error.field)
+    return words
 
 
 def bar(job: Job) -> str:
@@ -260,7 +525,63 @@ def bar(job: Job) -> str:
 
 def measure(words: str, done: float, whole: float) -> str:
     said = html.escape(words)
-    return f'<p class="said">{said}</p><progress value="{done:g}" max="{whole:g}" aria-label="{said}"></progress>'
+    shown = f'<progress value="{done:g}" max="{whole:g}" aria-label="{said}"></progress>'
+    return f'<p class="said">{said}</p>{shown}'
+
+
+class Took:
+    """Words for the time that is left, from how long the part done took."""
+
+    def __init__(self, whole: int) -> None:
+        self.whole, self.start = whole, time.monotonic()
+
+    def __call__(self, done: int) -> str:
+        if not done or done == self.whole:
+            return ""
+        return f" · about {duration((time.monotonic() - self.start) / done * (self.whole - done))} left"
+
+
+def read_numbers(name: str, text: str) -> list[float]:
+    """Numbers between blanks or commas, from 0 to the largest scale. Raises InputError."""
+    numbers = []
+    for word in text.replace(",", " ").split():
+        try:
+            number = float(word)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number <= MAX_SCALE:
+            raise InputError(
+                f"{name} {word!r} is no number from 0 to {MAX_SCALE:g}. Write for example 5 7.5 10."
+            )
+        numbers.append(number)
+    if not numbers:
+        raise InputError(f"{name} has no values. Write for example 5 7.5 10.")
+    return numbers
+
+
+def kept_names(names: Sequence[str]) -> list[str]:
+    """Names for the results: each its own, in a format that is written; a second one of a name is name-2."""
+    taken: set[str] = set()
+    kept = []
+    for name in map(Path, names):
+        suffix = name.suffix if name.suffix.lower() in WRITES else ".png"
+        candidates = (f"{name.stem}{f'-{k}' if k > 1 else ''}{suffix}" for k in itertools.count(1))
+        own = next(other for other in candidates if other.lower() not in taken)
+        taken.add(own.lower())
+        kept.append(own)
+    return kept
+
+
+def listed(failed: Mapping[int, str]) -> str:
+    """What could not be edited, as a list."""
+    items = "".join(f"<li>{html.escape(failed[number])}</li>" for number in sorted(failed))
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def plain(parameters: str) -> dict[str, Any]:
+    """The settings of an infotext as JSON holds them."""
+    made = dataclasses.asdict(parse_infotext(parameters))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in made.items()}
 
 
 def caption(seed: int, chosen: bool) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from anyio import to_thread
 from PIL import Image
 
-from ip2p.config import AUTO_MASK, MAX_SEED, parse_size
+from ip2p.config import AUTO_MASK, MAX_COUNT, MAX_SEED, parse_size
 from ip2p.errors import InputError
 from ip2p.infotext import Settings
+from ip2p.masks import load_mask
 from ip2p.serve.service import Request
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ class Controls:
 
     text_cfg, image_cfg: None for the model's own. seed: −1 for a random one; the candidates count up from
     it. size: empty, a side, or width and height as 576x384. region: where the edit may go; painted is
-    what was drawn, mask a picture, auto_mask the threshold of the model's own search.
+    what was drawn, mask the path of a picture, auto_mask the threshold of the model's own search.
     """
 
     instruction: str = ""
@@ -44,13 +46,17 @@ class Controls:
     size: str = ""
     region: Region = "everywhere"
     painted: dict[str, Any] | None = None
-    mask: Image.Image | None = None
+    mask: str | None = None
     auto_mask: float = AUTO_MASK
     model: str | None = None
 
     def seeds(self) -> tuple[int, ...]:
         """As many as candidates; never two numbers the same."""
         count = _whole("Candidates", self.count)
+        if not 1 <= count <= MAX_COUNT:  # before so many numbers are written down
+            raise InputError(
+                f"Candidates is {count}; it must be 1 to {MAX_COUNT}, or what the server allows."
+            )
         seed = _whole("Seed", self.seed)
         first = random.randrange(RANDOM_SEEDS) if seed < 0 else seed
         if first + count - 1 > MAX_SEED:
@@ -89,7 +95,7 @@ class Controls:
         if self.region == "file":
             if self.mask is None:
                 raise InputError("There is no mask file yet. Give one, white where the edit may go.")
-            return self.mask
+            return load_mask(Path(self.mask).read_bytes(), size)
         return None
 
 
@@ -151,7 +157,7 @@ def surprise(own: tuple[float, float]) -> tuple[float, float]:
 # --- running -------------------------------------------------------------------------------------
 
 
-async def run(service: Service, request: Request, *, client: str) -> AsyncIterator[Job]:
+async def run(service: Service, request: Request, *, client: str) -> AsyncGenerator[Job, None]:
     """Hand in a request and yield its job at every change; a reader that goes away cancels it."""
     job = await to_thread.run_sync(lambda: service.submit(request, client=client))
     try:

@@ -40,14 +40,15 @@ class Candidate:
 class Session:
     """A browser's own state. Nothing in it is shared, and its folder goes when it does.
 
-    source: the name of the picture dropped, whose ending a download takes. jobs: the
-    ids of what runs for it; stops: how often that was stopped.
+    source: the name of the picture dropped, whose ending a download takes. jobs: the ids of what runs for it;
+    stops: how often that was stopped. cells: the infotext of each cell of the matrix.
     """
 
     history: History = field(default_factory=History)
     candidates: list[Candidate] = field(default_factory=list)
     chosen: int | None = None
     source: str = "picture.png"
+    cells: dict[int, str] = field(default_factory=dict)
     stops: int = 0
     jobs: set[str] = field(default_factory=set)
     _folder: Path | None = None
@@ -160,7 +161,7 @@ def for_browser(name: str) -> Path:
 
 @functools.cache
 def store() -> Path:
-    """The folder of this process for what its page keeps; only this user can enter it, and it goes at exit."""
+    """The folder of this process for what its page keeps; only its user can enter it; it goes at exit."""
     folder = Path(tempfile.mkdtemp(prefix="ip2p-page-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

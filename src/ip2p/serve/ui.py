@@ -5,6 +5,7 @@ What the actions do is in `ip2p.serve.actions`; how the page looks in `ip2p.serv
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -12,10 +13,11 @@ import ipaddress
 import json
 import os
 import typing
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anyio import to_thread
+from starlette.routing import Mount
 
 from ip2p.serve.session import Session, cache
 
@@ -29,6 +31,7 @@ from ip2p import advice, config
 from ip2p.errors import Ip2pError
 from ip2p.serve import look
 from ip2p.serve.actions import Actions, Values, complain, say
+from ip2p.serve.gate import Blobs, Gate, Page
 from ip2p.serve.run import Controls
 
 if TYPE_CHECKING:
@@ -76,11 +79,12 @@ class _Builder:
     def __init__(self, service: Service, client: Client) -> None:
         self.service, self.client = service, client
         self.actions = Actions(service)
-        self.fields: dict[str, Component] = {}
+        self.fields: dict[str, Any] = {}
         self.templates: list[tuple[gr.Button, str]] = []
 
     def build(self, examples: bool) -> gr.Blocks:
-        with gr.Blocks(title="ip2p", analytics_enabled=False, delete_cache=(600, AGE)) as page:
+        with Page(title="ip2p", analytics_enabled=False, delete_cache=(600, AGE)) as page:
+            page.pixels = self.service.limits.pixels
             self.fields["session"] = gr.State(Session(), delete_callback=Session.close)
             gr.HTML("<h1>ip2p</h1><p>Edit a picture by saying what to change.</p>", elem_id="title")
             with gr.Row():
@@ -88,7 +92,11 @@ class _Builder:
                     self._ask(examples)
                 with gr.Column(scale=6, min_width=300):
                     self._answer()
+            for field in self.fields.values():
+                if isinstance(field, gr.ImageEditor):
+                    field.blob_storage = Blobs()
             self._wire()
+            self._api()
         page.queue(default_concurrency_limit=None)
         return page
 
@@ -274,6 +282,10 @@ class _Builder:
                     height=200,
                     buttons=[],
                 )
+            with gr.Tab("CFG matrix", id="matrix"):
+                self._matrix()
+            with gr.Tab("Batch", id="batch"):
+                self._batch()
             with gr.Tab("Advice", id="advice"):
                 gr.Markdown(advice.TEXT)
         self._add(
@@ -289,6 +301,35 @@ class _Builder:
             self._button("undo", "Undo", size="sm", interactive=False, min_width=70)
             self._button("redo", "Redo", size="sm", interactive=False, min_width=70)
             self._button("again", "Run this step again", size="sm", interactive=False, min_width=120)
+
+    def _matrix(self) -> None:
+        gr.Markdown(
+            "One edit for each pair of scales, with the picture, instruction and settings on the left."
+        )
+        values = self.actions.axes(None)
+        with gr.Row():
+            for name, label in (("columns", "Columns: text CFG"), ("rows", "Rows: image CFG")):
+                self._add(name, gr.Textbox, label, value=values[name], max_length=200)
+        with gr.Row():
+            self._button("draw", "Draw the matrix", variant="primary")
+            self._button("sheet", "Download as one picture", kind=gr.DownloadButton, interactive=False)
+        self._add(
+            *("cells", gr.Gallery, "Matrix: click a cell to take its settings over"),
+            columns=4,
+            fit_columns=False,
+            height="auto",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+        )
+
+    def _batch(self) -> None:
+        gr.Markdown("One instruction for many pictures, with the settings on the left.")
+        self._add("files", gr.File, "Pictures", file_count="multiple", type="filepath", height=200)
+        with gr.Row():
+            self._button("edit_all", "Edit all", variant="primary")
+            self._button("zip", "Download the zip", kind=gr.DownloadButton, interactive=False)
+        self.fields["errors"] = gr.HTML(elem_id="errors")
 
     # --- events -----------------------------------------------------------------------------------
 
@@ -320,6 +361,23 @@ class _Builder:
             inputs=("model",),
             outputs=("text_cfg", "image_cfg"),
         )
+        self._on_select("cells", actions.cell, outputs=("text_cfg", "image_cfg", "seed"))
+        on(
+            fields["model"].change,
+            lambda session, model: actions.axes(model),
+            inputs=("model",),
+            outputs=("columns", "rows"),
+        )
+        for name, action, more, outputs in (
+            ("draw", actions.matrix, ("columns", "rows"), ("cells", "sheet")),
+            ("edit_all", actions.batch, ("files",), ("errors", "zip")),
+        ):
+            fields[name].click(
+                self._edit(action, len(more)),
+                [fields["session"], *self._controls(), *self._some(more)],
+                self._some(("session", "status", *outputs)),
+                **EVENT,
+            )
         edit = self._edit(actions.edit)
         gr.on(
             [fields["run"].click, fields["instruction"].submit],
@@ -348,6 +406,47 @@ class _Builder:
                 None, None, fields["instruction"], js=look.TEMPLATE_JS % json.dumps(template), **EVENT
             )
 
+    def _api(self) -> None:
+        """The same actions for programs (gradio_client): named, without a browser's history."""
+        files, told, trigger = gr.File(visible=False), gr.JSON(visible=False), gr.Button(visible=False)
+        public = EVENT | {"api_visibility": "public"}
+        controls = [name for name in CONTROLS if name != "painted"]
+
+        def read(values: Sequence[Any]) -> Controls:
+            return Controls(**dict(zip(controls, values, strict=True)))
+
+        async def edit(request: gr.Request, picture: str | None, *values: Any) -> tuple[list[str], list[Any]]:
+            with told_outside():
+                return await self.actions.edit_once(picture, read(values), self.client(request))
+
+        async def batch(
+            request: gr.Request, paths: list[str] | None, *values: Any
+        ) -> tuple[list[str], list[Any]]:
+            with told_outside():
+                return await self.actions.batch_once(paths or [], read(values), self.client(request))
+
+        async def settings(path: str | None) -> dict[str, Any]:
+            with told_outside():
+                return await to_thread.run_sync(self.actions.settings_of, path)
+
+        fields = self._some(controls)
+        for name, act, inputs, outputs, words in (
+            (
+                *("edit", edit, [self.fields["picture"], *fields], [files, told]),
+                "Edit a picture; files in its own format with their settings inside, and these settings.",
+            ),
+            (
+                *("batch", batch, [self.fields["files"], *fields], [files, told]),
+                "Edit many pictures once each; a zip with their names, and what could not be edited.",
+            ),
+            (
+                *("settings", settings, [self.fields["settings_file"]], [told]),
+                "The settings that an edited file carries.",
+            ),
+            ("models", lambda: list(self.service.models), [], [told], "The names of the models."),
+        ):
+            trigger.click(act, inputs, outputs, api_name=name, api_description=words, **public)
+
     def _controls(self) -> list[Component]:
         return self._some(["editor" if name == "painted" else name for name in CONTROLS])
 
@@ -373,12 +472,17 @@ class _Builder:
 
         self.fields[name].select(act, self._some(("session",)), self._some((*outputs, "status")), **EVENT)
 
-    def _edit(self, action: Callable[[Session, Controls, str], AsyncIterator[Values]]) -> Callable[..., Any]:
+    def _edit(self, action: Callable[..., AsyncGenerator[Values, None]], more: int = 0) -> Callable[..., Any]:
+        """A long action as an event: of its values the controls come first, then `more` others."""
+
         async def act(request: gr.Request, session: Session, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+            split = len(values) - more
             try:
-                controls = Controls(**dict(zip(CONTROLS, values, strict=True)))
-                async for some in action(session, controls, self.client(request)):
-                    yield self._shown(some)
+                controls = Controls(**dict(zip(CONTROLS, values[:split], strict=True)))
+                news = action(session, controls, self.client(request), *values[split:])
+                async with contextlib.aclosing(news) as told:
+                    async for some in told:
+                        yield self._shown(some)
             except Ip2pError as error:
                 yield self._shown({"status": complain(error)})
 
@@ -395,8 +499,12 @@ class _Builder:
         """Values by field instead of by name: a button's is whether it can be pressed."""
         shown: dict[Any, Any] = {}
         for name, value in values.items():
+            if name == "failed":  # for programs
+                continue
             field = self.fields["editor" if name == "painted" else name]
-            if name == "take":
+            if name == "cells":
+                value = gr.update(value=value[0], columns=value[1])
+            elif name == "take":
                 value = gr.update(visible=value)
             elif name == "region_found":
                 value = gr.update(value=value, visible=value is not None)
@@ -406,6 +514,15 @@ class _Builder:
                 value = gr.update(interactive=value)
             shown[field] = value
         return shown
+
+
+@contextlib.contextmanager
+def told_outside() -> Iterator[None]:
+    """An error of ours as Gradio's, whose words reach a program."""
+    try:
+        yield
+    except Ip2pError as error:
+        raise gr.Error(worded(error), print_exception=False) from None
 
 
 def mount(app: FastAPI, page: gr.Blocks, path: str = "/", *, max_file_size: int | None = None) -> FastAPI:
@@ -432,4 +549,7 @@ def mount(app: FastAPI, page: gr.Blocks, path: str = "/", *, max_file_size: int 
     )
     # Gradio looks at the paths that a browser sends only in an app that it launched itself.
     page.has_launched = True
+    for route in app.routes:
+        if isinstance(route, Mount) and getattr(route.app, "blocks", None) is page:
+            route.app = Gate(route.app, path)
     return mounted
