@@ -31,16 +31,19 @@ except ImportError as error:
         f"the server needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
     ) from None
 
-from ip2p.serve import metrics, native
+from ip2p.serve import a1111, metrics, native, openai
 from ip2p.serve.errors import Refusal, body_of, refusal_of
 from ip2p.serve.guard import Guard
 from ip2p.serve.mark import marker
 from ip2p.serve.service import Limits, Service
-from ip2p.serve.wire import Desk
+from ip2p.serve.wire import Desk, client_of
 
 if TYPE_CHECKING:
+    import gradio
+
     from ip2p.editor import Editor
 
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 FLUSH_SECONDS = 5  # after the last edit: for its answer to go out
 
 
@@ -56,7 +59,8 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
         summary="Edit pictures by instruction",
         redoc_url=None,
     )
-    app.include_router(native.router(desk))
+    for face in (native, openai, a1111):
+        app.include_router(face.router(desk))
 
     @app.get("/healthz", tags=["server"], summary="Whether the server lives")
     async def healthz() -> dict[str, str]:
@@ -71,15 +75,26 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
     async def numbers() -> Response:
         return PlainTextResponse(metrics.prometheus(service.stats()), media_type=metrics.MEDIA_TYPE)
 
+    # Before the page, which would answer in its own way what no interface knows.
+    for prefix in ("/v1", "/sdapi"):
+        app.add_api_route(prefix + "/{rest:path}", _nothing, methods=METHODS, include_in_schema=False)
     answer_errors(app)
     if page:
         from ip2p.serve import ui
 
-        built = ui.build_page(service, client=lambda request: str(request.request.scope["state"]["client"]))
+        def caller(request: gradio.Request) -> str:
+            assert request.request is not None, "the page's events come from requests"
+            return client_of(request.request)
+
+        built = ui.build_page(service, client=caller)
         app = ui.mount(app, built, path="/", max_file_size=config.max_mb * 1_000_000)
     # Last, and so around everything, the page too.
     app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
     return app
+
+
+async def _nothing(request: Request) -> Response:
+    raise Refusal(f"{request.method} does nothing at this address. See /docs.", status=404)
 
 
 def answer_errors(app: FastAPI) -> None:

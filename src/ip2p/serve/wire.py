@@ -195,7 +195,7 @@ def _loaded(data: bytes, name: str, max_pixels: int, background: Literal["white"
 
 
 def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "crop", "pad"]) -> Image.Image:
-    """The picture (or mask) at `size`: stretched, cut about its middle, or with its border drawn out."""
+    """The picture at `size`: stretched, cut about its middle, or with more around it (a mask, "L": black)."""
     if picture.size == size:
         return picture
     if how == "stretch":
@@ -205,7 +205,8 @@ def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "
     else:
         inner = ImageOps.contain(picture, size, Image.Resampling.LANCZOS)
         # What is beyond the border is a blurred stretch of all: a plain colour would be edited as a thing.
-        scaled = picture.resize(size, Image.Resampling.BOX, reducing_gap=1)
+        stretched = Image.Resampling.BOX
+        scaled = Image.new("L", size) if picture.mode == "L" else picture.resize(size, stretched)
         scaled.paste(inner, ((size[0] - inner.width) // 2, (size[1] - inner.height) // 2))
     scaled.info = dict(picture.info)
     return scaled

@@ -1,0 +1,86 @@
+"""A server in a thread of the test's process, on loopback, for real clients."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from fakes import fake_editor
+
+from ip2p.config import ServeConfig
+from ip2p.editor import Editor
+from ip2p.serve.app import make_app
+from ip2p.serve.mark import marker
+from ip2p.serve.service import Limits, Service
+
+
+@dataclasses.dataclass
+class Running:
+    url: str
+    port: int
+    service: Service
+    editor: Editor
+
+
+@contextlib.contextmanager
+def running(
+    config: ServeConfig | None = None,
+    *,
+    seconds: float = 0.0,
+    page: bool = False,
+    join: int = 4,
+    **limits: int,
+) -> Iterator[Running]:
+    """A server of the fake model, each call of whose network takes `seconds` longer; `limits` are Limits'."""
+    config = config or ServeConfig(max_steps=50, max_count=4)
+    editor = fake_editor(seconds)
+    bounds = Limits(
+        **{
+            "pixels": config.max_pixels,
+            "steps": config.max_steps,
+            "count": config.max_count,
+            "words": config.max_words,
+            **limits,
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        service = Service(
+            {"fake": editor},
+            limits=bounds,
+            join=join,
+            finish=marker(config),
+            keep_seconds=config.keep_seconds,
+            store=Path(folder) / "results",
+        )
+        app = make_app(service, config, page=page)
+        server = uvicorn.Server(
+            uvicorn.Config(app, port=0, log_config=None, log_level="warning", access_log=False)
+        )
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        try:
+            until = time.monotonic() + 60
+            while not server.started:
+                assert time.monotonic() < until and thread.is_alive(), "the server did not start"
+                time.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            yield Running(f"http://127.0.0.1:{port}", port, service, editor)
+        finally:
+            service.close()
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive(), "the server did not stop"
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    """Wait for a condition; it is an error if it does not come true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)

@@ -1,0 +1,286 @@
+"""Our own interface, from outside over HTTP."""
+
+import base64
+import io
+import json
+
+import httpx
+import pytest
+from PIL import Image
+from running import running, until
+
+from ip2p.images import to_bytes
+from ip2p.infotext import parse_infotext
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def png():
+    return to_bytes(Image.linear_gradient("L").resize((64, 64)).convert("RGB"))
+
+
+def opened(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def events_of(response):
+    name = None
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+def test_a_form_gives_every_result_with_its_settings_inside(http, png):
+    answer = http.post(
+        "/v1/edits",
+        files={"image": ("a.png", png)},
+        data={"instruction": "make it night", "steps": "2", "count": "2", "seed": "7", "text_cfg": "3"},
+    )
+    assert answer.status_code == 200
+    told = answer.json()
+    assert told["state"] == "done" and told["model"] == "fake"
+    assert [result["seed"] for result in told["results"]] == [7, 8]
+    for result in told["results"]:
+        picture = opened(result["b64"])
+        assert (picture.format, picture.size) == ("PNG", (64, 64))
+        assert picture.info["parameters"] == result["settings"]
+        settings = parse_infotext(result["settings"])
+        assert (settings.instruction, settings.steps, settings.text_cfg) == ("make it night", 2, 3.0)
+        assert "compositeWithTrainedAlgorithmicMedia" in str(picture.info["xmp"])
+
+
+def test_json_and_a_form_give_the_same_picture_as_the_editor(http, server, png):
+    body = {"instruction": "make it night", "steps": 2, "seed": 3, "size": "64x64", "image_cfg": 1.2}
+    form = http.post("/v1/edits", files={"image": png}, data={name: str(v) for name, v in body.items()})
+    for text in (base64.b64encode(png).decode(), "data:image/png;base64," + base64.b64encode(png).decode()):
+        answer = http.post("/v1/edits", json={**body, "image": text})
+        assert answer.json()["results"][0]["b64"] == form.json()["results"][0]["b64"]
+    (alone,) = server.editor.edit(png, "make it night", seeds=[3], steps=2, size=(64, 64), image_cfg=1.2)
+    made = opened(form.json()["results"][0]["b64"])
+    levels = [abs(a - b) for a, b in zip(alone.tobytes(), made.tobytes(), strict=True)]
+    assert max(levels) <= 1  # joined, sums are rounded otherwise
+
+
+def test_accept_image_gives_the_file_itself(http, png):
+    answer = http.post(
+        "/v1/edits",
+        headers={"Accept": "image/webp"},
+        files={"image": png},
+        data={"instruction": "x", "steps": "1", "format": "webp", "quality": "50"},
+    )
+    assert answer.headers["content-type"] == "image/webp"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert Image.open(io.BytesIO(answer.content)).format == "WEBP"
+
+
+def test_a_mask_keeps_what_is_black(http, png):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    answer = http.post(
+        "/v1/edits", files={"image": png, "mask": to_bytes(mask)}, data={"instruction": "x", "steps": "2"}
+    )
+    made, before = opened(answer.json()["results"][0]["b64"]), Image.open(io.BytesIO(png))
+    assert made.crop((0, 0, 32, 64)).tobytes() == before.crop((0, 0, 32, 64)).tobytes()
+    assert made.tobytes() != before.tobytes()
+
+
+def test_a_found_mask_comes_with_the_result(http, png):
+    answer = http.post(
+        "/v1/edits", files={"image": png}, data={"instruction": "x", "steps": "2", "auto_mask": "0.5"}
+    )
+    assert opened(answer.json()["results"][0]["mask"]).size == (64, 64)
+
+
+def test_without_waiting_there_is_an_id_to_come_back_to(http, png):
+    answer = http.post(
+        "/v1/edits",
+        files={"image": png},
+        data={"instruction": "x", "steps": "2", "wait": "false", "format": "jpeg"},
+    )
+    assert answer.status_code == 202 and answer.headers["location"] == answer.json()["url"]
+    place = answer.json()["url"]
+    until(lambda: http.get(place).json()["state"] == "done")
+    told = http.get(place).json()
+    (result,) = told["results"]
+    file = http.get(result["url"])
+    assert (
+        file.headers["content-type"] == "image/jpeg" and file.headers["x-content-type-options"] == "nosniff"
+    )
+    assert http.get(place).json()["results"] == told["results"]  # it is not written anew
+    assert http.get(f"{place}/results/0").content == file.content
+    assert Image.open(io.BytesIO(http.get(f"{place}/results/0?format=png").content)).format == "PNG"
+    missing = http.get(f"{place}/results/1")
+    assert missing.status_code == 404 and "0 to 0" in missing.json()["error"]["message"]
+
+
+def test_events_tell_every_step_and_end_with_the_results(http, png):
+    with http.stream(
+        "POST",
+        "/v1/edits",
+        headers={"Accept": "text/event-stream"},
+        files={"image": png},
+        data={"instruction": "x", "steps": "4", "count": "1"},
+    ) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = list(events_of(answer))
+    names = [name for name, _ in events]
+    assert names[-1] == "done" and set(names) <= {"position", "step", "done"}
+    steps = [record["step"] for name, record in events if name == "step"]
+    assert steps == sorted(steps) and steps[-1] == 4
+    assert opened(events[-1][1]["results"][0]["b64"]).size == (64, 64)
+
+
+def test_previews_are_pictures_of_what_is_being_made():
+    with running(seconds=0.05) as slow, httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http:
+        body = {"instruction": "x", "steps": "10", "previews": "2", "stream": "true"}
+        picture = to_bytes(Image.new("RGB", (64, 64), "red"))
+        with http.stream("POST", "/v1/edits", files={"image": picture}, data=body) as answer:
+            previews = [record for name, record in events_of(answer) if name == "preview"]
+    assert previews and all(record["result"] == 0 for record in previews)
+    assert opened(previews[0]["b64"]).format == "JPEG"
+
+
+def test_delete_stops_an_edit_within_a_step():
+    with running(seconds=0.1) as slow, httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http:
+        body = {"instruction": "x", "steps": "50", "wait": "false"}
+        picture = to_bytes(Image.new("RGB", (64, 64), "red"))
+        place = http.post("/v1/edits", files={"image": picture}, data=body).json()["url"]
+        until(lambda: http.get(place).json()["state"] == "running")
+        http.delete(place)
+        until(lambda: http.get(place).json()["state"] == "cancelled", 3)
+        refused = http.get(f"{place}/results/0")
+        assert refused.status_code == 409 and "cancelled" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_client_that_goes_frees_the_network(stream):
+    with running(seconds=0.1) as slow, httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http:
+        picture = to_bytes(Image.new("RGB", (64, 64), "red"))
+        body = {"instruction": "x", "steps": "50", "stream": stream}
+        # Nothing comes within this time in either case but a first event.
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            http.stream("POST", "/v1/edits", files={"image": picture}, data=body, timeout=0.05) as answer,
+        ):
+            for _ in answer.iter_lines():
+                pass
+        until(lambda: slow.service.stats().cancelled == 1, 3)
+        assert slow.service.stats().running == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        ({"steps": "0"}, "steps", "1 to 50"),
+        ({"steps": "1000000000"}, "steps", "1 to 50"),
+        ({"steps": "1e9"}, "steps", "integer"),
+        ({"count": "5"}, "count", "1 to 4"),
+        ({"count": "-1"}, "count", "1 to 4"),
+        ({"seed": "-2"}, "seeds", "0 to"),
+        ({"text_cfg": "nan"}, "text_cfg", "0 to 100"),
+        ({"image_cfg": "1e9"}, "image_cfg", "0 to 100"),
+        ({"instruction": ""}, "instruction", "empty"),
+        ({"instruction": "a" * 9000}, "instruction", "2,000"),
+        ({"negative": "a" * 9000}, "negative", "2,000"),
+        ({"sampler": "heun"}, "sampler", "euler_ancestral"),
+        ({"spacing": "x"}, "spacing", "karras"),
+        ({"fit": "x"}, "fit", "original"),
+        ({"size": "9x9x9"}, "size", "576x384"),
+        ({"size": "100000"}, "size", "4096"),
+        ({"model": "../../etc/passwd"}, "model", "fake"),
+        ({"auto_mask": "2"}, "auto_mask", "0 to 1"),
+        ({"format": "svg"}, "format", "png"),
+        ({"quality": "101"}, "quality", "100"),
+        ({"stesp": "5"}, "stesp", "Did you mean steps?"),
+    ],
+)
+def test_an_error_names_the_field_and_the_limit(http, png, change, field, words):
+    answer = http.post("/v1/edits", files={"image": png}, data={"instruction": "x", **change})
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["param"] == field and words in error["message"]
+
+
+def test_a_picture_and_a_mask_are_named_too(http, png):
+    without = http.post("/v1/edits", data={"instruction": "x"})
+    assert (without.status_code, without.json()["error"]["param"]) == (422, "image")
+    text = http.post("/v1/edits", json={"instruction": "x", "image": "not base64!"})
+    assert "base64" in text.json()["error"]["message"]
+    address = http.post("/v1/edits", json={"instruction": "x", "image": "http://127.0.0.1/a.png"})
+    assert address.status_code == 422 and "--urls" in address.json()["error"]["message"]
+    small = http.post(
+        "/v1/edits",
+        files={"image": png, "mask": to_bytes(Image.new("L", (32, 32), 255))},
+        data={"instruction": "x"},
+    )
+    assert small.json()["error"]["param"] == "mask" and "32x32" in small.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/edits/none", "/v1/files/none", "/v1/models/none", "/v1/none"])
+def test_what_is_not_there_is_404_in_the_same_form(http, path):
+    answer = http.get(path)
+    assert answer.status_code == 404 and answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_no_form_and_no_json_is_refused(http):
+    for content, kind, status in (
+        (b"[1, 2]", "application/json", 422),
+        (b"{", "application/json", 422),
+        (b"[" * 100_000, "application/json", 422),
+        (b"x", "text/plain", 415),
+        (b"x", "multipart/form-data", 422),
+    ):
+        answer = http.post("/v1/edits", content=content, headers={"Content-Type": kind})
+        assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "kind"),
+    [
+        ({"per_client": 2}, 429, "rate_limit_error"),
+        ({"queue": 1}, 503, "server_error"),
+    ],
+)
+def test_a_full_server_says_when_to_come_again(png, limits, status, kind):
+    with (
+        running(seconds=0.2, join=1, **limits) as slow,
+        httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http,
+    ):
+        body = {"instruction": "x", "steps": "50", "wait": "false"}
+        assert http.post("/v1/edits", files={"image": png}, data=body).status_code == 202
+        until(lambda: slow.service.stats().running == 1)
+        assert http.post("/v1/edits", files={"image": png}, data=body).status_code == 202
+        refused = http.post("/v1/edits", files={"image": png}, data=body)
+        assert refused.status_code == status and int(refused.headers["retry-after"]) >= 1
+        error = refused.json()["error"]
+        assert error["type"] == kind and str(*limits.values()) in error["message"]
+
+
+def test_the_numbers_are_prometheus_text(http):
+    answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
+    numbers = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    assert numbers['ip2p_requests_total{outcome="done"}'] >= 1
+    assert numbers['ip2p_request_seconds_bucket{le="+Inf"}'] == numbers["ip2p_request_seconds_count"]
+    assert numbers["ip2p_joined_requests_count"] >= 1
+
+
+def test_the_documentation_names_every_field(http):
+    schema = http.get("/openapi.json").json()
+    fields = schema["paths"]["/v1/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert {"image", "instruction", "text_cfg", "auto_mask", "stream"} <= set(fields["properties"])
+    assert http.get("/docs").status_code == 200
