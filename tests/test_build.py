@@ -142,6 +142,9 @@ def test_a_bundle_is_trained_further_from_its_weights(built, tmp_path, monkeypat
         "smoke", tmp_path, start=str(built / "bundle"), device="cpu", bundle=bundle, log=said.append
     )
     assert said[:2] == ["vae: finished already", "clip: finished already"]
+    assert said[-1] == "lm: finished already"
+    for path in (built / "bundle" / "lm").iterdir():
+        assert (bundle / "lm" / path.name).read_bytes() == path.read_bytes()
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -192,6 +195,75 @@ def test_time_up_saves_and_the_next_call_goes_on(tmp_path):
     assert Checkpoints(tmp_path / "state" / "vae").load()["step"] == 0
 
 
+def test_the_language_model_in_the_bundle_reads_captions_and_writes(built):
+    from ip2p.synth.instruct import Ask, LocalWriter
+
+    writer = LocalWriter(built / "bundle" / "lm", device="cpu", max_tokens=5)
+    answers = writer(
+        [Ask(caption=text) for text in ("a red cat in the meadow", "an astronaut; 'Über' rides")]
+    )
+    assert len(answers) == 2
+    assert writer.tokens == 10 or any(answer.finished for answer in answers)
+    card = json.loads((built / "bundle" / "ip2p.json").read_text())
+    assert card["trained"]["lm"]["steps"] == build.PRESETS["smoke"].lm.steps
+
+
+def test_texts_of_the_language_model_come_back_from_their_tokens(built):
+    from ip2p.storybook.captions import phrases
+    from ip2p.storybook.triples import exact_triples
+    from ip2p.synth.instruct import completion_of, load_lm, prompt_of
+
+    _, tokenizer = load_lm(built / "bundle" / "lm")
+    triples = [build.to_learn(triple) for triple in exact_triples(100, 9)]
+    texts = [prompt_of(t.caption) + completion_of(t) for t in triples]
+    texts += ["HE SHOULD HAVE SUNGLASSES!", "Over 3 elves' caps: (50%) in the cityscape", *phrases()]
+    for text in texts:
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    # Letters beyond ASCII are lost and break nothing.
+    assert tokenizer.decode(tokenizer("a caf\u00e9")["input_ids"], skip_special_tokens=True) == "a caf"
+    for mark in ("\n##\n", "\n%%\n", "\nEND", *phrases()):
+        assert len(tokenizer(mark)["input_ids"]) == 1, mark
+
+
+def test_instructions_are_learnt_in_words_that_are_tokens():
+    from dataclasses import replace as with_
+
+    from ip2p.storybook.triples import exact_triples
+
+    triple = next(iter(exact_triples(1, 0)))
+    for typed, learnt in (
+        ("MAKE IT NIGHT.", "Make it night."),
+        ("Make It Night", "Make it night"),
+        ("Make it night. Also add a cat", "Make it night. Also add a cat"),
+    ):
+        told = with_(triple, edit=with_(triple.edit, instruction=typed))
+        assert build.to_learn(told).instruction == learnt
+
+
+def test_groups_of_triples_follow_from_their_number(built):
+    from ip2p.synth.instruct import load_lm
+
+    _, tokenizer = load_lm(built / "bundle" / "lm")
+    late = next(iter(build.Triples(tokenizer, 2, seed=5, start=3)))
+    again = build.Triples(tokenizer, 2, seed=5).make(3)
+    assert len(late) == build.Triples.GROUPED
+    assert all(
+        torch.equal(a, b) for one, two in zip(late, again, strict=True) for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_a_bundle_without_a_language_model_of_its_own_keeps_the_one_there(built, tmp_path):
+    for path in built.iterdir():
+        if path.name not in ("lm", "bundle", "state"):
+            (tmp_path / path.name).symlink_to(path)
+    target = tmp_path / "bundle"
+    (target / "lm").mkdir(parents=True)
+    (target / "lm" / "ip2p.json").write_text(json.dumps({"steps": 7, "samples": 28, "minutes": 0.1}))
+    build.save_bundle(tmp_path, target, name="smoke", card={"name": "x"}, dtype=torch.float16)
+    assert json.loads((target / "ip2p.json").read_text())["trained"]["lm"]["steps"] == 7
+    assert (target / "lm" / "ip2p.json").exists()
+
+
 def test_an_unfinished_unet_still_gives_a_bundle(built, tmp_path, monkeypatch):
     for name in ("vae", "clip", "text_tower", "tokenizer"):
         (tmp_path / name).symlink_to(built / name)
@@ -217,7 +289,7 @@ def test_two_builds_in_one_folder_the_second_is_refused(tmp_path):
 def test_unknown_preset_and_stage_are_named(tmp_path):
     with pytest.raises(InputError, match="'huge'.*smoke, cpu, h100"):
         build.run("huge", tmp_path)
-    with pytest.raises(InputError, match="'gan'.*vae, clip, unet"):
+    with pytest.raises(InputError, match="'gan'.*vae, clip, unet, lm"):
         build.run("smoke", tmp_path, stage="gan")
 
 
@@ -237,3 +309,6 @@ def test_weights_fit_the_package():
             unet, vae = build.new_unet(preset), build.new_vae(preset)
         unet_bytes, vae_bytes = (2 * sum(p.numel() for p in m.parameters()) for m in (unet, vae))
         assert unet_bytes + vae_bytes < 34 * 2**20, name
+        inner, width = preset.lm_inner, preset.lm_width
+        layer = 4 * width**2 + 3 * width * inner + 2 * width
+        assert 2 * (build.LM_TOKENS * width + preset.lm_layers * layer + width) < 375_000, name

@@ -1,7 +1,8 @@
 """Train the storybook models, from nothing: `ip2p storybook build --preset smoke|cpu|h100`.
 
 Three stages, each the next one's ground: a KL autoencoder (`vae`), a CLIP with its tokenizer (`clip`)
-and the 8-channel editing UNet (`unet`). Pages, edits and captions are drawn while training runs, so
+and the 8-channel editing UNet (`unet`). A fourth stands by itself: the language model that writes edits of
+captions (`lm`). Pages, edits and captions are drawn while training runs, so
 there is no data set on disk. Every preset is this one recipe with other numbers; every stage saves its
 state, stops itself in time, and goes on from where it stopped.
 """
@@ -11,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,15 @@ from ip2p.errors import InputError, ModelError
 from ip2p.files import write_text
 from ip2p.images import signed_psnr
 from ip2p.models.save import edit_scheduler, write_editor
+from ip2p.storybook.captions import phrases
 from ip2p.storybook.labels import EDIT_SIZES, PAGE_SIZES, THING_SIZES
 from ip2p.storybook.scene import rng_for
 from ip2p.storybook.source import StorybookSource
+from ip2p.storybook.triples import ExactTriple, exact_triples
+from ip2p.synth.instruct import PACKAGED_LM, load_lm, reject
+from ip2p.synth.records import Triple
+from ip2p.synth.tune import CARD as LM_CARD
+from ip2p.synth.tune import IGNORED, batch_of, new_lm, row_of, save_lm
 from ip2p.train.cache import encode_pictures
 from ip2p.train.checkpoints import Checkpoints
 from ip2p.train.loop import LoopConfig, fit, new_accelerator, sole_owner
@@ -41,7 +50,8 @@ from ip2p.train.samples import PooledSamples, Share, Words, read_tokens
 from ip2p.train.transform import Transform
 from ip2p.train.workers import start_worker
 
-STAGES = ("vae", "clip", "unet")
+STAGES = ("vae", "clip", "unet", "lm")
+TOLD = ("steps", "samples", "minutes")  # of each stage, on the model's card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +73,7 @@ class Preset:
     vae: StageConfig
     clip: StageConfig
     unet: StageConfig
+    lm: StageConfig
     vae_channels: tuple[int, ...] = (16, 32, 64, 128)
     vae_layers: int = 1
     kl_weight: float = 3e-4
@@ -92,6 +103,12 @@ class Preset:
     # picture itself there (recipes/LOG.md has both curves). "epsilon" is the paper's.
     prediction: str = "v_prediction"
     snr_clip: tuple[float, float] | None = (1.0, 5.0)
+    # The language model: 174,000 parameters. Its tokens are words and the captions' phrases.
+    lm_width: int = 64
+    lm_layers: int = 4
+    lm_heads: int = 4
+    lm_inner: int = 96
+    lm_texts: int = 20_000  # triples whose words are its tokens
     ema: float = 0.999
     workers: int = 1
     save_every: float = 120.0  # seconds
@@ -105,11 +122,17 @@ PRESETS: dict[str, Preset] = {
         vae=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2),
         clip=StageConfig(steps=4, minutes=1, batch=8, lr=1e-3, warmup=2),
         unet=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2),
+        lm=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2),
         vae_channels=(16, 16, 16, 16),
         clip_width=32,
         clip_layers=(1, 1),
         unet_channels=(16, 32, 32),
         heads=2,
+        lm_width=16,
+        lm_layers=1,
+        lm_heads=2,
+        lm_inner=16,
+        lm_texts=50,
         pool=8,
         reuse=2,
         workers=0,
@@ -119,6 +142,7 @@ PRESETS: dict[str, Preset] = {
         vae=StageConfig(steps=1_000_000, minutes=15, batch=4, lr=1.5e-3),
         clip=StageConfig(steps=1_000_000, minutes=6, batch=96, lr=1e-3),
         unet=StageConfig(steps=1_000_000, minutes=112, batch=32, lr=1e-3),
+        lm=StageConfig(steps=1_000_000, minutes=30, batch=64, lr=4e-3),
         # Three levels: a latent cell holds 4 x 4 pixels. Where it held 8 x 8 of a page of 128 pixels, a
         # training of 17 minutes lost the things' colours (recipes/LOG.md).
         vae_channels=(32, 64, 128),
@@ -130,6 +154,7 @@ PRESETS: dict[str, Preset] = {
         vae=StageConfig(steps=1_000_000, minutes=6, batch=32, lr=1e-3),
         clip=StageConfig(steps=1_000_000, minutes=2.5, batch=512, lr=1e-3),
         unet=StageConfig(steps=1_000_000, minutes=17.5, batch=256, lr=1e-3),
+        lm=StageConfig(steps=1_000_000, minutes=4, batch=512, lr=4e-3),
         vae_channels=(32, 48, 96, 112),
         pool=16384,
         reuse=4,
@@ -184,7 +209,7 @@ class Pages(torch.utils.data.IterableDataset):
             first += step
 
 
-def stream(pages: Pages, workers: int, ahead: int = 8) -> Iterator[dict[str, Any]]:
+def stream(pages: torch.utils.data.IterableDataset, workers: int, ahead: int = 8) -> Iterator[Any]:
     """The batches, about `ahead` of them drawn beforehand by the workers."""
     loader = torch.utils.data.DataLoader(
         pages,
@@ -233,6 +258,7 @@ def train_stage(
     task: nn.Module,
     config: StageConfig,
     batches: Callable[[int], Iterator[list[Any]]],
+    precision: str = "bf16",
 ) -> dict[str, Any]:
     """Train to the stage's end (`train.loop.fit`). Raises OutOfTime when this call's time is up."""
     result = fit(
@@ -255,7 +281,7 @@ def train_stage(
             save_seconds=run.preset.save_every,
         ),
         folder=run.state_dir / stage,
-        accelerator=new_accelerator(run.device, "bf16"),
+        accelerator=new_accelerator(run.device, precision),
         fingerprint=_fingerprint(run, stage),
         name=stage,
         deadline=run.deadline,
@@ -275,10 +301,12 @@ def train_stage(
 def _fingerprint(run: Run, stage: str) -> dict[str, Any]:
     """The numbers that must not change under a resumed stage (its own length and pace of saving may)."""
     shape = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in asdict(run.preset).items() if k not in STAGES
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in asdict(run.preset).items()
+        if k not in (*STAGES, "workers", "save_every")
+        # The language model shares no numbers with the other stages.
+        and (k.startswith("lm_") or k in ("ema", "seed") if stage == "lm" else not k.startswith("lm_"))
     }
-    for key in ("workers", "save_every"):
-        shape.pop(key)
     own = asdict(getattr(run.preset, stage))
     return {"preset": run.name, **shape, "batch": own["batch"], "lr": own["lr"]}
 
@@ -609,14 +637,114 @@ def train_unet(run: Run) -> None:
     _finish(run, "unet", summary)
 
 
+# --- the language model ---
+
+
+class Triples(torch.utils.data.IterableDataset):
+    """Batches of exact triples in tokens, (tokens, labels) [batch, longest], in groups of GROUPED.
+
+    Group k is the same on every machine. Those of a batch are alike in length, so that little is padded.
+    None is such as `ip2p synth instruct` would refuse: "add a tree on the left" it takes for a spatial edit.
+    """
+
+    GROUPED = 8
+
+    def __init__(self, tokenizer: Any, batch: int, seed: int, start: int = 0) -> None:
+        self.tokenizer, self.batch, self.seed, self.start = tokenizer, batch, seed, start
+
+    def make(self, group: int) -> list[tuple[Tensor, Tensor]]:
+        count = self.batch * self.GROUPED
+        # About one in fourteen is refused. Twice as many as are wanted are surely enough.
+        drawn = exact_triples(2 * count, self.seed, first=2 * count * group)
+        taken = (triple for triple in map(to_learn, drawn) if reject(triple) is None)
+        rows = sorted((row_of(triple, self.tokenizer) for triple in islice(taken, count)), key=len)
+        # What pads stands behind the rest, where nothing looks at it.
+        made = (
+            batch_of(rows[first : first + self.batch], self.tokenizer.pad_token_id)
+            for first in range(0, count, self.batch)
+        )
+        batches = [(tokens, labels) for tokens, _, labels in made]
+        rng_for("triples", self.seed, group).shuffle(batches)
+        return batches
+
+    def __iter__(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        info = torch.utils.data.get_worker_info()
+        first, step = (self.start, 1) if info is None else (self.start + info.id, info.num_workers)
+        while True:
+            yield self.make(first)
+            first += step
+
+
+def to_learn(exact: ExactTriple) -> Triple:
+    """A triple as the language model learns it, whose instructions Never Look Like This NOR LIKE THIS.
+
+    To a model whose tokens are words, such words are foreign, and it would have to learn to spell.
+    """
+    text = exact.instruction
+    words = text.split()
+    if text.isupper() or (len(words) > 1 and all(not word[0].islower() for word in words)):
+        text = text[0] + text[1:].lower()
+    return Triple(id=exact.id, caption=exact.caption, instruction=text, edited_caption=exact.edited_caption)
+
+
+class LmTask(nn.Module):
+    """A language model's loss a token of the answers."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        tokens, labels = (part.to(self.lm.device) for part in batch)
+        hidden = self.lm.model(input_ids=tokens).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]
+        learnt = labels != IGNORED
+        logits = self.lm.lm_head(hidden[learnt]).float()
+        return F.cross_entropy(logits, labels[learnt]), {}
+
+
+def train_lm(run: Run) -> None:
+    preset = run.preset
+    seed = preset.seed + 4
+    if not (run.output / "lm_start").exists():
+        told = (to_learn(triple) for triple in exact_triples(preset.lm_texts, seed + 1))
+        new_lm(
+            (text for one in told for text in (one.caption, one.instruction)),
+            run.output / "lm_start",
+            vocabulary=LM_TOKENS,
+            width=preset.lm_width,
+            layers=preset.lm_layers,
+            heads=preset.lm_heads,
+            inner=preset.lm_inner,
+            phrases=phrases(),
+            seed=preset.seed,
+        )
+    lm, tokenizer = load_lm(run.output / "lm_start")
+
+    def batches(first: int) -> Iterator[list[Any]]:
+        group, done = divmod(first, Triples.GROUPED)
+        groups = stream(Triples(tokenizer, preset.lm.batch, seed, group), preset.workers, ahead=2)
+        return ([batch] for batch in islice(chain.from_iterable(groups), done, None))
+
+    # Its products are so small that half precision costs more than it saves.
+    summary = train_stage(run, "lm", LmTask(lm), preset.lm, batches, precision="no")
+    card = {"made_by": "ip2p storybook build", **{key: summary[key] for key in TOLD}}
+    save_lm(lm.half(), tokenizer, run.output / PACKAGED_LM, card)
+    _finish(run, "lm", summary)
+
+
+LM_TOKENS = 600  # the words of captions and instructions, and the letters that spell all others
+
+
 # --- starting from a model that is there ---
 
 
 def start_from(run: Run, model: str) -> None:
     """Lay a trained bundle's parts into a new build, so that its UNet is trained further.
 
-    Autoencoder, CLIP and tokenizer count as finished. Raises InputError when the build has begun
-    already, ModelError when the model is of other numbers than the preset.
+    Autoencoder, CLIP and tokenizer count as finished, and so does its language model, if it has one.
+    Raises InputError when the build has begun already, ModelError when the model is of other numbers than
+    the preset.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -654,7 +782,16 @@ def start_from(run: Run, model: str) -> None:
     unet.save_pretrained(run.output / "start" / "unet")
     for stage in ("vae", "clip"):
         _finish(run, stage, {**card["trained"][stage], "known_psnr": card.get("known_psnr")})
+    if (folder / PACKAGED_LM).is_dir():
+        shutil.copytree(folder / PACKAGED_LM, run.output / PACKAGED_LM, dirs_exist_ok=True)
+        _finish(run, "lm", _told_of_lm(folder / PACKAGED_LM))
     _finish(run, "start", {"unet": card["trained"].get("unet")})
+
+
+def _told_of_lm(folder: Path) -> dict[str, Any]:
+    """How long a language model was trained, as its folder says."""
+    told = json.loads((folder / LM_CARD).read_text())
+    return {key: told[key] for key in TOLD if key in told}
 
 
 def _start_unet(run: Run) -> nn.Module:
@@ -692,7 +829,13 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
             own = {k.removeprefix(part + "."): v for k, v in average.items() if k.startswith(part + ".")}
             if own:  # the text encoder is there only where it was trained along
                 module.load_state_dict(own)
-    told = target / "README.md"
+    kept = {}  # that other hands wrote, or an earlier build
+    if (target / "README.md").exists():
+        kept["README.md"] = target / "README.md"
+    lm = next((folder / PACKAGED_LM for folder in (source, target) if (folder / PACKAGED_LM).is_dir()), None)
+    if lm is not None:
+        kept[PACKAGED_LM] = lm
+        card = {**card, "trained": {**card.get("trained", {}), "lm": _told_of_lm(lm)}}
     write_editor(
         target,
         {
@@ -714,7 +857,7 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
         dtype=dtype,
         card=card,
         shard=15_000_000,
-        files={told.name: told} if told.exists() else {},
+        files=kept,
     )
 
 
@@ -766,7 +909,7 @@ def run(
     with sole_owner(here.output):
         if start is not None:
             start_from(here, start)
-        for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
+        for name, train in zip(STAGES, (train_vae, train_clip, train_unet, train_lm), strict=True):
             if stage not in ("all", name):
                 continue
             if here.done(name):
@@ -794,7 +937,7 @@ def card(run: Run) -> dict[str, Any]:
         path = run.state_dir / f"{stage}.done.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    made = {s: {k: told(s)[k] for k in ("steps", "samples", "minutes")} for s in STAGES if told(s)}
+    made = {s: {k: told(s)[k] for k in TOLD} for s in STAGES if told(s)}
     if "unet" not in made:
         state = Checkpoints(run.state_dir / "unet").load()
         if state is not None:

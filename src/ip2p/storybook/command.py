@@ -1,9 +1,10 @@
-"""`ip2p storybook draw`: pages, edit pairs, captions and a contact sheet, from a seed."""
+"""`ip2p storybook draw`: pages, edit pairs, captions, edits in words and a contact sheet, from a seed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -16,16 +17,21 @@ from ip2p.storybook.draw import draw as draw_scene
 from ip2p.storybook.edits import Edit, sample_edit
 from ip2p.storybook.pairs import write_pairs
 from ip2p.storybook.scene import rng_for
+from ip2p.storybook.triples import exact_triples, write_triples
 from ip2p.terminal import progress
 
+T = TypeVar("T")
 ON_SHEET, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 160
 
 
 def draw(config: DrawConfig) -> None:
     """Write what the config asks for; the paths of the outputs go to stdout."""
-    files = [path for path in (config.pairs, config.captions, config.sheet) if path is not None]
+    asked = (config.pairs, config.captions, config.triples, config.sheet)
+    files = [path for path in asked if path is not None]
     if config.out is None and not files:
-        raise InputError("nothing is asked for; name a folder (-o pages), --pairs, --captions or --sheet.")
+        raise InputError(
+            "nothing is asked for; name a folder (-o pages), --pairs, --captions, --triples or --sheet."
+        )
     for path in files:
         check_output(path, overwrite=config.overwrite)
     if config.out is not None:
@@ -38,7 +44,11 @@ def draw(config: DrawConfig) -> None:
     if config.out is not None or config.sheet is not None:
         _pictures(config)
     if config.captions is not None:
-        write_text(config.captions, "".join(caption(edit.before) + "\n" for edit in edits(config)))
+        write_text(config.captions, "".join(f"{text}\n" for text in _captions(config)))
+    if config.triples is not None:
+        with progress("triples", config.count) as advance:
+            triples = exact_triples(config.count, config.seed, config.split)
+            write_triples(_each(triples, advance), config.triples)
     if config.pairs is not None:
         with progress("pairs", config.count) as advance:
             write_pairs(_each(edits(config), advance), config.pairs, size=config.size)
@@ -51,6 +61,11 @@ def edits(config: DrawConfig) -> Iterator[Edit]:
     """The edits of the config's seed; their pages are the pages that are drawn."""
     for number in range(config.count):
         yield sample_edit(rng_for("storybook draw", config.seed, number), split=config.split)
+
+
+def _captions(config: DrawConfig) -> Iterator[str]:
+    for number, edit in enumerate(edits(config)):
+        yield caption(edit.before, rng_for("captions", config.seed, number) if config.varied else None)
 
 
 def _pictures(config: DrawConfig) -> None:
@@ -77,7 +92,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
         sheet.save(temporary)
 
 
-def _each(items: Iterator[Edit], advance: Callable[[], None]) -> Iterator[Edit]:
+def _each(items: Iterator[T], advance: Callable[[], None]) -> Iterator[T]:
     for item in items:
         yield item
         advance()

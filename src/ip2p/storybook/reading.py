@@ -254,6 +254,23 @@ def interpret(instruction: str, page: Said) -> Iterator[Said]:
                     yield from _interpret(second, between, pronouns=False, since=page)
 
 
+def edit_kind(instruction: str) -> str:
+    """The kind of edit whose phrasing this is, whatever the page; "two" for a pair, "none" for no phrasing.
+
+    Some sentences are of more than one kind ("make it {new}"): then the first of `language.PHRASINGS`.
+    """
+    for clause in _clauses(instruction):
+        for phrasing, pattern in _phrasings():
+            if pattern.fullmatch(clause):
+                return phrasing.kind
+    for clause in _clauses(instruction):
+        for joint in say.PHRASINGS["two"]:
+            for parts in _parts(joint.text, clause):
+                if all(any(p.fullmatch(part) for _, p in _phrasings()) for part in parts):
+                    return "two"
+    return "none"
+
+
 def _clauses(instruction: str) -> list[str]:
     """The instruction in lower case and the American spelling, with and without its politeness."""
     text = " ".join(say.american(instruction.lower()).split())

@@ -35,7 +35,7 @@ class ExactTriple:
 
 
 def exact_triples(count: int, seed: int, split: str = "train", *, first: int = 0) -> Iterator[ExactTriple]:
-    """Triples number `first` to `first + count - 1` of a seed, in the phrasings and on the pages of the split.
+    """Triples `first` to `first + count - 1` of a seed, in the phrasings and on the pages of the split.
 
     None moves a thing, for Prompt-to-Prompt keeps things where they are, and none is mistyped. Captions are
     in varied forms, a fifth canonical; none leaves out what the instruction tells or changes.

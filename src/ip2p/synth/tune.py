@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +18,23 @@ from ip2p.devices import has_fast_bf16, pick_device
 from ip2p.errors import InputError, ModelError
 from ip2p.files import make_folder, write_text
 from ip2p.models.export import replacing_folder
-from ip2p.synth.instruct import MAX_TOKENS, TEMPERATURE, completion_of, load_lm, prompt_of
+from ip2p.synth.instruct import (
+    MAX_TOKENS,
+    MIDDLE,
+    SEPARATOR,
+    STOP,
+    TEMPERATURE,
+    completion_of,
+    load_lm,
+    prompt_of,
+)
 from ip2p.synth.records import Triple, place_seed
 from ip2p.synth.triples import seed_triples
 
 Backend = Literal["auto", "plain", "trl"]
 IGNORED = -100  # the label of a token that is not learnt, in transformers' models
 END = "<|end|>"
+UNKNOWN = "<|unknown|>"
 CARD = "ip2p.json"
 
 
@@ -188,7 +199,7 @@ def rate_at(step: int, steps: int, tuning: Tuning) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _batch(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, mask and labels, [rows, longest], padded on the right."""
     longest = max(len(row) for row in rows)
     tokens = torch.full((len(rows), longest), pad)
@@ -229,7 +240,7 @@ def _train(
         for step, places in enumerate(steps):
             for group in optimizer.param_groups:
                 group["lr"] = tuning.learning_rate() * rate_at(step, len(steps), tuning)
-            batch = _batch([rows[place] for place in places], tokenizer.pad_token_id or 0)
+            batch = batch_of([rows[place] for place in places], tokenizer.pad_token_id or 0)
             tokens, mask, labels = (tensor.to(device) for tensor in batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
                 loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
@@ -338,15 +349,19 @@ def new_lm(
     width: int = 256,
     layers: int = 6,
     heads: int = 4,
+    inner: int | None = None,
     context: int = 512,
+    phrases: Sequence[str] | None = None,
     seed: int = 0,
 ) -> None:
     """Write a small untrained model of Llama's kind, with a tokenizer of byte pairs learnt from `texts`.
 
     It is a base for `tune_lm` where no other is at hand: a small language is learnt from nothing.
-    width: of the residual stream, a multiple of twice `heads`. Raises InputError.
+    width: of the residual stream, a multiple of twice `heads`. inner: of the layers between, by default
+    8/3 of it. phrases: where given, a token is one of these, of whatever length, or a word of the texts, the
+    commonest first; other words are spelt in the letters, digits and signs of ASCII, and letters beyond
+    them are lost. Raises InputError.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     if vocabulary < 300:
@@ -355,17 +370,11 @@ def new_lm(
         raise InputError(
             f"a width of {width} does not split over {heads} heads; use a multiple of {2 * heads}."
         )
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[END], initial_alphabet=letters, show_progress=False
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END)
+    if phrases is None:
+        raw, lost = _pair_tokenizer(texts, vocabulary), {}
+    else:
+        raw, lost = _word_tokenizer(texts, vocabulary, phrases), {"unk_token": UNKNOWN}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END, **lost)
     tokenizer.model_max_length = context
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -373,7 +382,7 @@ def new_lm(
             LlamaConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=width,
-                intermediate_size=-(-8 * width // 3 // 32) * 32,
+                intermediate_size=inner or -(-8 * width // 3 // 32) * 32,
                 num_hidden_layers=layers,
                 num_attention_heads=heads,
                 num_key_value_heads=heads,
@@ -386,3 +395,50 @@ def new_lm(
         )
     make_folder(folder.parent)
     save_lm(model, tokenizer, folder, {"made_by": "ip2p", "base": "none"})
+
+
+def _pair_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=[END], initial_alphabet=letters, show_progress=False
+        ),
+    )
+    return raw
+
+
+def _word_tokenizer(texts: Iterable[str], vocabulary: int, phrases: Sequence[str]) -> Any:
+    """Byte pairs without a pair: what is no phrase and no word falls into letters."""
+    from collections import Counter
+
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # As the splitter writes them: a space is a letter of the word behind it.
+    letters = [split.pre_tokenize_str(chr(code))[0][0] for code in (10, *range(32, 127))]
+    raw = Tokenizer(models.BPE())
+    raw.add_special_tokens([AddedToken(token, special=True) for token in (END, UNKNOWN)])
+    whole = [SEPARATOR, MIDDLE, STOP, *phrases]
+    raw.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    raw.pre_tokenizer = split
+    known = [END, UNKNOWN, *whole, *letters]
+    counts: Counter[str] = Counter()
+    pieces = re.compile("|".join(map(re.escape, sorted(whole, key=len, reverse=True))))
+    for text in texts:
+        counts.update(word for part in pieces.split(text) for word, _ in split.pre_tokenize_str(part))
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    tokens = [*known, *words][:vocabulary]
+    raw.model = models.BPE(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[],
+        unk_token=UNKNOWN,
+        ignore_merges=True,  # a word that is a token is one
+    )
+    raw.decoder = decoders.ByteLevel()
+    return raw
