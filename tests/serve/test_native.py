@@ -189,7 +189,7 @@ def test_a_client_that_goes_frees_the_network(stream):
         ({"steps": "1e9"}, "steps", "integer"),
         ({"count": "5"}, "count", "1 to 4"),
         ({"count": "-1"}, "count", "1 to 4"),
-        ({"seed": "-2"}, "seeds", "0 to"),
+        ({"seed": "-2"}, "seed", "0 to"),
         ({"text_cfg": "nan"}, "text_cfg", "0 to 100"),
         ({"image_cfg": "1e9"}, "image_cfg", "0 to 100"),
         ({"instruction": ""}, "instruction", "empty"),

@@ -10,10 +10,11 @@ from typing import Any
 from ip2p.errors import InputError, Ip2pError, ModelError, ResourceError
 
 # What a field of an edit is called by the clients of each interface; those not named are called the same.
+NATIVE_NAMES = {"seeds": "seed"}
 OPENAI_NAMES = {
     "instruction": "prompt",
     "negative": "negative_prompt",
-    "seeds": "n",
+    "seeds": "seed",
     "steps": "num_inference_steps",
     "text_cfg": "guidance_scale",
     "image_cfg": "image_guidance_scale",
@@ -22,7 +23,7 @@ A1111_NAMES = {
     "image": "init_images",
     "instruction": "prompt",
     "negative": "negative_prompt",
-    "seeds": "batch_size",
+    "seeds": "seed",
     "text_cfg": "cfg_scale",
     "image_cfg": "image_cfg_scale",
     "sampler": "sampler_name",
@@ -77,7 +78,7 @@ def body_of(path: str, refusal: Refusal) -> dict[str, Any]:
             return {"error": "HTTPException", "detail": message, "body": "", "errors": message}
         detail = [{"loc": ["body", *([field] if field else [])], "msg": message, "type": "value_error"}]
         return {"error": "HTTPException", "detail": detail, "body": "", "errors": message}
-    field, message = _called(refusal, OPENAI_NAMES if is_openai(path) else {})
+    field, message = _called(refusal, OPENAI_NAMES if is_openai(path) else NATIVE_NAMES)
     kind, code = KINDS.get(refusal.status, ("server_error", "server_error"))
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 

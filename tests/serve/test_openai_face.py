@@ -1,0 +1,193 @@
+"""OpenAI's own client edits pictures here."""
+
+import base64
+import io
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+from running import running, until
+
+from ip2p.images import to_bytes
+from ip2p.infotext import parse_infotext
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(seconds=0.02) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(
+        api_key="none", base_url=f"{server.url}/v1", max_retries=0, http_client=httpx_of_openai()
+    ) as one:
+        yield one
+
+
+def httpx_of_openai():
+    return openai.DefaultHttpxClient(trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def png():
+    return to_bytes(Image.linear_gradient("L").resize((64, 64)).convert("RGB"))
+
+
+def opened(image):
+    return Image.open(io.BytesIO(base64.b64decode(image.b64_json)))
+
+
+def test_a_plain_edit(client, png):
+    told = client.images.edit(
+        image=png, prompt="make it night", extra_body={"seed": 7, "num_inference_steps": 2}
+    )
+    (image,) = told.data
+    assert opened(image).size == (64, 64) and told.size == "64x64" and told.output_format == "png"
+    settings = parse_infotext(opened(image).info["parameters"])
+    assert (settings.instruction, settings.seed, settings.steps) == ("make it night", 7, 2)
+
+
+def test_further_fields_of_the_body_are_the_models_settings(client, png):
+    extra = {
+        "seed": 1,
+        "num_inference_steps": 3,
+        "guidance_scale": 4.5,
+        "image_guidance_scale": 1.25,
+        "negative_prompt": "blurry",
+    }
+    told = client.images.edit(image=png, prompt="x", model="fake", extra_body=extra, user="somebody")
+    settings = parse_infotext(opened(told.data[0]).info["parameters"])
+    assert (settings.steps, settings.text_cfg, settings.image_cfg) == (3, 4.5, 1.25)
+    assert settings.negative == "blurry"
+
+
+def test_n_gives_as_many_with_seeds_of_their_own(client, png):
+    told = client.images.edit(image=png, prompt="x", n=3, extra_body={"num_inference_steps": 1})
+    seeds = [parse_infotext(opened(image).info["parameters"]).seed for image in told.data]
+    assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
+
+
+def test_a_mask_is_edited_where_it_is_transparent(client, png):
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
+    told = client.images.edit(
+        image=("a.png", png),
+        mask=("mask.png", to_bytes(mask)),
+        prompt="x",
+        extra_body={"num_inference_steps": 2},
+    )
+    made, before = opened(told.data[0]), Image.open(io.BytesIO(png))
+    assert made.crop((0, 0, 32, 64)).tobytes() == before.crop((0, 0, 32, 64)).tobytes()
+    assert made.crop((32, 0, 64, 64)).tobytes() != before.crop((32, 0, 64, 64)).tobytes()
+
+
+def test_size_and_format_are_those_asked_for(client, png):
+    told = client.images.edit(
+        image=png,
+        prompt="x",
+        size="96x64",
+        output_format="jpeg",
+        output_compression=40,
+        extra_body={"num_inference_steps": 1},
+    )
+    made = opened(told.data[0])
+    assert (made.format, made.size, told.size) == ("JPEG", (96, 64), "96x64")
+
+
+def test_an_address_can_be_asked_for_instead(client, png):
+    told = client.images.edit(
+        image=png, prompt="x", response_format="url", extra_body={"num_inference_steps": 1}
+    )
+    file = httpx.get(told.data[0].url, trust_env=False)
+    assert file.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(file.content)).size == (64, 64)
+
+
+def test_a_stream_has_partial_pictures_and_ends_with_the_whole_one(client, png):
+    stream = client.images.edit(
+        image=png,
+        prompt="x",
+        stream=True,
+        partial_images=2,
+        extra_body={"num_inference_steps": 12, "seed": 1},
+    )
+    events = list(stream)
+    kinds = [event.type for event in events]
+    assert kinds[-1] == "image_edit.completed" and kinds.count("image_edit.completed") == 1
+    partial = [event for event in events if event.type == "image_edit.partial_image"]
+    assert 1 <= len(partial) <= 2
+    assert [event.partial_image_index for event in partial] == list(range(len(partial)))
+    assert opened(events[-1]).size == (64, 64) and events[-1].usage.total_tokens == 0
+
+
+def test_a_stream_of_several_ends_with_each(client, png):
+    stream = client.images.edit(
+        image=png, prompt="x", n=2, stream=True, extra_body={"num_inference_steps": 2}
+    )
+    assert [event.type for event in stream] == ["image_edit.completed"] * 2
+
+
+def test_a_stream_that_is_left_frees_the_network(client, server, png):
+    before = server.service.stats().cancelled
+    stream = client.images.edit(image=png, prompt="x", stream=True, extra_body={"num_inference_steps": 50})
+    until(lambda: server.service.stats().running == 1)
+    stream.response.close()
+    until(lambda: server.service.stats().cancelled == before + 1, 5)
+
+
+def test_the_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["fake"]
+    assert client.models.retrieve("fake").owned_by == "ip2p"
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "field", "words"),
+    [
+        ({"n": 9}, openai.BadRequestError, "n", "1 to 4"),
+        ({"prompt": " "}, openai.BadRequestError, "prompt", "empty"),
+        ({"prompt": "a" * 9000}, openai.BadRequestError, "prompt", "2,000"),
+        ({"size": "7x7"}, openai.BadRequestError, "size", "16 to 4096"),
+        ({"size": "big"}, openai.BadRequestError, "size", "576x384"),
+        ({"output_format": "svg"}, openai.BadRequestError, "output_format", "png"),
+        ({"output_compression": 900}, openai.BadRequestError, "output_compression", "100"),
+        ({"stream": True, "partial_images": 9}, openai.BadRequestError, "partial_images", "3"),
+        ({"model": "gpt-image-1"}, openai.NotFoundError, "model", "fake"),
+        (
+            {"extra_body": {"num_inference_steps": 10**9}},
+            openai.BadRequestError,
+            "num_inference_steps",
+            "1 to 50",
+        ),
+        ({"extra_body": {"guidance_scale": -1}}, openai.BadRequestError, "guidance_scale", "0 to 100"),
+        ({"extra_body": {"seed": -7}}, openai.BadRequestError, "seed", "0 to"),
+        ({"image": b"<svg></svg>"}, openai.BadRequestError, "image", "SVG"),
+    ],
+)
+def test_an_error_is_what_its_client_knows(client, png, asked, kind, field, words):
+    with pytest.raises(kind) as told:
+        client.images.edit(**{"image": png, "prompt": "x", **asked})
+    body = told.value.body
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["param"] == field and words in body["message"] and field in body["message"]
+
+
+def test_two_pictures_are_refused_by_name(client, png):
+    with pytest.raises(openai.BadRequestError, match="image came 2 times"):
+        client.images.edit(image=[png, png], prompt="x")
+
+
+def test_a_mask_without_transparency_is_refused(client, png):
+    with pytest.raises(openai.BadRequestError, match="nothing transparent"):
+        client.images.edit(image=png, mask=png, prompt="x")
+    small = to_bytes(Image.new("RGBA", (32, 32)))
+    with pytest.raises(openai.BadRequestError, match="mask is 32x32"):
+        client.images.edit(image=png, mask=small, prompt="x")
+
+
+def test_what_is_not_served_is_not_found(client):
+    with pytest.raises(openai.NotFoundError) as told:
+        client.images.generate(prompt="a cat")
+    assert "/docs" in told.value.body["message"]
