@@ -64,7 +64,7 @@ class Store:
                 f"A result of {len(data):,} bytes is more than the {self.size:,} that the server keeps."
             )
         with self._lock:
-            self._drop_old(len(data))
+            self._drop_old(len(data), 1)
             # Before it is written, or many at once would pass the bound.
             self._entries[name] = _Entry(len(data), time.monotonic())
             self._bytes += len(data)
@@ -86,12 +86,13 @@ class Store:
         if not NAME.fullmatch(name):
             return None
         with self._lock:
-            self._drop_old(0)
+            self._drop_old()
             if name not in self._entries:
                 return None
         try:
-            # Nobody else writes here, and still no link is followed out of the folder.
-            with open(os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            # Nobody else writes here, and still no link is followed out of the folder, no pipe waited for.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            with open(os.open(self.folder / name, flags), "rb") as file:
                 return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
         except OSError:
             return None
@@ -105,7 +106,7 @@ class Store:
     def tidy(self) -> None:
         """Drop what is past its time; `put` and `read` do so too."""
         with self._lock:
-            self._drop_old(0)
+            self._drop_old()
 
     def __len__(self) -> int:
         with self._lock:
@@ -123,12 +124,12 @@ class Store:
             for name in list(self._entries):
                 self._forget(name)
 
-    def _drop_old(self, room: int) -> None:
+    def _drop_old(self, size: int = 0, count: int = 0) -> None:
+        """Drop what is past its time, and what stands in the way of so many more bytes and files."""
         now = time.monotonic()
-        extra = 1 if room else 0
         while self._entries:
             name, oldest = next(iter(self._entries.items()))
-            full = self._bytes + room > self.size or len(self._entries) + extra > self.count
+            full = self._bytes + size > self.size or len(self._entries) + count > self.count
             if not full and now - oldest.since < self.seconds:
                 return
             self._forget(name)

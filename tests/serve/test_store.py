@@ -1,0 +1,182 @@
+import errno
+import os
+import stat
+import threading
+import time
+
+import pytest
+
+from ip2p.errors import InputError, ResourceError
+from ip2p.serve.store import NAME, Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "results")
+
+
+def files(store):
+    return sorted(path.name for path in store.folder.iterdir() if NAME.fullmatch(path.name))
+
+
+def test_what_is_put_is_read_back_by_its_name_alone(store):
+    names = [store.put(data, ".png") for data in (b"one", b"two")]
+    assert [store.read(name) for name in names] == [b"one", b"two"]
+    assert all(NAME.fullmatch(name) for name in names) and len(store) == 2 and store.bytes == 6
+
+
+def test_names_are_random_and_of_128_bits(store):
+    names = {store.put(b"x", ".png") for _ in range(200)}
+    assert len(names) == 200
+    assert all(len(name.removesuffix(".png")) * 6 >= 128 for name in names)
+
+
+def test_files_are_their_owners_alone(store):
+    name = store.put(b"secret", ".jpg")
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((store.folder / name).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        "../secret.png",
+        "..%2fsecret.png",
+        "/etc/passwd",
+        "{name}/../{name}",
+        "{name}\0",
+        "{name}\n",
+        "./{name}",
+        ".{name}",
+        ".ip2p-store",
+        "",
+        "a" * 9000,
+        "a" * 22 + ".png",
+        "é" * 22 + ".png",
+        "{stem}",
+    ],
+)
+def test_nothing_but_a_name_that_was_given_out_is_read(store, ask):
+    (store.folder.parent / "secret.png").write_bytes(b"secret")
+    name = store.put(b"kept", ".png")
+    assert store.read(ask.format(name=name, stem=name.removesuffix(".png"))) is None
+    assert store.read(name) == b"kept"
+
+
+def test_a_file_that_lies_in_the_folder_and_was_not_put_there_is_not_read(store):
+    (store.folder / ("a" * 22 + ".png")).write_bytes(b"strange")
+    assert store.read("a" * 22 + ".png") is None
+
+
+def test_a_link_in_the_place_of_a_file_is_not_followed(store, tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    name = store.put(b"kept", ".png")
+    (store.folder / name).unlink()
+    (store.folder / name).symlink_to(tmp_path / "secret")
+    assert store.read(name) is None
+
+
+def test_a_fifo_in_the_place_of_a_file_does_not_block(store):
+    name = store.put(b"kept", ".png")
+    (store.folder / name).unlink()
+    os.mkfifo(store.folder / name)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(store.read(name)), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert answers == [None]
+
+
+def test_the_oldest_go_first_when_bytes_or_count_are_passed(tmp_path):
+    store = Store(tmp_path / "bytes", size=10)
+    names = [store.put(b"1234", ".png") for _ in range(4)]
+    assert [store.read(name) for name in names] == [None, None, b"1234", b"1234"]
+    assert store.bytes == 8 and files(store) == sorted(names[2:])
+    store = Store(tmp_path / "count", count=3)
+    names = [store.put(b"", ".png") for _ in range(5)]
+    assert [store.read(name) for name in names] == [None, None, b"", b"", b""]
+
+
+def test_a_file_is_gone_when_its_time_has_passed(tmp_path):
+    store = Store(tmp_path / "results", seconds=0.05)
+    name = store.put(b"brief", ".png")
+    assert store.read(name) == b"brief"
+    time.sleep(0.06)
+    assert store.read(name) is None
+    assert files(store) == [] and store.bytes == 0
+
+
+def test_a_result_larger_than_the_store_is_refused_and_drops_nothing(tmp_path):
+    store = Store(tmp_path / "results", size=10)
+    name = store.put(b"1234", ".png")
+    with pytest.raises(ResourceError, match="11 bytes is more than the 10"):
+        store.put(b"x" * 11, ".png")
+    assert store.read(name) == b"1234"
+
+
+def test_a_new_store_empties_the_folder_of_the_last(store):
+    name = store.put(b"old", ".png")
+    (store.folder / f".{'b' * 22}.png").write_bytes(b"half writ")  # as a kill leaves it
+    again = Store(store.folder)
+    assert again.read(name) is None
+    assert [path.name for path in store.folder.iterdir()] == [".ip2p-store"]
+
+
+@pytest.mark.parametrize("name", ["holiday.jpg", "a" * 22 + ".png"])
+def test_a_folder_that_holds_anything_else_is_refused_and_kept(tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(InputError, match=name):
+        Store(tmp_path)
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+def test_a_strange_file_in_a_stores_folder_keeps_all_of_it(store):
+    name = store.put(b"old", ".png")
+    (store.folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        Store(store.folder)
+    assert (store.folder / name).exists()
+
+
+def test_a_link_to_a_folder_is_refused(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(InputError, match="is a link"):
+        Store(tmp_path / "link")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(store, monkeypatch):
+    def full(*names):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        store.put(b"x", ".png")
+    assert [path.name for path in store.folder.iterdir()] == [".ip2p-store"]
+    assert store.bytes == 0 and len(store) == 0
+
+
+def test_many_threads_keep_within_the_bounds(tmp_path):
+    store = Store(tmp_path / "results", size=1000, count=20)
+
+    def work():
+        for k in range(50):
+            name = store.put(bytes(k), ".png")
+            store.read(name)
+            if k % 7 == 0:
+                store.remove(name)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    there = files(store)
+    assert len(there) == len(store) <= 20
+    assert sum((store.folder / name).stat().st_size for name in there) == store.bytes <= 1000
+
+
+def test_closing_leaves_no_file(store):
+    store.put(b"x", ".png")
+    store.close()
+    assert files(store) == []
