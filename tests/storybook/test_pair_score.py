@@ -1,0 +1,134 @@
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from ip2p.storybook.captions import say_page
+from ip2p.storybook.draw import draw
+from ip2p.storybook.pair_score import (
+    PAIR_KINDS,
+    judge_pair,
+    make_pair_case,
+    pair_triples,
+    with_details,
+)
+from ip2p.storybook.scene import SIZES
+from ip2p.storybook.score import OTHER_ANSWERS
+
+SIZE, DETAILS = 48, 6
+
+
+@pytest.fixture(scope="module")
+def triples():
+    return list(islice(pair_triples(3, SIZE), len(PAIR_KINDS)))
+
+
+@pytest.fixture(scope="module")
+def some_cases(triples):
+    return [make_pair_case(triple, SIZE, DETAILS) for triple in triples]
+
+
+def answer(case, number, details=0):
+    return case.drawings[details, number]
+
+
+def test_every_kind_but_move_comes_in_turn_with_enough_other_answers(some_cases):
+    assert [case.triple.edit.kind for case in some_cases] == list(PAIR_KINDS)
+    assert "move" not in PAIR_KINDS
+    assert not any("move" in case.triple.edit.parts for case in some_cases)
+    assert all(case.drawings.shape == (DETAILS, OTHER_ANSWERS + 2, SIZE, SIZE, 3) for case in some_cases)
+
+
+def test_captions_tell_sizes_and_sides_and_what_the_edit_changes(triples):
+    for triple in triples:
+        assert triple.caption != triple.edited_caption
+        page = triple.edit.before
+        for index, thing in enumerate(page.things):
+            size = SIZES[SIZES.index(thing.size) - 1]
+            assert say_page(page.with_thing(index, size=size), triple.form) != triple.caption
+            for slot in page.free_slots(sky=thing.in_sky):
+                assert say_page(page.with_thing(index, slot=slot), triple.form) != triple.caption
+
+
+def test_exact_pairs_are_right_and_keep_the_page(some_cases):
+    for case in some_cases:
+        verdict = judge_pair(case, answer(case, 0), answer(case, 1))
+        assert verdict.right and verdict.drawn and verdict.edited and verdict.changed
+        assert verdict.kept in (None, float("inf"))
+
+
+def test_exact_pairs_with_other_details_are_right_too(some_cases):
+    for case in some_cases:
+        for details in range(1, DETAILS):
+            verdict = judge_pair(case, answer(case, 0, details), answer(case, 1, details))
+            assert (verdict.right and verdict.changed) == (not case._alike[details].any())
+
+
+def test_pictures_of_details_that_are_no_reference_are_mostly_right(some_cases):
+    verdicts = []
+    for case in some_cases:
+        edit = with_details(case.triple.edit, 77)
+        verdicts.append(judge_pair(case, draw(edit.before, SIZE), draw(edit.after, SIZE)))
+    assert sum(verdict.changed for verdict in verdicts) >= 8
+    assert sum(verdict.right for verdict in verdicts) >= 6
+
+
+def test_a_picture_after_that_equals_the_one_before_changed_nothing(some_cases):
+    for case in some_cases:
+        verdict = judge_pair(case, answer(case, 0), answer(case, 0))
+        assert verdict.drawn
+        assert not (verdict.changed or verdict.edited or verdict.right)
+
+
+def test_each_other_answer_is_not_edited_nor_changed(some_cases):
+    for case in some_cases:
+        for number in range(2, OTHER_ANSWERS + 2):
+            verdict = judge_pair(case, answer(case, 0), answer(case, number))
+            assert not (verdict.edited or verdict.changed)
+
+
+def test_a_pair_the_wrong_way_round_is_wrong(some_cases):
+    for case in some_cases:
+        verdict = judge_pair(case, answer(case, 1), answer(case, 0))
+        assert not (verdict.drawn or verdict.edited or verdict.changed)
+
+
+def test_pairs_of_other_edits_are_about_as_often_right_as_by_chance(some_cases):
+    pairs = [(answer(case, 0), answer(case, 1)) for case in some_cases]
+    turned = [
+        judge_pair(case, *pairs[(place + shift) % len(pairs)])
+        for place, case in enumerate(some_cases)
+        for shift in range(1, len(pairs))
+    ]
+    # One answer of 17 is the right one, of each picture.
+    assert sum(verdict.edited for verdict in turned) / len(turned) < 0.15
+    assert sum(verdict.right for verdict in turned) / len(turned) < 0.03
+
+
+def test_what_both_pictures_draw_otherwise_does_not_count_for_changed(some_cases):
+    darker = 0
+    for case in some_cases:
+        before, after = (np.maximum(answer(case, k), 30) - 30 for k in (0, 1))
+        verdict = judge_pair(case, before, after)
+        darker += verdict.changed
+    assert darker >= len(some_cases) - 2
+
+
+def test_kept_is_psnr_where_nothing_may_change(some_cases):
+    case = next(case for case in some_cases if case.fixed.mean() > 0.3)
+    page = answer(case, 0).astype(int)
+    after = np.where(page >= 128, page - 10, page + 10).astype(np.uint8)
+    assert abs(judge_pair(case, answer(case, 0), after).kept - 20 * np.log10(255 / 10)) < 1e-4
+
+
+def test_a_page_as_a_whole_has_nothing_to_keep(some_cases):
+    case = next(case for case in some_cases if case.triple.edit.kind == "weather")
+    assert judge_pair(case, answer(case, 0), answer(case, 1)).kept is None
+
+
+def test_details_change_no_record_but_the_seed(triples):
+    edit = triples[0].edit
+    other = with_details(edit, 5)
+    assert replace(other.before, seed=edit.before.seed) == edit.before
+    assert replace(other.after, seed=edit.after.seed) == edit.after
