@@ -1,0 +1,303 @@
+"""Who is let in, and with what."""
+
+import asyncio
+import base64
+import dataclasses
+import json
+import socket
+
+import httpx
+import pytest
+
+from ip2p.config import ServeConfig
+from ip2p.errors import InputError
+from ip2p.serve import guard
+from ip2p.serve.guard import Guard, host_name, same_place
+
+KEYS = ("k" * 20, "j" * 20)
+
+
+async def echo(scope, receive, send):
+    """An application that reads its body and says who called."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            break
+        size, more = size + len(message["body"]), message.get("more_body", False)
+    body = json.dumps({"client": scope["state"]["client"], "size": size}).encode()
+    headers = [(b"access-control-allow-origin", b"*"), (b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def ask(app, method="POST", path="/v1/edits", *, host="localhost:7860", peer="127.0.0.1", **more):
+    async def asked():
+        transport = httpx.ASGITransport(app, client=(peer, 1234))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:7860") as client:
+            headers = {"Host": host, **more.pop("headers", {})}
+            return await client.request(method, path, headers=headers, **more)
+
+    return asyncio.run(asked())
+
+
+@pytest.fixture
+def local():
+    return Guard(echo, ServeConfig())
+
+
+@pytest.fixture
+def keyed(tmp_path):
+    (file := tmp_path / "keys").write_text("# the team's\n" + "\n".join(KEYS) + "\n")
+    return Guard(echo, ServeConfig(host="0.0.0.0", api_key_file=file))
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:7860", "127.0.0.1:9", "[::1]:7860", "localhost."])
+def test_this_machines_names_are_known(local, host):
+    assert ask(local, host=host).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "10.0.0.1", "", "localhost,evil"]
+)
+def test_a_name_that_was_made_to_point_here_is_not(local, host):
+    answer = ask(local, "GET", host=host)
+    assert answer.status_code == 421 and answer.json()["error"]["param"] == "Host"
+
+
+def test_further_names_are_those_that_the_operator_gives():
+    app = Guard(echo, ServeConfig(allow_host=("pictures.example.org",)))
+    assert ask(app, host="pictures.example.org:443").status_code == 200
+    assert ask(app, host="other.example.org").status_code == 421
+
+
+def test_a_public_server_is_called_by_its_address_or_its_machines_name():
+    app = Guard(echo, ServeConfig(host="0.0.0.0", public=True))
+    assert ask(app, host="192.0.2.7:7860").status_code == 200
+    assert ask(app, host=socket.gethostname()).status_code == 200
+    assert ask(app, host="evil.example").status_code == 421
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://evil.example",
+        "null",
+        "http://localhost:9999",
+        "http://localhost",
+        "file://",
+        "http://localhost:7860.evil",
+    ],
+)
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_a_foreign_page_may_not_post(local, origin, method):
+    answer = ask(local, method, headers={"Origin": origin})
+    assert answer.status_code == 403 and answer.json()["error"]["param"] == "Origin"
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_the_own_page_and_clients_without_an_origin_may(local):
+    assert ask(local, headers={"Origin": "http://localhost:7860"}).status_code == 200
+    assert ask(local).status_code == 200
+    assert ask(local, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+
+
+def test_a_browser_that_hides_the_origin_is_told_by_its_other_header(local):
+    assert ask(local, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+
+
+def test_an_origin_can_be_allowed_but_reads_nothing():
+    app = Guard(echo, ServeConfig(allow_origin=("https://example.org",)))
+    answer = ask(app, headers={"Origin": "https://example.org"})
+    assert answer.status_code == 200 and "access-control-allow-origin" not in answer.headers
+
+
+def test_errors_have_the_form_of_the_interface_that_was_called(local):
+    wrong = {"Origin": "null"}
+    assert set(ask(local, path="/v1/images/edits", headers=wrong).json()["error"]) == {
+        *("message", "type", "param", "code")
+    }
+    assert "detail" in ask(local, path="/sdapi/v1/img2img", headers=wrong).json()
+
+
+def test_every_answer_tells_browsers_to_guess_nothing(local):
+    for path in ("/", "/v1/edits", "/docs"):
+        headers = ask(local, "GET", path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert "script-src" not in ask(local, "GET", "/v1/edits").headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {KEYS[0]}"},
+        {"Authorization": f"bearer {KEYS[1]}"},
+        {"X-API-Key": KEYS[1]},
+        {"Authorization": "Basic " + base64.b64encode(f"any:{KEYS[0]}".encode()).decode()},
+    ],
+)
+def test_a_key_lets_in(keyed, headers):
+    assert ask(keyed, host="192.0.2.1", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": f"Bearer {KEYS[0][:-1]}"},
+        {"Authorization": f"Bearer {KEYS[0]}x"},
+        {"Authorization": "Basic !!"},
+        {"Authorization": "Basic " + base64.b64encode(KEYS[0].encode()).decode()},
+        {"X-API-Key": ""},
+        {"X-API-Key": "# the team's"},
+    ],
+)
+def test_no_key_or_a_wrong_one_does_not(keyed, headers):
+    answer = ask(keyed, host="192.0.2.1", headers=headers)
+    assert answer.status_code == 401 and answer.headers["www-authenticate"].startswith("Basic")
+    assert ask(keyed, "GET", "/healthz", host="192.0.2.1", headers=headers).status_code == 200
+
+
+def test_callers_are_told_apart_by_key_else_by_address(keyed, local):
+    def client(app, **more):
+        return ask(app, **more).json()["client"]
+
+    one, other = ({"host": "192.0.2.1", "headers": {"X-API-Key": key}} for key in KEYS)
+    assert client(keyed, **one) == client(keyed, **one, peer="192.0.2.9") != client(keyed, **other)
+    assert client(local, peer="192.0.2.1") != client(local, peer="192.0.2.2")
+    assert client(local, peer="2001:db8::1") == client(local, peer="2001:db8::ffff:1")
+    assert "192.0.2.1" not in client(local, peer="192.0.2.1")
+
+
+def test_a_body_over_the_limit_is_cut_whether_it_says_so_or_not():
+    app = Guard(echo, ServeConfig(max_mb=1))
+    sent = 0
+
+    async def endless():
+        nonlocal sent
+        while True:
+            sent += 65_536
+            yield b"x" * 65_536
+
+    for body in (b"x" * 1_000_001, endless()):
+        answer = ask(app, content=body)
+        assert answer.status_code == 413 and "1 MB" in answer.json()["error"]["message"]
+        assert answer.headers["connection"] == "close"
+    assert sent < 1_200_000
+    assert ask(app, content=b"x" * 1_000_000).json()["size"] == 1_000_000
+    assert app.held == 0
+
+
+def test_a_body_that_stands_still_is_given_up(monkeypatch):
+    monkeypatch.setattr(guard, "SILENT_SECONDS", 0.05)
+    told = []
+
+    async def silent():
+        if not told:
+            told.append("x")
+            return {"type": "http.request", "body": b"x", "more_body": True}
+        await asyncio.sleep(60)
+
+    async def send(message):
+        told.append(message)
+
+    scope = {
+        **{"type": "http", "method": "POST", "path": "/v1/edits", "client": ("127.0.0.1", 1)},
+        "headers": [(b"host", b"localhost")],
+    }
+    asyncio.run(Guard(echo, ServeConfig())(scope, silent, send))
+    assert told[1]["status"] == 408 and b"0.05" in told[2]["body"]
+
+
+def test_uploads_together_are_bounded_too():
+    app = Guard(echo, ServeConfig(max_mb=1))
+    app.held = guard.BODIES_AT_ONCE * app.most
+    answer = ask(app, content=b"x")
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+
+
+def test_web_sockets_are_closed(local):
+    told = []
+
+    async def send(message):
+        told.append(message)
+
+    asyncio.run(local({"type": "websocket", "path": "/"}, None, send))
+    assert told == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_a_fault_within_says_nothing_of_itself(caplog):
+    async def broken(scope, receive, send):
+        raise RuntimeError("/etc/secret")
+
+    answer = ask(Guard(broken, ServeConfig()))
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert "/etc/secret" in caplog.text
+
+
+def test_the_log_has_no_query_and_no_line_of_its_own(local, caplog):
+    caplog.set_level("INFO", logger="ip2p.serve.access")
+    ask(local, "GET", "/v1/a%0Ab%1b?secret=1")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "ip2p.serve.access"]
+    assert "\n" not in line and "\x1b" not in line and "secret" not in line
+    assert set(json.loads(line)) == {"time", "method", "path", "status", "ms", "client"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"host": "0.0.0.0"}, "IP2P_API_KEY"),
+        ({"host": "192.0.2.1"}, "--public"),
+        ({"host": "example.org"}, "--public"),
+        ({"port": 70_000}, "65535"),
+        ({"model": ("a", "b=a", "b=c")}, "two models are called b"),
+        ({"model": ("",)}, "names no model"),
+        ({"allow_origin": ("example.org",)}, "https://example.org"),
+        ({"allow_origin": ("https://example.org/",)}, "https://example.org"),
+        ({"allow_host": ("https://example.org",)}, "pictures.example.org"),
+        ({"max_steps": 0}, "--max-steps"),
+        ({"keep_seconds": float("nan")}, "--keep-seconds"),
+    ],
+)
+def test_settings_that_would_not_do_are_told(here, change, words):
+    with pytest.raises(InputError, match=words):
+        dataclasses.replace(ServeConfig(), **change).check()
+
+
+@pytest.mark.parametrize("text", ["short\n", "", "a key with blanks in it\n", "ключ" * 8])
+def test_keys_that_guessing_finds_are_refused(tmp_path, text):
+    (file := tmp_path / "keys").write_text(text)
+    with pytest.raises(InputError, match="key"):
+        ServeConfig(host="0.0.0.0", api_key_file=file).check()
+
+
+def test_a_key_of_the_environment_lets_others_in_and_is_shown_nowhere(here, monkeypatch):
+    monkeypatch.setenv("IP2P_API_KEY", KEYS[0])
+    config = ServeConfig(host="0.0.0.0")
+    config.check()
+    assert KEYS[0] not in repr(config) and config.api_keys() == (KEYS[0],)
+
+
+def test_models_go_by_names_that_show_no_path():
+    names = ServeConfig(
+        model=("storybook", "./runs/mine", "/a/b.safetensors", "someone/editor", "x=./y")
+    ).models()
+    assert names == {
+        **{"storybook": "storybook", "mine": "./runs/mine", "b": "/a/b.safetensors"},
+        **{"someone/editor": "someone/editor", "x": "./y"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("A.b:80", "a.b"), ("[::1]:80", "::1"), ("::1", "::1"), ("a.", "a"), ("a:b", "a:b"), ("", "")],
+)
+def test_the_name_in_a_host_header(host, name):
+    assert host_name(host) == name
+
+
+def test_a_server_behind_tls_knows_its_own_page():
+    assert same_place("https://pictures.example.org", "pictures.example.org")
+    assert same_place("https://a:443", "a") and not same_place("https://a:80", "a")
+    assert not same_place("https://", "") and not same_place("ftp://a", "a")
