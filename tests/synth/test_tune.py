@@ -62,7 +62,7 @@ def test_the_answer_is_learnt_and_the_caption_before_it_is_not(base):
     assert tokenizer.decode(row.tokens[: row.start]) == prompt_of(SHOWN[0].caption)
     assert row.tokens[-1] == tokenizer.eos_token_id
     rows = [row, row_of(SHOWN[1], tokenizer)]
-    tokens, mask, labels = tune._batch(rows, tokenizer.pad_token_id)
+    tokens, mask, labels = tune.batch_of(rows, tokenizer.pad_token_id)
     with torch.inference_mode():
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss.item()
         # By hand: each answer's tokens from what stands before them, each row alone.
