@@ -1,0 +1,744 @@
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import itertools
+import logging
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fakes import fake_editor
+from PIL import Image
+
+from ip2p.errors import InputError, Ip2pError, ModelError, ResourceError
+from ip2p.infotext import Settings, format_infotext, parse_infotext
+from ip2p.serve import service as services
+from ip2p.serve.service import Draining, FieldError, Full, Limits, Request, Service
+
+PICTURE = Image.effect_noise((64, 64), 60).convert("RGB")
+
+
+def request(**changes):
+    return Request(**{"image": PICTURE, "instruction": "make it night", "steps": 3} | changes)
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def editor():
+    return fake_editor(0.0)
+
+
+@pytest.fixture
+def serve(editor):
+    """Makes services of the fake editor and closes them."""
+    unet = editor.bundle.unet
+    unet.before, unet.seconds = lambda sample: None, 0.0
+    unet.rows.clear()
+    with contextlib.ExitStack() as stack:
+        yield lambda editors=None, **how: stack.enter_context(
+            Service({"fake": editor} if editors is None else editors, **{"join": 4} | how)
+        )
+
+
+# --- what comes out --------------------------------------------------------------------------------
+
+
+def test_a_job_gives_what_the_editor_gives(serve, editor):
+    service = serve()
+    asked = request(seeds=(5, 6, 7), negative="grey", text_cfg=3.0, sampler="dpmpp_2m", spacing="karras")
+    job = service.submit(asked, client="a")
+    assert job.wait(60) and job.state == "done"
+    alone = editor.edit(
+        PICTURE,
+        "make it night",
+        seeds=[5, 6, 7],
+        negative="grey",
+        text_cfg=3.0,
+        sampler="dpmpp_2m",
+        spacing="karras",
+        steps=3,
+    )
+    assert [result.seed for result in job.results] == [5, 6, 7]
+    for result, other in zip(job.results, alone, strict=True):
+        assert abs(np.asarray(result.image).astype(int) - np.asarray(other)).max() <= 1
+        assert result.image.info["parameters"] == other.info["parameters"]
+        assert result.settings == parse_infotext(other.info["parameters"])
+    assert (job.step, job.steps, job.seconds_left, job.position) == (9, 9, 0.0, 0)
+
+
+def test_a_drawn_mask_holds_to_the_byte_and_is_named_in_the_settings(serve):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    job = serve().submit(request(mask=mask, mask_name="sky.png"), client="a")
+    assert job.wait(60)
+    [result] = job.results
+    assert (np.asarray(result.image)[:, 32:] == np.asarray(PICTURE)[:, 32:]).all()
+    assert result.settings.mask == "sky.png" and job.masks is None
+
+
+def test_the_automatic_mask_of_each_result_is_shown(serve):
+    job = serve().submit(request(auto_mask=0.3, seeds=(1, 2)), client="a")
+    assert job.wait(60)
+    assert [(mask.mode, mask.size) for mask in job.masks] == [("L", (64, 64))] * 2
+
+
+def test_what_a_model_was_made_from_stands_in_the_settings(serve):
+    service = serve(made_from={"fake": {"revision": "v2", "loras": ("style.safetensors:0.8",)}})
+    job = service.submit(request(), client="a")
+    assert job.wait(60)
+    settings = parse_infotext(job.results[0].image.info["parameters"])
+    assert (settings.revision, settings.loras) == ("v2", ("style.safetensors:0.8",))
+
+
+def test_finishing_changes_a_result_and_may_refuse_it(serve):
+    def finish(picture):
+        if finish.refuses:
+            raise InputError("no such picture is given out")
+        return Image.new("RGB", picture.size, "white")
+
+    finish.refuses = False
+    service = serve(finish=finish)
+    job = service.submit(request(), client="a")
+    assert job.wait(60) and job.results[0].image.getpixel((0, 0)) == (255, 255, 255)
+    assert job.results[0].settings.instruction == "make it night"
+    finish.refuses = True
+    job = service.submit(request(), client="a")
+    assert job.wait(60) and (job.state, job.results) == ("failed", [])
+    assert str(job.error) == "no such picture is given out"
+
+
+# --- while it runs ---------------------------------------------------------------------------------
+
+
+def test_every_reader_hears_of_the_steps_and_of_the_end(serve, editor):
+    editor.bundle.unet.seconds = 0.02
+    service = serve()
+    job = service.submit(request(steps=6), client="a")
+    heard = [[], []]
+    threads = [threading.Thread(target=lambda k=k: heard[k].extend(job.events())) for k in range(2)]
+    for thread in threads:
+        thread.start()
+
+    async def listen():
+        return [event async for event in job.aevents()]
+
+    events = asyncio.run(listen())
+    for thread in threads:
+        thread.join(60)
+    for some in (*heard, events):
+        steps = [event.step for event in some if event.kind == "step"]
+        assert steps == sorted(set(steps)) and steps[-1] == 6
+        assert some[-1].kind == "done" and [event.kind for event in some].count("done") == 1
+    assert [event.kind for event in job.events()] == ["step", "done"]  # one who comes late
+    assert not job._listeners
+
+
+def test_those_who_wait_hear_of_their_place(serve, editor):
+    editor.bundle.unet.seconds = 0.02
+    service = serve(join=1)
+    jobs = [service.submit(request(), client="a") for _ in range(4)]
+    positions = [event.position for event in jobs[-1].events() if event.kind == "position"]
+    assert positions == sorted(positions, reverse=True) and positions[0] >= 2 and positions[-1] == 0
+
+
+def test_previews_are_made_for_those_who_look(serve, editor, monkeypatch):
+    monkeypatch.setattr(services, "PREVIEW_SHARE", 1e9)
+    editor.bundle.unet.seconds = 0.01
+    service = serve()
+    job = service.submit(request(previews=2, steps=6, seeds=(1, 2), size=32), client="a")
+    shown = [(event.step, event.number) for event in job.events() if event.kind == "preview"]
+    assert {number for _, number in shown} == {0, 1}
+    assert {step for step, _ in shown} >= {4, 8}  # of 12 steps, those of both results counted
+    assert all(preview.size == PICTURE.size for preview in job.previews)  # the results, small
+
+
+def test_no_preview_is_made_when_nobody_looks(serve, monkeypatch):
+    decoded = []
+    decode = services.JoinedEditor.decode
+    monkeypatch.setattr(
+        services.JoinedEditor, "decode", lambda self, x: (decoded.append(len(x)), decode(self, x))[1]
+    )
+    service = serve()
+    job = service.submit(request(previews=1, steps=6), client="a")
+    assert job.wait(60)
+    assert len(decoded) == 1  # the result
+
+
+def test_previews_take_a_bounded_share_of_the_time(serve, editor, monkeypatch):
+    """A decoder ten times as slow as a step may be asked only now and then."""
+    decoded = []
+    decode = services.JoinedEditor.decode
+
+    def slow(self, x):
+        decoded.append(len(x))
+        time.sleep(0.2)
+        return decode(self, x)
+
+    monkeypatch.setattr(services.JoinedEditor, "decode", slow)
+    editor.bundle.unet.seconds = 0.02
+    job = serve().submit(request(previews=1, steps=20), client="a")
+    assert list(job.events())[-1].kind == "done"
+    assert 2 <= len(decoded) < 12
+
+
+def test_cancelling_frees_the_place_within_a_step(serve, editor):
+    editor.bundle.unet.seconds = 0.1
+    service = serve(join=1)
+    job = service.submit(request(steps=100), client="a")
+    until(lambda: job.step >= 2)
+    service.cancel(job.id)
+    step, began = job.step, time.monotonic()
+    assert job.wait(5) and job.state == "cancelled"
+    assert time.monotonic() - began < 2 and job.step <= step + 1
+    assert service.stats().running == 0
+    after = service.submit(request(), client="a")
+    assert after.wait(60) and after.state == "done"
+
+
+def test_cancelling_one_who_waits_takes_it_out_at_once(serve, editor):
+    editor.bundle.unet.seconds = 0.05
+    service = serve(join=1)
+    running, waiting, last = (service.submit(request(steps=20), client="a") for _ in range(3))
+    until(lambda: running.step > 0)
+    service.cancel(waiting.id)
+    assert waiting.state == "cancelled" and last.position == 0
+    service.cancel("of nobody")
+    service.cancel(running.id)
+    service.cancel(last.id)
+    assert running.wait(60)
+    service.cancel(running.id)  # again: nothing happens
+    assert service.stats().cancelled == 3
+
+
+def test_time_left_is_estimated_once_something_was_measured(serve, editor):
+    editor.bundle.unet.seconds = 0.03
+    service = serve(join=1)
+    first = service.submit(request(steps=10), client="a")
+    assert first.seconds_left is None or first.step
+    until(lambda: first.step >= 5)
+    assert 0 < first.seconds_left < 60
+    assert first.wait(60)
+    some = [service.submit(request(steps=10), client="a") for _ in range(3)]
+    assert 0 < some[0].seconds_left <= some[1].seconds_left < some[2].seconds_left
+
+
+# --- what fails, fails alone -----------------------------------------------------------------------
+
+
+def doomed(editor, picture):
+    """A test of the network's rows: which of them are told of this picture."""
+    from ip2p.images import to_tensor
+
+    latent = editor.encode_image(to_tensor(picture))
+    return lambda sample: (sample[:, 4:] - latent).abs().amax(dim=(1, 2, 3)) < 1e-4
+
+
+def test_a_result_that_is_not_a_number_fails_its_own_job(serve, editor):
+    bad = Image.new("RGB", (64, 64), "red")
+    of_bad = doomed(editor, bad)
+
+    def spoil(sample):
+        sample[of_bad(sample)] = float("nan")
+
+    editor.bundle.unet.before = spoil
+    editor.bundle.unet.seconds = 0.02
+    service = serve()
+    jobs = [service.submit(request(image=image), client="a") for image in (PICTURE, bad, PICTURE)]
+    assert all(job.wait(60) for job in jobs)
+    assert [job.state for job in jobs] == ["done", "failed", "done"]
+    assert isinstance(jobs[1].error, ModelError) and "not a number" in str(jobs[1].error)
+
+
+def test_running_out_of_memory_fails_only_what_is_too_large_by_itself(serve, editor):
+    bad = Image.new("RGB", (64, 64), "red")
+    of_bad = doomed(editor, bad)
+
+    def full(sample):
+        if of_bad(sample).any():
+            raise torch.OutOfMemoryError("full")
+
+    editor.bundle.unet.before = full
+    service = serve()
+    jobs = [service.submit(request(image=image), client="a") for image in (PICTURE, bad, PICTURE)]
+    assert all(job.wait(60) for job in jobs)
+    assert [job.state for job in jobs] == ["done", "failed", "done"]
+    assert isinstance(jobs[1].error, ResourceError) and "Try --size" in str(jobs[1].error)
+
+
+def test_results_that_do_not_fit_together_are_made_one_by_one(serve, editor):
+    def full(sample):
+        if len(sample) > 3:
+            raise torch.OutOfMemoryError("full")
+
+    editor.bundle.unet.before = full
+    job = serve().submit(request(seeds=(1, 2, 3)), client="a")
+    assert job.wait(60) and job.state == "done"
+    assert [result.seed for result in job.results] == [1, 2, 3]
+    assert job.step == job.steps
+
+
+def test_an_unforeseen_error_names_the_job_and_the_service_goes_on(serve, editor, caplog):
+    def fault(sample):
+        raise ZeroDivisionError("a secret instruction")
+
+    editor.bundle.unet.before = fault
+    service = serve()
+    job = service.submit(request(), client="a")
+    assert job.wait(60) and job.state == "failed"
+    assert type(job.error) is Ip2pError and job.id in str(job.error) and "secret" not in str(job.error)
+    editor.bundle.unet.before = lambda sample: None
+    after = service.submit(request(), client="a")
+    assert after.wait(60) and after.state == "done"
+    assert service.stats().failed == 1
+
+
+# --- limits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "limit"),
+    [
+        ({"image": Image.new("RGB", (300, 400))}, "image", "100,000"),
+        ({"image": Image.new("RGB", (8, 8))}, "image", "16"),
+        ({"image": Image.new("RGB", (20, 400))}, "image", "8 times"),
+        ({"instruction": " \n"}, "instruction", "empty"),
+        ({"instruction": "x" * 51}, "instruction", "50"),
+        ({"negative": "x" * 51}, "negative", "50"),
+        ({"seeds": ()}, "seeds", "1 to 4"),
+        ({"seeds": (1,) * 5}, "seeds", "1 to 4"),
+        ({"seeds": (-1,)}, "seeds", "0 to"),
+        ({"seeds": (2**63,)}, "seeds", "0 to"),
+        ({"steps": 10**9}, "steps", "1 to 30"),
+        ({"steps": 0}, "steps", "1 to 30"),
+        ({"steps": 2.5}, "steps", "1 to 30"),
+        ({"text_cfg": float("nan")}, "text_cfg", "0 to 100"),
+        ({"image_cfg": float("inf")}, "image_cfg", "0 to 100"),
+        ({"image_cfg": -1.0}, "image_cfg", "0 to 100"),
+        ({"auto_mask": 1.5}, "auto_mask", "0 to 1"),
+        ({"feather": -1.0}, "feather", "0 to 4096"),
+        ({"mask_padding": -1}, "mask_padding", "0 to 4096"),
+        ({"previews": -1}, "previews", "0 to 30"),
+        ({"sampler": "ddim"}, "sampler", "euler_ancestral"),
+        ({"spacing": "x" * 9000}, "spacing", "karras"),
+        ({"fit": "stretch"}, "fit", "original"),
+        ({"model": "../secret"}, "model", "fake"),
+        ({"size": 100_000}, "size", "4096"),
+        ({"size": (100, 100)}, "size", "multiples"),
+        ({"size": (512, 512)}, "size", "100,000"),
+        ({"size": 1024}, "size", "100,000"),
+        ({"mask": Image.new("L", (9, 9))}, "mask", "16"),
+        ({"mask": Image.new("L", (32, 64), 255)}, "mask", "64"),
+        ({"mask": Image.new("L", (64, 64))}, "mask", "black"),
+        ({"mask": Image.new("L", (64, 64), 255), "auto_mask": 0.5}, "auto_mask", "one of them"),
+    ],
+)
+def test_every_refusal_names_the_field_and_the_limit(serve, changes, field, limit):
+    service = serve(limits=Limits(pixels=100_000, working_pixels=100_000, steps=30, count=4, words=50))
+    with pytest.raises(FieldError) as refused:
+        service.submit(request(**changes), client="a")
+    assert refused.value.field == field
+    assert str(refused.value).startswith(field) and limit in str(refused.value)
+    assert len(str(refused.value)) < 400
+    assert service.stats().waiting == service.stats().running == 0
+
+
+def test_a_size_is_checked_against_the_models_own_unless_a_limit_is_given(serve):
+    with pytest.raises(FieldError, match="1,048,576"):
+        serve().submit(request(size=(2048, 1024)), client="a")
+
+
+def test_a_full_queue_is_told_with_the_time_to_wait(serve, editor):
+    editor.bundle.unet.seconds = 0.1
+    service = serve(join=1, limits=Limits(queue=2, per_client=10))
+    running = service.submit(request(steps=100), client="a")
+    until(lambda: running.state == "running")
+    for client in "bc":
+        service.submit(request(), client=client)
+    for refused in (lambda: service.submit(request(), client="d"), lambda: service.check_room("d")):
+        with pytest.raises(Full, match="2 requests wait") as full:
+            refused()
+        assert full.value.scope == "queue" and 1 <= full.value.retry_after <= 600
+    assert service.stats().rejected == {"queue": 2}
+
+
+def test_one_client_cannot_take_all_the_room(serve, editor):
+    editor.bundle.unet.seconds = 0.1
+    service = serve(join=1, limits=Limits(queue=64, per_client=3))
+    jobs = [service.submit(request(steps=100), client="a") for _ in range(3)]
+    with pytest.raises(Full, match="3 of your requests") as full:
+        service.submit(request(), client="a")
+    assert full.value.scope == "client"
+    service.check_room("b")
+    service.cancel(jobs[1].id)
+    service.check_room("a")
+
+
+def test_the_pictures_that_wait_are_bounded(serve, editor):
+    editor.bundle.unet.seconds = 0.1
+    service = serve(join=1, limits=Limits(waiting_pixels=2 * 64 * 64))
+    running = service.submit(request(steps=100), client="a")
+    until(lambda: running.state == "running")
+    for _ in range(2):
+        service.submit(request(), client="b")
+    with pytest.raises(Full, match="megapixels wait"):
+        service.submit(request(), client="c")
+
+
+# --- models ----------------------------------------------------------------------------------------
+
+
+def test_models_are_loaded_when_asked_for_and_put_away_when_another_needs_the_room(serve, editor):
+    loads = []
+    alive, most = set(), []
+
+    class Counted(services.JoinedEditor):
+        def __init__(self, *args, **how):
+            super().__init__(*args, **how)
+            alive.add(id(self))
+            most.append(len(alive))
+
+        def close(self):
+            super().close()
+            alive.discard(id(self))
+
+    def loader(name):
+        return lambda: (loads.append(name), editor)[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(services, "JoinedEditor", Counted)
+        service = serve({name: loader(name) for name in "xyz"}, loaded=2)
+        assert service.models == ["x", "y", "z"] and not service.ready and loads == []
+        service.warm()
+        assert service.ready and loads == ["x"]
+        for name in ("y", "x", "z", "z", "y"):  # z takes the room of y, used longest ago; y that of x
+            job = service.submit(request(model=name, steps=1), client="a")
+            assert job.wait(60) and job.state == "done"
+        assert loads == ["x", "y", "z", "y"]
+        assert sorted(service.stats().loaded) == ["y", "z"] and max(most) <= 2
+        # Many at once, of all models: nobody starves and no more are loaded than may be.
+        names = [random.Random(0).choice("xyz") for _ in range(12)]
+        jobs = [service.submit(request(model=name, steps=1), client=name) for name in names]
+        assert all(job.wait(60) and job.state == "done" for job in jobs)
+        assert max(most) <= 2
+        service.close()
+    assert not alive
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_own_jobs_and_is_tried_again(serve, editor):
+    tries = []
+
+    def load():
+        tries.append(1)
+        if len(tries) == 1:
+            raise ModelError("broken.safetensors is cut short")
+        return editor
+
+    service = serve({"good": editor, "broken": load})
+    jobs = [service.submit(request(model=name), client="a") for name in ("broken", "good")]
+    assert all(job.wait(60) for job in jobs)
+    assert [job.state for job in jobs] == ["failed", "done"]
+    assert str(jobs[0].error) == "broken.safetensors is cut short"
+    again = service.submit(request(model="broken"), client="a")
+    assert again.wait(60) and again.state == "done"
+
+
+def test_a_size_that_a_lazy_model_does_not_take_fails_with_its_field(serve, editor):
+    service = serve({"fake": lambda: editor})
+    job = service.submit(request(size=(100, 100)), client="a")
+    assert job.wait(60) and isinstance(job.error, FieldError) and job.error.field == "size"
+    assert service.scales() == (7.5, 1.5)
+    with pytest.raises(FieldError):  # now it is known
+        service.submit(request(size=(100, 100)), client="a")
+
+
+# --- the queue alone: edits that begin when their turn comes and end when they are let go ------------
+
+
+class Gate:
+    """Stands in for JoinedEditor: notes whose edits began, and lets them end one by one."""
+
+    def __init__(self):
+        self.began = []
+        self.go = threading.Semaphore(0)
+        self.stopped = threading.Event()
+        self.bundle = SimpleNamespace(card=SimpleNamespace(native_size=64))
+
+    def __call__(self, editor, **how):
+        return self
+
+    @contextlib.contextmanager
+    def lane(self):
+        lane = SimpleNamespace(stopped=False, pictures=None, x0=None)
+        lane.stop = lambda: setattr(lane, "stopped", True)
+        self.current = lane
+        yield lane
+
+    def working_size(self, pixels, size):
+        return (64, 64)
+
+    def fitting_batch(self, size):
+        return 8
+
+    def close(self):
+        pass
+
+    def edit(self, image, instruction, *, seeds, callback, **how):
+        self.began.append(instruction)
+        self.go.acquire()
+        if self.current.stopped:
+            raise services.Stopped
+        callback(1, 1, torch.zeros(len(seeds), 4, 1, 1))
+        settings = Settings(
+            instruction=instruction,
+            steps=1,
+            sampler="euler",
+            text_cfg=1.0,
+            image_cfg=1.0,
+            seed=0,
+            size=(64, 64),
+            model="x",
+        )
+        pictures = [Image.new("RGB", (16, 16)) for _ in seeds]
+        for picture in pictures:
+            picture.info["parameters"] = format_infotext(settings)
+        return pictures
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    gate = Gate()
+    monkeypatch.setattr(services, "JoinedEditor", gate)
+    return gate
+
+
+LOOSE = Limits(queue=10_000, per_client=10_000)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_clients_take_turns_and_every_position_comes_true(serve, gate, seed):
+    """Whatever came in which order: between two of a client's, every other begins at most one."""
+    chance = random.Random(seed)
+    service = serve({"x": lambda: None}, join=1, limits=LOOSE)
+    first = service.submit(request(instruction="first"), client="first")
+    until(lambda: gate.began)
+    owners = chance.choices("abcde", weights=[50, 1, 5, 5, 2], k=60)
+    jobs = [
+        service.submit(request(instruction=f"{owner}{number}"), client=owner)
+        for number, owner in enumerate(owners)
+    ]
+    positions = {f"{job.client}{number}": job.position for number, job in enumerate(jobs)}
+    assert sorted(positions.values()) == list(range(60))
+    for _ in range(61):
+        gate.go.release()
+    assert all(job.wait(60) for job in [first, *jobs])
+    began = gate.began[1:]
+    assert [positions[name] for name in began] == list(range(60))
+    left = {owner: owners.count(owner) for owner in set(owners)}
+    for owner in left:
+        own = [number for number, name in enumerate(began) if name[0] == owner]
+        assert [int(began[number][1:]) for number in own] == sorted(int(began[number][1:]) for number in own)
+        for before, after in itertools.pairwise([-1, *own]):
+            between = [name[0] for name in began[before + 1 : after]]
+            assert len(between) == len(set(between))
+
+
+def test_fifty_requests_of_one_client_delay_another_by_one_at_most(serve, gate):
+    service = serve({"x": lambda: None}, join=1, limits=LOOSE)
+    jobs = [service.submit(request(instruction=f"greedy {k}"), client="greedy") for k in range(50)]
+    until(lambda: gate.began)
+    for k in range(5):
+        gate.go.release()
+        until(lambda k=k: len(gate.began) == k + 2)
+    modest = service.submit(request(instruction="modest"), client="modest")
+    assert modest.position <= 1
+    for _ in range(51):
+        gate.go.release()
+    assert all(job.wait(60) for job in [*jobs, modest])
+    assert gate.began.index("modest") <= 7
+
+
+def test_an_edit_of_many_results_takes_the_free_places_and_no_more(serve, gate):
+    service = serve({"x": lambda: None}, join=4, limits=LOOSE)
+    one = service.submit(request(instruction="one", seeds=(1,)), client="a")
+    until(lambda: len(gate.began) == 1)
+    many = service.submit(request(instruction="many", seeds=tuple(range(8))), client="a")
+    until(lambda: len(gate.began) == 2)
+    late = service.submit(request(instruction="late"), client="b")
+    assert (one._places, many._places) == (1, 3) and late.state == "waiting"
+    for _ in range(10):
+        gate.go.release()
+    assert all(job.wait(60) and job.state == "done" for job in (one, many, late))
+    assert len(many.results) == 8
+
+
+def test_draining_ends_what_runs_and_refuses_the_rest(serve, gate):
+    service = serve({"x": lambda: None}, join=2, limits=LOOSE)
+    jobs = [service.submit(request(instruction=str(k)), client="a") for k in range(5)]
+    until(lambda: len(gate.began) == 2)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(service.drain(60)))
+    thread.start()
+    until(lambda: service.stats().draining)
+    with pytest.raises(Draining) as refused:
+        service.submit(request(), client="b")
+    assert refused.value.retry_after > 0 and not service.ready
+    assert all(job.wait(5) and isinstance(job.error, Draining) for job in jobs[2:])
+    assert [job.state for job in jobs[:2]] == ["running"] * 2
+    gate.go.release()
+    gate.go.release()
+    thread.join(60)
+    assert answers == [True] and [job.state for job in jobs[:2]] == ["done"] * 2
+
+
+def test_draining_cancels_what_does_not_end_in_time(serve, editor):
+    editor.bundle.unet.seconds = 0.1
+    service = serve()
+    job = service.submit(request(steps=100), client="a")
+    until(lambda: job.step)
+    assert service.drain(0.05) is False
+    assert job.wait(10) and job.state == "cancelled"
+
+
+def test_ended_jobs_are_forgotten_by_time_number_and_bytes(serve, gate):
+    for _ in range(30):
+        gate.go.release()
+
+    def ended(service, count):
+        jobs = [service.submit(request(), client="a") for _ in range(count)]
+        assert all(job.wait(60) for job in jobs)
+        return [service.job(job.id) is job for job in sorted(jobs, key=lambda job: job.ended)]
+
+    assert ended(serve({"x": lambda: None}, join=1), 3) == [True] * 3
+    assert ended(serve({"x": lambda: None}, join=1, keep_jobs=2), 3) == [False, True, True]
+    # A result of 16x16 counts for 1,024 bytes.
+    assert ended(serve({"x": lambda: None}, join=1, keep_bytes=2100), 3) == [False, True, True]
+    service = serve({"x": lambda: None}, join=1, keep_seconds=0.05)
+    job = service.submit(request(), client="a")
+    assert job.wait(60)
+    time.sleep(0.06)
+    assert service.job(job.id) is None and job.results  # who holds it keeps it
+
+
+def test_the_numbers_of_a_service_add_up(serve, gate):
+    service = serve({"x": lambda: None}, join=1, limits=LOOSE)
+    jobs = [service.submit(request(), client=str(k)) for k in range(4)]
+    until(lambda: gate.began)
+    stats = service.stats()
+    assert (stats.waiting, stats.running, stats.clients, stats.done) == (3, 1, 4, 0)
+    service.cancel(jobs[3].id)
+    for _ in range(3):
+        gate.go.release()
+    assert all(job.wait(60) for job in jobs)
+    stats = service.stats()
+    assert (stats.waiting, stats.running, stats.clients, stats.done, stats.cancelled) == (0, 0, 0, 3, 1)
+    counts = list(stats.seconds.values())
+    assert counts == sorted(counts) and counts[-1] == 3 and stats.seconds_sum > 0
+
+
+def test_the_logs_tell_of_a_job_and_nothing_private(serve, gate, caplog):
+    caplog.set_level(logging.INFO, "ip2p.serve")
+    gate.go.release()
+    service = serve({"x": lambda: None}, join=1)
+    job = service.submit(request(instruction="a secret wish"), client="203.0.113.9")
+    assert job.wait(60)
+    until(lambda: caplog.messages)
+    [line] = caplog.messages
+    said = dict(word.split("=") for word in line.split())
+    assert said["job"] == job.id and said["outcome"] == "done" and said["size"] == "64x64"
+    assert float(said["seconds"]) >= float(said["waited"]) >= 0
+    assert "secret" not in line and "203.0.113.9" not in line and len(said["client"]) == 8
+
+
+def test_two_thousand_requests_leave_nothing_behind(serve, gate):
+    gate.go = SimpleNamespace(acquire=lambda: None)
+    service = serve({"x": lambda: None}, join=4, limits=LOOSE, keep_jobs=10)
+
+    def some(count):
+        for start in range(0, count, 50):
+            jobs = [service.submit(request(), client=f"{start + k}") for k in range(50)]
+            assert all(job.wait(60) for job in jobs)
+            if start % 200 == 0:
+                service.cancel(service.submit(request(), client="x").id)
+                assert [event.kind for event in jobs[0].events()][-1] == "done"
+        del jobs
+        gate.began.clear()
+        until(lambda: not service.stats().running)
+        gc.collect()
+        return len(gc.get_objects()), threading.active_count()
+
+    some(200)
+    objects, threads = some(200)
+    after, threads_after = some(2000)
+    assert threads_after == threads
+    assert after - objects < 500  # a job alone is a dozen
+    assert len(service._jobs) <= 11 and not service._of_client and not service._waiting
+
+
+def test_many_real_edits_leave_nothing_behind(serve):
+    small = request(
+        image=Image.new("RGB", (16, 16), "red"),
+        size=16,
+        steps=1,
+        text_cfg=1.0,
+        image_cfg=1.0,
+        sampler="euler",
+    )
+    service = serve(limits=LOOSE, keep_jobs=4)
+
+    def some(count):
+        jobs = [service.submit(small, client=f"{k % 7}") for k in range(count)]
+        assert all(job.wait(120) and job.state == "done" for job in jobs)
+        del jobs
+        until(lambda: not service.stats().running)
+        gc.collect()
+        tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return len(gc.get_objects()), tensors, threading.active_count()
+
+    some(20)
+    before = some(20)
+    after = some(60)
+    assert after[0] - before[0] < 500
+    assert after[1:] == before[1:]
+
+
+def test_closing_ends_every_thread(editor):
+    before = set(threading.enumerate())
+    service = Service({"fake": editor}, join=3)
+    assert service.submit(request(), client="a").wait(60)
+    service.submit(request(steps=100), client="a")
+    service.close()
+    until(lambda: set(threading.enumerate()) <= before, 10)
+
+
+def test_results_on_disk_have_a_store_of_their_own(serve, tmp_path):
+    service = serve(store=tmp_path / "results", store_bytes=10, keep_seconds=60)
+    name = service.store.put(b"data", ".png")
+    assert service.store.read(name) == b"data" and service.store.seconds == 60
+    service.close()
+    assert not (tmp_path / "results" / name).exists()
+    assert serve().store is None
+
+
+def test_a_service_without_a_model_is_refused():
+    with pytest.raises(InputError, match="--model"):
+        Service({})
+
+
+def test_a_request_is_not_changed_by_its_job(serve):
+    picture = PICTURE.copy()
+    asked = request(image=picture)
+    before = dataclasses.asdict(asked)
+    job = serve().submit(asked, client="a")
+    assert job.wait(60)
+    assert dataclasses.asdict(asked) == before
