@@ -103,7 +103,7 @@ class Preset:
     # picture itself there (recipes/LOG.md has both curves). "epsilon" is the paper's.
     prediction: str = "v_prediction"
     snr_clip: tuple[float, float] | None = (1.0, 5.0)
-    # The language model: 174,000 parameters. Its tokens are words and the captions' phrases.
+    # The language model: 177,000 parameters. Its tokens are words and the captions' phrases.
     lm_width: int = 64
     lm_layers: int = 4
     lm_heads: int = 4
@@ -142,7 +142,7 @@ PRESETS: dict[str, Preset] = {
         vae=StageConfig(steps=1_000_000, minutes=15, batch=4, lr=1.5e-3),
         clip=StageConfig(steps=1_000_000, minutes=6, batch=96, lr=1e-3),
         unet=StageConfig(steps=1_000_000, minutes=112, batch=32, lr=1e-3),
-        lm=StageConfig(steps=1_000_000, minutes=30, batch=64, lr=4e-3),
+        lm=StageConfig(steps=8000, minutes=30, batch=64, lr=4e-3),
         # Three levels: a latent cell holds 4 x 4 pixels. Where it held 8 x 8 of a page of 128 pixels, a
         # training of 17 minutes lost the things' colours (recipes/LOG.md).
         vae_channels=(32, 64, 128),
@@ -154,7 +154,7 @@ PRESETS: dict[str, Preset] = {
         vae=StageConfig(steps=1_000_000, minutes=6, batch=32, lr=1e-3),
         clip=StageConfig(steps=1_000_000, minutes=2.5, batch=512, lr=1e-3),
         unet=StageConfig(steps=1_000_000, minutes=17.5, batch=256, lr=1e-3),
-        lm=StageConfig(steps=1_000_000, minutes=4, batch=512, lr=4e-3),
+        lm=StageConfig(steps=20_000, minutes=6, batch=64, lr=4e-3),
         vae_channels=(32, 48, 96, 112),
         pool=16384,
         reuse=4,
@@ -751,11 +751,12 @@ def start_from(run: Run, model: str) -> None:
 
     from ip2p.models.bundle import find_model
 
+    folder = find_model(model)
     if run.done("vae") or (run.state_dir / "vae").exists():
         if (run.output / "start").exists():
+            _take_lm(run, folder)
             return  # the same call again goes on
         raise InputError(f"{run.output} holds a build already; --start needs a new folder: --out OTHER")
-    folder = find_model(model)
     try:
         card = json.loads((folder / "ip2p.json").read_text())
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
@@ -782,10 +783,15 @@ def start_from(run: Run, model: str) -> None:
     unet.save_pretrained(run.output / "start" / "unet")
     for stage in ("vae", "clip"):
         _finish(run, stage, {**card["trained"][stage], "known_psnr": card.get("known_psnr")})
-    if (folder / PACKAGED_LM).is_dir():
-        shutil.copytree(folder / PACKAGED_LM, run.output / PACKAGED_LM, dirs_exist_ok=True)
-        _finish(run, "lm", _told_of_lm(folder / PACKAGED_LM))
+    _take_lm(run, folder)
     _finish(run, "start", {"unet": card["trained"].get("unet")})
+
+
+def _take_lm(run: Run, folder: Path) -> None:
+    """Take a model's language model over as finished, if it has one and the build has none under way."""
+    if (folder / PACKAGED_LM).is_dir() and not (run.done("lm") or (run.state_dir / "lm").exists()):
+        shutil.copytree(folder / PACKAGED_LM, run.output / PACKAGED_LM)
+        _finish(run, "lm", _told_of_lm(folder / PACKAGED_LM))
 
 
 def _told_of_lm(folder: Path) -> dict[str, Any]:
