@@ -1,0 +1,154 @@
+"""The shell recipes and the guide to making training data say commands that there are.
+
+The recipes are run with stand-ins for their programs, so that what is parsed is what they would call.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ip2p import cli
+from ip2p.config import PAIRS, PAIRS_AS_PAPER
+from ip2p.synth.filter import PRESETS
+
+ROOT = Path(__file__).parents[1]
+STAND_IN = '#!/usr/bin/env python3\nimport json, sys\nprint(json.dumps(sys.argv), file=open({log!r}, "a"))\n'
+
+
+def called(recipe: str, *words: str, log: Path, **environment: str) -> list[list[str]]:
+    """The words of each call of ip2p that a recipe makes, run from a copy in the folder of `log`."""
+    here = log.parent
+    shutil.copytree(ROOT / "recipes", here / "recipes", dirs_exist_ok=True)
+    (here / "bin").mkdir(exist_ok=True)
+    for name in ("ip2p", "accelerate", "python"):
+        stand_in = here / "bin" / name
+        stand_in.write_text(STAND_IN.format(log=str(log)))
+        stand_in.chmod(0o755)
+    path = {"PATH": f"{here / 'bin'}:/usr/bin:/bin", "PYTHON": str(here / "bin" / "python")}
+    done = subprocess.run(
+        ["bash", str(here / "recipes" / recipe), *words],
+        env=path | environment,
+        cwd=here,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    return [call[call.index("-m") + 2 :] if "-m" in call else call[1:] for call in calls]
+
+
+def parse(words: list[str]) -> str:
+    """The verb of a command, whose words its config takes."""
+    verb = next(verb for verb in cli.VERBS if words[: len(verb.split())] == verb.split())
+    config = cli.parse(verb, words[len(verb.split()) :])
+    if hasattr(config, "check"):
+        config.check()
+    return verb
+
+
+MAKE = ["synth pairs", "synth filter", "synth inspect"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "environment", "verbs"),
+    [
+        (
+            "storybook.sh",
+            ["out"],
+            {},
+            ["storybook draw", "synth instruct", *MAKE, "train", "storybook score"],
+        ),
+        ("storybook_build.sh", ["out"], {}, ["storybook build", "storybook score"]),
+        ("storybook_gpu.sh", ["100", "out", "smoke", "2"], {}, ["storybook build"]),
+        ("paper.sh", ["pairs", "out"], {"GPUS": "8"}, ["train"]),
+        ("paper.sh", ["pairs", "out"], {"MACHINES": "2", "RANK": "1", "HEAD": "a", "GPUS": "8"}, ["train"]),
+        ("synth.sh", ["out"], {}, ["synth tune-lm", "synth instruct", *MAKE]),
+        ("synth.sh", ["out"], {"RAY": "a:6379", "AS_PAPER": "1"}, ["synth tune-lm", "synth instruct", *MAKE]),
+        ("synth.sh", ["out"], {"SERVER": "http://a/v1", "MODEL": "m"}, ["synth instruct", *MAKE]),
+    ],
+)
+def test_every_command_of_a_recipe_is_taken(recipe, words, environment, verbs, here):
+    calls = called(recipe, *words, log=here / "calls.jsonl", **environment)
+    assert [parse(call) for call in calls] == verbs
+
+
+def test_a_recipe_with_a_flag_that_there_is_not_is_found(here):
+    calls = called("storybook_build.sh", "out", log=here / "calls.jsonl")
+    with pytest.raises(cli.InputError, match="no-such"):
+        parse([*calls[0], "--no-such", "1"])
+
+
+def test_the_scale_of_synth_sh_is_the_papers(here):
+    calls = called("synth.sh", "out", log=here / "calls.jsonl", AS_PAPER="1")
+    instruct, pairs, kept = (
+        cli.parse(f"synth {verb}", next(call for call in calls if call[1] == verb)[2:])
+        for verb in ("instruct", "pairs", "filter")
+    )
+    assert (instruct.sample, instruct.edits, instruct.temperature) == (454_445, 1, 0.7)
+    assert (instruct.frequency_penalty, instruct.max_tokens) == (0.1, 256)
+    how = pairs.how()
+    assert (how["most"], how["enough"], how["steps"], how["risk"]) == (100, 0, 100, 0)
+    assert (pairs.p, pairs.scale, pairs.size) == ((0.1, 0.9), None, 512)
+    assert (pairs.clip, pairs.vae) == ("openai/clip-vit-large-patch14", "stabilityai/sd-vae-ft-mse")
+    assert (kept.preset, kept.top) == ("paper", 4)
+
+
+def guide() -> str:
+    return (ROOT / "docs" / "synth.md").read_text(encoding="utf-8")
+
+
+def test_every_command_of_the_guide_is_taken(here):
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", guide(), re.S)).replace("\\\n", " ")
+    inline = re.findall(r"`(ip2p synth [^`…]*? -[^`…]*)`", guide())
+    lines = [line for line in blocks.splitlines() if line.startswith("ip2p ")]
+    assert len(lines) > 10 and inline
+    for line in [*lines, *(" ".join(each.split()) for each in inline)]:
+        parse(shlex.split(line, comments=True)[1:])
+
+
+def test_every_flag_that_the_guide_names_is_one(here):
+    known = {
+        "--" + name.replace("_", "-")
+        for verb in cli.VERBS
+        for name in cli.config_class(verb).__dataclass_fields__
+    }
+    others = {"--host", "--port", "--head", "--address"}  # of transformers serve and ray start
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", guide()))
+    assert named - known - others == set()
+
+
+def test_the_guide_tells_the_defaults_that_there_are():
+    [table] = re.findall(r"\n\| flag \| default (.*?)\n\n", guide(), re.S)
+    rows = re.findall(r"^\| (`--[^|]*) \| ([^|]*) \| ([^|]*) \|", table, re.M)
+    told = {}
+    for flags, default, paper in rows:
+        names = [flag.strip("` -").replace("-", "_") for flag in flags.split(", ")]
+        for name, usual, its in zip(names, default.split(", "), paper.split(", "), strict=True):
+            told[name] = (usual, its)
+    wanted = {name: (str(value), str(PAIRS_AS_PAPER[name])) for name, value in PAIRS.items()}
+    del wanted["attention"]  # it has a table of its own
+    assert told == wanted
+    for name, least in PRESETS.items():
+        row = re.search(rf"^\| `{name}` \| (\S+) \| (\S+) \| (\S+) \|", guide(), re.M)
+        assert row and tuple(map(float, row.groups())) == (least.image, least.caption, least.directional)
+
+
+def test_the_check_of_the_seeds_prints_what_the_guide_shows():
+    from ip2p.synth.triples import measure, seed_triples
+
+    [shown] = re.findall(r"```\n(753 triples.*?)```", guide(), re.S)
+    lines = [line.removesuffix("…") for line in shown.splitlines()]
+    for line, found in zip(lines, measure(seed_triples()).lines(), strict=True):
+        assert found.startswith(line)
+
+
+def test_the_written_recipes_name_flags_of_train():
+    known = set(cli.config_class("train").__dataclass_fields__)
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert set(yaml.safe_load(path.read_text())) <= known
