@@ -15,7 +15,7 @@ from fakes import fake_editor
 
 from ip2p.config import ServeConfig
 from ip2p.editor import Editor
-from ip2p.serve.app import make_app
+from ip2p.serve.app import make_app, server_config
 from ip2p.serve.mark import marker
 from ip2p.serve.service import Limits, Service
 
@@ -35,6 +35,7 @@ def running(
     seconds: float = 0.0,
     page: bool = False,
     join: int = 4,
+    models: dict | None = None,
     **limits: int,
 ) -> Iterator[Running]:
     """A server of the fake model, each call of whose network takes `seconds` longer; `limits` are Limits'."""
@@ -51,7 +52,7 @@ def running(
     )
     with tempfile.TemporaryDirectory() as folder:
         service = Service(
-            {"fake": editor},
+            {"fake": editor, **(models or {})},
             limits=bounds,
             join=join,
             finish=marker(config),
@@ -59,9 +60,9 @@ def running(
             store=Path(folder) / "results",
         )
         app = make_app(service, config, page=page)
-        server = uvicorn.Server(
-            uvicorn.Config(app, port=0, log_config=None, log_level="warning", access_log=False)
-        )
+        settings = server_config(app)
+        settings.port = 0
+        server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         try:

@@ -183,7 +183,6 @@ def test_a_body_over_the_limit_is_cut_whether_it_says_so_or_not():
     for body in (b"x" * 1_000_001, endless()):
         answer = ask(app, content=body)
         assert answer.status_code == 413 and "1 MB" in answer.json()["error"]["message"]
-        assert answer.headers["connection"] == "close"
     assert sent < 1_200_000
     assert ask(app, content=b"x" * 1_000_000).json()["size"] == 1_000_000
     assert app.held == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -20,12 +21,14 @@ from ip2p.errors import InputError, Ip2pError
 from ip2p.terminal import say
 
 try:
+    import h11
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse, Response
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise InputError(
         f"the server needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from ip2p.editor import Editor
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+HEADER_SECONDS = 20.0  # for a request line and its headers to come
+OVER_BYTES = 16_000_000  # of a body that is let in after its answer
 FLUSH_SECONDS = 5  # after the last edit: for its answer to go out
 
 
@@ -160,23 +165,29 @@ def run(config: ServeConfig, *, browser: bool = False, any_port: bool = False) -
         app = make_app(service, config)
         place = _address(config.host, listening)
         server = _Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                # Whoever calls from this machine could name any other as the caller.
-                proxy_headers=False,
-                server_header=False,
-                lifespan="on",
-                timeout_keep_alive=15,
-                timeout_graceful_shutdown=FLUSH_SECONDS,
-            ),
+            server_config(app),
             lambda: service.drain(config.drain_seconds),
             ready=lambda: _say_ready(place, browser),
         )
         with _access_log():
             server.run(sockets=[listening])
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=_Impatient,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        # Whoever calls from this machine could name any other as the caller.
+        proxy_headers=False,
+        server_header=False,
+        lifespan="on",
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+    )
 
 
 def make_service(config: ServeConfig, stack: contextlib.ExitStack) -> Service:
@@ -211,6 +222,46 @@ def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
         return Editor.load(model, device=config.device, dtype=config.dtype, memory=config.memory)
 
     return load
+
+
+class _Impatient(H11Protocol):
+    """uvicorn's HTTP/1.1, which closes a connection that lingers.
+
+    That is one whose request line and headers do not come, or whose body goes on after it was answered: the
+    rest of it is let in for a while, since a client that is cut off while it sends does not read the answer.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+    _over = 0  # bytes since the answer
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._over = self._over + len(data) if self._answered else 0
+        if self._over > OVER_BYTES:
+            self.transport.close()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    @property
+    def _answered(self) -> bool:
+        """Whether a body still comes in though the answer went out."""
+        return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+
+    def _watch(self) -> None:
+        due = self.conn.their_state is h11.IDLE or self._answered
+        if due and self._late is None:
+            self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+        elif not due and self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Server(uvicorn.Server):

@@ -33,6 +33,7 @@ faults = logging.getLogger("ip2p.serve")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 OPEN_PATHS = ("/healthz", "/readyz")  # for what watches over the server: without a key, and not logged
+LONGEST_NAME = 255  # bytes between two slashes
 BODY_SECONDS = 60.0  # for a body to come, and so for a worker to be kept by one
 SILENT_SECONDS = 15.0  # between two of its parts
 BODIES_AT_ONCE = 8  # of the largest size; more bytes than that are not held for unfinished requests
@@ -97,6 +98,11 @@ class Guard:
     def check(self, method: str, path: str, headers: Mapping[str, str], peer: Sequence[object] | None) -> str:
         """Who calls. Raises Refusal for a Host, an Origin or a key that is not to be let in."""
         host = headers.get("host", "")
+        if "\0" in path or any(len(part.encode()) > LONGEST_NAME for part in path.split("/")):
+            # No file system takes it, and what lies within would stumble over that.
+            raise Refusal(
+                f"The address holds a name longer than {LONGEST_NAME} bytes, or a zero.", status=404
+            )
         if not self._knows(host):
             raise Refusal(
                 f"Host {shown(host)} is not this server's name. Call it by its address, or start it with "
@@ -174,7 +180,6 @@ class Guard:
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
-            "connection": "close",  # what is left of its body is not read
             **refusal.headers,
         }
         pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ip2p.config import ServeConfig
+from ip2p.serve.service import FieldError
 
 # IPTC's digital source type of a picture that a trained model changed.
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
@@ -25,9 +27,7 @@ def marker(config: ServeConfig) -> Finish | None:
     """What `Service` is to do with each result: refuse it (--safety), mark it (--mark), or nothing."""
     steps: list[Finish] = []
     if config.safety is not None:
-        from ip2p.serve.safety import Safety  # imports torch
-
-        steps.append(Safety.load(config.safety, device=config.device).check)
+        steps.append(looked_at(config.safety, config.device))
     if config.mark == "visible":
         steps.append(write_words)
     if config.mark != "none":
@@ -41,6 +41,25 @@ def marker(config: ServeConfig) -> Finish | None:
         return picture
 
     return finish
+
+
+def looked_at(model: str, device: str) -> Finish:
+    """The picture, if a classifier calls it safe (`synth.safety`). Raises ModelError for what is none."""
+    from ip2p.synth.safety import Classifier  # imports torch
+
+    safe, one_at_a_time = Classifier(model, device=device, batch=1), threading.Lock()
+
+    def look(picture: Image.Image) -> Image.Image:
+        with one_at_a_time:
+            (good,) = safe([picture])
+        if not good:
+            raise FieldError(
+                "instruction: the result was refused by this server's safety checker. Ask for something else.",
+                field="instruction",
+            )
+        return picture
+
+    return look
 
 
 def tag(picture: Image.Image) -> Image.Image:

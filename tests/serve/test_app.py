@@ -1,0 +1,190 @@
+"""The server begins, tells how it is, and ends; and the lines of its documentation work as they stand."""
+
+import contextlib
+import io
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from fakes import fake_editor
+from PIL import Image
+from running import running, until
+
+from ip2p.cli import main
+from ip2p.config import ServeConfig, UiConfig
+from ip2p.errors import InputError
+from ip2p.images import to_bytes
+from ip2p.infotext import parse_infotext
+from ip2p.serve import app as apps
+from ip2p.serve import mark
+from ip2p.serve.service import Service
+
+DOCS = Path(__file__).parents[2] / "docs" / "serve.md"
+PICTURE = Path(__file__).parents[2] / "examples" / "page-1.png"
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EDIT = {"instruction": "x", "steps": "2"}
+
+
+@pytest.fixture(scope="module")
+def png():
+    return to_bytes(Image.new("RGB", (64, 64), "red"))
+
+
+@contextlib.contextmanager
+def ending(tmp_path, seconds, drain=20.0):
+    """A server that takes signals, in a thread; gives its address, its service, the server and its thread."""
+    service = Service({"fake": fake_editor(seconds)}, join=1, store=tmp_path / "results")
+    config = ServeConfig(drain_seconds=drain)
+    ready = threading.Event()
+    with apps._listening("127.0.0.1", 0, tries=1) as listening:
+        server = apps._Server(
+            apps.server_config(apps.make_app(service, config, page=False)),
+            lambda: service.drain(config.drain_seconds),
+            ready.set,
+        )
+        thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
+        thread.start()
+        try:
+            assert ready.wait(60)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}", service, server, thread
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            service.close()
+
+
+def test_a_signal_lets_what_runs_finish_and_takes_nothing_more(tmp_path, png):
+    with ending(tmp_path, 0.1) as (url, service, server, thread):
+        told = []
+        asking = threading.Thread(
+            target=lambda: told.append(
+                httpx.post(
+                    f"{url}/v1/edits",
+                    files={"image": png},
+                    data={**EDIT, "steps": "15"},
+                    timeout=60,
+                    trust_env=False,
+                )
+            )
+        )
+        asking.start()
+        until(lambda: service.stats().running == 1)
+        assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+        server.handle_exit(signal.SIGTERM, None)
+        until(lambda: service.stats().draining)
+        refused = httpx.post(f"{url}/v1/edits", files={"image": png}, data=EDIT, trust_env=False)
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 503
+        assert httpx.get(f"{url}/healthz", trust_env=False).status_code == 200
+        asking.join(30)
+        assert told[0].status_code == 200 and told[0].json()["state"] == "done"
+        thread.join(20)
+        assert not thread.is_alive() and not server._captured_signals
+
+
+def test_a_second_signal_does_not_wait(tmp_path, png):
+    with ending(tmp_path, 0.2, drain=60.0) as (url, service, server, thread):
+        body = {**EDIT, "steps": "150", "wait": "false"}
+        httpx.post(f"{url}/v1/edits", files={"image": png}, data=body, trust_env=False)
+        until(lambda: service.stats().running == 1)
+        server.handle_exit(signal.SIGINT, None)
+        server.handle_exit(signal.SIGINT, None)
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_headers_that_do_not_come_close_the_connection(monkeypatch):
+    monkeypatch.setattr(apps, "HEADER_SECONDS", 0.3)
+    with running() as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: loc")
+        connection.settimeout(10)
+        assert connection.recv(100) == b""
+        # One that asks and then waits is left alone.
+        with httpx.Client(base_url=server.url, trust_env=False) as other:
+            for _ in range(3):
+                assert other.get("/healthz").status_code == 200
+                time.sleep(0.2)
+
+
+def test_a_port_in_use_is_told_and_the_page_takes_the_next(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(InputError, match=f"cannot listen at 127.0.0.1 port {port}.*Try --port"),
+            apps._listening("127.0.0.1", port, tries=1),
+        ):
+            pass
+        with apps._listening("127.0.0.1", port, tries=20) as other:
+            assert port < other.getsockname()[1] <= port + 20
+
+
+def test_the_page_is_served_to_this_machine_alone():
+    served = UiConfig(model=("storybook", "x=y"), max_pixels=1000).serving()
+    assert served.host == "127.0.0.1" and served.max_pixels == 1000
+    assert served.models() == {"storybook": "storybook", "x": "y"}
+
+
+def test_what_cannot_be_served_is_told_before_anything_is_loaded(here, capsys):
+    assert main(["serve", "--host", "0.0.0.0"]) == 2
+    assert "IP2P_API_KEY" in capsys.readouterr().err
+    assert main(["serve", "--model", "no/such/folder", "--port", "0"]) == 3
+    assert "no/such/folder" in capsys.readouterr().err
+
+
+def test_marks_are_in_the_file_or_in_the_picture(png):
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    assert mark.marker(ServeConfig(mark="none")) is None
+    tagged = mark.marker(ServeConfig())(picture.copy())
+    assert tagged.tobytes() == picture.tobytes() and mark.SOURCE_TYPE.encode() in tagged.info["xmp"]
+    seen = mark.marker(ServeConfig(mark="visible"))(picture.copy())
+    top = (0, 0, 64, 40)
+    assert seen.tobytes() != picture.tobytes() and seen.crop(top).tobytes() == picture.crop(top).tobytes()
+    assert mark.SOURCE_TYPE.encode() in seen.info["xmp"]
+
+
+# --- the documentation ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def documented():
+    with running(ServeConfig()) as server:
+        yield server
+
+
+@pytest.mark.parametrize(("language", "text"), BLOCK.findall(DOCS.read_text()), ids=lambda text: text[:30])
+def test_a_block_of_the_documentation_runs_as_it_stands(documented, tmp_path, monkeypatch, language, text):
+    shutil.copy(PICTURE, tmp_path / "page.png")
+    mask = Image.new("L", Image.open(PICTURE).size)
+    mask.paste(255, (0, 0, mask.width // 2, mask.height))
+    mask.save(tmp_path / "mask.png")
+    clear = Image.new("RGBA", mask.size, (0, 0, 0, 255))
+    clear.paste((0, 0, 0, 0), (0, 0, mask.width // 2, mask.height))
+    clear.save(tmp_path / "clear.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "*")
+    text = text.replace("http://localhost:7860", documented.url)
+    if language == "bash":
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert '"error"' not in done.stdout
+    else:
+        exec(compile(text, str(DOCS), "exec"), {})
+    for path in tmp_path.glob("night*"):
+        with Image.open(path) as made:
+            assert parse_infotext(made.info["parameters"]).instruction == "make it night"
+
+
+def test_the_documentation_has_every_interface():
+    text = DOCS.read_text()
+    assert [language for language, _ in BLOCK.findall(text)].count("bash") >= 4
+    for words in ("/v1/edits", "/v1/images/edits", "/sdapi/v1/img2img", "/metrics", "IP2P_API_KEY"):
+        assert words in text

@@ -1,0 +1,388 @@
+"""What an attacker sends; after each of it the server answers as before."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import socket
+import struct
+import zlib
+
+import httpx
+import pytest
+from PIL import Image
+from running import running
+
+from ip2p.cli import main
+from ip2p.config import ServeConfig
+from ip2p.images import to_bytes
+from ip2p.serve import app as apps
+
+MB = 2
+FACES = {
+    "/v1/edits": {"instruction": "x"},
+    "/v1/images/edits": {"prompt": "x"},
+    "/sdapi/v1/img2img": {"prompt": "x"},
+}
+NAMES = [
+    *("../../../../etc/passwd", "..%2f..%2f..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/%2e%2e/etc/passwd", "%00"),
+    *("a%00.png", "..\\..\\etc\\passwd", "%2fetc%2fpasswd", "/etc/passwd", "....//....//etc/passwd"),
+    *(
+        "%c0%ae%c0%ae/etc/passwd",
+        "a" * 9000,
+        "%0d%0aX-Header:%201",
+        "~root/.profile",
+        "C:%5cWindows%5cwin.ini",
+    ),
+]
+PLACES = [
+    *("/v1/files/", "/v1/edits/", "/v1/models/", "/v1/", "/sdapi/v1/", "/", "/gradio_api/file=", "/assets/"),
+    *("/static/", "/gradio_api/", "/docs/"),
+]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(ServeConfig(max_mb=MB, max_steps=50, max_count=4), page=True) as one:
+        yield one
+        told = ask(one, "/v1/edits", files={"image": picture()}, data={"instruction": "x", "steps": "1"})
+        assert told.status_code == 200 and told.json()["state"] == "done"
+
+
+@pytest.fixture(autouse=True)
+def still_answers(server):
+    before = server.service.stats()
+    yield
+    assert httpx.get(f"{server.url}/healthz", trust_env=False, timeout=5).json() == {"status": "ok"}
+    stats = server.service.stats()
+    assert (stats.waiting, stats.running, stats.failed) == (0, 0, before.failed)
+
+
+def ask(server, path, method="POST", **more):
+    return httpx.request(method, server.url + path, trust_env=False, timeout=60, **more)
+
+
+def picture(size=(64, 64)):
+    return to_bytes(Image.new("RGB", size, "red"))
+
+
+def message_of(answer):
+    told = answer.json()
+    return told["error"]["message"] if isinstance(told["error"], dict) else told["errors"]
+
+
+def as_asked(path, data, **more):
+    """The request of each interface for a picture's bytes."""
+    if path.startswith("/sdapi"):
+        return {"json": {**FACES[path], "init_images": [base64.b64encode(data).decode()], **more}}
+    return {"files": {"image": ("a.png", data)}, "data": {**FACES[path], **more}}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_name_leads_out_of_a_folder(server, place):
+    for name in NAMES:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.putrequest("GET", (place + name).replace(" ", "%20"), skip_host=True)
+            connection.putheader("Host", "localhost")
+            connection.endheaders()
+            answer = connection.getresponse()
+            body = answer.read()
+        assert 400 <= answer.status < 500, (place, name[:40], answer.status)
+        assert b"root:" not in body and answer.getheader("X-Header") is None
+
+
+@pytest.mark.parametrize("name", ["../../evil.png", "..\\evil.png", "/tmp/evil.png", "a\0.png", "a" * 9000])
+def test_no_name_of_an_upload_is_a_path(server, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(os.listdir("/tmp")) | set(os.listdir(tmp_path.parent))
+    body = b"".join(
+        [
+            b'--B\r\nContent-Disposition: form-data; name="image"; filename="' + name.encode() + b'"\r\n\r\n',
+            picture() + b'\r\n--B\r\nContent-Disposition: form-data; name="instruction"\r\n\r\nx\r\n',
+            b'--B\r\nContent-Disposition: form-data; name="steps"\r\n\r\n1\r\n--B--\r\n',
+        ]
+    )
+    told = ask(server, "/v1/edits", content=body, headers={"Content-Type": "multipart/form-data; boundary=B"})
+    assert told.status_code in (200, 422)
+    assert not any("evil" in name for name in set(os.listdir("/tmp")) - before)
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        *(
+            ("/v1/edits", name)
+            for name in ("model", "sampler", "spacing", "fit", "format", "response", "size")
+        ),
+        *(("/v1/images/edits", name) for name in ("model", "response_format", "output_format", "size")),
+        *(("/sdapi/v1/img2img", name) for name in ("sampler_name", "scheduler", "script_name")),
+    ],
+)
+def test_no_field_is_a_path(server, path, field):
+    for name in NAMES:
+        told = ask(server, path, **as_asked(path, picture(), **{field: name}))
+        assert told.status_code in (400, 404, 422) and field in message_of(told)
+        assert len(told.text) < 1000 and "root:" not in told.text
+
+
+@pytest.mark.parametrize("path", FACES)
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><script>1</script></svg>', "SVG"),
+        (b"<!DOCTYPE html><script>alert(1)</script>", "HTML"),
+        (b"\x89PNG\r\n\x1a\n" + b"<script>" * 100, "not a picture|damaged"),
+        (b"", "empty"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run", "text|not a picture"),
+        (b"push graphic-context\nfill 'url(https://127.0.0.1/a)'\npop", "text|not a picture"),
+    ],
+    ids=["svg", "html", "png", "empty", "eps", "mvg"],
+)
+def test_what_only_calls_itself_a_picture_is_refused(server, path, data, words):
+    told = ask(server, path, **as_asked(path, data))
+    assert told.status_code in (400, 422) and re.search(words, message_of(told))
+    assert told.headers["x-content-type-options"] == "nosniff"
+    assert told.headers["content-type"].startswith("application/json")
+
+
+def huge_png(side=13_300):
+    """A picture of 177 megapixels, half a gigabyte of RGB, in about half a megabyte."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    packer, row = zlib.compressobj(9), bytes(1 + 3 * side)
+    data = b"".join([*(packer.compress(row) for _ in range(side)), packer.flush()])
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def bomb():
+    return huge_png()
+
+
+@pytest.mark.parametrize("path", FACES)
+def test_a_small_file_of_a_huge_picture_is_not_decoded(server, path, bomb):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = ask(server, path, **as_asked(path, bomb))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert told.status_code in (400, 422) and "13300x13300" in message_of(told)
+    assert "the limit is 16" in message_of(told) and len(bomb) < 600_000
+    assert grown < 60_000_000
+
+
+@pytest.mark.parametrize("path", FACES)
+@pytest.mark.parametrize("size", [(1, 1), (15, 64), (2000, 16)])
+def test_a_speck_or_a_thread_is_refused(server, path, size):
+    told = ask(server, path, **as_asked(path, picture(size)))
+    assert told.status_code in (400, 422)
+    assert "at least 16" in message_of(told) or "at most 8 times" in message_of(told)
+
+
+def long_gif(frames=5000):
+    data = io.BytesIO()
+    Image.new("P", (64, 64)).save(data, "GIF")
+    single = data.getvalue()
+    start = 13 + 3 * 2 ** ((single[10] & 7) + 1)
+    frame = b"\x21\xf9\x04\x00\x01\x00\x00\x00" + single[start:-1]
+    return single[:start] + frame * frames + b";"
+
+
+@pytest.mark.parametrize("path", FACES)
+def test_a_film_is_refused(server, path):
+    film = long_gif()
+    with Image.open(io.BytesIO(film)) as opened:
+        assert opened.n_frames == 5000
+    told = ask(server, path, **as_asked(path, film))
+    assert told.status_code in (400, 422) and "animated" in message_of(told)
+
+
+@pytest.mark.parametrize("path", [*FACES, "/gradio_api/upload", "/healthz", "/nothing"])
+def test_a_body_without_an_end_is_cut(server, path):
+    kind = "application/json" if "sdapi" in path else "multipart/form-data; boundary=B"
+    begin = b'--B\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    part, sent = b"x" * 65_536, 0
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n".encode()
+            + f"{len(begin):x}\r\n".encode()
+            + begin
+            + b"\r\n"
+        )
+        with contextlib.suppress(OSError):
+            while sent < 80_000_000:
+                connection.sendall(b"10000\r\n" + part + b"\r\n")
+                sent += len(part)
+    # What is let in after the answer, and what the sockets hold, come on top of the limit.
+    assert sent < MB * 1_000_000 + apps.OVER_BYTES + 15_000_000
+
+
+@pytest.mark.parametrize("path", FACES)
+def test_a_body_over_the_limit_is_told_so(server, path):
+    kind = "application/json" if "sdapi" in path else "multipart/form-data; boundary=B"
+    begin = b'--B\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    told = ask(
+        server,
+        path,
+        content=iter([begin, *[b"x" * 65_536] * 50]),
+        headers={"Content-Type": kind},
+    )
+    assert told.status_code == 413 and f"{MB} MB" in message_of(told)
+
+
+@pytest.mark.parametrize("path", FACES)
+@pytest.mark.parametrize("steps", [10**9, "1e9", -1, 0, "0x10", 10**30, "Infinity", "NaN", None])
+def test_a_billion_steps_are_refused(server, path, steps):
+    body = as_asked(path, picture())
+    name = "num_inference_steps" if "images" in path else "steps"
+    if steps is None:
+        steps = "null,"
+    (body.get("json") or body["data"])[name] = steps
+    told = ask(server, path, **body)
+    assert told.status_code in (400, 422) and name in message_of(told)
+
+
+@pytest.mark.parametrize(
+    "path", [*FACES, "/sdapi/v1/options", "/sdapi/v1/interrupt", "/gradio_api/queue/join"]
+)
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 421),
+        ({"Host": "127.0.0.1.evil.example:7860"}, 421),
+    ],
+)
+def test_a_page_elsewhere_gets_nothing_in(server, path, headers, status):
+    body = as_asked(path, picture()) if path in FACES else {"json": {}}
+    told = ask(server, path, headers=headers, **body)
+    assert told.status_code == status
+    assert "access-control-allow-origin" not in told.headers
+
+
+def test_two_hosts_at_once_get_nothing_either(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
+        assert connection.recv(100).startswith((b"HTTP/1.1 4",))
+
+
+def test_no_form_of_many_parts_is_read_to_the_end(server):
+    for content in (
+        b"".join(b'--B\r\nContent-Disposition: form-data; name="a%d"\r\n\r\n1\r\n' % k for k in range(5000)),
+        b"".join(
+            b'--B\r\nContent-Disposition: form-data; name="a"; filename="%d"\r\n\r\n1\r\n' % k
+            for k in range(99)
+        ),
+        b"--B\r\n" + b"A: b\r\n" * 100_000,
+    ):
+        headers = {"Content-Type": "multipart/form-data; boundary=B"}
+        told = ask(server, "/v1/edits", content=content + b"--B--\r\n", headers=headers)
+        assert told.status_code == 422 and "body" in message_of(told)
+
+
+def test_deep_or_odd_json_is_refused(server):
+    for content in (
+        b'{"image":' * 100_000,
+        b"[" * 500_000,
+        b'{"image": "\xff"}',
+        b'{"a": 1e999}',
+        b"\0",
+        b"null",
+    ):
+        headers = {"Content-Type": "application/json"}
+        told = ask(server, "/v1/edits", content=content, headers=headers)
+        assert told.status_code == 422 and message_of(told)
+
+
+INNER = [
+    *("http://127.0.0.1:{port}/", "http://localhost:{port}/", "http://127.1/", "http://2130706433/"),
+    *(
+        "http://0x7f.1/",
+        "http://0177.0.0.1/",
+        "http://[::1]/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://0.0.0.0/",
+    ),
+    *("http://169.254.169.254/latest/meta-data/", "http://[::ffff:a9fe:a9fe]/", "http://2852039166/"),
+    *("http://[64:ff9b::a9fe:a9fe]/", "http://[fd00:ec2::254]/", "file:///etc/passwd", "HTTP://LOCALHOST/"),
+]
+
+
+@pytest.fixture(scope="module")
+def fetching():
+    with running(ServeConfig(urls=True)) as one:
+        yield one
+
+
+@pytest.mark.parametrize("url", INNER)
+def test_no_address_inside_is_fetched(fetching, url):
+    with socket.create_server(("127.0.0.1", 0)) as canary:
+        canary.settimeout(0.05)
+        place = url.format(port=canary.getsockname()[1])
+        for path, body in (
+            ("/v1/edits", {"instruction": "x", "image": place}),
+            ("/v1/images/edits", {"prompt": "x", "image": place}),
+            ("/sdapi/v1/img2img", {"prompt": "x", "init_images": [place]}),
+        ):
+            told = ask(fetching, path, json=body)
+            assert told.status_code in (400, 422), path
+            assert "cannot be fetched" in message_of(told) or "base64" in message_of(told)
+        with pytest.raises(TimeoutError):
+            canary.accept()
+
+
+def test_unless_switched_on_no_address_is_fetched(server):
+    told = ask(server, "/v1/edits", json={"instruction": "x", "image": "https://example.org/a.png"})
+    assert told.status_code == 422 and "--urls" in message_of(told)
+
+
+class Bomb:
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.made),)
+
+
+@pytest.mark.parametrize("served", ["{folder}/evil.ckpt", "x={folder}/evil.ckpt"])
+def test_a_checkpoint_that_would_run_code_is_not_served(here, capsys, served):
+    made = here / "made"
+    (here / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb(made)}))
+    assert main(["serve", "--port", "0", "--model", served.format(folder=here)]) == 3
+    assert "nothing in it was run" in capsys.readouterr().err and not made.exists()
+
+
+def test_a_checkpoint_that_would_run_code_fails_its_request_alone(tmp_path):
+    from ip2p.editor import Editor
+
+    made = tmp_path / "made"
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb(made)}))
+    with running(models={"evil": lambda: Editor.load(tmp_path / "evil.ckpt")}) as server:
+        body = {"instruction": "x", "steps": "1"}
+        told = ask(server, "/v1/edits", files={"image": picture()}, data={**body, "model": "evil"})
+        assert told.status_code == 500 and "nothing in it was run" in message_of(told)
+        assert not made.exists()
+        assert ask(server, "/v1/edits", files={"image": picture()}, data=body).status_code == 200
+
+
+def test_many_at_once_do_not_stop_the_rest(server):
+    """Fifty that send half a request and stay."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            connection.sendall(
+                b"POST /v1/edits HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc"
+            )
+        told = ask(server, "/v1/edits", files={"image": picture()}, data={"instruction": "x", "steps": "1"})
+        assert told.status_code == 200
+        assert json.loads(ask(server, "/healthz", "GET").text) == {"status": "ok"}
