@@ -232,9 +232,9 @@ def test_instructions_are_learnt_in_words_that_are_tokens():
 
     triple = next(iter(exact_triples(1, 0)))
     for typed, learnt in (
-        ("MAKE IT NIGHT.", "Make it night."),
-        ("Make It Night", "Make it night"),
-        ("Make it night. Also add a cat", "Make it night. Also add a cat"),
+        ("MAKE IT NIGHT.", "Make it night"),
+        ("Could You Make It Night?", "Could you make it night"),
+        ("make it night. also add a cat", "Make it night. also add a cat"),
     ):
         told = with_(triple, edit=with_(triple.edit, instruction=typed))
         assert build.to_learn(told).instruction == learnt

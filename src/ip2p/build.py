@@ -36,7 +36,7 @@ from ip2p.storybook.labels import EDIT_SIZES, PAGE_SIZES, THING_SIZES
 from ip2p.storybook.scene import rng_for
 from ip2p.storybook.source import StorybookSource
 from ip2p.storybook.triples import ExactTriple, exact_triples
-from ip2p.synth.instruct import PACKAGED_LM, load_lm, reject
+from ip2p.synth.instruct import MIDDLE, PACKAGED_LM, load_lm, reject
 from ip2p.synth.records import Triple
 from ip2p.synth.tune import CARD as LM_CARD
 from ip2p.synth.tune import IGNORED, batch_of, new_lm, row_of, save_lm
@@ -109,6 +109,7 @@ class Preset:
     lm_heads: int = 4
     lm_inner: int = 96
     lm_texts: int = 20_000  # triples whose words are its tokens
+    lm_edited: float = 4.0  # weight of an edited caption's tokens
     ema: float = 0.999
     workers: int = 1
     save_every: float = 120.0  # seconds
@@ -676,31 +677,47 @@ class Triples(torch.utils.data.IterableDataset):
 
 
 def to_learn(exact: ExactTriple) -> Triple:
-    """A triple as the language model learns it, whose instructions Never Look Like This NOR LIKE THIS.
+    """A triple as the language model learns it: its instruction has one capital and no stop.
 
-    To a model whose tokens are words, such words are foreign, and it would have to learn to spell.
+    Words LIKE THESE Or These are no tokens, so that it would have to learn to spell; and each thing of no
+    account that it has to guess hides what it gets wrong.
     """
-    text = exact.instruction
+    text = exact.instruction.rstrip(".?")
     words = text.split()
     if text.isupper() or (len(words) > 1 and all(not word[0].islower() for word in words)):
-        text = text[0] + text[1:].lower()
-    return Triple(id=exact.id, caption=exact.caption, instruction=text, edited_caption=exact.edited_caption)
+        text = text.lower()
+    return Triple(
+        id=exact.id,
+        caption=exact.caption,
+        instruction=text[0].upper() + text[1:],
+        edited_caption=exact.edited_caption,
+    )
 
 
 class LmTask(nn.Module):
-    """A language model's loss a token of the answers."""
+    """A language model's loss a token of the answers; those of the edited captions weigh `edited` times more.
 
-    def __init__(self, lm: Any) -> None:
+    There are hundreds of ways to edit a caption, and no model can know which comes; but what the caption is
+    after an edit follows from it, and that is where a model is right or wrong.
+    """
+
+    def __init__(self, lm: Any, tokenizer: Any, edited: float) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.edited = lm, edited
+        self.middle = tokenizer.convert_tokens_to_ids(MIDDLE)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
         tokens, labels = (part.to(self.lm.device) for part in batch)
         hidden = self.lm.model(input_ids=tokens).last_hidden_state[:, :-1]
+        after = (tokens == self.middle).cumsum(1)[:, :-1] > 0
         labels = labels[:, 1:]
         learnt = labels != IGNORED
         logits = self.lm.lm_head(hidden[learnt]).float()
-        return F.cross_entropy(logits, labels[learnt]), {}
+        losses = F.cross_entropy(logits, labels[learnt], reduction="none")
+        after = after[learnt]
+        weights = torch.where(after, self.edited, 1.0)
+        told = {"instruction": losses[~after].mean(), "edited": losses[after].mean()}
+        return (losses * weights).sum() / weights.sum(), {k: float(v.detach()) for k, v in told.items()}
 
 
 def train_lm(run: Run) -> None:
@@ -727,7 +744,9 @@ def train_lm(run: Run) -> None:
         return ([batch] for batch in islice(chain.from_iterable(groups), done, None))
 
     # Its products are so small that half precision costs more than it saves.
-    summary = train_stage(run, "lm", LmTask(lm), preset.lm, batches, precision="no")
+    summary = train_stage(
+        run, "lm", LmTask(lm, tokenizer, preset.lm_edited), preset.lm, batches, precision="no"
+    )
     card = {"made_by": "ip2p storybook build", **{key: summary[key] for key in TOLD}}
     save_lm(lm.half(), tokenizer, run.output / PACKAGED_LM, card)
     _finish(run, "lm", summary)
