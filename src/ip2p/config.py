@@ -37,7 +37,6 @@ Weights = Literal["ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
 Mark = Literal["iptc", "visible", "none"]
-Mark = Literal["iptc", "visible", "none"]
 Language = Literal["english", "latin", "any"]
 Way = Literal["completion", "chat"]
 Attention = Literal["self", "replace", "refine", "self+replace", "self+refine"]
@@ -71,9 +70,7 @@ Address = Annotated[str | None, arg(metavar="[ADDRESS]", help_behavior_hint="")]
 Loras = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="FILE:WEIGHT", help_behavior_hint="")]]
 Axis = Annotated[str, arg(metavar="SETTING[=VALUES]")]
 Thens = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="INSTRUCTION", help_behavior_hint="")]]
-Models = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="[NAME=]MODEL")]]
-Names = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="NAME", help_behavior_hint="")]]
-Models = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="[NAME=]MODEL")]]
+Models = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="[NAME=]MODEL", help_behavior_hint="")]]
 Names = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="NAME", help_behavior_hint="")]]
 
 MAX_STEPS = 1000  # as many as the noise levels that a model is trained on
@@ -270,9 +267,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"  # address to listen at; other machines reach 0.0.0.0, and only with a key
     port: int = 7860  # of TCP
-    model: Models = (
-        "storybook",
-    )  # what is served, and nothing else; may be repeated, the first is asked first
+    model: Models = ("storybook",)  # what is served, the default first; may be repeated (storybook alone)
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
     dtype: DType = "auto"  # auto takes half precision where the device has it fast
     memory: MemoryUse = "auto"  # low is slower and needs least; high never saves; auto looks at the device
@@ -292,9 +287,7 @@ class ServeConfig:
     store: Folder = None  # folder for them; default: one that goes when the server ends
     store_mb: int = 1024  # most that lies there; the oldest go first
     urls: bool = False  # fetch pictures that a request names by http(s), from public addresses alone
-    safety: Model = (
-        None  # a safety checker in the diffusers format, which refuses results: a folder or a hub id
-    )
+    safety: Model = None  # a picture classifier that refuses unsafe results: a folder or a hub id
     mark: Mark = "iptc"  # what tells that a result was edited: IPTC's tag in the file, words too, or nothing
     drain_seconds: float = 30.0  # after SIGTERM or Ctrl-C: how long what runs may take to finish
     config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
@@ -365,7 +358,7 @@ class UiConfig:
     """Edit in the browser: ip2p ui"""
 
     port: int = 7860  # of this machine alone; the next free one is taken where it is in use
-    model: Models = ("storybook",)  # what can be chosen; may be repeated, the first is chosen
+    model: Models = ("storybook",)  # what can be chosen; may be repeated (storybook alone)
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
     dtype: DType = "auto"  # auto takes half precision where the device has it fast
     memory: MemoryUse = "auto"  # low is slower and needs least; high never saves; auto looks at the device
@@ -617,29 +610,6 @@ class DataConvertConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildConfig:
-    """Train the storybook model: ip2p storybook build --preset smoke -o model"""
-
-    preset: Literal["smoke", "cpu", "h100"] = "smoke"  # one recipe, other numbers: seconds, hours, one GPU
-    out: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path("storybook-model")  # goes on from here
-    bundle: Folder = None  # the half-precision model, as far as it is trained; default: OUT/bundle
-    start: Model = None  # a model made by this verb, of the same preset, whose UNet is trained further
-    stage: Literal["all", "vae", "clip", "unet"] = "all"  # train one part only
-    seconds: Float = None  # save and stop after so many seconds
-    steps: Int = None  # optimiser steps of every stage, instead of the preset's
-    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
-    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
-    debug: bool = False  # show the traceback of an error
-
-    def check(self) -> None:
-        """Raise InputError for a number that cannot be used."""
-        if self.seconds is not None:
-            check_float("--seconds", self.seconds, 0, 1e9, "--seconds 540")
-        if self.steps is not None:
-            check_int("--steps", self.steps, 1, 10**9, "--steps 100")
-
-
-@dataclass(frozen=True, kw_only=True)
 class SynthInstructConfig:
     """Write edits of captions with a language model: ip2p synth instruct captions.txt -o triples.parquet"""
 
@@ -681,10 +651,11 @@ class SynthInstructConfig:
     )
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
     dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    workers: Int = None  # processes here; default: as many as cores for small models on a CPU, else 1
     ray: Address = None  # on a Ray cluster: at this address, else at RAY_ADDRESS, else one on this machine
     ray_workers: Int = None  # default: as many as fit
     ray_gpus: Float = None  # a worker; default: one if the cluster has any
-    threads: Int = None  # of a worker's processor; default: 1 with --ray, else all
+    threads: Int = None  # of each worker; default: 1 where there are several or --ray is given, else all
     overwrite: bool = False  # begin anew in place of an output that is there
     config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
     debug: bool = False  # show the traceback of an error
@@ -817,10 +788,11 @@ class SynthPairsConfig:
     license: Text = None  # of the pictures, for their column
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
     dtype: DType = "auto"  # auto takes half precision where the device has it fast
+    workers: Int = None  # processes here; default: as many as cores for small models on a CPU, else 1
     ray: Address = None  # on a Ray cluster: at this address, else at RAY_ADDRESS, else one on this machine
     ray_workers: Int = None  # default: as many as fit
     ray_gpus: Float = None  # a worker; default: one if the cluster has any
-    threads: Int = None  # of a worker's processor; default: 1 with --ray, else all
+    threads: Int = None  # of each worker; default: 1 where there are several or --ray is given, else all
     overwrite: bool = False  # begin anew in place of an output that is there
     config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
     debug: bool = False  # show the traceback of an error
@@ -892,10 +864,11 @@ class SynthFilterConfig:
     stream: bool = False  # read a hub's data set where it lies, without fetching it whole
     batch: int = 32  # pictures that are measured at once
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    workers: Int = None  # processes here; default: as many as cores for small models on a CPU, else 1
     ray: Address = None  # on a Ray cluster: at this address, else at RAY_ADDRESS, else one on this machine
     ray_workers: Int = None  # default: as many as fit
     ray_gpus: Float = None  # a worker; default: one if the cluster has any
-    threads: Int = None  # of a worker's processor; default: 1 with --ray, else all
+    threads: Int = None  # of each worker; default: 1 where there are several or --ray is given, else all
     overwrite: bool = False  # begin anew in place of an output; with other thresholds the scores stay
     config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
     debug: bool = False  # show the traceback of an error
@@ -946,6 +919,29 @@ class SynthInspectConfig:
         check_int("--each", self.each, 1, 1000, "--each 6")
         check_int("--side", self.side, 16, 1024, "--side 128")
         check_some(self, count=1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Train the storybook model: ip2p storybook build --preset smoke -o model"""
+
+    preset: Literal["smoke", "cpu", "h100"] = "smoke"  # one recipe, other numbers: seconds, hours, one GPU
+    out: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path("storybook-model")  # goes on from here
+    bundle: Folder = None  # the half-precision model, as far as it is trained; default: OUT/bundle
+    start: Model = None  # a model made by this verb, of the same preset, whose UNet is trained further
+    stage: Literal["all", "vae", "clip", "unet", "lm"] = "all"  # train one part only
+    seconds: Float = None  # save and stop after so many seconds
+    steps: Int = None  # optimiser steps of every stage, instead of the preset's
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
+    config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
+    debug: bool = False  # show the traceback of an error
+
+    def check(self) -> None:
+        """Raise InputError for a number that cannot be used."""
+        if self.seconds is not None:
+            check_float("--seconds", self.seconds, 0, 1e9, "--seconds 540")
+        if self.steps is not None:
+            check_int("--steps", self.steps, 1, 10**9, "--steps 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1024,12 +1020,14 @@ def check_thresholds(image: float | None, caption: float | None, directional: fl
 
 def check_workers(config: Any) -> None:
     """Raise InputError for workers that cannot be, or of a cluster where none is asked for."""
-    check_some(config, ray_workers=4, threads=1)
+    check_some(config, workers=2, ray_workers=4, threads=1)
     if config.ray_gpus is not None:
         check_float("--ray-gpus", config.ray_gpus, 0, 1024, "--ray-gpus 1")
     for name in ("ray_workers", "ray_gpus"):
         if config.ray is None and getattr(config, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} is of a Ray cluster; add --ray.")
+    if config.ray is not None and config.workers is not None:
+        raise InputError("--workers are processes here; of a Ray cluster they are --ray-workers.")
 
 
 def check_guidance(steps: int, text_cfg: float | None, image_cfg: float | None) -> None:
