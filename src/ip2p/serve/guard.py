@@ -18,7 +18,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ip2p.config import ServeConfig, is_address, is_loopback
@@ -272,7 +272,7 @@ class _Told:
             message = {**message, "headers": [*kept, *own.items()]}
         await self._send(message)
 
-    def send_unless(self, body: _Body) -> Callable[[Message], object]:
+    def send_unless(self, body: _Body) -> Send:
         """`send` for what lies within: silent once its body was refused."""
 
         async def send(message: Message) -> None:
