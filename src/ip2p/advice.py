@@ -94,10 +94,8 @@ BESIDE = {
     "spacing": "How the noise levels lie; linspace is the paper's code's.",
     "size": "The side at which the model works, or 576x384; empty: near what it was trained at.",
     "negative": "What to stay away from, for example: blurry.",
-    "region": "It changes what was not named? No scale cures that, a mask does.",
+    "region": "It changes what was not named? No scale cures that, a mask does: outside, nothing changes.",
     "auto_mask": "A lower threshold takes more.",
-    "painted": "Paint where the edit may go. Outside, the picture stays as it is.",
-    "mask": "A picture of the same size: white where the edit may go, black where not a byte may change.",
     "model": "What edits.",
 }
 

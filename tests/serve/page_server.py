@@ -43,6 +43,7 @@ def serve_page(*, seconds_a_call: float = 0.005, **limits: int) -> Iterator[Serv
             time.sleep(0.02)
         yield Server(f"http://127.0.0.1:{port}", service)
     finally:
-        server.should_exit = True
+        # Browsers keep a connection open to say that they are there.
+        server.should_exit = server.force_exit = True
         thread.join(10)
         service.close()

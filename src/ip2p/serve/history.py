@@ -33,7 +33,7 @@ class History:
 
     steps: dict[int, Step] = field(default_factory=dict)
     at: int | None = None
-    _last: dict[int | None, int] = field(default_factory=dict)  # the child that redo returns to
+    _last: dict[int, int] = field(default_factory=dict)  # the child that redo returns to
     _count: int = 0
 
     @property
@@ -109,14 +109,17 @@ class History:
 
     def prune(self, kept: int = KEPT) -> list[Step]:
         """Drop the oldest steps, but for the first and the one at hand; theirs hang on their parents then."""
-        spare = [n for n in sorted(self.steps) if n != self.at and self.steps[n].parent is not None]
-        gone = [self.steps.pop(n) for n in spare[: max(0, len(self.steps) - kept)]]
-        for old in gone:
+        gone = []
+        for number in sorted(self.steps):
+            old = self.steps[number]
+            if len(self.steps) <= kept or number == self.at or old.parent is None:
+                continue
+            gone.append(self.steps.pop(number))
             for step in self.steps.values():
-                if step.parent == old.number:
+                if step.parent == number:
                     self.steps[step.number] = replace(step, parent=old.parent)
-            following = self._last.pop(old.number, None)
-            if self._last.get(old.parent) == old.number:
+            following = self._last.pop(number, None)
+            if self._last.get(old.parent) == number:
                 self._last.pop(old.parent)
                 if following is not None:
                     self._last[old.parent] = following

@@ -112,7 +112,9 @@ class Session:
         step = self.history.add(
             chosen.file, chosen.shown, chosen.settings.instruction, chosen.parameters, chosen.mask
         )
-        self.history.prune()
+        for old in self.history.prune():
+            for file in filter(None, (old.file, old.shown, old.mask)):
+                file.unlink(missing_ok=True)
         self.candidates, self.chosen = [], None
         return step
 

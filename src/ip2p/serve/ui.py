@@ -30,7 +30,7 @@ import gradio as gr
 from ip2p import advice, config
 from ip2p.errors import Ip2pError
 from ip2p.serve import look
-from ip2p.serve.actions import Actions, Values, complain, say
+from ip2p.serve.actions import Actions, Values, complain, say, worded
 from ip2p.serve.gate import Blobs, Gate, Page
 from ip2p.serve.run import Controls
 
@@ -173,7 +173,7 @@ class _Builder:
         with gr.Accordion("Where", open=False):
             self._add("region", gr.Radio, "Edit", choices=REGIONS, value="everywhere")
             self._add(
-                *("editor", gr.ImageEditor, advice.BESIDE["painted"]),
+                *("editor", gr.ImageEditor, "Paint the region"),
                 type="pil",
                 sources=(),
                 transforms=(),
@@ -185,7 +185,7 @@ class _Builder:
                 visible=False,
             )
             self._add(
-                *("mask", gr.Image, advice.BESIDE["mask"]),
+                *("mask", gr.Image, "Mask: white is edited"),
                 type="filepath",
                 image_mode=None,
                 sources=["upload", "clipboard"],
@@ -445,6 +445,17 @@ class _Builder:
             ),
             ("models", lambda: list(self.service.models), [], [told], "The names of the models."),
         ):
+            # Programs name the fields as the settings are named; Gradio reads names and defaults from here.
+            named = [
+                inspect.Parameter(
+                    field.elem_id,
+                    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                    default=field.value if field in fields else inspect.Parameter.empty,
+                )
+                for field in inputs
+            ]
+            special = [own for own in inspect.signature(act).parameters.values() if own.name == "request"]
+            act.__signature__ = inspect.Signature([*special, *named])  # type: ignore[attr-defined]
             trigger.click(act, inputs, outputs, api_name=name, api_description=words, **public)
 
     def _controls(self) -> list[Component]:
