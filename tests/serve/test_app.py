@@ -25,6 +25,7 @@ from ip2p.infotext import parse_infotext
 from ip2p.serve import app as apps
 from ip2p.serve import mark
 from ip2p.serve.service import Service
+from ip2p.synth import safety
 
 DOCS = Path(__file__).parents[2] / "docs" / "serve.md"
 PICTURE = Path(__file__).parents[2] / "examples" / "page-1.png"
@@ -147,6 +148,25 @@ def test_marks_are_in_the_file_or_in_the_picture(png):
     top = (0, 0, 64, 40)
     assert seen.tobytes() != picture.tobytes() and seen.crop(top).tobytes() == picture.crop(top).tobytes()
     assert mark.SOURCE_TYPE.encode() in seen.info["xmp"]
+
+
+def test_a_result_that_a_classifier_calls_unsafe_is_not_given(monkeypatch, png):
+    asked = []
+
+    def classifier(model, *, device, batch):
+        return lambda pictures: asked.append((model, pictures[0].size)) or [False]
+
+    monkeypatch.setattr(safety, "Classifier", classifier)
+    with running(ServeConfig(safety="a/classifier")) as server:
+        told = httpx.post(
+            f"{server.url}/v1/edits",
+            files={"image": png},
+            data={**EDIT, "wait": "true"},
+            timeout=60,
+            trust_env=False,
+        )
+    assert asked == [("a/classifier", (64, 64))]
+    assert told.status_code == 422 and "safety checker" in told.json()["error"]["message"]
 
 
 # --- the documentation ----------------------------------------------------------------------------
