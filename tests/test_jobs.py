@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -110,6 +111,91 @@ def test_an_error_leaves_what_was_committed_and_the_next_call_makes_the_rest(go,
     seen = []
     assert go(partial(Squares, call=seen.append)).made == 2
     assert seen == PARTS[1:]
+
+
+def refuse(part):
+    if part[0] == 3:
+        raise ModelError("the model is gone")
+
+
+def die(part):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fall(mark, part):
+    """Kill the process at its first part, once in all."""
+    if not mark.exists():
+        mark.touch()
+        die(part)
+
+
+def test_several_processes_make_the_same_files_as_one(go, tmp_path):
+    one = go(folder=tmp_path / "one")
+    two = go(folder=tmp_path / "two", processes=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "two")) == 6
+    assert (two.made, two.rows, two.counts) == (3, one.rows, one.counts)
+
+
+def test_an_error_of_a_process_is_raised_here_and_what_was_committed_stays(go, tmp_path):
+    with pytest.raises(ModelError, match="the model is gone"):
+        go(partial(Squares, call=refuse), processes=2)
+    assert {row["n"] for row in rows(tmp_path / "job")} <= {0, 1, 2, 6}
+    go(processes=2)
+    assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
+
+
+def test_a_process_that_is_lost_begins_anew_and_one_that_always_is_ends_the_job(go, tmp_path):
+    go(partial(Squares, call=partial(fall, tmp_path / "fallen")), processes=2)
+    assert (tmp_path / "fallen").exists()
+    assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
+    with pytest.raises(ResourceError, match=r"were lost 4 times; .* try --workers 1"):
+        go(partial(Squares, call=die), folder=tmp_path / "other", processes=2)
+
+
+ORPHANS = """
+import os, sys, time
+from pathlib import Path
+from ip2p import jobs
+
+class Slow:
+    def __call__(self, part):
+        Path(sys.argv[1], f"{os.getpid()}").touch()
+        time.sleep(120)
+
+if __name__ == "__main__":
+    jobs.run(Slow, [range(1), range(1)], Path(sys.argv[1], "job"), settings={}, processes=2)
+"""
+
+
+def test_processes_end_with_the_one_that_began_them(tmp_path):
+    (tmp_path / "run.py").write_text(ORPHANS)
+    parent = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path])
+
+    def workers():
+        return [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+
+    try:
+        assert wait_until(lambda: len(workers()) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert wait_until(lambda: not any(is_alive(number) for number in workers()))
+
+
+def is_alive(number):
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def wait_until(holds):
+    """Whether it holds within a minute."""
+    end = time.monotonic() + 60
+    while not (found := holds()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from ip2p import terminal
 from ip2p.errors import InputError, Ip2pError, ResourceError
@@ -86,20 +87,22 @@ def run(
     settings: Mapping[str, Any],
     unit: str = "rows",
     cluster: Cluster | None = None,
+    processes: int = 1,
     overwrite: bool | Literal["changed"] = False,
     beside: Collection[str] = ("run.json",),
     threads: int | None = None,
     say: Callable[[str], None] = terminal.say,
 ) -> Summary:
-    """Have `stage()` make every part into `folder`, in this process or on a cluster; the same files result.
+    """Have `stage()` make every part into `folder`, here or on a cluster; the same files result.
 
     Called again after it was stopped it makes the parts that are missing, or that were damaged since. A part
     is any value with a length, in `unit`s: a list of triples, a range of rows. `stage` makes the stage: a
     class, or `functools.partial(Class, ...)`; it is called once a worker, and not when nothing is to be
     done. settings: what decides the result, as JSON values: a hash of the input, models, seeds. They may not
     change while a job goes on. overwrite: begin anew; "changed": only if they did. beside: what may lie in a
-    folder that is begun. threads: of torch, in each worker; on a CPU its number can change the last bits of
-    a result, and Ray's default is another.
+    folder that is begun. processes: that work here, if there is no cluster; 1 is this one, and for more the
+    stage must be picklable. threads: of torch, in each worker; on a CPU its number can change the last bits
+    of a result, and Ray's default is another.
 
     Raises InputError for a folder that holds something else, that was begun with other settings, or that
     another process writes into, and without Ray; ResourceError for a full disk or a cluster that is too
@@ -116,6 +119,8 @@ def run(
             work = _here(stage, parts, todo, threads)
             if cluster is not None:
                 work = _on_ray(stage, parts, todo, cluster, threads)
+            elif min(processes, len(todo)) > 1:
+                work = _in_processes(stage, parts, todo, min(processes, len(todo)), threads)
             items = sum(len(parts[part]) for part in todo)
             with contextlib.closing(work), _progress(folder.name, items, unit) as advance:
                 for part, made, seconds in work:
@@ -139,6 +144,13 @@ def summary(folder: Path) -> Summary:
     """What lies in a job's folder. Raises InputError for a folder that is no job's."""
     head, lines = _lines_of(folder)
     return _summary(lines, 0, parts=head["parts"])
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What decides the result of a job, as `run` was told. InputError for a folder that is no job's."""
+    head = dict(_lines_of(folder)[0])
+    del head["format"], head["parts"]
+    return head
 
 
 def is_job(folder: Path) -> bool:
@@ -433,6 +445,94 @@ class _Worker:
             return self.make(part)
         except Ip2pError as error:
             return error
+
+
+def _in_processes(
+    stage: Callable[[], Stage], parts: Sequence[Any], todo: Sequence[int], count: int, threads: int | None
+) -> Work:
+    """Processes beside this one, each with one part at a time."""
+    import multiprocessing
+    from multiprocessing.connection import Connection, wait
+
+    spawn = multiprocessing.get_context("spawn")  # a fork would share torch's threads and open files
+    processes: dict[Connection, Any] = {}
+
+    def begin() -> Connection:
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(stage, threads, theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that its end is told here
+        processes[ours] = process
+        return ours
+
+    waiting = deque(todo)
+    running: dict[Connection, int] = {}
+    lost: Counter[int] = Counter()
+    try:
+        free = [begin() for _ in range(count)]
+        while waiting or running:
+            while waiting and free:
+                part, worker = waiting.popleft(), free.pop()
+                running[worker] = part
+                with contextlib.suppress(OSError):  # it is gone, as is told below
+                    worker.send(parts[part])
+            for ready in wait(list(running)):
+                worker = cast("Connection", ready)
+                part = running.pop(worker)
+                try:
+                    answer = worker.recv()
+                except (EOFError, OSError):
+                    lost[part] += 1
+                    if lost[part] > RETRIES:
+                        raise ResourceError(
+                            f"the processes at part {part} were lost {RETRIES + 1} times; there may be too "
+                            "little memory for so many: try --workers 1. What is written stays, and the same "
+                            "command goes on."
+                        ) from None
+                    processes.pop(worker).join()
+                    waiting.appendleft(part)
+                    free.append(begin())
+                    continue
+                if isinstance(answer, BaseException):
+                    raise answer
+                free.append(worker)
+                yield part, *answer
+    finally:
+        for process in processes.values():
+            process.terminate()
+        for process in processes.values():
+            process.join()
+
+
+def _serve(stage: Callable[[], Stage], threads: int | None, connection: Any) -> None:
+    """Make the parts that come, until none come any more."""
+    import multiprocessing
+    import threading
+    import warnings
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+        os._exit(1)  # also in the middle of a part, which nobody waits for
+
+    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this one
+    warnings.simplefilter("ignore")
+    worker = _Worker(stage, threads)
+    while True:
+        try:
+            part = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer: Any = worker.make(part)
+        except Exception as error:
+            answer = error
+        try:
+            connection.send(answer)
+        except (pickle.PicklingError, TypeError, AttributeError):
+            connection.send(RuntimeError(repr(answer)))
 
 
 def _on_ray(

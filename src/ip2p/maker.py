@@ -23,17 +23,35 @@ from ip2p.config import (
     SynthTuneConfig,
     run_json,
 )
-from ip2p.errors import InputError
+from ip2p.data.loading import open_source
+from ip2p.data.records import Source
+from ip2p.devices import pick_device
+from ip2p.errors import InputError, ModelError
 from ip2p.files import check_output, content_key, make_folder, write_text
-from ip2p.models.bundle import called, find_model
+from ip2p.models.bundle import called, find_model, packaged_models
 from ip2p.models.load import read_json
 from ip2p.rank import CLIP_MODEL, find_clip
 from ip2p.synth.captions import BLOCK_LIST, Rules, read_block_list, read_captions
-from ip2p.synth.filter import PRESETS, STORYBOOK, Thresholds, clips_of, preset_for
+from ip2p.synth.filter import (
+    PRESETS,
+    SCORES_FOLDER,
+    STORYBOOK,
+    Scored,
+    Thresholds,
+    clips_of,
+    known_scores,
+    preset_for,
+    read_scores,
+)
+from ip2p.synth.filter import filter_pairs as run_filter
+from ip2p.synth.inspect import inspect as write_page
 from ip2p.synth.instruct import Limits, LocalWriter, Writer, find_lm
 from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
+from ip2p.synth.safety import Classifier
 from ip2p.synth.server import KEY, ServerWriter
 from ip2p.synth.stages import REFUSED, REJECTED, InstructStage, PairStage
+from ip2p.synth.tune import Tuning
+from ip2p.synth.tune import tune_lm as tune
 from ip2p.terminal import say
 
 RUN = "run.json"
@@ -43,6 +61,8 @@ TRIPLES_A_PART = 8
 STORYBOOK_SCALE = (3.0, 5.0)  # its own guidance is 4
 # What a painter consists of: its folder may hold a CLIP and a language model besides.
 PAINTER_FILES = ("unet/*", "vae/*", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "model_index.json")
+EVERY = Thresholds(image=-2, caption=-2, directional=-2)  # of no cosine
+SMALL = 256 << 20  # bytes of weights, of which several copies do not matter
 OUR_KEY = "IP2P_API_KEY"
 
 
@@ -81,22 +101,23 @@ def instruct(config: SynthInstructConfig) -> None:
         say(line)
     texts = [caption.text for caption in read.captions]
     limits = Limits(block=block, spatial=not config.allow_spatial)
-    named = ("model", "server", "way", "shots", "edits", "retries", "allow_spatial")
+    named = ("model", "shots", "edits", "retries", "allow_spatial")
     sampled = ("temperature", "frequency_penalty", "max_tokens")
     settings = {name: getattr(config, name) for name in (*named, *sampled)}
-    settings |= {"captions": config.captions, "content of the captions": _hash(texts)}
-    settings["content of --block-list"] = _hash(block)
+    settings |= {"content of the captions": _hash(texts), "content of --block-list": _hash(block)}
     if config.server is None:
         settings |= {"dtype": config.dtype, "content of --model": content_key(find_lm(config.model))}
+    else:
+        settings["way"] = config.way  # the server may come back at another address
     size = part_size(len(texts))
+    workers = _workers(config, None if config.server is not None else find_lm(config.model))
     told = jobs.run(
         partial(InstructStage, _writer(config), edits=config.edits, retries=config.retries, limits=limits),
         [texts[start : start + size] for start in range(0, len(texts), size)],
         folder,
         settings=settings,
         unit="captions",
-        cluster=_cluster(config),
-        threads=_threads(config),
+        **workers,
         overwrite=config.overwrite,
     )
     _write_run(folder, config, told)
@@ -206,9 +227,6 @@ def _write_whole(file: Path, triples: Sequence[Triple]) -> None:
 
 def tune_lm(config: SynthTuneConfig) -> None:
     """Tune a language model on triples; its folder goes to stdout."""
-    from ip2p.synth.tune import Tuning
-    from ip2p.synth.tune import tune_lm as tune
-
     assert config.out is not None, "SynthTuneConfig.check was called"
     if config.out.is_file() or (config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite):
         raise InputError(f"{config.out} is there already; add --overwrite, or choose another folder.")
@@ -246,12 +264,11 @@ def pairs(config: SynthPairsConfig) -> None:
     triples = read_triples(Path(config.triples).expanduser())[: config.count]
     painter = find_model(config.model, revision=config.revision)
     clip, clip_name = _clip_of(config.clip, config.model, config.revision)
-    thresholds = _thresholds(config, preset_for({clip_name}))
+    thresholds = _thresholds(config, PRESETS[preset_for({clip_name})])
     scale = config.scale or (STORYBOOK_SCALE if _model_name(painter, config.model) == STORYBOOK else SCALE)
     how = config.how()
     named = ("model", "revision", "weights", "vae", "keep", "p", "size", "license", "dtype")
     settings: dict[str, Any] = {
-        "triples": config.triples,
         "content of the triples": _hash([asdict(triple) for triple in triples]),
         **{name: getattr(config, name) for name in named},
         **how,
@@ -269,8 +286,7 @@ def pairs(config: SynthPairsConfig) -> None:
         config.out,
         settings=settings,
         unit="triples",
-        cluster=_cluster(config),
-        threads=_threads(config),
+        **_workers(config, painter),
         overwrite=config.overwrite,
     )
     _write_run(config.out, config, told, thresholds=asdict(thresholds), scale=scale, used=how)
@@ -314,20 +330,21 @@ def _pair_lines(told: jobs.Summary) -> list[str]:
 
 def filter_pairs(config: SynthFilterConfig) -> None:
     """Filter a data set; the folder of what stays goes to stdout."""
-    from ip2p.data.loading import open_source
-    from ip2p.devices import pick_device
-    from ip2p.synth.filter import filter_pairs as run_filter
-
     assert config.out is not None, "SynthFilterConfig.check was called"
     source = open_source(config.data, stream=config.stream, revision=config.revision, split=config.split)
     own = clips_of(source)
+    if len(own) > 1 and not config.rescore:
+        several = ", ".join(sorted(own))
+        say(f"warning: the scores are of several CLIPs ({several}), which do not compare; add --rescore")
     asked = config.clip or (STORYBOOK if own == {STORYBOOK} else CLIP_MODEL)
     clip, clip_name = _clip_of(asked, STORYBOOK, None)
-    clips = {clip_name} if config.rescore or not own else own
-    thresholds = _thresholds(config, preset_for(clips))
+    thresholds = _thresholds(config, PRESETS[preset_for({clip_name} if config.rescore or not own else own)])
     top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
     if config.keep == "all":
-        thresholds, top, near = Thresholds(image=-2, caption=-2, directional=-2), None, None
+        thresholds, top, near = EVERY, None, None
+    safety = None
+    if config.safety is not None:
+        safety = partial(Classifier, config.safety, device=config.device, batch=config.batch)
     filtered = run_filter(
         source,
         config.out,
@@ -337,12 +354,13 @@ def filter_pairs(config: SynthFilterConfig) -> None:
         overwrite=config.overwrite,
         clip=clip,
         clip_name=clip_name,
-        device=str(pick_device(config.device)),
+        clip_key=content_key(clip()) if config.clip is not None else "",
+        device=config.device,
         batch=config.batch,
         rescore=config.rescore,
+        safety=safety,
         count=config.count,
-        cluster=_cluster(config),
-        threads=_threads(config),
+        **_workers(config, clip() if _lies_here(asked) else None),
     )
     write_text(config.out / RUN, run_json(config, thresholds=asdict(thresholds)))
     for line in filtered.lines():
@@ -352,24 +370,56 @@ def filter_pairs(config: SynthFilterConfig) -> None:
 
 def inspect(config: SynthInspectConfig) -> None:
     """Write the page; its path goes to stdout."""
-    from ip2p.data.loading import open_source
-    from ip2p.synth.filter import known_scores
-    from ip2p.synth.inspect import inspect as write_page
-
-    source = open_source(config.data, split=config.split)
-    thresholds = _thresholds(config, preset_for(clips_of(source)))
-    write_page(
+    check_output(config.out, overwrite=config.overwrite)
+    top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
+    filtered = _filtered(Path(config.data).expanduser(), config.split)
+    if filtered is not None:
+        source, scored, asked = filtered
+        auto = Thresholds(**{name: asked[name] for name in asdict(EVERY)})
+        if auto == EVERY:
+            auto = PRESETS[preset_for(clips_of(source) | set(scored.clips))]
+        else:
+            top = asked["top"] if config.top == SynthInspectConfig.top else top
+            near = asked["near_bits"] if config.near_bits == SynthInspectConfig.near_bits else near
+    else:
+        source = open_source(config.data, split=config.split)
+        scored, auto = known_scores(source, config.count), PRESETS[preset_for(clips_of(source))]
+        if not any(scored.of(row) for row in range(len(scored))):
+            raise InputError(
+                f"{config.data} has no scores; measure them: ip2p synth filter {config.data} -o scored "
+                "--keep all"
+            )
+    gone = write_page(
         source,
-        known_scores(source, config.count),
+        scored,
         config.out,
-        thresholds,
-        top=config.top or None,
-        near_bits=None if config.near_bits < 0 else config.near_bits,
+        _thresholds(config, auto),
+        top=top,
+        near_bits=near,
         count=config.each,
         side=config.side,
         overwrite=config.overwrite,
     )
+    say(f"{len(scored) - sum(gone.values()):,} of {len(scored):,} pairs stay")
     print(config.out)
+
+
+def _filtered(folder: Path, split: str) -> tuple[Source, Scored, dict[str, Any]] | None:
+    """Of a folder of `synth filter`: what it filtered, with its scores, and how. None for another folder.
+
+    None too, with a word, when what it filtered is gone or was changed: what stays can be shown alone.
+    """
+    if not (jobs.is_job(folder) and jobs.is_job(folder / SCORES_FOLDER)):
+        return None
+    asked = jobs.settings(folder)
+    try:
+        source = open_source(asked["source"], split=split)
+    except (InputError, ModelError):
+        source = None
+    if source is None or source.key != asked["key"]:
+        say(f"{asked['source']} is not there as it was filtered; only what stays is shown")
+        return None
+    return source, read_scores(folder / SCORES_FOLDER), asked
 
 
 # --- what they have in common ---------------------------------------------------------------------
@@ -388,6 +438,11 @@ def _clip_of(clip: str | None, model: str, revision: str | None) -> tuple[Callab
     return partial(find_clip, clip, model), called(clip)
 
 
+def _lies_here(model: str) -> bool:
+    """Whether a model is a folder here or in the package, and need not be fetched."""
+    return Path(model).expanduser().is_dir() or model in packaged_models()
+
+
 def _model_name(folder: Path, model: str) -> str:
     """What a model calls itself in its card, else what it was called."""
     card = folder / "ip2p.json"
@@ -395,22 +450,45 @@ def _model_name(folder: Path, model: str) -> str:
     return str(said or called(model))
 
 
-def _thresholds(config: SynthPairsConfig | SynthFilterConfig | SynthInspectConfig, auto: str) -> Thresholds:
-    preset = PRESETS[auto if config.preset == "auto" else config.preset]
+def _thresholds(
+    config: SynthPairsConfig | SynthFilterConfig | SynthInspectConfig, auto: Thresholds
+) -> Thresholds:
+    """Those of the preset, `auto` unless one is named, with what the config has instead."""
+    preset = auto if config.preset == "auto" else PRESETS[config.preset]
     given = {name: getattr(config, name) for name in asdict(preset)}
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
-def _cluster(config: SynthInstructConfig | SynthPairsConfig | SynthFilterConfig) -> jobs.Cluster | None:
-    if config.ray is None:
-        return None
-    return jobs.Cluster(
-        address=config.ray, workers=config.ray_workers, cpus=config.threads or 1, gpus=config.ray_gpus
-    )
+def _workers(
+    config: SynthInstructConfig | SynthPairsConfig | SynthFilterConfig, weights: Path | None
+) -> dict[str, Any]:
+    """Where a job runs, for `jobs.run`: cluster, processes and threads.
+
+    Small models on a CPU work in as many processes as it has cores, each with one thread.
+
+    weights: where those of the model lie, None for those that are not here. One thread for a worker wherever
+    there are several: small networks gain little by more, and with the same number of threads results are
+    the same to the bit, here and on Ray.
+    """
+    if config.ray is not None:
+        each = config.threads or 1
+        cluster = jobs.Cluster(
+            address=config.ray, workers=config.ray_workers, cpus=each, gpus=config.ray_gpus
+        )
+        return {"cluster": cluster, "threads": each}
+    small = weights is not None and pick_device(config.device).type == "cpu" and _bytes(weights) <= SMALL
+    processes = config.workers or (_cores() if small else 1)
+    threads = config.threads or (1 if small or processes > 1 else None)
+    return {"processes": processes, "threads": threads}
 
 
-def _threads(config: SynthInstructConfig | SynthPairsConfig | SynthFilterConfig) -> int | None:
-    return config.threads or (None if config.ray is None else 1)
+def _bytes(weights: Path) -> int:
+    files = weights.rglob("*.safetensors") if weights.is_dir() else [weights]
+    return sum(file.stat().st_size for file in files)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def part_size(captions: int) -> int:

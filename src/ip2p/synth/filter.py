@@ -32,6 +32,7 @@ from ip2p.data import columns
 from ip2p.data.convert import encoded, ending, hub_schema
 from ip2p.data.parquet import ParquetSource
 from ip2p.data.records import BrokenRow, Pair, Source, open_picture
+from ip2p.devices import pick_device
 from ip2p.errors import InputError
 from ip2p.images import to_tensor
 from ip2p.jobs import Cluster, Made
@@ -299,7 +300,8 @@ class Scorer:
                     f"{pairs[0].id} of {self.source.name} has no similarities; name a CLIP that judges it: "
                     "--clip openai/clip-vit-large-patch14"
                 )
-            self.clip = Clip.load(self.find() if callable(self.find) else self.find, self.device)
+            folder = self.find() if callable(self.find) else self.find
+            self.clip = Clip.load(folder, pick_device(self.device))
         before, after = zip(*pictures, strict=True)
         captions, edited = [p.caption for p in pairs], [p.edited_caption for p in pairs]
         return measure(self.clip, before, after, captions, edited, batch=self.batch)
@@ -338,6 +340,7 @@ def score(
     count: int | None = None,
     part_rows: int = PART_ROWS,
     cluster: Cluster | None = None,
+    processes: int = 1,
     threads: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = terminal.say,
@@ -362,6 +365,7 @@ def score(
         settings=settings,
         unit="pairs",
         cluster=cluster,
+        processes=processes,
         threads=threads,
         overwrite="changed" if overwrite else False,
         say=say,

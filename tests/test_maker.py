@@ -1,0 +1,846 @@
+"""The verbs of `ip2p synth`, each as it is typed, on small models: what lies there, goes on, is refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_clip, make_model
+from PIL import Image
+
+from ip2p import cli, jobs, maker
+from ip2p.config import PAIRS, PAIRS_AS_PAPER, SynthInstructConfig, SynthPairsConfig
+from ip2p.data.loading import open_source
+from ip2p.errors import InputError, ModelError
+from ip2p.images import load_image
+from ip2p.models import bundle
+from ip2p.synth import instruct as instructing
+from ip2p.synth import records, stages
+from ip2p.synth.filter import KEPT, PRESETS, SIMILARITIES, clips_of, preset_for
+from ip2p.synth.instruct import Answer, Ask, LocalWriter
+from ip2p.synth.records import Triple, read_triples, triple_id, write_triples
+from ip2p.synth.safety import Classifier
+from ip2p.synth.tune import Tuning, new_lm, tune_lm
+
+CHANGES = (("cat", "dog"), ("hill", "lake"), ("boat", "kite"), ("tree", "rock"))
+TRIPLES = [
+    Triple(
+        id=triple_id(f"a red {one}", 0),
+        caption=f"a red {one}",
+        instruction=f"make it a {other}",
+        edited_caption=f"a red {other}",
+        source="writer",
+    )
+    for one, other in CHANGES
+]
+ANY = ("--image", "-1", "--caption", "-1", "--directional", "-1")  # what a random CLIP says is nothing
+FEW = ("--steps", "2", "--enough", "2", "--round-size", "2", "--most", "4")
+GREEDY = ("--temperature", "0", "--frequency-penalty", "0", "--max-tokens", "30")
+HERE = ("--workers", "1", "--dtype", "fp32", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    """A language model that has learnt the triples by heart."""
+    folder = tmp_path_factory.mktemp("lm")
+    texts = [text for t in TRIPLES for text in (t.caption, t.instruction, t.edited_caption)]
+    new_lm(texts, folder / "base", vocabulary=320, width=64, layers=2, heads=2, context=64)
+    tuning = Tuning(epochs=110, batch=4, rate=1e-2)
+    tune_lm(folder / "base", folder / "writer", TRIPLES, tuning=tuning, backend="plain", device="cpu")
+    return folder / "writer"
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory):
+    """A random Stable Diffusion with a random CLIP of its own."""
+    folder = make_model(tmp_path_factory.mktemp("models") / "painter", in_channels=4)
+    make_clip(folder / "clip")
+    return folder
+
+
+@pytest.fixture
+def captions(here):
+    (here / "captions.txt").write_text("".join(triple.caption + "\n" for triple in TRIPLES))
+    return here / "captions.txt"
+
+
+@pytest.fixture
+def triples(here, monkeypatch):
+    """Three parts of triples."""
+    monkeypatch.setattr(maker, "TRIPLES_A_PART", 2)
+    many = [
+        *TRIPLES,
+        Triple(id="5", caption="a fox", instruction="make it snow", edited_caption="a fox in snow"),
+    ]
+    write_triples(here / "triples.parquet", many)
+    return here / "triples.parquet"
+
+
+def ip2p(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def rows(folder: Path):
+    return [row for path in jobs.committed(folder, KEPT) for row in pq.read_table(path).to_pylist()]
+
+
+def pixels(row, name):
+    return np.asarray(load_image(row[name]["bytes"])).astype(int)
+
+
+def same(some, other, *, tolerance: int = 0) -> None:
+    """The same rows, with pictures alike up to `tolerance` levels, and scores as far as those carry."""
+    assert [row["id"] for row in some] == [row["id"] for row in other] and some
+    for one, two in zip(some, other, strict=True):
+        for name in one:
+            if name in SIMILARITIES:
+                assert one[name] == pytest.approx(two[name], abs=1e-6 + 0.01 * tolerance)
+            elif name.endswith("_image"):
+                assert np.abs(pixels(one, name) - pixels(two, name)).max() <= tolerance
+            else:
+                assert one[name] == two[name]
+
+
+def draw(triples, painter, out, *more, code=0):
+    words = ("synth", "pairs", triples, "-o", out, "--model", painter, *HERE, *FEW)
+    given = [str(word) for word in more]
+    kept = list(words)
+    for flag in [word for word in given if word.startswith("--")]:
+        if flag in kept:  # a flag of the call takes the place of ours
+            place = kept.index(flag)
+            del kept[place : place + 2]
+    assert ip2p(*kept, *given) == code
+    return out
+
+
+# --- the whole way --------------------------------------------------------------------------------
+
+
+def test_from_captions_to_a_data_set_that_others_read(captions, lm, painter, here, capsys):
+    assert ip2p("synth", "instruct", captions, "-o", "triples.parquet", "--model", lm, *GREEDY, *HERE) == 0
+    told = capsys.readouterr()
+    assert told.out == "triples.parquet\n"
+    assert "4 triples of 4 captions; 0 captions have none" in told.err
+    assert read_triples(Path("triples.parquet")) == TRIPLES
+
+    draw("triples.parquet", painter, "pairs", *ANY, "--license", "CC0-1.0")
+    told = capsys.readouterr()
+    assert told.out == "pairs\n"
+    assert "8 pairs are kept of 8 candidates" in told.err and "8 pictures through the network" in told.err
+    made = rows(Path("pairs"))
+    assert [row["triple_id"] for row in made] == [triple.id for triple in TRIPLES for _ in range(2)]
+    for row in made:
+        candidate = records.candidate(
+            next(triple for triple in TRIPLES if triple.id == row["triple_id"]), row["candidate"]
+        )
+        assert row["id"] == candidate.id and row["seed"] == candidate.seed
+        assert (row["p2p_threshold"], row["cfg_scale"]) == (candidate.p, candidate.scale)
+        assert (row["model"], row["clip"], row["license"]) == ("painter", "painter", "CC0-1.0")
+
+    assert ip2p("synth", "filter", "pairs", "-o", "kept", "--top", "1", *ANY) == 0
+    told = capsys.readouterr()
+    assert told.out == "kept\n" and "pairs stay" in told.err
+    best = {}
+    for row in made:
+        best[row["triple_id"]] = max(best.get(row["triple_id"], row), row, key=lambda r: r["clip_sim_dir"])
+    assert {row["id"] for row in rows(Path("kept"))} == {row["id"] for row in best.values()}
+
+    source = open_source("kept")
+    assert len(source) == 4 and source[0].instruction == "make it a dog"
+    datasets = pytest.importorskip("datasets")
+    files = [str(path) for path in sorted(Path("kept/data").iterdir())]
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(here / "cache"))
+    assert loaded[0]["original_image"].size == (64, 64)
+    assert {"original_prompt", "edit_prompt", "edited_prompt", "clip_sim_dir"} <= set(loaded.column_names)
+
+    for data, out in (("pairs", "pairs.html"), ("kept", "kept.html")):
+        assert ip2p("synth", "inspect", data, "-o", out, "--each", "2", "--side", "32") == 0
+        page = Path(out).read_text()
+        # Of what was filtered, too: what went is shown with what stays.
+        assert re.search(r"of 8 pairs stay", page) and "<img src=" in page
+    assert "enough better pairs of this edit" in Path("kept.html").read_text()
+
+    for folder in ("pairs", "kept", "triples.parts"):
+        assert json.loads((Path(folder) / "run.json").read_text())["settings"]["out"]
+
+
+def test_the_same_call_again_does_nothing(captions, triples, lm, painter, here, monkeypatch, capsys):
+    calls = (
+        ("synth", "instruct", captions, "-o", "t.parquet", "--model", lm, *GREEDY, *HERE),
+        ("synth", "pairs", triples, "-o", "pairs", "--model", painter, *HERE, *FEW, *ANY),
+        ("synth", "filter", "pairs", "-o", "kept", *ANY),
+    )
+    for words in calls:
+        assert ip2p(*words) == 0
+    first = capsys.readouterr()
+
+    def contents():
+        paths = sorted(path for path in here.rglob("*") if path.is_file())
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+    before = contents()
+    for made in (LocalWriter, stages.PairStage):
+        monkeypatch.setattr(made, "__call__", None)
+        monkeypatch.setattr(made, "__init__", None)
+    for words in calls:
+        assert ip2p(*words) == 0
+    again = capsys.readouterr()
+    after = contents()
+    assert {path: data for path, (data, _) in after.items()} == {p: data for p, (data, _) in before.items()}
+    assert all(after[path] == before[path] for path in before if path.suffix == ".parquet")
+    assert first.out == again.out
+    # The figures of all runs are told again.
+    for line in ("4 triples of 4 captions", "pairs are kept of"):
+        assert line in again.err
+
+
+# --- stopped and gone on with ---------------------------------------------------------------------
+
+
+def test_a_job_that_failed_goes_on_and_leaves_the_same(triples, painter, here, monkeypatch, capsys):
+    whole = rows(draw(triples, painter, Path("whole"), *ANY))
+    make, seen = stages.PairStage.__call__, []
+
+    def fails(self, part):
+        seen.append([triple.id for triple in part])
+        if len(seen) == 2:
+            raise ModelError("the model is gone")
+        return make(self, part)
+
+    monkeypatch.setattr(stages.PairStage, "__call__", fails)
+    draw(triples, painter, "pairs", *ANY, code=3)
+    assert "the model is gone" in capsys.readouterr().err
+    assert 0 < len(rows(Path("pairs"))) < len(whole)
+    for verb in ("filter", "inspect"):
+        words = ("-o", "kept") if verb == "filter" else ()
+        assert ip2p("synth", verb, "pairs", *words) == 2
+        assert "is not finished" in capsys.readouterr().err
+    draw(triples, painter, "pairs", *ANY)
+    same(rows(Path("pairs")), whole)
+    assert seen[2:] == [*seen[1:2], [triple.id for triple in read_triples(triples)[4:]]]
+    first, second = (jobs.summary(Path(folder)).counts for folder in ("whole", "pairs"))
+    assert first == second
+
+
+KILLED = """
+import sys, time
+from ip2p import cli, maker
+from ip2p.synth import stages
+maker.TRIPLES_A_PART = 2
+make, parts = stages.PairStage.__call__, []
+def slow(self, part):
+    parts.append(part)
+    if len(parts) == 2:
+        print("second", flush=True)
+        time.sleep(60)
+    return make(self, part)
+stages.PairStage.__call__ = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_was_killed_leaves_whole_parts_and_the_same_pairs_come_out(triples, painter, here):
+    whole = rows(draw(triples, painter, Path("whole"), *ANY))
+    words = ["synth", "pairs", triples, "-o", "pairs", "--model", painter, *HERE, *FEW, *ANY]
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *map(str, words)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    try:
+        assert child.stdout.readline() == "second\n"
+        child.send_signal(signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    assert len(rows(Path("pairs"))) == 4 and jobs.damaged(Path("pairs")) == []
+    draw(triples, painter, "pairs", *ANY)
+    same(rows(Path("pairs")), whole)
+
+
+def test_what_decides_the_result_may_not_change_meanwhile(triples, painter, captions, lm, here, capsys):
+    draw(triples, painter, "pairs", *ANY)
+    capsys.readouterr()
+    for flags, said in (
+        (("--steps", "3"), "begun with steps 2, and now it is 3"),
+        (("--p", "0.2", "0.3"), r"begun with p [0.1, 0.9]"),
+        (("--scale", "2", "3"), r"begun with scale [7.5, 15.0]"),
+        (("--image", "0.5"), "begun with image -1.0, and now it is 0.5"),
+        (("--keep", "all"), 'begun with keep "passed"'),
+        (("--count", "2"), "begun with content of the triples"),
+    ):
+        draw(triples, painter, "pairs", *ANY, *flags, code=2)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert said in line and "add --overwrite" in line
+    # How fast and where it runs may.
+    draw(triples, painter, "pairs", *ANY, "--batch-size", "1", "--threads", "1")
+    draw(triples, painter, "pairs", *ANY, "--steps", "1", "--overwrite")
+    assert json.loads(Path("pairs/run.json").read_text())["settings"]["steps"] == 1
+    words = ("synth", "instruct", captions, "-o", "t", "--model", lm, *GREEDY, *HERE)
+    assert ip2p(*words) == 0 and ip2p(*words, "--edits", "2") == 2
+    assert "begun with edits 1, and now it is 2" in capsys.readouterr().err
+
+
+def test_weights_that_were_trained_further_are_noticed(triples, painter, here, capsys, tmp_path_factory):
+    import shutil
+
+    own = shutil.copytree(painter, tmp_path_factory.mktemp("own") / "painter")
+    draw(triples, own, "pairs", *ANY)
+    (own / "unet" / "config.json").write_text((own / "unet" / "config.json").read_text() + " ")
+    draw(triples, own, "pairs", *ANY, code=2)
+    assert "begun with content of --model" in capsys.readouterr().err
+    (own / "ip2p.json").write_text('{"name": "other"}')
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def test_pairs_do_not_depend_on_the_batch_the_part_nor_the_process(triples, painter, here, monkeypatch):
+    whole = rows(draw(triples, painter, Path("whole"), *ANY, "--batch-size", "8"))
+    same(rows(draw(triples, painter, Path("one"), *ANY, "--batch-size", "1")), whole, tolerance=1)
+    # Processes of their own, which know nothing of what is changed here: parts of 8.
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    same(rows(draw(triples, painter, Path("parts"), *ANY)), whole, tolerance=1)
+
+
+def test_a_prompt_goes_on_until_enough_passed_and_all_that_was_drawn_can_be_kept(triples, painter, here):
+    drawn = rows(draw(triples, painter, Path("all"), "--keep", "all", "--directional", "0.01", *ANY[:4]))
+    least = {"clip_sim_image": -1, "clip_sim_0": -1, "clip_sim_1": -1, "clip_sim_dir": 0.01}
+    passing = [row["id"] for row in drawn if all(row[name] >= value for name, value in least.items())]
+    assert 0 < len(passing) < len(drawn)
+    kept = rows(draw(triples, painter, Path("kept"), "--directional", "0.01", *ANY[:4]))
+    assert [row["id"] for row in kept] == passing
+    told = jobs.summary(Path("kept"))
+    assert told.counts["candidates"] == told.counts["made"] == len(drawn)
+    assert told.counts["passed"] == len(passing) == told.rows[KEPT]
+    assert told.counts["evaluations"] == len(drawn) * 2 * 2 * 2  # pictures, halves of guidance, steps
+    ends = [told.counts[f"prompts_{end}"] for end in ("enough", "hopeless", "most")]
+    assert sum(ends) == told.counts["prompts"] == 5
+    # By hand, of each triple: two at a time, until two passed or four were drawn.
+    for triple in read_triples(triples):
+        own = [row["id"] in passing for row in drawn if row["triple_id"] == triple.id]
+        assert len(own) == (2 if sum(own[:2]) == 2 else len(own)) and len(own) in (2, 3, 4)
+    without = {triple.id for triple in read_triples(triples)} - {row["triple_id"] for row in kept}
+    assert told.counts["prompts_none"] == len(without)
+
+
+def test_each_cheaper_way_saves_work(triples, painter, here, tmp_path_factory):
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    tiny = tmp_path_factory.mktemp("tiny")
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    ).save_pretrained(tiny)
+
+    def counts(*flags, code=0):
+        out = here / str(len(list(here.iterdir())))
+        draw(triples, painter, out, "--count", "2", "--most", "4", *flags, code=code)
+        return jobs.summary(out).counts, rows(out)
+
+    plain, kept = counts(*ANY, "--enough", "0")
+    assert plain["candidates"] == 8 and plain["evaluations"] == 8 * 8
+    shared, rows_shared = counts(*ANY, "--enough", "0", "--p-per-source", "2")
+    assert shared["evaluations"] == 8 * 8 * 3 / 4 and shared["decoded"] == 12
+    assert rows_shared[0]["seed"] == rows_shared[1]["seed"] != rows_shared[2]["seed"]
+    # Everything lies below a threshold that nothing reaches, and its margin.
+    none = ("--image", "1", "--caption", "1", "--directional", "1", "--keep", "all")
+    early, _ = counts(*none, "--early-at", "0.5", "--early-margin", "0.1", code=2)
+    assert early["early"] == early["candidates"] == 8 and early["evaluations"] == 8 * 4
+    late, _ = counts(*none, "--early-at", "0.5", "--early-margin", "2")
+    assert late["early"] == 0 and late["evaluations"] == 8 * 8
+    hopeless, _ = counts(*none, "--worth", "0.9", "--risk", "0.05")
+    assert hopeless["prompts_hopeless"] == 2 and hopeless["candidates"] == 4
+    fine = [row["id"] for row in kept]
+    previewed, some = counts(*ANY, "--enough", "0", "--tiny-vae", str(tiny))
+    assert previewed["previewed"] == 16 and [row["id"] for row in some] == fine
+
+
+def test_as_the_paper_turns_all_savings_off_and_refuses_what_contradicts(here, capsys):
+    how = SynthPairsConfig(as_paper=True).how()
+    assert how == PAIRS_AS_PAPER and how["most"] == how["steps"] == 100
+    assert not how["enough"] and not how["risk"] and not how["early_at"] and how["tiny_vae"] is None
+    for flags in (("--enough", "4"), ("--steps", "20"), ("--sampler", "euler"), ("--most", "32")):
+        assert ip2p("synth", "pairs", "t.parquet", "-o", "p", "--as-paper", *flags) == 2
+        line = capsys.readouterr().err
+        assert (
+            line == f"ip2p: {flags[0]} {flags[1]} is not the paper's; leave out {flags[0]} or --as-paper.\n"
+        )
+    assert SynthPairsConfig(triples="t", out=Path("p"), as_paper=True, most=100, enough=0).check() is None
+    # The help says the defaults, which are written in one table.
+    assert ip2p("synth", "pairs", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, value in PAIRS.items():
+        told = re.search(rf"--{name.replace('_', '-')} [A-Z]+ (.*?)(?= --|$)", text)[1]
+        assert told.endswith(
+            f"default: {'none' if value is None else f'{value:g}' if type(value) is float else value}"
+        )
+
+
+def test_the_storybooks_scale_and_thresholds_are_its_own(painter, triples, here, tmp_path_factory):
+    import shutil
+
+    own = shutil.copytree(painter, tmp_path_factory.mktemp("book") / "book")
+    (own / "ip2p.json").write_text('{"name": "storybook"}')
+    draw(triples, own, "pairs", "--keep", "all", "--count", "1")
+    [first, *_] = rows(Path("pairs"))
+    assert 3 <= first["cfg_scale"] < 5 and (first["model"], first["clip"]) == ("book", "storybook")
+    assert json.loads(Path("pairs/run.json").read_text())["thresholds"]["directional"] == 0.1
+    assert clips_of(open_source("pairs")) == {"storybook"}
+    assert preset_for({"storybook", ""}) == "storybook"
+    assert preset_for(()) == preset_for({"storybook", "other"}) == "paper"
+
+
+def test_captions_that_the_model_reads_in_part_are_told_once(painter, here, capsys):
+    long = " ".join(["cat"] * 90)
+    some = [
+        Triple(id=str(n), caption=f"{long} {n}", instruction="make it red", edited_caption="a red cat")
+        for n in range(3)
+    ]
+    write_triples(here / "t.parquet", some)
+    draw("t.parquet", painter, "pairs", *ANY, "--steps", "1")
+    told = capsys.readouterr().err
+    assert "3 triples have a caption that is longer than the model reads" in told
+    assert told.count("longer") == 1
+
+
+def test_a_job_of_triples_is_read_as_a_file_is_and_one_that_was_stopped_is_refused(
+    captions, lm, painter, here, monkeypatch, capsys
+):
+    words = ("synth", "instruct", captions, "-o", "triples", "--model", lm, *GREEDY, *HERE)
+    monkeypatch.setattr(maker, "CAPTIONS_A_PART", (2, 2))
+    make, parts = stages.InstructStage.__call__, []
+
+    def stopped(self, part):
+        parts.append(part)
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        return make(self, part)
+
+    monkeypatch.setattr(stages.InstructStage, "__call__", stopped)
+    assert ip2p(*words) == 130
+    draw("triples", painter, "pairs", code=2)
+    assert "triples is not finished" in capsys.readouterr().err
+    assert ip2p(*words) == 0 and read_triples(Path("triples")) == TRIPLES
+    assert len(parts) == 3
+    draw("triples", painter, "pairs", *ANY, "--steps", "1", "--most", "1", "--round-size", "1")
+    assert len(rows(Path("pairs"))) == 4
+
+
+# --- instructions ---------------------------------------------------------------------------------
+
+
+def test_refusals_are_counted_over_all_runs_and_no_triple_at_all_is_an_error(
+    captions, lm, here, monkeypatch, capsys
+):
+    script = {TRIPLES[0].caption: "nonsense", TRIPLES[1].caption: f"nothing\n%%\n{TRIPLES[1].caption}"}
+
+    def answer(self, asks):
+        return [Answer(text=script.get(ask.caption, "make it\n%%\na red " + ask.caption)) for ask in asks]
+
+    monkeypatch.setattr(LocalWriter, "__call__", answer)
+    words = ("synth", "instruct", captions, "--model", lm, "--retries", "1", *HERE)
+    for _ in range(2):
+        assert ip2p(*words, "-o", "t.parquet") == 0
+        told = capsys.readouterr().err
+        assert "2 triples of 4 captions; 2 captions have none" in told
+        assert "4 answers were refused: unparsable 2, unchanged 2" in told
+    table = pq.read_table(next(Path("t.parts/rejected").iterdir()))
+    assert sorted(table["reason"].to_pylist()) == ["unchanged"] * 2 + ["unparsable"] * 2
+    script |= {triple.caption: "nonsense" for triple in TRIPLES}
+    assert ip2p(*words, "-o", "none.parquet") == 2
+    assert "no answer was taken of 4 captions" in capsys.readouterr().err
+    assert not Path("none.parquet").exists()
+
+
+def test_the_one_file_is_written_whole_and_another_is_not_overwritten(captions, lm, here, capsys):
+    words = ("synth", "instruct", captions, "-o", "t.parquet", "--model", lm, *GREEDY, *HERE)
+    Path("t.parquet").write_bytes(b"somebody's")
+    assert ip2p(*words) == 2 and "t.parquet is there already" in capsys.readouterr().err
+    assert Path("t.parquet").read_bytes() == b"somebody's" and not Path("t.parts").exists()
+    assert ip2p(*words, "--overwrite") == 0
+    # Killed between the last part and the file, or cut short since.
+    for harm in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:50])):
+        harm(Path("t.parquet"))
+        assert ip2p(*words) == 0 and read_triples(Path("t.parquet")) == TRIPLES
+
+
+class Server:
+    """A stand-in for `ServerWriter._post` that fails from some question on."""
+
+    def __init__(self, until):
+        self.asked, self.until, self.keys = 0, until, set()
+
+    def __call__(self, writer, path, body):
+        from ip2p.synth import server
+
+        self.keys.add(writer._key)
+        self.asked += 1
+        if self.asked > self.until:
+            raise server._Passing("connection refused", None)
+        [caption] = [t for t in TRIPLES if t.caption in body["prompt"]]
+        text = f"{caption.instruction}\n%%\n{caption.edited_caption}"
+        usage = {"prompt_tokens": 10, "completion_tokens": 5}
+        return {"choices": [{"text": text, "finish_reason": "stop"}], "usage": usage}
+
+
+def test_a_server_that_goes_away_costs_no_answer_twice_and_no_key_is_written(
+    captions, here, monkeypatch, capsys
+):
+    monkeypatch.setattr(maker, "CAPTIONS_A_PART", (2, 2))
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    words = ("synth", "instruct", captions, "-o", "t.parquet", "--server", "http://localhost:1/v1")
+    words += ("--model", "tuned", "--together", "1", "--patience", "0.01", "--price", "1", "2")
+    words += ("--key-variable", "MY_KEY")
+    server = Server(until=2)
+    monkeypatch.setattr("ip2p.synth.server.ServerWriter._post", lambda *given: server(*given))
+    assert ip2p(*words) == 3
+    assert "it goes on where it stopped" in capsys.readouterr().err
+    assert len(jobs.committed(Path("t.parts"), KEPT)) == 1 and not Path("t.parquet").exists()
+    server.asked, server.until = 0, 99
+    assert ip2p(*words) == 0
+    assert server.asked == 2 and server.keys == {"sk-secret"}
+    told = capsys.readouterr().err
+    assert "4 answers, 0 retries, 40 tokens in, 20 out, cost 0.0001" in told
+    assert [t.edited_caption for t in read_triples(Path("t.parquet"))] == [t.edited_caption for t in TRIPLES]
+    assert "sk-secret" not in "".join(path.read_text("latin-1") for path in here.rglob("*") if path.is_file())
+    assert "sk-secret" not in repr(
+        maker._writer(
+            SynthInstructConfig(server="http://localhost:1/v1", model="tuned", key_variable="MY_KEY")
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "named", "key"),
+    [
+        ({}, None, ""),
+        ({"OPENAI_API_KEY": "a"}, None, "a"),
+        ({"OPENAI_API_KEY": "a", "IP2P_API_KEY": "b"}, None, "b"),
+        ({"OPENAI_API_KEY": "a", "MINE": "c"}, "MINE", "c"),
+    ],
+)
+def test_a_servers_key_comes_from_the_environment(here, monkeypatch, variables, named, key):
+    for name in ("OPENAI_API_KEY", "IP2P_API_KEY", "MINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert maker._key(SynthInstructConfig(key_variable=named)) == key
+
+
+def test_the_packaged_language_model_is_the_default(
+    here, lm, captions, monkeypatch, capsys, tmp_path_factory
+):
+    import shutil
+
+    book = tmp_path_factory.mktemp("models") / "storybook"
+    monkeypatch.setattr(bundle, "PACKAGED", book.parent)
+    book.mkdir()
+    (book / "model_index.json").write_text("{}")
+    words = ("synth", "instruct", captions, "-o", "t.parquet", *GREEDY, *HERE)
+    assert ip2p(*words) == 3
+    assert f"{book / 'lm'} is no language model" in capsys.readouterr().err
+    shutil.copytree(lm, book / "lm")
+    assert ip2p(*words) == 0
+    assert {triple.source for triple in read_triples(Path("t.parquet"))} == {"storybook"}
+
+
+def test_the_configs_say_the_values_of_the_papers_code(here):
+    config = SynthInstructConfig()
+    assert config.temperature == instructing.TEMPERATURE and config.max_tokens == instructing.MAX_TOKENS
+    assert config.frequency_penalty == instructing.FREQUENCY_PENALTY and config.retries == instructing.RETRIES
+    assert SynthPairsConfig().p == records.P
+
+
+def test_small_jobs_have_parts_enough_to_see_them_move(here):
+    assert [maker.part_size(n) for n in (1, 100, 200, 1000, 10**6)] == [8, 8, 13, 63, 64]
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+
+def test_a_model_is_tuned_on_triples_and_writes(captions, lm, here, capsys):
+    write_triples(here / "own.parquet", TRIPLES)
+    words = ("synth", "tune-lm", "--base", lm, "-o", "mine", "--triples", "own.parquet", "--backend", "plain")
+    words += ("--epochs", "1", "--batch", "4", "--rate", "1e-5", "--device", "cpu")
+    assert ip2p(*words) == 0
+    told = capsys.readouterr()
+    assert told.out == "mine\n" and "--model mine" in told.err
+    assert json.loads(Path("mine/run.json").read_text())["steps"] == 1
+    assert ip2p(*words) == 2 and "mine is there already" in capsys.readouterr().err
+    assert ip2p(*words, "--overwrite") == 0
+    writer = LocalWriter("mine", device="cpu", dtype="fp32", temperature=0, max_tokens=30)
+    assert writer([Ask(caption="a red cat")])[0].text == "make it a dog\n%%\na red dog"
+
+
+# --- filter and inspect ---------------------------------------------------------------------------
+
+
+def noise(seed: int) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((64, 64))
+
+
+@pytest.fixture
+def unmeasured(here):
+    """A table of pairs without scores, one of them broken."""
+    lines = ["before,after,instruction,caption,edited_caption"]
+    for k in range(4):
+        for name in ("b", "a"):
+            noise(2 * k + (name == "a")).save(here / f"{name}{k}.png")
+        lines.append(f"b{k}.png,a{k}.png,make it {k},a cat,a dog {k}")
+    (here / "a3.png").write_bytes(b"no picture")
+    (here / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return here / "pairs.csv"
+
+
+def test_any_data_set_is_given_scores(unmeasured, tiny_clip_dir, here, capsys):
+    words = ("synth", "filter", unmeasured, "--clip", tiny_clip_dir, "--keep", "all")
+    assert ip2p("synth", "inspect", unmeasured) == 2
+    assert "has no scores; measure them" in capsys.readouterr().err
+    assert ip2p(*words, "-o", "scored") == 0
+    made = rows(Path("scored"))
+    assert len(made) == 3 and {row["clip"] for row in made} == {"clip"}
+    assert all(-1 <= row[name] <= 1 for row in made for name in SIMILARITIES)
+    assert ip2p("synth", "inspect", "scored", "-o", "scored.html") == 0
+    page = Path("scored.html").read_text()
+    assert "of 4 pairs stay" in page and "a picture that cannot be read" in page
+    # What it filtered is gone: what stays is shown alone.
+    unmeasured.unlink()
+    capsys.readouterr()
+    assert ip2p("synth", "inspect", "scored", "-o", "alone.html") == 0
+    assert "only what stays is shown" in capsys.readouterr().err
+    assert "of 3 pairs stay" in Path("alone.html").read_text()
+
+
+def test_without_a_clip_the_papers_is_named_with_how_to_fetch_it(unmeasured, here, capsys):
+    assert ip2p("synth", "filter", unmeasured, "-o", "kept") == 3
+    assert "openai/clip-vit-large-patch14" in capsys.readouterr().err
+
+
+def test_thresholds_come_from_the_preset_and_each_can_be_given(painter, triples, here, capsys):
+    draw(triples, painter, "pairs", "--keep", "all", "--directional", "-1")
+    made = rows(Path("pairs"))
+    for flags, least in (
+        (("--preset", "code"), PRESETS["code"]),
+        (("--preset", "auto"), PRESETS["paper"]),
+        (("--image", "0.1", "--caption", "-1", "--directional", "0"), None),
+    ):
+        out = Path(flags[1])
+        code = ip2p("synth", "filter", "pairs", "-o", out, "--top", "0", "--near-bits", "-1", *flags)
+        assert code == 0
+        passes = (
+            least.passes if least else (lambda row: row["clip_sim_image"] >= 0.1 and row["clip_sim_dir"] >= 0)
+        )
+        assert [row["id"] for row in rows(out)] == [row["id"] for row in made if passes(row)]
+        assert ip2p("synth", "inspect", out, "-o", f"{out}.html") == 0
+        # The page has the filter's own settings.
+        assert f"<b>{len(rows(out))}</b> of {len(made)} pairs stay" in Path(f"{out}.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("safety") / "classifier"
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=16,
+        id2label={0: "normal", 1: "NSFW"},
+        label2id={"normal": 0, "NSFW": 1},
+    )
+    model = ViTForImageClassification(config).eval()
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    with torch.inference_mode():
+        seen = processor([noise(seed) for seed in range(6)], return_tensors="pt")["pixel_values"]
+        # The half of them that it calls unsafe.
+        model.classifier.bias -= model(seen).logits.median(dim=0).values
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_pairs_that_a_classifier_calls_unsafe_go(unmeasured, classifier, tiny_clip_dir, here, capsys):
+    pictures = [load_image((here / f"{name}{k}.png").read_bytes()) for k in range(3) for name in "ba"]
+    safe = Classifier(str(classifier))(pictures)
+    assert set(safe) == {True, False}
+    words = ("synth", "filter", unmeasured, "-o", "kept", "--clip", tiny_clip_dir, *ANY)
+    assert ip2p(*words, "--safety", classifier) == 0
+    fine = [f"make it {k}" for k in range(3) if safe[2 * k] and safe[2 * k + 1]]
+    assert [row["edit_prompt"] for row in rows(Path("kept"))] == fine
+    assert f"unsafe {3 - len(fine)}" in capsys.readouterr().err
+
+
+def test_a_classifier_without_a_word_for_unsafe_is_refused(classifier, here, tmp_path_factory):
+    import shutil
+
+    other = shutil.copytree(classifier, tmp_path_factory.mktemp("other") / "other")
+    config = json.loads((other / "config.json").read_text())
+    config |= {"id2label": {"0": "cat", "1": "not nsfw"}, "label2id": {"cat": 0, "not nsfw": 1}}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="has no label for unsafe pictures, but cat, not nsfw"):
+        Classifier(str(other))
+    with pytest.raises(ModelError, match="no such model"):
+        Classifier("nowhere")
+
+
+# --- where it runs --------------------------------------------------------------------------------
+
+
+def test_an_address_after_ray_may_be_left_out(here):
+    def ray(*words):
+        return cli.parse("synth pairs", words).ray
+
+    assert ray("t.parquet", "-o", "p") is None
+    assert ray("t.parquet", "-o", "p", "--ray") == ray("--ray", "t.parquet", "-o", "p") == ""
+    for address in ("auto", "10.0.0.1:6379", "head:6379", "ray://head:10001", "[::1]:6379"):
+        assert ray("--ray", address, "t.parquet", "-o", "p") == address
+    assert cli.parse("synth pairs", ["--ray", "t.parquet", "-o", "p"]).triples == "t.parquet"
+    assert cli.parse("train", ["--ray", "2"]).ray == 2
+
+
+def test_small_models_work_on_every_core_with_a_thread_each(here, painter, monkeypatch):
+    monkeypatch.setattr(maker, "_cores", lambda: 3)
+
+    def told(weights=painter, **settings):
+        return maker._workers(SynthPairsConfig(device="cpu", **settings), weights)
+
+    assert told() == {"processes": 3, "threads": 1}
+    assert told(workers=1) == {"processes": 1, "threads": 1}
+    assert told(threads=2) == {"processes": 3, "threads": 2}
+    assert told(None) == {"processes": 1, "threads": None}
+    assert told(None, workers=2) == {"processes": 2, "threads": 1}
+    monkeypatch.setattr(maker, "SMALL", 1000)
+    assert told() == {"processes": 1, "threads": None}
+    cluster = jobs.Cluster(address="a:1", workers=4, cpus=2, gpus=0.5)
+    assert told(ray="a:1", ray_workers=4, threads=2, ray_gpus=0.5) == {"cluster": cluster, "threads": 2}
+
+
+def test_stages_cross_to_other_machines(here, painter, lm, monkeypatch):
+    """What `jobs` is told to make can be pickled; Ray's own part is tested with `jobs`."""
+    import pickle
+
+    made = []
+
+    def run(stage, parts, folder, **more):
+        made.append(pickle.loads(pickle.dumps(stage)))
+        raise InputError("enough")
+
+    monkeypatch.setattr(jobs, "run", run)
+    write_triples(here / "t.parquet", TRIPLES)
+    (here / "c.txt").write_text("a red cat\n")
+    assert ip2p("synth", "pairs", "t.parquet", "-o", "p", "--model", painter, "--ray", *HERE[2:]) == 2
+    assert ip2p("synth", "instruct", "c.txt", "-o", "t", "--model", lm, "--ray", *HERE[2:], *GREEDY) == 2
+    pairs, instruct = (make() for make in made)
+    assert instruct(["a red cat"]).tables[KEPT].to_pylist()[0]["edited_caption"] == "a red dog"
+    assert isinstance(pairs, stages.PairStage)
+
+
+# --- what cannot be -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["instruct", "-o", "t.parquet"], 2, "the captions are missing; write: ip2p synth instruct"),
+        (["instruct", "c.txt"], 2, "-o is missing; write: ip2p synth instruct"),
+        (["instruct", "c.txt", "-o", "t.parquet"], 2, "c.txt: no such file"),
+        (["instruct", "c.txt", "-o", "t", "--edits", "0"], 2, "--edits is 0"),
+        (["instruct", "c.txt", "-o", "t", "--shots", "-1"], 2, "--shots is -1"),
+        (["instruct", "c.txt", "-o", "t", "--server", "http://h/v1"], 2, "add --model NAME"),
+        (["instruct", "c.txt", "-o", "t", "--server", "http://a:b@h/v1", "--model", "m"], 2, "environment"),
+        (["instruct", "c.txt", "-o", "t", "--way", "chat"], 2, "--way is for a server"),
+        (["instruct", "here.txt", "-o", "t", "--model", "nowhere"], 3, "no such language model"),
+        (["instruct", "here.txt", "-o", "no/t.parquet"], 2, "the folder no of the output"),
+        (
+            [
+                "instruct",
+                "here.txt",
+                "-o",
+                "t",
+                "--key-variable",
+                "NONE",
+                "--server",
+                "http://h/v1",
+                "--model",
+                "m",
+            ],
+            2,
+            "the environment has no NONE",
+        ),
+        (["instruct", "here.txt", "-o", "t", "--server", "h", "--model", "m"], 2, "--server h is no address"),
+        (["tune-lm", "-o", "x"], 2, "--base is missing"),
+        (["tune-lm", "--base", "nowhere", "-o", "x"], 3, "no such language model"),
+        (["tune-lm", "--base", "m", "-o", "x", "--epochs", "0"], 2, "--epochs is 0"),
+        (["pairs", "-o", "p"], 2, "the triples are missing"),
+        (["pairs", "t.parquet", "-o", "p"], 2, "t.parquet: no such file"),
+        (["pairs", "t.parquet", "-o", "p", "--p", "0.9", "0.1"], 2, "--p 0.9 0.1 is empty"),
+        (["pairs", "t.parquet", "-o", "p", "--scale", "5", "1000"], 2, "--scale is 1000"),
+        (["pairs", "t.parquet", "-o", "p", "--image", "2"], 2, "--image is 2"),
+        (["pairs", "t.parquet", "-o", "p", "--worth", "0"], 2, "--worth is 0"),
+        (["pairs", "t.parquet", "-o", "p", "--ray-workers", "2"], 2, "add --ray"),
+        (["pairs", "t.parquet", "-o", "p", "--ray", "--workers", "2"], 2, "--ray-workers"),
+        (["pairs", "t.parquet", "-o", "p", "--attention", "cross"], 2, "attention"),
+        (["pairs", "here.txt", "-o", "p"], 2, "a triple needs a caption, an instruction"),
+        (["pairs", "own.parquet", "-o", "p", "--model", "nowhere"], 3, "nowhere: no such model"),
+        (["filter", "-o", "k"], 2, "the data set is missing"),
+        (["filter", "nowhere", "-o", "k"], 2, "nowhere: no such"),
+        (["filter", "d", "-o", "k", "--near-bits", "99"], 2, "--near-bits is 99"),
+        (["filter", "d", "-o", "k", "--keep", "all", "--image", "0.1"], 2, "--keep all writes every row"),
+        (["inspect"], 2, "the data set is missing"),
+        (["inspect", "nowhere"], 2, "nowhere: no such"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(here, capsys, monkeypatch, words, code, said):
+    (here / "here.txt").write_text("a red cat\n")
+    write_triples(here / "own.parquet", TRIPLES)
+    assert ip2p("synth", *words) == code
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1, err
+
+
+def test_when_nothing_passes_it_is_said(triples, painter, here, capsys):
+    draw(triples, painter, "pairs", "--image", "1", "--count", "1", "--steps", "1", code=2)
+    assert "no pair was kept of 4 candidates; look at them with --keep all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "extra"),
+    [
+        ("ray", ("pairs", "own.parquet", "-o", "p", "--model", "PAINTER", "--ray"), "ip2p[ray]"),
+        ("trl", ("tune-lm", "--base", "LM", "-o", "x", "--backend", "trl"), "ip2p[llm]"),
+        ("peft", ("tune-lm", "--base", "LM", "-o", "x", "--backend", "plain", "--lora", "4"), "ip2p[llm]"),
+    ],
+)
+def test_a_missing_package_is_named_with_how_to_install_it(
+    here, painter, lm, monkeypatch, capsys, package, words, extra
+):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == package else find(name)
+    )
+    monkeypatch.setitem(sys.modules, package, None)
+    write_triples(here / "own.parquet", TRIPLES)
+    places = {"PAINTER": painter, "LM": lm}
+    assert ip2p("synth", *(places.get(word, word) for word in words)) == 2
+    assert f"pip install '{extra}'" in capsys.readouterr().err
