@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ip2p import masks
 from ip2p.config import MAX_SCALE, MAX_SEED, MAX_SIZE, MIN_SIZE
+from ip2p.devices import pick_device
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editor import Editor
@@ -190,8 +191,10 @@ class Job:
         self._places = 0
         self._lane: Lane | None = None
         self._stopped = False
+        self._why: Ip2pError | None = None  # it was stopped, if not by its owner
         self._over = threading.Event()
         self._listeners: set[Callable[[], None]] = set()
+        self._enders: set[Callable[[], None]] = set()
 
     @property
     def position(self) -> int:
@@ -218,6 +221,22 @@ class Job:
     def wait(self, timeout: float | None = None) -> bool:
         """Whether it has ended, after waiting for that at most so many seconds."""
         return self._over.wait(timeout)
+
+    async def aend(self) -> None:
+        """`wait` for asyncio. Cheaper than events for one who wants no more than the end."""
+        loop = asyncio.get_running_loop()
+        over = asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(over.set)
+
+        self._enders.add(wake)
+        try:
+            if not self._over.is_set():
+                await over.wait()
+        finally:
+            self._enders.discard(wake)
 
     def events(self) -> Iterator[Event]:
         """News until the end, waited for. Any number may read; one who is slow misses what is outdated."""
@@ -495,7 +514,7 @@ class Service:
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, fail those that wait with Draining, and wait for those that run.
 
-        Whether they ended in time; those that did not are cancelled.
+        Whether they ended in time; those that did not are stopped and fail with Draining too.
         """
         with self._changed:
             self._draining = True
@@ -508,6 +527,7 @@ class Service:
                 )
             in_time = self._changed.wait_for(lambda: not self._running, timeout)
             for job in list(self._running.values()):
+                job._why = Draining("The server shut down before this request was done. Ask again.")
                 self.cancel(job.id)
         return in_time
 
@@ -624,6 +644,8 @@ class Service:
         job._over.set()
         self._forget_old()
         job._tell()
+        for wake in list(job._enders):
+            wake()
         for others in self._waiting.values():
             for other in others:
                 other._tell()
@@ -723,7 +745,8 @@ class Service:
                 self._edit(job, editor, lane)
             state = "done"
         except Stopped:
-            state = "cancelled"
+            # By its owner, unless there is another reason.
+            state, error = ("cancelled", None) if job._why is None else ("failed", job._why)
         except Ip2pError as known:
             error = known.with_traceback(None)  # which would hold the pictures
         except (MemoryError, torch.OutOfMemoryError):
@@ -861,9 +884,14 @@ class _Watch:
         self.shown += time.monotonic() - began
 
 
-def default_join() -> int:
-    """How many pictures to sample at once where the operator does not say."""
-    return 8
+def default_join(device: torch.device | None = None) -> int:
+    """How many pictures to sample at once where the operator does not say; for the device of `auto` if None.
+
+    Measured on 8 requests of one picture at once, against one at a time: the storybook model on a CPU gave
+    1.24 times the requests a second joined by twos, 1.39 by fours and 1.43 by eights, where each would wait
+    twice as long for next to nothing; on a GPU 8 pictures of 512² take 3.2 times as long as one.
+    """
+    return 4 if (device or pick_device()).type == "cpu" else 8
 
 
 def _small(picture: Image.Image) -> Image.Image:
