@@ -282,7 +282,7 @@ class ServeConfig:
     max_mb: int = 64  # refuse a larger request, in megabytes
     queue: int = 64  # requests that may wait; more are told when to come again
     per_client: int = 16  # requests of one caller that may wait or run
-    join: int = 8  # pictures of equal size that go through the network together
+    join: Int = None  # pictures that go through the network together; default: 4 on a CPU, else 8
     keep_seconds: float = 600.0  # how long results can be fetched
     store: Folder = None  # folder for them; default: one that goes when the server ends
     store_mb: int = 1024  # most that lies there; the oldest go first
@@ -317,10 +317,12 @@ class ServeConfig:
         check_int("--max-steps", self.max_steps, 1, MAX_STEPS, "--max-steps 150")
         for name, most in (
             *(("max_count", MAX_COUNT), ("max_words", 10**6), ("max_mb", 4096), ("queue", 10**6)),
-            *(("per_client", 10**6), ("join", 1024), ("store_mb", 10**9)),
+            *(("per_client", 10**6), ("store_mb", 10**9)),
         ):
             flag = f"--{name.replace('_', '-')}"
             check_int(flag, getattr(self, name), 1, most, f"{flag} {getattr(ServeConfig, name)}")
+        if self.join is not None:
+            check_int("--join", self.join, 1, 1024, "--join 8")
         check_float("--keep-seconds", self.keep_seconds, 1, 1e9, "--keep-seconds 600")
         check_float("--drain-seconds", self.drain_seconds, 0, 86_400, "--drain-seconds 30")
 
@@ -613,12 +615,8 @@ class DataConvertConfig:
 class SynthInstructConfig:
     """Write edits of captions with a language model: ip2p synth instruct captions.txt -o triples.parquet"""
 
-    captions: Positional[Captions] = (
-        ""  # .txt, .jsonl, .csv, .tsv, .parquet, a folder of them, a hub's data set
-    )
-    out: Out = (
-        None  # a .parquet file, its parts in a folder beside it; or that folder alone; goes on from there
-    )
+    captions: Positional[Captions] = ""  # .txt, .jsonl, .csv, .parquet, a folder of them, a hub's data set
+    out: Out = None  # a .parquet file, its parts in a folder beside it; or that folder; goes on from there
     model: str = "storybook"  # storybook, a folder, a hub id; with --server its name for the model
     server: Text = None  # ask a server in OpenAI's protocol, as http://localhost:8000/v1
     way: Way = "completion"  # of asking a server: completion for a tuned model, chat for a general one
@@ -646,9 +644,7 @@ class SynthInstructConfig:
     price: Prices = (0.0, 0.0)  # of a million tokens read and written, to tell what it cost
     timeout: float = 120.0  # seconds that one answer of a server may take
     patience: float = 300.0  # seconds for which a server may be away before the run stops
-    key_variable: Text = (
-        None  # the environment's that holds the server's key; else IP2P_API_KEY, OPENAI_API_KEY
-    )
+    key_variable: Text = None  # holds the server's key; default: IP2P_API_KEY, else OPENAI_API_KEY
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
     dtype: DType = "auto"  # auto takes half precision where the device has it fast
     workers: Int = None  # processes here; default: as many as cores for small models on a CPU, else 1
@@ -711,9 +707,7 @@ class SynthTuneConfig:
     weight_decay: float = 0.01  # AdamW's
     clip_norm: float = 1.0  # gradients longer than this are shortened to it
     max_length: int = 512  # tokens of a caption and its edit; longer ones are left out
-    backend: Literal["auto", "plain", "trl"] = (
-        "auto"  # trl: TRL's trainer, of several devices; auto: if there
-    )
+    backend: Literal["auto", "plain", "trl"] = "auto"  # trl: TRL's trainer, on many devices; auto: if there
     seed: int = 0  # of the order and the LoRA
     revision: Text = None  # branch, tag or commit of a base of the hub
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
@@ -853,9 +847,7 @@ class SynthFilterConfig:
     top: int = 4  # the best so many of each edit stay, by the directional similarity; 0: all
     near_bits: int = 4  # of 64 in which two pictures' hashes differ that count as the same; -1: not compared
     keep: Literal["passed", "all"] = "passed"  # all: every row that can be read, with its scores
-    clip: Model = (
-        None  # measures rows without scores; default: the one of the others, else the paper's ViT-L/14
-    )
+    clip: Model = None  # measures rows without scores; default: that of the others, else the paper's ViT-L/14
     rescore: bool = False  # measure rows that have their scores too
     safety: Model = None  # a picture classifier, a folder or a hub id: pairs that it calls NSFW or unsafe go
     count: Int = None  # look at the first so many rows

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from ip2p import __version__
 from ip2p.config import ServeConfig, UiConfig
+from ip2p.devices import pick_device
 from ip2p.errors import InputError, Ip2pError
 from ip2p.terminal import say
 
 try:
     import h11
+    import python_multipart  # noqa: F401 - FastAPI misses it only when a form comes
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
@@ -38,7 +40,7 @@ from ip2p.serve import a1111, metrics, native, openai
 from ip2p.serve.errors import Refusal, body_of, refusal_of
 from ip2p.serve.guard import Guard
 from ip2p.serve.mark import marker
-from ip2p.serve.service import Limits, Service
+from ip2p.serve.service import Limits, Service, default_join
 from ip2p.serve.wire import Desk, client_of
 
 if TYPE_CHECKING:
@@ -85,7 +87,12 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
         app.add_api_route(prefix + "/{rest:path}", _nothing, methods=METHODS, include_in_schema=False)
     answer_errors(app)
     if page:
-        from ip2p.serve import ui
+        try:
+            from ip2p.serve import ui
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"the page needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
+            ) from None
 
         def caller(request: gradio.Request) -> str:
             assert request.request is not None, "the page's events come from requests"
@@ -206,7 +213,7 @@ def make_service(config: ServeConfig, stack: contextlib.ExitStack) -> Service:
     return Service(
         {name: _loader(model, config) for name, model in config.models().items()},
         limits=limits,
-        join=config.join,
+        join=config.join or default_join(pick_device(config.device)),
         loaded=len(config.models()),
         finish=marker(config),
         keep_seconds=config.keep_seconds,

@@ -233,7 +233,7 @@ def client_of(request: Request) -> str:
 async def finished(desk: Desk, request: Request, job: Job) -> Job:
     """The job, once it is done. Cancelled when its client goes; raises what it ended in."""
     try:
-        await _unless_gone(request, _ended(job))
+        await _unless_gone(request, job.aend())
     finally:
         if job.state in ("waiting", "running"):
             desk.service.cancel(job.id)
@@ -247,11 +247,6 @@ def check_done(job: Job) -> Job:
     if job.error is not None:
         raise job.error
     return job
-
-
-async def _ended(job: Job) -> None:
-    async for _ in job.aevents():
-        pass
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
