@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from ip2p.infotext import parse_infotext, read_infotext
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STEPS = 4
+PATIENCE = 60_000  # milliseconds; a machine of two cores may be busy
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def visit(browser: Browser, server: Server, *, width: int = 1280, dark: bool = F
         accept_downloads=True,
     )
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(PATIENCE)
     page.outside = []
 
     def only_here(route):
@@ -85,7 +88,7 @@ def page(browser: Browser, server: Server):
 
 
 def said(page: Page, words: str | re.Pattern) -> None:
-    expect(page.locator("#status .said")).to_contain_text(words, timeout=60_000)
+    expect(page.locator("#status .said")).to_contain_text(words)
 
 
 def unfold(page: Page, name: str) -> None:
@@ -167,11 +170,9 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     expect(strip.nth(0)).to_have_attribute("aria-label", "▶ 0 · start")
 
     # The settings of a file come back.
-    page.locator("#picture input[type=file]").set_input_files(night) if page.locator(
-        "#picture input[type=file]"
-    ).count() else page.get_by_label("Remove Image").click()
-    if page.locator("#picture img").count() == 0:
-        page.locator("#picture input[type=file]").set_input_files(night)
+    page.get_by_label("Remove Image").click()
+    said(page, "Drop a picture")
+    page.locator("#picture input[type=file]").set_input_files(night)
     said(page, "carries its settings")
     page.locator("#take").click()
     said(page, "Settings loaded.")
@@ -260,8 +261,7 @@ def test_the_keyboard_is_enough(page: Page):
     said(page, "Say what to change.")
     reach("#count input[type=number]")
     page.keyboard.press("ArrowDown")
-    reach("button.label-wrap:has-text('x'), #candidates button, button[role=tab]")
-    page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+    expect(page.locator("#count input[type=number]")).to_have_value("3")
 
     # Enter in the instruction runs; Escape stops within a step.
     page.locator("#instruction textarea").focus()
@@ -349,7 +349,7 @@ def test_a_browser_that_goes_away_cancels_its_edit(browser, photo):
             stats = slow.service.stats()
             if stats.cancelled == 1 and stats.running == 0:
                 break
-            __import__("time").sleep(0.1)
+            time.sleep(0.1)
         assert (stats.cancelled, stats.running) == (1, 0)
 
 
@@ -366,9 +366,9 @@ CONTRAST = """() => {
     }
     return [255, 255, 255];
   };
-  const words = document.querySelectorAll("#status .said, .info-text, [data-testid=block-info], #title p, button.lg");
-  return Math.min(...[...words].filter((node) => node.getBoundingClientRect().width > 0 && !node.disabled)
-    .map((node) => {
+  const words = "#status .said, .info-text, [data-testid=block-info], #title p, button.lg:not(:disabled)";
+  const shown = [...document.querySelectorAll(words)].filter((node) => node.getBoundingClientRect().width > 0);
+  return Math.min(...shown.map((node) => {
       const [a, b] = [light(parse(getComputedStyle(node).color)), light(behind(node))];
       return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     }));

@@ -97,14 +97,16 @@ document.addEventListener("keydown", (event) => {
       if (live.textContent !== words) live.textContent = words;
     }
   };
-  document.addEventListener("DOMContentLoaded", () => {
+  const start = () => {
     const live = document.createElement("div");
     live.id = "announced"; live.setAttribute("role", "status"); document.body.append(live);
     let waits = false;
     new MutationObserver(() => {
       if (!waits) { waits = true; setTimeout(() => { waits = false; mend(); }, 50); }
     }).observe(document.body, {childList: true, subtree: true, attributes: true, attributeFilter: ["alt"]});
-  });
+    mend();
+  };
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start); else start();
 })();
 </script>
 """
