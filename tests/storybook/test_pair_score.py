@@ -7,6 +7,7 @@ import pytest
 from ip2p.storybook.captions import say_page
 from ip2p.storybook.draw import draw
 from ip2p.storybook.pair_score import (
+    CELLS,
     PAIR_KINDS,
     judge_pair,
     make_pair_case,
@@ -16,7 +17,7 @@ from ip2p.storybook.pair_score import (
 from ip2p.storybook.scene import SIZES
 from ip2p.storybook.score import OTHER_ANSWERS
 
-SIZE, DETAILS = 48, 6
+SIZE, DETAILS = 64, 6
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +31,15 @@ def some_cases(triples):
 
 
 def answer(case, number, details=0):
-    return case.drawings[details, number]
+    """A picture of a drawing that has its means."""
+    return np.kron(case.drawings[details, number], np.ones((2, 2, 1), np.uint8))
 
 
 def test_every_kind_but_move_comes_in_turn_with_enough_other_answers(some_cases):
     assert [case.triple.edit.kind for case in some_cases] == list(PAIR_KINDS)
     assert "move" not in PAIR_KINDS
     assert not any("move" in case.triple.edit.parts for case in some_cases)
-    assert all(case.drawings.shape == (DETAILS, OTHER_ANSWERS + 2, SIZE, SIZE, 3) for case in some_cases)
+    assert all(case.drawings.shape == (DETAILS, OTHER_ANSWERS + 2, CELLS, CELLS, 3) for case in some_cases)
 
 
 def test_captions_tell_sizes_and_sides_and_what_the_edit_changes(triples):
@@ -53,7 +55,8 @@ def test_captions_tell_sizes_and_sides_and_what_the_edit_changes(triples):
 
 def test_exact_pairs_are_right_and_keep_the_page(some_cases):
     for case in some_cases:
-        verdict = judge_pair(case, answer(case, 0), answer(case, 1))
+        edit = case.triple.edit
+        verdict = judge_pair(case, draw(edit.before, SIZE), draw(edit.after, SIZE))
         assert verdict.right and verdict.drawn and verdict.edited and verdict.changed
         assert verdict.kept in (None, float("inf"))
 

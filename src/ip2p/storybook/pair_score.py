@@ -4,7 +4,14 @@ A caption settles what a page shows, not its details: which way a thing looks, w
 shade. All of them follow from the page's seed, so every answer is drawn with several seeds, and a picture is
 as far from an answer as from the nearest of its drawings. As in `storybook.score` a picture is right when
 the right answer is nearer (mean squared error, where any drawing of any answer differs from the page) than
-every other one: the page before the edit, the exact answer, and at least 15 other answers of the same kind.
+every other one: the page before the edit, the exact answer, and 15 other answers of the same kind.
+
+Pictures are compared as means over squares, 32 across the page, so that neither the autoencoder's blur nor a
+pixel's shift decides. Of pages with details that no drawing has, put through the autoencoder, 79% of the
+pairs are right and 96% changed (70 edits, 32 drawings); pixel by pixel 69% and 76%, with one drawing about
+half of that. With another answer in place of the exact one, the other edits' pairs, or one page twice, none
+is right. What is not done: to take the mean colour out forgives a picture that is too dark as a whole, and
+costs as much elsewhere, since the mean is what tells a night.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from ip2p.storybook.captions import form_of
 from ip2p.storybook.draw import draw
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DETAILS = 32
+CELLS = 32  # squares across a page
 # Prompt-to-Prompt keeps things where they are.
 PAIR_KINDS = tuple(kind for kind in EDIT_KINDS if kind != "move")
 _PAGE, _EXACT = 0, 1  # of the answers; the others follow
@@ -44,9 +53,10 @@ _PAGE, _EXACT = 0, 1  # of the answers; the others follow
 class PairCase:
     """An edit in words, and every answer to it in every drawing.
 
-    drawings: uint8 [details, answers, size, size, 3]; the first answer is the page, the second the exact
-    one, the others follow; the first details are the page's own. region: bool [size, size], where any drawing
-    of an answer differs from the page with the same details; fixed: bool [size, size], what must stay.
+    drawings: uint8 [details, answers, 32, 32, 3], means over squares; the first answer is the page, the
+    second the exact one, the others follow; the first details are the page's own. region: bool [32, 32],
+    where any drawing of an answer differs from the page with the same details. fixed: bool [size, size],
+    what must stay.
     """
 
     triple: ExactTriple
@@ -93,10 +103,10 @@ def make_pair_case(triple: ExactTriple, size: int, details: int = DETAILS) -> Pa
     """Draw every answer to an edit with `details` seeds, the page's own first."""
     edit = triple.edit
     _, scenes = _answers(edit, size)
-    drawings = np.empty((details, len(scenes), size, size, 3), np.uint8)
+    drawings = np.empty((details, len(scenes), CELLS, CELLS, 3), np.uint8)
     may_change = np.zeros((size, size), bool)
     for k, seed in enumerate(detail_seeds(edit, details)):
-        drawings[k] = [draw(replace(scene, seed=seed), size) for scene in scenes]
+        drawings[k] = [means(draw(replace(scene, seed=seed), size)) for scene in scenes]
         may_change |= change_mask(with_details(edit, seed), size)
     return PairCase(
         triple=triple,
@@ -104,6 +114,11 @@ def make_pair_case(triple: ExactTriple, size: int, details: int = DETAILS) -> Pa
         region=(drawings != drawings[:, [_PAGE]]).any(axis=(0, 1, 4)),
         fixed=~may_change,
     )
+
+
+def means(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture, uint8 [size, size, 3], as means over squares, [32, 32, 3]."""
+    return np.asarray(Image.fromarray(picture).resize((CELLS, CELLS), Image.Resampling.BOX))
 
 
 def _answers(edit: Edit, size: int) -> tuple[list[NDArray[np.uint8]], list[Scene]]:
@@ -135,7 +150,7 @@ def with_details(edit: Edit, seed: int) -> Edit:
 
 def judge_pair(case: PairCase, before: NDArray[np.uint8], after: NDArray[np.uint8]) -> PairVerdict:
     """Compare the pictures of a pair, uint8 [size, size, 3] each, with all answers."""
-    one, two = (picture[case.region].astype(np.float32).ravel() for picture in (before, after))
+    one, two = (means(picture)[case.region].astype(np.float32).ravel() for picture in (before, after))
     seen = case._seen
     kept = psnr(after[case.fixed], before[case.fixed]) if case.fixed.mean() > 0.01 else None
     return PairVerdict(
