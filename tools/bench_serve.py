@@ -5,8 +5,9 @@
     python tools/bench_serve.py --only memory --requests 10000
 
 The server is `ip2p serve` itself in a second process; for the fixed time its model is the tests' tiny random
-one (tests/serve/fakes.py). Callers have keys of their own, so that they count as many. Every check prints a
-line with its figure and its bar; the exit status is 1 if one is missed.
+one (tests/serve/fakes.py), whose network sleeps and whose autoencoder works on 32x32 pixels. Callers have
+keys of their own, so that they count as many. Every check prints a line with its figure and its bar; the
+exit status is 1 if one is missed.
 
 goodput     edits a second that are answered with a picture, offered at the capacity and at 4 times that; the
             capacity is measured first, with as many callers as keep the server busy
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import io
 import os
 import random
@@ -40,6 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = ("goodput", "disconnect", "drain", "memory", "joined")
@@ -52,7 +55,7 @@ from ip2p import cli, editor
 seconds = float(sys.argv[2])
 if seconds >= 0:
     from fakes import fake_editor
-    fake = fake_editor(seconds)
+    fake = fake_editor(seconds, asleep=True)
     editor.Editor.load = classmethod(lambda cls, *args, **how: fake)
 sys.argv[1:] = sys.argv[3:]
 cli.entry()
@@ -137,20 +140,22 @@ class Answers:
 
 @dataclass
 class Caller:
-    """Sends edits of one small picture with the keys of many."""
+    """Sends edits of one small picture with the keys of many; side: of the picture."""
 
     client: httpx.AsyncClient
     server: Server
     steps: int
+    side: int
     answers: Answers = field(default_factory=Answers)
 
     def request(self, number: int, **more: str) -> httpx.Request:
-        fields = {"instruction": "make it night", "seed": str(number), "steps": str(self.steps), **more}
+        fields = {"instruction": "make it night", "seed": str(number), "steps": str(self.steps)}
+        fields |= {"size": str(self.side), **more}
         return self.client.build_request(
             "POST",
             f"{self.server.place}/v1/edits",
             data=fields,
-            files={"image": ("page.png", PICTURE, "image/png")},
+            files={"image": ("page.png", picture(self.side), "image/png")},
             headers={"Authorization": f"Bearer {self.server.keys[number % CALLERS]}"},
         )
 
@@ -199,20 +204,16 @@ class Caller:
 async def calling(server: Server, args: argparse.Namespace) -> AsyncIterator[Caller]:
     limits = httpx.Limits(max_connections=2000, max_keepalive_connections=200)
     async with httpx.AsyncClient(timeout=args.patience, limits=limits) as client:
-        yield Caller(client, server, args.steps)
+        yield Caller(client, server, args.steps, 64 if args.model else 32)
 
 
-def picture() -> bytes:
-    """A smooth page of 64x64 as PNG: small, so that sending it is not what is measured."""
-    from PIL import Image
-
-    page = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+@functools.cache
+def picture(side: int) -> bytes:
+    """A smooth page as PNG: small, so that sending it is not what is measured."""
+    page = Image.linear_gradient("L").resize((side, side)).convert("RGB")
     file = io.BytesIO()
     page.save(file, "PNG")
     return file.getvalue()
-
-
-PICTURE = picture()
 
 
 @dataclass

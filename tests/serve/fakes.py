@@ -18,12 +18,16 @@ from ip2p.editor import Editor
 
 
 class SlowUNet(nn.Module):
-    """A UNet that takes `seconds` longer. rows: of each call. before: called with its input; it may raise."""
+    """A UNet that takes `seconds` longer. rows: of each call. before: called with its input; it may raise.
+
+    asleep: it does nothing else, and predicts a share of the noise that it is given.
+    """
 
     def __init__(self, unet: nn.Module, seconds: float) -> None:
         super().__init__()
         self.unet = unet
         self.seconds = seconds
+        self.asleep = False
         self.rows: list[int] = []
         self.threads: set[int] = set()
         self.before: Callable[[torch.Tensor], None] = lambda sample: None
@@ -39,6 +43,8 @@ class SlowUNet(nn.Module):
         self.threads.add(threading.get_ident())
         self.before(sample)
         time.sleep(self.seconds)
+        if self.asleep:
+            return (sample[:, :4] * 0.9,)
         return self.unet(sample, timestep, **more)
 
 
@@ -49,12 +55,14 @@ def _folder() -> TemporaryDirectory:
     return folder
 
 
-def fake_editor(seconds_a_call: float = 0.01) -> Editor:
+def fake_editor(seconds_a_call: float = 0.01, *, asleep: bool = False) -> Editor:
     """A new editor of the tests' tiny random model (64², fp32, on the CPU), named "fake".
 
-    Each call of its network takes `seconds_a_call` longer, whatever it is asked. `editor.bundle.unet.rows`
+    Each call of its network takes `seconds_a_call` longer, whatever it is asked, or, asleep, just that; so
+    that its time is fixed where the machine is busy, too. `editor.bundle.unet.rows`
     has the rows of each call so far.
     """
     editor = Editor.load(Path(_folder().name) / "fake", device="cpu", dtype="fp32")
     slow = SlowUNet(editor.bundle.unet, seconds_a_call)
+    slow.asleep = asleep
     return Editor(dataclasses.replace(editor.bundle, unet=slow))

@@ -23,6 +23,7 @@ from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import UNetDenoiser
 from ip2p.editor import Editor
 from ip2p.errors import ResourceError
+from ip2p.models.memory import Memory
 from ip2p.models.text import Prompt
 
 T = TypeVar("T")
@@ -30,6 +31,8 @@ T = TypeVar("T")
 # How long a call waits for a thread that samples and has not asked yet, in seconds. Between two steps a
 # thread does next to nothing; when it decodes, ends or fails, it is not waited for at all.
 PATIENCE = 0.02
+# For so long what was free is taken to be free: to look takes as much time as a small network's call.
+LOOK = 1.0
 PASSES = 3  # rows that a picture has in a call at most (equation 3)
 
 
@@ -335,8 +338,8 @@ class JoinedEditor(Editor):
     ) -> None:
         # The same parts where they lie: to load or to hook them anew would double them.
         vars(self).update(vars(editor))
-        self.offloads = editor.device.type != editor.bundle.unet.device.type
         self.batch_size = join
+        self._plans: dict[tuple[int, int, int], tuple[float, Memory]] = {}
         self.engine = _Engine(editor.bundle.unet, join, patience, Counter() if calls is None else calls)
         self.model = _Watched(_JoinedUNet(self.engine), self.schedule, self.bundle.condition_scale)
 
@@ -377,6 +380,16 @@ class JoinedEditor(Editor):
             yield from super().edit_latents(*args, **settings)
         finally:
             self.engine.leave(lane)
+
+    def _plan(self, batch: int, height: int, width: int) -> Memory:
+        key, now = (batch, height, width), time.monotonic()
+        since, plan = self._plans.get(key, (-LOOK, None))
+        if plan is None or now - since >= LOOK:
+            plan = super()._plan(batch, height, width)
+            if len(self._plans) > 100:
+                self._plans.clear()
+            self._plans[key] = now, plan
+        return plan
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
         fitting, wanted = super().fitting_batch(size), self.engine.lane.pictures
