@@ -7,9 +7,11 @@
 in fp32, with parts of their default size. Each is killed (kill -9) at random times, half of them while it
 starts and half while it works, and called again, until it has been killed so often; then it runs to its end.
 
-    here      the command is killed; it works in its own process
-    driver    the command is killed; workers of a Ray cluster work for it
-    worker    a worker of the cluster is killed; the command goes on
+    here       the command is killed; it works in its own process
+    processes  the command is killed; processes beside it work for it
+    process    one of those processes is killed; the command goes on
+    driver     the command is killed; workers of a Ray cluster work for it
+    worker     a worker of the cluster is killed; the command goes on
 
 What is there then must be what an undisturbed run left: the same ids, none lost and none twice, and the same
 bytes in every table; and what was made in vain no more than one part a worker and kill. `full-disk` fills a
@@ -49,6 +51,7 @@ PLACES = ("a field", "a forest", "a city", "the desert", "the mountains", "a har
 CAPTIONS = [f"a {c} {t} in {p}" for p, t, c in itertools.product(PLACES, THINGS, COLOURS)]
 WEATHERS = ("fog", "rain", "sunshine")
 WORKERS = 2
+HERE = ("--workers", "1")
 HALF = ("--image", "-1", "--caption", "-1", "--directional", "0")  # what a random CLIP lets through
 NOTES = "notes.jsonl"  # beside what a command writes: which process began a part, in which run
 
@@ -131,6 +134,9 @@ def command(notes: Path, run: int, words: list[str]) -> int:
     return cli.main(words)
 
 
+STARTED: list[Process] = []  # that may still run when a trial fails
+
+
 class Process:
     """A process that is forked off, and has what was imported here already: importing takes longer than work.
 
@@ -154,6 +160,7 @@ class Process:
                 os._exit(code)
         self.pid = pid
         self.code: int | None
+        STARTED.append(self)
 
     def poll(self) -> int | None:
         """Its exit code, None while it runs."""
@@ -170,6 +177,8 @@ class Process:
         return self.poll() is not None
 
     def kill(self) -> None:
+        if self.poll() is not None:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         must(self.ends(PATIENCE), "a killed process does not end")
@@ -208,7 +217,7 @@ class Runs:
     root: Path
     verb: Verb
     folder: Path
-    ray: str | None = None
+    more: tuple[str, ...] = HERE
     disk: Path | None = None
     count: int = 0
 
@@ -219,9 +228,7 @@ class Runs:
     def start(self) -> Process:
         self.folder.mkdir(exist_ok=True)
         self.count += 1
-        words = self.verb.words(self.root, self.output)
-        if self.ray is not None:
-            words += ["--ray", self.ray]
+        words = [*self.verb.words(self.root, self.output), *self.more]
         main = partial(command, self.folder / NOTES, self.count, words)
         return Process(main, self.folder / "told.txt")
 
@@ -341,6 +348,12 @@ class Bench:
         must(not twice, f"committed twice: {twice[:3]}")
         return found
 
+    def words_of(self, way: str) -> tuple[str, ...]:
+        """Who works for the command."""
+        if way in ("driver", "worker"):
+            return ("--ray", self.start_ray())
+        return HERE if way == "here" else ("--workers", str(WORKERS))
+
     def start_ray(self) -> str:
         for _ in range(5):  # it gives itself 30 seconds, which a busy machine may not have
             if self.address is not None:
@@ -350,7 +363,8 @@ class Bench:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+                # Its workers are otherwise the last that a busy machine lets run.
+                env=os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"},
             )
             assert self.ray.stdout is not None
             self.address = self.ray.stdout.readline().strip() or None
@@ -376,11 +390,11 @@ def wait_for(process: Process, happened: Callable[[], object], what: str) -> Non
 
 def kill_commands(bench: Bench, name: str, way: str) -> Iterator[str]:
     """The command is killed at random times, on its own or with a cluster behind it."""
-    ray = bench.start_ray() if way == "driver" else None
-    workers = WORKERS if ray else 1
+    more = bench.words_of(way)
+    workers = 1 if way == "here" else WORKERS
     _, startup, work = bench.undisturbed(name)
     killed = ended = vain = made = 0
-    runs = Runs(bench.root, VERBS[name], bench.root / f"{name}-{way}-0", ray)
+    runs = Runs(bench.root, VERBS[name], bench.root / f"{name}-{way}-0", more)
     while killed < bench.kills:
         before, parts_before = len(runs.begun()), sum(runs.committed().values())
         process = runs.start()
@@ -404,7 +418,7 @@ def kill_commands(bench: Bench, name: str, way: str) -> Iterator[str]:
         process.done()
         made += bench.same(name, runs).parts  # it was quicker than the kill
         ended += 1
-        runs = Runs(bench.root, VERBS[name], bench.root / f"{name}-{way}-{ended}", ray)
+        runs = Runs(bench.root, VERBS[name], bench.root / f"{name}-{way}-{ended}", more)
     runs.start().done()
     found = bench.same(name, runs)
     made += found.parts
@@ -414,15 +428,15 @@ def kill_commands(bench: Bench, name: str, way: str) -> Iterator[str]:
     )
 
 
-def kill_workers(bench: Bench, name: str) -> Iterator[str]:
-    """Workers of the cluster are killed at random times while the command goes on."""
+def kill_workers(bench: Bench, name: str, way: str) -> Iterator[str]:
+    """Workers, here or of the cluster, are killed at random times while the command goes on."""
     from ip2p.jobs import RETRIES
 
-    ray = bench.start_ray()
+    more = bench.words_of(way)
     wanted, _, work = bench.undisturbed(name)
     killed = number = again = made = 0
     while killed < bench.kills:
-        runs = Runs(bench.root, VERBS[name], bench.root / f"{name}-worker-{number}", ray)
+        runs = Runs(bench.root, VERBS[name], bench.root / f"{name}-{way}-{number}", more)
         process = runs.start()
         dead: set[int] = set()
         hit: Counter[str] = Counter()
@@ -445,7 +459,7 @@ def kill_workers(bench: Bench, name: str) -> Iterator[str]:
                 hit[alive[pid]] += 1
                 killed += 1
                 parts = sum(runs.committed().values())
-                yield f"{name}, worker: kill {killed}, process {pid}; {parts} parts committed"
+                yield f"{name}, {way}: kill {killed}, process {pid}; {parts} parts committed"
             dead.add(pid)
         process.done()
         found = bench.same(name, runs)
@@ -455,12 +469,12 @@ def kill_workers(bench: Bench, name: str) -> Iterator[str]:
         again += vain
         number += 1
     yield (
-        f"{name}, worker: HOLDS. {killed} kills in {number} runs: {len(found.ids):,} ids, 0 lost, 0 doubled, "
+        f"{name}, {way}: HOLDS. {killed} kills in {number} runs: {len(found.ids):,} ids, 0 lost, 0 doubled, "
         f"all bytes equal; {made + again} parts begun for {made}: {again} in vain"
     )
 
 
-def full_disk(bench: Bench, name: str) -> Iterator[str]:
+def full_disk(bench: Bench, name: str, way: str) -> Iterator[str]:
     """A tmpfs that holds half of what the command writes, in a mount namespace of its own."""
     bench.undisturbed(name)
     runs = Runs(bench.root, VERBS[name], bench.root / f"{name}-undisturbed")
@@ -495,6 +509,16 @@ def on_full_disk(root: Path, name: str, size: int) -> None:
     runs.start().done()
     bench.same(name, runs)
     print(f"{name}, full disk: HOLDS. exit 4 with {parts} parts whole; with space again all bytes are equal")
+
+
+WAYS: dict[str, Callable[[Bench, str, str], Iterator[str]]] = {
+    "here": kill_commands,
+    "processes": kill_commands,
+    "process": kill_workers,
+    "driver": kill_commands,
+    "worker": kill_workers,
+    "full-disk": full_disk,
+}
 
 
 # --- small models and tables ----------------------------------------------------------------------
@@ -608,9 +632,8 @@ def main() -> int:
         on_full_disk(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    ways = ("here", "driver", "worker", "full-disk")
     parser.add_argument("--only", nargs="+", choices=VERBS, default=["pairs", "instruct", "filter"])
-    parser.add_argument("--ways", nargs="+", choices=ways, default=ways)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--kills", type=int, default=20, help="of each command and way")
     parser.add_argument("--seed", type=int, default=0, help="draws the times of the kills")
     parser.add_argument("--folder", type=Path, help="where all is written; default: the system's")
@@ -622,15 +645,9 @@ def main() -> int:
         bench.prepare()
         try:
             for verb, way in itertools.product(asked.only, asked.ways):
-                trials = (
-                    kill_workers(bench, verb)
-                    if way == "worker"
-                    else full_disk(bench, verb)
-                    if way == "full-disk"
-                    else kill_commands(bench, verb, way)
-                )
+                try_it = WAYS[way]
                 try:
-                    for line in trials:
+                    for line in try_it(bench, verb, way):
                         print(line, flush=True)
                     held += 1
                 except Exception as error:
@@ -638,6 +655,8 @@ def main() -> int:
                         traceback.print_exc()
                     bad.append(f"{verb}, {way}")
                     print(f"{verb}, {way}: FAILS. {error}", flush=True)
+                while STARTED:
+                    STARTED.pop().kill()
         finally:
             bench.stop_ray()
     print(f"{held} of {held + len(bad)} hold" + (f"; not: {', '.join(bad)}" if bad else ""))

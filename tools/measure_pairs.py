@@ -516,7 +516,7 @@ def best_thresholds(
     image, before, after, directional = (np.array(_column(rows, name)) for name in SIMILARITIES)
     caption = np.minimum(before, after)
     best: dict[float, tuple[Thresholds, float, float]] = {}
-    grid = product(np.arange(0.3, 0.96, 0.05), np.arange(0, 0.61, 0.05), np.arange(-0.1, 0.81, 0.05))
+    grid = product(np.arange(0, 0.96, 0.1), np.arange(0, 0.86, 0.05), np.arange(-0.1, 0.81, 0.05))
     for least in grid:
         a, b, c = (round(float(value), 2) for value in least)
         passing = (image >= a) & (caption >= b) & (directional >= c)
