@@ -367,7 +367,8 @@ CONTRAST = """() => {
     return [255, 255, 255];
   };
   const words = "#status .said, .info-text, [data-testid=block-info], #title p, button.lg:not(:disabled)";
-  const shown = [...document.querySelectorAll(words)].filter((node) => node.getBoundingClientRect().width > 0);
+  const shown = [...document.querySelectorAll(words)]
+    .filter((node) => node.getBoundingClientRect().width > 0);
   return Math.min(...shown.map((node) => {
       const [a, b] = [light(parse(getComputedStyle(node).color)), light(behind(node))];
       return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);

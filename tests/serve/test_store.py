@@ -176,6 +176,20 @@ def test_many_threads_keep_within_the_bounds(tmp_path):
     assert sum((store.folder / name).stat().st_size for name in there) == store.bytes <= 1000
 
 
+def test_a_file_whose_room_was_taken_while_it_was_written_is_gone(store, monkeypatch):
+    real = os.open
+
+    def slow(*args):
+        monkeypatch.setattr(os, "open", real)
+        store.close()  # drops whatever is kept, as a rush of others would
+        return real(*args)
+
+    monkeypatch.setattr(os, "open", slow)
+    name = store.put(b"x", ".png")
+    assert store.read(name) is None and len(store) == 0
+    assert [path.name for path in store.folder.iterdir()] == [".ip2p-store"]
+
+
 def test_closing_leaves_no_file(store):
     store.put(b"x", ".png")
     store.close()

@@ -55,8 +55,8 @@ CSS = """
 """
 
 # What Gradio's page lacks for a keyboard and a screen reader. Escape stops from anywhere; the comparison's
-# handle moves with the arrows; pictures to choose from are called what stands below them; what the status says
-# is read out, but not every step of its bar.
+# handle moves with the arrows; pictures to choose from are called what stands below them; what the status
+# says is read out, but not every step of its bar.
 HEAD = """
 <meta name="color-scheme" content="light dark">
 <script>
@@ -64,7 +64,9 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") document.querySelector("#stop")?.click();
 });
 (() => {
-  const set = (node, name, value) => { if (node.getAttribute(name) !== value) node.setAttribute(name, value); };
+  const set = (node, name, value) => {
+    if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+  };
   const drag = (handle, share) => {
     const picture = document.querySelector("#compare img").getBoundingClientRect();
     const own = handle.getBoundingClientRect(), x = own.x + own.width / 2, y = own.y + own.height / 2;

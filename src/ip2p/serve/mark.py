@@ -54,7 +54,7 @@ def looked_at(model: str, device: str) -> Finish:
             (good,) = safe([picture])
         if not good:
             raise FieldError(
-                "instruction: the result was refused by this server's safety checker. Ask for something else.",
+                "instruction: this server's safety checker refused the result. Ask for something else.",
                 field="instruction",
             )
         return picture

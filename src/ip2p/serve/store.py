@@ -72,7 +72,12 @@ class Store:
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
-            os.rename(partial, self.folder / name)
+            with self._lock:
+                # Others may have needed its room meanwhile: a file that nobody counts would stay for ever.
+                if name in self._entries:
+                    os.rename(partial, self.folder / name)
+                else:
+                    partial.unlink()
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
