@@ -398,7 +398,10 @@ def test_the_storybooks_scale_and_thresholds_are_its_own(painter, triples, here,
     draw(triples, own, "pairs", "--keep", "all", "--count", "1")
     [first, *_] = rows(Path("pairs"))
     assert 3 <= first["cfg_scale"] < 5 and (first["model"], first["clip"]) == ("book", "storybook")
-    assert json.loads(Path("pairs/run.json").read_text())["thresholds"]["directional"] == 0.1
+    assert (
+        json.loads(Path("pairs/run.json").read_text())["thresholds"]["directional"]
+        == PRESETS["storybook"].directional
+    )
     assert clips_of(open_source("pairs")) == {"storybook"}
     assert preset_for({"storybook", ""}) == "storybook"
     assert preset_for(()) == preset_for({"storybook", "other"}) == "paper"

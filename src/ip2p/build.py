@@ -683,9 +683,9 @@ _VAGUE_NAMES = frozenset(("thing", "things", *KINDS, *map(plural, KINDS), *OTHER
 
 
 def is_plain(exact: ExactTriple) -> bool:
-    """Whether the instruction calls things what their captions call them: "the cat", and not "it" or "the animal".
+    """Whether the instruction calls things what their captions call them.
 
-    Of these a small model is never sure on which pages they will do.
+    "The cat", and not "it" or "the animal": a small model is never sure on which pages those will do.
     """
     for step in exact.edit.steps or (exact.edit,):
         words = set(words_of(step.instruction))
