@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -383,7 +384,15 @@ class TaskFailed(Exception):
         self.cause = cause
 
 
-class ActorDied(Exception):
+class RayError(Exception):
+    pass
+
+
+class ActorDied(RayError):
+    pass
+
+
+class Unschedulable(RayError):
     pass
 
 
@@ -391,6 +400,7 @@ class ActorDied(Exception):
 def ray(monkeypatch):
     """A Ray whose tasks end in the order last begun, first done."""
     told = SimpleNamespace(resources={"CPU": 3.0}, options=[], actors=0, most=0, lost=(), killed=0, shut=0)
+    told.refused, told.addresses = (), []
 
     class Actor:
         def __init__(self, worker):
@@ -419,6 +429,8 @@ def ray(monkeypatch):
     def get(ref):
         if ref[1][0] in told.lost:
             raise ActorDied("The actor died unexpectedly.\nMore.")
+        if ref[1][0] in told.refused:
+            raise Unschedulable("Worker startup failed.\nMore.")
         try:
             return ref[0]()
         except Exception as error:
@@ -428,13 +440,14 @@ def ray(monkeypatch):
         return lambda *given: setattr(told, name, getattr(told, name) + 1)
 
     def init(address, **more):
+        told.addresses.append(address)
         if address == "nowhere:1":
             raise ConnectionError("no")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the real one's import
 
     module = ModuleType("ray")
     module.__dict__.update(
-        exceptions=SimpleNamespace(RayActorError=ActorDied, RayTaskError=TaskFailed),
+        exceptions=SimpleNamespace(RayActorError=ActorDied, RayTaskError=TaskFailed, RayError=RayError),
         is_initialized=lambda: False,
         init=init,
         remote=Remote,
@@ -483,7 +496,10 @@ def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_told(go, ray
     with pytest.raises(ResourceError, match="workers at part 1 were lost 4 times"):
         go(cluster=Cluster(workers=1))
     assert [row["n"] for row in rows(tmp_path / "job")] == [0, 1, 2]
-    assert ray.shut == 3
+    ray.lost, ray.refused = (), (3,)
+    with pytest.raises(ResourceError, match=r"gave up at part 1 \(Worker startup failed\)\. .* goes on"):
+        go(cluster=Cluster(workers=1))
+    assert ray.shut == 4
 
 
 def test_workers_are_as_many_as_fit(ray, go):
@@ -504,3 +520,27 @@ def test_a_cluster_that_does_not_answer_and_a_missing_ray_are_told(ray, go, monk
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'ip2p\[ray\]'"):
         go(cluster=Cluster())
+
+
+def test_a_cluster_of_which_only_the_address_is_left_is_not_waited_for(ray, go, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    left = tmp_path / "ray" / "ray_current_cluster"
+    left.parent.mkdir()
+
+    def address(given=""):
+        go(folder=tmp_path / f"job-{len(ray.addresses)}", cluster=Cluster(address=given))
+        return ray.addresses[-1]
+
+    assert address() is None
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        left.write_text(f"127.0.0.1:{port}")
+        assert address() is None
+    assert address() == "local"
+    assert address("auto") == "auto"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert address() is None
+    monkeypatch.delenv("RAY_ADDRESS")
+    left.write_text("nonsense")
+    assert address() is None

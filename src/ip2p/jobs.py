@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 from collections import Counter, deque
@@ -568,6 +569,12 @@ def _on_ray(
                 except ray.exceptions.RayTaskError as error:
                     cause = getattr(error, "cause", None)
                     raise (cause if isinstance(cause, Exception) else error) from error
+                except ray.exceptions.RayError as error:
+                    # A worker that could not be started, a result lost with its machine, no memory.
+                    raise ResourceError(
+                        f"Ray gave up at part {part} ({_first_line(error)}). What is written stays, and the "
+                        "same command goes on."
+                    ) from None
                 if isinstance(answer, Ip2pError):
                     raise answer
                 free.append(worker)
@@ -589,12 +596,13 @@ def _ray_of(cluster: Cluster) -> Iterator[Any]:
     ours = not ray.is_initialized()
     try:
         if ours:
+            address = _address(cluster)
             try:
-                ray.init(address=cluster.address or None, log_to_driver=False, logging_level="warning")
+                ray.init(address=address, log_to_driver=False, logging_level="warning")
             except ConnectionError:
-                address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+                told = address or os.environ.get("RAY_ADDRESS", "")
                 raise ResourceError(
-                    f"no Ray cluster answers at {address}; start one: ray start --head, "
+                    f"no Ray cluster answers at {told}; start one: ray start --head, "
                     "or leave the address out."
                 ) from None
         # Ray takes SIGTERM for itself as it is imported, and would end without unwinding to our exit code.
@@ -604,6 +612,24 @@ def _ray_of(cluster: Cluster) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _address(cluster: Cluster) -> str | None:
+    """For `ray.init`, which without one joins the cluster that was last started on this machine, if any.
+
+    It keeps looking for one that was killed or that a restart of the machine ended: for minutes, then fails.
+    """
+    if cluster.address or os.environ.get("RAY_ADDRESS"):
+        return cluster.address or None
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        host, _, port = Path(folder, "ray", "ray_current_cluster").read_text().strip().rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError:
+        return "local"
+    return None
 
 
 def _fitting(there: Mapping[str, float], cluster: Cluster, parts: int) -> tuple[int, dict[str, float]]:
