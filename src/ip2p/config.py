@@ -290,6 +290,12 @@ class ServeConfig:
     safety: Model = None  # a picture classifier that refuses unsafe results: a folder or a hub id
     mark: Mark = "iptc"  # what tells that a result was edited: IPTC's tag in the file, words too, or nothing
     drain_seconds: float = 30.0  # after SIGTERM or Ctrl-C: how long what runs may take to finish
+    ray: Address = (
+        None  # edit on a Ray cluster: at this address, else at RAY_ADDRESS, else one on this machine
+    )
+    replicas: Int = None  # processes there, each with the models; default: one a GPU of the cluster, else one
+    replica_gpus: Float = None  # of each; default: one if the cluster has any
+    replica_cpus: int = 1  # of each, and so its threads on a CPU
     config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
     debug: bool = False  # show the traceback of an error
 
@@ -325,6 +331,14 @@ class ServeConfig:
             check_int("--join", self.join, 1, 1024, "--join 8")
         check_float("--keep-seconds", self.keep_seconds, 1, 1e9, "--keep-seconds 600")
         check_float("--drain-seconds", self.drain_seconds, 0, 86_400, "--drain-seconds 30")
+        check_int("--replica-cpus", self.replica_cpus, 1, 1024, "--replica-cpus 4")
+        if self.replicas is not None:
+            check_int("--replicas", self.replicas, 1, 4096, "--replicas 2")
+        if self.replica_gpus is not None:
+            check_float("--replica-gpus", self.replica_gpus, 0, 64, "--replica-gpus 1")
+        for name in ("replicas", "replica_gpus", "replica_cpus"):
+            if self.ray is None and getattr(self, name) != getattr(ServeConfig, name):
+                raise InputError(f"--{name.replace('_', '-')} is for Ray; add --ray.")
 
     def models(self) -> dict[str, str]:
         """The models by the names under which they are served. Raises InputError for a name given twice."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import logging
 import socket
 import sys
@@ -27,7 +29,7 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse, PlainTextResponse, Response
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -36,7 +38,7 @@ except ImportError as error:
         f"the server needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
     ) from None
 
-from ip2p.serve import a1111, metrics, native, openai
+from ip2p.serve import a1111, metrics, native, openai, reference
 from ip2p.serve.errors import Refusal, body_of, refusal_of
 from ip2p.serve.guard import Guard
 from ip2p.serve.mark import marker
@@ -64,6 +66,8 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
         title="ip2p",
         version=__version__,
         summary="Edit pictures by instruction",
+        # FastAPI's own pages fetch their viewer from another server.
+        docs_url=None,
         redoc_url=None,
     )
     for face in (native, openai, a1111):
@@ -81,6 +85,10 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
     @app.get("/metrics", tags=["server"], summary="Numbers for Prometheus")
     async def numbers() -> Response:
         return PlainTextResponse(metrics.prometheus(service.stats()), media_type=metrics.MEDIA_TYPE)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(reference.page(app.openapi()))
 
     # Before the page, which would answer in its own way what no interface knows.
     for prefix in ("/v1", "/sdapi"):
@@ -210,16 +218,32 @@ def make_service(config: ServeConfig, stack: contextlib.ExitStack) -> Service:
         queue=config.queue,
         per_client=config.per_client,
     )
+    how = {"limits": limits, "keep_seconds": config.keep_seconds, "store": store}
+    how["store_bytes"] = config.store_mb * 1_000_000
+    if config.ray is None:
+        return local_service(config, **how)
+    from ip2p.serve import spread
+
+    # What one replica takes is bounded here, in the one queue.
+    within = dataclasses.replace(limits, queue=10**6, per_client=10**6, waiting_pixels=2**62)
+    build = functools.partial(_replica, spread.portable(config), within)
+    each = config.join or default_join(pick_device(config.device))
+    return stack.enter_context(spread.spread(config, build, each=each, **how))
+
+
+def local_service(config: ServeConfig, **how: Any) -> Service:
+    """The service whose models are in this process; how: further words for `Service`."""
     return Service(
         {name: _loader(model, config) for name, model in config.models().items()},
-        limits=limits,
         join=config.join or default_join(pick_device(config.device)),
         loaded=len(config.models()),
         finish=marker(config),
-        keep_seconds=config.keep_seconds,
-        store=store,
-        store_bytes=config.store_mb * 1_000_000,
+        **how,
     )
+
+
+def _replica(config: ServeConfig, limits: Limits, stack: contextlib.ExitStack) -> Service:
+    return local_service(config, limits=limits, keep_seconds=1)
 
 
 def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:

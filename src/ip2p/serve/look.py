@@ -36,6 +36,9 @@ CSS = """
 #status { min-height: 3.1rem; }
 #announced { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .grid-wrap { padding-top: 1.6rem; }
+/* Columns of equal width, whatever their captions say: those would make the page wider than a phone. */
+.gallery-container, .grid-wrap, .grid-container { min-width: 0; }
+.grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
 .thumbnail-item .caption-label { max-width: 100%; }
 #status .said { margin: 0 0 .35rem; font-weight: 600; }
 #status .wrong { color: #b91c1c; }
@@ -50,6 +53,9 @@ CSS = """
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   #title p { display: block; margin: 0; }
+  #candidates, #candidates .grid-wrap { height: auto !important; }
+  #candidates .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  #strip .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 """

@@ -21,7 +21,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -161,6 +161,12 @@ class Stats:
     draining: bool
 
 
+class Stoppable(Protocol):
+    """What works at a job."""
+
+    def stop(self) -> None: ...
+
+
 class Job:
     """A request on its way. Read it from any thread; `Service` alone changes it.
 
@@ -189,7 +195,7 @@ class Job:
         self._previews_read = -math.inf
         self._sampled: float | None = None  # when its sampling began
         self._places = 0
-        self._lane: Lane | None = None
+        self._lane: Stoppable | None = None
         self._stopped = False
         self._why: Ip2pError | None = None  # it was stopped, if not by its owner
         self._over = threading.Event()
@@ -732,17 +738,10 @@ class Service:
             del job  # and its pictures, while the thread waits for another
 
     def _run(self, job: Job) -> None:
-        model = self._known[job.model]
         state: State = "failed"
         error: Ip2pError | None = None
         try:
-            editor = self._load(model)
-            with editor.lane() as lane:
-                with self._changed:
-                    job._lane = lane
-                    if job._stopped:
-                        lane.stop()
-                self._edit(job, editor, lane)
+            self._make(job)
             state = "done"
         except Stopped:
             # By its owner, unless there is another reason.
@@ -756,7 +755,6 @@ class Service:
             error = Ip2pError(f"The edit failed within the server ({type(unknown).__name__}); job {job.id}.")
         finally:
             with self._changed:
-                job._lane = None
                 running = len(self._running)
                 assert job.started is not None
                 if state == "done":
@@ -764,8 +762,27 @@ class Service:
                     self._seconds = _smoothed(self._seconds, took)
                     self._pace = _smoothed(self._pace, took / max(1, running))
                 self._free += job._places
-                self._release(model)
+                self._release(self._known[job.model])
                 self._end(job, state, error)
+
+    def _make(self, job: Job) -> None:
+        """Make a job's results, here. Raises Stopped, and what is told as the job's error."""
+        editor = self._load(self._known[job.model])
+        with editor.lane() as lane, self._stoppable(job, lane):
+            self._edit(job, editor, lane)
+
+    @contextlib.contextmanager
+    def _stoppable(self, job: Job, lane: Stoppable) -> Iterator[None]:
+        """While the block runs, `cancel` reaches what works at the job; at once if it came before."""
+        with self._changed:
+            job._lane = lane
+            if job._stopped:
+                lane.stop()
+        try:
+            yield
+        finally:
+            with self._changed:
+                job._lane = None
 
     def _edit(self, job: Job, editor: JoinedEditor, lane: Lane) -> None:
         """Make all results of a job, as many at once as it has places."""

@@ -455,7 +455,7 @@ class _Builder:
                 for field in inputs
             ]
             special = [own for own in inspect.signature(act).parameters.values() if own.name == "request"]
-            act.__signature__ = inspect.Signature([*special, *named])  # type: ignore[attr-defined]
+            act.__signature__ = inspect.Signature([*special, *named])  # type: ignore[union-attr]
             trigger.click(act, inputs, outputs, api_name=name, api_description=words, **public)
 
     def _controls(self) -> list[Component]:

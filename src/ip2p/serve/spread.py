@@ -1,0 +1,332 @@
+"""One server over many machines: replicas on a Ray cluster edit, and this process alone speaks HTTP.
+
+What must be one stays here: the queue, the callers' turns, jobs by their ids, results on disk, the page's
+browsers. So no later request has to find the replica of an earlier one, and Ray's own HTTP proxy, which knows
+nothing of keys, Host and Origin, is not started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from PIL import Image
+
+from ip2p.config import ServeConfig
+from ip2p.errors import InputError, Ip2pError, ModelError, ResourceError
+from ip2p.jobs import Cluster, _fitting, _ray_of
+from ip2p.serve.joined import Stopped
+from ip2p.serve.service import FieldError, Job, Request, Result, Service, _small
+
+log = logging.getLogger("ip2p.serve")
+
+Build = Callable[[contextlib.ExitStack], Service]
+TRIES = 2  # an edit whose replica is lost begins again on another one
+START_SECONDS, SCALES_SECONDS = 60, 600  # Ray's part of the start; what a model may take to load
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of ours between processes: one whose field is given by name cannot be pickled."""
+
+    kind: str
+    message: str
+    field: str | None = None
+
+    @classmethod
+    def of(cls, error: Ip2pError) -> Failure:
+        return cls(type(error).__name__, str(error), getattr(error, "field", None))
+
+    def throw(self) -> NoReturn:
+        """Raise the error that it was. Draining is Lost: what the replica did not do another one may."""
+        if self.kind == "Draining":
+            raise Lost(self.message)
+        if self.field is not None:
+            raise FieldError(self.message, field=self.field)
+        known = {kind.__name__: kind for kind in (InputError, ModelError, ResourceError)}
+        raise known.get(self.kind, Ip2pError)(self.message)
+
+
+class Lost(Exception):
+    """The replica that worked on an edit is gone, or is going."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What a replica tells of an edit: its step, with it a preview, a result and its mask, or a failure."""
+
+    step: int
+    number: int | None = None
+    preview: Image.Image | None = None
+    result: Result | None = None
+    mask: Image.Image | None = None
+    failure: Failure | None = None
+
+
+class Answer(Protocol):
+    """The news of an edit as they come; `stop` ends them and the edit. Raises Lost, and Stopped."""
+
+    def __iter__(self) -> Iterator[News]: ...
+
+    def stop(self) -> None: ...
+
+
+class Replicas(Protocol):
+    """Where edits are made."""
+
+    def edit(self, request: Request) -> Answer: ...
+
+    def scales(self, model: str) -> tuple[float, float]: ...
+
+
+class Replica:
+    """One process that edits: a service, in which the edits that it was given share the network's calls."""
+
+    def __init__(self, build: Build) -> None:
+        self._stack = contextlib.ExitStack()
+        self._failure: Failure | None = None
+        try:
+            self.service = self._stack.enter_context(build(self._stack))
+            self.service.warm()
+        except Ip2pError as error:  # told by `failure`: Ray would begin it again and again
+            self._failure = Failure.of(error)
+
+    async def failure(self) -> Failure | None:
+        """Why it cannot edit."""
+        return self._failure
+
+    async def scales(self, model: str) -> tuple[float, float] | Failure:
+        try:
+            return await asyncio.to_thread(self.service.scales, model)
+        except Ip2pError as error:
+            return Failure.of(error)
+
+    async def edit(self, request: Request) -> AsyncIterator[News]:
+        """Edit, and tell of it. Stopped when nobody listens any more."""
+        try:
+            job = await asyncio.to_thread(self.service.submit, request, client="front")
+        except Ip2pError as error:
+            yield News(step=0, failure=Failure.of(error))
+            return
+        try:
+            async for event in job.aevents():
+                if event.kind == "preview":
+                    yield News(step=event.step, number=event.number, preview=event.image)
+                elif event.kind == "step":
+                    yield News(step=event.step)
+            for number, result in enumerate(job.results):
+                yield News(step=job.step, result=result, mask=job.masks[number] if job.masks else None)
+            if job.state != "done":
+                yield News(step=job.step, failure=Failure.of(job.error or ResourceError("It was stopped.")))
+        finally:
+            if job.state in ("waiting", "running"):
+                self.service.cancel(job.id)
+
+
+class Spread(Service):
+    """A service whose edits are made by replicas; all else, above all the queue, is its own.
+
+    each: how many pictures one replica samples at once, of `count` replicas.
+    """
+
+    def __init__(
+        self, replicas: Replicas, models: Sequence[str], *, count: int, each: int, **how: Any
+    ) -> None:
+        super().__init__(dict.fromkeys(models, _elsewhere), join=count * each, loaded=len(models), **how)
+        self._replicas = replicas
+        self._scales: dict[str, tuple[float, float]] = {}
+
+    def scales(self, model: str | None = None) -> tuple[float, float]:
+        name = model or self.models[0]
+        if name not in self._scales:
+            self._scales[name] = self._replicas.scales(name)
+        return self._scales[name]
+
+    def warm(self) -> None:
+        self.scales()
+
+    @property
+    def ready(self) -> bool:
+        return not self.stats().draining and self.models[0] in self._scales
+
+    def _make(self, job: Job) -> None:
+        assert job._request is not None
+        for _ in range(TRIES):
+            answer = self._replicas.edit(job._request)
+            try:
+                with self._stoppable(job, answer):
+                    return self._listen(job, answer)
+            except Lost as lost:
+                log.warning("job=%s replica lost: %s", job.id, " ".join(str(lost).split())[:200])
+        raise ResourceError(
+            f"{TRIES} replicas were lost at this edit. Ask for a smaller size or fewer results, or later."
+        )
+
+    def _listen(self, job: Job, answer: Answer) -> None:
+        """Make the news of an edit the job's."""
+        assert job._request is not None
+        job.step, job._sampled = 0, time.monotonic()
+        results: list[Result] = []
+        found: list[Image.Image] = []
+        for news in answer:
+            if job._stopped:
+                raise Stopped
+            if news.failure is not None:
+                news.failure.throw()
+            job.step = max(job.step, news.step)
+            if news.preview is not None and news.number is not None:
+                job._previews[news.number] = news.preview
+            if news.result is not None:
+                results.append(news.result)
+                if job._request.previews:
+                    job._previews[len(results) - 1] = _small(news.result.image)
+            if news.mask is not None:
+                found.append(news.mask)
+            job._tell()
+        if job._stopped:
+            raise Stopped
+        if len(results) < job.count:
+            raise Lost("the answer ended before the results")
+        job.results, job.masks = results, found or None
+
+
+def _elsewhere() -> NoReturn:
+    raise AssertionError("models are loaded by the replicas")
+
+
+# --- Ray ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Iterator[Spread]:
+    """A service over as many replicas as the config asks for, which are taken down at the end.
+
+    build: makes the service of a replica, there; each: its `join`; how: of `Service`, for the one here.
+    Raises InputError without Ray, ResourceError for a cluster that is not there or too small, and what the
+    loading of a model raises.
+    """
+    cluster = Cluster(
+        address=config.ray or "",
+        workers=config.replicas,
+        cpus=config.replica_cpus,
+        gpus=config.replica_gpus,
+    )
+    with _ray_of(cluster) as ray:
+        try:
+            from ray import serve
+        except ImportError:
+            raise InputError(
+                "--ray needs Ray Serve, which is missing; install it: pip install 'ip2p[ray]'"
+            ) from None
+        there = ray.cluster_resources()
+        if cluster.workers is None:
+            cluster = dataclasses.replace(cluster, workers=max(1, int(there.get("GPU", 0))))
+        assert cluster.workers is not None
+        count, resources = _fitting(there, cluster, cluster.workers)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        # The same at the next start: what one that was killed left on the cluster is replaced.
+        name = f"ip2p-{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())}-{config.port}"
+        deployment = serve.deployment(
+            Replica,
+            name="edits",
+            num_replicas=count,
+            ray_actor_options=resources,
+            max_ongoing_requests=each,
+            max_constructor_retry_count=3,
+            graceful_shutdown_timeout_s=5,
+            graceful_shutdown_wait_loop_s=0.5,
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        serve.start(proxy_location="Disabled")
+        try:
+            try:
+                handle = serve.run(deployment.bind(build), name=name, route_prefix=None)
+            except RuntimeError as error:
+                raise ResourceError(
+                    f"the replicas did not begin ({' '.join(str(error).split())[:300]}). Is ip2p[serve] "
+                    "installed on every machine of the cluster?"
+                ) from None
+            failure = handle.failure.remote().result()
+            if failure is not None:
+                failure.throw()
+            service = Spread(
+                _OnRay(handle, _lost_errors(ray, serve)), list(config.models()), count=count, each=each, **how
+            )
+            with service:
+                yield service
+        finally:
+            with contextlib.suppress(Exception):
+                serve.delete(name)
+
+
+def portable(config: ServeConfig) -> ServeConfig:
+    """The config for other processes: folders by their whole path, nothing of what the front alone does."""
+
+    def whole(place: str) -> str:
+        return str(Path(place).resolve()) if Path(place).exists() else place
+
+    return dataclasses.replace(
+        config,
+        model=tuple(f"{name}={whole(place)}" for name, place in config.models().items()),
+        safety=None if config.safety is None else whole(config.safety),
+        ray=None,
+        api_key_file=None,
+        config=None,
+        store=None,
+    )
+
+
+def _lost_errors(ray: Any, serve: Any) -> tuple[type[BaseException], ...]:
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    return (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, DeploymentUnavailableError)
+
+
+@dataclass
+class _OnRay:
+    """The replicas of a deployment. lost: the errors that mean that one of them is gone."""
+
+    handle: Any
+    lost: tuple[type[BaseException], ...]
+
+    def edit(self, request: Request) -> _Stream:
+        return _Stream(self.handle.options(stream=True).edit.remote(request), self.lost)
+
+    def scales(self, model: str) -> tuple[float, float]:
+        told = self.handle.scales.remote(model).result(timeout_s=SCALES_SECONDS)
+        if isinstance(told, Failure):
+            told.throw()
+        text, image = told
+        return text, image
+
+
+class _Stream:
+    """The news of one edit, through Ray."""
+
+    def __init__(self, response: Any, lost: tuple[type[BaseException], ...]) -> None:
+        self._response, self._lost = response, lost
+
+    def __iter__(self) -> Iterator[News]:
+        from ray.exceptions import TaskCancelledError
+
+        try:
+            yield from self._response
+        except (TaskCancelledError, asyncio.CancelledError, concurrent.futures.CancelledError):
+            raise Stopped from None
+        except self._lost as error:
+            raise Lost(str(error)) from None
+
+    def stop(self) -> None:
+        # It waits until Ray has given the edit to a replica, and whoever stops it holds the service's lock.
+        threading.Thread(target=self._response.cancel, name="ip2p-cancel", daemon=True).start()

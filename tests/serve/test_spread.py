@@ -1,0 +1,239 @@
+"""Edits that replicas make, the replicas being in this process: what becomes of each, and of a lost one."""
+
+import asyncio
+import queue
+import threading
+from pathlib import Path
+
+import pytest
+from fakes import fake_editor
+from PIL import Image, ImageChops
+from running import until
+
+from ip2p.cli import main
+from ip2p.config import ServeConfig
+from ip2p.errors import InputError, ModelError, ResourceError
+from ip2p.serve import app
+from ip2p.serve.joined import Stopped
+from ip2p.serve.service import Draining, FieldError, Request, Service
+from ip2p.serve.spread import Failure, Lost, News, Replica, Spread, portable
+
+PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+
+
+class Stream:
+    """The news of a replica, as Ray passes them on: in its own loop, to a thread that waits for them."""
+
+    def __init__(self, loop, replica, request, lost_after):
+        self.came: queue.Queue[News | Exception | None] = queue.Queue()
+        self.lost_after = lost_after
+        self.task = asyncio.run_coroutine_threadsafe(self.pump(replica, request), loop)
+
+    async def pump(self, replica, request):
+        told = replica.edit(request)
+        try:
+            async for news in told:
+                self.came.put(news)
+                if self.lost_after is not None and news.step >= self.lost_after:
+                    self.came.put(Lost("killed"))
+                    return
+            self.came.put(None)
+        except asyncio.CancelledError:
+            self.came.put(Stopped())
+            raise
+        finally:
+            await told.aclose()
+
+    def __iter__(self):
+        while (news := self.came.get()) is not None:
+            if isinstance(news, Exception):
+                raise news
+            yield news
+
+    def stop(self):
+        self.task.cancel()
+
+
+class Here:
+    """Replicas in turns; lost: the step at which each of the next edits loses its replica, if at one."""
+
+    def __init__(self, editors, **how):
+        self.replicas = [
+            Replica(lambda stack, e=e: Service({"fake": e}, join=2, keep_seconds=1, **how)) for e in editors
+        ]
+        self.lost: list[int | None] = []
+        self.asked = 0
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+
+    def edit(self, request):
+        self.asked += 1
+        replica = self.replicas[self.asked % len(self.replicas)]
+        return Stream(self.loop, replica, request, self.lost.pop(0) if self.lost else None)
+
+    def scales(self, model):
+        return asyncio.run_coroutine_threadsafe(self.replicas[0].scales(model), self.loop).result()
+
+    def close(self):
+        for replica in self.replicas:
+            replica.service.close()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def editors():
+    return [fake_editor(0.0), fake_editor(0.0)]
+
+
+@pytest.fixture
+def here(editors):
+    for editor in editors:
+        editor.bundle.unet.seconds = 0.0
+        editor.bundle.unet.rows.clear()
+    replicas = Here(editors)
+    yield replicas
+    replicas.close()
+
+
+@pytest.fixture
+def spread(here):
+    with Spread(here, ["fake"], count=2, each=2) as service:
+        service.warm()
+        yield service
+
+
+def request(**more):
+    return Request(image=PICTURE, instruction="make it night", **{"steps": 4, **more})
+
+
+def test_results_are_those_of_one_service(spread):
+    asked = request(seeds=(3, 4), auto_mask=0.5, text_cfg=6.0)
+    with Service({"fake": fake_editor(0.0)}, join=2) as alone:
+        wanted = alone.submit(asked, client="a")
+        assert wanted.wait(60)
+    job = spread.submit(asked, client="a")
+    assert job.wait(60) and job.state == "done" and (job.step, job.steps) == (8, 8)
+    assert [each.seed for each in job.results] == [3, 4]
+    for made, other in zip(job.results, wanted.results, strict=True):
+        assert ImageChops.difference(made.image, other.image).getextrema() == ((0, 0),) * 3
+        assert made.settings == other.settings
+        assert made.image.info["parameters"] == other.image.info["parameters"]
+    assert [m.tobytes() for m in job.masks] == [m.tobytes() for m in wanted.masks]
+
+
+def test_edits_go_to_every_replica_and_the_queue_is_one(spread, editors, here):
+    for editor in editors:
+        editor.bundle.unet.seconds = 0.05
+    jobs = [spread.submit(request(), client=f"caller {k}") for k in range(8)]
+    assert spread.stats().waiting + spread.stats().running == 8 and spread.stats().waiting >= 4
+    assert all(job.wait(60) and job.state == "done" for job in jobs)
+    assert all(editor.bundle.unet.rows for editor in editors)
+    assert spread.stats().done == 8
+
+
+def test_previews_and_steps_are_passed_on(spread, editors):
+    for editor in editors:
+        editor.bundle.unet.seconds = 0.02
+    job = spread.submit(request(steps=8, previews=2), client="a")
+    kinds = [event.kind for event in job.events()]
+    assert "preview" in kinds and "step" in kinds and kinds[-1] == "done"
+    assert job.previews[0] is not None
+
+
+def test_a_stopped_edit_ends_at_its_replica_within_a_step(spread, editors, here):
+    for editor in editors:
+        editor.bundle.unet.seconds = 0.1
+    job = spread.submit(request(steps=100), client="a")
+    until(lambda: job.step >= 1)
+    spread.cancel(job.id)
+    assert job.wait(5) and job.state == "cancelled" and job.results == []
+    until(lambda: not any(replica.service.stats().running for replica in here.replicas), 5)
+    calls = [len(editor.bundle.unet.rows) for editor in editors]
+    assert sum(calls) < 20
+    assert sum(replica.service.stats().cancelled for replica in here.replicas) == 1
+
+
+def test_an_edit_whose_replica_is_lost_begins_again_on_another(spread, here):
+    here.lost = [2]
+    job = spread.submit(request(), client="a")
+    assert job.wait(60) and job.state == "done" and len(job.results) == 1
+    assert here.asked == 2
+
+
+def test_an_edit_that_loses_two_replicas_fails(spread, here):
+    here.lost = [1, 1]
+    job = spread.submit(request(), client="a")
+    assert job.wait(60) and job.state == "failed" and isinstance(job.error, ResourceError)
+    assert "2 replicas were lost" in str(job.error)
+
+
+def test_what_a_replica_refuses_is_told_with_its_field(spread):
+    job = spread.submit(request(size=(4096, 4096)), client="a")
+    assert job.wait(60) and isinstance(job.error, FieldError) and job.error.field == "size"
+    with pytest.raises(FieldError, match="steps"):
+        spread.submit(request(steps=10**9), client="a")
+
+
+def test_it_is_ready_once_a_replica_has_the_model_and_drains(here):
+    with Spread(here, ["fake"], count=2, each=2) as service:
+        assert not service.ready
+        service.warm()
+        assert service.ready and service.scales() == here.replicas[0].service.scales()
+        job = service.submit(request(steps=20), client="a")
+        until(lambda: job.state != "waiting")
+        assert service.drain(60) and job.state == "done" and not service.ready
+        with pytest.raises(Draining):
+            service.submit(request(), client="a")
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("a"), ModelError("b"), ResourceError("c"), FieldError("d", field="image")]
+)
+def test_errors_come_back_as_they_were(error):
+    with pytest.raises(type(error)) as told:
+        Failure.of(error).throw()
+    assert str(told.value) == str(error) and vars(told.value) == vars(error)
+
+
+def test_what_a_replica_that_ends_did_not_do_another_one_may():
+    with pytest.raises(Lost):
+        Failure.of(Draining("The server is shutting down.")).throw()
+
+
+def test_a_model_that_cannot_be_loaded_is_told(tmp_path):
+    def build(stack):
+        raise ModelError("no such model")
+
+    failure = asyncio.run(Replica(build).failure())
+    with pytest.raises(ModelError, match="no such model"):
+        failure.throw()
+
+
+def test_replicas_get_whole_paths_and_nothing_that_is_secret(tmp_path, monkeypatch):
+    (tmp_path / "editor").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = ServeConfig(model=("editor", "photo=some/model"), ray="", api_key_file=Path("keys"))
+    sent = portable(config)
+    assert sent.models() == {"editor": str(tmp_path / "editor"), "photo": "some/model"}
+    assert sent.ray is None and sent.api_key_file is None
+
+
+def test_without_ray_the_next_step_is_told(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    assert main(["serve", "--ray", "--port", "0"]) == 2
+    assert "pip install 'ip2p[ray]'" in capsys.readouterr().err
+
+
+def test_what_is_for_ray_alone_is_refused_without_it(capsys):
+    assert main(["serve", "--replicas", "2"]) == 2
+    assert "--replicas is for Ray; add --ray" in capsys.readouterr().err
+
+
+def test_the_service_of_a_config_without_ray_is_here(tmp_path):
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(app.make_service(ServeConfig(store=tmp_path / "r"), stack))
+        assert type(service) is Service
