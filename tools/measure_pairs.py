@@ -549,8 +549,14 @@ def ways(args: argparse.Namespace) -> None:
     heads = ("way", "evaluations a candidate", "evaluations a kept pair", "right of the kept")
     heads += ("changed of the kept", "edits with a pair", "right of all drawn")
     found: list[list[object]] = []
-    others = [replace(usual, **change) for change in WAYS if not args.only or set(change) & set(args.only)]
-    for way in dict.fromkeys((usual, *others)):
+    others = [replace(usual, **change) for change in WAYS]
+    only = set(args.only or ())
+    wanted = [
+        way
+        for way in others
+        if not only or any({part, part.split()[0]} & only for part in way.name.split(", "))
+    ]
+    for way in dict.fromkeys((usual, *wanted)):
         measured.every(way, args.candidates)
         found.append([way.name, *_costs(measured, way, plan, _thresholds(args))])
     lines = [f"{args.count} edits, {args.candidates} candidates at most, seed {args.seed}", ""]
@@ -576,7 +582,7 @@ def ways(args: argparse.Namespace) -> None:
 
 
 WAYS: tuple[dict[str, Any], ...] = (
-    *({"steps": steps} for steps in (100, 50, 20, 10)),
+    *({"steps": steps} for steps in (100, 50, 20, 10)),  # 100 as in --as-paper
     *({"sampler": sampler} for sampler in ("euler", "dpmpp_2m")),
     {"sampler": "dpmpp_2m", "steps": 10},
     {"per_source": 4},
@@ -839,7 +845,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             verb.add_argument("--prompts", type=int, default=8, help="edits that are drawn as the paper's")
             verb.add_argument("--early-margin", type=float, default=0.05)
         if name == "ways":
-            verb.add_argument("--only", nargs="+", help="steps, sampler, attention, per_source, scale, p")
+            verb.add_argument("--only", nargs="+", help='those that say so: "steps 10", attention …')
         for similarity in ("image", "caption", "directional"):
             verb.add_argument(f"--{similarity}", type=float, help="least; default: the storybook preset's")
         verb.add_argument("--seed", type=int, default=0)
