@@ -290,9 +290,7 @@ class ServeConfig:
     safety: Model = None  # a picture classifier that refuses unsafe results: a folder or a hub id
     mark: Mark = "iptc"  # what tells that a result was edited: IPTC's tag in the file, words too, or nothing
     drain_seconds: float = 30.0  # after SIGTERM or Ctrl-C: how long what runs may take to finish
-    ray: Address = (
-        None  # edit on a Ray cluster: at this address, else at RAY_ADDRESS, else one on this machine
-    )
+    ray: Address = None  # on a Ray cluster: at this address, else at RAY_ADDRESS, else one on this machine
     replicas: Int = None  # processes there, each with the models; default: one a GPU of the cluster, else one
     replica_gpus: Float = None  # of each; default: one if the cluster has any
     replica_cpus: int = 1  # of each, and so its threads on a CPU
