@@ -443,6 +443,8 @@ def ray(monkeypatch):
         told.addresses.append(address)
         if address == "nowhere:1":
             raise ConnectionError("no")
+        if address == "busy:1":
+            raise Exception("the node timed out.\nMore.")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the real one's import
 
     module = ModuleType("ray")
@@ -517,6 +519,8 @@ def test_workers_are_as_many_as_fit(ray, go):
 def test_a_cluster_that_does_not_answer_and_a_missing_ray_are_told(ray, go, monkeypatch):
     with pytest.raises(ResourceError, match="no Ray cluster answers at nowhere:1"):
         go(cluster=Cluster(address="nowhere:1"))
+    with pytest.raises(ResourceError, match=r"Ray does not start \(the node timed out\)\. .* goes on"):
+        go(cluster=Cluster(address="busy:1"))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'ip2p\[ray\]'"):
         go(cluster=Cluster())

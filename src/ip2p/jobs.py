@@ -605,6 +605,11 @@ def _ray_of(cluster: Cluster) -> Iterator[Any]:
                     f"no Ray cluster answers at {told}; start one: ray start --head, "
                     "or leave the address out."
                 ) from None
+            except Exception as error:  # such as a machine that is too busy to start it within half a minute
+                raise ResourceError(
+                    f"Ray does not start ({_first_line(error)}). What is written stays, and the same command "
+                    "goes on."
+                ) from error
         # Ray takes SIGTERM for itself as it is imported, and would end without unwinding to our exit code.
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, handler)
