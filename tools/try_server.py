@@ -94,13 +94,15 @@ def run(root: Path, model: Path, captions: list[str], more: list[str]) -> None:
     with serving(model, port, root / "server.txt"):
         command = instruct(root, model, port, more)
         while not (head := lines_of(root / "triples.parts")) or parts_of(root) < head[0]["job"]["parts"] / 2:
-            must(command.poll() is None, f"it ended early: {command.communicate()[1][-600:]}")
+            if command.poll() is not None:
+                raise Failed(f"it ended early: {command.communicate()[1][-600:]}")
             time.sleep(0.02)
         before = parts_of(root)
     print(f"killed the server with {before} of {head[0]['job']['parts']} parts written", flush=True)
     must(command.poll() is None, "the command had ended before the server was killed")
     time.sleep(AWAY)
-    must(command.poll() is None, f"it gave up: {command.communicate()[1][-600:]}")
+    if command.poll() is not None:
+        raise Failed(f"it gave up: {command.communicate()[1][-600:]}")
     with serving(model, port, root / "server.txt"):
         _, errors = command.communicate(timeout=PATIENCE)
     print(errors, end="", flush=True)
@@ -131,10 +133,10 @@ def main() -> int:
     parser.add_argument("--lm", type=Path, help="a language model's folder; default: one made here")
     parser.add_argument("--folder", type=Path, help="where all is written; default: the system's")
     asked, more = parser.parse_known_args()
-    # Two a second, so that there is a half of the way to kill it at. And `transformers serve` takes the
+    # One a second, so that there is a half of the way to kill it at. And `transformers serve` takes the
     # frequency penalty as one of repetition, of the prompt's tokens too: a small model, which has to copy its
     # caption, then cannot.
-    more = more or ["--rate", "2", "--frequency-penalty", "0"]
+    more = more or ["--rate", "1", "--frequency-penalty", "0"]
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         root = Path(name)
         if asked.lm is None:

@@ -1,0 +1,118 @@
+"""A real Ray on this machine: the same files as here, whatever becomes of a worker.
+
+What needs no cluster is in `test_jobs.py`, with a stand-in for Ray.
+"""
+
+import io
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_clip, make_model
+from PIL import Image
+
+from ip2p import cli, jobs, maker
+from ip2p.errors import ModelError
+from ip2p.jobs import Cluster, Made
+from ip2p.synth.records import Triple, triple_id, write_triples
+
+WORKERS = 2
+PARTS = [range(0, 3), range(3, 6), range(6, 7)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """Ray, whatever else of it runs here; `jobs` takes the one that its process is connected to."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # else its workers are the last that a busy machine runs
+        patch.setenv("RAY_worker_register_timeout_seconds", "200")
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+        ray.init("local", num_cpus=WORKERS, **quiet)
+        yield
+        ray.shutdown()
+    signal.signal(signal.SIGTERM, handler)
+
+
+def contents(folder):
+    """The tables, by name and part; other files tell times."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
+
+
+def rows(folder):
+    return [row for path in jobs.committed(folder, "data/train") for row in pq.read_table(path).to_pylist()]
+
+
+def pixels(row, name):
+    return np.asarray(Image.open(io.BytesIO(row[name]["bytes"]))).astype(int)
+
+
+def test_pairs_are_the_same_files_here_and_on_ray_and_the_same_pairs_in_other_batches(here, monkeypatch):
+    painter = make_model(here / "painter", in_channels=4)
+    make_clip(painter / "clip")
+    monkeypatch.setattr(maker, "TRIPLES_A_PART", 2)
+    changes = (("cat", "dog"), ("hill", "lake"), ("boat", "kite"), ("tree", "rock"), ("fox", "hen"))
+    triples = [
+        Triple(
+            id=triple_id(f"a red {one}", 0),
+            caption=f"a red {one}",
+            instruction=f"make it a {other}",
+            edited_caption=f"a red {other}",
+        )
+        for one, other in changes
+    ]
+    write_triples(Path("triples.parquet"), triples)
+
+    def draw(out, *more):
+        words = ["synth", "pairs", "triples.parquet", "-o", out, "--model", str(painter)]
+        words += ["--device", "cpu", "--dtype", "fp32", "--steps", "2", "--most", "4", "--round-size", "2"]
+        words += ["--image", "-1", "--caption", "-1", "--directional", "0"]  # about half of what is random
+        assert cli.main([*words, *more]) == 0
+        return here / out
+
+    alone = draw("alone", "--workers", "1")
+    on_ray = draw("on-ray", "--ray", "--ray-workers", str(WORKERS))
+    assert len(contents(alone)) == 3 and contents(on_ray) == contents(alone)
+    assert jobs.summary(on_ray).counts == jobs.summary(alone).counts
+    # In batches of another size sums are rounded otherwise: the same pairs, a level apart at most.
+    single = draw("single", "--workers", "1", "--batch-size", "1")
+    assert rows(single)
+    for one, two in zip(rows(single), rows(alone), strict=True):
+        for name, value in one.items():
+            if isinstance(value, dict):  # a picture
+                assert np.abs(pixels(one, name) - pixels(two, name)).max() <= 1
+            elif isinstance(value, float):
+                assert value == pytest.approx(two[name], abs=0.01)
+            else:
+                assert value == two[name]
+
+
+def test_a_killed_worker_of_ray_costs_nothing_and_an_error_comes_back_as_itself(tmp_path):
+    fallen, broken = tmp_path / "fallen", tmp_path / "broken"
+
+    class Numbers:  # in here, so that it travels by value
+        def __call__(self, part):
+            if part[0] == 3 and not fallen.exists():
+                fallen.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if part[0] == 6 and not broken.exists():
+                broken.touch()
+                raise ModelError("the model is gone")
+            return Made(tables={"data/train": pa.table({"n": list(part)})}, counts={"seen": len(part)})
+
+    def go():
+        return jobs.run(Numbers, PARTS, tmp_path / "job", settings={}, cluster=Cluster(workers=1))
+
+    with pytest.raises(ModelError, match="the model is gone"):
+        go()
+    assert fallen.exists() and len(rows(tmp_path / "job")) == 6
+    told = go()
+    assert (told.made, told.counts) == (1, {"seen": 7})
+    assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
+    assert jobs.damaged(tmp_path / "job") == []
