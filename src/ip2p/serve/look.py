@@ -47,6 +47,7 @@ CSS = """
 #templates { gap: .35rem; flex-wrap: wrap; }
 #templates button { min-width: 0; flex: 0 0 auto; font-weight: 400; border-radius: 1rem; }
 #run_row { gap: .5rem; }
+#cells .grid-wrap { height: auto !important; max-height: none !important; }
 #strip .grid-container, #examples .grid-container { grid-auto-rows: min-content; }
 #facts { overflow-wrap: anywhere; color: var(--body-text-color-subdued); font-size: .85rem; }
 :focus-visible { outline: 3px solid var(--primary-500) !important; outline-offset: 1px; }
@@ -56,6 +57,9 @@ CSS = """
   #candidates, #candidates .grid-wrap { height: auto !important; }
   #candidates .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
   #strip .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+  #examples, #examples .grid-wrap, #strip, #strip .grid-wrap { height: auto !important; }
+  #run_row button { white-space: nowrap; padding-inline: .5rem; }
+  #again { flex: 2 1 auto; }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 """
@@ -68,6 +72,11 @@ HEAD = """
 <script>
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") document.querySelector("#stop")?.click();
+});
+// On a phone the results stand below all fields.
+document.addEventListener("click", (event) => {
+  if (event.target.closest?.("#run, #surprise") && matchMedia("(max-width: 640px)").matches)
+    document.querySelector("#status")?.scrollIntoView();
 });
 (() => {
   const set = (node, name, value) => {

@@ -1,0 +1,169 @@
+"""`ip2p serve --ray` with two replicas on a Ray of its own, as an operator starts and stops it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import make_model
+from PIL import Image
+
+from ip2p.images import load_image, to_bytes
+
+PATIENCE = 240  # seconds; Ray takes ten to begin where the machine is free
+PICTURE = to_bytes(Image.new("RGB", (64, 64), "red"))
+
+
+def stat(pid):
+    """Its fields from the third on: state, parent, …"""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def descendants(pid):
+    """All that it started, and what those did, by their ids; with the words that each is called by."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(entry.name)] = int(stat(entry.name)[1])
+    found, new = set(), {pid}
+    while new:
+        found |= new
+        new = {child for child, parent in parents.items() if parent in new} - found
+    told = {}
+    for each in found - {pid}:
+        with contextlib.suppress(OSError):
+            told[each] = Path(f"/proc/{each}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return told
+
+
+def lives(pid):
+    try:
+        return stat(pid)[0] != "Z"
+    except OSError:
+        return False
+
+
+def seconds_of(pid):
+    """Of processor time."""
+    words = stat(pid)
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def replicas(process):
+    return sorted(pid for pid, words in descendants(process.pid).items() if "ServeReplica" in words)
+
+
+def within(seconds, condition):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Its process and its address."""
+    folder = tmp_path_factory.mktemp("ray")
+    model = make_model(folder / "fake")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", "--ray", "local", "--replicas", "2", "--join", "2", "--port", str(port)]
+    words += ["--model", f"fake={model}", "--device", "cpu", "--max-steps", "1000"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    log = folder / "log"
+    with open(log, "wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ip2p", *words],
+            stdout=said,
+            stderr=said,
+            env=kept,
+            cwd=folder,
+        )
+    place = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{place}/readyz", timeout=2, trust_env=False).status_code == 200:
+                    break
+            assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.2)
+        yield process, place
+    finally:
+        left = descendants(process.pid)
+        process.kill()
+        process.wait()
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.timeout(PATIENCE + 200)
+def test_two_replicas_edit_for_one_server_until_it_is_told_to_stop(server):
+    """One test: to start Ray takes as long as all of it."""
+    process, place = server
+    with httpx.Client(base_url=place, timeout=120, trust_env=False) as http:
+
+        def edit(steps, **more):
+            fields = {"instruction": "make it night", "steps": str(steps), **more}
+            return http.post("/v1/edits", files={"image": PICTURE}, data=fields)
+
+        # Both work, and the results are whole.
+        began = {pid: seconds_of(pid) for pid in replicas(process)}
+        assert len(began) == 2
+        told = []
+        callers = [threading.Thread(target=lambda: told.append(edit(60, count="2"))) for _ in range(6)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert [answer.status_code for answer in told] == [200] * 6
+        assert len(told[0].json()["results"]) == 2 and told[0].json()["results"][0]["settings"]
+        assert all(seconds_of(pid) > began[pid] + 0.1 for pid in began)
+
+        # A job is found again by its id: its progress, its result, its file.
+        job = edit(20, wait="false").json()
+        within(60, lambda: http.get(job["url"]).json()["state"] == "done")
+        record = http.get(job["url"]).json()
+        assert record["step"] == record["steps"] == 20
+        assert load_image(http.get(record["results"][0]["url"]).content).size == (64, 64)
+        assert http.get(f"{job['url']}/results/0").status_code == 200
+
+        # What is wrong for the model is known to the replicas alone, and told as ever.
+        answer = edit(2, size="4096")
+        assert answer.status_code == 422 and answer.json()["error"]["param"] == "size"
+
+        # A stopped edit frees its place.
+        job = edit(1000, wait="false").json()
+        within(60, lambda: http.get(job["url"]).json()["step"] > 0)
+        http.delete(job["url"])
+        within(10, lambda: http.get(job["url"]).json()["state"] == "cancelled")
+
+        # An edit whose replica is killed is made by the other one.
+        job = edit(400, wait="false").json()
+        within(60, lambda: http.get(job["url"]).json()["step"] > 0)
+        used = {pid: seconds_of(pid) for pid in replicas(process)}
+        time.sleep(0.3)
+        os.kill(max(used, key=lambda pid: seconds_of(pid) - used[pid]), signal.SIGKILL)
+        within(100, lambda: http.get(job["url"]).json()["state"] == "done")
+
+        # SIGTERM lets what runs finish; nothing is left behind.
+        last = []
+        caller = threading.Thread(target=lambda: last.append(edit(300)))
+        caller.start()
+        within(60, lambda: "ip2p_requests_running 1" in http.get("/metrics").text)
+        started = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        caller.join()
+        assert last[0].status_code == 200
+    assert process.wait(60) == 0
+    assert len(started) > 4
+    within(30, lambda: not any(map(lives, started)))
