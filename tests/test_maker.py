@@ -16,7 +16,7 @@ from conftest import make_clip, make_model
 from PIL import Image
 
 from ip2p import cli, jobs, maker
-from ip2p.config import PAIRS, PAIRS_AS_PAPER, SynthInstructConfig, SynthPairsConfig
+from ip2p.config import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthInstructConfig, SynthPairsConfig
 from ip2p.data.loading import open_source
 from ip2p.errors import InputError, ModelError
 from ip2p.images import load_image
@@ -385,9 +385,9 @@ def test_as_the_paper_turns_all_savings_off_and_refuses_what_contradicts(here, c
     text = " ".join(capsys.readouterr().out.split())
     for name, value in PAIRS.items():
         told = re.search(rf"--{name.replace('_', '-')} [A-Z]+ (.*?)(?= --|$)", text)[1]
-        assert told.endswith(
-            f"default: {'none' if value is None else f'{value:g}' if type(value) is float else value}"
-        )
+        said = {None: "none"}.get(value, f"{value:g}" if type(value) is float else value)
+        own = f", storybook {PAIRS_STORYBOOK[name]:g}" if PAIRS_STORYBOOK[name] != value else ""
+        assert told.endswith(f"default: {said}{own}")
 
 
 def test_the_storybooks_scale_and_thresholds_are_its_own(painter, triples, here, tmp_path_factory):

@@ -29,7 +29,7 @@ import torch
 from measure_pairs import Share, share_of, table
 from torch import nn
 
-from ip2p.config import PAIRS
+from ip2p.config import PAIRS_STORYBOOK
 from ip2p.editor import Editor
 from ip2p.files import make_folder, write_text
 from ip2p.models.save import save_editor
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--model", default="storybook", help="the painter, and what the start is cut from")
     parser.add_argument("--edits", type=int, default=1000, help="in words, for all three sets")
     parser.add_argument("--candidates", type=int, default=8, help="pairs drawn of each")
-    parser.add_argument("--pair-steps", type=int, default=PAIRS["steps"])
+    parser.add_argument("--pair-steps", type=int, default=PAIRS_STORYBOOK["steps"])
     for name in ("image", "caption", "directional"):
         parser.add_argument(f"--{name}", type=float, help="least similarity; default: the storybook's")
     parser.add_argument("--pairs", type=Path, help="candidates that are there: ip2p synth pairs --keep all")

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ip2p.clip import Clip
-from ip2p.config import PAIRS, PAIRS_AS_PAPER
+from ip2p.config import PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthPairsConfig
 from ip2p.files import append_row, content_key, make_folder, replacing, write_text
 from ip2p.images import save_image, to_pil
 from ip2p.maker import PAINTER_FILES, STORYBOOK_SCALE
@@ -218,11 +218,11 @@ def replay(
 class Way:
     """How candidates are drawn."""
 
-    steps: int = PAIRS["steps"]
-    sampler: str = PAIRS["sampler"]
-    spacing: str = PAIRS["spacing"]
-    attention: str = PAIRS["attention"]
-    per_source: int = PAIRS["p_per_source"]
+    steps: int = PAIRS_STORYBOOK["steps"]
+    sampler: str = PAIRS_STORYBOOK["sampler"]
+    spacing: str = PAIRS_STORYBOOK["spacing"]
+    attention: str = PAIRS_STORYBOOK["attention"]
+    per_source: int = PAIRS_STORYBOOK["p_per_source"]
     p: tuple[float, float] = P
     scale: tuple[float, float] = STORYBOOK_SCALE
     early_at: float = 0.5
@@ -595,11 +595,11 @@ WAYS: tuple[dict[str, Any], ...] = (
 def _plan(args: argparse.Namespace, way: Way) -> rounds.Rounds:
     """The default rounds, with no more candidates than are drawn."""
     return rounds.Rounds(
-        most=min(PAIRS["most"], args.candidates),
-        enough=PAIRS["enough"],
-        size=PAIRS["round_size"],
-        worth=PAIRS["worth"],
-        risk=PAIRS["risk"],
+        most=min(PAIRS_STORYBOOK["most"], args.candidates),
+        enough=PAIRS_STORYBOOK["enough"],
+        size=PAIRS_STORYBOOK["round_size"],
+        worth=PAIRS_STORYBOOK["worth"],
+        risk=PAIRS_STORYBOOK["risk"],
         shared=way.per_source,
     )
 
@@ -644,7 +644,10 @@ def paper(args: argparse.Namespace) -> None:
     least = _thresholds(args)
     results: dict[str, list[tuple[rounds.Prompt[Row], list[Row]]]] = {}
     rejections: dict[str, Early | None] = {}
-    for name, how, number in (("default", PAIRS, args.count), ("--as-paper", PAIRS_AS_PAPER, args.prompts)):
+    for name, how, number in (
+        ("default", PAIRS_STORYBOOK, args.count),
+        ("--as-paper", PAIRS_AS_PAPER, args.prompts),
+    ):
         way = Way(
             steps=how["steps"],
             sampler=how["sampler"],
@@ -843,7 +846,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             verb.add_argument("--candidates", type=int, default=candidates, help="of each edit")
         if name == "paper":
             verb.add_argument("--prompts", type=int, default=8, help="edits that are drawn as the paper's")
-            verb.add_argument("--early-margin", type=float, default=0.05)
+            verb.add_argument("--early-margin", type=float, default=SynthPairsConfig.early_margin)
         if name == "ways":
             verb.add_argument("--only", nargs="+", help='those that say so: "steps 10", attention …')
         for similarity in ("image", "caption", "directional"):

@@ -672,7 +672,7 @@ class SynthInstructConfig:
         """Raise InputError for settings that cannot be used, alone or together."""
         example = "ip2p synth instruct captions.txt -o triples.parquet"
         check_named(self, ("captions", "the captions are"), ("out", "-o is"), example=example)
-        for flag, value, least, example in (
+        for flag, value, least, usual in (
             ("--edits", self.edits, 1, 2),
             ("--retries", self.retries, 0, 3),
             ("--min-words", self.min_words, 0, 2),
@@ -749,6 +749,8 @@ PAIRS: dict[str, Any] = {
     **{"steps": 20, "sampler": "euler_ancestral", "spacing": "linspace", "attention": "self"},
     **{"early_at": 0.0, "tiny_vae": None},
 }
+# What is drawn on storybook pages, by its small model, comes out in fewer steps, and is hopeless sooner.
+PAIRS_STORYBOOK: dict[str, Any] = PAIRS | {"steps": 10, "worth": 0.3, "early_at": 0.5}
 PAIRS_AS_PAPER: dict[str, Any] = PAIRS | {
     **{"most": 100, "enough": 0, "round_size": 100, "risk": 0.0, "p_per_source": 1},
     **{"steps": 100, "sampler": "euler_ancestral", "spacing": "linspace", "attention": "self"},
@@ -773,12 +775,12 @@ class SynthPairsConfig:
     most: Int = None  # candidates of a triple; default: 32
     enough: Int = None  # a triple is done after so many that pass, 0: draw all candidates; default: 4
     round_size: Int = None  # candidates of a triple between two looks at what passed; default: 8
-    worth: Float = None  # the share of passes below which a triple may be given up; default: 0.1
+    worth: Float = None  # share of passes below which a triple may be given up; default: 0.1, storybook 0.3
     risk: Float = None  # of giving up one that is worth it, 0: none is given up; default: 0.05
-    early_at: Float = None  # refuse at this share of the steps what looks far off, 0: never; default: 0
-    early_margin: float = 0.05  # how far below a threshold a similarity lies that is refused early
+    early_at: Float = None  # share of the steps at which what is far off goes; default: 0, storybook 0.5
+    early_margin: float = 0.2  # how far below a threshold a similarity lies that is refused early
     p_per_source: Int = None  # candidates with one source picture, each with its own p; default: 1
-    steps: Int = None  # sampling steps; default: 20
+    steps: Int = None  # sampling steps; default: 20, storybook 10
     sampler: SomeSampler = None  # euler_ancestral, euler or dpmpp_2m; default: euler_ancestral
     spacing: SomeSpacing = None  # of the noise levels, linspace or karras; default: linspace
     tiny_vae: Model = None  # a tiny autoencoder for the pictures that are judged; default: none
@@ -827,7 +829,7 @@ class SynthPairsConfig:
         check_float("--worth", how["worth"], 1e-4, 0.999, "--worth 0.1")
         check_float("--risk", how["risk"], 0, 0.999, "--risk 0.05")
         check_float("--early-at", how["early_at"], 0, 1, "--early-at 0.5")
-        check_float("--early-margin", self.early_margin, 0, 2, "--early-margin 0.05")
+        check_float("--early-margin", self.early_margin, 0, 2, "--early-margin 0.2")
         check_int("--steps", how["steps"], 1, MAX_STEPS, "--steps 20")
         check_interval("--p", self.p, 1, "--p 0.1 0.9")
         if self.scale is not None:
@@ -837,9 +839,14 @@ class SynthPairsConfig:
         check_size(self.size)
         check_workers(self)
 
-    def how(self) -> dict[str, Any]:
-        """Each of the ways to save work as it is to be, the names being those of `PAIRS`."""
-        usual = PAIRS_AS_PAPER if self.as_paper else PAIRS
+    def how(self, *, storybook: bool = False) -> dict[str, Any]:
+        """Each of the ways to save work as it is to be, the names being those of `PAIRS`.
+
+        storybook: whether the model that draws is the storybook's.
+        """
+        usual = PAIRS_AS_PAPER if self.as_paper else PAIRS_STORYBOOK if storybook else PAIRS
+        if self.keep == "all":
+            usual = usual | {"early_at": 0.0}  # all that is begun is drawn
         return {
             name: value if getattr(self, name) is None else getattr(self, name)
             for name, value in usual.items()

@@ -265,8 +265,9 @@ def pairs(config: SynthPairsConfig) -> None:
     painter = find_model(config.model, revision=config.revision)
     clip, clip_name = _clip_of(config.clip, config.model, config.revision)
     thresholds = _thresholds(config, PRESETS[preset_for({clip_name})])
-    scale = config.scale or (STORYBOOK_SCALE if _model_name(painter, config.model) == STORYBOOK else SCALE)
-    how = config.how()
+    storybook = _model_name(painter, config.model) == STORYBOOK
+    scale = config.scale or (STORYBOOK_SCALE if storybook else SCALE)
+    how = config.how(storybook=storybook)
     named = ("model", "revision", "weights", "vae", "keep", "p", "size", "license", "dtype")
     settings: dict[str, Any] = {
         "content of the triples": _hash([asdict(triple) for triple in triples]),
@@ -278,10 +279,13 @@ def pairs(config: SynthPairsConfig) -> None:
         "content of --model": content_key(painter, *PAINTER_FILES),
         "content of --clip": content_key(clip()),
     }
+    stage = partial(
+        PairStage, config, how=how, clip=clip, clip_name=clip_name, thresholds=thresholds, scale=scale
+    )
     size = 1 if config.as_paper else TRIPLES_A_PART
     make_folder(config.out)
     told = jobs.run(
-        partial(PairStage, config, clip=clip, clip_name=clip_name, thresholds=thresholds, scale=scale),
+        stage,
         [triples[start : start + size] for start in range(0, len(triples), size)],
         config.out,
         settings=settings,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,9 @@ class PairStage:
         clip_name: str,
         thresholds: Thresholds,
         scale: tuple[float, float] = SCALE,
+        how: Mapping[str, Any] | None = None,
     ) -> None:
-        how = config.how()
+        how = config.how() if how is None else how
         self.thresholds, self.scale, self.p = thresholds, scale, config.p
         self.early_thresholds = lowered(thresholds, config.early_margin)
         self.per_source: int = how["p_per_source"]
