@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from ip2p import cli
-from ip2p.config import PAIRS, PAIRS_AS_PAPER
+from ip2p.config import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK
 from ip2p.synth.filter import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -125,13 +125,14 @@ def test_every_flag_that_the_guide_names_is_one(here):
 
 def test_the_guide_tells_the_defaults_that_there_are():
     [table] = re.findall(r"\n\| flag \| default (.*?)\n\n", guide(), re.S)
-    rows = re.findall(r"^\| (`--[^|]*) \| ([^|]*) \| ([^|]*) \|", table, re.M)
+    rows = re.findall(r"^\| (`--[^|]*) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|", table, re.M)
     told = {}
-    for flags, default, paper in rows:
+    for flags, *columns in rows:
         names = [flag.strip("` -").replace("-", "_") for flag in flags.split(", ")]
-        for name, usual, its in zip(names, default.split(", "), paper.split(", "), strict=True):
-            told[name] = (usual, its)
-    wanted = {name: (str(value), str(PAIRS_AS_PAPER[name])) for name, value in PAIRS.items()}
+        values = zip(*(column.split(", ") for column in columns), strict=True)
+        told |= dict(zip(names, values, strict=True))
+    each = (PAIRS, PAIRS_STORYBOOK, PAIRS_AS_PAPER)
+    wanted = {name: tuple(str(usual[name]) for usual in each) for name in PAIRS}
     del wanted["attention"]  # it has a table of its own
     assert told == wanted
     for name, least in PRESETS.items():
