@@ -47,6 +47,7 @@ CSS = """
 #templates { gap: .35rem; flex-wrap: wrap; }
 #templates button { min-width: 0; flex: 0 0 auto; font-weight: 400; border-radius: 1rem; }
 #run_row { gap: .5rem; }
+#examples, #examples .grid-wrap { height: auto !important; }
 #cells .grid-wrap { height: auto !important; max-height: none !important; }
 #strip .grid-container, #examples .grid-container { grid-auto-rows: min-content; }
 #facts { overflow-wrap: anywhere; color: var(--body-text-color-subdued); font-size: .85rem; }
@@ -57,7 +58,7 @@ CSS = """
   #candidates, #candidates .grid-wrap { height: auto !important; }
   #candidates .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
   #strip .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
-  #examples, #examples .grid-wrap, #strip, #strip .grid-wrap { height: auto !important; }
+  #strip, #strip .grid-wrap { height: auto !important; }
   #run_row button { white-space: nowrap; padding-inline: .5rem; }
   #again { flex: 2 1 auto; }
 }
