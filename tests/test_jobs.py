@@ -505,11 +505,11 @@ def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_told(go, ray
 
 
 def test_workers_are_as_many_as_fit(ray, go):
-    fitting = partial(jobs._fitting, parts=100)
+    fitting = partial(jobs.fitting, parts=100)
     assert fitting({"CPU": 8.0}, Cluster(cpus=2)) == (4, {"num_cpus": 2, "num_gpus": 0.0})
     assert fitting({"CPU": 32.0, "GPU": 3.0}, Cluster()) == (3, {"num_cpus": 1, "num_gpus": 1.0})
     assert fitting({"CPU": 32.0, "GPU": 1.0}, Cluster(gpus=0.25)) == (4, {"num_cpus": 1, "num_gpus": 0.25})
-    assert jobs._fitting({"CPU": 8.0}, Cluster(), 3)[0] == 3
+    assert jobs.fitting({"CPU": 8.0}, Cluster(), 3)[0] == 3
     with pytest.raises(ResourceError, match=r"4 workers of 1 CPU each do not fit .* 3 CPU; 3 would"):
         go(cluster=Cluster(workers=4))
     with pytest.raises(ResourceError, match="1 workers of 1 CPU, 1 GPU each do not fit"):

@@ -681,7 +681,7 @@ class SynthInstructConfig:
             ("--batch", self.batch, 1, 32),
             ("--together", self.together, 1, 8),
         ):
-            check_int(flag, value, least, 1_000_000, f"{flag} {example}")
+            check_int(flag, value, least, 1_000_000, f"{flag} {usual}")
         check_some(self, sample=1000, shots=8)
         check_int("--seed", self.seed, 0, MAX_SEED, "--seed 7")
         check_float("--temperature", self.temperature, 0, 2, "--temperature 0.7")

@@ -544,8 +544,8 @@ def _on_ray(
     threads: int | None,
 ) -> Work:
     """A pool of actors, each with one part at a time: a kill costs no more than one part a worker."""
-    with _ray_of(cluster) as ray:
-        count, resources = _fitting(ray.cluster_resources(), cluster, len(todo))
+    with ray_of(cluster) as ray:
+        count, resources = fitting(ray.cluster_resources(), cluster, len(todo))
         # An actor whose machine or process is lost begins anew elsewhere, and its part with it.
         actor = ray.remote(_Worker).options(max_restarts=-1, max_task_retries=RETRIES, **resources)
         pool = [actor.remote(stage, threads, os.getcwd()) for _ in range(count)]
@@ -586,7 +586,7 @@ def _on_ray(
 
 
 @contextlib.contextmanager
-def _ray_of(cluster: Cluster) -> Iterator[Any]:
+def ray_of(cluster: Cluster) -> Iterator[Any]:
     """Ray, connected; what was started here is stopped at the end."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -637,7 +637,7 @@ def _address(cluster: Cluster) -> str | None:
     return None
 
 
-def _fitting(there: Mapping[str, float], cluster: Cluster, parts: int) -> tuple[int, dict[str, float]]:
+def fitting(there: Mapping[str, float], cluster: Cluster, parts: int) -> tuple[int, dict[str, float]]:
     """How many workers, and what each asks of Ray. ResourceError when not one, or not all wanted, fit."""
     gpus = cluster.gpus if cluster.gpus is not None else float(there.get("GPU", 0) >= 1)
     needs = {"CPU": cluster.cpus, "GPU": gpus}

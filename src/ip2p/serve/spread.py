@@ -25,7 +25,7 @@ from PIL import Image
 
 from ip2p.config import ServeConfig
 from ip2p.errors import InputError, Ip2pError, ModelError, ResourceError
-from ip2p.jobs import Cluster, _fitting, _ray_of
+from ip2p.jobs import Cluster, fitting, ray_of
 from ip2p.serve.joined import Stopped
 from ip2p.serve.service import FieldError, Job, Request, Result, Service, _small
 
@@ -222,7 +222,7 @@ def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Itera
         cpus=config.replica_cpus,
         gpus=config.replica_gpus,
     )
-    with _ray_of(cluster) as ray:
+    with ray_of(cluster) as ray:
         try:
             from ray import serve
         except ImportError:
@@ -233,7 +233,7 @@ def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Itera
         if cluster.workers is None:
             cluster = dataclasses.replace(cluster, workers=max(1, int(there.get("GPU", 0))))
         assert cluster.workers is not None
-        count, resources = _fitting(there, cluster, cluster.workers)
+        count, resources = fitting(there, cluster, cluster.workers)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # The same at the next start: what one that was killed left on the cluster is replaced.
         name = f"ip2p-{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())}-{config.port}"
