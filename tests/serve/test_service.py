@@ -389,6 +389,28 @@ def test_one_client_cannot_take_all_the_room(serve, editor):
     service.check_room("a")
 
 
+def test_a_place_is_kept_while_a_request_is_read(serve, editor):
+    editor.bundle.unet.seconds = 0.1
+    service = serve(join=1, limits=Limits(queue=1, per_client=10))
+    running = service.submit(request(steps=100), client="a")
+    until(lambda: running.state == "running")
+    with service.room("b") as place:
+        for late in (lambda: service.submit(request(), client="c"), lambda: service.check_room("b")):
+            with pytest.raises(Full, match="1 requests wait"):
+                late()
+        with pytest.raises(Full, match="1 requests wait"), service.room("c"):
+            raise AssertionError("there was no room")
+        waiting = service.submit(request(), client="b", place=place)
+    assert waiting.state == "waiting"
+    service.cancel(waiting.id)
+    with pytest.raises(KeyError), service.room("c"):
+        raise KeyError("the body cannot be read")
+    service.check_room("c")
+    limited = serve(join=1, limits=Limits(queue=64, per_client=1))
+    with limited.room("a"), pytest.raises(Full, match="1 of your requests"):
+        limited.check_room("a")
+
+
 def test_the_pictures_that_wait_are_bounded(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve(join=1, limits=Limits(waiting_pixels=2 * 64 * 64))
@@ -714,7 +736,8 @@ def test_many_real_edits_leave_nothing_behind(serve):
     before = some(20)
     after = some(60)
     assert after[0] - before[0] < 500
-    assert after[1:] == before[1:]
+    # Fewer, where something of an earlier test went meanwhile.
+    assert after[1] <= before[1] and after[2] <= before[2]
 
 
 def test_closing_ends_every_thread(editor):

@@ -91,28 +91,28 @@ def router(desk: Desk) -> APIRouter:
 
     async def take(request: Request) -> tuple[EditBody, Job]:
         client = client_of(request)
-        service.check_room(client)  # before anything is read: a refusal costs nothing
-        body = await read_body(request, EditBody, desk)
-        edit = services.Request(
-            image=await open_picture(desk, body.image, "image"),
-            instruction=body.instruction,
-            seeds=body.seeds(service.limits.count),
-            steps=body.steps,
-            sampler=body.sampler,
-            spacing=body.spacing,
-            text_cfg=body.text_cfg,
-            image_cfg=body.image_cfg,
-            negative=body.negative,
-            size=size_of(body.size),
-            mask=None if body.mask is None else await open_mask(desk, body.mask, "mask", edit="white"),
-            auto_mask=body.auto_mask,
-            mask_padding=body.mask_padding,
-            feather=body.feather,
-            fit=body.fit,
-            model=body.model,
-            previews=body.previews if body.stream else 0,
-        )
-        job = await desk.by_hand(service.submit, edit, client=client)
+        with service.room(client) as place:  # before anything is read: a refusal costs nothing
+            body = await read_body(request, EditBody, desk)
+            edit = services.Request(
+                image=await open_picture(desk, body.image, "image"),
+                instruction=body.instruction,
+                seeds=body.seeds(service.limits.count),
+                steps=body.steps,
+                sampler=body.sampler,
+                spacing=body.spacing,
+                text_cfg=body.text_cfg,
+                image_cfg=body.image_cfg,
+                negative=body.negative,
+                size=size_of(body.size),
+                mask=None if body.mask is None else await open_mask(desk, body.mask, "mask", edit="white"),
+                auto_mask=body.auto_mask,
+                mask_padding=body.mask_padding,
+                feather=body.feather,
+                fit=body.fit,
+                model=body.model,
+                previews=body.previews if body.stream else 0,
+            )
+            job = await desk.by_hand(service.submit, edit, client=client, place=place)
         formats[job] = body.format, body.quality
         return body, job
 

@@ -77,10 +77,10 @@ def router(desk: Desk) -> APIRouter:
     )
     async def edits(request: Request) -> Response:
         client = client_of(request)
-        service.check_room(client)
-        body = await read_body(request, ImagesEdit, desk)
-        edit = await _edit_of(desk, body)
-        job = await desk.by_hand(service.submit, edit, client=client)
+        with service.room(client) as place:
+            body = await read_body(request, ImagesEdit, desk)
+            edit = await _edit_of(desk, body)
+            job = await desk.by_hand(service.submit, edit, client=client, place=place)
         if body.stream:
             return event_stream(desk, job, _events(desk, job, body))
         await finished(desk, request, job)

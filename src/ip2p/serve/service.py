@@ -347,6 +347,13 @@ class _Model:
         self.loading = threading.Lock()
 
 
+@dataclass(frozen=True)
+class Place:
+    """A place in the queue that is kept for a request of a client."""
+
+    client: str
+
+
 class Service:
     """Takes requests, runs them, and keeps what came out for a while.
 
@@ -393,6 +400,7 @@ class Service:
         self._ended: deque[tuple[Job, int]] = deque()  # oldest first, with the bytes of their pictures
         self._ended_bytes = 0
         self._of_client: Counter[str] = Counter()
+        self._places: list[Place] = []  # kept for requests that are being read
         self._free = self.join
         self._draining = self._closed = False
         self._outcomes: Counter[str] = Counter()
@@ -418,15 +426,18 @@ class Service:
 
     # --- for those who ask -----------------------------------------------------------------------
 
-    def submit(self, request: Request, *, client: str) -> Job:
-        """Put a request into the queue. `client`: whose it is, for fairness.
+    def submit(self, request: Request, *, client: str, place: Place | None = None) -> Job:
+        """Put a request into the queue. `client`: whose it is, for fairness; `place`: what `room` kept.
 
         Raises FieldError for what cannot be done, Full and Draining where there is no room.
         """
-        self.check_room(client)
+        if place is None:
+            self.check_room(client)
         request = self.checked(request)
         job = Job(self, request, client, request.model or self.models[0])
         with self._changed:
+            if place is not None:
+                self._give_up(place)
             self.check_room(client)
             self._check_pixels(request)
             self._jobs[job.id] = job
@@ -436,14 +447,31 @@ class Service:
             self._changed.notify()
         return job
 
+    @contextlib.contextmanager
+    def room(self, client: str) -> Iterator[Place]:
+        """Keep a place in the queue while a request is read, so that none is refused after that work.
+
+        Raises Full or Draining at once where there is none.
+        """
+        with self._changed:
+            self.check_room(client)
+            place = Place(client)
+            self._places.append(place)
+        try:
+            yield place
+        finally:
+            with self._changed:
+                self._give_up(place)
+
     def check_room(self, client: str) -> None:
         """Raise Full or Draining if a request of this client would not be taken now."""
         with self._changed:
             if self._draining:
                 self._rejected["draining"] += 1
                 raise Draining("The server is shutting down and takes no more requests. Ask again soon.")
-            limits, waiting = self.limits, self._count_waiting()
-            if self._of_client[client] >= limits.per_client:
+            limits, waiting = self.limits, self._count_waiting() + len(self._places)
+            own = sum(place.client == client for place in self._places)
+            if self._of_client.get(client, 0) + own >= limits.per_client:
                 self._refuse(
                     "client", f"{limits.per_client} of your requests wait or run, which is the limit."
                 )
@@ -570,6 +598,10 @@ class Service:
         if waiting and waiting + own > self.limits.waiting_pixels:
             millions = self.limits.waiting_pixels / 1e6
             self._refuse("queue", f"Pictures of {millions:g} megapixels wait already, which is the limit.")
+
+    def _give_up(self, place: Place) -> None:
+        # By identity: two places of a client are alike.
+        self._places = [each for each in self._places if each is not place]
 
     def _leave_queue(self, job: Job) -> None:
         jobs = self._waiting[job.client]
