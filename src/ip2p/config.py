@@ -750,7 +750,7 @@ PAIRS: dict[str, Any] = {
     **{"early_at": 0.0, "tiny_vae": None},
 }
 # What is drawn on storybook pages, by its small model, comes out in fewer steps, and is hopeless sooner.
-PAIRS_STORYBOOK: dict[str, Any] = PAIRS | {"steps": 10, "worth": 0.3, "early_at": 0.5}
+PAIRS_STORYBOOK: dict[str, Any] = PAIRS | {"steps": 10, "worth": 0.32, "early_at": 0.5}
 PAIRS_AS_PAPER: dict[str, Any] = PAIRS | {
     **{"most": 100, "enough": 0, "round_size": 100, "risk": 0.0, "p_per_source": 1},
     **{"steps": 100, "sampler": "euler_ancestral", "spacing": "linspace", "attention": "self"},
@@ -775,7 +775,7 @@ class SynthPairsConfig:
     most: Int = None  # candidates of a triple; default: 32
     enough: Int = None  # a triple is done after so many that pass, 0: draw all candidates; default: 4
     round_size: Int = None  # candidates of a triple between two looks at what passed; default: 8
-    worth: Float = None  # share of passes below which a triple may be given up; default: 0.1, storybook 0.3
+    worth: Float = None  # share of passes below which a triple is given up; default: 0.1, storybook 0.32
     risk: Float = None  # of giving up one that is worth it, 0: none is given up; default: 0.05
     early_at: Float = None  # share of the steps at which what is far off goes; default: 0, storybook 0.5
     early_margin: float = 0.2  # how far below a threshold a similarity lies that is refused early
