@@ -269,7 +269,9 @@ def test_a_full_server_says_when_to_come_again(png, limits, status, kind):
         assert error["type"] == kind and str(*limits.values()) in error["message"]
 
 
-def test_the_numbers_are_prometheus_text(http):
+def test_the_numbers_are_prometheus_text(http, png):
+    made = http.post("/v1/edits", files={"image": png}, data={"instruction": "x", "steps": "1"})
+    assert made.status_code == 200
     answer = http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = [line for line in answer.text.splitlines() if not line.startswith("#")]

@@ -389,7 +389,7 @@ def test_one_client_cannot_take_all_the_room(serve, editor):
     service.check_room("a")
 
 
-def test_a_place_is_kept_while_a_request_is_read(serve, editor):
+def test_a_place_is_kept_while_a_picture_is_decoded(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve(join=1, limits=Limits(queue=1, per_client=10))
     running = service.submit(request(steps=100), client="a")

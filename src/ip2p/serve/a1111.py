@@ -101,8 +101,9 @@ def router(desk: Desk) -> APIRouter:
     @routes.post("/img2img", openapi_extra=request_body(Img2Img, forms=False), summary="Edit a picture")
     async def img2img(request: Request) -> JSONResponse:
         client = client_of(request)
+        service.check_room(client)  # before anything is read: a refusal costs nothing
+        body = await read_body(request, Img2Img, desk)
         with service.room(client) as place:
-            body = await read_body(request, Img2Img, desk)
             override = body.override_settings or {}
             name = override.get("sd_model_checkpoint")
             model = model_of(client) if name is None else known_model(str(name), "sd_model_checkpoint")

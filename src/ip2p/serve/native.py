@@ -91,8 +91,9 @@ def router(desk: Desk) -> APIRouter:
 
     async def take(request: Request) -> tuple[EditBody, Job]:
         client = client_of(request)
-        with service.room(client) as place:  # before anything is read: a refusal costs nothing
-            body = await read_body(request, EditBody, desk)
+        service.check_room(client)  # before anything is read: a refusal costs nothing
+        body = await read_body(request, EditBody, desk)
+        with service.room(client) as place:
             edit = services.Request(
                 image=await open_picture(desk, body.image, "image"),
                 instruction=body.instruction,

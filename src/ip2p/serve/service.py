@@ -449,9 +449,10 @@ class Service:
 
     @contextlib.contextmanager
     def room(self, client: str) -> Iterator[Place]:
-        """Keep a place in the queue while a request is read, so that none is refused after that work.
+        """Keep a place in the queue while a picture is decoded, so that none is refused after that work.
 
-        Raises Full or Draining at once where there is none.
+        Not while a body is on its way: who sends slowly would keep others out. Raises Full or Draining at
+        once where there is none.
         """
         with self._changed:
             self.check_room(client)
