@@ -22,6 +22,7 @@ from ip2p.serve.native import request_body, seeds_of
 from ip2p.serve.service import FieldError, Job
 from ip2p.serve.wire import (
     Desk,
+    arrived,
     base64_of,
     client_of,
     finished,
@@ -102,8 +103,9 @@ def router(desk: Desk) -> APIRouter:
     async def img2img(request: Request) -> JSONResponse:
         client = client_of(request)
         service.check_room(client)  # before anything is read: a refusal costs nothing
-        body = await read_body(request, Img2Img, desk)
+        await arrived(request, desk)
         with service.room(client) as place:
+            body = await read_body(request, Img2Img, desk)
             override = body.override_settings or {}
             name = override.get("sd_model_checkpoint")
             model = model_of(client) if name is None else known_model(str(name), "sd_model_checkpoint")

@@ -19,6 +19,7 @@ from ip2p.serve.wire import (
     QUALITY,
     Desk,
     Format,
+    arrived,
     base64_of,
     check_done,
     client_of,
@@ -92,8 +93,9 @@ def router(desk: Desk) -> APIRouter:
     async def take(request: Request) -> tuple[EditBody, Job]:
         client = client_of(request)
         service.check_room(client)  # before anything is read: a refusal costs nothing
-        body = await read_body(request, EditBody, desk)
+        await arrived(request, desk)
         with service.room(client) as place:
+            body = await read_body(request, EditBody, desk)
             edit = services.Request(
                 image=await open_picture(desk, body.image, "image"),
                 instruction=body.instruction,

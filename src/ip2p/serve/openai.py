@@ -19,6 +19,7 @@ from ip2p.serve.wire import (
     QUALITY,
     Desk,
     Format,
+    arrived,
     base64_of,
     client_of,
     event_stream,
@@ -78,8 +79,9 @@ def router(desk: Desk) -> APIRouter:
     async def edits(request: Request) -> Response:
         client = client_of(request)
         service.check_room(client)  # before anything is read: a refusal costs nothing
-        body = await read_body(request, ImagesEdit, desk)
+        await arrived(request, desk)
         with service.room(client) as place:
+            body = await read_body(request, ImagesEdit, desk)
             edit = await _edit_of(desk, body)
             job = await desk.by_hand(service.submit, edit, client=client, place=place)
         if body.stream:

@@ -55,33 +55,51 @@ class Desk:
 # --- bodies --------------------------------------------------------------------------------------
 
 
-async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
-    """The body of a request, a form or JSON, as `kind`; what is a file in a form comes as its bytes.
+async def arrived(request: Request, desk: Desk) -> None:
+    """Return when the body of a request is here, as bytes or as the parts of a form; nothing is decoded yet.
 
-    Of a field that came several times, as `image` or as `image[]`, there is a list if `kind` has one.
-    Raises FieldError for a field that cannot be read, and Refusal for another type of body.
+    Raises FieldError for a form that cannot be read, and Refusal for another type of body.
     """
-    content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content == "multipart/form-data" or content == "application/x-www-form-urlencoded":
+    content = _content(request)
+    if _is_form(request):
         try:
-            form = await request.form(
+            await request.form(
                 max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=desk.config.max_mb * 1_000_000
             )
-            values = await _form_values(form, kind)
         except HTTPException as error:
             raise FieldError(f"body cannot be read: {error.detail}", field="body") from None
     elif content in ("application/json", ""):
-        data = await request.body()
-        try:
-            values = await desk.by_hand(json.loads, data)
-        except (ValueError, RecursionError) as error:
-            raise FieldError(f"body is not JSON: {error}", field="body") from None
+        await request.body()
     else:
         raise Refusal(
             f"Content-Type is {content[:80]!r}; send multipart/form-data or application/json.",
             status=415,
             field="Content-Type",
         )
+
+
+def _content(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _is_form(request: Request) -> bool:
+    return _content(request) in ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
+    """The body of a request, a form or JSON, as `kind`; what is a file in a form comes as its bytes.
+
+    Of a field that came several times, as `image` or as `image[]`, there is a list if `kind` has one.
+    Raises FieldError for a field that cannot be read, and Refusal for another type of body.
+    """
+    await arrived(request, desk)
+    if _is_form(request):
+        values = await _form_values(await request.form(), kind)
+    else:
+        try:
+            values = await desk.by_hand(json.loads, await request.body())
+        except (ValueError, RecursionError) as error:
+            raise FieldError(f"body is not JSON: {error}", field="body") from None
     if not isinstance(values, dict):
         raise FieldError(
             'body is no object. Send JSON such as {"instruction": "make it snow"}.', field="body"
