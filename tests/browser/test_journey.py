@@ -180,6 +180,37 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     expect(page.get_by_label("Seed", exact=True)).to_have_value("13")
 
 
+def test_a_pasted_picture_a_template_and_a_surprise(page: Page, server: Server):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.address)
+    page.evaluate(
+        """async () => {
+            const canvas = document.createElement("canvas");
+            canvas.width = 48; canvas.height = 32;
+            const blob = await new Promise((done) => canvas.toBlob(done));
+            await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
+        }"""
+    )
+    page.locator("#picture button[aria-label*=lipboard], #picture button[title*=lipboard]").first.click()
+    said(page, "Say what to change.")
+    quick(page)
+
+    # A template comes with its gap selected, so that one types over it.
+    page.locator("#templates button", has_text="turn the … into a …").click()
+    box = page.locator("#instruction textarea")
+    expect(box).to_have_value("turn the … into a …")
+    expect(box).to_be_focused()
+    page.keyboard.type("cat")
+    expect(box).to_have_value("turn the cat into a …")
+
+    # The surprise draws scales and seeds of its own, and edits.
+    box.fill("make it glow")
+    page.locator("#surprise").click()
+    said(page, "Done.")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("-1")
+    expect(page.locator("#facts")).to_contain_text("CFG scale")
+    expect(page.locator("#candidates button.thumbnail-item")).to_have_count(4)
+
+
 def test_a_mask_is_painted_or_found(page: Page, photo: Path):
     page.locator("#picture input[type=file]").set_input_files(photo)
     said(page, "Say what to change.")
