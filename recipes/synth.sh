@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's training data at the paper's scale, with real models: captions, edits in words, pairs, filter.
-# Then train on them: recipes/paper.sh OUTPUT/kept EDITOR
+# Then train on them: recipes/paper.sh OUTPUT/kept EDITOR; recipes/paper.sh OUTPUT does both.
 # Usage: [SERVER=http://…/v1 MODEL=NAME] [RAY=HEAD:6379] [COUNT=454445] [AS_PAPER=1] recipes/synth.sh OUTPUT
 # OUTPUT lies on a disk of the machine that runs this; the workers write nothing (docs/synth.md).
 # Killed or stopped, the same line goes on: each step with the parts that are missing.

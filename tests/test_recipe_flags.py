@@ -66,6 +66,8 @@ MAKE = ["synth pairs", "synth filter", "synth inspect"]
         ),
         ("storybook_build.sh", ["out"], {}, ["storybook build", "storybook score"]),
         ("storybook_gpu.sh", ["100", "out", "smoke", "2"], {}, ["storybook build"]),
+        ("paper.sh", ["out"], {"GPUS": "8"}, ["synth tune-lm", "synth instruct", *MAKE, "train"]),
+        ("paper.sh", ["out", "--steps", "5"], {}, ["synth tune-lm", "synth instruct", *MAKE, "train"]),
         ("paper.sh", ["pairs", "out"], {"GPUS": "8"}, ["train"]),
         ("paper.sh", ["pairs", "out"], {"MACHINES": "2", "RANK": "1", "HEAD": "a", "GPUS": "8"}, ["train"]),
         ("synth.sh", ["out"], {}, ["synth tune-lm", "synth instruct", *MAKE]),
@@ -76,6 +78,26 @@ MAKE = ["synth pairs", "synth filter", "synth inspect"]
 def test_every_command_of_a_recipe_is_taken(recipe, words, environment, verbs, here):
     calls = called(recipe, *words, log=here / "calls.jsonl", **environment)
     assert [parse(call) for call in calls] == verbs
+
+
+def test_the_whole_at_the_papers_scale_trains_on_what_it_made(here):
+    *made, train = called("paper.sh", "out", log=here / "calls.jsonl")
+    config = cli.parse("train", train[1:])
+    assert (config.data, str(config.output)) == ("out/kept", "out/editor")
+    [kept] = [call for call in made if call[:2] == ["synth", "filter"]]
+    assert cli.parse("synth filter", kept[2:]).out == Path(config.data)
+
+
+def test_several_machines_are_told_to_name_their_data(here):
+    done = subprocess.run(
+        ["bash", str(ROOT / "recipes" / "paper.sh"), "out"],
+        env={"PATH": "/usr/bin:/bin", "MACHINES": "2"},
+        cwd=here,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "recipes/paper.sh out/kept out/editor" in done.stderr
+    assert not list(here.iterdir())
 
 
 def test_a_recipe_with_a_flag_that_there_is_not_is_found(here):
