@@ -335,6 +335,18 @@ def test_other_settings_are_refused_by_name_unless_overwritten(go, tmp_path):
     assert own.read_text() == "mine"
 
 
+def test_what_a_killed_run_had_not_named_goes_when_a_job_begins_anew(go, tmp_path):
+    go()
+    folder, own = tmp_path / "job", ("data/other.parquet", "data/train-00000-of-00002.parquet")
+    for name in own:
+        (folder / name).write_bytes(b"mine")
+    # Renamed, and killed before its line.
+    (folder / "data" / "train-00009.parquet").write_bytes((folder / "data/train-00000.parquet").read_bytes())
+    go(parts=PARTS[:1], overwrite=True)
+    there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
+    assert there == sorted([*own, "data/train-00000.parquet", "rejected/rejected-00000.parquet"])
+
+
 def test_a_folder_of_something_else_is_refused(go, tmp_path):
     folder = tmp_path / "job"
     folder.mkdir()
@@ -345,9 +357,11 @@ def test_a_folder_of_something_else_is_refused(go, tmp_path):
     assert not (folder / jobs.MANIFEST).exists()
     (folder / "photo.jpg").unlink()
     assert go().made == 3
-    (folder / jobs.MANIFEST).write_text('{"convert": {}}\n')
-    with pytest.raises(InputError, match="holds something else"):
-        go(overwrite=True)
+    for foreign in ('{"convert": {}}\n', '{"convert": {}}', "[1]"):
+        (folder / jobs.MANIFEST).write_text(foreign)
+        with pytest.raises(InputError, match="holds something else"):
+            go(overwrite=True)
+        assert (folder / jobs.MANIFEST).read_text() == foreign
     with pytest.raises(InputError, match=r"holds no manifest\.jsonl of a job"):
         jobs.committed(folder, "data/train")
 
@@ -399,17 +413,22 @@ class Unschedulable(RayError):
 @pytest.fixture
 def ray(monkeypatch):
     """A Ray whose tasks end in the order last begun, first done."""
-    told = SimpleNamespace(resources={"CPU": 3.0}, options=[], actors=0, most=0, lost=(), killed=0, shut=0)
-    told.refused, told.addresses = (), []
+    told = SimpleNamespace(nodes=machines({"CPU": 3.0}), options=[], actors=0, most=0, killed=0, shut=0)
+    told.lost, told.refused, told.addresses, told.room = (), (), [], 100
 
     class Actor:
         def __init__(self, worker):
             self.worker = worker
             told.actors += 1
             self.answer = SimpleNamespace(remote=self.begin)
+            self.begun = SimpleNamespace(remote=self.place)
 
         def begin(self, part):
-            return (lambda: self.worker.answer(part), part)
+            return (lambda: self.worker.answer(part), tuple(part))
+
+        def place(self):
+            told.room -= 1
+            return (self.worker.begun, ("begun", told.room))
 
     class Remote:
         def __init__(self, kind):
@@ -422,12 +441,16 @@ def ray(monkeypatch):
         def remote(self, *given):
             return Actor(self.kind(*given))
 
-    def wait(refs, num_returns):
+    def wait(refs, num_returns, timeout):
         told.most = max(told.most, len(refs))
-        return refs[-1:], refs[:-1]
+        begun = [ref for ref in refs if ref[1][0] == "begun" and ref[1][1] >= 0]
+        ready = (begun or [ref for ref in refs if ref[1][0] != "begun"])[-1:]
+        return ready, [ref for ref in refs if ref not in ready]
 
     def get(ref):
         if ref[1][0] in told.lost:
+            if isinstance(told.lost, list):  # so many times
+                told.lost.remove(ref[1][0])
             raise ActorDied("The actor died unexpectedly.\nMore.")
         if ref[1][0] in told.refused:
             raise Unschedulable("Worker startup failed.\nMore.")
@@ -457,10 +480,16 @@ def ray(monkeypatch):
         get=get,
         kill=count("killed"),
         shutdown=count("shut"),
-        cluster_resources=lambda: told.resources,
+        nodes=lambda: told.nodes,
     )
     monkeypatch.setitem(sys.modules, "ray", module)
     return told
+
+
+def machines(*resources):
+    """As Ray tells of them, with one that is gone."""
+    nodes = [{"Alive": True, "Resources": each} for each in resources]
+    return [*nodes, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
 
 
 def test_ray_makes_the_same_files_whatever_the_order(go, tmp_path, ray):
@@ -471,7 +500,7 @@ def test_ray_makes_the_same_files_whatever_the_order(go, tmp_path, ray):
     assert [line["part"] for line in lines(tmp_path / "job")[1:4]] != [0, 1, 2]
     assert told.counts == jobs.summary(tmp_path / "here").counts
     assert (ray.actors, ray.most, ray.killed, ray.shut) == (2, 2, 2, 1)
-    assert ray.options == [{"max_restarts": -1, "max_task_retries": 3, "num_cpus": 1, "num_gpus": 0.0}]
+    assert ray.options == [{"max_restarts": 0, "num_cpus": 1, "num_gpus": 0.0}]
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
@@ -506,14 +535,46 @@ def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_told(go, ray
 
 def test_workers_are_as_many_as_fit(ray, go):
     fitting = partial(jobs.fitting, parts=100)
-    assert fitting({"CPU": 8.0}, Cluster(cpus=2)) == (4, {"num_cpus": 2, "num_gpus": 0.0})
-    assert fitting({"CPU": 32.0, "GPU": 3.0}, Cluster()) == (3, {"num_cpus": 1, "num_gpus": 1.0})
-    assert fitting({"CPU": 32.0, "GPU": 1.0}, Cluster(gpus=0.25)) == (4, {"num_cpus": 1, "num_gpus": 0.25})
-    assert jobs.fitting({"CPU": 8.0}, Cluster(), 3)[0] == 3
+    cpus, gpus = machines({"CPU": 8.0}), machines({"CPU": 32.0, "GPU": 3.0})
+    assert fitting(cpus, Cluster(cpus=2)) == (4, {"num_cpus": 2, "num_gpus": 0.0})
+    assert fitting(gpus, Cluster()) == (3, {"num_cpus": 1, "num_gpus": 1.0})
+    assert fitting(gpus, Cluster(gpus=0.25)) == (12, {"num_cpus": 1, "num_gpus": 0.25})
+    assert jobs.fitting(cpus, Cluster(), 3)[0] == 3
+    # A worker is on one machine, and its part of a GPU on one GPU.
+    assert fitting(machines({"CPU": 6.0}, {"CPU": 6.0}), Cluster(cpus=4))[0] == 2
+    assert fitting(machines({"CPU": 8.0, "GPU": 2.0}), Cluster(gpus=0.4))[0] == 4
+    assert fitting(machines({"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 1.0}), Cluster(gpus=2))[0] == 1
+    assert fitting(machines({"CPU": 64.0}, {"CPU": 2.0, "GPU": 4.0}), Cluster())[0] == 2
     with pytest.raises(ResourceError, match=r"4 workers of 1 CPU each do not fit .* 3 CPU; 3 would"):
         go(cluster=Cluster(workers=4))
     with pytest.raises(ResourceError, match="1 workers of 1 CPU, 1 GPU each do not fit"):
         go(cluster=Cluster(gpus=1))
+
+
+def test_a_worker_without_room_keeps_no_part_waiting(go, ray, tmp_path):
+    ray.room = 1  # another program took the rest
+    go(cluster=Cluster())
+    assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
+    assert ray.actors == ray.killed == 3
+
+
+def test_machines_that_join_get_workers(go, ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "LOOK", -1)
+    ray.nodes = machines({"CPU": 1.0})
+
+    def join(part):
+        ray.nodes = machines({"CPU": 1.0}, {"CPU": 1.0})
+
+    go(partial(Squares, call=join), cluster=Cluster())
+    assert ray.actors == 2
+    assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
+
+
+def test_what_a_lost_worker_was_at_is_given_to_another(go, ray, tmp_path):
+    ray.lost = [3, 3, 0]
+    assert go(cluster=Cluster(workers=2)).made == 3
+    assert (ray.actors, ray.killed) == (5, 5)
+    assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
 
 
 def test_a_cluster_that_does_not_answer_and_a_missing_ray_are_told(ray, go, monkeypatch):

@@ -479,6 +479,11 @@ def test_the_one_file_is_written_whole_and_another_is_not_overwritten(captions, 
     for harm in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:50])):
         harm(Path("t.parquet"))
         assert ip2p(*words) == 0 and read_triples(Path("t.parquet")) == TRIPLES
+    # Cut by hand, on purpose.
+    write_triples(Path("t.parquet"), TRIPLES[:2])
+    assert ip2p(*words) == 2 and "t.parquet was changed after it was written" in capsys.readouterr().err
+    assert read_triples(Path("t.parquet")) == TRIPLES[:2]
+    assert ip2p(*words, "--overwrite") == 0 and read_triples(Path("t.parquet")) == TRIPLES
 
 
 class Server:
@@ -629,6 +634,29 @@ def test_any_data_set_is_given_scores(unmeasured, tiny_clip_dir, here, capsys):
     assert "of 3 pairs stay" in Path("alone.html").read_text()
 
 
+def test_a_filter_writes_beside_what_it_reads_and_says_when_nothing_stays(
+    painter, triples, unmeasured, tiny_clip_dir, here, capsys
+):
+    draw(triples, painter, "pairs", "--keep", "all")
+    before = {path: path.read_bytes() for path in Path("pairs").rglob("*") if path.is_file()}
+    for data, out in (("pairs", "pairs"), ("pairs", "./pairs/../pairs"), ("pairs/data", "pairs")):
+        for more in ((), ("--overwrite",)):
+            assert ip2p("synth", "filter", data, "-o", out, *more, *ANY) == 2
+            assert "are one in the other" in capsys.readouterr().err
+    assert ip2p("synth", "filter", "pairs", "-o", "pairs/kept", *ANY) == 2
+    assert {path: path.read_bytes() for path in Path("pairs").rglob("*") if path.is_file()} == before
+    # A folder of another command is not begun anew.
+    words = ("synth", "filter", unmeasured, "--clip", tiny_clip_dir)
+    assert ip2p(*words, "-o", "pairs", "--overwrite") == 2
+    assert "holds what another command wrote" in capsys.readouterr().err
+    assert ip2p(*words, "-o", "none", "--directional", "1") == 2
+    assert "no pair of" in capsys.readouterr().err
+    assert ip2p("synth", "inspect", "none", "-o", "none.html") == 0
+    assert "<b>0</b> of 4 pairs stay" in Path("none.html").read_text()
+    assert ip2p("synth", "inspect", "none", "-o", "two.html", "--count", "2") == 0
+    assert "<b>0</b> of 2 pairs stay" in Path("two.html").read_text()
+
+
 def test_without_a_clip_the_papers_is_named_with_how_to_fetch_it(unmeasured, here, capsys):
     assert ip2p("synth", "filter", unmeasured, "-o", "kept") == 3
     assert "openai/clip-vit-large-patch14" in capsys.readouterr().err
@@ -644,7 +672,7 @@ def test_thresholds_come_from_the_preset_and_each_can_be_given(painter, triples,
     ):
         out = Path(flags[1])
         code = ip2p("synth", "filter", "pairs", "-o", out, "--top", "0", "--near-bits", "-1", *flags)
-        assert code == 0
+        assert code == (0 if rows(out) else 2)
         passes = (
             least.passes if least else (lambda row: row["clip_sim_image"] >= 0.1 and row["clip_sim_dir"] >= 0)
         )

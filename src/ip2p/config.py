@@ -745,7 +745,7 @@ class SynthTuneConfig:
 
 # How `synth pairs` draws unless told otherwise, and as the paper and its code do. 0 or None turns a way off.
 PAIRS: dict[str, Any] = {
-    **{"most": 32, "enough": 4, "round_size": 8, "worth": 0.1, "risk": 0.05, "p_per_source": 1},
+    **{"most": 32, "enough": 4, "round_size": 8, "worth": 0.12, "risk": 0.05, "p_per_source": 1},
     **{"steps": 20, "sampler": "euler_ancestral", "spacing": "linspace", "attention": "self"},
     **{"early_at": 0.0, "tiny_vae": None},
 }
@@ -775,7 +775,7 @@ class SynthPairsConfig:
     most: Int = None  # candidates of a triple; default: 32
     enough: Int = None  # a triple is done after so many that pass, 0: draw all candidates; default: 4
     round_size: Int = None  # candidates of a triple between two looks at what passed; default: 8
-    worth: Float = None  # share of passes below which a triple is given up; default: 0.1, storybook 0.32
+    worth: Float = None  # share of passes below which a triple is given up; default: 0.12, storybook 0.32
     risk: Float = None  # of giving up one that is worth it, 0: none is given up; default: 0.05
     early_at: Float = None  # share of the steps at which what is far off goes; default: 0, storybook 0.5
     early_margin: float = 0.2  # how far below a threshold a similarity lies that is refused early

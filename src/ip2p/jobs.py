@@ -12,15 +12,17 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.jsonl"
 FORMAT = 1  # goes up when the lines change: older folders are then refused
 ROWS_A_GROUP = 100  # a row may hold two pictures, and a reader takes a group whole
+LOOK = 20  # seconds between two looks at what machines the cluster has
 RETRIES = 3  # of one part, after the worker at it was lost
 
 
@@ -129,6 +132,18 @@ def run(
                     advance(len(parts[part]))
         job.finish()
         return _summary(job.lines, len(todo))
+
+
+def check_folder(folder: Path, *, beside: Collection[str] = ("run.json",)) -> None:
+    """Raise InputError for a folder that holds something else than a job, as `run` does when it begins."""
+    if not folder.is_dir() or is_job(folder):
+        return
+    manifest = folder / MANIFEST
+    # A killed run may have left a piece of the first line, before any table.
+    begun = manifest.is_file() and b'{"job": '.startswith(manifest.read_bytes()[:8])
+    known = (*beside, MANIFEST) if begun else beside
+    if any(path.name not in known for path in folder.iterdir()):
+        raise InputError(f"{folder} holds something else; choose another folder.")
 
 
 def committed(folder: Path, table: str) -> list[Path]:
@@ -242,20 +257,16 @@ def _opened(
     beside: Collection[str],
     say: Callable[[str], None],
 ) -> Iterator[_Job]:
-    manifest = folder / MANIFEST
-    if not manifest.exists() and any(path.name not in beside for path in folder.iterdir()):
-        raise InputError(f"{folder} holds something else; choose another folder.")
-    with open(manifest, "a+b", buffering=0) as file:
+    check_folder(folder, beside=beside)
+    with open(folder / MANIFEST, "a+b", buffering=0) as file:
         hold(file, folder)
         file.seek(0)
         data = file.read() or b""
         # A line that was being written when the process was killed never counted.
         whole = data.rfind(b"\n") + 1
         rows = _rows(data[:whole])
-        if whole and not (rows and "job" in rows[0]):
-            raise InputError(f"{folder} holds something else; choose another folder.")
         if rows and (overwrite is True or (overwrite and rows[0]["job"] != head)):
-            _remove(folder, rows)
+            _remove(folder)
             rows, whole = [], 0
         file.truncate(whole)
         job = _Job(folder, file)
@@ -328,10 +339,12 @@ def _same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> No
             )
 
 
-def _remove(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    for row in rows:
-        for name in row.get("files", {}):
-            (folder / name).unlink(missing_ok=True)
+def _remove(folder: Path) -> None:
+    """Remove a job's tables, also those that a killed run had renamed and not yet named: readers glob."""
+    for pattern in ("*.parquet", "*/*.parquet"):
+        for path in folder.glob(pattern):
+            if re.fullmatch(r"[^-]+-\d{5,}\.parquet", path.name):
+                path.unlink(missing_ok=True)
 
 
 def _summary(lines: Mapping[int, dict[str, Any]], made: int, parts: int | None = None) -> Summary:
@@ -435,6 +448,9 @@ class _Worker:
         begun = time.monotonic()
         made = self.stage(part)
         return made, time.monotonic() - begun
+
+    def begun(self) -> None:
+        """Answers as soon as there was room for this worker."""
 
     def answer(self, part: Any) -> tuple[Made, float] | Ip2pError:
         """As `make`, on another machine. Errors of ours come back as values: Ray would wrap them."""
@@ -543,29 +559,58 @@ def _on_ray(
     cluster: Cluster,
     threads: int | None,
 ) -> Work:
-    """A pool of actors, each with one part at a time: a kill costs no more than one part a worker."""
+    """A pool of actors, each with one part at a time: a kill costs no more than one part a worker.
+
+    A part is given to a worker that has begun: one for which there is no room, since a machine went or
+    another program came, keeps none waiting. Machines that join meanwhile get workers.
+    """
     with ray_of(cluster) as ray:
-        count, resources = fitting(ray.cluster_resources(), cluster, len(todo))
-        # An actor whose machine or process is lost begins anew elsewhere, and its part with it.
-        actor = ray.remote(_Worker).options(max_restarts=-1, max_task_retries=RETRIES, **resources)
-        pool = [actor.remote(stage, threads, os.getcwd()) for _ in range(count)]
-        waiting, free = deque(todo), deque(pool)
-        running: dict[Any, tuple[int, Any]] = {}
+        count, resources = fitting(ray.nodes(), cluster, len(todo))
+        actor = ray.remote(_Worker).options(max_restarts=0, **resources)
+        waiting: deque[int] = deque(todo)
+        free: deque[Any] = deque()
+        pool: list[Any] = []
+        running: dict[Any, tuple[int | None, Any]] = {}  # None: it is to say that it has begun
+        lost: Counter[int | None] = Counter()
+        looked = time.monotonic()
+
+        def begin(count: int) -> None:
+            for _ in range(count):
+                worker = actor.remote(stage, threads, os.getcwd())
+                pool.append(worker)
+                running[worker.begun.remote()] = (None, worker)
+
+        begin(count)
         try:
-            while waiting or running:
+            while waiting or any(part is not None for part, _ in running.values()):
                 while waiting and free:
-                    part, worker = waiting.popleft(), free.popleft()
-                    running[worker.answer.remote(parts[part])] = (part, worker)
-                [ready], _ = ray.wait(list(running), num_returns=1)
-                part, worker = running.pop(ready)
+                    given, worker = waiting.popleft(), free.popleft()
+                    running[worker.answer.remote(parts[given])] = (given, worker)
+                if waiting and time.monotonic() - looked > LOOK:
+                    looked = time.monotonic()
+                    begin(min(fits(ray.nodes(), cluster), len(waiting) + len(running)) - len(pool))
+                found, _ = ray.wait(list(running), num_returns=1, timeout=LOOK)
+                if not found:
+                    continue
+                part, worker = running.pop(found[0])
                 try:
-                    answer = ray.get(ready)
+                    answer = ray.get(found[0])
                 except ray.exceptions.RayActorError as error:
-                    raise ResourceError(
-                        f"the workers at part {part} were lost {RETRIES + 1} times ({_first_line(error)}); "
-                        "give each more memory with fewer workers. What is written stays, and the same "
-                        "command goes on."
-                    ) from None
+                    lost[part] += 1
+                    if lost[part] > RETRIES * (count if part is None else 1):
+                        what = "workers" if part is None else f"workers at part {part}"
+                        raise ResourceError(
+                            f"the {what} were lost {lost[part]} times ({_first_line(error)}); "
+                            "give each more memory with fewer workers. What is written stays, and the same "
+                            "command goes on."
+                        ) from None
+                    pool.remove(worker)
+                    with contextlib.suppress(Exception):
+                        ray.kill(worker)  # it may only have been out of reach
+                    if part is not None:
+                        waiting.appendleft(part)
+                    begin(1)
+                    continue
                 except ray.exceptions.RayTaskError as error:
                     cause = getattr(error, "cause", None)
                     raise (cause if isinstance(cause, Exception) else error) from error
@@ -578,7 +623,9 @@ def _on_ray(
                 if isinstance(answer, Ip2pError):
                     raise answer
                 free.append(worker)
-                yield part, *answer
+                if part is not None:
+                    del lost[None]
+                    yield part, *answer
         finally:
             for each in pool:
                 with contextlib.suppress(Exception):
@@ -637,21 +684,52 @@ def _address(cluster: Cluster) -> str | None:
     return None
 
 
-def fitting(there: Mapping[str, float], cluster: Cluster, parts: int) -> tuple[int, dict[str, float]]:
+Nodes = Sequence[Mapping[str, Any]]  # machines, as `ray.nodes()` tells them
+
+
+def fitting(nodes: Nodes, cluster: Cluster, parts: int) -> tuple[int, dict[str, float]]:
     """How many workers, and what each asks of Ray. ResourceError when not one, or not all wanted, fit."""
-    gpus = cluster.gpus if cluster.gpus is not None else float(there.get("GPU", 0) >= 1)
-    needs = {"CPU": cluster.cpus, "GPU": gpus}
-    fits = min(int(there.get(kind, 0) / need) for kind, need in needs.items() if need)
-    wanted = max(1, fits) if cluster.workers is None else cluster.workers
-    if fits < wanted:
+    needs = _needs(nodes, cluster)
+    there = fits(nodes, replace(cluster, workers=None))
+    wanted = max(1, there) if cluster.workers is None else cluster.workers
+    if there < wanted:
         # It would wait for them without end.
         short = ", ".join(f"{need:g} {kind}" for kind, need in needs.items() if need)
-        found = ", ".join(f"{there.get(kind, 0):g} {kind}" for kind, need in needs.items() if need)
+        found = ", ".join(f"{_sum(nodes, kind):g} {kind}" for kind, need in needs.items() if need)
         raise ResourceError(
-            f"{wanted} workers of {short} each do not fit into the cluster's {found}; {max(fits, 0)} would. "
+            f"{wanted} workers of {short} each do not fit into the cluster's {found}; {there} would. "
             "Ask for fewer, or add machines: ray start --address HEAD:6379"
         )
-    return min(wanted, parts), {"num_cpus": cluster.cpus, "num_gpus": gpus}
+    return min(wanted, parts), {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"]}
+
+
+def fits(nodes: Nodes, cluster: Cluster) -> int:
+    """How many workers there is room for, machine by machine, and no more than are wanted."""
+    needs = _needs(nodes, cluster)
+    room = 0
+    for node in _alive(nodes):
+        there = node["Resources"]
+        each = [math.floor(there.get("CPU", 0) / needs["CPU"] + 1e-9)] if needs["CPU"] else []
+        if gpus := needs["GPU"]:
+            whole = int(there.get("GPU", 0))
+            # A part of a GPU is of one GPU.
+            shares = whole * math.floor(1 / gpus + 1e-9) if gpus < 1 else math.floor(whole / gpus)
+            each.append(shares)
+        room += min(each, default=0)
+    return room if cluster.workers is None else min(room, cluster.workers)
+
+
+def _needs(nodes: Nodes, cluster: Cluster) -> dict[str, float]:
+    gpus = cluster.gpus if cluster.gpus is not None else float(_sum(nodes, "GPU") >= 1)
+    return {"CPU": cluster.cpus, "GPU": gpus}
+
+
+def _sum(nodes: Nodes, kind: str) -> float:
+    return float(sum(node["Resources"].get(kind, 0) for node in _alive(nodes)))
+
+
+def _alive(nodes: Nodes) -> list[Mapping[str, Any]]:
+    return [node for node in nodes if node.get("Alive")]
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ change meanwhile.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -111,6 +111,8 @@ def instruct(config: SynthInstructConfig) -> None:
         settings["way"] = config.way  # the server may come back at another address
     size = part_size(len(texts))
     workers = _workers(config, None if config.server is not None else find_lm(config.model))
+    if file and config.overwrite:
+        file.unlink(missing_ok=True)  # its parts go too; what is left of it would not be this job's
     told = jobs.run(
         partial(InstructStage, _writer(config), edits=config.edits, retries=config.retries, limits=limits),
         [texts[start : start + size] for start in range(0, len(texts), size)],
@@ -213,12 +215,18 @@ def _instruct_lines(config: SynthInstructConfig, told: jobs.Summary) -> list[str
 
 
 def _write_whole(file: Path, triples: Sequence[Triple]) -> None:
-    """The one file, unless it is there as it should be."""
+    """The one file, unless it is there as it should be. InputError for one that somebody changed."""
     try:
-        if file.exists() and read_triples(file) == triples:
-            return
+        there = read_triples(file) if file.exists() else []
     except InputError:
-        pass  # it is damaged, and this job's
+        there = []  # it is damaged, and this job's
+    if there == triples:
+        return
+    if there:
+        raise InputError(
+            f"{file} was changed after it was written, and is left as it is; move it away, and the same "
+            "command writes it again."
+        )
     write_triples(file, triples)
 
 
@@ -268,6 +276,7 @@ def pairs(config: SynthPairsConfig) -> None:
     storybook = _model_name(painter, config.model) == STORYBOOK
     scale = config.scale or (STORYBOOK_SCALE if storybook else SCALE)
     how = config.how(storybook=storybook)
+    vaes = {"vae": config.vae, "tiny-vae": how["tiny_vae"]}
     named = ("model", "revision", "weights", "vae", "keep", "p", "size", "license", "dtype")
     settings: dict[str, Any] = {
         "content of the triples": _hash([asdict(triple) for triple in triples]),
@@ -278,6 +287,7 @@ def pairs(config: SynthPairsConfig) -> None:
         **{"scale": scale, "clip": clip_name},
         "content of --model": content_key(painter, *PAINTER_FILES),
         "content of --clip": content_key(clip()),
+        **{f"content of --{flag}": content_key(path) for flag, path in _lying_here(vaes)},
     }
     stage = partial(
         PairStage, config, how=how, clip=clip, clip_name=clip_name, thresholds=thresholds, scale=scale
@@ -335,6 +345,7 @@ def _pair_lines(told: jobs.Summary) -> list[str]:
 def filter_pairs(config: SynthFilterConfig) -> None:
     """Filter a data set; the folder of what stays goes to stdout."""
     assert config.out is not None, "SynthFilterConfig.check was called"
+    _apart(config.data, config.out)
     source = open_source(config.data, stream=config.stream, revision=config.revision, split=config.split)
     own = clips_of(source)
     if len(own) > 1 and not config.rescore:
@@ -369,16 +380,32 @@ def filter_pairs(config: SynthFilterConfig) -> None:
     write_text(config.out / RUN, run_json(config, thresholds=asdict(thresholds)))
     for line in filtered.lines():
         say(line)
+    if not filtered.kept:
+        raise InputError(
+            f"no pair of {config.data} stays; look at the scores: ip2p synth inspect {config.out}, and lower "
+            "--image, --caption or --directional."
+        )
     print(config.out)
+
+
+def _apart(data: str, out: Path) -> None:
+    """Raise InputError for an output that is in what it is made of, or has it in it."""
+    here = Path(data).expanduser()
+    if not here.exists():
+        return  # of the hub
+    one, two = here.resolve(), out.expanduser().resolve()
+    if one == two or one in two.parents or two in one.parents:
+        raise InputError(f"{out} and {data} are one in the other; write what stays into a folder beside it.")
 
 
 def inspect(config: SynthInspectConfig) -> None:
     """Write the page; its path goes to stdout."""
     check_output(config.out, overwrite=config.overwrite)
     top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
-    filtered = _filtered(Path(config.data).expanduser(), config.split)
+    filtered = _filtered(Path(config.data).expanduser())
     if filtered is not None:
         source, scored, asked = filtered
+        scored = scored.first(config.count)
         auto = Thresholds(**{name: asked[name] for name in asdict(EVERY)})
         if auto == EVERY:
             auto = PRESETS[preset_for(clips_of(source) | set(scored.clips))]
@@ -408,7 +435,7 @@ def inspect(config: SynthInspectConfig) -> None:
     print(config.out)
 
 
-def _filtered(folder: Path, split: str) -> tuple[Source, Scored, dict[str, Any]] | None:
+def _filtered(folder: Path) -> tuple[Source, Scored, dict[str, Any]] | None:
     """Of a folder of `synth filter`: what it filtered, with its scores, and how. None for another folder.
 
     None too, with a word, when what it filtered is gone or was changed: what stays can be shown alone.
@@ -416,8 +443,12 @@ def _filtered(folder: Path, split: str) -> tuple[Source, Scored, dict[str, Any]]
     if not (jobs.is_job(folder) and jobs.is_job(folder / SCORES_FOLDER)):
         return None
     asked = jobs.settings(folder)
+    if "near_bits" not in asked:
+        return None
+    told = read_json(folder / RUN).get("settings", {}) if (folder / RUN).is_file() else {}
+    opened = {name: told[name] for name in ("split", "revision", "stream") if told.get(name)}
     try:
-        source = open_source(asked["source"], split=split)
+        source = open_source(asked["source"], **opened)
     except (InputError, ModelError):
         source = None
     if source is None or source.key != asked["key"]:
@@ -440,6 +471,13 @@ def _clip_of(clip: str | None, model: str, revision: str | None) -> tuple[Callab
             return partial(find_clip, None, model, revision=revision), _model_name(folder, model)
         clip = CLIP_MODEL
     return partial(find_clip, clip, model), called(clip)
+
+
+def _lying_here(models: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
+    """Those that are files or folders here, by the flags that name them."""
+    for flag, model in models.items():
+        if model is not None and (path := Path(model).expanduser()).exists():
+            yield flag, path
 
 
 def _lies_here(model: str) -> bool:

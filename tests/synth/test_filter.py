@@ -391,6 +391,75 @@ def test_scores_join_the_columns_of_a_data_set_that_has_none(table, tiny_clip_di
     assert set(SIMILARITIES) | {"id", "clip"} <= set(schema.names)
 
 
+def test_a_column_of_scores_that_holds_something_else_stays_as_it_is(table, tiny_clip_dir, tmp_path):
+    old = pa.concat_tables(map(pq.read_table, sorted(table.glob("data/*")))).drop(["clip", *SIMILARITIES])
+    mapping = [{"clip_sim_dir": 9.0, "seed": 7}] * 5
+    for number, (cells, wanted) in enumerate(
+        (
+            (pa.array([0.5] * 5), [0.5] * 5),
+            (pa.array(["n/a", None, "[1]", "2.5", "{}"]), ["n/a", None, "[1]", "2.5", None]),
+            (pa.array(mapping), [None] * 5),
+        )
+    ):
+        path, out = tmp_path / f"{number}.parquet", tmp_path / f"kept-{number}"
+        pq.write_table(old.append_column("scores", cells), path)
+        filter_pairs(open_source(str(path)), out, ALL, top=None, clip=tiny_clip_dir, **quiet)
+        kept = pq.read_table(out / "data" / "train-00000.parquet")["scores"].to_pylist()
+        assert len(kept) == 5
+        for one, other in zip(kept, wanted, strict=True):
+            assert one == other or set(SIMILARITIES) <= set(json.loads(one))
+        again = open_source(str(out))
+        assert all(abs(again[row].scores["clip_sim_dir"]) <= 1 for row in range(5))
+
+
+def test_columns_stay_though_the_first_picture_is_missing_and_what_is_lost_is_told(
+    table, tiny_clip_dir, tmp_path
+):
+    paths = sorted(table.glob("data/*"))
+    first = pq.read_table(paths[0]).append_column("author", pa.array(["me", "you"]))
+    none = pa.array([None, first["original_image"][1].as_py()], first["original_image"].type)
+    pq.write_table(first.set_column(0, "original_image", none), tmp_path / "one.parquet")
+    said = []
+    one = open_source(str(tmp_path / "one.parquet"))
+    filter_pairs(one, tmp_path / "kept", ALL, clip=tiny_clip_dir, say=said.append)
+    assert pq.read_table(tmp_path / "kept" / "data")["author"].to_pylist() == ["you"]
+    assert not said
+    # Files that differ in their columns come out in the hub edition's, and it is said what that leaves out.
+    pq.write_table(first, paths[0])
+    filter_pairs(open_source(str(table)), tmp_path / "both", ALL, clip=tiny_clip_dir, say=said.append)
+    [line] = said
+    assert line.startswith("warning: not written are the columns author of ")
+
+
+def test_a_similarity_that_is_not_a_number_is_not_known(table, tiny_clip_dir, tmp_path):
+    path = sorted(table.glob("data/*"))[0]
+    old = pq.read_table(path)
+    place = old.column_names.index("clip_sim_dir")
+    pq.write_table(old.set_column(place, "clip_sim_dir", pa.array([float("nan"), 0.5])), path)
+    source = open_source(str(table))
+    assert "clip_sim_dir" not in source[0].scores
+    scored = score(source, tmp_path / "scores", clip=tiny_clip_dir, **quiet)
+    assert scored.clips[:2] == [tiny_clip_dir.name, ""]
+    assert "clip_sim_dir" in scored.of(0)
+
+
+def test_another_commands_folder_and_one_of_something_else_are_refused_before_any_work(
+    measured, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("ip2p.synth.filter.score", None)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="home holds something else"):
+        filter_pairs(measured, tmp_path / "home", ALL, **quiet)
+    assert len(list((tmp_path / "home").iterdir())) == 1
+    other = tmp_path / "pairs"
+    jobs.run(lambda: lambda part: jobs.Made(tables={}), [[1]], other, settings={"seed": 1}, **quiet)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="pairs holds what another command wrote"):
+            filter_pairs(measured, other, ALL, overwrite=overwrite, **quiet)
+    assert jobs.is_done(other) and not (other / "scores").exists()
+
+
 def test_pictures_that_a_table_names_by_path_are_taken_in(tiny_clip_dir, tmp_path):
     for k in (0, 1):
         picture(k).save(tmp_path / f"{k}.png")

@@ -3,6 +3,7 @@ import random
 
 import pytest
 
+from ip2p.config import PAIRS, PAIRS_STORYBOOK
 from ip2p.synth.records import Triple, candidate
 from ip2p.synth.rounds import AS_PAPER, Rounds, run
 
@@ -31,8 +32,8 @@ def test_a_prompt_ends_with_enough_passes_when_hopeless_or_at_most_candidates():
     judge = Judge({("t0", k) for k in range(100)} | {("t2", 3)})
     some, none, one = run([triple(0), triple(1), triple(2)], Rounds(), judge)
     assert [prompt.ended for prompt in (some, none, one)] == ["enough", "hopeless", "most"]
-    # 29 tries without a pass are the patience; a round is not cut short.
-    assert [prompt.tried for prompt in (some, none, one)] == [8, 32, 100]
+    # 29 tries without a pass are the patience, beyond which no round goes.
+    assert [prompt.tried for prompt in (some, none, one)] == [8, 29, 100]
     assert [(c, kept) for c, kept in one.passed] == [(candidate(triple(2), 3), 30)]
     assert [c.number for c, _ in some.passed] == list(range(8))
     for prompt in (some, none, one):
@@ -62,6 +63,21 @@ def test_a_round_has_the_candidates_by_which_enough_should_pass():
     assert rounds.next(8, 1) == 8
     assert rounds.next(96, 1) == 4
     assert Rounds(enough=4, size=8, shared=3).next(0, 0) == 9
+
+
+@pytest.mark.parametrize("how", [PAIRS, PAIRS_STORYBOOK])
+def test_the_defaults_give_up_before_all_candidates_are_drawn(how):
+    rounds = Rounds(
+        most=how["most"],
+        enough=how["enough"],
+        size=how["round_size"],
+        worth=how["worth"],
+        risk=how["risk"],
+        shared=how["p_per_source"],
+    )
+    [prompt] = run([triple(0)], rounds, Judge(set()))
+    assert (prompt.tried, prompt.ended) == (rounds.patience, "hopeless")
+    assert prompt.tried <= 0.75 * rounds.most
 
 
 def test_candidates_of_one_trajectory_are_one_try():
@@ -100,9 +116,12 @@ def test_prompts_worth_it_are_given_up_less_often_than_stated(size, rate):
         assert share >= 0.03  # the rule is no weaker than it says, but for the rounds
 
 
-def test_prompts_without_hope_cost_their_patience_and_no_more():
-    rounds = Rounds(size=1, risk=0.05)
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_prompts_without_hope_cost_their_patience_and_no_more(size):
+    rounds = Rounds(size=size, risk=0.05)
     [prompt] = run([triple(0)], rounds, Judge(set()))
     assert (prompt.tried, prompt.ended) == (29, "hopeless")
+    [prompt] = run([triple(0)], Rounds(size=size, shared=2, most=80), Judge(set()))
+    assert (prompt.tried, prompt.ended) == (58, "hopeless")
     [prompt] = run([triple(0)], Rounds(risk=0.0), Judge(set()))
     assert (prompt.tried, prompt.ended) == (100, "most")

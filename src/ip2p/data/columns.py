@@ -115,10 +115,12 @@ def _number(value: object) -> float | None:
         return None
     try:
         if isinstance(value, str):
-            return int(value) if value.lstrip("-").isdigit() else float(value)
-        return value if isinstance(value, int | float) else float(value)  # type: ignore[arg-type]
+            number = int(value) if value.lstrip("-").isdigit() else float(value)
+        else:
+            number = value if isinstance(value, int | float) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
+    return None if number != number else number  # not a number: pandas writes it for what is not known
 
 
 # --- files ----------------------------------------------------------------------------------------

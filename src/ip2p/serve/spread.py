@@ -229,11 +229,11 @@ def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Itera
             raise InputError(
                 "--ray needs Ray Serve, which is missing; install it: pip install 'ip2p[ray]'"
             ) from None
-        there = ray.cluster_resources()
         if cluster.workers is None:
-            cluster = dataclasses.replace(cluster, workers=max(1, int(there.get("GPU", 0))))
+            gpus = ray.cluster_resources().get("GPU", 0)
+            cluster = dataclasses.replace(cluster, workers=max(1, int(gpus)))
         assert cluster.workers is not None
-        count, resources = fitting(there, cluster, cluster.workers)
+        count, resources = fitting(ray.nodes(), cluster, cluster.workers)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # The same at the next start: what one that was killed left on the cluster is replaced.
         name = f"ip2p-{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())}-{config.port}"

@@ -219,6 +219,14 @@ class Scored:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def first(self, count: int | None) -> Scored:
+        """The first so many rows, None for all."""
+        lists = (self.ids, self.edits, self.instructions)
+        scores = {name: values[:count] for name, values in self.scores.items()}
+        ids, edits, instructions = (values[:count] for values in lists)
+        flaws, clips = self.flaws[:count], self.clips[:count]
+        return Scored(ids, edits, instructions, self.hashes[:count], flaws, clips, scores)
+
     def of(self, row: int) -> dict[str, float]:
         """The scores of a row that are known."""
         return {n: float(v[row]) for n, v in self.scores.items() if not np.isnan(v[row])}
@@ -525,8 +533,13 @@ def filter_pairs(
 
     They are written as parquet in the hub edition's columns, or with all the columns that a parquet source
     on this disk has, its pictures byte for byte. scoring: as of `score`. Called again after it was stopped
-    it goes on; `overwrite` with other thresholds keeps the scores. Raises InputError as `jobs.run` does.
+    it goes on; `overwrite` with other thresholds keeps the scores. Raises InputError as `jobs.run` does, and
+    for the folder of another stage, which `overwrite` does not make free.
     """
+    beside = ("run.json", SCORES_FOLDER)
+    jobs.check_folder(folder, beside=beside)  # before the scoring, which may take days
+    if jobs.is_job(folder) and "near_bits" not in jobs.settings(folder):
+        raise InputError(f"{folder} holds what another command wrote; choose another folder.")
     scored = score(
         source, folder / SCORES_FOLDER, part_rows=part_rows, overwrite=overwrite, say=say, **scoring
     )
@@ -534,6 +547,8 @@ def filter_pairs(
     kept = [row for row, reason in enumerate(reasons) if not reason]
     settings = {"source": source.name, "key": source.key, "rows": len(scored), **asdict(thresholds)}
     settings |= {"top": top, "near_bits": near_bits, "part_rows": part_rows, "kept": _hash_of(scored, kept)}
+    for line in _lost(source, kept):
+        say(line)
     jobs.run(
         partial(Writer, source, scored),
         [kept[start : start + part_rows] for start in range(0, len(kept), part_rows)],
@@ -541,7 +556,7 @@ def filter_pairs(
         settings=settings,
         unit="pairs",
         overwrite=overwrite,
-        beside=("run.json", SCORES_FOLDER),
+        beside=beside,
         say=say,
     )
     counts = Counter(reasons)
@@ -552,6 +567,20 @@ def filter_pairs(
     )
     told = {name: counts[name] for name in REASONS if counts[name]}
     return Filtered(len(reasons), len(kept), told, unknown)
+
+
+def _lost(source: Source, kept: Sequence[int]) -> Iterator[str]:
+    """What a data set has that the table of what stays has not, as warnings."""
+    if not kept or _Rows.of(source) is not None:
+        return
+    if isinstance(source, ParquetSource) and not source.remote:
+        names = {name for path in source.files for name in pq.read_schema(path).names}
+        written = set(columns.find_columns(sorted(names), of=source.name).values()) | set(PAIR_SCHEMA.names)
+        if more := sorted(names - written):
+            why = "its files differ in their columns, or its pictures lie elsewhere"
+            yield f"warning: not written are the columns {', '.join(more)} of {source.name}: {why}"
+    if source[kept[0]].mask is not None:
+        yield f"warning: the masks of {source.name} are not written; ip2p data convert writes masks"
 
 
 def _hash_of(scored: Scored, kept: Sequence[int]) -> str:
@@ -592,16 +621,28 @@ class Writer:
                 "string",
                 [self.scored.clips[row] or old for row, old in zip(part, before, strict=True)],
             )
-        if "scores" in table.column_names:  # JSON, which readers take before the columns
-            told = [json.loads(cell or "{}") for cell in table["scores"].to_pylist()]
-            both = [json.dumps(old | self.scored.of(row)) for old, row in zip(told, part, strict=True)]
-            new["scores"] = ("string", both)
+        if "scores" in table.column_names:  # which readers take before the columns, where it holds them
+            kind = table.schema.field("scores").type
+            if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_struct(kind):
+                cells = zip(table["scores"].to_pylist(), part, strict=True)
+                new["scores"] = ("string", [_told(cell, self.scored.of(row)) for cell, row in cells])
         schema = with_columns(table.schema, {name: kind for name, (kind, _) in new.items()})
         arrays = [
             pa.array(new[field.name][1], field.type) if field.name in new else table[field.name]
             for field in schema
         ]
         return pa.table(arrays, schema=schema)
+
+
+def _told(cell: object, scores: Mapping[str, float]) -> str:
+    """A cell of `scores`, a mapping or one as JSON, with these; one that is neither stays as it is."""
+    old = cell or {}
+    if isinstance(old, str):
+        try:
+            old = json.loads(old)
+        except ValueError:
+            return str(cell)
+    return json.dumps({**old, **scores}) if isinstance(old, Mapping) else str(cell)
 
 
 class _Rows:
@@ -627,11 +668,19 @@ class _Rows:
             return None
         rows = cls(source.files)
         # Pictures that are named by their paths would not be found from another folder.
-        first = rows.take([0])
-        places = columns.find_columns(first.column_names, of=source.name)
-        cells = [first[places[part]][0].as_py() for part in ("before", "after")]
-        held = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
+        places = columns.find_columns(schemas[0].names, of=source.name)
+        held = [rows.first(places[part]) for part in ("before", "after")]
+        held = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in held]
         return rows if all(isinstance(data, bytes) for data in held) else None
+
+    def first(self, name: str) -> Any:
+        """The first cell of a column that holds something, None if none does."""
+        for path in self.files:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=1, columns=[name]):
+                    if (cell := batch[0][0].as_py()) and (not isinstance(cell, dict) or any(cell.values())):
+                        return cell
+        return None
 
     def take(self, rows: Sequence[int]) -> Any:
         """Rows, given in rising order."""

@@ -60,11 +60,14 @@ class Rounds:
     def next(self, tried: int, passes: int) -> int:
         """How many candidates the next round has: those by which enough should pass, `size` at most.
 
-        By the mean of the pass rate after what was seen, (passes + 1) / (tried + 2).
+        By the mean of the pass rate after what was seen, (passes + 1) / (tried + 2). None is made beyond the
+        tries after which a prompt without a pass is given up.
         """
         size = self.size
         if self.enough is not None:
             size = min(size, math.ceil((self.enough - passes) * (tried + 2) / (passes + 1)))
+        if self.patience and not passes:
+            size = min(size, max(1, self.patience * self.shared - tried))
         size = -(-size // self.shared) * self.shared  # trajectories are begun only to be used whole
         return min(size, self.most - tried)
 
