@@ -798,6 +798,16 @@ def test_stages_cross_to_other_machines(here, painter, lm, monkeypatch):
         (["instruct", "c.txt", "-o", "t", "--shots", "-1"], 2, "--shots is -1"),
         (["instruct", "c.txt", "-o", "t", "--server", "http://h/v1"], 2, "add --model NAME"),
         (["instruct", "c.txt", "-o", "t", "--server", "http://a:b@h/v1", "--model", "m"], 2, "environment"),
+        (
+            ["instruct", "c.txt", "-o", "t", "--server", "http://h/v1", "--model", "m", "--workers", "2"],
+            2,
+            "raise --together",
+        ),
+        (
+            ["instruct", "c.txt", "-o", "t", "--server", "http://h/v1", "--model", "m", "--ray"],
+            2,
+            "raise --together",
+        ),
         (["instruct", "c.txt", "-o", "t", "--way", "chat"], 2, "--way is for a server"),
         (["instruct", "here.txt", "-o", "t", "--model", "nowhere"], 3, "no such language model"),
         (["instruct", "here.txt", "-o", "no/t.parquet"], 2, "the folder no of the output"),

@@ -48,7 +48,7 @@ from ip2p.synth.inspect import inspect as write_page
 from ip2p.synth.instruct import Limits, LocalWriter, Writer, find_lm
 from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
 from ip2p.synth.safety import Classifier
-from ip2p.synth.server import KEY, ServerWriter
+from ip2p.synth.server import KEY, ServerWriter, clean_key
 from ip2p.synth.stages import REFUSED, REJECTED, InstructStage, PairStage
 from ip2p.synth.tune import Tuning
 from ip2p.synth.tune import tune_lm as tune
@@ -183,9 +183,10 @@ class _Keyed:
 
 def _key(config: SynthInstructConfig) -> str:
     if config.key_variable is None:
-        return os.environ.get(OUR_KEY) or os.environ.get(KEY) or ""
+        name = OUR_KEY if os.environ.get(OUR_KEY) else KEY
+        return clean_key(os.environ.get(name, ""), name)
     try:
-        return os.environ[config.key_variable]
+        return clean_key(os.environ[config.key_variable], config.key_variable)
     except KeyError:
         raise InputError(
             f"the environment has no {config.key_variable}, which --key-variable names; set it to the key."

@@ -55,10 +55,29 @@ def test_prompt_and_completion_have_the_delimiters_of_the_papers_code():
         "make it a wolf\n%%\na red wolf in the snow\nEND",
         " make it  a wolf\n%%\na red wolf in the snow\n",
         "make it a wolf\n%%\na red wolf in the snow\nEND\n\nanother caption\n##\nx\n%%\ny",
+        "make it a wolf\r\n%%\r\na red wolf in the snow\r\nEND\r\n\r\nanother caption\r\n##\r\nx",
+        "make it a wolf\r%%\ra red wolf in the snow\rEND",
+        "make it a wolf \n %% \n a red wolf in the snow \n END",
+        "make it a wolf\n%%\na red wolf in the snow END",
+        "make it a wolf\n%%\na red wolf in the snow  END \n\nanother caption\n##\nx",
     ],
 )
 def test_an_answer_is_parsed(text):
     assert parse(text) == Edit(instruction="make it a wolf", edited_caption="a red wolf in the snow")
+
+
+@pytest.mark.parametrize(
+    ("text", "edited"),
+    [
+        ("make it a wolf\n%%\na red wolf.END", "a red wolf."),
+        ("light up the film's THE END\n%%\na screen that says end END\nEND", "a screen that says end END"),
+        ("make it rain\n%%\nrain on the WEST END\nEND", "rain on the WEST END"),
+        ("make it rain\n%%\nrain on the bend\nEND", "rain on the bend"),
+    ],
+)
+def test_an_end_on_the_captions_line_is_none_of_it_unless_it_is_meant(text, edited):
+    parsed = parse(text)
+    assert parsed is not None and parsed.edited_caption == edited
 
 
 @pytest.mark.parametrize(
@@ -114,6 +133,12 @@ def test_limits_can_be_widened():
         *("change the camera angle", "move the tree closer", "have him face the other way"),
         *("Move the boat to the background", "swap their positions", "make it an aerial view"),
         *("place the lamp at the bottom of the picture", "make the dog look to the right"),
+        *("rotate 90 degrees", "rotate by 45°", "turn it 180 degrees", "Flip horizontally.", "rotate"),
+        *("mirror it vertically", "rotate clockwise", "rotate to the left", "move the cat next to the dog"),
+        *("put the cat behind the tree", "place the dog on top of the car", "put it under the table"),
+        *("move her between the trees", "put the lamp in the corner", "set the cup beside his plate"),
+        *("put both cats in the background", "move the sun down", "put the dog to the left of the cat"),
+        *("move the boat to the other side of the lake", "stand the boy in front of the house"),
     ],
 )
 def test_edits_of_place_and_view_are_spatial(instruction):
@@ -127,6 +152,12 @@ def test_edits_of_place_and_view_are_spatial(instruction):
         *("swap the dog for a cat", "make his left hand a claw", "replace the background with a forest"),
         *("turn the lights on", "shift it to winter", "put the singer in front of a crowd"),
         *("place it at the bottom of the sea", "put a cat on the side table", "switch the logs for mirrors"),
+        *("put mountains in the background", "place a lamp in the corner", "put a cherry on top"),
+        *("turn the lights down", "put some flowers in the foreground", "put an owl in the middle"),
+        *("put a cat behind the tree", "put the singer in front of the Eiffel Tower", "turn the lamp on"),
+        *("turn the oven to 200 degrees", "pull the blinds down", "put her under the stars"),
+        *("put the king on the throne", "put her hair up", "bring some colour to the background"),
+        *("turn the lights on in the background", "put snow on top of the hill", "set the house on fire"),
     ],
 )
 def test_edits_of_what_is_there_are_not_spatial(instruction):
@@ -174,6 +205,17 @@ def test_refused_answers_are_asked_for_again_and_counted():
     assert reasons(written) == {"too_long": 1, "unparsable": 3, "unchanged": 1}
     assert [len(batch) for batch in script.asked] == [2, 2, 2]
     assert len({ask.seed for batch in script.asked for ask in batch}) == 6
+
+
+def test_what_the_writer_refuses_is_counted_and_not_asked_for_again():
+    no = Answer(text="400 (content_filter)", refused=True)
+    script = Script({(FOX, 0, 0): no, ("a cat", 0, 0): "make it a hen\n%%\na hen"})
+    written = Instruct(script)([FOX, "a cat"])
+    assert reasons(written) == {"refused": 1} and [len(batch) for batch in script.asked] == [2]
+    assert written[0].rejected == (
+        Rejected(id=f"{triple_id(FOX, 0)}-0", caption=FOX, text="400 (content_filter)", reason="refused"),
+    )
+    assert written[0].triples == () and len(written[1].triples) == 1
 
 
 def test_several_edits_of_a_caption_differ_from_each_other():

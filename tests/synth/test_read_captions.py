@@ -64,6 +64,59 @@ def test_laion_columns_limit_by_score_safety_and_language(tmp_path):
     assert texts(take(rows, of="rows", rules=Rules())) == ["a boat on a sea"]
 
 
+def test_an_unknown_score_is_not_above_any():
+    told = ("nan", float("nan"), "inf", 10**400, "7")
+    rows = [{"text": f"a picture of the number {n}", "score": score} for n, score in enumerate(told)]
+    read = take(rows, of="rows", rules=Rules(min_score=6))
+    assert texts(read) == ["a picture of the number 4"] and read.left_out == {"below the score": 4}
+    assert [caption.score for caption in take(rows, of="rows", rules=Rules()).captions] == [*[None] * 4, 7]
+
+
+def test_rows_without_a_caption_are_counted_and_the_first_filled_column_is_taken(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    rows = [
+        {"id": 1},
+        {"id": 2, "text": None, "caption": "a red fox in the snow"},
+        {"id": 3, "text": " <br> ", "caption": ["", "an old harbour at dusk", "another"]},
+        {"id": 4, "text": {"en": "a dog in a field", "de": "ein Hund"}},
+        {"id": 5, "text": [], "prompt": 7},
+        {"id": 6, "text": {"en": "a dog"}, "caption": "two sisters on a bench"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_captions(path)
+    assert texts(read) == ROWS and read.rows == 6 and read.left_out == {"empty": 3}
+    assert texts(read_captions(path, column="caption")) == ROWS
+    with pytest.raises(InputError, match=r"no captions that can be used: 6 empty"):
+        read_captions(path, column="id")
+
+
+def test_a_table_is_given_up_when_no_row_has_a_known_column(monkeypatch):
+    rows = [{"words": "a red fox"}, {"more": 1}, {"text": "an old harbour"}]
+    with pytest.raises(InputError, match="captions, but words, more"):
+        take(rows[:2], of="t.csv", rules=Rules())
+    assert texts(take(rows, of="t.csv", rules=Rules())) == ["an old harbour"]
+    monkeypatch.setattr(module, "LOOK", 2)
+    with pytest.raises(InputError, match="captions, but words, more"):
+        take(rows, of="t.csv", rules=Rules())
+
+
+def test_halves_of_surrogate_pairs_are_no_letters(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    path.write_text(r'{"text": "a red fox \ud83d in the snow", "url": "u\udc00", "\ud800": 1}' + "\n")
+    assert texts(read_captions(path)) == ["a red fox in the snow"]
+    path.write_text(r'{"\ud800": 1}' + "\n")
+    with pytest.raises(InputError, match="no column"):
+        read_captions(path)
+
+
+def test_lists_of_parquet_are_not_read_and_that_is_told(tmp_path):
+    path = tmp_path / "lists.parquet"
+    pq.write_table(pa.table({"captions": [["a red fox"]], "n": [1]}), path)
+    for column in (None, "captions"):
+        with pytest.raises(InputError, match=r"but n \(of parquet only columns of plain values are read\)"):
+            read_captions(path, column=column)
+
+
 def test_case_blanks_and_final_punctuation_make_no_new_caption():
     rows = [{"text": text} for text in ("A red  fox.", "a red fox", "a red fox!", "a red foxglove")]
     assert texts(take(rows, of="rows", rules=Rules())) == ["A red fox.", "a red foxglove"]

@@ -1,6 +1,8 @@
 """A server is asked by several threads, through pauses and restarts, in a form that it takes."""
 
 import json
+import random
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ import pytest
 from ip2p.errors import InputError, ModelError
 from ip2p.synth import server as module
 from ip2p.synth.instruct import Answer, Ask, Edit, Instruct, parse, prompt_of
-from ip2p.synth.server import FORMS, SCHEMA, ServerWriter
+from ip2p.synth.server import FORMS, KNOWN, SCHEMA, ServerWriter
 from ip2p.synth.triples import examples
 
 GOOD = "make it a wolf\n%%\n{} and a wolf"
@@ -324,7 +326,140 @@ def test_a_server_that_stays_away_is_given_up_with_the_way_on():
 def test_a_refusal_is_told_at_once(status, sent, told):
     with serving(lambda *_: (status, sent)) as fake, pytest.raises(ModelError, match=told):
         make(fake)(ASKS)
-    assert len(fake.bodies) <= 12  # none was asked again
+    assert len(fake.bodies) <= 9  # each thread asked once, and one of them the known question
+
+
+FILTERED = {"error": {"code": "content_filter", "message": "The seed of this response was filtered"}}
+
+
+@pytest.mark.parametrize("together", [1, 8])
+@pytest.mark.parametrize(
+    ("status", "sent", "told"),
+    [
+        (400, FILTERED, "400 .*content_filter"),
+        (400, {"error": "context too long"}, "400 .*too long"),
+        (403, {"error": "flagged by moderation"}, "403 .*moderation"),
+        (413, {"error": "large"}, "413"),
+        (422, {"detail": "no"}, "422"),
+        (200, {"choices": []}, r'200 \(without choices: \{"choices": \[\]\}\)'),
+    ],
+)
+def test_a_prompt_that_is_refused_stops_no_other(status, sent, told, together):
+    def reply(body, *_):
+        return (status, sent) if "0 foxes" in caption_of(body) else (200, answer(body))
+
+    with serving(reply) as fake:
+        written = Instruct(make(fake, together=together))([ask.caption for ask in ASKS])
+        assert len(fake.bodies) <= 15
+        # Alone, as when a stopped run goes on.
+        alone = make(fake)(ASKS[:1])
+    assert [len(each.triples) for each in written] == [1 if "0 foxes" not in a.caption else 0 for a in ASKS]
+    refused = [rejected for each in written for rejected in each.rejected]
+    assert {rejected.reason for rejected in refused} == {"refused"}
+    assert [rejected.caption for rejected in refused] == [a.caption for a in ASKS if "0 foxes" in a.caption]
+    assert all(re.search(told, rejected.text) for rejected in refused)
+    assert alone == [Answer(text=refused[0].text, refused=True)]
+    assert "seed" in fake.bodies[-1]  # the word in the refusal was no complaint
+
+
+@pytest.mark.parametrize("sent", [{"error": "no credit"}, FILTERED])
+def test_a_server_that_refuses_all_from_some_question_on_is_told(sent):
+    asks = [Ask(caption=f"a picture of {n} hens") for n in range(60)]
+    answered = []
+
+    def reply(body, *_):
+        if len(answered) >= 5:
+            return 400, sent
+        answered.append(body)
+        return 200, answer(body)
+
+    with serving(reply) as fake, pytest.raises(ModelError, match="answered 400"):
+        make(fake, together=1)(asks)
+    assert len(fake.bodies) == 5 + module.REFUSALS + 1
+    # Fewer than that at the end of a part must not be written off either.
+    answered.clear()
+    with serving(reply) as fake, pytest.raises(ModelError, match="answered 400"):
+        make(fake, together=1)(asks[:8])
+
+
+def test_many_refused_prompts_in_a_row_are_no_fault_of_a_server_that_answers_others():
+    asks = [Ask(caption=f"a picture of {n} hens") for n in range(60)]
+
+    def reply(body, *_):
+        return (200, answer(body)) if caption_of(body) == KNOWN.caption else (400, FILTERED)
+
+    with serving(reply) as fake:
+        writer = make(fake)
+        answers = writer(asks)
+    assert all(answer.refused for answer in answers) and len(answers) == 60
+    assert writer.usage.requests == len(fake.bodies) - 60 <= 5
+
+
+@pytest.mark.parametrize("status", [500, 503, None])
+def test_a_prompt_that_breaks_the_server_is_refused_when_the_patience_is_over(status):
+    def reply(body, *_):
+        if "3 foxes" in body["prompt"]:
+            return None if status is None else (status, {"error": "boom"})
+        return 200, answer(body)
+
+    with serving(reply) as fake:
+        answers = make(fake, patience=0.2)(ASKS)
+        alone = make(fake, patience=0.2)([ASKS[3]])
+    assert answers[:3] + answers[4:] == WANTED[:3] + WANTED[4:]
+    assert answers[3].refused and alone[0].refused
+    assert status is None or answers[3] == Answer(text=f'{status} {{"error": "boom"}}', refused=True)
+
+
+def test_a_busy_server_refuses_no_prompt():
+    def reply(body, *_):
+        return (429, {"error": "slow"}) if "3 foxes" in body["prompt"] else (200, answer(body))
+
+    with serving(reply) as fake, pytest.raises(ModelError, match=r"has not answered for 0\.2 s"):
+        make(fake, patience=0.2)(ASKS)
+
+
+def test_a_server_that_comes_back_just_when_it_is_given_up_refuses_nothing(monkeypatch):
+    writer = ServerWriter("http://localhost:1/v1", "lm", patience=10, say=lambda _: None)
+    stop, failed = threading.Event(), module._Passing("refused", None)
+    waits = []
+    monkeypatch.setattr(stop, "wait", waits.append)
+    monkeypatch.setattr(writer, "_post", lambda path, body: answer(body))
+    now = time.monotonic()
+    writer._answered = now - 11
+    # It failed for less than the patience, so that it is waited for again; then one try decides.
+    assert not writer._wait(failed, 1, now - 5, random.Random(0), stop, known=False) and len(waits) == 1
+    assert writer._wait(failed, 1, now - 11, random.Random(0), stop, known=False) and len(waits) == 1
+    writer._answered = now - 11
+    with pytest.raises(ModelError, match="has not answered"):
+        writer._wait(failed, 1, now - 11, random.Random(0), stop, known=True)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\rX: y", "sk secret", "sk-secret\u2019", "sk-sécret"])
+def test_a_key_that_cannot_be_sent_is_told_and_not_shown(key, monkeypatch):
+    monkeypatch.setenv(module.KEY, key)
+    for given, told in ((None, "set OPENAI_API_KEY to"), (key, "that of --key-variable")):
+        with pytest.raises(InputError, match=told) as caught:
+            ServerWriter("http://localhost:1/v1", "lm", key=given)
+        assert "cret" not in str(caught.value)
+    with pytest.raises(InputError, match="set MINE to"):
+        module.clean_key(key, "MINE")
+
+
+def test_blanks_around_a_key_are_left_out_and_a_key_that_is_told_is_not_repeated(monkeypatch):
+    monkeypatch.setenv(module.KEY, " sk-secret\r\n")
+
+    def reply(body, path, headers):
+        assert headers["Authorization"] == "Bearer sk-secret"
+        return 401, {"error": "bad key sk-secret"}
+
+    with serving(reply) as fake, pytest.raises(ModelError, match="bad key …"):
+        make(fake)(ASKS[:1])
+    assert ServerWriter("http://localhost:1/v1", "lm", key=" \n")._key == ""
+
+
+def test_halves_of_surrogate_pairs_in_an_answer_can_be_written():
+    with serving(lambda body, *_: (200, answer(body, "make it \ud83d\n%%\na wolf"))) as fake:
+        assert make(fake)(ASKS[:1]) == [Answer(text="make it ?\n%%\na wolf")]
 
 
 def test_an_answer_that_was_cut_off_says_so():
@@ -340,6 +475,10 @@ def test_an_answer_that_was_cut_off_says_so():
     [
         ({"url": "localhost:8000"}, "write it as http"),
         ({"url": "ftp://x/v1"}, "write it as http"),
+        ({"url": "http://host:abc/v1"}, "--server http://host:abc/v1 is no address"),
+        ({"url": "http://host:99999/v1"}, "write it as http"),
+        ({"url": "http://[::1/v1"}, "write it as http"),
+        ({"url": "http://host/v1 x"}, "write it as http"),
         ({"model": " "}, "name one: --model"),
         ({"way": "talk"}, "--way is talk"),
         ({"together": 0}, "--together is 0"),

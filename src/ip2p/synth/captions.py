@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import html
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -15,11 +16,11 @@ from typing import Any, Literal
 
 from ip2p.data import columns, hub
 from ip2p.errors import InputError
-from ip2p.synth.tables import LINE, parquet_rows, read_rows
+from ip2p.synth.tables import ENDINGS, LINE, parquet_rows, read_rows
 
 Language = Literal["english", "latin", "any"]
 
-# Lower case; the first that a table has. LAION's are TEXT, URL, AESTHETIC_SCORE, NSFW, punsafe, LANGUAGE.
+# Lower case; the first that a row fills. LAION's are TEXT, URL, AESTHETIC_SCORE, NSFW, punsafe, LANGUAGE.
 NAMES = {
     "text": ("text", "caption", "captions", "prompt", "original_prompt", "input", "description", LINE),
     "url": ("url", "image_url", "caption_url", "source_url"),
@@ -29,6 +30,7 @@ NAMES = {
     "language": ("language", "lang"),
 }
 UNSAFE = 0.5  # LAION's own advice for punsafe
+LOOK = 100_000  # rows that are read in search of a known column: a stream may have billions
 
 # Sexual, gory and hateful words. Whole words, case ignored; a word also stands for its plural in s.
 BLOCK_LIST = (
@@ -110,7 +112,8 @@ def read_captions(
 ) -> Captions:
     """The captions of a .txt, .jsonl, .csv, .tsv or .parquet file, a folder of them, or a hub's data set.
 
-    column: where they are; by default the first of `NAMES`. sample: so many of them, drawn with `seed`: those
+    column: where they are; by default the first of `NAMES` with a text, or a list of them: then its first. A
+    row without one is counted as empty. sample: so many of them, drawn with `seed`: those
     whose hash with the seed is lowest, in the order of the hash. So the draw does not depend on the order of
     the rows, and a larger one begins with the smaller. split, revision, stream: of a hub's data set.
     Raises InputError for what cannot be read, an unknown column or nothing left; ModelError for the hub.
@@ -142,12 +145,18 @@ def take(
     seen: set[bytes] = set()
     heap: list[tuple[int, int, Caption]] = []  # the sample, its highest hash first
     taken: list[Caption] = []
+    names = NAMES["text"] if column is None else (column.strip().lower(),)
+    known, seen_columns = False, dict[str, None]()
     number = 0
     for number, row in enumerate(rows, 1):
         cells = {str(key).strip().lower(): value for key, value in row.items()}
-        text = _text(cells, column, of)
+        known = known or any(name in cells for name in names)
+        if not known:
+            seen_columns.update(dict.fromkeys(cells))
+            if number == LOOK:
+                break
         caption = Caption(
-            text=clean(text),
+            text=next(filter(None, (clean(_text(cells.get(name))) for name in names)), ""),
             url=columns.text(_cell(cells, "url")),
             score=_number(_cell(cells, "score")),
         )
@@ -166,6 +175,8 @@ def take(
         rank = int.from_bytes(_hash(f"{seed}\x1f{key_of(caption.text)}"), "big")
         push = heapq.heappush if len(heap) < sample else heapq.heappushpop
         push(heap, (-rank, -number, caption))
+    if number and not known:
+        raise _no_column(of, column, list(seen_columns))
     if sample is not None:
         taken = [caption for _, _, caption in sorted(heap, reverse=True)]
         if spare := number - sum(left_out.values()) - len(taken):
@@ -193,18 +204,23 @@ def _rows(path: str, *, split: str, revision: str | None, stream: bool) -> Itera
     return parquet_rows(list(files))
 
 
-def _text(cells: Mapping[str, Any], column: str | None, of: str) -> str:
-    names = NAMES["text"] if column is None else (column.strip().lower(),)
-    for name in names:
-        if name in cells:
-            value = cells[name]
-            return str(value[0]) if isinstance(value, list) and value else columns.text(value)
-    seen = ", ".join(list(cells)[:12]) or "(none)"
+def _text(value: object) -> str:
+    """The text of a cell, of a list its first; "" for what is none, as a number or a dict of languages."""
+    if isinstance(value, list):
+        return next(filter(None, map(_text, value)), "")
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _no_column(of: str, column: str | None, seen: Sequence[str]) -> InputError:
+    shown = ", ".join(seen[:12]) or "(none)"
+    # `tables` leaves lists and structs of parquet away.
+    parquet = Path(of).suffix.lower() not in set(ENDINGS) - {".parquet"}
+    flat = " (of parquet only columns of plain values are read)" if parquet else ""
     if column is None:
-        raise InputError(
-            f"{of} has no column that is known to hold captions, but {seen}; name one: --column."
+        return InputError(
+            f"{of} has no column that is known to hold captions, but {shown}{flat}; name one: --column."
         )
-    raise InputError(f"{of} has no column {column}, but {seen}.")
+    return InputError(f"{of} has no column {column}, but {shown}{flat}; name one of these: --column.")
 
 
 def _cell(cells: Mapping[str, Any], part: str) -> Any:
@@ -212,10 +228,12 @@ def _cell(cells: Mapping[str, Any], part: str) -> Any:
 
 
 def _number(value: object) -> float | None:
+    """A cell as a finite number; None for what is none, so that NaN is unknown."""
     try:
-        return None if value is None or isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = math.nan if value is None or isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _left_out(
@@ -306,4 +324,5 @@ def read_block_list(path: Path) -> tuple[str, ...]:
 
 
 def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+    # An address in JSON can hold half of a surrogate pair.
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()

@@ -27,6 +27,7 @@ RETRIES = 3  # the paper's code asks so often again
 
 # Why an answer is refused. The order is that in which they are looked for.
 REASONS = {
+    "refused": "the server would not answer the prompt; it is not asked for again",
     "too_long": "it was cut off, or has too many words",
     "unparsable": "it is not an instruction and a caption",
     "unchanged": "the edited caption is the caption",
@@ -36,25 +37,51 @@ REASONS = {
     "duplicate": "another edit of the caption says the same",
 }
 
+# Not that of "the WEST END".
+_INLINE_END = re.compile(r"(?:(?<![A-Z\s])[ \t]+|(?<=[.!?]))END(?=\n|$)")
+
 # Prompt-to-Prompt keeps the layout: it changes what is there and not where. To move somebody to the desert
-# is no such edit, to move somebody to the left is.
+# is no such edit, to move somebody to the left is. To put the lamp in the corner is none, to put a lamp there
+# adds one, which can be tried; but no picture is told left from right.
 _SIDES = r"(?:far |top |bottom |upper |lower )*(?:left|right)"
 _PLACES = rf"(?:{_SIDES}|centre|center|middle|top|bottom|edge|side|corner|foreground|background|front|back)"
 _PICTURE = r"(?:the |this |that )?(?:picture|image|photo|photograph|frame|painting|drawing|scene|canvas|shot)"
 _VIEWS = r"(?:above|below|behind|(?:the |a )?(?:front|back|side|air|top|distance))"
+_POSSESSIVES = r"(?:the|this|that|these|those|its|his|her|their|my|your|our)"
+_MOVE = r"(?:move|shift|slide|push|pull|nudge|send)s?\b"
+# What is there already.
+_PUT = rf"(?:put|place|bring|set|stand)s? (?:both|(?:all (?:of )?)?(?:{_POSSESSIVES}|it|him|them))\b"
+_AT = (
+    rf"(?:the |its |his |her |their )?{_PLACES}"
+    rf"(?=$|[.,;!?]| (?:side|corner|half|edge|part|hand)\b| of {_PICTURE}\b)"
+)
+_BESIDE = (
+    r"(?:next to|beside|alongside|behind|between|beneath|under(?:neath)?"
+    r"|(?:in front|on top|(?:to|on) the (?:left|right|(?:other|far|opposite) side)) of)"
+)
+# A name with a capital, such as the Eiffel Tower, is a place to be in, and so are these.
+_SOMEWHERE = (
+    r"(?:stars|sky|sun|moon|clouds|rain|sea|ocean|waves|water|surface|ground|world|wheel|counter|bar)\b"
+)
 _SPATIAL = re.compile(
     r"\b(?:"
     # turn the whole or cut it
     r"(?:rotate|flip|mirror|crop|re-?cent(?:er|re)|re-?position)(?:d|ped)? "
-    rf"(?:the|it|him|her|them|this|that|his|its|{_PICTURE})\b"
+    rf"(?:the|it|him|her|them|this|that|his|its|everything|{_PICTURE})\b"
+    r"|(?:rotate|flip|mirror|turn|tilt|spin)s?\b[^.;]*?(?<! to) (?:"
+    r"(?:\d+|ninety|forty-five) ?(?:degrees?\b|°)"
+    r"|horizontally\b|vertically\b|(?:(?:counter|anti)-?)?clockwise\b)"
+    rf"|(?:rotate|flip)s?(?: (?:to |towards? )?(?:the )?{_SIDES})?(?=$|[.,;!?])"
     r"|zoom(?:s|ed|ing)? (?:in|out)\b"
     r"|upside[ -]down\b|back to front\b"
     # move somebody or something
-    r"|(?:move|shift|slide|push|pull|nudge|put|place|bring|send|turn)s?\b[^.;]*? (?:"
-    rf"(?:to|towards?|into|in|on|at) (?:the |its |his |her |their )?{_PLACES}"
-    rf"(?=$|[.,;!?]| (?:side|corner|half|edge|part|hand)\b| of {_PICTURE}\b)"
-    r"|(?:closer|nearer|farther|further|apart)\b"
-    r"|(?:up|upwards?|down|downwards?|sideways|backwards?|forwards?|around)(?=$|[.,;!?]))"
+    rf"|(?:{_MOVE}|{_PUT})[^.;]*? (?:to|towards?|into|in|on|at) {_AT}"
+    rf"|turns?\b[^.;]*? (?:to|towards?) {_AT}"
+    rf"|(?:{_MOVE}|{_PUT}|turns?\b)[^.;]*? (?:(?:closer|nearer|farther|further|apart)\b"
+    r"|(?:sideways|backwards?|forwards?|around)(?=$|[.,;!?]))"
+    r"|(?:move|shift|slide|nudge)s?\b[^.;]*? (?:up|upwards?|down|downwards?)(?=$|[.,;!?])"
+    rf"|(?:{_MOVE}|{_PUT})[^.;]*? {_BESIDE} "
+    rf"(?:{_POSSESSIVES} (?-i:(?![A-Z]))(?!{_SOMEWHERE})|it\b|him\b|them\b)"
     rf"|(?:on|to|from|at|in) the {_SIDES}(?:[ -]hand)?(?=$|[.,;!?]| (?:side|corner|half|edge|of|part)\b)"
     rf"|(?:in|to|at) the (?:\w+ )?(?:corner|edge|side) of {_PICTURE}\b"
     r"|(?:swap|switch|exchange|trade) (?:the |their |its )?(?:places?|positions?|sides?)\b"
@@ -86,10 +113,12 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a writer said, without the prompt. finished: it came to its end, and was not cut off."""
+    """What a writer said, without the prompt. finished: it came to its end, and was not cut off. refused: it
+    will never answer this prompt, and the text says why."""
 
     text: str
     finished: bool = True
+    refused: bool = False
 
 
 class Writer(Protocol):
@@ -141,11 +170,15 @@ def completion_of(triple: Triple) -> str:
 
 def parse(completion: str) -> Edit | None:
     """The parts of an answer; None unless there are just two of a line each."""
-    # Begun anew behind the end is none of it; some tokenizers have no blank line before the END.
-    parts = completion.split(STOP)[0].strip().split(MIDDLE)
+    # Begun anew behind the end is none of it.
+    text = "\n".join(line.strip(" \t") for line in re.split(r"\r\n|\r|\n", completion))
+    parts = text.split(STOP)[0].strip().split(MIDDLE)
     if len(parts) != 2:
         return None
     instruction, edited = (part.strip() for part in parts)
+    # Some models write the END behind the caption, on its line. That of a sign may be meant.
+    if not re.search(r"\bEND\b", instruction):
+        edited = _INLINE_END.split(edited)[0]
     if not instruction or not edited or "\n" in instruction or "\n" in edited:
         return None
     if SEPARATOR.strip() in instruction + edited or MIDDLE.strip() in instruction + edited:
@@ -193,7 +226,8 @@ class Instruct:
     """The stage from captions to triples.
 
     writer: or what makes one, when the stage is to be made elsewhere. edits: how many of each caption.
-    An answer that is refused is asked for again, `retries` times, each with another seed. What comes of a
+    An answer that is refused is asked for again, `retries` times, each with another seed, unless the writer
+    itself refuses the prompt. What comes of a
     caption depends on nothing but the caption, as long as the writer's answers depend on the ask alone.
     """
 
@@ -224,7 +258,7 @@ class Instruct:
             answers = self.writer([ask for _, ask in open_asks])
             again = []
             for (w, ask), answer in zip(open_asks, answers, strict=True):
-                if not self._take(w, ask, answer):
+                if not self._take(w, ask, answer) and not answer.refused:
                     following = Ask(caption=ask.caption, number=ask.number, attempt=attempt + 1)
                     again.append((w, following))
             open_asks = again
@@ -232,7 +266,7 @@ class Instruct:
 
     def _take(self, work: _Work, ask: Ask, answer: Answer) -> bool:
         id = triple_id(ask.caption, ask.number)
-        edit = parse(answer.text)
+        edit = None if answer.refused else parse(answer.text)
         triple = None
         if edit is not None:
             triple = Triple(
@@ -243,7 +277,9 @@ class Instruct:
                 source=self.writer.name,
             )
         reason: str | None
-        if not answer.finished:
+        if answer.refused:
+            reason = "refused"
+        elif not answer.finished:
             reason = "too_long"
         elif triple is None:
             reason = "unparsable"

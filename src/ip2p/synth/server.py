@@ -45,6 +45,11 @@ SHOTS = 8  # triples that a general model is shown
 PATIENCE = 300.0  # seconds for which a server may be away
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # what may pass if it is asked later
+BUSY = (408, 409, 425, 429, 529)  # of these: what says nothing of the request
+OF_PROMPT = (200, 400, 413, 422)  # what a server may answer to one prompt and not to others
+REFUSALS = 20  # one after another, until the server itself is suspected
+# What every server that can be used answers, to tell one that refuses all from one that refuses a prompt.
+KNOWN = Ask(caption="a cat on a red sofa")
 
 SYSTEM = (
     "You write training data for a program that edits pictures by instruction. You are given the caption of "
@@ -73,6 +78,8 @@ FORMS: tuple[dict[str, Any], ...] = (
     {},
 )
 _OF_FORMS = {"response_format", "json_schema", "json_object", "schema", "guided_json"}
+# What the filters of servers call themselves; some refuse so with 403.
+_FILTERED = re.compile(r"content.?(?:filter|policy|management)|moderation|safety.?(?:filter|system)", re.I)
 
 
 @dataclass
@@ -98,14 +105,21 @@ class ServerWriter:
 
     url: up to /v1, such as http://localhost:8000/v1. way: `completion` for a tuned model, `chat` for a
     general one; shots: how many seed triples it is shown, by default none and SHOTS. together: requests under
-    way at once; rate: the most that are begun a second. price: of a million tokens of prompts and of answers.
-    key: sent as a bearer's token, by default that of OPENAI_API_KEY.
+    way at once; rate: the most that this writer begins a second. price: of a million tokens of prompts and of
+    answers. key: sent as a bearer's token, by default that of OPENAI_API_KEY.
 
     A request that fails in a way that may pass (the server is away, busy or broken) is sent again after a
     wait that doubles, or that the server says in Retry-After, until `patience` seconds have passed since any
     request of all threads was answered. So a server may be killed and started again. Every question carries
-    its seed; whether equal seeds give equal answers is the server's affair. Raises InputError for settings,
-    ModelError for a server that refuses, stays away, or does not speak the protocol.
+    its seed; whether equal seeds give equal answers is the server's affair.
+
+    A prompt that is refused (by a content filter, or as too long), or that has broken the server for all of
+    the patience, gets an answer that is `refused`, but only while the server answers KNOWN: which it is
+    asked after a refusal if it has answered nothing yet, after REFUSALS in a row, and after the last one of a
+    call. So a wrong setting stops at once, and the verdict does not depend on what other threads ask.
+
+    Raises InputError for settings, ModelError for a server that refuses all, stays away, or does not speak
+    the protocol.
     """
 
     def __init__(
@@ -127,8 +141,7 @@ class ServerWriter:
         say: Callable[[str], None] = terminal.say,
     ) -> None:
         check_sampling(temperature, frequency_penalty, max_tokens)
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise InputError(f"--server {url} is no address; write it as http://localhost:8000/v1")
         if not model.strip():
             raise InputError("the server's model is not named; name one: --model NAME")
@@ -150,19 +163,24 @@ class ServerWriter:
         self.together, self.price, self.timeout, self.patience = together, price, timeout, patience
         self.usage = Usage()
         self.say = say
-        self._key = os.environ.get(KEY) if key is None else key
+        self._key = clean_key(os.environ.get(KEY, ""), KEY) if key is None else clean_key(key)
         self._lock = threading.Lock()
+        self._judging = threading.Lock()  # held while the server is asked KNOWN, so that it is once
         self._pace = _Pace(rate)
         self._form = 0  # of FORMS
         self._drop: set[str] = set()  # fields that the server does not know
         self._newer = False  # it calls max_tokens max_completion_tokens
         self._answered = time.monotonic()
         self._away = False
+        self._proven = False  # it has answered a question
+        self._row = 0  # refusals since its last answer
+        self._fault = ""  # why it cannot be used
 
     def __call__(self, asks: Sequence[Ask]) -> list[Answer]:
         if not asks:
             return []
         self._answered = time.monotonic()
+        self._fault = ""
         stop = threading.Event()
         with ThreadPoolExecutor(min(self.together, len(asks)), "ip2p-server") as pool:
             futures = [pool.submit(self._answer, ask, stop) for ask in asks]
@@ -170,6 +188,8 @@ class ServerWriter:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
+                if self._row:  # else answers would be written off that a key or a quota is to blame for
+                    self._prove(stop)
             except BaseException:
                 # What waits for a retry must not hold the error back, nor Ctrl-C.
                 stop.set()
@@ -179,21 +199,26 @@ class ServerWriter:
             return [future.result() for future in futures]
 
     def _answer(self, ask: Ask, stop: threading.Event) -> Answer:
-        shown = examples(self.shots, ask.caption, ask.number)
-        if self.way == "completion":
-            own: dict[str, Any] = {"prompt": prompt_of(ask.caption, shown), "stop": [STOP]}
-            choice = self._choice(self._ask("completions", own, ask, stop))
-            text = choice.get("text")
-        else:
-            own = {"messages": _messages(ask.caption, shown)}
-            choice = self._choice(self._ask("chat/completions", own, ask, stop))
-            message = choice.get("message")
-            text = message.get("content") if isinstance(message, dict) else None
+        try:
+            choice = self._ask(ask, stop)
+        except _Declined as error:
+            return Answer(text=_sendable(str(error)), refused=True)
+        message = choice if self.way == "completion" else choice.get("message")
+        name = "text" if self.way == "completion" else "content"
+        text = message.get(name) if isinstance(message, dict) else None
         if not isinstance(text, str):
             text = ""  # it declined, or only called a tool: unparsable
         if self.way == "chat":
             text = _from_json(text)
-        return Answer(text=text.split(STOP)[0], finished=choice.get("finish_reason") != "length")
+        text = _sendable(text).split(STOP)[0]
+        return Answer(text=text, finished=choice.get("finish_reason") != "length")
+
+    def _question(self, ask: Ask) -> tuple[str, dict[str, Any]]:
+        """The path of a request, and of its body what is its own."""
+        shown = examples(self.shots, ask.caption, ask.number)
+        if self.way == "completion":
+            return "completions", {"prompt": prompt_of(ask.caption, shown), "stop": [STOP]}
+        return "chat/completions", {"messages": _messages(ask.caption, shown)}
 
     def _body(self, own: dict[str, Any], ask: Ask) -> dict[str, Any]:
         """A request in the form that the server is known to take by now."""
@@ -204,37 +229,71 @@ class ServerWriter:
         form = FORMS[self._form] if self.way == "chat" else {}
         return {name: value for name, value in (body | form).items() if name not in self._drop}
 
-    def _choice(self, reply: dict[str, Any]) -> dict[str, Any]:
-        choices = reply.get("choices")
-        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
-            raise ModelError(
-                f"{self.url} answered without choices ({_short(json.dumps(reply))}); it is no server of "
-                "language models in OpenAI's protocol. Check --server."
-            )
-        return choices[0]
-
-    def _ask(self, path: str, own: dict[str, Any], ask: Ask, stop: threading.Event) -> dict[str, Any]:
-        """The reply to a request, sent again as often as there is hope."""
+    def _ask(self, ask: Ask, stop: threading.Event) -> dict[str, Any]:
+        """What is answered to a request, sent again as often as there is hope. Raises _Declined."""
+        path, own = self._question(ask)
         # Not all at once again after a pause; and not from the seed of any result.
         jitter = random.Random(ask.seed)
-        attempt = 0
+        attempt, last = 0, False
+        broken: float | None = None  # since when it fails, and not because the server is busy
         while True:
             self._pace(stop)
+            if self._fault:
+                raise ModelError(self._fault)
             if stop.is_set():
                 raise ModelError(f"asking {self.url} was stopped.")
             sent = self._body(own, ask)
             try:
-                reply = self._post(path, sent)
+                return self._choice(self._post(path, sent))
             except _Refused as error:
                 if self._adapt(sent, error):
                     continue
-                raise ModelError(self._refusal(path, error)) from None
+                if ask is KNOWN or not error.of_prompt:
+                    self._fault = self._refusal(path, error)
+                    raise ModelError(self._fault) from None
+                self._judge(stop)
+                raise _Declined(error.line()) from None
             except _Passing as error:
+                if last and not error.busy:
+                    self._judge(stop)
+                    raise _Declined(str(error)) from None
                 attempt += 1
-                self._wait(error, attempt, jitter, stop)
-                continue
-            self._count(reply)
-            return reply
+                broken = None if error.busy else broken or time.monotonic()
+                last = self._wait(error, attempt, broken, jitter, stop, known=ask is KNOWN)
+
+    def _choice(self, reply: dict[str, Any]) -> dict[str, Any]:
+        """The first answer of a reply, which is counted."""
+        self._count(reply)
+        choices = reply.get("choices")
+        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+            raise _Refused(200, f"without choices: {_short(json.dumps(reply))}")
+        with self._lock:
+            self.usage.requests += 1
+            self._proven, self._row = True, 0
+        return choices[0]
+
+    def _judge(self, stop: threading.Event) -> None:
+        """Count a refusal, and see whether the server or the prompt is to blame. Raises ModelError."""
+        with self._judging:
+            with self._lock:
+                self._row += 1
+                sure = self._proven and self._row < REFUSALS
+            if not sure:
+                self._prove(stop)
+
+    def _prove(self, stop: threading.Event) -> None:
+        """Raise ModelError unless the server answers KNOWN."""
+        self._ask(KNOWN, stop)
+
+    def _lives(self, stop: threading.Event) -> bool:
+        """Whether the server answers KNOWN now."""
+        self._pace(stop)
+        path, own = self._question(KNOWN)
+        try:
+            self._choice(self._post(path, self._body(own, KNOWN)))
+        except (_Passing, _Refused):
+            return False
+        return True
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -248,9 +307,12 @@ class ServerWriter:
                 data = response.read()
         except urllib.error.HTTPError as error:
             with error:
-                told = _short(_read(error))
+                told = _read(error)
+            # Some servers repeat a key that they do not take.
+            told = _short(told.replace(self._key, "…") if self._key else told)
             if error.code in AGAIN:
-                raise _Passing(f"{error.code} {told}", _retry_after(error.headers)) from None
+                after, busy = _retry_after(error.headers), error.code in BUSY
+                raise _Passing(f"{error.code} {told}", after, busy=busy) from None
             raise _Refused(error.code, told) from None
         except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
             reason = getattr(error, "reason", error)
@@ -260,12 +322,12 @@ class ServerWriter:
         except ValueError:
             reply = None
         if not isinstance(reply, dict):
-            raise _Refused(200, f"no JSON: {_short(data.decode(errors='replace'))}")
+            raise _Refused(200, f"no JSON: {_short(data.decode(errors='replace'))}", of_prompt=False)
         return reply
 
     def _adapt(self, sent: dict[str, Any], error: _Refused) -> bool:
         """Ask in a plainer form from now on, where the server refused one; False if that is not why."""
-        if error.code not in (400, 404, 422, 501):
+        if error.code not in (400, 404, 422, 501) or error.filtered:
             return False
         words = set(re.findall(r"[a-z_]+", error.told.lower()))
         with self._lock:
@@ -286,7 +348,9 @@ class ServerWriter:
         return False
 
     def _refusal(self, path: str, error: _Refused) -> str:
-        what = f"{self.url}/{path} answered {error.code} ({error.told})"
+        what = f"{self.url}/{path} answered {error.line()}"
+        if error.code == 200:
+            return f"{what}; it is no server of language models in OpenAI's protocol. Check --server."
         if error.code in (401, 403):
             return f"{what}; set {KEY} to a key that it takes."
         if error.code == 404:
@@ -294,22 +358,44 @@ class ServerWriter:
             return f"{what}; check --server (it ends in /v1), the name {self.model}, or try --way {other}."
         return f"{what}. Check --server and --model."
 
-    def _wait(self, error: _Passing, attempt: int, jitter: random.Random, stop: threading.Event) -> None:
+    def _wait(
+        self,
+        error: _Passing,
+        attempt: int,
+        broken: float | None,
+        jitter: random.Random,
+        stop: threading.Event,
+        *,
+        known: bool,
+    ) -> bool:
+        """Wait before a request is sent again. Raises ModelError when the server has been away too long.
+
+        broken: since when the request fails (monotonic seconds), None if the server was only busy. True, at
+        once, if that is longer than the patience and the server answers KNOWN: one more try decides.
+        """
         pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * (0.5 + jitter.random())
         if error.after is not None:
             pause = max(error.after, pause)
         with self._lock:
             self.usage.retries += 1
-            left = self._answered + self.patience - time.monotonic()
-            if left <= 0 or (error.after is not None and error.after > left):
-                raise ModelError(
-                    f"{self.url} has not answered for {self.patience:g} s ({error}). Start or free it, then "
-                    "run the same command again: it goes on where it stopped."
-                )
-            if not self._away:
+            now = time.monotonic()
+            left = self._answered + self.patience - now
+            away = left <= 0 or (error.after is not None and error.after > left)
+            if not (away or self._away):
                 self._away = True
                 self.say(f"{self.url}: {error}; asking again for up to {self.patience:g} s")
+        hopeless = broken is not None and now - broken >= self.patience
+        if broken is not None and (away or hopeless) and not known and self._lives(stop):
+            if hopeless:
+                return True
+            left = self.patience
+        elif away:
+            raise ModelError(
+                f"{self.url} has not answered for {self.patience:g} s ({error}). Start or free it, then "
+                "run the same command again: it goes on where it stopped."
+            )
         stop.wait(min(pause, left))
+        return False
 
     def _count(self, reply: dict[str, Any]) -> None:
         told = reply.get("usage")
@@ -318,7 +404,6 @@ class ServerWriter:
         with self._lock:
             self._answered = time.monotonic()
             self._away = False
-            self.usage.requests += 1
             self.usage.prompt_tokens += read
             self.usage.answer_tokens += written
             self.usage.cost += (read * self.price[0] + written * self.price[1]) / 1e6
@@ -343,17 +428,58 @@ class _Pace:
 
 
 class _Passing(Exception):
-    """A failure that may pass. after: seconds that the server asks to wait, if it does."""
+    """A failure that may pass. after: seconds that the server asks to wait, if it does. busy: the request is
+    surely not to blame."""
 
-    def __init__(self, told: str, after: float | None) -> None:
+    def __init__(self, told: str, after: float | None, *, busy: bool = False) -> None:
         super().__init__(told)
-        self.after = after
+        self.after, self.busy = after, busy
 
 
 class _Refused(Exception):
-    def __init__(self, code: int, told: str) -> None:
+    """A failure that does not pass. of_prompt: another prompt may be answered."""
+
+    def __init__(self, code: int, told: str, *, of_prompt: bool = True) -> None:
         super().__init__(code, told)
         self.code, self.told = code, told
+        self.filtered = _FILTERED.search(told) is not None
+        self.of_prompt = of_prompt and (code in OF_PROMPT or self.filtered)
+
+    def line(self) -> str:
+        return f"{self.code} ({self.told})"
+
+
+class _Declined(Exception):
+    """A prompt is given up, and the server is not to blame."""
+
+
+def clean_key(key: str, variable: str = "") -> str:
+    """A key as it can be sent, without the blanks around it, which files and dashboards leave there.
+
+    variable: of the environment, that held it. Raises InputError, which never shows the key.
+    """
+    key = key.strip()
+    if all("!" <= letter <= "~" for letter in key):
+        return key
+    of = variable or f"the variable it comes from (IP2P_API_KEY, {KEY}, or that of --key-variable)"
+    raise InputError(
+        f"the server's key holds a blank, a control character or one beyond ASCII; set {of} to the key alone."
+    )
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # raises ValueError for a word or a number too large
+    except ValueError:
+        return False
+    plain = all("!" <= letter <= "~" for letter in url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
+
+
+def _sendable(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and no file."""
+    return text.encode(errors="replace").decode()
 
 
 def _messages(caption: str, shown: Sequence[Triple]) -> list[dict[str, str]]:
