@@ -420,6 +420,13 @@ def test_a_grid_has_room_for_every_picture_and_label():
     assert labelled.width == plain.width
 
 
+def test_a_tiff_carries_its_xmp(tmp_path):
+    image = noise_image()
+    image.info = {"xmp": b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"}
+    with Image.open(save_image(image, tmp_path / "a.tiff")) as read:
+        assert read.info["xmp"] == image.info["xmp"]
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_bytes_of_a_picture_carry_its_settings_and_its_xmp(kind, tmp_path):
     image = noise_image()

@@ -274,7 +274,7 @@ class ServeConfig:
     api_key_file: File = None  # keys that callers must have, one a line; or one in IP2P_API_KEY
     public: bool = False  # let other machines in without a key
     allow_host: Names = ()  # a further name in the address by which callers may come; may be repeated
-    allow_origin: Names = ()  # a page elsewhere that may post, as https://example.org; may be repeated
+    allow_origin: Names = ()  # a page elsewhere that may post and read, as https://a.example; may be repeated
     max_pixels: int = MAX_PIXELS  # refuse a larger picture before decoding it
     max_steps: int = 150  # refuse more sampling steps
     max_count: int = 8  # refuse more results a request
@@ -701,6 +701,10 @@ class SynthInstructConfig:
         for name in ("way", "rate", "price", "key_variable"):
             if self.server is None and getattr(self, name) != getattr(SynthInstructConfig, name):
                 raise InputError(f"--{name.replace('_', '-')} is for a server; add --server URL.")
+        if self.server is not None and (self.ray is not None or (self.workers or 1) > 1):
+            raise InputError(
+                "--workers and --ray are not for a server: --rate holds in each process. Raise --together."
+            )
         check_workers(self)
 
 

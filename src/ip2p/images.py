@@ -35,7 +35,7 @@ WRITE_OPTIONS: dict[str, dict[str, object]] = {
     "TIFF": {},  # with its compressions libtiff cannot write EXIF folders
     "BMP": {},
 }
-EXIF_IFD, GPS_IFD, USER_COMMENT = 0x8769, 0x8825, 0x9286
+EXIF_IFD, GPS_IFD, USER_COMMENT, XMP = 0x8769, 0x8825, 0x9286, 0x02BC
 ORIENTATION, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0xA002, 0xA003
 # What a TIFF says of its own bytes stands among its EXIF tags; in another file it would be wrong.
 TIFF_LAYOUT = (
@@ -311,8 +311,7 @@ def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) 
     """Write a picture by the ending of its name, whole or not at all; its `info` travels with it.
 
     `info["parameters"]` (the settings) goes to PNG's text chunk of that name, and to EXIF
-    UserComment in JPEG, WebP and TIFF; exif, icc_profile and, but in TIFF, xmp are kept. BMP holds pixels
-    alone.
+    UserComment in JPEG, WebP and TIFF; exif, icc_profile and xmp are kept. BMP holds pixels alone.
     Raises InputError as `check_output` does.
     """
     path = check_output(path, overwrite=overwrite)
@@ -356,6 +355,8 @@ def _write_options(image: Image.Image, kind: str) -> dict[str, Any]:
             details[USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be")
         if xmp and kind in ("JPEG", "WEBP"):
             options["xmp"] = xmp
+        if xmp and kind == "TIFF":
+            exif[XMP] = xmp
     # Empty sub-folders are written too, so look for entries.
     if any(tag != EXIF_IFD for tag in exif) or details:
         options["exif"] = exif.tobytes()

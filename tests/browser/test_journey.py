@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "serve"))
 
 from page_server import Server, serve_page
 
-from ip2p.images import save_image
+from ip2p.images import load_image, save_image
 from ip2p.infotext import parse_infotext, read_infotext
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -229,12 +229,44 @@ def test_a_mask_is_painted_or_found(page: Page, photo: Path):
     page.wait_for_timeout(500)
     edit(page, "make it red")
     expect(page.locator("#region_found img")).to_be_visible()
+    facts = page.locator("#facts").inner_text()
+
+    # Such a step is run again with the mask that was painted.
+    page.locator("#go_on").click()
+    expect(page.locator("#region_found")).to_be_hidden()
+    page.locator("#again").click()
+    expect(page.get_by_label("where a mask file is white")).to_be_checked()
+    said(page, "Done.")
+    expect(page.locator("#mask img")).to_be_visible()
+    expect(page.locator("#region_found img")).to_be_visible()
+    expect(page.locator("#facts")).to_have_text(facts)
 
     page.get_by_label("where the model finds it").click()
     expect(page.locator("#auto_mask")).to_be_visible()
     edit(page, "make it blue")
     expect(page.locator("#region_found img")).to_be_visible()
     expect(page.locator("#facts")).to_contain_text("Auto mask: 0.5")
+
+
+def test_settings_of_another_model_come_with_their_scales(page: Page, photo: Path, tmp_path: Path):
+    made = load_image(photo)
+    made.info["parameters"] = (
+        "make it night\nSteps: 2, Sampler: Euler a, CFG scale: 3, Image CFG scale: 1.1, Seed: 5, "
+        "Size: 96x64, Model: other"
+    )
+    page.locator("#picture input[type=file]").set_input_files(save_image(made, tmp_path / "made.png"))
+    said(page, "carries its settings")
+    unfold(page, "More settings")
+    page.locator("#take").click()
+    said(page, "Settings loaded.")
+    expect(page.locator("#model input")).to_have_value("other")
+    page.wait_for_timeout(1500)  # for what the change of the model might bring about
+    expect(page.get_by_label("Text CFG", exact=True)).to_have_value("3")
+
+    # Picked by hand, a model brings its own.
+    page.locator("#model input").click()
+    page.get_by_role("option", name="fake").click()
+    expect(page.get_by_label("Text CFG", exact=True)).to_have_value("7.5")
 
 
 def test_a_cell_of_the_matrix_gives_its_settings(page: Page, photo: Path):

@@ -16,7 +16,7 @@ from fakes import fake_editor
 from ip2p.config import ServeConfig
 from ip2p.editor import Editor
 from ip2p.serve.app import make_app, server_config
-from ip2p.serve.mark import marker
+from ip2p.serve.mark import checker, marker
 from ip2p.serve.service import Limits, Service
 
 
@@ -55,6 +55,7 @@ def running(
             {"fake": editor, **(models or {})},
             limits=bounds,
             join=join,
+            check=checker(config),
             finish=marker(config),
             keep_seconds=config.keep_seconds,
             store=Path(folder) / "results",

@@ -1,8 +1,11 @@
 """The client of AUTOMATIC1111's interface edits pictures here."""
 
 import base64
+import gc
 import json
 import threading
+import time
+import weakref
 
 import pytest
 import requests
@@ -10,6 +13,7 @@ import webuiapi
 from PIL import Image
 from running import running, until
 
+from ip2p.config import ServeConfig
 from ip2p.images import to_bytes
 from ip2p.infotext import parse_infotext
 
@@ -157,12 +161,45 @@ def test_progress_is_told_and_an_interrupt_stops_within_a_step(picture):
         assert api.get_progress()["progress"] == 0
 
 
+def test_an_interrupt_gives_what_was_finished(picture):
+    with running(seconds=0.03, join=1) as slow:
+        told = []
+        thread = threading.Thread(target=lambda: told.append(asked(slow, picture, steps=10, n_iter=4)))
+        thread.start()
+        until(lambda: any(len(job.results) == 2 for job in list(slow.service._running.values())))
+        requests.post(f"{slow.url}/sdapi/v1/interrupt", proxies={"http": None})
+        thread.join(30)
+        info = json.loads(told[0].json()["info"])
+        assert told[0].status_code == 200 and info["interrupted"]
+        assert len(told[0].json()["images"]) == len(info["infotexts"]) in (2, 3)
+
+
+def test_the_newest_edit_is_forgotten_with_its_time(picture):
+    jobs = []
+    with running(ServeConfig(max_steps=50, keep_seconds=1)) as server:
+        submit = server.service.submit
+
+        def noted(*request, **more):
+            job = submit(*request, **more)
+            jobs.append(weakref.ref(job))
+            return job
+
+        server.service.submit = noted
+        assert asked(server, picture).status_code == 200
+        assert jobs[0]() is not None
+        time.sleep(1.1)
+        with requests.Session() as session:
+            session.trust_env = False
+            assert session.get(f"{server.url}/sdapi/v1/progress").json()["state"]["job_count"] == 0
+        until(lambda: gc.collect() is not None and jobs[0]() is None)
+
+
 @pytest.mark.parametrize(
     ("change", "field", "words"),
     [
         ({"steps": 10**9}, "steps", "1 to 50"),
         ({"batch_size": 99}, "batch_size", "1 to 4"),
-        ({"batch_size": 3, "n_iter": 2}, "batch_size", "1 to 4"),
+        ({"batch_size": 3, "n_iter": 2}, "batch_size", "n_iter times batch_size is 2 times 3"),
         ({"cfg_scale": -1}, "cfg_scale", "0 to 100"),
         ({"image_cfg_scale": 1e9}, "image_cfg_scale", "0 to 100"),
         ({"prompt": ""}, "prompt", "empty"),

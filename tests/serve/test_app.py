@@ -165,7 +165,15 @@ def test_a_result_that_a_classifier_calls_unsafe_is_not_given(monkeypatch, png):
             timeout=60,
             trust_env=False,
         )
-    assert asked == [("a/classifier", (64, 64))]
+        with httpx.stream(
+            *("POST", f"{server.url}/v1/edits"),
+            files={"image": png},
+            data={**EDIT, "stream": "true", "previews": "1"},
+            timeout=60,
+            trust_env=False,
+        ) as streamed:
+            assert "event: preview" not in streamed.read().decode()
+    assert asked == [("a/classifier", (64, 64))] * 2
     assert told.status_code == 422 and "safety checker" in told.json()["error"]["message"]
 
 

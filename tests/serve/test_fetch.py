@@ -26,6 +26,8 @@ INSIDE = [
         "fd00:ec2::254",
     ),
     *("::ffff:127.0.0.1", "::ffff:169.254.169.254", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe"),
+    *("168.63.129.16", "192.0.0.192", "192.0.0.9", "::ffff:168.63.129.16", "64:ff9b::a83f:8110"),
+    *("fec0::1", "feff::1", "64:ff9b:1:7f00:0:100:808:808", "64:ff9b:1::808:808"),
     *("2002:7f00:1::", "2002:a9fe:a9fe::1", "2001:db8::1", "2001:0:7f00:1::", "64:ff9b:1::7f00:1"),
 ]
 SPELLINGS = [
@@ -53,7 +55,8 @@ def test_an_address_inside_is_not_public(address):
 
 
 @pytest.mark.parametrize(
-    "address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"]
+    "address",
+    ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8", "168.63.129.17"],
 )
 def test_an_address_outside_is(address):
     assert is_public(ipaddress.ip_address(address))

@@ -106,10 +106,46 @@ def test_a_browser_that_hides_the_origin_is_told_by_its_other_header(local):
     assert ask(local, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
 
 
-def test_an_origin_can_be_allowed_but_reads_nothing():
-    app = Guard(echo, ServeConfig(allow_origin=("https://example.org",)))
-    answer = ask(app, headers={"Origin": "https://example.org"})
-    assert answer.status_code == 200 and "access-control-allow-origin" not in answer.headers
+@pytest.fixture
+def shared(tmp_path):
+    (file := tmp_path / "keys").write_text(KEYS[0] + "\n")
+    return Guard(echo, ServeConfig(allow_origin=("https://example.org",), api_key_file=file))
+
+
+def test_a_page_of_an_allowed_origin_posts_and_reads(shared):
+    own = {"Origin": "https://example.org"}
+    answer = ask(shared, headers={**own, "X-API-Key": KEYS[0]})
+    assert answer.status_code == 200 and answer.headers["vary"] == "Origin"
+    assert answer.headers.get_list("access-control-allow-origin") == ["https://example.org"]
+    assert "Retry-After" in answer.headers["access-control-expose-headers"]
+    refused = ask(shared, headers=own)  # and reads why
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_its_preflight_is_answered_without_a_key(shared):
+    headers = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    answer = ask(shared, "OPTIONS", headers=headers)
+    assert answer.status_code == 204 and not answer.content
+    assert answer.headers["access-control-allow-origin"] == "https://example.org"
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert {"Authorization", "Content-Type"} <= set(
+        answer.headers["access-control-allow-headers"].split(", ")
+    )
+    assert "access-control-allow-credentials" not in answer.headers
+    assert ask(shared, "OPTIONS", host="evil.example", headers=headers).status_code == 421
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "https://example.org.evil", "null", ""])
+def test_pages_of_other_origins_read_nothing(shared, local, origin):
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST", "X-API-Key": KEYS[0]}
+    for method in ("OPTIONS", "GET", "POST"):
+        answer = ask(shared, method, headers=headers)
+        assert not any(name.startswith("access-control-") for name in answer.headers)
+        assert answer.headers["vary"] == "Origin" and (method != "POST" or answer.status_code == 403)
+        answer = ask(local, method, headers=headers)
+        assert not any(name.startswith("access-control-") for name in answer.headers)
+        assert answer.status_code != 204
 
 
 def test_errors_have_the_form_of_the_interface_that_was_called(local):
@@ -207,6 +243,34 @@ def test_a_body_that_stands_still_is_given_up(monkeypatch):
     }
     asyncio.run(Guard(echo, ServeConfig())(scope, silent, send))
     assert told[1]["status"] == 408 and b"0.05" in told[2]["body"]
+
+
+def test_what_is_let_go_counts_no_more():
+    held = []
+
+    async def holding(scope, receive, send):
+        await receive()
+        held.append(app.held)
+        scope["state"]["let_go"]()
+        held.append(app.held)
+        await echo(scope, receive, send)
+
+    app = Guard(holding, ServeConfig(max_mb=1))
+    ask(app, content=b"x" * 1000)
+    assert held == [1000, 0] and app.held == 0
+
+
+def test_a_body_of_json_is_bounded_by_its_parts_and_a_form_is_not():
+    app = Guard(echo, ServeConfig(max_words=100))
+    at_most = b"[" * (guard.STRUCTURE + 200)
+    for kind in ("application/json", "", "text/plain"):
+        headers = {"Content-Type": kind}
+        assert ask(app, content=at_most, headers=headers).status_code == 200
+        for path, status in (("/v1/edits", 422), ("/v1/images/edits", 400), ("/sdapi/v1/img2img", 422)):
+            answer = ask(app, path=path, content=at_most + b",", headers=headers)
+            assert answer.status_code == status and "20,200" in answer.text and app.held == 0
+    headers = {"Content-Type": "multipart/form-data; boundary=B"}
+    assert ask(app, content=at_most + b",", headers=headers).status_code == 200
 
 
 def test_uploads_together_are_bounded_too():

@@ -1,16 +1,22 @@
 """Our own interface, from outside over HTTP."""
 
+import asyncio
 import base64
 import io
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from PIL import Image
 from running import running, until
 
+from ip2p.config import ServeConfig
 from ip2p.images import to_bytes
 from ip2p.infotext import parse_infotext
+from ip2p.serve import fetch, wire
+from ip2p.serve.service import FieldError
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +157,127 @@ def test_previews_are_pictures_of_what_is_being_made():
             previews = [record for name, record in events_of(answer) if name == "preview"]
     assert previews and all(record["result"] == 0 for record in previews)
     assert opened(previews[0]["b64"]).format == "JPEG"
+
+
+def test_accept_asks_for_events_with_previews_too():
+    with running(seconds=0.05) as slow, httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http:
+        body = {"instruction": "x", "steps": "10", "previews": "2"}
+        with http.stream(
+            *("POST", "/v1/edits"),
+            headers={"Accept": "text/event-stream"},
+            files={"image": to_bytes(Image.new("RGB", (64, 64), "red"))},
+            data=body,
+        ) as answer:
+            assert "preview" in [name for name, _ in events_of(answer)]
+
+
+def test_results_that_wait_for_their_client_outlive_what_memory_holds(png):
+    with running() as server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        server.service._keep_bytes = 1
+        body = {"instruction": "x", "steps": "1", "auto_mask": "0.5"}
+        places = []
+        for _ in range(3):
+            told = http.post("/v1/edits", files={"image": png}, data={**body, "wait": "false", "count": "2"})
+            places.append(told.json()["url"])
+            until(lambda: http.get(places[-1]).json()["state"] == "done")
+        passing = [http.post("/v1/edits", files={"image": png}, data=body).json()["id"] for _ in range(2)]
+        for place in places:
+            results = http.get(place).json()["results"]
+            assert [result["seed"] for result in results] == [0, 1]
+            assert all(opened(result["mask"]).size == (64, 64) for result in results)
+            assert all(Image.open(io.BytesIO(http.get(r["url"]).content)).size == (64, 64) for r in results)
+            again = Image.open(io.BytesIO(http.get(f"{place}/results/1?format=png").content))
+            assert again.info["parameters"] == results[1]["settings"] and "xmp" in again.info
+        gone = http.get(f"/v1/edits/{passing[0]}")
+        assert gone.status_code == 410 and gone.json()["error"]["code"] == "gone"
+        assert "to make room" in gone.json()["error"]["message"]
+        assert http.get(f"/v1/edits/{passing[1]}").status_code == 200  # the newest
+
+
+def test_a_file_that_made_room_says_so(png):
+    with running() as server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        body = {"instruction": "x", "steps": "1", "response": "url"}
+        first = http.post("/v1/edits", files={"image": png}, data=body).json()
+        server.service.store.size = server.service.store.bytes
+        http.post("/v1/edits", files={"image": png}, data={**body, "format": "jpeg"})
+        for place in (first["results"][0]["url"], f"/v1/edits/{first['id']}/results/0"):
+            gone = http.get(place)
+            assert gone.status_code == 410 and "to make room" in gone.json()["error"]["message"]
+
+
+def test_one_file_of_several_results_is_refused_before_any_work(server, http, png):
+    before = server.service.stats().done
+    for accept in ("image/png", "image/*"):
+        answer = http.post(
+            "/v1/edits",
+            headers={"Accept": accept},
+            files={"image": png},
+            data={"instruction": "x", "steps": "1", "count": "2"},
+        )
+        assert answer.status_code == 422 and answer.json()["error"]["param"] == "count"
+    assert server.service.stats().done == before
+
+
+def test_what_failed_is_told_with_its_field_in_every_way(png):
+    def finish(picture):
+        raise FieldError("seeds: no luck with these", field="seeds")
+
+    with running() as server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        server.service._finish = finish
+        body = {"instruction": "x", "steps": "1"}
+        expected = {
+            **{"message": "seed: no luck with these", "type": "invalid_request_error"},
+            **{"param": "seed", "code": "invalid_value"},
+        }
+        told = http.post("/v1/edits", files={"image": png}, data=body)
+        assert told.status_code == 422 and told.json()["error"] == expected
+        with http.stream(
+            "POST", "/v1/edits", files={"image": png}, data={**body, "stream": "true"}
+        ) as answer:
+            name, record = list(events_of(answer))[-1]
+        assert name == "failed" and record["error"] == expected
+        place = http.post("/v1/edits", files={"image": png}, data={**body, "wait": "false"}).json()["url"]
+        until(lambda: http.get(place).json()["state"] == "failed")
+        assert http.get(place).json()["error"] == expected
+
+
+@pytest.mark.parametrize("path", ["/v1/edits", "/v1/images/edits", "/sdapi/v1/img2img"])
+def test_no_place_is_kept_while_a_picture_is_fetched(png, monkeypatch, path):
+    places, go = [], threading.Event()
+
+    async def slow(url, *, name, most):
+        places.append(len(server.service._places))
+        if url.endswith("slow"):
+            while not go.is_set():
+                await asyncio.sleep(0.01)
+        return png
+
+    monkeypatch.setattr(fetch, "fetch", slow)
+    with (
+        running(ServeConfig(urls=True), queue=1) as server,
+        httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http,
+        ThreadPoolExecutor() as threads,
+    ):
+
+        def ask(address):
+            steps = {"num_inference_steps" if "images" in path else "steps": 1}
+            picture = {"init_images": [address]} if "sdapi" in path else {"image": address}
+            words = {"instruction" if path == "/v1/edits" else "prompt": "x"}
+            return http.post(path, json={**picture, **words, **steps})
+
+        try:
+            waiting = [threads.submit(ask, "https://a.example/slow") for _ in range(wire.FETCHES_EACH)]
+            until(lambda: len(places) == wire.FETCHES_EACH)
+            refused = ask("https://a.example/one")
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "5"
+            data = base64.b64encode(png).decode()
+            assert ask(data).status_code == 200  # its place is not taken
+        finally:
+            go.set()
+        assert sorted({told.result().status_code for told in waiting})[0] == 200
+        until(lambda: not server.service.stats().running)
+        assert ask("https://a.example/one").status_code == 200
+        assert set(places) == {0}
 
 
 def test_delete_stops_an_edit_within_a_step():

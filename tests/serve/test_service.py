@@ -101,6 +101,50 @@ def test_what_a_model_was_made_from_stands_in_the_settings(serve):
     assert (settings.revision, settings.loras) == ("v2", ("style.safetensors:0.8",))
 
 
+def test_where_results_are_checked_there_are_no_previews(serve, editor):
+    editor.bundle.unet.seconds = 0.03
+
+    def check(picture):
+        if check.refuses:
+            raise InputError("no such picture is given out")
+
+    check.refuses = False
+    service = serve(check=check)
+
+    def made():
+        job = service.submit(request(steps=8, previews=1), client="a")
+        events = list(job.events())
+        return job, [event for event in events if event.kind == "preview"]
+
+    job, previews = made()
+    # But for the small one of the finished result, which was checked.
+    assert job.state == "done" and len(previews) <= 1 and job.results
+    check.refuses = True
+    job, previews = made()
+    assert job.state == "failed" and not previews and job.previews == [None]
+
+
+def test_previews_of_what_failed_are_seen_no_more(serve, editor):
+    editor.bundle.unet.seconds = 0.03
+
+    def finish(picture):
+        raise InputError("no such picture is given out")
+
+    job = serve(finish=finish).submit(request(steps=8, previews=1), client="a")
+    kinds = [event.kind for event in job.events()]
+    assert "preview" in kinds and job.state == "failed" and job.previews == [None]
+
+
+def test_a_stopped_job_keeps_what_was_finished(serve, editor):
+    editor.bundle.unet.seconds = 0.03
+    service = serve(join=1)
+    job = service.submit(request(seeds=(1, 2, 3, 4), steps=5), client="a")
+    until(lambda: len(job.results) == 2)
+    service.cancel(job.id)
+    assert job.wait(60) and job.state == "cancelled"
+    assert [result.seed for result in job.results] in ([1, 2], [1, 2, 3])
+
+
 def test_finishing_changes_a_result_and_may_refuse_it(serve):
     def finish(picture):
         if finish.refuses:
@@ -655,6 +699,58 @@ def test_ended_jobs_are_forgotten_by_time_number_and_bytes(serve, gate):
     assert job.wait(60)
     time.sleep(0.06)
     assert service.job(job.id) is None and job.results  # who holds it keeps it
+
+
+def test_the_newest_job_is_kept_whatever_its_size_and_who_made_room_is_known(serve, gate):
+    for _ in range(9):
+        gate.go.release()
+    service = serve({"x": lambda: None}, join=1, keep_bytes=1)
+    first, second = (service.submit(request(seeds=(1, 2, 3)), client="a") for _ in range(2))
+    assert first.wait(60) and second.wait(60)
+    assert service.job(second.id) is second and service.job(first.id) is None
+    assert service.went_early(first.id) and not service.went_early(second.id)
+    service = serve({"x": lambda: None}, join=1, keep_seconds=0.05)
+    job = service.submit(request(), client="a")
+    assert job.wait(60)
+    time.sleep(0.06)
+    assert service.job(job.id) is None and not service.went_early(job.id)
+
+
+def encode(picture):
+    return b"%d" % picture.width, ".txt"
+
+
+def test_results_of_one_who_comes_back_are_on_disk_and_not_in_memory(serve, tmp_path):
+    service = serve(store=tmp_path / "results", keep_bytes=1)
+    jobs = [
+        service.submit(request(auto_mask=0.3, seeds=(k, k + 1)), client="a", encode=encode) for k in range(5)
+    ]
+    assert all(job.wait(60) and job.state == "done" for job in jobs)
+    for job in jobs:
+        assert service.job(job.id) is job and not job.results and job.masks is None
+        assert [service.store.read(kept.file) for kept in job.kept] == [b"64", b"64"]
+        assert all(service.store.read(kept.mask).startswith(b"\x89PNG") for kept in job.kept)
+        assert [parse_infotext(kept.parameters).seed for kept in job.kept] == [kept.seed for kept in job.kept]
+    assert service.keep(jobs[0], encode) is jobs[0].kept  # it is not written anew
+
+
+def test_pictures_in_memory_make_no_room_on_the_cost_of_those_on_disk(serve, gate, tmp_path):
+    for _ in range(9):
+        gate.go.release()
+    service = serve({"x": lambda: None}, join=1, keep_bytes=1, store=tmp_path / "results")
+    kept = service.submit(request(), client="a", encode=lambda picture: (b"", ".txt"))
+    others = [service.submit(request(), client="a") for _ in range(3)]
+    assert kept.wait(60) and all(job.wait(60) for job in others)
+    assert service.job(kept.id) is kept and service.job(others[0].id) is None
+
+
+def test_results_that_cannot_be_kept_fail_the_job_and_leave_nothing(serve, tmp_path):
+    service = serve(store=tmp_path / "results", store_bytes=3)
+    job = service.submit(request(seeds=(1, 2)), client="a", encode=encode)
+    assert job.wait(60) and job.state == "failed" and "--store-mb" in str(job.error)
+    assert len(service.store) == 0 and service.stats().running == 0
+    again = service.submit(request(), client="a", encode=encode)
+    assert again.wait(60) and again.state == "done"
 
 
 def test_the_numbers_of_a_service_add_up(serve, gate):

@@ -155,6 +155,16 @@ def test_a_stopped_edit_ends_at_its_replica_within_a_step(spread, editors, here)
     assert sum(replica.service.stats().cancelled for replica in here.replicas) == 1
 
 
+def test_a_stopped_edit_keeps_what_was_finished(spread, editors):
+    for editor in editors:
+        editor.bundle.unet.seconds = 0.05
+    job = spread.submit(request(steps=10, seeds=(1, 2, 3, 4), auto_mask=0.5), client="a")
+    until(lambda: len(job.results) == 2, 60)
+    spread.cancel(job.id)
+    assert job.wait(30) and job.state == "cancelled"
+    assert [result.seed for result in job.results] == [1, 2] and len(job.masks) == 2
+
+
 def test_an_edit_whose_replica_is_lost_begins_again_on_another(spread, here):
     here.lost = [2]
     job = spread.submit(request(), client="a")

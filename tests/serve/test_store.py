@@ -97,6 +97,20 @@ def test_the_oldest_go_first_when_bytes_or_count_are_passed(tmp_path):
     assert [store.read(name) for name in names] == [None, None, b"", b"", b""]
 
 
+def test_files_of_one_edit_make_no_room_for_each_other(tmp_path):
+    store = Store(tmp_path / "results", size=10)
+    old = store.put(b"1234", ".png")
+    names = []
+    for _ in range(2):
+        names.append(store.put(b"1234", ".png", beside=names))
+    assert store.read(old) is None and store.went_early(old)
+    with pytest.raises(ResourceError, match="together 12 bytes.*--store-mb"):
+        store.put(b"1234", ".png", beside=names)
+    assert [store.read(name) for name in names] == [b"1234"] * 2
+    later = store.put(b"1234", ".png")  # of another
+    assert store.went_early(names[0]) and not store.went_early(later) and not store.went_early("other")
+
+
 def test_a_file_is_gone_when_its_time_has_passed(tmp_path):
     store = Store(tmp_path / "results", seconds=0.05)
     name = store.put(b"brief", ".png")

@@ -6,6 +6,7 @@ import datetime
 import json
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -22,10 +23,11 @@ from ip2p.serve.native import request_body, seeds_of
 from ip2p.serve.service import FieldError, Job
 from ip2p.serve.wire import (
     Desk,
-    arrived,
     base64_of,
     client_of,
+    fetched,
     finished,
+    let_go,
     open_mask,
     open_picture,
     read_body,
@@ -34,7 +36,7 @@ from ip2p.serve.wire import (
     written,
 )
 
-CLIENTS = 1000  # whose choice of a model, and whose last edit, is remembered
+CLIENTS = 1000  # whose choice of a model, and the id of whose last edit, is remembered
 RESIZE_MODES: tuple[Literal["stretch", "crop", "pad"], ...] = ("stretch", "crop", "pad")
 
 
@@ -81,9 +83,9 @@ def router(desk: Desk) -> APIRouter:
     routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
     service = desk.service
     chosen: OrderedDict[str, str] = OrderedDict()  # model by client
-    latest: OrderedDict[str, Job] = OrderedDict()  # edit by client
+    latest: OrderedDict[str, str] = OrderedDict()  # the newest edit's id by client
 
-    def remember(table: OrderedDict[str, Any], client: str, value: Any) -> None:
+    def remember(table: OrderedDict[str, str], client: str, value: str) -> None:
         table[client] = value
         table.move_to_end(client)
         while len(table) > CLIENTS:
@@ -103,24 +105,29 @@ def router(desk: Desk) -> APIRouter:
     async def img2img(request: Request) -> JSONResponse:
         client = client_of(request)
         service.check_room(client)  # before anything is read: a refusal costs nothing
-        await arrived(request, desk)
-        with service.room(client) as place:
-            body = await read_body(request, Img2Img, desk)
-            override = body.override_settings or {}
-            name = override.get("sd_model_checkpoint")
-            model = model_of(client) if name is None else known_model(str(name), "sd_model_checkpoint")
-            edit = await _edit_of(desk, body, model)
-            job = await desk.by_hand(service.submit, edit, client=client, place=place)
-        remember(latest, client, job)
+        body = await read_body(request, Img2Img, desk)
+        name = (body.override_settings or {}).get("sd_model_checkpoint")
+        model = model_of(client) if name is None else known_model(str(name), "sd_model_checkpoint")
+        _check_body(body, service.limits.count)
+        async with fetched(desk, client, {"init_images": body.init_images[0], "mask": body.mask}) as given:
+            with service.room(client) as place:
+                async with desk.opening:
+                    edit = await _edit_of(desk, body, given, model)
+                    job = await desk.by_hand(service.submit, edit, client=client, place=place)
+        del given
+        remember(latest, client, job.id)
+        shown = body.model_dump(exclude={"init_images", "mask"})
+        if body.include_init_images:  # then they are held, and count
+            shown |= {"init_images": body.init_images, "mask": body.mask}
+        else:
+            body.init_images, body.mask = [], None
+            let_go(request)
         try:
             await finished(desk, request, job)
         except Refusal:  # interrupted: its clients want what there is, and no error
             if job.state != "cancelled":
                 raise
         pictures = [base64_of(await desk.by_hand(written, result.image, "png")) for result in job.results]
-        shown = body.model_dump(exclude={"init_images", "mask"})
-        if body.include_init_images:
-            shown |= {"init_images": body.init_images, "mask": body.mask}
         return JSONResponse(
             {
                 "images": pictures if body.send_images else [],
@@ -182,7 +189,7 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get("/progress", summary="How this client's newest edit stands")
     async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
-        job = latest.get(client_of(request))
+        job = service.job(latest.get(client_of(request), ""))
         going = job is not None and job.state in ("waiting", "running")
         picture = None
         if job is not None and going and not skip_current_image:
@@ -210,7 +217,7 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.post("/interrupt", summary="Stop this client's newest edit, within a step")
     async def interrupt(request: Request) -> dict[str, Any]:
-        job = latest.get(client_of(request))
+        job = service.job(latest.get(client_of(request), ""))
         if job is not None:
             service.cancel(job.id)
         return {}
@@ -218,8 +225,8 @@ def router(desk: Desk) -> APIRouter:
     return routes
 
 
-async def _edit_of(desk: Desk, body: Img2Img, model: str) -> services.Request:
-    """What the service is asked for. Raises FieldError and Refusal."""
+def _check_body(body: Img2Img, most: int) -> None:
+    """Raise FieldError for what is not done here, before any picture is read; `most` results are."""
     for name, scripts in (("script_name", body.script_name), ("alwayson_scripts", body.alwayson_scripts)):
         if scripts:
             called = scripts if isinstance(scripts, str) else ", ".join(scripts)
@@ -229,17 +236,33 @@ async def _edit_of(desk: Desk, body: Img2Img, model: str) -> services.Request:
             f"init_images has {len(body.init_images)} pictures; one is edited at a time. Send one.",
             field="init_images",
         )
-    most = desk.service.limits.count
-    batches = 1 if body.n_iter is None else body.n_iter
-    each = 1 if body.batch_size is None else body.batch_size
+    batches, each = _batches(body)
     for name, number in (("n_iter", batches), ("batch_size", each)):
         if not 1 <= number <= most:
             raise FieldError(f"{name} is {number}; it must be 1 to {most}.", field=name)
+    if batches * each > most:
+        raise FieldError(
+            f"n_iter times batch_size is {batches} times {each}, {batches * each} results; it must be 1 to "
+            f"{most}.",
+            field="batch_size",
+        )
+
+
+def _batches(body: Img2Img) -> tuple[int, int]:
+    return 1 if body.n_iter is None else body.n_iter, 1 if body.batch_size is None else body.batch_size
+
+
+async def _edit_of(
+    desk: Desk, body: Img2Img, given: Mapping[str, bytes | str | None], model: str
+) -> services.Request:
+    """What the service is asked for, with the pictures that were given. Raises FieldError and Refusal."""
+    batches, each = _batches(body)
     sampler, spacing = _sampler(body)
-    picture = await open_picture(desk, body.init_images[0], "init_images")
+    assert given["init_images"] is not None
+    picture = await open_picture(desk, given["init_images"], "init_images")
     mask = None
-    if body.mask:
-        mask = await open_mask(desk, body.mask, "mask", edit="white")
+    if given["mask"]:
+        mask = await open_mask(desk, given["mask"], "mask", edit="white")
         if mask.size != picture.size:  # as there, whose clients rely on it
             mask = mask.resize(picture.size, Image.Resampling.NEAREST)
         if body.inpainting_mask_invert:
@@ -255,7 +278,7 @@ async def _edit_of(desk: Desk, body: Img2Img, model: str) -> services.Request:
     return services.Request(
         image=picture,
         instruction=body.prompt,
-        seeds=seeds_of(body.seed, batches * each, most, "batch_size"),
+        seeds=seeds_of(body.seed, batches * each, desk.service.limits.count, "batch_size"),
         steps=20 if body.steps is None else body.steps,
         sampler=sampler,
         spacing=spacing,

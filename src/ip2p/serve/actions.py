@@ -12,9 +12,11 @@ import dataclasses
 import functools
 import html
 import itertools
+import os
 import time
 import zipfile
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,12 @@ from PIL import Image
 
 from ip2p import grid
 from ip2p.config import MAX_SCALE
-from ip2p.errors import InputError, Ip2pError
-from ip2p.images import WRITES, load_image, resized, save_image
-from ip2p.infotext import parse_infotext, read_infotext
+from ip2p.errors import InputError, Ip2pError, ResourceError
+from ip2p.images import load_image, resized, save_image
+from ip2p.infotext import Settings, parse_infotext, read_infotext
 from ip2p.serve.run import Controls, duration, from_settings, progress, run, surprise
 from ip2p.serve.service import FieldError, Full
-from ip2p.serve.session import Session, for_browser, show, store
+from ip2p.serve.session import Session, for_browser, kept_ending, show, store, uploaded
 
 if TYPE_CHECKING:
     from ip2p.serve.service import Job, Request, Service
@@ -38,6 +40,8 @@ OFTEN = 0.2  # seconds between two signs of life: more would be work for every b
 CELL = 256  # the longer side of a cell of the matrix
 AT_ONCE = 4  # requests of one browser that are in the service together
 MAX_CELLS, MAX_FILES = 25, 200
+# Matrices and batches at once, of one client and of all: what they ask for waits where there is no room.
+LONG_OF_CLIENT, LONG_OF_ALL = 4, 32
 # What stands above the fields, where it is not their name with a capital.
 LABELS = {
     "image": "Picture",
@@ -61,6 +65,7 @@ class Actions:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self._long: Counter[str] = Counter()
 
     # --- the picture and the history ---------------------------------------------------------------
 
@@ -122,11 +127,13 @@ class Actions:
         if step.parent is None or not step.parameters:
             raise InputError("The first picture was not made here. Choose a later step to run it again.")
         fields = from_settings(parse_infotext(step.parameters), self.service.models)
+        if step.drawn is not None:
+            fields |= {"region": "file", "mask": str(step.drawn)}
         session.history.undo()
         return self._moved(session) | fields
 
     def _moved(self, session: Session) -> Values:
-        session.candidates, session.chosen = [], None
+        session.forget()
         return self.state(session) | {
             "status": say(f"At step {session.history.label(session.history.current)}")
         }
@@ -170,7 +177,7 @@ class Actions:
             "region_found": None if chosen.mask is None else str(chosen.mask),
             "facts": facts(chosen.parameters),
             "go_on": True,
-            "download": str(session.download(chosen.file, chosen.parameters)),
+            "download": str(session.download(chosen)),
         }
 
     # --- for programs -----------------------------------------------------------------------------------
@@ -182,16 +189,16 @@ class Actions:
         if path is None:
             raise InputError("picture is missing. Send one.")
         with contextlib.closing(Session()) as session:
-            await to_thread.run_sync(lambda: session.open(path, max_pixels=self.service.limits.pixels))
-            picture = await to_thread.run_sync(session.picture)
-            request = await to_thread.run_sync(lambda: controls.request(picture, previews=0))
-            job = await self._one(session, request, client)
-            if job.state != "done":
+
+            def request() -> Request:
+                session.open(path, max_pixels=self.service.limits.pixels)
+                return controls.request(session.picture(), previews=0)
+
+            job = await self._one(session, request, client, session.stops)
+            if job is None or job.state != "done":
                 raise InputError("The edit was stopped.")
             await to_thread.run_sync(session.keep, [result.image for result in job.results])
-            files = []
-            for made in session.candidates:
-                files.append(str(await to_thread.run_sync(session.download, made.file, made.parameters)))
+            files = [str(await to_thread.run_sync(session.download, made)) for made in session.candidates]
             return files, [plain(made.parameters) for made in session.candidates]
 
     async def batch_once(
@@ -218,12 +225,17 @@ class Actions:
         text = session.history.current.parameters
         if not text:
             raise InputError("This picture carries no settings. Drop one that ip2p edited.")
-        return from_settings(parse_infotext(text), self.service.models) | {"status": say("Settings loaded.")}
+        return self._taken(parse_infotext(text))
 
     def take_from(self, path: str) -> Values:
         """The settings that an edited file carries."""
-        found = parse_infotext(self._read(path))
-        return from_settings(found, self.service.models) | {"status": say("Settings loaded.")}
+        return self._taken(parse_infotext(self._read(path)))
+
+    def _taken(self, settings: Settings) -> Values:
+        words = "Settings loaded."
+        if settings.mask is not None and settings.auto_mask is None:
+            words += " The mask is not in the file: paint it below “Where”, or give its file there."
+        return from_settings(settings, self.service.models) | {"status": say(words)}
 
     def _read(self, path: str) -> str:
         try:
@@ -259,42 +271,54 @@ class Actions:
 
     async def edit(self, session: Session, controls: Controls, client: str) -> AsyncGenerator[Values, None]:
         """Make candidates, with their pictures on the way and the time left."""
-        step = session.history.current
-        picture = await to_thread.run_sync(session.picture)
-        request = await to_thread.run_sync(controls.request, picture)
-        session.candidates, session.chosen = [], None
-        yield self.results(session) | {"status": say("Waiting"), "session": session}
-        told, drawn = 0.0, -1
-        async with contextlib.aclosing(run(self.service, request, client=client)) as news:
-            async for job in news:
-                session.jobs.add(job.id)
-                now = time.monotonic()
-                if job.state not in ("waiting", "running") or now - told < OFTEN:
-                    continue
-                told = now
-                values: Values = {"status": bar(job)}
-                if any(job.previews) and drawn != job.step:
-                    drawn = job.step
-                    values["candidates"] = await to_thread.run_sync(self._previews, session, job)
-                yield values
-        session.jobs.discard(job.id)
-        if job.error is not None:
-            raise job.error
-        if job.state == "cancelled":
-            yield {"status": say("Stopped."), "candidates": []}
-            return
-        if session.history.at != step.number:  # the picture was changed meanwhile: these belong to another
-            yield {"status": say("The picture was changed meanwhile. Run the edit again.")}
-            return
-        await to_thread.run_sync(session.keep, [result.image for result in job.results])
-        values = await to_thread.run_sync(self.results, session)
-        count = len(job.results)
-        yield values | {"status": say("Done. Compare, and continue from one." if count > 1 else "Done.")}
+        step, stops = session.history.current, session.stops
+        await to_thread.run_sync(session.check_space)
+        # A place first: no picture is decoded for a request that is then refused.
+        with session.at_work() as folder, self.service.room(client) as place:
+            picture = await to_thread.run_sync(session.picture)
+            request = await to_thread.run_sync(controls.request, picture)
+            session.forget()
+            yield self.results(session) | {"status": say("Waiting"), "session": session}
+            if session.stops != stops:
+                yield {"status": say("Stopped.")}
+                return
+            told, drawn = 0.0, -1
+            async with contextlib.aclosing(run(self.service, request, client=client, place=place)) as news:
+                async for job in news:
+                    self._mine(session, job, stops)
+                    now = time.monotonic()
+                    if job.state not in ("waiting", "running") or now - told < OFTEN:
+                        continue
+                    told = now
+                    values: Values = {"status": bar(job)}
+                    if any(job.previews) and drawn != job.step:
+                        drawn = job.step
+                        values["candidates"] = await to_thread.run_sync(self._previews, folder, job)
+                    yield values
+            session.jobs.discard(job.id)
+            if job.error is not None:
+                raise job.error
+            if job.state == "cancelled":
+                yield {"status": say("Stopped."), "candidates": []}
+                return
+            keep = functools.partial(session.keep, drawn=request.mask, of=step)
+            if not await to_thread.run_sync(keep, [result.image for result in job.results]):
+                yield {"status": say("The picture was changed meanwhile. Run the edit again.")}
+                return
+            values = await to_thread.run_sync(self.results, session)
+            count = len(job.results)
+            yield values | {"status": say("Done. Compare, and continue from one." if count > 1 else "Done.")}
 
-    def _previews(self, session: Session, job: Job) -> list[tuple[str, str]]:
+    def _mine(self, session: Session, job: Job, stops: int) -> None:
+        """Have Stop reach a job, also where it was pressed before there was one."""
+        session.jobs.add(job.id)
+        if session.stops != stops:
+            self.service.cancel(job.id)
+
+    def _previews(self, folder: Path, job: Job) -> list[tuple[str, str]]:
         count = len(job.previews)
         return [
-            (str(show(preview, session.new("preview.webp"), CELL)), f"{k} of {count}")
+            (str(show(preview, folder / f"preview-{k}.webp", CELL)), f"{k} of {count}")
             for k, preview in enumerate(job.previews, 1)
             if preview is not None
         ]
@@ -309,59 +333,64 @@ class Actions:
             raise InputError(
                 f"The matrix has {len(pairs)} cells; it may have {MAX_CELLS}. Give fewer values."
             )
-        picture = await to_thread.run_sync(session.picture)
-        first = dataclasses.replace(controls, count=1)
-        base = await to_thread.run_sync(lambda: first.request(picture, previews=0))
-        # Its cells are small: the photograph's own pixels would not be seen.
-        requests = [
-            dataclasses.replace(base, text_cfg=text, image_cfg=image, fit="model") for text, image in pairs
-        ]
-        labels = [f"text {text:g} · image {image:g}" for text, image in pairs]
-        cells: dict[int, Image.Image] = {}
-        session.cells = {}
-        share = min(1, CELL / max(picture.size))
-        size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
-        blank = str(show(Image.new("RGB", size, "#9ca3af"), session.new("blank.webp"), CELL))
-        shown = [blank] * len(pairs)
-        took = Took(len(pairs))
-        yield {
-            "cells": (list(zip(shown, labels, strict=True)), len(across)),
-            "sheet": None,
-            "status": measure(f"0 of {len(pairs)} cells", 0, len(pairs)),
-            "session": session,
-        }
-        async with contextlib.aclosing(self._all(session, requests, client)) as made:
-            async for number, job in made:
-                if isinstance(job, Ip2pError):
-                    raise job
-                [result] = job.results
-                cells[number] = resized(result.image.convert("RGB"), size)
-                session.cells[number] = result.image.info["parameters"]
-                shown[number] = str(show(cells[number], session.new("cell.webp"), CELL))
-                yield {
-                    "cells": (list(zip(shown, labels, strict=True)), len(across)),
-                    "status": measure(
-                        f"{len(cells)} of {len(pairs)} cells{took(len(cells))}", len(cells), len(pairs)
-                    ),
-                }
-        if len(cells) < len(pairs):
-            yield {"status": say("Stopped.")}
-            return
+        with self._turn(client), session.at_work() as folder:
+            picture = await to_thread.run_sync(session.picture)
+            first = dataclasses.replace(controls, count=1)
+            base = await to_thread.run_sync(lambda: first.request(picture, previews=0))
+            # Its cells are small: the photograph's own pixels would not be seen.
+            requests = [
+                dataclasses.replace(base, text_cfg=text, image_cfg=image, fit="model")
+                for text, image in pairs
+            ]
+            labels = [f"text {text:g} · image {image:g}" for text, image in pairs]
+            cells: dict[int, Image.Image] = {}
+            mark = None
+            session.cells = {}
+            share = min(1, CELL / max(picture.size))
+            size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
+            blank = str(show(Image.new("RGB", size, "#9ca3af"), folder / "blank.webp", CELL))
+            shown = [blank] * len(pairs)
+            took = Took(len(pairs))
+            yield {
+                "cells": (list(zip(shown, labels, strict=True)), len(across)),
+                "sheet": None,
+                "status": measure(f"0 of {len(pairs)} cells", 0, len(pairs)),
+                "session": session,
+            }
+            async with contextlib.aclosing(self._all(session, requests, client)) as made:
+                async for number, job in made:
+                    if isinstance(job, Ip2pError):
+                        raise job
+                    [result] = job.results
+                    cells[number] = resized(result.image.convert("RGB"), size)
+                    mark = result.image.info.get("xmp")
+                    session.cells[number] = result.image.info["parameters"]
+                    shown[number] = str(show(cells[number], folder / f"cell-{number}.webp", CELL))
+                    yield {
+                        "cells": (list(zip(shown, labels, strict=True)), len(across)),
+                        "status": measure(
+                            f"{len(cells)} of {len(pairs)} cells{took(len(cells))}", len(cells), len(pairs)
+                        ),
+                    }
+            if len(cells) < len(pairs):
+                yield {"status": say("Stopped.")}
+                return
 
-        def draw() -> str:
-            whole = grid.sheet(
-                [[cells[y * len(across) + x] for x in range(len(across))] for y in range(len(down))],
-                columns=[f"text CFG {value:g}" for value in across],
-                rows=[f"image CFG {value:g}" for value in down],
-                title=f"“{base.instruction}”",
-                picture=resized(picture, size),
-            )
-            return str(save_image(whole, for_browser(f"{Path(session.source).stem}-grid.png")))
+            def draw() -> str:
+                whole = grid.sheet(
+                    [[cells[y * len(across) + x] for x in range(len(across))] for y in range(len(down))],
+                    columns=[f"text CFG {value:g}" for value in across],
+                    rows=[f"image CFG {value:g}" for value in down],
+                    title=f"“{base.instruction}”",
+                    picture=resized(picture, size),
+                )
+                whole.info["xmp"] = mark
+                return str(save_image(whole, for_browser(f"{Path(session.source).stem}-grid.png")))
 
-        yield {
-            "status": say("Done. Click a cell to take its settings."),
-            "sheet": await to_thread.run_sync(draw),
-        }
+            yield {
+                "status": say("Done. Click a cell to take its settings."),
+                "sheet": await to_thread.run_sync(draw),
+            }
 
     def cell(self, session: Session, number: int) -> Values:
         """The settings of a cell of the matrix."""
@@ -391,17 +420,25 @@ class Actions:
             raise InputError(
                 "A mask belongs to one picture. For many, edit everywhere or let the model find it."
             )
+        with self._turn(client), session.at_work() as folder:
+            async with contextlib.aclosing(self._zipped(session, controls, client, paths, folder)) as told:
+                async for values in told:
+                    yield values
+
+    async def _zipped(
+        self, session: Session, controls: Controls, client: str, paths: Sequence[str], folder: Path
+    ) -> AsyncGenerator[Values, None]:
         names = kept_names([Path(path).name for path in paths])
         count = len(paths)
         controls = dataclasses.replace(controls, count=1)
         first = controls.seeds()[0]
+        sources = await to_thread.run_sync(held, paths, folder)
 
         def request(number: int) -> Request:
-            picture = load_image(Path(paths[number]).read_bytes(), max_pixels=self.service.limits.pixels)
+            picture = load_image(uploaded(sources[number]), max_pixels=self.service.limits.pixels)
             return dataclasses.replace(controls, seed=first + number).request(picture, previews=0)
 
         failed: dict[int, str] = {}
-        target = for_browser("edited.zip")
         took = Took(count)
         done = 0
         yield {
@@ -411,10 +448,11 @@ class Actions:
             "session": session,
         }
         # Pictures are compressed already.
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        made_at = folder / "edited.zip"
+        with zipfile.ZipFile(made_at, "w", zipfile.ZIP_STORED) as archive:
 
             def keep(name: str, result: Image.Image) -> None:
-                file = save_image(result, session.new(name))
+                file = save_image(result, folder / f"result{Path(name).suffix}")
                 archive.write(file, name)
                 file.unlink()
 
@@ -437,19 +475,38 @@ class Actions:
         words = f"{good} of {count} edited" + (f", {len(failed)} could not be." if failed else ".")
         if done < count:
             words = f"Stopped. {words}"
+        zipped = made_at.rename(for_browser("edited.zip")) if good else None
         yield {
             "status": say(words),
             "errors": listed(failed),
             "failed": [failed[number] for number in sorted(failed)],
-            "zip": str(target) if good else None,
+            "zip": None if zipped is None else str(zipped),
         }
+
+    @contextlib.contextmanager
+    def _turn(self, client: str) -> Iterator[None]:
+        """Count a matrix or a batch while it runs. Raises ResourceError for one too many."""
+        whose = None
+        if self._long[client] >= LONG_OF_CLIENT:
+            whose = f"{LONG_OF_CLIENT} of your"
+        elif self._long.total() >= LONG_OF_ALL:
+            whose = f"{LONG_OF_ALL}"
+        if whose is not None:
+            raise ResourceError(
+                f"{whose} matrices and batches run already, which is the limit. Wait for one to end."
+            )
+        self._long[client] += 1
+        try:
+            yield
+        finally:
+            self._long -= Counter([client])
 
     async def _all(
         self, session: Session, requests: Sequence[Request | Callable[[], Request]], client: str
     ) -> AsyncGenerator[tuple[int, Job | Ip2pError], None]:
         """The job of each request with its number, as they end, until they are stopped."""
         stops, numbers = session.stops, iter(range(len(requests)))
-        running: dict[asyncio.Task[Job], int] = {}
+        running: dict[asyncio.Task[Job | None], int] = {}
         try:
             while True:
                 while (
@@ -457,7 +514,7 @@ class Actions:
                     and session.stops == stops
                     and (k := next(numbers, None)) is not None
                 ):
-                    running[asyncio.create_task(self._one(session, requests[k], client))] = k
+                    running[asyncio.create_task(self._in_turn(session, requests[k], client, stops))] = k
                 if not running:
                     return
                 ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -468,36 +525,49 @@ class Actions:
                     except Ip2pError as error:
                         yield number, error
                         continue
-                    if job.state == "done":
+                    if job is not None and job.state == "done":
                         yield number, job
         finally:
             for task in running:
                 task.cancel()
 
-    async def _one(self, session: Session, request: Request | Callable[[], Request], client: str) -> Job:
-        """The ended job of a request; where the service is full, it waits its turn. Raises Ip2pError."""
-        ready = await to_thread.run_sync(request) if callable(request) else request
-        stops = session.stops
-        while True:
+    async def _in_turn(
+        self, session: Session, request: Request | Callable[[], Request], client: str, stops: int
+    ) -> Job | None:
+        """`_one`, which waits where the service is full."""
+        while session.stops == stops:
             try:
-                async with contextlib.aclosing(run(self.service, ready, client=client)) as news:
-                    async for job in news:
-                        session.jobs.add(job.id)
-                session.jobs.discard(job.id)
-                if job.error is not None:
-                    raise job.error
-                return job
+                return await self._one(session, request, client, stops)
             except Full as full:
-                if session.stops != stops:
-                    raise
-                await asyncio.sleep(min(full.retry_after, 5))
+                seconds = min(full.retry_after, 5)
+            await asyncio.sleep(seconds)  # without the picture, which `_one` had decoded
+        return None
+
+    async def _one(
+        self, session: Session, request: Request | Callable[[], Request], client: str, stops: int
+    ) -> Job | None:
+        """The ended job of a request; None where it was stopped before that.
+
+        Raises Full where there is no room for it, before it is decoded, and other Ip2pErrors.
+        """
+        with self.service.room(client) as place:
+            ready = await to_thread.run_sync(request) if callable(request) else request
+            if session.stops != stops:
+                return None
+            async with contextlib.aclosing(run(self.service, ready, client=client, place=place)) as news:
+                async for job in news:
+                    self._mine(session, job, stops)
+        session.jobs.discard(job.id)
+        if job.error is not None:
+            raise job.error
+        return job
 
     def stop(self, session: Session) -> Values:
         """Cancel whatever runs for this browser; it ends within a step."""
         session.stops += 1
         for job in list(session.jobs):
             self.service.cancel(job)
-        return {"status": say("Stopping …" if session.jobs else "Nothing is running.")}
+        return {"status": say("Stopping …" if session.running else "Nothing is running.")}
 
 
 def say(words: str) -> str:
@@ -564,11 +634,23 @@ def kept_names(names: Sequence[str]) -> list[str]:
     taken: set[str] = set()
     kept = []
     for name in map(Path, names):
-        suffix = name.suffix if name.suffix.lower() in WRITES else ".png"
+        suffix = kept_ending(name)
         candidates = (f"{name.stem}{f'-{k}' if k > 1 else ''}{suffix}" for k in itertools.count(1))
         own = next(other for other in candidates if other.lower() not in taken)
         taken.add(own.lower())
         kept.append(own)
+    return kept
+
+
+def held(paths: Sequence[str], folder: Path) -> list[Path]:
+    """Second names of uploads in `folder`, which keep them while Gradio deletes the first ones by age."""
+    kept = []
+    for number, path in enumerate(paths):
+        kept.append(folder / f"{number}")
+        try:
+            os.link(path, kept[-1])
+        except OSError:  # of another file system, or gone: then it is told of this one
+            kept[-1] = Path(path)
     return kept
 
 

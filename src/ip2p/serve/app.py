@@ -41,7 +41,7 @@ except ImportError as error:
 from ip2p.serve import a1111, metrics, native, openai, reference
 from ip2p.serve.errors import Refusal, body_of, refusal_of
 from ip2p.serve.guard import Guard
-from ip2p.serve.mark import marker
+from ip2p.serve.mark import checker, marker
 from ip2p.serve.service import Limits, Service, default_join
 from ip2p.serve.wire import Desk, client_of
 
@@ -237,6 +237,7 @@ def local_service(config: ServeConfig, **how: Any) -> Service:
         {name: _loader(model, config) for name, model in config.models().items()},
         join=config.join or default_join(pick_device(config.device)),
         loaded=len(config.models()),
+        check=checker(config),
         finish=marker(config),
         **how,
     )

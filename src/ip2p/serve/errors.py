@@ -104,6 +104,7 @@ KINDS = {
     405: ("invalid_request_error", "method_not_allowed"),
     408: ("invalid_request_error", "timeout"),
     409: ("invalid_request_error", "cancelled"),
+    410: ("invalid_request_error", "gone"),
     413: ("invalid_request_error", "too_large"),
     421: ("invalid_request_error", "wrong_host"),
     422: ("invalid_request_error", "invalid_value"),

@@ -21,7 +21,13 @@ from ip2p.serve.errors import Refusal
 SECONDS = 20.0  # for all of it, redirects included
 REDIRECTS = 3
 PORTS = (80, 443)
-NAT64 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48")
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Inner networks that Python calls global: of Azure's own services, of Oracle's (in the block of protocol
+# assignments), NAT64 that a network has for itself (it alone knows where the IPv4 address stands), of sites.
+INNER = [
+    ipaddress.ip_network(network)
+    for network in ("168.63.129.16/32", "192.0.0.0/24", "64:ff9b:1::/48", "fec0::/10")
+]
 SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
 HEADERS = [
     ("User-Agent", "ip2p"),
@@ -149,7 +155,7 @@ def is_public(address: Address) -> bool:
         inner = address.ipv4_mapped or address.teredo
         if isinstance(inner, tuple):  # Teredo goes to a server and a client
             return all(is_public(part) for part in inner)
-        if inner is None and any(address in network for network in NAT64):
+        if inner is None and address in NAT64:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is None and address in SIX_TO_FOUR:
             inner = ipaddress.IPv4Address(int(address) >> 80 & 0xFFFFFFFF)
@@ -158,6 +164,8 @@ def is_public(address: Address) -> bool:
         # ::7f00:1 and its like, from when addresses were to be carried so.
         if int(address) >> 32 == 0:
             return False
+    if any(address in network for network in INNER):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 

@@ -2,7 +2,7 @@
 
 A form of any web page may post to a server on this machine without asking (a multipart body needs no
 preflight), and a name of any web page may be made to point here: so Host and Origin are checked even on
-loopback, and nothing is ever allowed to other origins.
+loopback, and nothing is allowed to other origins but those that the operator names (--allow-origin).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ip2p.config import ServeConfig, is_address, is_loopback
-from ip2p.serve.errors import Refusal, body_of
+from ip2p.serve.errors import Refusal, body_of, refusal_of
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,7 +36,11 @@ OPEN_PATHS = ("/healthz", "/readyz")  # for what watches over the server: withou
 LONGEST_NAME = 255  # bytes between two slashes
 BODY_SECONDS = 60.0  # for a body to come, and so for a worker to be kept by one
 SILENT_SECONDS = 15.0  # between two of its parts
-BODIES_AT_ONCE = 8  # of the largest size; more bytes than that are not held for unfinished requests
+BODIES_AT_ONCE = 8  # of the largest size; more bytes than that are not held at once
+# Brackets, braces and commas of a body that may be JSON, besides what the words of an edit may hold: each may
+# become an object of 60 bytes, and nothing else runs while it does. A file's base64 has none of them, an edit
+# about 50, the page's batch of 200 files 2,000.
+STRUCTURE = 20_000
 
 # The page has its scripts and styles inside, and shows pictures that it made itself.
 PAGE_POLICY = (
@@ -48,13 +52,22 @@ PAGE_POLICY = (
 # The pages of the interfaces' documentation are words and a style sheet inside.
 DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 API_POLICY = "default-src 'none'; frame-ancestors 'none'; sandbox"
+OWN_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+EXPOSED = "Location, Retry-After"  # of an answer's headers, to a page of an allowed origin
 API_PATHS = ("/v1/", "/sdapi/", "/metrics", *OPEN_PATHS)
 
 
 class Guard:
     """ASGI middleware around the whole app, the page included.
 
-    `scope["state"]["client"]` names the caller to what lies within (`client_of`).
+    `scope["state"]` has for what lies within: client, the caller's name (`client_of`), and let_go, to call
+    once nothing of the body is held any more: else it counts until the answer is out.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
@@ -62,9 +75,10 @@ class Guard:
         self.hosts = hosts_of(config)
         # A name that points here can be anybody's; an address in the Host cannot be made to.
         self.any_address = not is_loopback(config.host)
-        self.origins = frozenset(config.allow_origin)
+        self.origins = frozenset(origin.lower() for origin in config.allow_origin)
         self.keys = [hashlib.sha256(key.encode()).digest() for key in config.api_keys()]
         self.most = config.max_mb * 1_000_000
+        self.structure = STRUCTURE + 2 * config.max_words  # an instruction, and what to stay away from
         self.held = 0
         self.salt = secrets.token_bytes(16)
 
@@ -75,9 +89,16 @@ class Guard:
         if scope["type"] != "http":  # nothing here speaks over web sockets
             await send({"type": "websocket.close", "code": 1008})
             return
-        began, told = time.perf_counter(), _Told(send, policy_of(scope["path"]))
         headers, client = headers_of(scope), "-"
+        began = time.perf_counter()
+        told = _Told(send, {**OWN_HEADERS, "content-security-policy": policy_of(scope["path"])})
         try:
+            self.check_host(scope["path"], headers.get("host", ""))
+            told.headers |= self.sharing(headers)
+            if scope["method"] == "OPTIONS" and "access-control-allow-methods" in told.headers:
+                await told({"type": "http.response.start", "status": 204, "headers": []})
+                await told({"type": "http.response.body", "body": b""})
+                return
             client = self.check(scope["method"], scope["path"], headers, scope.get("client"))
             scope.setdefault("state", {})["client"] = client
             await self._let_in(scope, receive, told, headers)
@@ -91,9 +112,8 @@ class Guard:
             if scope["path"] not in OPEN_PATHS:
                 self._note(scope, told, client, began)
 
-    def check(self, method: str, path: str, headers: Mapping[str, str], peer: Sequence[object] | None) -> str:
-        """Who calls. Raises Refusal for a Host, an Origin or a key that is not to be let in."""
-        host = headers.get("host", "")
+    def check_host(self, path: str, host: str) -> None:
+        """Raise Refusal for a Host that is not this server, and an address that cannot be one."""
         if "\0" in path or any(len(part.encode()) > LONGEST_NAME for part in path.split("/")):
             # No file system takes it, and what lies within would stumble over that.
             raise Refusal(
@@ -106,8 +126,29 @@ class Guard:
                 status=421,
                 field="Host",
             )
+
+    def sharing(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """The headers by which a browser lets a page of an allowed origin read the answer; none for others.
+
+        A preflight comes without a key, so that this is told before one is asked for.
+        """
+        if not self.origins:
+            return {}
+        told = {"vary": "Origin"}
+        if (origin := headers.get("origin", "")) in self.origins:
+            told |= {"access-control-allow-origin": origin, "access-control-expose-headers": EXPOSED}
+            if "access-control-request-method" in headers:
+                told |= {
+                    "access-control-allow-methods": "GET, POST, DELETE",
+                    "access-control-allow-headers": "Authorization, Content-Type, X-API-Key",
+                    "access-control-max-age": "600",
+                }
+        return told
+
+    def check(self, method: str, path: str, headers: Mapping[str, str], peer: Sequence[object] | None) -> str:
+        """Who calls. Raises Refusal for an Origin or a key that is not to be let in."""
         if method not in SAFE_METHODS:
-            origin = headers.get("origin")
+            host, origin = headers.get("host", ""), headers.get("origin")
             foreign = origin is not None and origin not in self.origins and not same_place(origin, host)
             # Browsers that leave Origin away still say this.
             if foreign or (
@@ -157,7 +198,8 @@ class Guard:
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self.most:
             raise too_large(self.most)
-        body = _Body(self, receive)
+        body = _Body(self, receive, headers.get("content-type", ""))
+        scope["state"]["let_go"] = body.let_go
         try:
             await self.app(scope, body.receive, told.send_unless(body))
         except Exception:
@@ -165,13 +207,14 @@ class Guard:
             if body.refusal is None:
                 raise
         finally:
-            self.held -= body.seen
+            body.let_go()
         if body.refusal is not None:
             raise body.refusal
 
     async def _refuse(self, refusal: Refusal, path: str, told: _Told) -> None:
         if told.status:  # too late to say anything: the answer had begun
             return
+        refusal = refusal_of(refusal, path)
         body = json.dumps(body_of(path, refusal)).encode()
         headers = {
             "content-type": "application/json",
@@ -196,14 +239,15 @@ class Guard:
 
 
 class _Body:
-    """The body as it comes in, cut off where it is too long or too slow.
+    """The body as it comes in, cut off where it is too long, too slow, or JSON of too many parts.
 
     What reads it is told then that the client has gone; `refusal` says what to answer.
     """
 
-    def __init__(self, guard: Guard, receive: Receive) -> None:
+    def __init__(self, guard: Guard, receive: Receive, kind: str) -> None:
         self.guard, self._receive = guard, receive
-        self.seen, self.whole = 0, False
+        self.seen, self.held, self.whole = 0, 0, False
+        self.parts: int | None = None if kind.strip().lower().startswith("multipart/") else 0
         self.refusal: Refusal | None = None
         self.until = time.monotonic() + BODY_SECONDS
 
@@ -224,12 +268,22 @@ class _Body:
             )
             return {"type": "http.disconnect"}
         if message["type"] == "http.request":
-            size = len(message.get("body", b""))
-            self.seen += size
-            self.guard.held += size
+            data = message.get("body", b"")
+            self.seen += len(data)
+            self.held += len(data)
+            self.guard.held += len(data)
+            if self.parts is not None:
+                self.parts += sum(data.count(mark) for mark in (b"[", b"{", b","))
             self.whole = not message.get("more_body", False)
             if self.seen > self.guard.most:
                 self.refusal = too_large(self.guard.most)
+            elif self.parts is not None and self.parts > self.guard.structure:
+                self.refusal = Refusal(
+                    f"body holds more than {self.guard.structure:,} brackets, braces and commas, the limit. "
+                    "Send the fields of an edit alone.",
+                    status=422,
+                    field="body",
+                )
             elif self.guard.held > BODIES_AT_ONCE * self.guard.most:
                 self.refusal = Refusal(
                     "Too much is being uploaded at once. Try again in 5 seconds.",
@@ -240,30 +294,29 @@ class _Body:
                 return {"type": "http.disconnect"}
         return message
 
+    def let_go(self) -> None:
+        """What came of it is held no more."""
+        self.guard.held -= self.held
+        self.held = 0
+
 
 class _Told:
     """What goes out, with the headers that every answer has."""
 
-    def __init__(self, send: Send, policy: str) -> None:
-        self._send, self.policy = send, policy
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+        self._send, self.headers = send, headers
         self.status = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = {
-                b"x-content-type-options": b"nosniff",
-                b"content-security-policy": self.policy.encode(),
-                b"x-frame-options": b"DENY",
-                b"referrer-policy": b"no-referrer",
-                b"cross-origin-resource-policy": b"same-origin",
-                b"cross-origin-opener-policy": b"same-origin",
-            }
-            # No answer is for other origins, whatever a library within would allow them.
+            own = {name.encode(): value.encode("latin-1") for name, value in self.headers.items()}
+            # What other origins may is said here alone, whatever a library within would allow them.
             kept = [
                 (name, value)
                 for name, value in message.get("headers", [])
-                if name.lower() not in own and not name.lower().startswith(b"access-control-")
+                if (name.lower() not in own or name.lower() == b"vary")
+                and not name.lower().startswith(b"access-control-")
             ]
             message = {**message, "headers": [*kept, *own.items()]}
         await self._send(message)

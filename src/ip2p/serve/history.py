@@ -15,7 +15,8 @@ class Step:
     """A picture and how it was made from its parent.
 
     file: what is edited next, with its EXIF and profile inside. shown: a copy to look at. parameters: the
-    infotext, empty for a picture that was dropped. mask: the region edited, if there was one.
+    infotext, empty for a picture that was dropped. mask: the region edited, if there was one, to look at;
+    drawn: the mask it was given, with every pixel.
     """
 
     number: int
@@ -25,6 +26,7 @@ class Step:
     title: str
     parameters: str = ""
     mask: Path | None = None
+    drawn: Path | None = None
 
 
 @dataclass(kw_only=True)
@@ -51,7 +53,13 @@ class History:
         return self.add(file, shown, title, parameters)
 
     def add(
-        self, file: Path, shown: Path, title: str, parameters: str = "", mask: Path | None = None
+        self,
+        file: Path,
+        shown: Path,
+        title: str,
+        parameters: str = "",
+        mask: Path | None = None,
+        drawn: Path | None = None,
     ) -> Step:
         """Make a picture the newest child of the step at hand, and the one at hand."""
         step = Step(
@@ -62,6 +70,7 @@ class History:
             title=title,
             parameters=parameters,
             mask=mask,
+            drawn=drawn,
         )
         self._count += 1
         self.steps[step.number] = step

@@ -1,4 +1,4 @@
-"""What is done to every result before anybody sees it: it is looked at, and it is marked as edited."""
+"""What is done to every result before anybody sees it: it is checked, and it is marked as edited."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ XMP = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <?xpacket end="w"?>""".encode()
 WORDS = "AI-edited"
 
+Check = Callable[[Image.Image], None]
 Finish = Callable[[Image.Image], Image.Image]
 
 
 def marker(config: ServeConfig) -> Finish | None:
-    """What `Service` is to do with each result: refuse it (--safety), mark it (--mark), or nothing."""
+    """What makes of each result one that tells it was edited (--mark); None for nothing."""
     steps: list[Finish] = []
-    if config.safety is not None:
-        steps.append(looked_at(config.safety, config.device))
     if config.mark == "visible":
         steps.append(write_words)
     if config.mark != "none":
@@ -43,13 +42,18 @@ def marker(config: ServeConfig) -> Finish | None:
     return finish
 
 
-def looked_at(model: str, device: str) -> Finish:
-    """The picture, if a classifier calls it safe (`synth.safety`). Raises ModelError for what is none."""
+def checker(config: ServeConfig) -> Check | None:
+    """What refuses a result that a classifier (`synth.safety`) calls unsafe (--safety); None for nothing.
+
+    Raises ModelError for a model that is none.
+    """
+    if config.safety is None:
+        return None
     from ip2p.synth.safety import Classifier  # imports torch
 
-    safe, one_at_a_time = Classifier(model, device=device, batch=1), threading.Lock()
+    safe, one_at_a_time = Classifier(config.safety, device=config.device, batch=1), threading.Lock()
 
-    def look(picture: Image.Image) -> Image.Image:
+    def check(picture: Image.Image) -> None:
         with one_at_a_time:
             (good,) = safe([picture])
         if not good:
@@ -57,9 +61,8 @@ def looked_at(model: str, device: str) -> Finish:
                 "instruction: this server's safety checker refused the result. Ask for something else.",
                 field="instruction",
             )
-        return picture
 
-    return look
+    return check
 
 
 def tag(picture: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
@@ -13,21 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ip2p.config import parse_size
 from ip2p.serve import service as services
-from ip2p.serve.errors import Refusal
-from ip2p.serve.service import FieldError, Job
+from ip2p.serve.errors import Refusal, body_of, refusal_of
+from ip2p.serve.service import Encode, FieldError, Job
 from ip2p.serve.wire import (
     QUALITY,
     Desk,
     Format,
-    arrived,
     base64_of,
     check_done,
     client_of,
+    encoded,
     event_stream,
+    fetched,
     finished,
+    let_go,
     open_mask,
     open_picture,
     read_body,
+    reopened,
     settings_of,
     written,
 )
@@ -69,7 +73,7 @@ class EditBody(BaseModel):
     )
     stream: bool = Field(False, description="tell progress as server-sent events")
     previews: int = Field(0, description="with stream: a small picture of the state every so many steps")
-    wait: bool = Field(True, description="false: answer at once with the job's id")
+    wait: bool = Field(True, description="false: answer at once with the job's id; results by address")
 
     def seeds(self, most: int) -> tuple[int, ...]:
         return seeds_of(self.seed, self.count, most, "count")
@@ -88,48 +92,50 @@ def router(desk: Desk) -> APIRouter:
     routes = APIRouter(tags=["edits"])
     service = desk.service
     formats: WeakKeyDictionary[Job, tuple[Format, int]] = WeakKeyDictionary()
-    kept: WeakKeyDictionary[Job, list[str]] = WeakKeyDictionary()
 
     async def take(request: Request) -> tuple[EditBody, Job]:
-        client = client_of(request)
+        client, accept = client_of(request), request.headers.get("accept", "")
         service.check_room(client)  # before anything is read: a refusal costs nothing
-        await arrived(request, desk)
-        with service.room(client) as place:
-            body = await read_body(request, EditBody, desk)
-            edit = services.Request(
-                image=await open_picture(desk, body.image, "image"),
-                instruction=body.instruction,
-                seeds=body.seeds(service.limits.count),
-                steps=body.steps,
-                sampler=body.sampler,
-                spacing=body.spacing,
-                text_cfg=body.text_cfg,
-                image_cfg=body.image_cfg,
-                negative=body.negative,
-                size=size_of(body.size),
-                mask=None if body.mask is None else await open_mask(desk, body.mask, "mask", edit="white"),
-                auto_mask=body.auto_mask,
-                mask_padding=body.mask_padding,
-                feather=body.feather,
-                fit=body.fit,
-                model=body.model,
-                previews=body.previews if body.stream else 0,
-            )
-            job = await desk.by_hand(service.submit, edit, client=client, place=place)
+        body = await read_body(request, EditBody, desk)
+        body.stream = body.stream or "text/event-stream" in accept
+        if accept.startswith("image/") and not body.stream and body.wait and body.count != 1:
+            raise FieldError("count must be 1 for Accept: image/*; ask for JSON.", field="count")
+        encode = None
+        if not body.stream and not body.wait:
+            encode = functools.partial(encoded, kind=body.format, quality=body.quality)
+        async with fetched(desk, client, {"image": body.image, "mask": body.mask}) as given:
+            image, mask = given["image"], given["mask"]
+            assert image is not None
+            with service.room(client) as place:
+                async with desk.opening:
+                    edit = services.Request(
+                        image=await open_picture(desk, image, "image"),
+                        instruction=body.instruction,
+                        seeds=body.seeds(service.limits.count),
+                        steps=body.steps,
+                        sampler=body.sampler,
+                        spacing=body.spacing,
+                        text_cfg=body.text_cfg,
+                        image_cfg=body.image_cfg,
+                        negative=body.negative,
+                        size=size_of(body.size),
+                        mask=None if mask is None else await open_mask(desk, mask, "mask", edit="white"),
+                        auto_mask=body.auto_mask,
+                        mask_padding=body.mask_padding,
+                        feather=body.feather,
+                        fit=body.fit,
+                        model=body.model,
+                        previews=body.previews if body.stream else 0,
+                    )
+                    job = await desk.by_hand(service.submit, edit, client=client, place=place, encode=encode)
         formats[job] = body.format, body.quality
+        body.image, body.mask = b"", None
+        let_go(request)
         return body, job
 
-    async def urls(job: Job) -> list[str]:
-        """The addresses of the files of a job's results, written when they are first asked for."""
-        assert service.store is not None
-        if job not in kept:
-            kind, quality = formats.get(job, ("png", QUALITY))
-            names = []
-            for result in job.results:
-                data = await desk.by_hand(written, result.image, kind, quality)
-                names.append(await desk.by_hand(service.store.put, data, f".{kind}"))
-            kept[job] = names
-        return [f"/v1/files/{name}" for name in kept[job]]
+    def encode_of(job: Job) -> Encode:
+        kind, quality = formats.get(job, ("png", QUALITY))
+        return functools.partial(encoded, kind=kind, quality=quality)
 
     async def record(job: Job, *, whole: bool = False, response: str = "url") -> dict[str, Any]:
         """What is told of a job; `whole`: with its results."""
@@ -144,21 +150,54 @@ def router(desk: Desk) -> APIRouter:
         }
         if not whole or job.state != "done":
             return told
-        kind, quality = formats.get(job, ("png", QUALITY))
-        places = await urls(job) if response == "url" else []
-        results = []
-        for number, result in enumerate(job.results):
-            entry: dict[str, Any] = {"seed": result.seed, "format": kind, "settings": settings_of(result)}
+        kind, _ = formats.get(job, ("png", QUALITY))
+        results: list[dict[str, Any]] = []
+        made, masks = job.results, job.masks  # before it is looked whether they were put away
+        if response == "b64" and made:
+            for number, result in enumerate(made):
+                data, _ = await desk.by_hand(encode_of(job), result.image)
+                entry = {"seed": result.seed, "format": kind, "settings": settings_of(result)}
+                entry["b64"] = base64_of(data)
+                if masks:
+                    entry["mask"] = base64_of(await desk.by_hand(written, masks[number], "png"))
+                results.append(entry)
+            return {**told, "results": results}
+        assert service.store is not None
+        for kept in await desk.by_hand(service.keep, job, encode_of(job)):
+            entry = {"seed": kept.seed, "format": kind, "settings": kept.parameters}
             if response == "url":
-                entry["url"] = places[number]
+                entry["url"] = f"/v1/files/{kept.file}"
             else:
-                entry["b64"] = base64_of(await desk.by_hand(written, result.image, kind, quality))
-            if job.masks:
-                entry["mask"] = base64_of(await desk.by_hand(written, job.masks[number], "png"))
+                entry["b64"] = base64_of(await stored(kept.file))
+            mask = None if kept.mask is None else await desk.by_hand(service.store.read, kept.mask)
+            if mask is not None:
+                entry["mask"] = base64_of(mask)
             results.append(entry)
         return {**told, "results": results}
 
-    async def news(job: Job, response: str) -> AsyncIterator[tuple[str, Mapping[str, Any]]]:
+    async def stored(name: str) -> bytes:
+        """A file of the store. Raises Refusal for one that is there no more, or never was."""
+        assert service.store is not None
+        data = await desk.by_hand(service.store.read, name)
+        if data is not None:
+            return data
+        if service.store.went_early(name):
+            raise Refusal(
+                "name is a file that went early, to make room for newer ones. Send the edit again.",
+                status=410,
+                field="name",
+            )
+        raise Refusal(
+            f"name is no file that is kept here. Files go after {service.keep_seconds:g} seconds.",
+            status=404,
+            field="name",
+        )
+
+    def fault(job: Job, path: str) -> dict[str, Any]:
+        assert job.error is not None
+        return body_of(path, refusal_of(job.error, path))
+
+    async def news(job: Job, response: str, path: str) -> AsyncIterator[tuple[str, Mapping[str, Any]]]:
         async for event in job.aevents():
             told = await record(job)
             if event.kind == "preview" and event.image is not None:
@@ -167,12 +206,19 @@ def router(desk: Desk) -> APIRouter:
             elif event.kind == "done":
                 yield "done", await record(job, whole=True, response=response)
             elif event.kind == "failed":
-                yield "failed", {**told, "error": {"message": " ".join(str(job.error).split())}}
+                yield "failed", {**told, **fault(job, path)}
             else:
                 yield event.kind, told
 
     def found(id: str) -> Job:
         job = service.job(id)
+        if job is None and service.went_early(id):
+            raise Refusal(
+                "id names an edit that went early, to make room for newer ones. Send it again; with "
+                "wait=false its results are kept on disk, where there is more room.",
+                status=410,
+                field="id",
+            )
         if job is None:
             raise Refusal(
                 f"id names no edit that is known here. Edits are forgotten after {service.keep_seconds:g} s.",
@@ -185,30 +231,27 @@ def router(desk: Desk) -> APIRouter:
     async def create(request: Request) -> Response:
         """Answers with the results, or with events (`stream`, or Accept: text/event-stream), or at once with
         the job's id (`wait` false), or, for Accept: image/*, with the one result's file."""
-        accept = request.headers.get("accept", "")
         body, job = await take(request)
-        if body.stream or "text/event-stream" in accept:
-            return event_stream(desk, job, news(job, body.response))
+        if body.stream:
+            return event_stream(desk, job, news(job, body.response, request.url.path))
         if not body.wait:
             place = f"/v1/edits/{job.id}"
             return JSONResponse(
                 {**await record(job), "url": place}, status_code=202, headers={"Location": place}
             )
         await finished(desk, request, job)
-        if accept.startswith("image/"):
-            if body.count != 1:
-                raise FieldError("count must be 1 for Accept: image/*; ask for JSON.", field="count")
-            return await picture(job, 0, body.format, body.quality)
+        if request.headers.get("accept", "").startswith("image/"):
+            return await picture(job, 0)
         return JSONResponse(await record(job, whole=True, response=body.response))
 
     @routes.get("/v1/edits/{id}", summary="How an edit stands, with its results once it is done")
     async def read(request: Request, id: str) -> Response:
         job = found(id)
         if "text/event-stream" in request.headers.get("accept", ""):
-            return event_stream(desk, None, news(job, "url"))
+            return event_stream(desk, None, news(job, "url", request.url.path))
         told = await record(job, whole=True)
         if job.error is not None:
-            told["error"] = {"message": " ".join(str(job.error).split())}
+            told |= fault(job, request.url.path)
         return JSONResponse(told)
 
     @routes.delete("/v1/edits/{id}", summary="Stop an edit, within a step")
@@ -225,31 +268,32 @@ def router(desk: Desk) -> APIRouter:
             raise Refusal(
                 f"id names an edit that is {job.state}; ask again when it is done.", status=409, field="id"
             )
-        if not 0 <= number < len(job.results):
-            raise Refusal(
-                f"number is {number}; it must be 0 to {len(job.results) - 1}.", status=404, field="number"
-            )
-        kind, own = formats.get(job, ("png", QUALITY))
-        return await picture(
-            job, number, format or kind, own if format is None else min(max(quality, 1), 100)
-        )
+        if not 0 <= number < job.count:
+            raise Refusal(f"number is {number}; it must be 0 to {job.count - 1}.", status=404, field="number")
+        return await picture(job, number, format, min(max(quality, 1), 100))
 
-    async def picture(job: Job, number: int, kind: str, quality: int) -> Response:
-        data = await desk.by_hand(written, job.results[number].image, kind, quality)
-        return file_response(data, kind, f"edit-{job.results[number].seed}.{kind}")
+    async def picture(
+        job: Job, number: int, format: Format | None = None, quality: int = QUALITY
+    ) -> Response:
+        """A result's file, in its own format or in another."""
+        kind, own = formats.get(job, ("png", QUALITY))
+        made = job.results  # before it is looked whether they were put away
+        if made:
+            image, seed = made[number].image, made[number].seed
+        else:
+            assert job.kept is not None
+            kept = job.kept[number]
+            data, seed = await stored(kept.file), kept.seed
+            if format is None:
+                return file_response(data, kind, f"edit-{seed}.{kind}")
+            image = await desk.by_hand(reopened, data, kept.parameters)
+        data = await desk.by_hand(written, image, format or kind, own if format is None else quality)
+        return file_response(data, format or kind, f"edit-{seed}.{format or kind}")
 
     @routes.get("/v1/files/{name}", summary="A result's file, by the address that an answer gave")
     async def file(name: str) -> Response:
-        assert service.store is not None
-        data = await desk.by_hand(service.store.read, name)
-        if data is None:
-            raise Refusal(
-                f"name is no file that is kept here. Files go after {service.keep_seconds:g} seconds.",
-                status=404,
-                field="name",
-            )
         kind = name.rpartition(".")[2]
-        return file_response(data, kind, f"edit.{kind}")
+        return file_response(await stored(name), kind, f"edit.{kind}")
 
     @routes.get("/v1/models", summary="The models that are served", tags=["openai"])
     async def models() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
@@ -19,11 +20,13 @@ from ip2p.serve.wire import (
     QUALITY,
     Desk,
     Format,
-    arrived,
     base64_of,
     client_of,
+    encoded,
     event_stream,
+    fetched,
     finished,
+    let_go,
     open_mask,
     open_picture,
     read_body,
@@ -79,44 +82,51 @@ def router(desk: Desk) -> APIRouter:
     async def edits(request: Request) -> Response:
         client = client_of(request)
         service.check_room(client)  # before anything is read: a refusal costs nothing
-        await arrived(request, desk)
-        with service.room(client) as place:
-            body = await read_body(request, ImagesEdit, desk)
-            edit = await _edit_of(desk, body)
-            job = await desk.by_hand(service.submit, edit, client=client, place=place)
+        body = await read_body(request, ImagesEdit, desk)
+        job = await submitted(client, body)
+        body.image, body.mask = b"", None
+        let_go(request)
         if body.stream:
             return event_stream(desk, job, _events(desk, job, body))
         await finished(desk, request, job)
         kind, quality = body.output_format or "png", _quality(body)
-        data = []
-        for result in job.results:
-            file = await desk.by_hand(written, result.image, kind, quality)
-            if body.response_format == "url":
-                assert service.store is not None
-                name = await desk.by_hand(service.store.put, file, f".{kind}")
-                data.append({"url": str(request.base_url.replace(path=f"/v1/files/{name}"))})
-            else:
+        about, data = _about(job, body), []
+        if body.response_format == "url":
+            encode = functools.partial(encoded, kind=kind, quality=quality)
+            for kept in await desk.by_hand(service.keep, job, encode):
+                data.append({"url": str(request.base_url.replace(path=f"/v1/files/{kept.file}"))})
+        else:
+            for result in job.results:
+                file = await desk.by_hand(written, result.image, kind, quality)
                 data.append({"b64_json": base64_of(file)})
-        return JSONResponse({"created": int(time.time()), "data": data, "usage": USAGE, **_about(job, body)})
+        return JSONResponse({"created": int(time.time()), "data": data, "usage": USAGE, **about})
+
+    async def submitted(client: str, body: ImagesEdit) -> Job:
+        pictures = body.image if isinstance(body.image, list) else [body.image]
+        if len(pictures) != 1:
+            raise FieldError(
+                f"image came {len(pictures)} times; this model edits one picture at a time. Send one.",
+                field="image",
+            )
+        async with fetched(desk, client, {"image": pictures[0], "mask": body.mask}) as given:
+            with service.room(client) as place:
+                async with desk.opening:
+                    edit = await _edit_of(desk, body, given)
+                    return await desk.by_hand(service.submit, edit, client=client, place=place)
 
     return routes
 
 
-async def _edit_of(desk: Desk, body: ImagesEdit) -> services.Request:
-    """What the service is asked for. Raises FieldError and Refusal."""
+async def _edit_of(desk: Desk, body: ImagesEdit, given: Mapping[str, bytes | str | None]) -> services.Request:
+    """What the service is asked for, with the pictures that were given. Raises FieldError and Refusal."""
     service = desk.service
-    pictures = body.image if isinstance(body.image, list) else [body.image]
-    if len(pictures) != 1:
-        raise FieldError(
-            f"image came {len(pictures)} times; this model edits one picture at a time. Send one.",
-            field="image",
-        )
     if body.model is not None and body.model not in service.models:
         raise Refusal(unknown_model(service.models), status=404, field="model")
-    picture = await open_picture(desk, pictures[0], "image")
+    assert given["image"] is not None
+    picture = await open_picture(desk, given["image"], "image")
     mask = None
-    if body.mask is not None:
-        mask = await open_mask(desk, body.mask, "mask", edit="transparent")
+    if given["mask"] is not None:
+        mask = await open_mask(desk, given["mask"], "mask", edit="transparent")
         if mask.size != picture.size:
             raise FieldError(
                 f"mask is {mask.width}x{mask.height} pixels and image {picture.width}x{picture.height}; they "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from anyio import to_thread
@@ -16,9 +15,10 @@ from ip2p.errors import InputError
 from ip2p.infotext import Settings
 from ip2p.masks import load_mask
 from ip2p.serve.service import Request
+from ip2p.serve.session import uploaded
 
 if TYPE_CHECKING:
-    from ip2p.serve.service import Job, Service
+    from ip2p.serve.service import Job, Place, Service
 
 RANDOM_SEEDS = 1_000_000  # a random seed is below this: short enough to be read out
 SURPRISE = 0.8, 1.2  # the released app's 6 to 9 and 1.2 to 1.8, as shares of its 7.5 and 1.5
@@ -95,7 +95,7 @@ class Controls:
         if self.region == "file":
             if self.mask is None:
                 raise InputError("There is no mask file yet. Give one, white where the edit may go.")
-            return load_mask(Path(self.mask).read_bytes(), size)
+            return load_mask(uploaded(self.mask), size)
         return None
 
 
@@ -127,7 +127,11 @@ def _whole(name: str, value: float | None) -> int:
 
 
 def from_settings(settings: Settings, models: list[str]) -> dict[str, Any]:
-    """The fields that make an edited file again; a model that is not served here is left as it stands."""
+    """The fields that make an edited file again; a model that is not served here is left as it stands.
+
+    A mask is not in the file: for such an edit the fields ask for one that is painted.
+    """
+    region: Region = "everywhere" if settings.mask is None else "painted"
     fields: dict[str, Any] = {
         "instruction": settings.instruction,
         "negative": settings.negative,
@@ -139,7 +143,7 @@ def from_settings(settings: Settings, models: list[str]) -> dict[str, Any]:
         "sampler": settings.sampler,
         "spacing": settings.spacing,
         "size": "x".join(map(str, settings.size)),
-        "region": "everywhere" if settings.auto_mask is None else "found",
+        "region": region if settings.auto_mask is None else "found",
     }
     if settings.auto_mask is not None:
         fields["auto_mask"] = settings.auto_mask
@@ -157,9 +161,14 @@ def surprise(own: tuple[float, float]) -> tuple[float, float]:
 # --- running -------------------------------------------------------------------------------------
 
 
-async def run(service: Service, request: Request, *, client: str) -> AsyncGenerator[Job, None]:
-    """Hand in a request and yield its job at every change; a reader that goes away cancels it."""
-    job = await to_thread.run_sync(lambda: service.submit(request, client=client))
+async def run(
+    service: Service, request: Request, *, client: str, place: Place | None = None
+) -> AsyncGenerator[Job, None]:
+    """Hand in a request and yield its job at every change; a reader that goes away cancels it.
+
+    place: what `Service.room` kept for it.
+    """
+    job = await to_thread.run_sync(lambda: service.submit(request, client=client, place=place))
     try:
         yield job
         async for _ in job.aevents():

@@ -34,7 +34,7 @@ from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editor import Editor
 from ip2p.errors import InputError, Ip2pError, ResourceError
-from ip2p.images import load_image, to_pil
+from ip2p.images import load_image, to_bytes, to_pil
 from ip2p.infotext import Settings, amend, parse_infotext
 from ip2p.serve.joined import JoinedEditor, Lane, Stopped
 from ip2p.serve.store import Store
@@ -45,6 +45,7 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Kind = Literal["position", "step", "preview", "done", "failed", "cancelled"]
 ENDED = ("done", "failed", "cancelled")
 Make = Callable[[], Editor]
+Encode = Callable[[Image.Image], tuple[bytes, str]]  # a picture's file, and its ending such as ".png"
 
 # Of the longer side of a preview, in pixels, and the share of a request's time that previews may take:
 # the autoencoder's decoder costs as much as a step.
@@ -52,6 +53,7 @@ PREVIEW_SIDE, PREVIEW_SHARE = 256, 0.25
 WATCHED = 5.0  # seconds after which one who looked at the previews counts as gone
 BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # of the seconds a request took
 SMOOTH = 0.2  # weight of the newest request in the running means
+REMEMBERED = 10_000  # ids of jobs that made room before their time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,16 @@ class Result:
     settings: Settings
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A result in the store: the names of its file and of its mask's, its seed, its infotext."""
+
+    file: str
+    mask: str | None
+    seed: int
+    parameters: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """News of a job, with its numbers at the time. number, image: of a preview, which result's and what."""
@@ -170,11 +182,14 @@ class Stoppable(Protocol):
 class Job:
     """A request on its way. Read it from any thread; `Service` alone changes it.
 
-    state, step, steps (of all results together), results (each as soon as it is finished), masks (what
-    `auto_mask` found, beside the results), error (of a failed one), client, model, size (of the picture).
+    state, step, steps (of all results together), results (each as soon as it is finished, and of a cancelled
+    one those that were), masks (what `auto_mask` found, beside the results), kept (which takes the place of
+    both once they are on disk), error (of a failed one), client, model, size (of the picture).
     """
 
-    def __init__(self, service: Service, request: Request, client: str, model: str) -> None:
+    def __init__(
+        self, service: Service, request: Request, client: str, model: str, encode: Encode | None = None
+    ) -> None:
         self.id = secrets.token_urlsafe(16)
         self.client = client
         self.model = model
@@ -185,12 +200,15 @@ class Job:
         self.steps = request.steps * self.count
         self.results: list[Result] = []
         self.masks: list[Image.Image] | None = None
+        self.kept: list[Kept] | None = None
         self.error: Ip2pError | None = None
         self.created = time.monotonic()
         self.started: float | None = None
         self.ended: float | None = None
         self._service = service
         self._request: Request | None = request
+        self._encode = encode
+        self._keeping = threading.Lock()
         self._previews: list[Image.Image | None] = [None] * self.count
         self._previews_read = -math.inf
         self._sampled: float | None = None  # when its sampling began
@@ -360,10 +378,11 @@ class Service:
     editors: models by name, each an editor or a function that loads one when it is first asked for; of those
     functions' at most `loaded` stay loaded. join: how many pictures are sampled at once, of all requests
     (`default_join` if None). made_from: fields of `infotext.Settings` to add to the results of a
-    model, such as its revision. finish: called on every result before anybody sees it; what it gives takes
-    the result's place, and an Ip2pError that it raises fails the request. keep_seconds, keep_bytes,
-    keep_jobs: how long ended jobs are known by their id, and how much of them. store: a folder for results on
-    disk, bounded by store_bytes (`Store`). Close it at the end.
+    model, such as its revision. check: called on every result before anybody sees it; an Ip2pError that it
+    raises fails the request. With it there are no previews, which nobody would have checked. finish: called
+    next, with the same right; what it gives takes the result's place. keep_seconds, keep_bytes, keep_jobs:
+    how long ended jobs are known by their id, with how many bytes of pictures in memory, and how many. store:
+    a folder for results on disk, bounded by store_bytes (`Store`). Close it at the end.
     """
 
     def __init__(
@@ -374,10 +393,11 @@ class Service:
         join: int | None = None,
         loaded: int = 1,
         made_from: Mapping[str, Mapping[str, Any]] | None = None,
+        check: Callable[[Image.Image], None] | None = None,
         finish: Callable[[Image.Image], Image.Image] | None = None,
         keep_seconds: float = 600,
         keep_bytes: int = 2**28,
-        keep_jobs: int = 1000,
+        keep_jobs: int = 10_000,
         store: Path | None = None,
         store_bytes: int = 2**30,
     ) -> None:
@@ -390,15 +410,17 @@ class Service:
         self.store = None if store is None else Store(store, seconds=keep_seconds, size=store_bytes)
         self._keep_bytes, self._keep_jobs = keep_bytes, keep_jobs
         self._made_from = made_from or {}
-        self._finish = finish
+        self._check, self._finish = check, finish
         self._loaded_bound = max(1, loaded)
         self._known = {name: _Model(name, source) for name, source in editors.items()}
         self._changed = threading.Condition(threading.RLock())
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, whose turn is next first
         self._running: dict[str, Job] = {}
         self._jobs: dict[str, Job] = {}
-        self._ended: deque[tuple[Job, int]] = deque()  # oldest first, with the bytes of their pictures
-        self._ended_bytes = 0
+        self._ended: deque[tuple[str, float]] = deque()  # ids of jobs and when they ended, oldest first
+        self._heavy: OrderedDict[str, int] = OrderedDict()  # of those the bytes of pictures in memory
+        self._heavy_bytes = 0
+        self._early: OrderedDict[str, None] = OrderedDict()  # ids that made room before their time
         self._of_client: Counter[str] = Counter()
         self._places: list[Place] = []  # kept for requests that are being read
         self._free = self.join
@@ -426,15 +448,21 @@ class Service:
 
     # --- for those who ask -----------------------------------------------------------------------
 
-    def submit(self, request: Request, *, client: str, place: Place | None = None) -> Job:
+    def submit(
+        self, request: Request, *, client: str, place: Place | None = None, encode: Encode | None = None
+    ) -> Job:
         """Put a request into the queue. `client`: whose it is, for fairness; `place`: what `room` kept.
+
+        encode: for one who comes back later. The results go into the store as soon as they are made (`keep`),
+        where more of them find room than in memory.
 
         Raises FieldError for what cannot be done, Full and Draining where there is no room.
         """
         if place is None:
             self.check_room(client)
         request = self.checked(request)
-        job = Job(self, request, client, request.model or self.models[0])
+        assert encode is None or self.store is not None
+        job = Job(self, request, client, request.model or self.models[0], encode)
         with self._changed:
             if place is not None:
                 self._give_up(place)
@@ -508,6 +536,41 @@ class Service:
         with self._changed:
             self._forget_old()
             return self._jobs.get(id)
+
+    def went_early(self, id: str) -> bool:
+        """Whether the job of an id was forgotten before its time, to make room."""
+        with self._changed:
+            return id in self._early
+
+    def keep(self, job: Job, encode: Encode) -> list[Kept]:
+        """Move a job's results from memory into the store, unless they are there.
+
+        Raises ResourceError where they do not fit, or the disk is full.
+        """
+        store = self.store
+        assert store is not None
+        with job._keeping:
+            if job.kept is None:
+                names: list[str] = []
+                kept = []
+                try:
+                    for number, result in enumerate(job.results):
+                        names.append(file := store.put(*encode(result.image), beside=names))
+                        mask = None
+                        if job.masks:
+                            mask = store.put(to_bytes(job.masks[number]), ".png", beside=names)
+                            names.append(mask)
+                        parameters = str(result.image.info.get("parameters", ""))
+                        kept.append(Kept(file, mask, result.seed, parameters))
+                except BaseException:
+                    for name in names:
+                        store.remove(name)
+                    raise
+                job.kept = kept
+                job.results, job.masks = [], None  # only now: who finds them empty looks there
+                with self._changed:
+                    self._heavy_bytes -= self._heavy.pop(job.id, 0)
+            return job.kept
 
     def scales(self, model: str | None = None) -> tuple[float, float]:
         """The text and image CFG that a model itself recommends. Loads it."""
@@ -663,8 +726,9 @@ class Service:
         now = time.monotonic()
         job.ended = now
         job.error = error
-        if state != "done":
+        if state == "failed":
             job.results, job.masks = [], None
+            job._previews = [None] * job.count
         request, job._request = job._request, None  # its picture is the largest thing here
         assert request is not None
         self._running.pop(job.id, None)
@@ -676,9 +740,10 @@ class Service:
         if state == "done":
             self._seconds_sum += took
             self._buckets[next((bound for bound in BUCKETS if took <= bound), math.inf)] += 1
-        size = job._bytes()
-        self._ended.append((job, size))
-        self._ended_bytes += size
+        self._ended.append((job.id, now))
+        if size := job._bytes():
+            self._heavy[job.id] = size
+            self._heavy_bytes += size
         job.state = state  # the last, for those who read without the lock
         job._over.set()
         self._forget_old()
@@ -702,15 +767,23 @@ class Service:
 
     def _forget_old(self) -> None:
         now = time.monotonic()
+        # The newest stays, whatever its size: nobody had the time to ask for it.
+        while len(self._heavy) > 1 and self._heavy_bytes > self._keep_bytes:
+            self._forget(next(iter(self._heavy)), early=True)
         while self._ended:
-            job, size = self._ended[0]
-            assert job.ended is not None
-            full = len(self._ended) > self._keep_jobs or self._ended_bytes > self._keep_bytes
-            if not full and now - job.ended < self.keep_seconds:
+            id, ended = self._ended[0]
+            old = now - ended >= self.keep_seconds
+            if not old and len(self._ended) <= self._keep_jobs:
                 return
             self._ended.popleft()
-            self._ended_bytes -= size
-            self._jobs.pop(job.id, None)
+            self._forget(id, early=not old)
+
+    def _forget(self, id: str, *, early: bool) -> None:
+        self._heavy_bytes -= self._heavy.pop(id, 0)
+        if self._jobs.pop(id, None) is not None and early:
+            self._early[id] = None
+            while len(self._early) > REMEMBERED:
+                self._early.popitem(last=False)
 
     # --- models ----------------------------------------------------------------------------------
 
@@ -774,7 +847,13 @@ class Service:
         state: State = "failed"
         error: Ip2pError | None = None
         try:
-            self._make(job)
+            try:
+                self._make(job)
+                self._measure(job)
+            finally:
+                self._leave(job)
+            if job._encode is not None:
+                self.keep(job, job._encode)
             state = "done"
         except Stopped:
             # By its owner, unless there is another reason.
@@ -788,15 +867,20 @@ class Service:
             error = Ip2pError(f"The edit failed within the server ({type(unknown).__name__}); job {job.id}.")
         finally:
             with self._changed:
-                running = len(self._running)
-                assert job.started is not None
-                if state == "done":
-                    took = time.monotonic() - job.started
-                    self._seconds = _smoothed(self._seconds, took)
-                    self._pace = _smoothed(self._pace, took / max(1, running))
-                self._free += job._places
-                self._release(self._known[job.model])
                 self._end(job, state, error)
+
+    def _measure(self, job: Job) -> None:
+        with self._changed:
+            assert job.started is not None
+            took = time.monotonic() - job.started
+            self._seconds = _smoothed(self._seconds, took)
+            self._pace = _smoothed(self._pace, took / max(1, len(self._running)))
+
+    def _leave(self, job: Job) -> None:
+        """Its places and its model are for others, also while its results are written."""
+        with self._changed:
+            self._free += job._places
+            self._release(self._known[job.model])
 
     def _make(self, job: Job) -> None:
         """Make a job's results, here. Raises Stopped, and what is told as the job's error."""
@@ -830,7 +914,7 @@ class Service:
         start = 0
         while start < job.count:
             seeds = request.seeds[start : start + at_once]
-            watch = _Watch(job, editor, lane, start, len(seeds))
+            watch = _Watch(job, editor, lane, start, len(seeds), previews=self._check is None)
             try:
                 pictures = editor.edit(
                     request.image,
@@ -860,6 +944,8 @@ class Service:
             for seed, picture in zip(seeds, pictures, strict=True):
                 picture.info["parameters"] = amend(picture.info["parameters"], **made_from)
                 found = picture.info.get("mask")
+                if self._check is not None:
+                    self._check(picture)
                 if self._finish is not None:
                     info = picture.info
                     picture = self._finish(picture)
@@ -898,8 +984,10 @@ class Service:
 class _Watch:
     """Called after each step of an edit: counts it, stops it, and has previews made."""
 
-    def __init__(self, job: Job, editor: JoinedEditor, lane: Lane, first: int, count: int) -> None:
-        self.job, self.editor, self.lane = job, editor, lane
+    def __init__(
+        self, job: Job, editor: JoinedEditor, lane: Lane, first: int, count: int, *, previews: bool
+    ) -> None:
+        self.job, self.editor, self.lane, self.previews = job, editor, lane, previews
         self.first, self.count = first, count
         self.before = job.step
         self.shown = 0.0  # seconds that previews took
@@ -913,7 +1001,7 @@ class _Watch:
         self.job.step = self.before + step * self.count
         request = self.job._request
         assert request is not None
-        if request.previews and step % request.previews == 0 and step < steps:
+        if self.previews and request.previews and step % request.previews == 0 and step < steps:
             self.preview()
         self.job._tell()
 
@@ -968,6 +1056,8 @@ def _checked(request: Request, limits: Limits, models: list[str]) -> Request:
     with _of("image"):
         image = load_image(request.image, max_pixels=None)
     for name, text in (("instruction", request.instruction), ("negative", request.negative)):
+        if not is_text(text):
+            raise FieldError(f"{name} {NO_TEXT}", field=name)
         if len(text) > limits.words:
             raise FieldError(
                 f"{name} has {len(text):,} characters; the limit is {limits.words:,}.", field=name
@@ -1035,6 +1125,18 @@ def _number(name: str, value: object, high: float) -> None:
 def _one_of(name: str, value: str, known: list[str]) -> None:
     if value not in known:
         raise FieldError(f"{name} is {_shown(value)}; use one of {', '.join(known)}.", field=name)
+
+
+NO_TEXT = "holds half of a character (a lone surrogate). Send whole ones."
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written: JSON can name halves of characters, which no file and no answer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(value: object) -> str:

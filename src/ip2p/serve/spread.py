@@ -119,14 +119,17 @@ class Replica:
         except Ip2pError as error:
             yield News(step=0, failure=Failure.of(error))
             return
+        told = 0
         try:
             async for event in job.aevents():
                 if event.kind == "preview":
                     yield News(step=event.step, number=event.number, preview=event.image)
                 elif event.kind == "step":
                     yield News(step=event.step)
-            for number, result in enumerate(job.results):
-                yield News(step=job.step, result=result, mask=job.masks[number] if job.masks else None)
+                # Each as it is finished, for who stops the edit and takes what there is.
+                for result in job.results[told:]:
+                    yield News(step=job.step, result=result, mask=job.masks[told] if job.masks else None)
+                    told += 1
             if job.state != "done":
                 yield News(step=job.step, failure=Failure.of(job.error or ResourceError("It was stopped.")))
         finally:
@@ -177,8 +180,7 @@ class Spread(Service):
         """Make the news of an edit the job's."""
         assert job._request is not None
         job.step, job._sampled = 0, time.monotonic()
-        results: list[Result] = []
-        found: list[Image.Image] = []
+        job.results, job.masks = [], None  # of a replica that was lost
         for news in answer:
             if job._stopped:
                 raise Stopped
@@ -188,17 +190,16 @@ class Spread(Service):
             if news.preview is not None and news.number is not None:
                 job._previews[news.number] = news.preview
             if news.result is not None:
-                results.append(news.result)
+                if news.mask is not None:
+                    job.masks = [*(job.masks or []), news.mask]
+                job.results = [*job.results, news.result]
                 if job._request.previews:
-                    job._previews[len(results) - 1] = _small(news.result.image)
-            if news.mask is not None:
-                found.append(news.mask)
+                    job._previews[len(job.results) - 1] = _small(news.result.image)
             job._tell()
         if job._stopped:
             raise Stopped
-        if len(results) < job.count:
+        if len(job.results) < job.count:
             raise Lost("the answer ended before the results")
-        job.results, job.masks = results, found or None
 
 
 def _elsewhere() -> NoReturn:

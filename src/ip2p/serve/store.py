@@ -10,6 +10,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Store:
         self.size = size
         self.count = count
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._early: OrderedDict[str, None] = OrderedDict()  # what made room before its time
         self._bytes = 0
         self._lock = threading.Lock()
         try:
@@ -52,19 +54,23 @@ class Store:
         except OSError as error:
             raise InputError(f"The folder {folder} for results cannot be used ({error.strerror}).") from None
 
-    def put(self, data: bytes, suffix: str) -> str:
+    def put(self, data: bytes, suffix: str, *, beside: Sequence[str] = ()) -> str:
         """Keep a file, written whole; its new name, which ends in `suffix`, such as ".png".
 
-        Raises ResourceError for one that is larger than the store, or a full disk.
+        beside: names of files of the same edit, which do not go to make room for this one. Raises
+        ResourceError where it and those are larger than the store, and for a full disk.
         """
         name = secrets.token_urlsafe(16) + suffix
         assert NAME.fullmatch(name), name
-        if len(data) > self.size:
-            raise ResourceError(
-                f"A result of {len(data):,} bytes is more than the {self.size:,} that the server keeps."
-            )
         with self._lock:
-            self._drop_old(len(data), 1)
+            whole = len(data) + sum(self._entries[other].size for other in beside if other in self._entries)
+            if whole > self.size or len(beside) >= self.count:
+                what = "The results of this edit, together" if beside else "A result of"
+                raise ResourceError(
+                    f"{what} {whole:,} bytes is more than the {self.size:,} that the server keeps "
+                    "(--store-mb). Ask for fewer or smaller ones."
+                )
+            self._drop_old(len(data), 1, beside)
             # Before it is written, or many at once would pass the bound.
             self._entries[name] = _Entry(len(data), time.monotonic())
             self._bytes += len(data)
@@ -102,6 +108,11 @@ class Store:
         except OSError:
             return None
 
+    def went_early(self, name: str) -> bool:
+        """Whether a file was dropped before its time, to make room."""
+        with self._lock:
+            return name in self._early
+
     def remove(self, name: str) -> None:
         """Drop a file before its time; nothing happens for a name that is not kept."""
         with self._lock:
@@ -129,15 +140,20 @@ class Store:
             for name in list(self._entries):
                 self._forget(name)
 
-    def _drop_old(self, size: int = 0, count: int = 0) -> None:
-        """Drop what is past its time, and what stands in the way of so many more bytes and files."""
+    def _drop_old(self, size: int = 0, count: int = 0, stay: Sequence[str] = ()) -> None:
+        """Drop what is past its time, and what, but for `stay`, is in the way of so many bytes and files."""
         now = time.monotonic()
-        while self._entries:
-            name, oldest = next(iter(self._entries.items()))
+        for name, entry in list(self._entries.items()):
             full = self._bytes + size > self.size or len(self._entries) + count > self.count
-            if not full and now - oldest.since < self.seconds:
+            past = now - entry.since >= self.seconds
+            if not full and not past:
                 return
-            self._forget(name)
+            if past or name not in stay:
+                self._forget(name)
+                if not past:
+                    self._early[name] = None
+                    while len(self._early) > self.count:
+                        self._early.popitem(last=False)
 
     def _forget(self, name: str) -> None:
         entry = self._entries.pop(name, None)

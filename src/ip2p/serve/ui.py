@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from anyio import to_thread
 from starlette.routing import Mount
 
-from ip2p.serve.session import Session, cache
+from ip2p.serve.session import AGE, Session, cache
 
 # Gradio reads both when it is imported or makes a component.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -31,7 +31,7 @@ from ip2p import advice, config
 from ip2p.errors import Ip2pError
 from ip2p.serve import look
 from ip2p.serve.actions import Actions, Values, complain, say, worded
-from ip2p.serve.gate import Blobs, Gate, Page
+from ip2p.serve.gate import Gate, Page
 from ip2p.serve.run import Controls
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ REGIONS = [
 CONTROLS = tuple(field.name for field in dataclasses.fields(Controls))
 RESULTS = ("candidates", "compare", "region_found", "facts", "go_on", "download")
 STATE = ("session", "status", "picture", "editor", "strip", "undo", "redo", "again", "take", *RESULTS)
-AGE = 3600  # seconds that Gradio keeps what it shows; what a session needs lies elsewhere
+WAITING = 200  # events that Gradio holds before it begins them
 # What every event of the page has in common. The service has limits of its own and says what waits.
 EVENT: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 
@@ -92,12 +92,9 @@ class _Builder:
                     self._ask(examples)
                 with gr.Column(scale=6, min_width=300):
                     self._answer()
-            for field in self.fields.values():
-                if isinstance(field, gr.ImageEditor):
-                    field.blob_storage = Blobs()
             self._wire()
             self._api()
-        page.queue(default_concurrency_limit=None)
+        page.queue(default_concurrency_limit=None, max_size=WAITING)
         return page
 
     # --- fields -----------------------------------------------------------------------------------
@@ -172,36 +169,39 @@ class _Builder:
             )
         with gr.Accordion("Where", open=False):
             self._add("region", gr.Radio, "Edit", choices=REGIONS, value="everywhere")
-            self._add(
-                *("editor", gr.ImageEditor, "Paint the region"),
-                type="pil",
-                sources=(),
-                transforms=(),
-                layers=False,
-                brush=gr.Brush(default_size=24, colors=["#ff3b30b0"], color_mode="fixed"),
-                eraser=gr.Eraser(default_size=24),
-                buttons=[],
-                height=340,
-                visible=False,
-            )
-            self._add(
-                *("mask", gr.Image, "Mask: white is edited"),
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                height=200,
-                visible=False,
-            )
-            self._add(
-                "auto_mask",
-                gr.Slider,
-                "Threshold",
-                minimum=0,
-                maximum=1,
-                step=0.05,
-                value=config.AUTO_MASK,
-                visible=False,
-            )
+            # The columns are hidden and shown, not the fields: at each such update Gradio makes a new field
+            # for that browser, whose files it does not delete by age.
+            with gr.Column(visible=False) as painted:
+                self._add(
+                    *("editor", gr.ImageEditor, "Paint the region"),
+                    type="pil",
+                    sources=(),
+                    transforms=(),
+                    layers=False,
+                    brush=gr.Brush(default_size=24, colors=["#ff3b30b0"], color_mode="fixed"),
+                    eraser=gr.Eraser(default_size=24),
+                    buttons=[],
+                    height=340,
+                )
+            with gr.Column(visible=False) as file:
+                self._add(
+                    *("mask", gr.Image, "Mask: white is edited"),
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    height=200,
+                )
+            with gr.Column(visible=False) as found:
+                self._add(
+                    "auto_mask",
+                    gr.Slider,
+                    "Threshold",
+                    minimum=0,
+                    maximum=1,
+                    step=0.05,
+                    value=config.AUTO_MASK,
+                )
+            self.regions = {"painted": painted, "file": file, "found": found}
         with gr.Accordion("More settings", open=False):
             self._add("negative", gr.Textbox, "Negative prompt", value="", max_length=limits.words)
             with gr.Row():
@@ -356,7 +356,7 @@ class _Builder:
         )
         on(fields["stop"].click, actions.stop, outputs=("status",))
         on(
-            fields["model"].change,
+            fields["model"].input,  # by hand: what takes settings over brings the scales itself
             lambda session, model: actions.own(model),
             inputs=("model",),
             outputs=("text_cfg", "image_cfg"),
@@ -396,9 +396,9 @@ class _Builder:
         )
         surprise.success(edit, [fields["session"], *self._controls()], self._some(STATE), **EVENT)
         fields["region"].change(
-            lambda region: [gr.update(visible=region == name) for name in ("painted", "file", "found")],
+            lambda region: [gr.update(visible=region == name) for name in self.regions],
             fields["region"],
-            self._some(("editor", "mask", "auto_mask")),
+            list(self.regions.values()),
             **EVENT,
         )
         for button, template in self.templates:

@@ -7,8 +7,11 @@ import base64
 import binascii
 import contextlib
 import functools
+import io
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -17,7 +20,7 @@ import anyio
 from fastapi.responses import StreamingResponse
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
@@ -25,7 +28,7 @@ from ip2p.config import ServeConfig
 from ip2p.errors import InputError
 from ip2p.images import load_image, nearest, to_bytes
 from ip2p.serve.errors import Refusal
-from ip2p.serve.service import FieldError, Job, Service
+from ip2p.serve.service import NO_TEXT, FieldError, Job, Service, is_text
 
 if TYPE_CHECKING:
     from ip2p.serve import service as services
@@ -36,16 +39,24 @@ Format = Literal["png", "jpeg", "webp"]
 KINDS: dict[str, Literal["PNG", "JPEG", "WEBP"]] = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 # Fields of a form that is no file: a picture may come in one as base64.
 MAX_FIELDS, MAX_FILES = 100, 16
+DEEPEST = 20  # lists and objects within each other in a field
+FETCHES, FETCHES_EACH = 8, 2  # requests whose pictures are fetched at once: of all callers, of one
 QUALITY = 95
 
 
 @dataclass(frozen=True)
 class Desk:
-    """What every interface works with. `hands` bounds how many pictures are decoded or encoded at once."""
+    """What every interface works with.
+
+    hands: bounds how many pictures are decoded or encoded at once. opening: how many requests have pictures
+    that are decoded and do not yet count in the queue. fetching: the requests that fetch, by their client.
+    """
 
     service: Service
     config: ServeConfig
     hands: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
+    opening: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
+    fetching: Counter[str] = field(default_factory=Counter)
 
     async def by_hand(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
         """Run it in a thread, so that the server answers others meanwhile."""
@@ -55,35 +66,8 @@ class Desk:
 # --- bodies --------------------------------------------------------------------------------------
 
 
-async def arrived(request: Request, desk: Desk) -> None:
-    """Return when the body of a request is here, as bytes or as the parts of a form; nothing is decoded yet.
-
-    Raises FieldError for a form that cannot be read, and Refusal for another type of body.
-    """
-    content = _content(request)
-    if _is_form(request):
-        try:
-            await request.form(
-                max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=desk.config.max_mb * 1_000_000
-            )
-        except HTTPException as error:
-            raise FieldError(f"body cannot be read: {error.detail}", field="body") from None
-    elif content in ("application/json", ""):
-        await request.body()
-    else:
-        raise Refusal(
-            f"Content-Type is {content[:80]!r}; send multipart/form-data or application/json.",
-            status=415,
-            field="Content-Type",
-        )
-
-
 def _content(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def _is_form(request: Request) -> bool:
-    return _content(request) in ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
 async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
@@ -92,35 +76,74 @@ async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
     Of a field that came several times, as `image` or as `image[]`, there is a list if `kind` has one.
     Raises FieldError for a field that cannot be read, and Refusal for another type of body.
     """
-    await arrived(request, desk)
-    if _is_form(request):
-        values = await _form_values(await request.form(), kind)
-    else:
+    content = _content(request)
+    # A request of its own: the one that is answered would hold the whole body until then.
+    read = Request(request.scope, request.receive)
+    if content in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        values = await _form_values(read, kind, desk)
+    elif content in ("application/json", ""):
         try:
-            values = await desk.by_hand(json.loads, await request.body())
+            values = await desk.by_hand(json.loads, await read.body())
         except (ValueError, RecursionError) as error:
             raise FieldError(f"body is not JSON: {error}", field="body") from None
+    else:
+        raise Refusal(
+            f"Content-Type is {content[:80]!r}; send multipart/form-data or application/json.",
+            status=415,
+            field="Content-Type",
+        )
     if not isinstance(values, dict):
         raise FieldError(
             'body is no object. Send JSON such as {"instruction": "make it snow"}.', field="body"
         )
+    for name, value in values.items():
+        _check_value(name, value)
     return validated(kind, values)
 
 
-async def _form_values(form: FormData, kind: type[BaseModel]) -> dict[str, Any]:
+async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        name = name.removesuffix("[]")
-        content = await value.read() if isinstance(value, UploadFile) else value
-        info = kind.model_fields.get(name)
-        if info is not None and "list" in str(info.annotation).lower():
-            values.setdefault(name, []).append(content)
-        elif name in values:
-            raise FieldError(f"{name} came twice. Send it once.", field=name)
-        else:
-            values[name] = content
-    await form.close()
+    try:
+        form = await request.form(
+            max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=desk.config.max_mb * 1_000_000
+        )
+        for name, value in form.multi_items():
+            name = name.removesuffix("[]")
+            content = await value.read() if isinstance(value, UploadFile) else value
+            info = kind.model_fields.get(name)
+            if info is not None and "list" in str(info.annotation).lower():
+                values.setdefault(name, []).append(content)
+            elif name in values:
+                raise FieldError(f"{name} came twice. Send it once.", field=name)
+            else:
+                values[name] = content
+    except HTTPException as error:
+        raise FieldError(f"body cannot be read: {error.detail}", field="body") from None
+    finally:
+        await request.close()
     return values
+
+
+def _check_value(name: str, value: object) -> None:
+    """Raise FieldError for what JSON can say and no answer can repeat."""
+    inner = [(name, 0), (value, 0)]
+    name = name[:40].encode("ascii", "backslashreplace").decode()
+    while inner:
+        value, depth = inner.pop()
+        if isinstance(value, str) and not is_text(value):
+            raise FieldError(f"{name} {NO_TEXT}", field=name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FieldError(f"{name} holds {value}; send a finite number.", field=name)
+        if isinstance(value, list | dict):
+            if depth == DEEPEST:
+                raise FieldError(f"{name} is nested deeper than {DEEPEST}. Send a flatter one.", field=name)
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            inner += [(part, depth + 1) for part in parts]
+
+
+def let_go(request: Request) -> None:
+    """Tell the guard that nothing holds the request's body any more: others may send theirs."""
+    request.scope["state"]["let_go"]()
 
 
 def validated(kind: type[Body], values: Mapping[str, Any]) -> Body:
@@ -143,10 +166,57 @@ def validated(kind: type[Body], values: Mapping[str, Any]) -> Body:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-async def open_picture(desk: Desk, value: bytes | str, name: str) -> Image.Image:
-    """The picture of a field, upright RGB: a file's bytes, base64, a data URL, or an address.
+@contextlib.asynccontextmanager
+async def fetched(
+    desk: Desk, client: str, pictures: Mapping[str, bytes | str | None]
+) -> AsyncIterator[dict[str, bytes | str | None]]:
+    """The pictures of fields, by their names, with what lies there in the place of each address.
 
-    Raises FieldError, which names the field, and Refusal for an address that is not fetched.
+    Enter it before a place in the queue is kept: who answers slowly would keep others out. What was fetched
+    counts against the limit while the block runs. Raises FieldError, and Refusal for what is not fetched.
+    """
+    found = dict(pictures)
+    addresses = {
+        name: value for name, value in found.items() if isinstance(value, str) and _is_address(value)
+    }
+    if not addresses:
+        yield found
+        return
+    if not desk.config.urls:
+        name = next(iter(addresses))
+        raise FieldError(
+            f"{name} is an address, and this server fetches none (--urls). Send the picture itself.",
+            field=name,
+        )
+    own = desk.fetching[client] >= FETCHES_EACH
+    if own or desk.fetching.total() >= FETCHES:
+        whose = f"{FETCHES_EACH} of your requests" if own else f"{FETCHES} requests"
+        raise Refusal(
+            f"The pictures of {whose} are being fetched, which is the limit. Ask again in 5 seconds.",
+            status=429 if own else 503,
+            headers={"Retry-After": "5"},
+        )
+    from ip2p.serve.fetch import fetch
+
+    desk.fetching[client] += 1
+    try:
+        for name, value in addresses.items():
+            found[name] = await fetch(value, name=name, most=desk.config.max_mb * 1_000_000)
+        yield found
+    finally:
+        desk.fetching[client] -= 1
+        if not desk.fetching[client]:
+            del desk.fetching[client]
+
+
+def _is_address(text: str) -> bool:
+    return re.match(r"https?:", text, re.IGNORECASE) is not None
+
+
+async def open_picture(desk: Desk, value: bytes | str, name: str) -> Image.Image:
+    """The picture of a field, upright RGB: a file's bytes, base64 or a data URL (`fetched` gives bytes).
+
+    Raises FieldError, which names the field.
     """
     data = await picture_data(desk, value, name)
     return await desk.by_hand(_loaded, data, name, desk.config.max_pixels, "white")
@@ -177,15 +247,6 @@ def _transparency(on_white: Image.Image, on_black: Image.Image) -> Image.Image:
 async def picture_data(desk: Desk, value: bytes | str, name: str) -> bytes:
     if isinstance(value, bytes):
         return value
-    if re.match(r"https?:", value, re.IGNORECASE):
-        if not desk.config.urls:
-            raise FieldError(
-                f"{name} is an address, and this server fetches none (--urls). Send the picture itself.",
-                field=name,
-            )
-        from ip2p.serve.fetch import fetch
-
-        return await fetch(value, name=name, most=desk.config.max_mb * 1_000_000)
     return await desk.by_hand(from_base64, value, name)
 
 
@@ -234,6 +295,19 @@ def written(image: Image.Image, kind: str, quality: int | None = None) -> bytes:
     """A picture's file: made anew from its pixels, with the settings in it."""
     options = {} if quality is None or kind == "png" else {"quality": quality}
     return to_bytes(image, KINDS[kind], **options)
+
+
+def encoded(image: Image.Image, kind: str, quality: int | None = None) -> tuple[bytes, str]:
+    """A picture's file and its ending, as `Service.keep` asks for them."""
+    return written(image, kind, quality), f".{kind}"
+
+
+def reopened(data: bytes, parameters: str) -> Image.Image:
+    """A result from its file, with its settings where `written` looks for them."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+    image.info["parameters"] = parameters
+    return image
 
 
 def base64_of(data: bytes) -> str:
