@@ -801,12 +801,12 @@ def test_stages_cross_to_other_machines(here, painter, lm, monkeypatch):
         (
             ["instruct", "c.txt", "-o", "t", "--server", "http://h/v1", "--model", "m", "--workers", "2"],
             2,
-            "raise --together",
+            "Raise --together",
         ),
         (
             ["instruct", "c.txt", "-o", "t", "--server", "http://h/v1", "--model", "m", "--ray"],
             2,
-            "raise --together",
+            "Raise --together",
         ),
         (["instruct", "c.txt", "-o", "t", "--way", "chat"], 2, "--way is for a server"),
         (["instruct", "here.txt", "-o", "t", "--model", "nowhere"], 3, "no such language model"),
