@@ -594,14 +594,8 @@ WAYS: tuple[dict[str, Any], ...] = (
 
 def _plan(args: argparse.Namespace, way: Way) -> rounds.Rounds:
     """The default rounds, with no more candidates than are drawn."""
-    return rounds.Rounds(
-        most=min(PAIRS_STORYBOOK["most"], args.candidates),
-        enough=PAIRS_STORYBOOK["enough"],
-        size=PAIRS_STORYBOOK["round_size"],
-        worth=PAIRS_STORYBOOK["worth"],
-        risk=PAIRS_STORYBOOK["risk"],
-        shared=way.per_source,
-    )
+    most = min(PAIRS_STORYBOOK["most"], args.candidates)
+    return replace(rounds.Rounds.of(PAIRS_STORYBOOK), most=most, shared=way.per_source)
 
 
 def _costs(
@@ -664,14 +658,7 @@ def paper(args: argparse.Namespace) -> None:
             per_source=how["p_per_source"],
             early_at=how["early_at"] or Way.early_at,
         )
-        plan = rounds.Rounds(
-            most=most,
-            enough=how["enough"] or None,
-            size=min(how["round_size"], most),
-            worth=how["worth"],
-            risk=how["risk"],
-            shared=how["p_per_source"],
-        )
+        plan = replace(rounds.Rounds.of(how), most=most, size=min(how["round_size"], most))
         early = Early(least, args.early_margin, how["early_at"]) if how["early_at"] else None
         with progress(name, number) as advance:
             results[name] = replay(

@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -588,7 +588,8 @@ def _on_ray(
                     running[worker.answer.remote(parts[given])] = (given, worker)
                 if waiting and time.monotonic() - looked > LOOK:
                     looked = time.monotonic()
-                    begin(min(fits(ray.nodes(), cluster), len(waiting) + len(running)) - len(pool))
+                    wanted = cluster.workers or fits(ray.nodes(), cluster)
+                    begin(min(wanted, len(waiting) + len(running)) - len(pool))
                 found, _ = ray.wait(list(running), num_returns=1, timeout=LOOK)
                 if not found:
                     continue
@@ -690,7 +691,7 @@ Nodes = Sequence[Mapping[str, Any]]  # machines, as `ray.nodes()` tells them
 def fitting(nodes: Nodes, cluster: Cluster, parts: int) -> tuple[int, dict[str, float]]:
     """How many workers, and what each asks of Ray. ResourceError when not one, or not all wanted, fit."""
     needs = _needs(nodes, cluster)
-    there = fits(nodes, replace(cluster, workers=None))
+    there = fits(nodes, cluster)
     wanted = max(1, there) if cluster.workers is None else cluster.workers
     if there < wanted:
         # It would wait for them without end.
@@ -704,7 +705,7 @@ def fitting(nodes: Nodes, cluster: Cluster, parts: int) -> tuple[int, dict[str, 
 
 
 def fits(nodes: Nodes, cluster: Cluster) -> int:
-    """How many workers there is room for, machine by machine, and no more than are wanted."""
+    """How many workers there is room for, machine by machine."""
     needs = _needs(nodes, cluster)
     room = 0
     for node in _alive(nodes):
@@ -716,7 +717,7 @@ def fits(nodes: Nodes, cluster: Cluster) -> int:
             shares = whole * math.floor(1 / gpus + 1e-9) if gpus < 1 else math.floor(whole / gpus)
             each.append(shares)
         room += min(each, default=0)
-    return room if cluster.workers is None else min(room, cluster.workers)
+    return room
 
 
 def _needs(nodes: Nodes, cluster: Cluster) -> dict[str, float]:

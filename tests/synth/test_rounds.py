@@ -67,14 +67,7 @@ def test_a_round_has_the_candidates_by_which_enough_should_pass():
 
 @pytest.mark.parametrize("how", [PAIRS, PAIRS_STORYBOOK])
 def test_the_defaults_give_up_before_all_candidates_are_drawn(how):
-    rounds = Rounds(
-        most=how["most"],
-        enough=how["enough"],
-        size=how["round_size"],
-        worth=how["worth"],
-        risk=how["risk"],
-        shared=how["p_per_source"],
-    )
+    rounds = Rounds.of(how)
     [prompt] = run([triple(0)], rounds, Judge(set()))
     assert (prompt.tried, prompt.ended) == (rounds.patience, "hopeless")
     assert prompt.tried <= 0.75 * rounds.most

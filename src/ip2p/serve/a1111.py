@@ -6,7 +6,6 @@ import datetime
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -23,13 +22,14 @@ from ip2p.serve.native import request_body, seeds_of
 from ip2p.serve.service import FieldError, Job
 from ip2p.serve.wire import (
     Desk,
+    Pictures,
     base64_of,
     client_of,
-    fetched,
     finished,
     let_go,
     open_mask,
     open_picture,
+    placed,
     read_body,
     settings_of,
     sized,
@@ -109,12 +109,11 @@ def router(desk: Desk) -> APIRouter:
         name = (body.override_settings or {}).get("sd_model_checkpoint")
         model = model_of(client) if name is None else known_model(str(name), "sd_model_checkpoint")
         _check_body(body, service.limits.count)
-        async with fetched(desk, client, {"init_images": body.init_images[0], "mask": body.mask}) as given:
-            with service.room(client) as place:
-                async with desk.opening:
-                    edit = await _edit_of(desk, body, given, model)
-                    job = await desk.by_hand(service.submit, edit, client=client, place=place)
-        del given
+        pictures = {"init_images": body.init_images[0], "mask": body.mask}
+        async with placed(desk, client, pictures) as (given, place):
+            edit = await _edit_of(desk, body, given, model)
+            job = await desk.by_hand(service.submit, edit, client=client, place=place)
+        del given, pictures
         remember(latest, client, job.id)
         shown = body.model_dump(exclude={"init_images", "mask"})
         if body.include_init_images:  # then they are held, and count
@@ -127,10 +126,10 @@ def router(desk: Desk) -> APIRouter:
         except Refusal:  # interrupted: its clients want what there is, and no error
             if job.state != "cancelled":
                 raise
-        pictures = [base64_of(await desk.by_hand(written, result.image, "png")) for result in job.results]
+        made = [base64_of(await desk.by_hand(written, result.image, "png")) for result in job.results]
         return JSONResponse(
             {
-                "images": pictures if body.send_images else [],
+                "images": made if body.send_images else [],
                 "parameters": shown,
                 "info": json.dumps(_info(body, edit, job, model)),
             }
@@ -252,9 +251,7 @@ def _batches(body: Img2Img) -> tuple[int, int]:
     return 1 if body.n_iter is None else body.n_iter, 1 if body.batch_size is None else body.batch_size
 
 
-async def _edit_of(
-    desk: Desk, body: Img2Img, given: Mapping[str, bytes | str | None], model: str
-) -> services.Request:
+async def _edit_of(desk: Desk, body: Img2Img, given: Pictures, model: str) -> services.Request:
     """What the service is asked for, with the pictures that were given. Raises FieldError and Refusal."""
     batches, each = _batches(body)
     sampler, spacing = _sampler(body)

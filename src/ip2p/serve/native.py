@@ -25,11 +25,11 @@ from ip2p.serve.wire import (
     client_of,
     encoded,
     event_stream,
-    fetched,
     finished,
     let_go,
     open_mask,
     open_picture,
+    placed,
     read_body,
     reopened,
     settings_of,
@@ -103,31 +103,29 @@ def router(desk: Desk) -> APIRouter:
         encode = None
         if not body.stream and not body.wait:
             encode = functools.partial(encoded, kind=body.format, quality=body.quality)
-        async with fetched(desk, client, {"image": body.image, "mask": body.mask}) as given:
+        async with placed(desk, client, {"image": body.image, "mask": body.mask}) as (given, place):
             image, mask = given["image"], given["mask"]
             assert image is not None
-            with service.room(client) as place:
-                async with desk.opening:
-                    edit = services.Request(
-                        image=await open_picture(desk, image, "image"),
-                        instruction=body.instruction,
-                        seeds=body.seeds(service.limits.count),
-                        steps=body.steps,
-                        sampler=body.sampler,
-                        spacing=body.spacing,
-                        text_cfg=body.text_cfg,
-                        image_cfg=body.image_cfg,
-                        negative=body.negative,
-                        size=size_of(body.size),
-                        mask=None if mask is None else await open_mask(desk, mask, "mask", edit="white"),
-                        auto_mask=body.auto_mask,
-                        mask_padding=body.mask_padding,
-                        feather=body.feather,
-                        fit=body.fit,
-                        model=body.model,
-                        previews=body.previews if body.stream else 0,
-                    )
-                    job = await desk.by_hand(service.submit, edit, client=client, place=place, encode=encode)
+            edit = services.Request(
+                image=await open_picture(desk, image, "image"),
+                instruction=body.instruction,
+                seeds=body.seeds(service.limits.count),
+                steps=body.steps,
+                sampler=body.sampler,
+                spacing=body.spacing,
+                text_cfg=body.text_cfg,
+                image_cfg=body.image_cfg,
+                negative=body.negative,
+                size=size_of(body.size),
+                mask=None if mask is None else await open_mask(desk, mask, "mask", edit="white"),
+                auto_mask=body.auto_mask,
+                mask_padding=body.mask_padding,
+                feather=body.feather,
+                fit=body.fit,
+                model=body.model,
+                previews=body.previews if body.stream else 0,
+            )
+            job = await desk.by_hand(service.submit, edit, client=client, place=place, encode=encode)
         formats[job] = body.format, body.quality
         body.image, body.mask = b"", None
         let_go(request)

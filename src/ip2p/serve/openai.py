@@ -20,15 +20,16 @@ from ip2p.serve.wire import (
     QUALITY,
     Desk,
     Format,
+    Pictures,
     base64_of,
     client_of,
     encoded,
     event_stream,
-    fetched,
     finished,
     let_go,
     open_mask,
     open_picture,
+    placed,
     read_body,
     sized,
     written,
@@ -108,16 +109,14 @@ def router(desk: Desk) -> APIRouter:
                 f"image came {len(pictures)} times; this model edits one picture at a time. Send one.",
                 field="image",
             )
-        async with fetched(desk, client, {"image": pictures[0], "mask": body.mask}) as given:
-            with service.room(client) as place:
-                async with desk.opening:
-                    edit = await _edit_of(desk, body, given)
-                    return await desk.by_hand(service.submit, edit, client=client, place=place)
+        async with placed(desk, client, {"image": pictures[0], "mask": body.mask}) as (given, place):
+            edit = await _edit_of(desk, body, given)
+            return await desk.by_hand(service.submit, edit, client=client, place=place)
 
     return routes
 
 
-async def _edit_of(desk: Desk, body: ImagesEdit, given: Mapping[str, bytes | str | None]) -> services.Request:
+async def _edit_of(desk: Desk, body: ImagesEdit, given: Pictures) -> services.Request:
     """What the service is asked for, with the pictures that were given. Raises FieldError and Refusal."""
     service = desk.service
     if body.model is not None and body.model not in service.models:

@@ -166,14 +166,30 @@ def validated(kind: type[Body], values: Mapping[str, Any]) -> Body:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-@contextlib.asynccontextmanager
-async def fetched(
-    desk: Desk, client: str, pictures: Mapping[str, bytes | str | None]
-) -> AsyncIterator[dict[str, bytes | str | None]]:
-    """The pictures of fields, by their names, with what lies there in the place of each address.
+Pictures = Mapping[str, bytes | str | None]  # by their fields' names: a file's bytes, base64, or an address
 
-    Enter it before a place in the queue is kept: who answers slowly would keep others out. What was fetched
-    counts against the limit while the block runs. Raises FieldError, and Refusal for what is not fetched.
+
+@contextlib.asynccontextmanager
+async def placed(
+    desk: Desk, client: str, pictures: Pictures
+) -> AsyncIterator[tuple[Pictures, services.Place]]:
+    """The pictures of fields, fetched, and a place in the queue to open and submit them with.
+
+    First what is fetched, since who answers slowly would keep others out of the queue; then the place, so
+    that nothing is decoded for what is refused; then a turn among those that decode. Raises FieldError, and
+    Refusal for what is not fetched or has no room.
+    """
+    async with _fetched(desk, client, pictures) as given:
+        with desk.service.room(client) as place:
+            async with desk.opening:
+                yield given, place
+
+
+@contextlib.asynccontextmanager
+async def _fetched(desk: Desk, client: str, pictures: Pictures) -> AsyncIterator[Pictures]:
+    """The pictures, with what lies there in the place of each address.
+
+    What was fetched counts against the limit while the block runs.
     """
     found = dict(pictures)
     addresses = {
@@ -214,7 +230,7 @@ def _is_address(text: str) -> bool:
 
 
 async def open_picture(desk: Desk, value: bytes | str, name: str) -> Image.Image:
-    """The picture of a field, upright RGB: a file's bytes, base64 or a data URL (`fetched` gives bytes).
+    """The picture of a field, upright RGB: a file's bytes, base64 or a data URL (`placed` gives bytes).
 
     Raises FieldError, which names the field.
     """

@@ -221,11 +221,9 @@ class Scored:
 
     def first(self, count: int | None) -> Scored:
         """The first so many rows, None for all."""
-        lists = (self.ids, self.edits, self.instructions)
         scores = {name: values[:count] for name, values in self.scores.items()}
-        ids, edits, instructions = (values[:count] for values in lists)
-        flaws, clips = self.flaws[:count], self.clips[:count]
-        return Scored(ids, edits, instructions, self.hashes[:count], flaws, clips, scores)
+        rest = {name: values[:count] for name, values in vars(self).items() if name != "scores"}
+        return Scored(**rest, scores=scores)
 
     def of(self, row: int) -> dict[str, float]:
         """The scores of a row that are known."""
@@ -547,10 +545,11 @@ def filter_pairs(
     kept = [row for row, reason in enumerate(reasons) if not reason]
     settings = {"source": source.name, "key": source.key, "rows": len(scored), **asdict(thresholds)}
     settings |= {"top": top, "near_bits": near_bits, "part_rows": part_rows, "kept": _hash_of(scored, kept)}
-    for line in _lost(source, kept):
+    table = _Rows.of(source)
+    for line in _lost(source, kept) if table is None else ():
         say(line)
     jobs.run(
-        partial(Writer, source, scored),
+        partial(Writer, source, scored, table),
         [kept[start : start + part_rows] for start in range(0, len(kept), part_rows)],
         folder,
         settings=settings,
@@ -570,8 +569,8 @@ def filter_pairs(
 
 
 def _lost(source: Source, kept: Sequence[int]) -> Iterator[str]:
-    """What a data set has that the table of what stays has not, as warnings."""
-    if not kept or _Rows.of(source) is not None:
+    """What a data set has that the table of what stays has not, as warnings, unless its rows are copied."""
+    if not kept:
         return
     if isinstance(source, ParquetSource) and not source.remote:
         names = {name for path in source.files for name in pq.read_schema(path).names}
@@ -592,9 +591,8 @@ def _hash_of(scored: Scored, kept: Sequence[int]) -> str:
 class Writer:
     """The stage that writes rows of a source with their scores; it maps row numbers to a table."""
 
-    def __init__(self, source: Source, scored: Scored) -> None:
-        self.source, self.scored = source, scored
-        self.table = _Rows.of(source)
+    def __init__(self, source: Source, scored: Scored, table: _Rows | None) -> None:
+        self.source, self.scored, self.table = source, scored, table
         self.measured = any(scored.clips)  # of all parts, which have the same columns
 
     def __call__(self, part: Sequence[int]) -> Made:

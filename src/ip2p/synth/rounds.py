@@ -8,9 +8,9 @@ given up when it had no pass in so many tries that a prompt worth going on with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from ip2p.synth.records import Candidate, Triple, candidate
 
@@ -36,6 +36,18 @@ class Rounds:
     worth: float = 0.1
     risk: float = 0.05  # 0: no prompt is given up
     shared: int = 1  # candidates with one source trajectory, which do not pass independently: one try
+
+    @classmethod
+    def of(cls, how: Mapping[str, Any]) -> Rounds:
+        """From settings by the names of `synth pairs`, where enough 0 has all candidates made."""
+        return cls(
+            most=how["most"],
+            enough=how["enough"] or None,
+            size=how["round_size"],
+            worth=how["worth"],
+            risk=how["risk"],
+            shared=how["p_per_source"],
+        )
 
     @property
     def patience(self) -> int | None:

@@ -96,14 +96,7 @@ class PairStage:
         self.early_thresholds = lowered(thresholds, config.early_margin)
         self.per_source: int = how["p_per_source"]
         self.keep_all = config.keep == "all"
-        self.rounds = Rounds(
-            most=how["most"],
-            enough=how["enough"] or None,
-            size=how["round_size"],
-            worth=how["worth"],
-            risk=how["risk"],
-            shared=self.per_source,
-        )
+        self.rounds = Rounds.of(how)
         tiny = how["tiny_vae"]
         self.painter = PairMaker(
             config.model,
