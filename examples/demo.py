@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 import ip2p
-from ip2p.images import grid, save_image
+from ip2p.pictures.images import grid, save_image
 
 EXAMPLES = Path(__file__).resolve().parent
 RESULTS = EXAMPLES.parent / "demo"

@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 from PIL import Image
 
 # Before anything imports these modules; the fixtures below import the package late for that reason.
-install_import_hook(["ip2p.diffusion", "ip2p.clip"], "beartype.beartype")
+install_import_hook(["ip2p.diffusion", "ip2p.models.clip"], "beartype.beartype")
 
 SIZE = 64
 
@@ -107,7 +107,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_editor(tiny_model_dir: Path):
     """The tiny model, loaded in fp32."""
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     return Editor.load(tiny_model_dir, device="cpu", dtype="fp32")
 

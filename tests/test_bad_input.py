@@ -18,8 +18,9 @@ import pytest
 from conftest import make_model
 from PIL import Image
 
-from ip2p import cli, images
+from ip2p.cli import main as cli
 from ip2p.config import MAX_PIXELS
+from ip2p.pictures import images
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def here(here: Path) -> Path:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail when the model is loaded: the bad input must be told before that."""
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     def load(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model was loaded before the input was checked")
@@ -460,7 +461,7 @@ def test_out_of_memory_hints_at_a_smaller_size(
 ) -> None:
     import torch
 
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     allocator = (
         "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -489,7 +490,7 @@ def test_full_disk(run, tiny_model_dir: Path, here: Path, monkeypatch: pytest.Mo
 SLOW_WRITER = """
 import signal, sys, time
 from PIL import Image
-from ip2p import cli
+from ip2p.cli import main as cli
 
 # Where the tests run in the background, their processes begin with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -522,7 +523,7 @@ def test_signal_leaves_no_half_written_file(here: Path, tiny_model_dir: Path, nu
 def test_fault_of_ours_shows_a_traceback_only_with_debug(
     run, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("oh")

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ip2p import build
-from ip2p.errors import InputError, ModelError
-from ip2p.train import loop
-from ip2p.train.checkpoints import Checkpoints
+from ip2p.base.errors import InputError, ModelError
+from ip2p.training import build, loop
+from ip2p.training.checkpoints import Checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,7 @@ def test_diffusers_pipeline_opens_the_bundle_and_edits(built):
 def test_our_editor_opens_the_bundle_and_edits(built):
     from PIL import Image
 
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     results = Editor.load(built / "bundle", device="cpu").edit(
         Image.new("RGB", (64, 64), "white"), "make it night", steps=2, seeds=[1, 2]
@@ -84,7 +83,7 @@ def test_the_bundle_names_no_path_of_this_machine(built):
 def test_every_word_of_the_language_is_one_token(built):
     from transformers import CLIPTokenizer
 
-    from ip2p.storybook.language import vocabulary
+    from ip2p_storybook.language import vocabulary
 
     tokenizer = CLIPTokenizer.from_pretrained(built / "bundle" / "tokenizer")
     for word in {w for entry in vocabulary() for w in entry.split() if w.isalpha()}:
@@ -209,9 +208,9 @@ def test_the_language_model_in_the_bundle_reads_captions_and_writes(built):
 
 
 def test_texts_of_the_language_model_come_back_from_their_tokens(built):
-    from ip2p.storybook.captions import phrases
-    from ip2p.storybook.triples import exact_triples
     from ip2p.synth.instruct import completion_of, load_lm, prompt_of
+    from ip2p_storybook.captions import phrases
+    from ip2p_storybook.triples import exact_triples
 
     _, tokenizer = load_lm(built / "bundle" / "lm")
     triples = [build.to_learn(triple) for triple in exact_triples(100, 9)]
@@ -228,7 +227,7 @@ def test_texts_of_the_language_model_come_back_from_their_tokens(built):
 def test_instructions_are_learnt_in_words_that_are_tokens():
     from dataclasses import replace as with_
 
-    from ip2p.storybook.triples import exact_triples
+    from ip2p_storybook.triples import exact_triples
 
     triple = next(iter(exact_triples(1, 0)))
     for typed, learnt in (

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from ip2p import chain, cli
-from ip2p.infotext import parse_infotext
+from ip2p.cli import main as cli
+from ip2p.editing import chain
+from ip2p.pictures.infotext import parse_infotext
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -51,7 +52,7 @@ def test_from_original_begins_anew_with_the_instructions_joined() -> None:
 
 
 def test_drift_is_psnr_and_the_cosine_of_embeddings(tiny_clip_dir: Path) -> None:
-    from ip2p.clip import Clip
+    from ip2p.models.clip import Clip
 
     clip = Clip.load(tiny_clip_dir)
     darker = Image.eval(WHITE, lambda level: level - 51)  # a fifth of the range: 20 log10 5 dB

@@ -18,11 +18,15 @@ import pytest
 from conftest import make_controlnet
 from PIL import Image
 
-from ip2p import __version__, advice, cli, command, infotext
+from ip2p import __version__
 from ip2p import config as configs
+from ip2p.base.errors import InputError
+from ip2p.cli import edit as command
+from ip2p.cli import main as cli
 from ip2p.config import DrawConfig, EditConfig, parse_lora, with_defaults
-from ip2p.errors import InputError
-from ip2p.images import save_image
+from ip2p.editing import advice
+from ip2p.pictures import infotext
+from ip2p.pictures.images import save_image
 
 
 @pytest.fixture(autouse=True)
@@ -467,7 +471,7 @@ def test_draw_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture
 def test_build_hands_its_settings_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ip2p import build
+    from ip2p.training import build
 
     called: dict[str, object] = {}
     monkeypatch.setattr(build, "run", lambda *args, **settings: called.update(settings, args=args))

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_clip
 
-from ip2p.clip import MEAN, STD, Clip, similarities
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
+from ip2p.models.clip import MEAN, STD, Clip, similarities
 
 
 @pytest.fixture(scope="module")

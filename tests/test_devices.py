@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ip2p.devices import NoiseStream, pick_device, pick_dtype, seeded_noise
-from ip2p.errors import InputError, ResourceError
+from ip2p.base.devices import NoiseStream, pick_device, pick_dtype, seeded_noise
+from ip2p.base.errors import InputError, ResourceError
 
 
 def test_noise_of_a_seed_does_not_depend_on_its_batch():

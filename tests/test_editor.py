@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageCms
 
 import ip2p
+from ip2p.base.errors import InputError, ModelError, ResourceError
 from ip2p.diffusion.samplers import SAMPLERS
-from ip2p.editor import Editor
-from ip2p.errors import InputError, ModelError, ResourceError
-from ip2p.images import load_image, save_image, to_tensor
-from ip2p.infotext import parse_infotext, read_infotext
+from ip2p.editing.editor import Editor
+from ip2p.pictures.images import load_image, save_image, to_tensor
+from ip2p.pictures.infotext import parse_infotext, read_infotext
 
 FAST = {"steps": 3}
 
@@ -130,7 +130,7 @@ def test_the_callback_follows_the_steps(tiny_editor, page):
 
 
 def test_edit_latents_draws_from_text_alone(tiny_editor):
-    from ip2p.devices import NoiseStream
+    from ip2p.base.devices import NoiseStream
     from ip2p.diffusion.schedule import linspace_sigmas
 
     *_, last = tiny_editor.edit_latents(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ip2p import cli, grid
+from ip2p.base.errors import InputError
+from ip2p.cli import main as cli
 from ip2p.config import parse_axis
-from ip2p.errors import InputError
+from ip2p.editing import grid
 
 pytestmark = pytest.mark.usefixtures("here")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from ip2p.errors import InputError
-from ip2p.images import (
+from ip2p.base.errors import InputError
+from ip2p.pictures.images import (
     check_output,
     fit_size,
     grid,
@@ -20,7 +20,7 @@ from ip2p.images import (
     to_pil,
     to_tensor,
 )
-from ip2p.infotext import read_infotext
+from ip2p.pictures.infotext import read_infotext
 
 ORIENTATION, ARTIST = 0x0112, 0x013B
 

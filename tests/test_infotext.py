@@ -6,9 +6,9 @@ from hypothesis import settings as how
 from hypothesis import strategies as st
 from PIL import Image
 
-from ip2p.errors import InputError
-from ip2p.images import EXIF_IFD, USER_COMMENT, save_image
-from ip2p.infotext import (
+from ip2p.base.errors import InputError
+from ip2p.pictures.images import EXIF_IFD, USER_COMMENT, save_image
+from ip2p.pictures.infotext import (
     MORE,
     Settings,
     amend,

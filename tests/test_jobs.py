@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ip2p import jobs
-from ip2p.errors import InputError, ModelError, ResourceError, Terminated
-from ip2p.jobs import Cluster, Made
+from ip2p.base import jobs
+from ip2p.base.errors import InputError, ModelError, ResourceError, Terminated
+from ip2p.base.jobs import Cluster, Made
 
 PARTS = [range(0, 3), range(3, 6), range(6, 7)]
 SETTINGS = {"key": "squares"}
@@ -156,7 +156,7 @@ def test_a_process_that_is_lost_begins_anew_and_one_that_always_is_ends_the_job(
 ORPHANS = """
 import os, sys, time
 from pathlib import Path
-from ip2p import jobs
+from ip2p.base import jobs
 
 class Slow:
     def __call__(self, part):
@@ -232,7 +232,7 @@ import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import pyarrow.parquet as pq
-from ip2p import jobs
+from ip2p.base import jobs
 from test_jobs import PARTS, SETTINGS, Squares, rows
 
 def child(folder, fatal):

@@ -15,12 +15,14 @@ import torch
 from conftest import make_clip, make_model
 from PIL import Image
 
-from ip2p import cli, jobs, maker
+from ip2p.base import jobs
+from ip2p.base.errors import InputError, ModelError
+from ip2p.cli import main as cli
+from ip2p.cli import synth as maker
 from ip2p.config import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthInstructConfig, SynthPairsConfig
 from ip2p.data.loading import open_source
-from ip2p.errors import InputError, ModelError
-from ip2p.images import load_image
 from ip2p.models import bundle
+from ip2p.pictures.images import load_image
 from ip2p.synth import instruct as instructing
 from ip2p.synth import records, stages
 from ip2p.synth.filter import KEPT, PRESETS, SIMILARITIES, clips_of, preset_for
@@ -231,7 +233,7 @@ def test_a_job_that_failed_goes_on_and_leaves_the_same(triples, painter, here, m
 
 KILLED = """
 import sys, time
-from ip2p import cli, maker
+from ip2p.cli import main as cli, synth as maker
 from ip2p.synth import stages
 maker.TRIPLES_A_PART = 2
 make, parts = stages.PairStage.__call__, []

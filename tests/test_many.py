@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ip2p import cli, many
+from ip2p.base.errors import InputError, ResourceError, Terminated
+from ip2p.cli import main as cli
 from ip2p.config import EditConfig
-from ip2p.errors import InputError, ResourceError, Terminated
+from ip2p.editing import batch as many
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -283,7 +284,8 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[1]]
 from test_many import CONFIG, do, invert
-from ip2p import images, many
+from ip2p.pictures import images
+from ip2p.editing import batch as many
 
 commit = many.Job.commit
 def said(self, task, result):
@@ -339,8 +341,8 @@ def test_killed_at_any_time_and_run_again_nothing_is_lost_or_made_twice() -> Non
 # when it is given the 20th.
 EDIT_AND_DIE = """
 import hashlib, os, signal, sys
-from ip2p import cli
-from ip2p.editor import Editor
+from ip2p.cli import main as cli
+from ip2p.editing.editor import Editor
 
 edit_batch, given = Editor.edit_batch, []
 def noted(self, pictures, *args, **settings):

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ip2p import masks
+from ip2p.base.errors import InputError
 from ip2p.diffusion.samplers import SAMPLERS
-from ip2p.errors import InputError
-from ip2p.masks import feather, load_mask
+from ip2p.pictures import masks
+from ip2p.pictures.masks import feather, load_mask
 
 
 def disc(size=(96, 64), middle=(40, 30), radius=20):

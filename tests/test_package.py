@@ -22,11 +22,11 @@ def test_public_names() -> None:
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    assert python("import sys, ip2p, ip2p.config, ip2p.cli; print('torch' in sys.modules)") == "False\n"
+    assert python("import sys, ip2p, ip2p.config, ip2p.cli.main; print('torch' in sys.modules)") == "False\n"
 
 
 def test_the_storybook_needs_no_torch() -> None:
-    code = "import sys, ip2p.storybook.draw, ip2p.storybook.edits, ip2p.storybook.command"
+    code = "import sys, ip2p_storybook.draw, ip2p_storybook.edits, ip2p.cli.storybook"
     assert python(f"{code}; print([m for m in ('torch', 'pyarrow') if m in sys.modules])") == "[]\n"
 
 

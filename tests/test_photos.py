@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from ip2p import photos
-from ip2p.photos import carry
+from ip2p.pictures import carry as photos
+from ip2p.pictures.carry import carry
 
 SMALL = (512, 384)
 

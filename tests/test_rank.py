@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ip2p import cli, rank
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
+from ip2p.cli import main as cli
+from ip2p.editing import rank
 
 pytestmark = pytest.mark.usefixtures("here")
 

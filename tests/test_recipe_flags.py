@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ip2p import cli
+from ip2p.cli import main as cli
 from ip2p.config import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK
 from ip2p.synth.filter import PRESETS
 

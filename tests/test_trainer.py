@@ -15,16 +15,16 @@ import pytest
 import torch
 from conftest import make_model
 
-from ip2p import cli, trainer
+from ip2p.base.errors import InputError, ModelError, Terminated
+from ip2p.base.files import write_text
+from ip2p.cli import main as cli
 from ip2p.config import TrainConfig
-from ip2p.errors import InputError, ModelError, Terminated
-from ip2p.files import write_text
-from ip2p.storybook.edits import sample_edit
-from ip2p.storybook.pairs import write_pairs
-from ip2p.storybook.scene import rng_for
-from ip2p.train import loop
-from ip2p.train.checkpoints import Checkpoints
-from ip2p.train.loop import sole_owner
+from ip2p.training import loop, trainer
+from ip2p.training.checkpoints import Checkpoints
+from ip2p.training.loop import sole_owner
+from ip2p.training.storybook.pairs import write_pairs
+from ip2p_storybook.edits import sample_edit
+from ip2p_storybook.scene import rng_for
 
 SIDE = 64
 
@@ -126,7 +126,7 @@ def whole(pairs, base, cache, tmp_path_factory):
 def test_the_output_is_an_editor_for_us_and_for_diffusers(whole, page):
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     [result] = Editor.load(whole.output, device="cpu").edit(page, "make it night", steps=2)
     assert result.size == page.size
@@ -225,7 +225,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(config, whol
 
 
 def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(config, monkeypatch, stop_at):
-    from ip2p.train.objective import EditTask
+    from ip2p.training.objective import EditTask
 
     real = EditTask.forward
 
@@ -316,7 +316,7 @@ def test_killed_as_the_editor_is_written_the_next_call_writes_it(config, monkeyp
 
 
 def test_a_lora_of_an_editor_is_a_file_and_a_merged_model(config, tiny_model_dir, page):
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     config = replace(config, base=str(tiny_model_dir), lora=2, ema=0.0)
     trainer.run(config)
@@ -350,7 +350,7 @@ def test_a_unet_can_start_from_its_config_alone(config, tiny_model_dir, tmp_path
 
 @pytest.mark.parametrize("kind", ["sd2", "xl"])
 def test_sd2_and_sdxl_train_and_open(config, sd2_dir, xl_dir, page, kind):
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     folder = {"sd2": sd2_dir, "xl": xl_dir}[kind]
     config = replace(config, base=str(folder), steps=2)

@@ -51,7 +51,8 @@ CHILD = """
 import sys
 sys.path[:0] = [sys.argv[1] + "/tests", sys.argv[1] + "/tests/serve"]
 import ip2p.diffusion.denoiser  # before the tests' check of every shape, which takes time
-from ip2p import cli, editor
+from ip2p.cli import main as cli
+from ip2p.editing import editor
 seconds = float(sys.argv[2])
 if seconds >= 0:
     from fakes import fake_editor

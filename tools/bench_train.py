@@ -112,7 +112,7 @@ def write_model(
 
 def write_pairs(folder: Path, *, count: int, size: int) -> Path:
     """Write storybook pairs as a parquet table that both can read; returns the folder."""
-    from ip2p.cli import main
+    from ip2p.cli.main import main
 
     folder.mkdir(parents=True)
     words = ["storybook", "draw", "--count", str(count), "--size", str(size)]

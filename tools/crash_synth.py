@@ -129,7 +129,8 @@ class Noting:
 
 def command(notes: Path, run: int, words: list[str]) -> int:
     """The `ip2p` command with `words`, whose stages note what they begin."""
-    from ip2p import cli, jobs
+    from ip2p.base import jobs
+    from ip2p.cli import main as cli
 
     plain = jobs.run
 
@@ -268,7 +269,7 @@ class Runs:
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    from ip2p.jobs import MANIFEST
+    from ip2p.base.jobs import MANIFEST
 
     with contextlib.suppress(FileNotFoundError):
         text = (folder / MANIFEST).read_bytes()
@@ -291,7 +292,7 @@ def left(runs: Runs) -> Left:
 
     import pyarrow.parquet as pq
 
-    from ip2p import jobs
+    from ip2p.base import jobs
 
     ids: list[str] = []
     files: dict[str, str] = {}
@@ -448,7 +449,7 @@ def kill_commands(bench: Bench, name: str, way: str) -> Iterator[str]:
 
 def kill_workers(bench: Bench, name: str, way: str) -> Iterator[str]:
     """Workers, here or of the cluster, are killed at random times while the command goes on."""
-    from ip2p.jobs import RETRIES
+    from ip2p.base.jobs import RETRIES
 
     more = bench.words_of(way)
     wanted, _, work = bench.undisturbed(name)
@@ -516,7 +517,7 @@ def on_full_disk(root: Path, name: str, size: int) -> None:
     runs = Runs(root, VERBS[name], root / f"{name}-on-disk", disk=disk)
     errors = runs.start().done(code=4)
     must("no space left" in errors and "Traceback" not in errors, f"not told: {errors}")
-    from ip2p import jobs
+    from ip2p.base import jobs
 
     for place in runs.verb.jobs(runs.output):
         if jobs.is_job(place):
@@ -633,7 +634,7 @@ def preload() -> None:
     import diffusers
     import transformers
 
-    for module in ("ip2p.maker", "ip2p.synth.tune", "ip2p.data.loading"):
+    for module in ("ip2p.cli.synth", "ip2p.synth.tune", "ip2p.data.loading"):
         importlib.import_module(module)
     for name in ("AutoencoderKL", "UNet2DConditionModel", "StableDiffusionInstructPix2PixPipeline"):
         getattr(diffusers, name)

@@ -114,7 +114,7 @@ class Bench:
 
 
 def state_of(output: Path) -> dict[str, Any]:
-    from ip2p.train.checkpoints import Checkpoints
+    from ip2p.training.checkpoints import Checkpoints
 
     state = Checkpoints(output / "training").load()
     must(state is not None, f"no checkpoint in {output}")
@@ -140,7 +140,7 @@ def difference(a: Any, b: Any, name: str) -> str | None:
 
 def listed(output: Path) -> list[int]:
     """The steps whose checkpoints the manifest lists."""
-    from ip2p.train.checkpoints import Checkpoints
+    from ip2p.training.checkpoints import Checkpoints
 
     return [row["step"] for row in Checkpoints(output / "training").rows()]
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ip2p import advice
-from ip2p.chain import chain
-from ip2p.grid import Axis, default_values, sheet
-from ip2p.grid import draw as draw_grid
-from ip2p.images import load_image, save_image
+from ip2p.editing import advice
+from ip2p.editing.chain import chain
+from ip2p.editing.grid import Axis, default_values, sheet
+from ip2p.editing.grid import draw as draw_grid
+from ip2p.pictures.images import load_image, save_image
 
 if TYPE_CHECKING:
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURES = ROOT / "docs" / "advice.md", ROOT / "docs" / "pictures"
@@ -30,7 +30,7 @@ STEPS, SEED = 20, 1
 
 def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
     """Draw the four pictures of `advice.PICTURES` with `model` into `folder`."""
-    from ip2p.editor import Editor  # imports torch
+    from ip2p.editing.editor import Editor  # imports torch
 
     editor = Editor.load(model, dtype="fp32")
     text_cfg, image_cfg = editor.scales(None, None)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ip2p import cli
+from ip2p.cli import main as cli
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 HEAD = """\

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ip2p.storybook.draw import draw
-from ip2p.storybook.edits import sample_edit
-from ip2p.storybook.scene import rng_for
+from ip2p_storybook.draw import draw
+from ip2p_storybook.edits import sample_edit
+from ip2p_storybook.scene import rng_for
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 KINDS = ("recolour", "place", "put_on")

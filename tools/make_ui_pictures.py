@@ -22,8 +22,8 @@ import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from ip2p.editor import Editor
-from ip2p.images import load_image
+from ip2p.editing.editor import Editor
+from ip2p.pictures.images import load_image
 from ip2p.serve import ui
 from ip2p.serve.service import Service
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ip2p.editor import Editor
-from ip2p.storybook.edits import GLOBAL_KINDS
-from ip2p.storybook.score import Case, cases, judge
+from ip2p.editing.editor import Editor
+from ip2p.evaluation.storybook import Case, cases, judge
+from ip2p_storybook.edits import GLOBAL_KINDS
 
 MOST = 60.0  # dB; a page that is kept to the byte has no PSNR
 

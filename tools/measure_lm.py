@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ip2p.storybook.captions import Form, form_of, say_page
-from ip2p.storybook.edits import SPLITS, sample_edit
-from ip2p.storybook.reading import edit_kind, judge
-from ip2p.storybook.scene import rng_for
 from ip2p.synth.instruct import FREQUENCY_PENALTY, TEMPERATURE, Instruct, LocalWriter, parse
+from ip2p_storybook.captions import Form, form_of, say_page
+from ip2p_storybook.edits import SPLITS, sample_edit
+from ip2p_storybook.reading import edit_kind, judge
+from ip2p_storybook.scene import rng_for
 
 FORMS = ("varied", "canonical")
 

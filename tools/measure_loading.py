@@ -50,7 +50,7 @@ import json, sys
 import torch, diffusers, transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
-from ip2p.devices import DTYPE_ALIASES, DTYPES
+from ip2p.base.devices import DTYPE_ALIASES, DTYPES
 from ip2p.models.bundle import load_bundle
 
 def status(name):

@@ -36,20 +36,20 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ip2p.clip import Clip
+from ip2p.base.files import append_row, content_key, make_folder, replacing, write_text
+from ip2p.base.terminal import progress
+from ip2p.cli.synth import PAINTER_FILES, STORYBOOK_SCALE
 from ip2p.config import PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthPairsConfig
-from ip2p.files import append_row, content_key, make_folder, replacing, write_text
-from ip2p.images import save_image, to_pil
-from ip2p.maker import PAINTER_FILES, STORYBOOK_SCALE
+from ip2p.editing.rank import find_clip
+from ip2p.evaluation.pair_score import DETAILS, PairCase, judge_pair, make_pair_case, pair_triples
 from ip2p.models.bundle import find_model
-from ip2p.rank import find_clip
-from ip2p.storybook.pair_score import DETAILS, PairCase, judge_pair, make_pair_case, pair_triples
-from ip2p.storybook.triples import ExactTriple
+from ip2p.models.clip import Clip
+from ip2p.pictures.images import save_image, to_pil
 from ip2p.synth import rounds
 from ip2p.synth.filter import PRESETS, SIMILARITIES, TOP, Scored, Thresholds, measure, select
 from ip2p.synth.pairs import PairMaker, shared_candidate
 from ip2p.synth.records import Candidate, P, Triple
-from ip2p.terminal import progress
+from ip2p_storybook.triples import ExactTriple
 
 Row = dict[str, Any]  # what is known of a candidate: a line of the file
 HALF = "half_"  # before the names of the similarities half-way

@@ -86,7 +86,7 @@ def parts_of(root: Path) -> int:
 def run(root: Path, model: Path, captions: list[str], more: list[str]) -> None:
     import pyarrow.parquet as pq
 
-    from ip2p import jobs
+    from ip2p.base import jobs
     from ip2p.synth.records import read_triples
 
     (root / "captions.txt").write_text("".join(f"{caption}\n" for caption in captions))

@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 __all__ = ["Editor", "__version__", "edit"]
 
 if TYPE_CHECKING:
-    from ip2p.editor import Editor, edit
+    from ip2p.editing.editor import Editor, edit
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Editor", "edit"):
-        from ip2p import editor
+        from ip2p.editing import editor
 
         return getattr(editor, name)
     raise AttributeError(f"module 'ip2p' has no attribute {name!r}")

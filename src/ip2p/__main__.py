@@ -1,6 +1,6 @@
 """`python -m ip2p` is `ip2p`."""
 
-from ip2p.cli import entry
+from ip2p.cli.main import entry
 
 if __name__ == "__main__":
     entry()

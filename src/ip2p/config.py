@@ -25,7 +25,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ip2p import __version__
-from ip2p.errors import InputError
+from ip2p.base.errors import InputError
 
 Config = TypeVar("Config")
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "serve"))
 
 from page_server import Server, serve_page
 
-from ip2p.images import load_image, save_image
-from ip2p.infotext import parse_infotext, read_infotext
+from ip2p.pictures.images import load_image, save_image
+from ip2p.pictures.infotext import parse_infotext, read_infotext
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STEPS = 4

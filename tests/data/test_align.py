@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from ip2p.data.align import find_move
-from ip2p.storybook.draw import draw
-from ip2p.storybook.edits import sample_edit
-from ip2p.storybook.scene import rng_for
+from ip2p_storybook.draw import draw
+from ip2p_storybook.edits import sample_edit
+from ip2p_storybook.scene import rng_for
 
 SIZE = 128
 

@@ -13,7 +13,7 @@ from test_align import cropped, drawn, shifted
 from ip2p.data.check import check, imperative, sheet, tokens
 from ip2p.data.loading import open_source
 from ip2p.data.records import BrokenRow
-from ip2p.storybook.source import StorybookSource
+from ip2p.training.storybook.source import StorybookSource
 
 
 def png(image):

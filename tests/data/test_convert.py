@@ -12,11 +12,11 @@ import pytest
 from layouts import Rows, make_pair, make_pairs, picture, write_original
 from PIL import Image
 
-from ip2p import files
+from ip2p.base import files
+from ip2p.base.errors import InputError
 from ip2p.data.convert import HOLDS_NO, LAYOUTS, convert, encoded
 from ip2p.data.loading import open_source
 from ip2p.data.records import BrokenRow, open_picture
-from ip2p.errors import InputError
 
 FIELDS = ("id", "before", "after", "instruction", "caption", "edited_caption", "mask", "scores")
 

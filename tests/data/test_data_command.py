@@ -8,10 +8,10 @@ import pytest
 from layouts import Rows, make_pair, make_pairs
 from PIL import Image
 
-from ip2p.data import command
+from ip2p.base.errors import InputError
+from ip2p.cli import data as command
 from ip2p.data.loading import open_source
 from ip2p.data.records import BrokenRow
-from ip2p.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Convert:
 
 
 def test_a_clean_data_set_is_reported_and_shown(tmp_path, capsys):
-    command.check(Check(sheet=tmp_path / "sheet.png"), Rows(make_pairs()))
+    command.check_source(Check(sheet=tmp_path / "sheet.png"), Rows(make_pairs()))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["data", "rows,", "5", "rows"] and lines[-1].endswith("nothing wrong")
     assert Image.open(tmp_path / "sheet.png").width > 100
@@ -45,21 +45,21 @@ def test_a_clean_data_set_is_reported_and_shown(tmp_path, capsys):
 def test_defects_are_reported_before_the_summary_is_raised(capsys):
     rows = [*make_pairs(2), BrokenRow("lost", "before: gone")]
     with pytest.raises(InputError, match="rows has defects: broken picture 1. Mend or leave out") as error:
-        command.check(Check(), Rows(rows))
+        command.check_source(Check(), Rows(rows))
     assert error.value.code == 2
     assert "lost (before: gone)" in capsys.readouterr().out
-    command.check(Check(limit=2), Rows(rows))  # the first two are right
+    command.check_source(Check(limit=2), Rows(rows))  # the first two are right
 
 
 def test_warnings_alone_are_no_error(capsys):
     pair = make_pair(0)
-    command.check(Check(), Rows([pair, make_pair(1, before=pair.before, after=pair.before)]))
+    command.check_source(Check(), Rows([pair, make_pair(1, before=pair.before, after=pair.before)]))
     assert "identical pictures" in capsys.readouterr().out
 
 
 def test_the_report_as_json(capsys):
     with pytest.raises(InputError):
-        command.check(Check(json=True), Rows([make_pair(0, instruction="")]))
+        command.check_source(Check(json=True), Rows([make_pair(0, instruction="")]))
     told = json.loads(capsys.readouterr().out)
     assert (told["rows"], told["findings"][0]["name"]) == (1, "empty instruction")
 
@@ -68,12 +68,12 @@ def test_a_sheet_that_is_there_is_refused_before_any_work(tmp_path):
     (tmp_path / "sheet.png").write_bytes(b"x")
     unread = Rows([])
     with pytest.raises(InputError, match="is there already; add --overwrite"):
-        command.check(Check(sheet=tmp_path / "sheet.png"), unread)
+        command.check_source(Check(sheet=tmp_path / "sheet.png"), unread)
 
 
 def test_a_conversion_prints_its_folder_and_says_what_it_left_out(tmp_path, capsys):
     target = str(tmp_path / "out")
-    command.convert(Convert(target=target, to="magicbrush", count=3), Rows(make_pairs()))
+    command.convert_source(Convert(target=target, to="magicbrush", count=3), Rows(make_pairs()))
     told = capsys.readouterr()
     assert told.out == f"{target}\n"
     assert "the layout magicbrush has no place for caption (3 rows)" in told.err
@@ -84,4 +84,4 @@ def test_a_conversion_prints_its_folder_and_says_what_it_left_out(tmp_path, caps
 
 def test_a_conversion_needs_a_target():
     with pytest.raises(InputError, match="no folder to write is named"):
-        command.convert(Convert(), Rows(make_pairs()))
+        command.convert_source(Convert(), Rows(make_pairs()))

@@ -12,9 +12,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from layouts import make_pairs, write_hub
 
+from ip2p.base.errors import InputError, ModelError
 from ip2p.data import hub
 from ip2p.data.loading import open_source
-from ip2p.errors import InputError, ModelError
 
 NAME, COMMIT = "some/pairs", "c0ffee"
 FILES = ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-0.parquet")

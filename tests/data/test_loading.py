@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from layouts import IMAGE, add, make_pair, make_pairs, picture, write_hub, write_original
 
+from ip2p.base.errors import InputError
 from ip2p.data.loading import open_source
 from ip2p.data.records import BrokenRow, MissingPart
-from ip2p.errors import InputError
 
 WORDS = ("instruction", "caption", "edited_caption")
 
@@ -396,9 +396,9 @@ def test_original_folder_of_numbers_alone_does_not_look_into_each_for_parquet(tm
 
 
 def test_the_output_of_a_job_that_was_stopped_is_no_data_set(tmp_path):
-    from ip2p import jobs
-    from ip2p.storybook.source import StorybookSource
+    from ip2p.base import jobs
     from ip2p.synth.filter import pair_row, pair_table
+    from ip2p.training.storybook.source import StorybookSource
 
     source = StorybookSource(32, count=4)
 

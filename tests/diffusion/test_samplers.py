@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from ip2p.devices import NoiseStream
+from ip2p.base.devices import NoiseStream
 from ip2p.diffusion.samplers import SAMPLERS, dpmpp_2m, euler, euler_ancestral
 from ip2p.diffusion.schedule import karras_sigmas, linspace_sigmas, schedule_from_config
 

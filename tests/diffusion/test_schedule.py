@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from ip2p.base.errors import ModelError
 from ip2p.diffusion.schedule import (
     Schedule,
     alpha_bar_from_config,
@@ -10,7 +11,6 @@ from ip2p.diffusion.schedule import (
     linspace_sigmas,
     schedule_from_config,
 )
-from ip2p.errors import ModelError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 

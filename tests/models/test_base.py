@@ -6,7 +6,7 @@ import torch
 from bases import make_base
 from safetensors.torch import load_file
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 from ip2p.models import bundle
 from ip2p.models.base import load_base, new_from_config, prediction_of
 from ip2p.models.export import export_file

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 from ip2p.models import bundle
 from ip2p.models.bundle import find_model, load_bundle
 

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ip2p import cli
+from ip2p.cli import main as cli
 from ip2p.models import keys
 from ip2p.models.export import export_file
 from ip2p.models.load import open_model

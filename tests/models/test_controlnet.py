@@ -5,8 +5,8 @@ import torch
 from conftest import make_controlnet
 from PIL import Image
 
-from ip2p.editor import Editor
-from ip2p.errors import InputError, ModelError
+from ip2p.base.errors import InputError, ModelError
+from ip2p.editing.editor import Editor
 from ip2p.models.controlnet import Control, load_controlnet
 
 

@@ -9,7 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ip2p.errors import InputError, ModelError
+from ip2p.base.errors import InputError, ModelError
 from ip2p.models.export import check_target, export_file, export_folder, replacing_folder
 from ip2p.models.load import LEFTOVERS, open_model
 
@@ -94,7 +94,7 @@ def test_a_written_folder_opens_in_diffusers(request, tmp_path, name):
 
 
 def test_a_file_of_the_storybook_model_gives_equal_edits(tmp_path, page):
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
     from ip2p.models.bundle import packaged_models
 
     if "storybook" not in packaged_models():

@@ -206,7 +206,7 @@ def test_the_folders_of_other_library_versions_are_read():
 
 
 def test_a_network_of_other_blocks_has_no_place():
-    from ip2p.errors import ModelError
+    from ip2p.base.errors import ModelError
 
     with pytest.raises(ModelError, match="has no place in an LDM file"):
         keys.unet_table(["down_blocks.0.motion_modules.0.norm.weight"], SD1)

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ip2p.errors import InputError, ModelError
+from ip2p.base.errors import InputError, ModelError
 from ip2p.models import keys
 from ip2p.models.bundle import find_model, load_bundle
 from ip2p.models.export import export_file
@@ -237,7 +237,7 @@ def test_cosxl_is_known_by_its_noise_levels(bare, tmp_path):
     assert bundle.condition_scale == pytest.approx(0.13025)
     assert bundle.scheduler_config["_class_name"] == "EDMEulerScheduler"
     assert bundle.scheduler_config["sigma_max"] == 120.0
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     assert Editor(bundle).schedule.logarithmic
 

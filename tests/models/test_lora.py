@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ip2p.errors import InputError, ModelError
+from ip2p.base.errors import InputError, ModelError
 from ip2p.models.bundle import load_bundle
 from ip2p.models.lora import apply_loras, check_loras
 
@@ -253,7 +253,7 @@ def test_kohyas_names_for_sdxl_are_those_of_the_ldm_code(xl_dir, tmp_path):
 
 
 def test_the_editor_loads_with_loras(tiny_model_dir, bundle, tmp_path):
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     path = shutil.copy(_saved(kohya(bundle), tmp_path), tmp_path / "two.safetensors")
     expected = merged_by_hand(bundle, ALPHA / RANK * 0.3)

@@ -2,12 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from ip2p import editor as editor_module
-from ip2p.devices import NoiseStream
+from ip2p.base.devices import NoiseStream
+from ip2p.base.errors import InputError, ResourceError
 from ip2p.diffusion.schedule import linspace_sigmas
-from ip2p.editor import Editor
-from ip2p.errors import InputError, ResourceError
-from ip2p.images import to_tensor
+from ip2p.editing import editor as editor_module
+from ip2p.editing.editor import Editor
 from ip2p.models.load import open_model
 from ip2p.models.memory import (
     RESERVE,
@@ -19,6 +18,7 @@ from ip2p.models.memory import (
     free_ram,
     offload,
 )
+from ip2p.pictures.images import to_tensor
 
 GIGA = 10**9
 # About SD 1.5 in fp16 with its autoencoder in fp32.

@@ -9,8 +9,8 @@ from bases import make_base
 from PIL import Image
 from safetensors.torch import load_file
 
-from ip2p.editor import Editor
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
+from ip2p.editing.editor import Editor
 from ip2p.models import export
 from ip2p.models.base import load_base, prediction_of
 from ip2p.models.save import Data, edit_scheduler, model_card, save_editor, write_editor
@@ -150,7 +150,7 @@ def test_large_weights_lie_in_shards(sd1_dir, tmp_path):
 def test_a_part_that_no_pipeline_knows_lies_beside(tiny_model_dir, tiny_clip_dir, tmp_path):
     from transformers import CLIPModel
 
-    from ip2p.clip import Clip
+    from ip2p.models.clip import Clip
 
     bundle = load_base(tiny_model_dir)
     clip = CLIPModel.from_pretrained(tiny_clip_dir)

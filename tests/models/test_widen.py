@@ -4,7 +4,7 @@ from bases import make_base, random_latent, run_unet
 from conftest import make_model
 from torch import nn
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 from ip2p.models.base import load_base
 from ip2p.models.load import load_part
 from ip2p.models.widen import widen_conv_in

@@ -5,10 +5,10 @@ import torch
 from conftest import make_controlnet
 from diffusers import EulerAncestralDiscreteScheduler
 
-from ip2p.devices import NoiseStream
+from ip2p.base.devices import NoiseStream
 from ip2p.diffusion.schedule import linspace_sigmas
-from ip2p.editor import Editor
-from ip2p.images import to_tensor
+from ip2p.editing.editor import Editor
+from ip2p.pictures.images import to_tensor
 
 STEPS = 8
 TEXT_CFG, IMAGE_CFG, SCALE = 7.5, 1.5, 0.8

@@ -9,10 +9,10 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
 )
 
-from ip2p.devices import NoiseStream
+from ip2p.base.devices import NoiseStream
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import linspace_sigmas
-from ip2p.images import to_tensor
+from ip2p.pictures.images import to_tensor
 
 # One picture for several results is what is compared; its warning asks for copies of the picture.
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")

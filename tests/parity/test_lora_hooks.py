@@ -6,10 +6,10 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from safetensors.torch import save_file
 from torch import nn
 
-from ip2p.devices import NoiseStream
+from ip2p.base.devices import NoiseStream
 from ip2p.diffusion.schedule import linspace_sigmas
-from ip2p.editor import Editor
-from ip2p.images import to_tensor
+from ip2p.editing.editor import Editor
+from ip2p.pictures.images import to_tensor
 
 STEPS, SEED, WEIGHT, RANK = 8, 4, 0.6, 2
 LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "proj", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

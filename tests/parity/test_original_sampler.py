@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ip2p.devices import NoiseStream
+from ip2p.base.devices import NoiseStream
 from ip2p.diffusion.schedule import linspace_sigmas
-from ip2p.images import to_tensor
+from ip2p.pictures.images import to_tensor
 
 
 class Original:

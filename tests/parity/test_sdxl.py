@@ -11,11 +11,11 @@ from diffusers import (
 )
 from PIL import Image
 
-from ip2p.devices import NoiseStream
+from ip2p.base.devices import NoiseStream
+from ip2p.base.errors import ModelError
 from ip2p.diffusion.schedule import linspace_sigmas
-from ip2p.editor import Editor
-from ip2p.errors import ModelError
-from ip2p.images import to_tensor
+from ip2p.editing.editor import Editor
+from ip2p.pictures.images import to_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")
 

@@ -14,7 +14,7 @@ import torch
 from conftest import make_model
 from torch import nn
 
-from ip2p.editor import Editor
+from ip2p.editing.editor import Editor
 
 
 class SlowUNet(nn.Module):

@@ -17,11 +17,11 @@ from fakes import fake_editor
 from PIL import Image
 from running import running, until
 
-from ip2p.cli import main
+from ip2p.base.errors import InputError
+from ip2p.cli.main import main
 from ip2p.config import ServeConfig, UiConfig
-from ip2p.errors import InputError
-from ip2p.images import to_bytes
-from ip2p.infotext import parse_infotext
+from ip2p.pictures.images import to_bytes
+from ip2p.pictures.infotext import parse_infotext
 from ip2p.serve import app as apps
 from ip2p.serve import mark
 from ip2p.serve.service import Service

@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 from running import running, until
 
-from ip2p.cli import main
+from ip2p.cli.main import main
 from ip2p.config import ServeConfig
-from ip2p.images import to_bytes
+from ip2p.pictures.images import to_bytes
 from ip2p.serve import app as apps
 from ip2p.serve import wire
 
@@ -422,7 +422,7 @@ def test_a_checkpoint_that_would_run_code_is_not_served(here, capsys, served):
 
 
 def test_a_checkpoint_that_would_run_code_fails_its_request_alone(tmp_path):
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
     made = tmp_path / "made"
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb(made)}))

@@ -9,8 +9,8 @@ import socket
 import httpx
 import pytest
 
+from ip2p.base.errors import InputError
 from ip2p.config import ServeConfig
-from ip2p.errors import InputError
 from ip2p.serve import guard
 from ip2p.serve.guard import Guard, host_name, same_place
 

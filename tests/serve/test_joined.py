@@ -8,8 +8,8 @@ import torch
 from fakes import fake_editor
 from PIL import Image
 
+from ip2p.base.errors import InputError, ResourceError
 from ip2p.diffusion.samplers import SAMPLERS
-from ip2p.errors import InputError, ResourceError
 from ip2p.serve.joined import JoinedEditor, Stopped
 
 PICTURES = [Image.effect_noise((64, 64), 40 + 10 * k).convert("RGB") for k in range(4)]
@@ -161,7 +161,7 @@ def test_a_call_has_no_more_edits_than_join(editor):
 
 def test_a_call_has_no_more_rows_than_fit_in_memory(editor, joined, monkeypatch):
     # As if memory had room for one picture only.
-    monkeypatch.setattr("ip2p.editor.Editor.fitting_batch", lambda self, size: 1)
+    monkeypatch.setattr("ip2p.editing.editor.Editor.fitting_batch", lambda self, size: 1)
     editor.bundle.unet.rows.clear()
     at_once(*(lambda k=k: joined.edit(PICTURES[k], "make it night", steps=3, seeds=[k]) for k in range(3)))
     assert set(editor.bundle.unet.rows) == {3}

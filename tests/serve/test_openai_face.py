@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from running import running, until
 
-from ip2p.images import to_bytes
-from ip2p.infotext import parse_infotext
+from ip2p.pictures.images import to_bytes
+from ip2p.pictures.infotext import parse_infotext
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from gradio_client import Client, handle_file
 from page_server import Server, serve_page
 from PIL import Image
 
-from ip2p import advice
-from ip2p.errors import InputError
-from ip2p.images import load_image, save_image
-from ip2p.infotext import parse_infotext, read_infotext
+from ip2p.base.errors import InputError
+from ip2p.editing import advice
+from ip2p.pictures.images import load_image, save_image
+from ip2p.pictures.infotext import parse_infotext, read_infotext
 from ip2p.serve.actions import kept_names, read_numbers
 from ip2p.serve.history import History
 from ip2p.serve.run import Controls, from_settings, painted_mask, read_size, surprise

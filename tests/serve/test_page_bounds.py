@@ -16,8 +16,8 @@ from page_server import serve_page
 from PIL import Image
 from running import until
 
-from ip2p.errors import InputError, ResourceError
-from ip2p.images import load_image, save_image
+from ip2p.base.errors import InputError, ResourceError
+from ip2p.pictures.images import load_image, save_image
 from ip2p.serve import actions as acts
 from ip2p.serve import gate, mark
 from ip2p.serve import session as sessions

@@ -15,7 +15,7 @@ import pytest
 from conftest import make_model
 from PIL import Image
 
-from ip2p.images import load_image, to_bytes
+from ip2p.pictures.images import load_image, to_bytes
 
 PATIENCE = 240  # seconds; Ray takes ten to begin where the machine is free
 PICTURE = to_bytes(Image.new("RGB", (64, 64), "red"))

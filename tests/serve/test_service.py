@@ -15,8 +15,8 @@ import torch
 from fakes import fake_editor
 from PIL import Image
 
-from ip2p.errors import InputError, Ip2pError, ModelError, ResourceError
-from ip2p.infotext import Settings, format_infotext, parse_infotext
+from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
+from ip2p.pictures.infotext import Settings, format_infotext, parse_infotext
 from ip2p.serve import service as services
 from ip2p.serve.service import Draining, FieldError, Full, Limits, Request, Service
 
@@ -293,7 +293,7 @@ def test_time_left_is_estimated_once_something_was_measured(serve, editor):
 
 def doomed(editor, picture):
     """A test of the network's rows: which of them are told of this picture."""
-    from ip2p.images import to_tensor
+    from ip2p.pictures.images import to_tensor
 
     latent = editor.encode_image(to_tensor(picture))
     return lambda sample: (sample[:, 4:] - latent).abs().amax(dim=(1, 2, 3)) < 1e-4

@@ -10,9 +10,9 @@ from fakes import fake_editor
 from PIL import Image, ImageChops
 from running import until
 
-from ip2p.cli import main
+from ip2p.base.errors import InputError, ModelError, ResourceError
+from ip2p.cli.main import main
 from ip2p.config import ServeConfig
-from ip2p.errors import InputError, ModelError, ResourceError
 from ip2p.serve import app
 from ip2p.serve.joined import Stopped
 from ip2p.serve.service import Draining, FieldError, Request, Service

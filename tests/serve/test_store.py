@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ip2p.errors import InputError, ResourceError
+from ip2p.base.errors import InputError, ResourceError
 from ip2p.serve.store import NAME, Store
 
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from ip2p.storybook.captions import caption, captions
-from ip2p.storybook.language import vocabulary, words_of
-from ip2p.storybook.scene import Scene, Thing, rng_for, sample_scene
+from ip2p_storybook.captions import caption, captions
+from ip2p_storybook.language import vocabulary, words_of
+from ip2p_storybook.scene import Scene, Thing, rng_for, sample_scene
 
 PAGE = Scene(
     place="beach",

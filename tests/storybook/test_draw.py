@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import skia
 
-from ip2p.storybook import draw as drawing
-from ip2p.storybook.draw import draw, thing_mask
-from ip2p.storybook.scene import (
+from ip2p_storybook import draw as drawing
+from ip2p_storybook.draw import draw, thing_mask
+from ip2p_storybook.scene import (
     ALL_KINDS,
     COLOURS,
     PLACES,
@@ -101,7 +101,7 @@ def test_sizes_outside_the_range_are_refused(size: int) -> None:
 
 def test_another_process_draws_the_same_picture() -> None:
     code = (
-        "import hashlib; from ip2p.storybook.draw import draw; from ip2p.storybook.scene import Scene, Thing;"
+        "import hashlib; from ip2p_storybook.draw import draw; from ip2p_storybook.scene import Scene, Thing;"
         "s = Scene(place='city', time='night', style='watercolour', seed=3,"
         " things=(Thing(kind='fox', colour='orange', wears='hat', uid=8),));"
         "print(hashlib.sha256(draw(s, 96).tobytes()).hexdigest())"

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ip2p.storybook.draw import draw
-from ip2p.storybook.edits import (
+from ip2p_storybook.draw import draw
+from ip2p_storybook.edits import (
     EDIT_KINDS,
     GLOBAL_KINDS,
     SPLITS,
@@ -20,8 +20,8 @@ from ip2p.storybook.edits import (
     propose,
     sample_edit,
 )
-from ip2p.storybook.language import COLOURLESS_STYLES, is_held_out_phrasing, phrasing_of, vocabulary, words_of
-from ip2p.storybook.scene import (
+from ip2p_storybook.language import COLOURLESS_STYLES, is_held_out_phrasing, phrasing_of, vocabulary, words_of
+from ip2p_storybook.scene import (
     SIZES,
     Scene,
     Thing,

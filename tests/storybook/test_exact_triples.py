@@ -3,12 +3,13 @@
 import pyarrow.parquet as pq
 import pytest
 
-from ip2p import cli
-from ip2p.storybook.captions import Form, say_page
-from ip2p.storybook.edits import sample_edit
-from ip2p.storybook.language import is_held_out_phrasing
-from ip2p.storybook.scene import has_held_out_combination, rng_for
-from ip2p.storybook.triples import COLUMNS, exact_triples, is_told
+from ip2p.cli import main as cli
+from ip2p_storybook.captions import Form, say_page
+from ip2p_storybook.edits import sample_edit
+from ip2p_storybook.language import is_held_out_phrasing
+from ip2p_storybook.scene import has_held_out_combination, rng_for
+from ip2p_storybook.triples import TRIPLE_COLUMNS as COLUMNS
+from ip2p_storybook.triples import exact_triples, is_told
 
 
 def test_no_triple_moves_a_thing_or_hides_its_change() -> None:

@@ -1,7 +1,7 @@
 import random
 
-from ip2p.storybook.edits import EDIT_KINDS, sample_edit
-from ip2p.storybook.labels import (
+from ip2p_storybook.edits import EDIT_KINDS, sample_edit
+from ip2p_storybook.labels import (
     EDIT_SIZES,
     IGNORED,
     PAGE_CLASSES,
@@ -12,7 +12,7 @@ from ip2p.storybook.labels import (
     edit_labels,
     scene_labels,
 )
-from ip2p.storybook.scene import Scene, Thing
+from ip2p_storybook.scene import Scene, Thing
 
 
 def read_back(labels):

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from ip2p.storybook import language
-from ip2p.storybook.edits import EDIT_KINDS, sample_edit
-from ip2p.storybook.language import PHRASINGS, held_out_phrasings, name_thing, words_of
-from ip2p.storybook.scene import Scene, Thing, rng_for
+from ip2p_storybook import language
+from ip2p_storybook.edits import EDIT_KINDS, sample_edit
+from ip2p_storybook.language import PHRASINGS, held_out_phrasings, name_thing, words_of
+from ip2p_storybook.scene import Scene, Thing, rng_for
 
 
 def fixed_words(text: str) -> list[str]:

@@ -4,9 +4,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from ip2p.storybook.captions import say_page
-from ip2p.storybook.draw import draw
-from ip2p.storybook.pair_score import (
+from ip2p.evaluation.pair_score import (
     CELLS,
     PAIR_KINDS,
     judge_pair,
@@ -14,8 +12,10 @@ from ip2p.storybook.pair_score import (
     pair_triples,
     with_details,
 )
-from ip2p.storybook.scene import SIZES
-from ip2p.storybook.score import OTHER_ANSWERS
+from ip2p.evaluation.storybook import OTHER_ANSWERS
+from ip2p_storybook.captions import say_page
+from ip2p_storybook.draw import draw
+from ip2p_storybook.scene import SIZES
 
 SIZE, DETAILS = 64, 6
 

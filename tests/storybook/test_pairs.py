@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ip2p.storybook.draw import draw
-from ip2p.storybook.edits import Edit, sample_edit
-from ip2p.storybook.pairs import COLUMNS, pair_row, write_pairs
-from ip2p.storybook.scene import rng_for
+from ip2p.training.storybook.pairs import COLUMNS, pair_row, write_pairs
+from ip2p_storybook.draw import draw
+from ip2p_storybook.edits import Edit, sample_edit
+from ip2p_storybook.scene import rng_for
 
 
 def edits(count: int) -> list[Edit]:

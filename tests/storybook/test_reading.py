@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from ip2p.storybook.captions import TEMPLATES, Form, caption, form_of, say_page
-from ip2p.storybook.edits import alternatives, sample_edit
-from ip2p.storybook.language import COLOURLESS_STYLES, phrasing_of
-from ip2p.storybook.reading import VERDICTS, judge, judge_triple, read, read_caption
-from ip2p.storybook.scene import PLACES, TIMES, WEATHERS, Scene, Thing, rng_for, sample_scene
-from ip2p.storybook.triples import exact_triples
+from ip2p_storybook.captions import TEMPLATES, Form, caption, form_of, say_page
+from ip2p_storybook.edits import alternatives, sample_edit
+from ip2p_storybook.language import COLOURLESS_STYLES, phrasing_of
+from ip2p_storybook.reading import VERDICTS, judge, judge_triple, read, read_caption
+from ip2p_storybook.scene import PLACES, TIMES, WEATHERS, Scene, Thing, rng_for, sample_scene
+from ip2p_storybook.triples import exact_triples
 
 PAGE = (
     "an illustration of a red cat wearing a hat on the left and a girl in blue on the right "

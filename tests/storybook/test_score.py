@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from ip2p.storybook.edits import EDIT_KINDS
-from ip2p.storybook.score import OTHER_ANSWERS, SPLITS, as_text, cases, judge, psnr, table
+from ip2p.evaluation.storybook import OTHER_ANSWERS, SPLITS, as_text, cases, judge, psnr, table
+from ip2p_storybook.edits import EDIT_KINDS
 
 SIZE = 64
 
@@ -75,8 +75,8 @@ def test_table_counts_shares(some_cases):
 
 
 def test_score_of_a_random_model_is_a_whole_table(tiny_model_dir):
-    from ip2p.editor import Editor
-    from ip2p.storybook.score import score
+    from ip2p.editing.editor import Editor
+    from ip2p.evaluation.storybook import score
 
     editor = Editor.load(tiny_model_dir, device="cpu", dtype="fp32")
     result = score(editor, count=3, steps=1, size=64, batch_size=2)

@@ -5,11 +5,11 @@ import pickle
 import numpy as np
 import pytest
 
-from ip2p.storybook.draw import draw
-from ip2p.storybook.edits import sample_edit
-from ip2p.storybook.labels import edit_labels, scene_labels
-from ip2p.storybook.scene import rng_for
-from ip2p.storybook.source import StorybookSource
+from ip2p.training.storybook.source import StorybookSource
+from ip2p_storybook.draw import draw
+from ip2p_storybook.edits import sample_edit
+from ip2p_storybook.labels import edit_labels, scene_labels
+from ip2p_storybook.scene import rng_for
 
 
 def test_a_row_is_the_edit_of_its_number():
@@ -26,7 +26,9 @@ def test_a_row_is_the_edit_of_its_number():
 
 def test_training_has_even_pages_and_the_others_odd_ones(monkeypatch):
     drawn = []
-    monkeypatch.setattr("ip2p.storybook.source.draw", lambda scene, size: drawn.append(scene.seed % 2))
+    monkeypatch.setattr(
+        "ip2p.training.storybook.source.draw", lambda scene, size: drawn.append(scene.seed % 2)
+    )
     for split, odd in (("train", 0), ("test", 1), ("unseen_phrasings", 1), ("unseen_combinations", 1)):
         drawn.clear()
         source = StorybookSource(32, split=split)

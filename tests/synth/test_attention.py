@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 from ip2p.models.bundle import load_bundle
 from ip2p.models.text import encode_prompts
 from ip2p.synth import attention

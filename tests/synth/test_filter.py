@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
-from ip2p import jobs
-from ip2p.clip import Clip, similarities
+from ip2p.base import jobs
+from ip2p.base.errors import InputError
 from ip2p.data.loading import open_source
 from ip2p.data.records import BrokenRow, Pair
-from ip2p.errors import InputError
+from ip2p.models.clip import Clip, similarities
 from ip2p.synth.filter import (
     PAIR_SCHEMA,
     PRESETS,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ip2p.base.errors import InputError
 from ip2p.data.records import BrokenRow, Pair
-from ip2p.errors import InputError
 from ip2p.synth.filter import PRESETS, SIMILARITIES, known_scores
 from ip2p.synth.inspect import histogram, inspect
 

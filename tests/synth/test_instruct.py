@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ip2p.errors import InputError, ModelError
+from ip2p.base.errors import InputError, ModelError
 from ip2p.synth.captions import Caption
 from ip2p.synth.instruct import (
     REASONS,

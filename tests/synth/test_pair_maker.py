@@ -10,10 +10,10 @@ from conftest import make_model
 from diffusers import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from ip2p.devices import NoiseStream
+from ip2p.base.devices import NoiseStream
+from ip2p.base.errors import InputError, ModelError
 from ip2p.diffusion.schedule import linspace_sigmas
-from ip2p.editor import Editor
-from ip2p.errors import InputError, ModelError
+from ip2p.editing.editor import Editor
 from ip2p.models.text import encode_prompts
 from ip2p.synth.pairs import PairMaker, open_painter, shared_candidate
 from ip2p.synth.records import Candidate, Triple, candidate

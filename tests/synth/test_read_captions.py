@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ip2p.errors import InputError
+from ip2p.base.errors import InputError
 from ip2p.synth import captions as module
 from ip2p.synth.captions import Caption, Rules, blocker, clean, is_in, read_block_list, read_captions, take
 

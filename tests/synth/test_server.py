@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ip2p.errors import InputError, ModelError
+from ip2p.base.errors import InputError, ModelError
 from ip2p.synth import server as module
 from ip2p.synth.instruct import Answer, Ask, Edit, Instruct, parse, prompt_of
 from ip2p.synth.server import FORMS, KNOWN, SCHEMA, ServerWriter

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ip2p.errors import InputError
+from ip2p.base.errors import InputError
 from ip2p.synth.records import Triple, candidate, read_triples, triple_id, write_triples
 from ip2p.synth.triples import (
     examples,

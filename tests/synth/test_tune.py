@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ip2p.errors import InputError
+from ip2p.base.errors import InputError
 from ip2p.synth import tune
 from ip2p.synth.instruct import Ask, Instruct, Limits, LocalWriter, load_lm, prompt_of
 from ip2p.synth.triples import seed_triples

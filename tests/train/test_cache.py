@@ -13,10 +13,10 @@ import pytest
 import torch
 from memory_rows import Child, Rows
 
-from ip2p.errors import InputError, ModelError, ResourceError
+from ip2p.base.errors import InputError, ModelError, ResourceError
 from ip2p.models.text import Prompt, encode_prompt
-from ip2p.train import cache as caches
-from ip2p.train.cache import (
+from ip2p.training import cache as caches
+from ip2p.training.cache import (
     LatentCache,
     Parts,
     Stopped,
@@ -26,7 +26,7 @@ from ip2p.train.cache import (
     text_key,
     weights_key,
 )
-from ip2p.train.transform import Transform
+from ip2p.training.transform import Transform
 
 SQUARE = Transform(size=(32, 32))
 

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from ip2p.errors import InputError
-from ip2p.train.checkpoints import MANIFEST, Checkpoints
+from ip2p.base.errors import InputError
+from ip2p.training.checkpoints import MANIFEST, Checkpoints
 
 
 def saved(tmp_path, *steps: int, keep: int = 2) -> Checkpoints:
@@ -80,7 +80,7 @@ def test_a_cut_line_of_the_manifest_is_passed_over(tmp_path):
 
 def test_a_full_disk_leaves_the_states_before(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path, 1, 2)
-    from ip2p.train import checkpoints as module
+    from ip2p.training import checkpoints as module
 
     real = module._Hashing.write
 

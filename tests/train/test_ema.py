@@ -1,6 +1,6 @@
 import torch
 
-from ip2p.train.ema import Ema
+from ip2p.training.ema import Ema
 
 
 def test_average_follows_the_warm_up_of_the_released_code():

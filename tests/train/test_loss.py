@@ -1,6 +1,6 @@
 import torch
 
-from ip2p.train.loss import (
+from ip2p.training.loss import (
     add_noise,
     change_weights,
     noise_loss,

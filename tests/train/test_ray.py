@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from ip2p.errors import InputError, ModelError, ResourceError
-from ip2p.train.ray import launch
+from ip2p.base.errors import InputError, ModelError, ResourceError
+from ip2p.training.ray import launch
 
 CALLS: list[object] = []
 

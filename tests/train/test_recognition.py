@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ip2p.train.recognition import Heads, Recognition, SceneHead, class_loss
+from ip2p.training.recognition import Heads, Recognition, SceneHead, class_loss
 
 
 def test_class_loss_is_the_mean_of_the_fields_cross_entropies():
@@ -47,7 +47,7 @@ def test_heads_keep_the_leading_dimensions(shape):
 
 
 def test_only_what_the_conditions_tell_is_asked():
-    from ip2p.train.objective import Draws, EditBatch
+    from ip2p.training.objective import Draws, EditBatch
 
     torch.manual_seed(0)
     recognition = Recognition(32, 8, (3, 2), (2,), (4, 2), weight=0.5)

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 
 from ip2p.diffusion.schedule import alpha_bar_from_config
 from ip2p.models.base import load_base
-from ip2p.storybook.source import StorybookSource
-from ip2p.train.cache import build_cache
-from ip2p.train.checkpoints import Checkpoints
-from ip2p.train.loop import LoopConfig, fit, new_accelerator
-from ip2p.train.objective import EditTask, Objective
-from ip2p.train.samples import CachedSamples, Share, Words
-from ip2p.train.transform import Transform
+from ip2p.training.cache import build_cache
+from ip2p.training.checkpoints import Checkpoints
+from ip2p.training.loop import LoopConfig, fit, new_accelerator
+from ip2p.training.objective import EditTask, Objective
+from ip2p.training.samples import CachedSamples, Share, Words
+from ip2p.training.storybook.source import StorybookSource
+from ip2p.training.transform import Transform
 
 SEED, LR, DECAY, BATCH, STEPS, ROWS = 5, 1e-3, 0.01, 8, 20, 12
 

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from ip2p.base.errors import InputError
 from ip2p.data.records import BrokenRow
-from ip2p.errors import InputError
-from ip2p.storybook.source import StorybookSource
-from ip2p.train.objective import Objective, draw
-from ip2p.train.samples import (
+from ip2p.training.objective import Objective, draw
+from ip2p.training.samples import (
     Order,
     PooledSamples,
     Share,
@@ -17,7 +16,8 @@ from ip2p.train.samples import (
     chosen_texts,
     variant_of,
 )
-from ip2p.train.transform import Transform
+from ip2p.training.storybook.source import StorybookSource
+from ip2p.training.transform import Transform
 
 
 def test_every_epoch_has_each_row_once_and_its_own_order():

@@ -6,11 +6,11 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file
 
-from ip2p.errors import InputError
+from ip2p.base.errors import InputError
 from ip2p.models.base import load_base
 from ip2p.models.bundle import load_bundle
 from ip2p.models.lora import apply_loras
-from ip2p.train.lora import add_lora, lora_state, merged, save_lora
+from ip2p.training.lora import add_lora, lora_state, merged, save_lora
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ip2p.base.errors import InputError
 from ip2p.data.records import BrokenRow, Pair
-from ip2p.errors import InputError
-from ip2p.images import resized
-from ip2p.train.transform import Transform
+from ip2p.pictures.images import resized
+from ip2p.training.transform import Transform
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:

@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from memory_rows import Rows
 from PIL import Image
 
-from ip2p.clip import Clip
+from ip2p.base.errors import InputError
 from ip2p.data.records import Pair
-from ip2p.editor import Editor
-from ip2p.errors import InputError
-from ip2p.images import load_image
+from ip2p.editing.editor import Editor
 from ip2p.models.bundle import load_bundle
-from ip2p.train import validation
-from ip2p.train.cache import build_cache
-from ip2p.train.loss import add_noise, scaled_linear_alpha_bar
-from ip2p.train.transform import Transform
-from ip2p.train.validation import Curves, HeldOut, Watch, held_out, held_out_loss, judged
+from ip2p.models.clip import Clip
+from ip2p.pictures.images import load_image
+from ip2p.training import validation
+from ip2p.training.cache import build_cache
+from ip2p.training.loss import add_noise, scaled_linear_alpha_bar
+from ip2p.training.transform import Transform
+from ip2p.training.validation import Curves, HeldOut, Watch, held_out, held_out_loss, judged
 
 
 @pytest.fixture(scope="module")

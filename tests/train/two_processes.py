@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from test_reference import ours
 
-from ip2p.train.samples import Share
+from ip2p.training.samples import Share
 
 if __name__ == "__main__":
     folder, work = Path(sys.argv[1]), Path(sys.argv[2])

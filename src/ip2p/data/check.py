@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
-from ip2p import images
 from ip2p.data.align import find_move
 from ip2p.data.records import BrokenRow, MissingPart, Pair, Source, open_picture
+from ip2p.pictures import images
 
 SHOWN = 5  # ids of a finding
 OF_ENDLESS = 1000  # rows looked at when a source has no end

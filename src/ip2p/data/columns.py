@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ip2p.base.errors import InputError
 from ip2p.data.records import BrokenRow, MissingPart
-from ip2p.errors import InputError
 
 # The first name is the hub edition's where it has one; MagicBrush's and the obvious ones follow.
 PICTURES: dict[str, tuple[str, ...]] = {

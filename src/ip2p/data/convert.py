@@ -24,12 +24,12 @@ from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from ip2p.base.errors import InputError
+from ip2p.base.files import make_folder, replacing, write_text
+from ip2p.base.jobs import hold
 from ip2p.data.loading import MANIFEST
 from ip2p.data.original import METADATA, PROMPT, SEEDS
 from ip2p.data.records import BrokenRow, Pair, Source, open_picture
-from ip2p.errors import InputError
-from ip2p.files import make_folder, replacing, write_text
-from ip2p.jobs import hold
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

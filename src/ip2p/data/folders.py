@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ip2p.base.errors import InputError
 from ip2p.data import columns
 from ip2p.data.records import BrokenRow, Pair
-from ip2p.errors import InputError
 
 TABLES = (".jsonl", ".csv", ".tsv")
 _STEMS = ("metadata", "captions", "pairs", "edits")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ip2p.base.errors import InputError, ModelError
 from ip2p.data.columns import of_split
-from ip2p.errors import InputError, ModelError
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a parquet edition of most data sets
 

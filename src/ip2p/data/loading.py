@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ip2p import images
+from ip2p.base.errors import InputError
 from ip2p.data import hub
 from ip2p.data.columns import of_split
 from ip2p.data.folders import TABLES, FolderSource, find_table, picture_folders
 from ip2p.data.original import OriginalSource, is_original
 from ip2p.data.records import Source
-from ip2p.errors import InputError
+from ip2p.pictures import images
 
 MANIFEST = "manifest.jsonl"  # of a conversion (`data.convert`)
 _READS = (

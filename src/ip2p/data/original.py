@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ip2p.base.errors import InputError
 from ip2p.data import columns
 from ip2p.data.handles import Lately
 from ip2p.data.records import MissingPart, Pair
-from ip2p.errors import InputError
 
 SEEDS, PROMPT, METADATA = "seeds.json", "prompt.json", "metadata.jsonl"
 _PICTURE = re.compile(r"(\d+)_[01]\.(jpg|jpeg|png|webp)")

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ip2p.base.errors import InputError, ModelError
 from ip2p.data import columns, hub
 from ip2p.data.handles import Lately
 from ip2p.data.records import BrokenRow, MissingPart, Pair
-from ip2p.errors import InputError, ModelError
 
 GROUPS_KEPT = 2  # row groups in memory; one may be half a gigabyte
 FILES_KEPT = 8

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from PIL import Image
 
-from ip2p import images
-from ip2p.errors import InputError
+from ip2p.base.errors import InputError
+from ip2p.pictures import images
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

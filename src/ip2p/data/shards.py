@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ip2p.base.errors import InputError
 from ip2p.data import columns
 from ip2p.data.handles import Lately
 from ip2p.data.records import BrokenRow, MissingPart, Pair
-from ip2p.errors import InputError
 
 FILES_KEPT = 8
 # What a row may consist of, each with an offset and a size in its shard.

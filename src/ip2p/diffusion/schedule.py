@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 
 
 @dataclass(frozen=True)

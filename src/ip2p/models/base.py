@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 from ip2p.models.bundle import Bundle, find_model, make_bundle
 from ip2p.models.load import Stored, empty_network, open_model, read_json, unreadable
 from ip2p.models.widen import widen_conv_in

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ip2p.errors import InputError, ModelError
-from ip2p.images import close_file, nearest
+from ip2p.base.errors import InputError, ModelError
 from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.load import (
@@ -35,6 +34,7 @@ from ip2p.models.load import (
     table_of,
     tokenizer_texts,
 )
+from ip2p.pictures.images import close_file, nearest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel

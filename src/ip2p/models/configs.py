@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 from ip2p.models.keys import CLIP, CLIP_XL, OPENCLIP, OPENCLIP_XL, UNET, VAE, Shape
 
 INPUT = UNET + "input_blocks.0.0.weight"

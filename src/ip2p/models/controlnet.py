@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ip2p.errors import ModelError
-from ip2p.images import resized, to_tensor
+from ip2p.base.errors import ModelError
 from ip2p.models.bundle import from_hub
 from ip2p.models.load import SINGLE_FILES, load_part, read_json
+from ip2p.pictures.images import resized, to_tensor
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ip2p.errors import InputError, ModelError
-from ip2p.files import check_output, make_folder, replacing, write_text
+from ip2p.base.errors import InputError, ModelError
+from ip2p.base.files import check_output, make_folder, replacing, write_text
 from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.keys import Place, Shape, Table

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, cat
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 
 UNET, EMA, VAE = "model.diffusion_model.", "model_ema.", "first_stage_model."
 # Where a text encoder lies: SD 1.x, SD 2.x, and the two of SDXL.

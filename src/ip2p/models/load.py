@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.keys import Shape, Table

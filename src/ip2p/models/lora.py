@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ip2p.errors import InputError, ModelError
-from ip2p.images import close_file
+from ip2p.base.errors import InputError, ModelError
 from ip2p.models.keys import unet_table
 from ip2p.models.load import Weights, open_weights, unreadable
+from ip2p.pictures.images import close_file
 
 if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle

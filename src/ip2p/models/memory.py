@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ip2p.errors import InputError, ResourceError
+from ip2p.base.errors import InputError, ResourceError
 from ip2p.models.keys import CLIP, CLIP_XL, OPENCLIP, OPENCLIP_XL, UNET, VAE, Shape
 
 if TYPE_CHECKING:

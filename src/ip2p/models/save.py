@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 from ip2p.models.bundle import Bundle, is_hub_name
 from ip2p.models.export import Item, folder_name, write_folder
 from ip2p.models.load import NETWORKS, SECOND, empty_network, pipeline_index, texts_of

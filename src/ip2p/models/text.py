@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 
 if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle

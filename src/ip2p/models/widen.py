@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 
 
 def widen_conv_in(unet: Any, channels: int = 8) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ip2p import __version__
 from ip2p.config import MAX_SIZE, MIN_SIZE
-from ip2p.infotext import SAMPLER_NAMES, SCHEDULE_NAMES
+from ip2p.pictures.infotext import SAMPLER_NAMES, SCHEDULE_NAMES
 from ip2p.serve import service as services
 from ip2p.serve.errors import Refusal
 from ip2p.serve.native import request_body, seeds_of

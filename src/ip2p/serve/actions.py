@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 from anyio import to_thread
 from PIL import Image
 
-from ip2p import grid
+from ip2p.base.errors import InputError, Ip2pError, ResourceError
 from ip2p.config import MAX_SCALE
-from ip2p.errors import InputError, Ip2pError, ResourceError
-from ip2p.images import load_image, resized, save_image
-from ip2p.infotext import Settings, parse_infotext, read_infotext
+from ip2p.editing import grid
+from ip2p.pictures.images import load_image, resized, save_image
+from ip2p.pictures.infotext import Settings, parse_infotext, read_infotext
 from ip2p.serve.run import Controls, duration, from_settings, progress, run, surprise
 from ip2p.serve.service import FieldError, Full
 from ip2p.serve.session import Session, for_browser, kept_ending, show, store, uploaded
@@ -81,9 +81,9 @@ class Actions:
 
     def examples(self) -> list[tuple[Path, str]]:
         """Pages of the storybook that no model was trained on, each with an instruction."""
-        from ip2p.storybook.draw import draw  # brings the drawing library
-        from ip2p.storybook.edits import sample_edit
-        from ip2p.storybook.scene import rng_for
+        from ip2p_storybook.draw import draw  # brings the drawing library
+        from ip2p_storybook.edits import sample_edit
+        from ip2p_storybook.scene import rng_for
 
         made = []
         for kind in ("recolour", "place", "put_on"):

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ip2p import __version__
+from ip2p.base.devices import pick_device
+from ip2p.base.errors import InputError, Ip2pError
+from ip2p.base.terminal import say
 from ip2p.config import ServeConfig, UiConfig
-from ip2p.devices import pick_device
-from ip2p.errors import InputError, Ip2pError
-from ip2p.terminal import say
 
 try:
     import h11
@@ -48,7 +48,7 @@ from ip2p.serve.wire import Desk, client_of
 if TYPE_CHECKING:
     import gradio
 
-    from ip2p.editor import Editor
+    from ip2p.editing.editor import Editor
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 HEADER_SECONDS = 20.0  # for a request line and its headers to come
@@ -249,7 +249,7 @@ def _replica(config: ServeConfig, limits: Limits, stack: contextlib.ExitStack) -
 
 def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
     def load() -> Editor:
-        from ip2p.editor import Editor
+        from ip2p.editing.editor import Editor
 
         return Editor.load(model, device=config.device, dtype=config.dtype, memory=config.memory)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ip2p.errors import InputError, Ip2pError, ModelError, ResourceError
+from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
 
 # What a field of an edit is called by the clients of each interface; those not named are called the same.
 NATIVE_NAMES = {"seeds": "seed"}

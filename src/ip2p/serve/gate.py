@@ -13,7 +13,7 @@ import gradio as gr
 from PIL import Image
 from starlette.responses import PlainTextResponse
 
-from ip2p.images import READS
+from ip2p.pictures.images import READS
 from ip2p.serve.session import cache
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ip2p.errors import InputError
+from ip2p.base.errors import InputError
 
 KEPT = 60  # steps a browser
 

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ip2p.base.errors import ResourceError
 from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import UNetDenoiser
-from ip2p.editor import Editor
-from ip2p.errors import ResourceError
+from ip2p.editing.editor import Editor
 from ip2p.models.memory import Memory
 from ip2p.models.text import Prompt
 

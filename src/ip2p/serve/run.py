@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from anyio import to_thread
 from PIL import Image
 
+from ip2p.base.errors import InputError
 from ip2p.config import AUTO_MASK, MAX_COUNT, MAX_SEED, parse_size
-from ip2p.errors import InputError
-from ip2p.infotext import Settings
-from ip2p.masks import load_mask
+from ip2p.pictures.infotext import Settings
+from ip2p.pictures.masks import load_mask
 from ip2p.serve.service import Request
 from ip2p.serve.session import uploaded
 

@@ -27,15 +27,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ip2p import masks
+from ip2p.base.devices import pick_device
+from ip2p.base.errors import InputError, Ip2pError, ResourceError
 from ip2p.config import MAX_SCALE, MAX_SEED, MAX_SIZE, MIN_SIZE
-from ip2p.devices import pick_device
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS
-from ip2p.editor import Editor
-from ip2p.errors import InputError, Ip2pError, ResourceError
-from ip2p.images import load_image, to_bytes, to_pil
-from ip2p.infotext import Settings, amend, parse_infotext
+from ip2p.editing.editor import Editor
+from ip2p.pictures import masks
+from ip2p.pictures.images import load_image, to_bytes, to_pil
+from ip2p.pictures.infotext import Settings, amend, parse_infotext
 from ip2p.serve.joined import JoinedEditor, Lane, Stopped
 from ip2p.serve.store import Store
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ip2p.errors import InputError, ResourceError
-from ip2p.images import WRITES, load_image, resized, save_image
-from ip2p.infotext import Settings, parse_infotext, read_infotext
+from ip2p.base.errors import InputError, ResourceError
+from ip2p.pictures.images import WRITES, load_image, resized, save_image
+from ip2p.pictures.infotext import Settings, parse_infotext, read_infotext
 from ip2p.serve.history import History, Step
 
 SHOWN = 1024  # the longer side of what the page shows; files for download have every pixel

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ip2p.errors import InputError, ResourceError
+from ip2p.base.errors import InputError, ResourceError
 
 # 128 random bits in base 64, and an ending: nothing in it can name another folder.
 NAME = re.compile(r"[A-Za-z0-9_-]{22}\.[a-z0-9]{1,8}", re.ASCII)

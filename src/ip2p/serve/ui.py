@@ -27,8 +27,9 @@ os.environ["GRADIO_TEMP_DIR"] = str(cache())
 
 import gradio as gr
 
-from ip2p import advice, config
-from ip2p.errors import Ip2pError
+from ip2p import config
+from ip2p.base.errors import Ip2pError
+from ip2p.editing import advice
 from ip2p.serve import look
 from ip2p.serve.actions import Actions, Values, complain, say, worded
 from ip2p.serve.gate import Gate, Page

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ip2p.errors import ModelError
+from ip2p.base.errors import ModelError
 
 # What attention in other networks has besides.
 _OTHERS = (

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ip2p.base.errors import InputError
 from ip2p.data import columns, hub
-from ip2p.errors import InputError
 from ip2p.synth.tables import ENDINGS, LINE, parquet_rows, read_rows
 
 Language = Literal["english", "latin", "any"]

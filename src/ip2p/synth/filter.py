@@ -26,17 +26,17 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from ip2p import jobs, terminal
-from ip2p.clip import Clip, similarities
+from ip2p.base import jobs, terminal
+from ip2p.base.devices import pick_device
+from ip2p.base.errors import InputError
+from ip2p.base.jobs import Cluster, Made
 from ip2p.data import columns
 from ip2p.data.convert import encoded, ending, hub_schema
 from ip2p.data.parquet import ParquetSource
 from ip2p.data.records import BrokenRow, Pair, Source, open_picture
-from ip2p.devices import pick_device
-from ip2p.errors import InputError
-from ip2p.images import to_tensor
-from ip2p.jobs import Cluster, Made
 from ip2p.models.bundle import called
+from ip2p.models.clip import Clip, similarities
+from ip2p.pictures.images import to_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from ip2p.base.files import check_output, write_text
 from ip2p.data.records import BrokenRow, Source, open_picture
-from ip2p.files import check_output, write_text
 from ip2p.synth.filter import NEAR_BITS, REASONS, SIMILARITIES, TOP, Scored, Thresholds, select
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from ip2p.errors import InputError, ModelError
+from ip2p.base.errors import InputError, ModelError
 from ip2p.synth.captions import BLOCK_LIST, Caption, blocker, key_of
 from ip2p.synth.records import Rejected, Triple, place_seed, triple_id
 from ip2p.synth.triples import examples, seed_triples
@@ -349,7 +349,7 @@ class LocalWriter:
         frequency_penalty: float = FREQUENCY_PENALTY,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        from ip2p.devices import pick_device, pick_dtype
+        from ip2p.base.devices import pick_device, pick_dtype
         from ip2p.models.bundle import called
 
         check_sampling(temperature, frequency_penalty, max_tokens)
@@ -459,8 +459,8 @@ def find_lm(model: str | Path, *, revision: str | None = None) -> Path:
 
     Raises ModelError.
     """
-    from ip2p.images import close_file
     from ip2p.models.bundle import find_model, from_hub, is_hub_name, packaged_models
+    from ip2p.pictures.images import close_file
 
     folder = Path(model).expanduser()
     if not folder.exists() and str(model) in packaged_models():

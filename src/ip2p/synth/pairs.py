@@ -17,19 +17,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
+from ip2p.base.errors import InputError, ModelError, ResourceError
 from ip2p.config import MAX_STEPS, check_float, check_int, check_size
 from ip2p.data.records import Pair
-from ip2p.devices import NoiseStream, pick_device, pick_dtype
 from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import Told, UNetDenoiser, told
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS
-from ip2p.editor import Editor
-from ip2p.errors import InputError, ModelError, ResourceError
-from ip2p.images import to_pil
+from ip2p.editing.editor import Editor
 from ip2p.models.bundle import HUB_PART, Bundle, find_model, from_hub, is_hub_name, make_bundle
 from ip2p.models.load import load_part, open_model
 from ip2p.models.text import encode_prompts
+from ip2p.pictures.images import to_pil
 from ip2p.synth.attention import (
     Alignment,
     Sharing,

@@ -14,10 +14,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ip2p import jobs
+from ip2p.base import jobs
+from ip2p.base.errors import InputError
+from ip2p.base.files import replacing
 from ip2p.data import columns
-from ip2p.errors import InputError
-from ip2p.files import replacing
 from ip2p.synth.tables import read_rows
 
 TABLE = "data/train"  # of a job that makes triples

@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from ip2p.devices import pick_device
-from ip2p.errors import ModelError
-from ip2p.images import close_file
+from ip2p.base.devices import pick_device
+from ip2p.base.errors import ModelError
 from ip2p.models.bundle import from_hub, is_hub_name
 from ip2p.models.load import quiet, unreadable
+from ip2p.pictures.images import close_file
 
 UNSAFE = re.compile(r"nsfw|unsafe|porn|hentai|sexy|explicit|nudity|gore", re.IGNORECASE)
 SAFE = re.compile(r"\b(?:not|non|no)\b", re.IGNORECASE)  # as in "not nsfw"

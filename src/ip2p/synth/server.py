@@ -23,8 +23,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ip2p import terminal
-from ip2p.errors import InputError, ModelError
+from ip2p.base import terminal
+from ip2p.base.errors import InputError, ModelError
 from ip2p.synth.instruct import (
     FREQUENCY_PENALTY,
     MAX_TOKENS,

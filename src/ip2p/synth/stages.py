@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ip2p.clip import Clip
+from ip2p.base.jobs import Made
 from ip2p.config import SynthPairsConfig
 from ip2p.data.records import open_picture
-from ip2p.images import to_pil
-from ip2p.jobs import Made
 from ip2p.models.bundle import called
+from ip2p.models.clip import Clip
+from ip2p.pictures.images import to_pil
 from ip2p.synth.filter import KEPT, Thresholds, measure, pair_row, pair_table
 from ip2p.synth.instruct import Instruct, Limits, Writer, reasons
 from ip2p.synth.pairs import PairMaker, shared_candidate

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ip2p import images
-from ip2p.errors import InputError
+from ip2p.base.errors import InputError
+from ip2p.pictures import images
 
 LINE = "line"  # the column of a plain text
 ENDINGS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")

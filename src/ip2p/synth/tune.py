@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ip2p import terminal
-from ip2p.devices import has_fast_bf16, pick_device
-from ip2p.errors import InputError, ModelError
-from ip2p.files import make_folder, write_text
+from ip2p.base import terminal
+from ip2p.base.devices import has_fast_bf16, pick_device
+from ip2p.base.errors import InputError, ModelError
+from ip2p.base.files import make_folder, write_text
 from ip2p.models.export import replacing_folder
 from ip2p.synth.instruct import (
     MAX_TOKENS,

@@ -1,0 +1,88 @@
+"""Where the numbers live: the device, the number format, and noise that follows the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ip2p.base.errors import InputError, ResourceError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# The largest seed that every tool around this one reads back (A1111 keeps seeds below 2**32 too).
+MAX_SEED = 2**63 - 1
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The device named, or for "auto" the first of cuda, mps, cpu that is there.
+
+    Raises InputError for a name torch does not know, ResourceError for a device this machine lacks.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"Device {device!r} is not known; use auto, cuda, cuda:N, mps or cpu.") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"Device {device} is not on this machine; use --device auto or cpu.")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ResourceError("Device mps is not on this machine; use --device auto or cpu.")
+    return chosen
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run in hardware on `device` (on a CPU: AMX or AVX512-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    return False
+
+
+def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
+    """The dtype named, or for "auto": fp16 on a GPU, bf16 on a CPU that has it fast, else fp32."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type in ("cuda", "mps"):
+            return torch.float16
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    try:
+        return DTYPES[DTYPE_ALIASES.get(dtype, dtype)]
+    except KeyError:
+        raise InputError(f"Number format {dtype!r} is not known; use auto, fp32, fp16 or bf16.") from None
+
+
+class NoiseStream:
+    """Standard normal noise, one generator a seed: `stream()` gives the next [len(seeds), *shape].
+
+    Row k depends on seed k alone, whatever else is in the batch. Drawn in fp32 on the CPU, so that
+    one seed means one picture on every device and in every dtype.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], shape: Sequence[int], device: str | torch.device = "cpu"
+    ) -> None:
+        self.shape = tuple(shape)
+        self.device = torch.device(device)
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    def __call__(self) -> Tensor:
+        rows = [torch.randn((1, *self.shape), generator=g) for g in self.generators]
+        return torch.cat(rows).to(self.device)
+
+
+def seeded_noise(
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The first draw of `NoiseStream`: [len(seeds), *shape], row k from seed k alone."""
+    return NoiseStream(seeds, shape, device)().to(dtype)

@@ -1,0 +1,135 @@
+"""Output files: refused before any work when they cannot be written, and never half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ip2p.base.errors import InputError
+
+_SAMPLED = 1 << 20  # bytes
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise InputError unless `path` can be written now: its folder is there, and the file is free."""
+    folder = path.parent
+    if not folder.exists():
+        raise InputError(
+            f"the folder {folder} of the output {path.name} is missing; make it: mkdir -p {folder}"
+        )
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is a file, so {path.name} cannot lie in it; choose another place with -o."
+        )
+    if path.is_dir():
+        raise InputError(f"the output {path} is a folder; name a file in it.")
+    if path.exists():
+        if not overwrite:
+            raise InputError(f"{path} is there already; add --overwrite, or choose another name with -o.")
+        if not os.access(path, os.W_OK):
+            raise InputError(f"{path} is not writable; choose another name with -o.")
+    _probe(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is missing above it; InputError when that cannot be, or nothing fits in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {folder}: {error.strerror}; choose another with -o."
+        ) from None
+    _probe(folder)
+
+
+def _probe(folder: Path) -> None:
+    # Asking for permission is not enough: a read-only disk says yes to root.
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write into the folder {folder}: {error.strerror}; choose another with -o."
+        ) from None
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when not.
+
+    `sync` waits for the disk, so that the file survives a power cut too; too slow for thousands of pictures.
+
+    The temporary name keeps the suffix, so that a writer that goes by it writes the right format.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode hides the file from others
+        if sync:
+            _sync(temporary)
+        os.replace(temporary, path)
+        if sync:
+            _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def content_key(path: Path, *patterns: str) -> str:
+    """A short hash of a file, or of the files in a folder that fit a pattern, by default all.
+
+    Of each its name, size, beginning and end: weights that were trained further differ there, and gigabytes
+    need not be read. Unlike times of modification it is the same on every machine.
+    """
+    files = [path]
+    if path.is_dir():
+        found = {file for pattern in patterns or ("**/*",) for file in path.glob(pattern)}
+        files = sorted(file for file in found if file.is_file())
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        with open(file, "rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            digest.update(f"{file.relative_to(path).as_posix()}\x1f{size}\x1e".encode())
+            for start in (0, max(_SAMPLED, size - _SAMPLED)):
+                opened.seek(start)
+                digest.update(opened.read(_SAMPLED))
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a line of JSON: on the disk when this returns, and never joined to a torn line before it."""
+    text = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    with open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if end and file.read(1) != b"\n":  # cut short by a kill or a full disk
+            text = b"\n" + text
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    # Some file systems cannot sync a folder; the rename still holds there.
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,188 @@
+"""`ip2p model info | convert | list`: what a model is, in another layout, and which are here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ip2p.base.errors import InputError, ModelError
+from ip2p.config import ConvertConfig, InfoConfig, ListConfig
+
+if TYPE_CHECKING:
+    from ip2p.models.load import Stored
+
+SHOWN = 5  # names of a list; --json has all
+NUMBERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def info(config: InfoConfig) -> None:
+    """Print what a model is; no weights are read. Raises ModelError for what is no model."""
+    if not config.model:
+        raise InputError("no model is named; write: ip2p model info editor.safetensors")
+    from ip2p.models.bundle import find_model  # imports torch
+    from ip2p.models.load import open_model
+
+    said = describe(open_model(find_model(config.model)))
+    if config.json:
+        print(json.dumps(said, indent=2, ensure_ascii=False))
+        return
+    rows = {
+        "model": said["model"],
+        "layout": "single file, LDM" if said["layout"] == "file" else "diffusers folder",
+        "architecture": said["architecture"]
+        + (", CosXL" if said["cosxl"] else "")
+        + (", an editor" if said["editor"] else ", not an editor")
+        + f" (input of {said['channels']} channels)",
+        "predicts": said["prediction"],
+        "parameters": ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in said["parameters"].items()),
+        "dtype": ", ".join(f"{part} {'+'.join(kinds)}" for part, kinds in said["dtype"].items()),
+        "EMA": _ema(said),
+        "tokenizer": "its own" if said["tokenizer"] else "CLIP's, from the hub's cache",
+        "missing": _names(said["missing"]),
+        "unexpected": _names(said["unexpected"]),
+    }
+    width = max(map(len, rows)) + 2
+    for name, text in rows.items():
+        print(f"{name:<{width}}{text}")
+    if not said["editor"]:
+        print(f"{'next':<{width}}ip2p train --base {said['model']}")
+
+
+def describe(stored: Stored) -> dict[str, Any]:
+    """What `info` tells, as JSON values. parameters, dtype: by network; missing, unexpected: names."""
+    from ip2p.models import keys
+    from ip2p.models.load import KNOWN_REST, empty_network, missing, table_of, unused
+
+    parameters, dtypes, absent, more = {}, {}, [], []
+    for part in stored.networks:
+        network = empty_network(part, stored.configs[part])
+        table, weights = table_of(stored, part, network), stored.weights[part]
+        names = network.state_dict()
+        parameters[part] = sum(tensor.numel() for tensor in names.values())
+        used = {table[name].key for name in names if name in table}
+        counts = Counter(
+            str(weights.dtypes[key]).removeprefix("torch.") for key in used & weights.dtypes.keys()
+        )
+        dtypes[part] = [NUMBERS.get(kind, kind) for kind, _ in counts.most_common()]
+        lost = missing(network, table, weights)
+        where = f"{part}/" if stored.layout == "folder" else ""
+        absent += [where + key for key in dict.fromkeys(lost)]
+        if stored.layout == "folder":
+            more += [where + key for key in weights.shapes if key not in used]
+    if stored.layout == "file":
+        more = unused(stored)
+    channels, needed = stored.channels
+    return {
+        "model": str(stored.path),
+        "layout": stored.layout,
+        "architecture": stored.architecture,
+        "cosxl": stored.cosxl,
+        "editor": channels == needed,
+        "channels": channels,
+        "prediction": stored.configs["scheduler"].get("prediction_type", "epsilon"),
+        "parameters": parameters,
+        "dtype": dtypes,
+        "ema": stored.ema,
+        "plain": any(key.startswith(keys.UNET) for key in stored.weights["unet"].shapes),
+        "tokenizer": bool(stored.tokenizers),
+        "missing": absent,
+        "unexpected": [name for name in more if not KNOWN_REST.fullmatch(name.rpartition("/")[2])],
+    }
+
+
+def _ema(said: dict[str, Any]) -> str:
+    if not said["ema"]:
+        return "none" if said["layout"] == "file" else "none (a folder holds one set)"
+    return f"{said['ema']} averaged weights, which are taken unless --weights plain"
+
+
+def _names(names: list[str]) -> str:
+    if not names:
+        return "none"
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)}: {', '.join(names[:SHOWN])}{rest}"
+
+
+def convert(config: ConvertConfig) -> None:
+    """Write `config.source` in the other layout: a name that ends in .safetensors is a file, else a folder.
+
+    Raises InputError for a target that cannot be written, ModelError for a source that is not whole.
+    """
+    if not config.source or not config.target:
+        raise InputError("name a model and a target; write: ip2p model convert editor.ckpt editor")
+    from ip2p.base.devices import DTYPE_ALIASES, DTYPES  # imports torch
+    from ip2p.models.bundle import find_model
+    from ip2p.models.export import check_target, export_file, export_folder
+    from ip2p.models.load import open_model
+
+    target = Path(config.target).expanduser()
+    check_target(target, overwrite=config.overwrite)
+    source = find_model(config.source)
+    if source.resolve() == target.resolve():
+        raise InputError(f"{target} is the source itself; choose another name.")
+    stored = open_model(source, weights=config.weights)
+    dtype = None if config.dtype == "keep" else DTYPES[DTYPE_ALIASES[config.dtype]]
+    (export_file if target.suffix == ".safetensors" else export_folder)(stored, target, dtype=dtype)
+    print(target)
+
+
+def list_models(config: ListConfig) -> None:
+    """Print the models in the package and the editors and bases in the hub's cache."""
+    from ip2p.models.bundle import PACKAGED, packaged_models
+
+    rows = [_row(name, "package", PACKAGED / name) for name in packaged_models()]
+    rows += list(_cached())
+    if config.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    if not rows:
+        print("no models here; fetch one: hf download timbrooks/instruct-pix2pix")
+        return
+    width = max(len(row["name"]) for row in rows) + 2
+    for row in rows:
+        kind = "editor" if row["editor"] else "no editor"
+        known = f"{row['name']:<{width}}{row['architecture']:<8}{kind:<11}{_giga(row['bytes'])}"
+        print(known, row["where"], row["revision"][:7], sep="  ")
+
+
+def _cached() -> Iterator[dict[str, Any]]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return
+    for repository in sorted(repositories, key=lambda repository: repository.repo_id):
+        for revision in repository.revisions:
+            folder = Path(revision.snapshot_path)
+            if repository.repo_type == "model" and (folder / "unet" / "config.json").exists():
+                yield _row(repository.repo_id, "cache", folder, revision.commit_hash)
+
+
+def _row(name: str, where: str, folder: Path, revision: str = "") -> dict[str, Any]:
+    from ip2p.models.load import read_json
+
+    try:
+        unet = read_json(folder / "unet" / "config.json")
+        vae = read_json(folder / "vae" / "config.json")
+    except ModelError:
+        unet, vae = {}, {}
+    xl = unet.get("addition_embed_type") == "text_time"
+    return {
+        "name": name,
+        "where": where,
+        "revision": revision,
+        "folder": str(folder),
+        "architecture": "SDXL" if xl else "SD 2.x" if unet.get("use_linear_projection") else "SD 1.x",
+        "editor": unet.get("in_channels") == 2 * vae.get("latent_channels", 4),
+        "bytes": sum(os.path.getsize(path) for path in folder.rglob("*") if path.is_file()),
+    }
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:6.2f} GB"

@@ -1,0 +1,549 @@
+"""`ip2p synth`: from captions to a filtered set of pairs. It puts the parts of `synth` together.
+
+Each verb is a job in a folder (`jobs`), which the same call goes on with; what decides its result may not
+change meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ip2p.base import jobs
+from ip2p.base.devices import pick_device
+from ip2p.base.errors import InputError, ModelError
+from ip2p.base.files import check_output, content_key, make_folder, write_text
+from ip2p.base.terminal import say
+from ip2p.config import (
+    SynthFilterConfig,
+    SynthInspectConfig,
+    SynthInstructConfig,
+    SynthPairsConfig,
+    SynthTuneConfig,
+    run_json,
+)
+from ip2p.data.loading import open_source
+from ip2p.data.records import Source
+from ip2p.editing.rank import CLIP_MODEL, find_clip
+from ip2p.models.bundle import called, find_model, packaged_models
+from ip2p.models.load import read_json
+from ip2p.synth.captions import BLOCK_LIST, Rules, read_block_list, read_captions
+from ip2p.synth.filter import (
+    PRESETS,
+    SCORES_FOLDER,
+    STORYBOOK,
+    Scored,
+    Thresholds,
+    clips_of,
+    known_scores,
+    preset_for,
+    read_scores,
+)
+from ip2p.synth.filter import filter_pairs as run_filter
+from ip2p.synth.inspect import inspect as write_page
+from ip2p.synth.instruct import Limits, LocalWriter, Writer, find_lm
+from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
+from ip2p.synth.safety import Classifier
+from ip2p.synth.server import KEY, ServerWriter, clean_key
+from ip2p.synth.stages import REFUSED, REJECTED, InstructStage, PairStage
+from ip2p.synth.tune import Tuning
+from ip2p.synth.tune import tune_lm as tune
+
+RUN = "run.json"
+CAPTIONS_A_PART = 8, 64  # fewest and most
+PARTS = 16  # a small job has so many, so that it can be seen to move and little is lost when it is stopped
+TRIPLES_A_PART = 8
+STORYBOOK_SCALE = (3.0, 5.0)  # its own guidance is 4
+# What a painter consists of: its folder may hold a CLIP and a language model besides.
+PAINTER_FILES = ("unet/*", "vae/*", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "model_index.json")
+EVERY = Thresholds(image=-2, caption=-2, directional=-2)  # of no cosine
+SMALL = 256 << 20  # bytes of weights, of which several copies do not matter
+OUR_KEY = "IP2P_API_KEY"
+
+
+# --- captions to triples --------------------------------------------------------------------------
+
+
+def instruct(config: SynthInstructConfig) -> None:
+    """Write edits of captions; the path of the triples goes to stdout.
+
+    Raises InputError also when no answer at all was taken: there is nothing to go on with then.
+    """
+    assert config.out is not None, "SynthInstructConfig.check was called"
+    out = config.out
+    file = out if out.suffix == ".parquet" else None
+    folder = out.with_suffix(".parts") if file else out
+    if file and not jobs.is_job(folder):
+        check_output(file, overwrite=config.overwrite)
+    block = BLOCK_LIST if config.block_list is None else read_block_list(config.block_list)
+    read = read_captions(
+        config.captions,
+        column=config.column,
+        rules=Rules(
+            min_words=config.min_words,
+            max_words=config.max_words,
+            min_score=config.min_score,
+            language=config.language,
+            block=block,
+        ),
+        sample=config.sample,
+        seed=config.seed,
+        split=config.split,
+        revision=config.revision,
+        stream=config.stream,
+    )
+    for line in read.lines():
+        say(line)
+    texts = [caption.text for caption in read.captions]
+    limits = Limits(block=block, spatial=not config.allow_spatial)
+    named = ("model", "shots", "edits", "retries", "allow_spatial")
+    sampled = ("temperature", "frequency_penalty", "max_tokens")
+    settings = {name: getattr(config, name) for name in (*named, *sampled)}
+    settings |= {"content of the captions": _hash(texts), "content of --block-list": _hash(block)}
+    if config.server is None:
+        settings |= {"dtype": config.dtype, "content of --model": content_key(find_lm(config.model))}
+    else:
+        settings["way"] = config.way  # the server may come back at another address
+    size = part_size(len(texts))
+    workers = _workers(config, None if config.server is not None else find_lm(config.model))
+    if file and config.overwrite:
+        file.unlink(missing_ok=True)  # its parts go too; what is left of it would not be this job's
+    told = jobs.run(
+        partial(InstructStage, _writer(config), edits=config.edits, retries=config.retries, limits=limits),
+        [texts[start : start + size] for start in range(0, len(texts), size)],
+        folder,
+        settings=settings,
+        unit="captions",
+        **workers,
+        overwrite=config.overwrite,
+    )
+    _write_run(folder, config, told)
+    for line in _instruct_lines(config, told):
+        say(line)
+    if not told.rows[TABLE]:
+        raise InputError(
+            f"no answer was taken of {told.counts['captions']:,.0f} captions, so there are no triples; see "
+            f"the answers in {folder / REJECTED}-*.parquet, and try another --model."
+        )
+    if file:
+        _write_whole(file, read_triples(folder))
+    say(f"next: ip2p synth pairs {out} -o pairs")
+    print(out)
+
+
+def _writer(config: SynthInstructConfig) -> Callable[[], Writer]:
+    """What makes the writer, here or on another machine."""
+    sampling: dict[str, Any] = {
+        "temperature": config.temperature,
+        "frequency_penalty": config.frequency_penalty,
+        "max_tokens": config.max_tokens,
+    }
+    if config.server is None:
+        return partial(
+            LocalWriter,
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            batch=config.batch,
+            shots=config.shots or 0,
+            **sampling,
+        )
+    make = partial(
+        ServerWriter,
+        config.server,
+        config.model,
+        way=config.way,
+        shots=config.shots,
+        together=config.together,
+        rate=config.rate,
+        price=config.price,
+        timeout=config.timeout,
+        patience=config.patience,
+        **sampling,
+    )
+    make(key="")  # so that its settings are checked before the work
+    return _Keyed(make, _key(config))
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """A server's writer with its key, which does not show where this is printed."""
+
+    make: Callable[..., Writer]
+    key: str = field(repr=False)
+
+    def __call__(self) -> Writer:
+        return self.make(key=self.key)
+
+
+def _key(config: SynthInstructConfig) -> str:
+    if config.key_variable is None:
+        name = OUR_KEY if os.environ.get(OUR_KEY) else KEY
+        return clean_key(os.environ.get(name, ""), name)
+    try:
+        return clean_key(os.environ[config.key_variable], config.key_variable)
+    except KeyError:
+        raise InputError(
+            f"the environment has no {config.key_variable}, which --key-variable names; set it to the key."
+        ) from None
+
+
+def _instruct_lines(config: SynthInstructConfig, told: jobs.Summary) -> list[str]:
+    counts = told.counts
+    lines = [
+        f"{told.rows[TABLE]:,} triples of {counts['captions']:,.0f} captions; "
+        f"{counts['captions without']:,.0f} captions have none"
+    ]
+    refused = {name[len(REFUSED) :]: n for name, n in counts.items() if name.startswith(REFUSED)}
+    if refused:
+        most = sorted(refused.items(), key=lambda item: -item[1])
+        lines.append(
+            f"{sum(refused.values()):,.0f} answers were refused: "
+            + ", ".join(f"{name} {count:,.0f}" for name, count in most)
+        )
+    if config.server is not None:
+        cost = f", cost {counts['cost']:,.4f}" if counts["cost"] else ""
+        lines.append(
+            f"{counts['requests']:,.0f} answers, {counts['retries']:,.0f} retries, "
+            f"{counts['prompt_tokens']:,.0f} tokens in, {counts['answer_tokens']:,.0f} out{cost}"
+        )
+    return lines
+
+
+def _write_whole(file: Path, triples: Sequence[Triple]) -> None:
+    """The one file, unless it is there as it should be. InputError for one that somebody changed."""
+    try:
+        there = read_triples(file) if file.exists() else []
+    except InputError:
+        there = []  # it is damaged, and this job's
+    if there == triples:
+        return
+    if there:
+        raise InputError(
+            f"{file} was changed after it was written, and is left as it is; move it away, and the same "
+            "command writes it again."
+        )
+    write_triples(file, triples)
+
+
+# --- a language model of one's own ----------------------------------------------------------------
+
+
+def tune_lm(config: SynthTuneConfig) -> None:
+    """Tune a language model on triples; its folder goes to stdout."""
+    assert config.out is not None, "SynthTuneConfig.check was called"
+    if config.out.is_file() or (config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite):
+        raise InputError(f"{config.out} is there already; add --overwrite, or choose another folder.")
+    tuned = tune(
+        config.base,
+        config.out,
+        None if config.triples is None else read_triples(config.triples),
+        tuning=Tuning(
+            lora=config.lora,
+            epochs=config.epochs,
+            batch=config.batch,
+            rate=config.rate,
+            warm_up=config.warm_up,
+            weight_decay=config.weight_decay,
+            clip=config.clip_norm,
+            max_length=config.max_length,
+            seed=config.seed,
+        ),
+        backend=config.backend,
+        device=config.device,
+        revision=config.revision,
+    )
+    write_text(config.out / RUN, run_json(config, steps=tuned.steps, left_out=tuned.left_out))
+    say(f"use it: ip2p synth instruct captions.txt -o triples.parquet --model {config.out}")
+    say(f"or serve it: transformers serve {config.out}, and name it with --server and --model")
+    print(config.out)
+
+
+# --- triples to pairs -----------------------------------------------------------------------------
+
+
+def pairs(config: SynthPairsConfig) -> None:
+    """Draw pairs for triples; their folder goes to stdout. Raises InputError also when none was kept."""
+    assert config.out is not None, "SynthPairsConfig.check was called"
+    triples = read_triples(Path(config.triples).expanduser())[: config.count]
+    painter = find_model(config.model, revision=config.revision)
+    clip, clip_name = _clip_of(config.clip, config.model, config.revision)
+    thresholds = _thresholds(config, PRESETS[preset_for({clip_name})])
+    storybook = _model_name(painter, config.model) == STORYBOOK
+    scale = config.scale or (STORYBOOK_SCALE if storybook else SCALE)
+    how = config.how(storybook=storybook)
+    vaes = {"vae": config.vae, "tiny-vae": how["tiny_vae"]}
+    named = ("model", "revision", "weights", "vae", "keep", "p", "size", "license", "dtype")
+    settings: dict[str, Any] = {
+        "content of the triples": _hash([asdict(triple) for triple in triples]),
+        **{name: getattr(config, name) for name in named},
+        **how,
+        **({"early_margin": config.early_margin} if how["early_at"] else {}),
+        **asdict(thresholds),
+        **{"scale": scale, "clip": clip_name},
+        "content of --model": content_key(painter, *PAINTER_FILES),
+        "content of --clip": content_key(clip()),
+        **{f"content of --{flag}": content_key(path) for flag, path in _lying_here(vaes)},
+    }
+    stage = partial(
+        PairStage, config, how=how, clip=clip, clip_name=clip_name, thresholds=thresholds, scale=scale
+    )
+    size = 1 if config.as_paper else TRIPLES_A_PART
+    make_folder(config.out)
+    told = jobs.run(
+        stage,
+        [triples[start : start + size] for start in range(0, len(triples), size)],
+        config.out,
+        settings=settings,
+        unit="triples",
+        **_workers(config, painter),
+        overwrite=config.overwrite,
+    )
+    _write_run(config.out, config, told, thresholds=asdict(thresholds), scale=scale, used=how)
+    for line in _pair_lines(told):
+        say(line)
+    if not told.rows[TABLE]:
+        raise InputError(
+            f"no pair was kept of {told.counts['candidates']:,.0f} candidates; look at them with --keep all "
+            "into another folder and ip2p synth inspect, and lower --image, --caption or --directional."
+        )
+    say(f"next: ip2p synth filter {config.out} -o kept")
+    print(config.out)
+
+
+def _pair_lines(told: jobs.Summary) -> list[str]:
+    n = told.counts
+    kept = told.rows[TABLE]
+    lines = [
+        f"{kept:,} pairs are kept of {n['candidates']:,.0f} candidates, {n['passed']:,.0f} of which passed; "
+        f"{n['prompts_none']:,.0f} of {n['prompts']:,.0f} triples have none, "
+        f"{n['prompts_hopeless']:,.0f} were given up early"
+    ]
+    if n["passed"]:
+        lines.append(
+            f"{n['evaluations'] / n['passed']:,.0f} pictures through the network for each pair that passed"
+        )
+    if refused := {name: n[name] for name in ("early", "judged", "overflow") if n[name]}:
+        lines.append(
+            "refused before they were drawn whole: " + ", ".join(f"{k} {v:,.0f}" for k, v in refused.items())
+        )
+    if n["cut"]:
+        lines.append(
+            f"warning: {n['cut']:,.0f} triples have a caption that is longer than the model reads; its end "
+            "has no effect"
+        )
+    return lines
+
+
+# --- keep the good ones ---------------------------------------------------------------------------
+
+
+def filter_pairs(config: SynthFilterConfig) -> None:
+    """Filter a data set; the folder of what stays goes to stdout."""
+    assert config.out is not None, "SynthFilterConfig.check was called"
+    _apart(config.data, config.out)
+    source = open_source(config.data, stream=config.stream, revision=config.revision, split=config.split)
+    own = clips_of(source)
+    if len(own) > 1 and not config.rescore:
+        several = ", ".join(sorted(own))
+        say(f"warning: the scores are of several CLIPs ({several}), which do not compare; add --rescore")
+    asked = config.clip or (STORYBOOK if own == {STORYBOOK} else CLIP_MODEL)
+    clip, clip_name = _clip_of(asked, STORYBOOK, None)
+    thresholds = _thresholds(config, PRESETS[preset_for({clip_name} if config.rescore or not own else own)])
+    top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
+    if config.keep == "all":
+        thresholds, top, near = EVERY, None, None
+    safety = None
+    if config.safety is not None:
+        safety = partial(Classifier, config.safety, device=config.device, batch=config.batch)
+    filtered = run_filter(
+        source,
+        config.out,
+        thresholds,
+        top=top,
+        near_bits=near,
+        overwrite=config.overwrite,
+        clip=clip,
+        clip_name=clip_name,
+        clip_key=content_key(clip()) if config.clip is not None else "",
+        device=config.device,
+        batch=config.batch,
+        rescore=config.rescore,
+        safety=safety,
+        count=config.count,
+        **_workers(config, clip() if _lies_here(asked) else None),
+    )
+    write_text(config.out / RUN, run_json(config, thresholds=asdict(thresholds)))
+    for line in filtered.lines():
+        say(line)
+    if not filtered.kept:
+        raise InputError(
+            f"no pair of {config.data} stays; look at the scores: ip2p synth inspect {config.out}, and lower "
+            "--image, --caption or --directional."
+        )
+    print(config.out)
+
+
+def _apart(data: str, out: Path) -> None:
+    """Raise InputError for an output that is in what it is made of, or has it in it."""
+    here = Path(data).expanduser()
+    if not here.exists():
+        return  # of the hub
+    one, two = here.resolve(), out.expanduser().resolve()
+    if one == two or one in two.parents or two in one.parents:
+        raise InputError(f"{out} and {data} are one in the other; write what stays into a folder beside it.")
+
+
+def inspect(config: SynthInspectConfig) -> None:
+    """Write the page; its path goes to stdout."""
+    check_output(config.out, overwrite=config.overwrite)
+    top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
+    filtered = _filtered(Path(config.data).expanduser())
+    if filtered is not None:
+        source, scored, asked = filtered
+        scored = scored.first(config.count)
+        auto = Thresholds(**{name: asked[name] for name in asdict(EVERY)})
+        if auto == EVERY:
+            auto = PRESETS[preset_for(clips_of(source) | set(scored.clips))]
+        else:
+            top = asked["top"] if config.top == SynthInspectConfig.top else top
+            near = asked["near_bits"] if config.near_bits == SynthInspectConfig.near_bits else near
+    else:
+        source = open_source(config.data, split=config.split)
+        scored, auto = known_scores(source, config.count), PRESETS[preset_for(clips_of(source))]
+        if not any(scored.of(row) for row in range(len(scored))):
+            raise InputError(
+                f"{config.data} has no scores; measure them: ip2p synth filter {config.data} -o scored "
+                "--keep all"
+            )
+    gone = write_page(
+        source,
+        scored,
+        config.out,
+        _thresholds(config, auto),
+        top=top,
+        near_bits=near,
+        count=config.each,
+        side=config.side,
+        overwrite=config.overwrite,
+    )
+    say(f"{len(scored) - sum(gone.values()):,} of {len(scored):,} pairs stay")
+    print(config.out)
+
+
+def _filtered(folder: Path) -> tuple[Source, Scored, dict[str, Any]] | None:
+    """Of a folder of `synth filter`: what it filtered, with its scores, and how. None for another folder.
+
+    None too, with a word, when what it filtered is gone or was changed: what stays can be shown alone.
+    """
+    if not (jobs.is_job(folder) and jobs.is_job(folder / SCORES_FOLDER)):
+        return None
+    asked = jobs.settings(folder)
+    if "near_bits" not in asked:
+        return None
+    told = read_json(folder / RUN).get("settings", {}) if (folder / RUN).is_file() else {}
+    opened = {name: told[name] for name in ("split", "revision", "stream") if told.get(name)}
+    try:
+        source = open_source(asked["source"], **opened)
+    except (InputError, ModelError):
+        source = None
+    if source is None or source.key != asked["key"]:
+        say(f"{asked['source']} is not there as it was filtered; only what stays is shown")
+        return None
+    return source, read_scores(folder / SCORES_FOLDER), asked
+
+
+# --- what they have in common ---------------------------------------------------------------------
+
+
+def _clip_of(clip: str | None, model: str, revision: str | None) -> tuple[Callable[[], Path], str]:
+    """What finds the CLIP on any machine, and what tables call it.
+
+    Without a name it is the model's own if it has one, and is called as the model, else the paper's.
+    """
+    if clip is None:
+        folder = find_model(model, revision=revision)
+        if (folder / "clip" / "config.json").is_file():
+            return partial(find_clip, None, model, revision=revision), _model_name(folder, model)
+        clip = CLIP_MODEL
+    return partial(find_clip, clip, model), called(clip)
+
+
+def _lying_here(models: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
+    """Those that are files or folders here, by the flags that name them."""
+    for flag, model in models.items():
+        if model is not None and (path := Path(model).expanduser()).exists():
+            yield flag, path
+
+
+def _lies_here(model: str) -> bool:
+    """Whether a model is a folder here or in the package, and need not be fetched."""
+    return Path(model).expanduser().is_dir() or model in packaged_models()
+
+
+def _model_name(folder: Path, model: str) -> str:
+    """What a model calls itself in its card, else what it was called."""
+    card = folder / "ip2p.json"
+    said = read_json(card).get("name") if card.is_file() else None
+    return str(said or called(model))
+
+
+def _thresholds(
+    config: SynthPairsConfig | SynthFilterConfig | SynthInspectConfig, auto: Thresholds
+) -> Thresholds:
+    """Those of the preset, `auto` unless one is named, with what the config has instead."""
+    preset = auto if config.preset == "auto" else PRESETS[config.preset]
+    given = {name: getattr(config, name) for name in asdict(preset)}
+    return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
+
+def _workers(
+    config: SynthInstructConfig | SynthPairsConfig | SynthFilterConfig, weights: Path | None
+) -> dict[str, Any]:
+    """Where a job runs, for `jobs.run`: cluster, processes and threads.
+
+    Small models on a CPU work in as many processes as it has cores, each with one thread.
+
+    weights: where those of the model lie, None for those that are not here. One thread for a worker wherever
+    there are several: small networks gain little by more, and with the same number of threads results are
+    the same to the bit, here and on Ray.
+    """
+    if config.ray is not None:
+        each = config.threads or 1
+        cluster = jobs.Cluster(
+            address=config.ray, workers=config.ray_workers, cpus=each, gpus=config.ray_gpus
+        )
+        return {"cluster": cluster, "threads": each}
+    small = weights is not None and pick_device(config.device).type == "cpu" and _bytes(weights) <= SMALL
+    processes = config.workers or (_cores() if small else 1)
+    threads = config.threads or (1 if small or processes > 1 else None)
+    return {"processes": processes, "threads": threads}
+
+
+def _bytes(weights: Path) -> int:
+    files = weights.rglob("*.safetensors") if weights.is_dir() else [weights]
+    return sum(file.stat().st_size for file in files)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def part_size(captions: int) -> int:
+    """From their number alone, so that a job that goes on has the same parts."""
+    fewest, most = CAPTIONS_A_PART
+    return min(most, max(fewest, -(-captions // PARTS)))
+
+
+def _hash(value: object) -> str:
+    return sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _write_run(folder: Path, config: object, told: jobs.Summary, **also: object) -> None:
+    if told.made or not (folder / RUN).exists():
+        write_text(folder / RUN, run_json(config, **also))

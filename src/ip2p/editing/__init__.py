@@ -1,0 +1,1 @@
+"""Editing pictures: one, many, in a chain, over a grid."""

@@ -1,0 +1,412 @@
+"""Edit many pictures into a folder: batched by size, killed at any time and gone on with, nothing twice.
+
+A result is written beside its place, synced, renamed, and only then named in the folder's `manifest.jsonl`
+with its checksum; the places of all results are noted there before the first is made. The manifest is the
+only truth; `run.json` beside it holds the settings, which may not change while a job goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import IO
+
+from PIL import Image
+
+from ip2p.base.errors import InputError, Ip2pError
+from ip2p.base.files import make_folder, write_text
+from ip2p.config import EditConfig, run_json
+from ip2p.pictures import images
+
+MANIFEST, RUN = "manifest.jsonl", "run.json"
+# What a folder's pictures are called. HEIC is not read, but told, not passed over in silence.
+ENDINGS = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".ppm",
+    ".pgm",
+    ".heic",
+    ".heif",
+}
+# Settings that may change while a job goes on: they say where and how fast, not what.
+FREE = {
+    *("image", "more", "out", "jobs", "batch_size", "device", "memory", "max_pixels", "from_settings"),
+    *("overwrite", "json", "examples", "config", "debug"),
+}
+
+log = logging.getLogger("ip2p")
+
+
+# --- what is to be done ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One result: the picture it is made from, its seed, and its place below the job's folder."""
+
+    source: Path
+    seed: int
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A line of the manifest: a result that lies whole in the folder, and the picture it was made from."""
+
+    name: str
+    source: str
+    seed: int
+    sha256: str
+    source_sha256: str
+
+
+def is_many(words: Sequence[str]) -> bool:
+    """Whether the names of pictures on a command line stand for a job of many."""
+    return len(words) > 1 or any(os.path.isdir(word) or _is_glob(word) for word in words)
+
+
+def find_pictures(words: Sequence[str], out: Path) -> list[tuple[Path, str]]:
+    """The pictures that files, folders and globs name, each with its name below `out`.
+
+    A folder stands for the pictures in it, not for those in its folders; a glob with `**` goes down.
+    Raises InputError for a word that names none, and for two pictures with one name.
+    """
+    found: dict[Path, str] = {}
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            here = [(p, p.name) for p in sorted(path.iterdir()) if p.suffix.lower() in ENDINGS]
+        elif _is_glob(word):
+            root = _root(word)
+            here = [
+                (Path(p), Path(p).relative_to(root).as_posix())
+                for p in sorted(glob.glob(word, recursive=True))
+            ]
+        elif path.is_file():
+            here = [(path, path.name)]
+        else:
+            raise images.missing_file(path)
+        here = [
+            (p, name)
+            for p, name in here
+            # Results of an earlier run are no input.
+            if p.is_file() and not p.name.startswith(".") and out.resolve() not in p.resolve().parents
+        ]
+        if not here:
+            raise InputError(
+                f"{word} names no picture. Give a folder of pictures, or a glob in quotes: 'photos/*.jpg'."
+            )
+        for p, name in here:
+            found.setdefault(p, name)
+    named: dict[str, Path] = {}
+    for p, name in found.items():
+        # Another picture may have the name with the written ending, so the own one stays before it.
+        name = name if p.suffix.lower() in images.WRITES else f"{name}.png"
+        if name in named:
+            raise InputError(
+                f"{named[name]} and {p} would both be written as {out / name}. Edit them into two folders."
+            )
+        named[name] = p
+    return [(p, name) for name, p in named.items()]
+
+
+def tasks(pictures: Iterable[tuple[Path, str]], seeds: Sequence[int]) -> list[Task]:
+    """A task for each picture and seed; of several seeds, NAME-1.png, NAME-2.png, …"""
+    several = len(seeds) > 1
+    made = []
+    for source, name in pictures:
+        stem, dot, ending = name.rpartition(".")
+        for k, seed in enumerate(seeds, 1):
+            made.append(Task(source=source, seed=seed, name=f"{stem}-{k}{dot}{ending}" if several else name))
+    return made
+
+
+def _is_glob(word: str) -> bool:
+    # A file's own name may hold brackets.
+    return glob.has_magic(word) and not os.path.exists(word)
+
+
+def _root(pattern: str) -> Path:
+    """The folder of a glob above its first wildcard."""
+    parts = Path(pattern).parts
+    fixed = next(k for k, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:fixed])
+
+
+# --- what is done already -------------------------------------------------------------------------
+
+
+class Job:
+    """A folder of results and its manifest, held by one process at a time. `open_job` makes one."""
+
+    def __init__(self, folder: Path, file: IO[bytes]) -> None:
+        self.folder, self.file = folder, file
+        self.done: dict[str, Done] = {}
+        self.planned: set[str] = set()
+        self._lock = threading.Lock()
+        self._read()
+
+    def _read(self) -> None:
+        self.file.seek(0)
+        data = self.file.read()
+        whole = data.rfind(b"\n") + 1
+        # A line that was being written when the process was killed never counted.
+        self.file.truncate(whole)
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                row = json.loads(line)
+                if "plan" in row:
+                    self.planned |= set(row["plan"])
+                else:
+                    self.done[row["name"]] = Done(**row)
+            except (ValueError, TypeError, KeyError):
+                log.warning("line %d of %s cannot be read and does not count", number, self.folder / MANIFEST)
+
+    def commit(self, task: Task, result: Image.Image) -> Path:
+        """Write a result, and its line when it lies there whole."""
+        path = self.folder / task.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images.save_image(result, path)
+        row = Done(
+            name=task.name,
+            source=task.source.as_posix(),
+            seed=task.seed,
+            sha256=checksum(path),
+            source_sha256=checksum(task.source),
+        )
+        self._write(vars(row))
+        return path
+
+    def _write(self, row: Mapping[str, object]) -> None:
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        with self._lock:
+            self.file.write(line.encode())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def is_done(self, task: Task) -> bool:
+        """Whether the result lies there whole, made from the picture as it is now."""
+        row = self.done.get(task.name)
+        try:
+            return (
+                row is not None
+                and checksum(self.folder / task.name) == row.sha256
+                and checksum(task.source) == row.source_sha256
+            )
+        except OSError:
+            return False
+
+    def plan(self, tasks: Sequence[Task]) -> None:
+        """Note that what will lie at the places of these results is this job's."""
+        names = [task.name for task in tasks if task.name not in self.planned]
+        if names:
+            self._write({"plan": names})
+            self.planned |= set(names)
+
+    def sweep(self, task: Task) -> None:
+        """Remove what a killed run was writing (`files.replacing`)."""
+        path = self.folder / task.name
+        for half in path.parent.glob(f".{glob.escape(path.stem)}-????????{path.suffix}"):
+            half.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_job(config: EditConfig, folder: Path) -> Iterator[Job]:
+    """Begin a job in `folder`, or go on with the one that lies there.
+
+    Raises InputError when another process is at it, when its settings were others (naming the first that
+    differs), or when the folder holds a run of another kind. With `overwrite` all begins anew.
+    """
+    make_folder(folder)
+    manifest, run = folder / MANIFEST, folder / RUN
+    if run.exists() and not manifest.exists() and not config.overwrite:
+        raise InputError(
+            f"{folder} holds another run ({RUN}); choose another folder with -o, or add --overwrite."
+        )
+    with open(manifest, "a+b") as file:
+        _hold(file, folder)
+        if config.overwrite:
+            file.truncate(0)
+        elif run.exists():
+            _same_settings(config, run)
+        if config.overwrite or not run.exists():
+            write_text(run, run_json(config))
+        yield Job(folder, file)
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hold(file: IO[bytes], folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise InputError(
+                f"another ip2p is writing into {folder}; wait for it, or choose another with -o."
+            ) from None
+
+
+def _same_settings(config: EditConfig, run: Path) -> None:
+    try:
+        before = json.loads(run.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{run} cannot be read; choose another folder with -o, or add --overwrite."
+        ) from None
+    now = json.loads(run_json(config))["settings"]
+    defaults = json.loads(run_json(EditConfig()))["settings"]
+    for name in (f.name for f in fields(config) if f.name not in FREE):
+        old = before.get(name, defaults[name])
+        if old != now[name]:
+            flag = name if name == "instruction" else "--" + name.replace("_", "-")
+            raise InputError(
+                f"{run.parent} was begun with {flag} {_shown(old)}, and now it is {_shown(now[name])}; "
+                "use the same again, choose another folder with -o, or add --overwrite."
+            )
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) if value is not None else "not given"
+
+
+def split(job: Job, tasks: Sequence[Task], jobs: int, *, overwrite: bool) -> tuple[list[Task], list[Task]]:
+    """The tasks whose results lie in the folder, and those to do.
+
+    Raises InputError for a result whose place another file has; half-written files of a killed run go.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        there = list(pool.map(job.is_done, tasks))
+    done = [task for task, is_there in zip(tasks, there, strict=True) if is_there]
+    todo = [task for task, is_there in zip(tasks, there, strict=True) if not is_there]
+    # Killed between the renaming and its line, a run leaves a result that was only planned.
+    foreign = [task for task in todo if task.name not in job.planned and (job.folder / task.name).exists()]
+    if foreign and not overwrite:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise InputError(
+            f"{job.folder / foreign[0].name} is there already{more}; add --overwrite, or choose another "
+            "folder with -o."
+        )
+    job.plan(tasks)
+    for task in todo:
+        job.sweep(task)
+    return done, todo
+
+
+# --- doing it -------------------------------------------------------------------------------------
+
+
+def run(
+    job: Job,
+    todo: Sequence[Task],
+    *,
+    edit: Callable[[Sequence[Image.Image], Sequence[int]], Sequence[Image.Image]],
+    working_size: Callable[[tuple[int, int]], tuple[int, int]],
+    batch_size: int,
+    jobs: int,
+    max_pixels: int | None,
+    made: Callable[[Task, Path], object],
+) -> dict[Path, str]:
+    """Make the results of `todo` and commit each; the errors of pictures that cannot be edited come back.
+
+    `edit(pictures, seeds)` is called with at most `batch_size` pictures of one working size. Files are read
+    and written in `jobs` threads each while it runs. `made` is told of each result that lies in the folder.
+    """
+    failed: dict[Path, str] = {}
+    readers, writers = (ThreadPoolExecutor(jobs, thread_name_prefix=name) for name in ("read", "write"))
+    writing: deque[tuple[Task, Future[Path]]] = deque()
+
+    def settle(most: int) -> None:
+        """Tell of what is written, and wait until no more than `most` results are not."""
+        while writing and (len(writing) > most or writing[0][1].done()):
+            task, future = writing.popleft()
+            made(task, future.result())
+
+    def edit_some(some: Sequence[tuple[Task, Image.Image]]) -> None:
+        try:
+            results = edit([picture for _, picture in some], [task.seed for task, _ in some])
+        except InputError as error:
+            if len(some) == 1:
+                failed[some[0][0].source] = str(error)
+                return
+            for one in some:  # to find out which it is
+                edit_some([one])
+            return
+        for (task, _), result in zip(some, results, strict=True):
+            writing.append((task, writers.submit(job.commit, task, result)))
+
+    try:
+        sources = list(dict.fromkeys(task.source for task in todo))
+        of_source: dict[Path, list[Task]] = {source: [] for source in sources}
+        for task in todo:
+            of_source[task.source].append(task)
+        waiting: dict[tuple[int, int], list[tuple[Task, Image.Image]]] = {}
+        read = _read_ahead(
+            sources,
+            lambda source: images.load_image(source, max_pixels=max_pixels),
+            readers,
+            batch_size + jobs,
+        )
+        for source, future in read:
+            try:
+                picture = future.result()
+            except Ip2pError as error:
+                failed[source] = str(error)
+                continue
+            size = working_size(picture.size)
+            waiting.setdefault(size, []).extend((task, picture) for task in of_source[source])
+            while len(waiting[size]) >= batch_size or sum(map(len, waiting.values())) > 8 * batch_size:
+                fullest = max(waiting, key=lambda size: len(waiting[size]))
+                edit_some(waiting[fullest][:batch_size])
+                del waiting[fullest][:batch_size]
+                settle(max(batch_size, jobs))
+        for rest in waiting.values():
+            for start in range(0, len(rest), batch_size):
+                edit_some(rest[start : start + batch_size])
+                settle(max(batch_size, jobs))
+        settle(0)
+    finally:
+        readers.shutdown(cancel_futures=True)
+        # Whatever stops the job, what is computed is written.
+        writers.shutdown()
+    return failed
+
+
+def _read_ahead(
+    sources: Sequence[Path], read: Callable[[Path], Image.Image], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[Path, Future[Image.Image]]]:
+    """Each source with its picture to come, in order; at most `ahead` of them are held."""
+    waiting: deque[tuple[Path, Future[Image.Image]]] = deque()
+    left = iter(sources)
+    while True:
+        while len(waiting) < ahead and (source := next(left, None)) is not None:
+            waiting.append((source, pool.submit(read, source)))
+        if not waiting:
+            return
+        yield waiting.popleft()

@@ -1,0 +1,99 @@
+"""Edits in a row (`ip2p edit page.png "make it night" --then "make it snow"`), and how far they drift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ip2p.base.files import replacing
+from ip2p.pictures.images import resized, signed_psnr, to_tensor
+
+if TYPE_CHECKING:
+    from ip2p.editing.editor import Editor
+    from ip2p.models.clip import Clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One edit of a chain; `instruction` is what the model was told, `seed` its noise."""
+
+    instruction: str
+    seed: int
+    image: Image.Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far a step is from the chain's first picture; clip is None where no CLIP is there."""
+
+    psnr: float
+    clip: float | None
+
+
+def chain(
+    editor: Editor,
+    picture: Image.Image,
+    instructions: Sequence[str],
+    *,
+    seed: int,
+    from_original: bool = False,
+    **settings: Any,
+) -> Iterator[Step]:
+    """Edit `picture` by each instruction, each step beginning where the last one ended.
+
+    The seeds count up from `seed`: the same noise on top of itself would print its pattern in. With
+    `from_original` each step edits the first picture by all instructions so far, joined by commas, with
+    `seed`: what earlier steps lost comes back, and what they drew may come out otherwise. `settings` are
+    `Editor.edit`'s.
+    """
+    shown = picture
+    for k, instruction in enumerate(instructions):
+        told = ", ".join(instructions[: k + 1]) if from_original else instruction
+        own_seed = seed if from_original else seed + k
+        [result] = editor.edit(picture if from_original else shown, told, seeds=[own_seed], **settings)
+        yield Step(instruction=told, seed=own_seed, image=result)
+        shown = result
+
+
+def drift(start: Image.Image, step: Image.Image, clip: Clip | None) -> Drift:
+    """PSNR in dB (at most 106), and the cosine of CLIP's embeddings."""
+    from ip2p.editing.rank import image_similarity
+
+    start = resized(start, step.size)  # they differ with --fit model
+    error = (to_tensor(start) - to_tensor(step)).square().mean()
+    return Drift(
+        psnr=signed_psnr(error).item(), clip=None if clip is None else image_similarity(clip, start, step)
+    )
+
+
+def report(drifts: Sequence[Drift], names: Sequence[str]) -> list[str]:
+    """Lines of a table: how far each step is from the start."""
+    width = max(len(name) for name in names)
+    lines = [
+        f"{'drift from the start':<{width + 2}}   PSNR" + ("   CLIP" if drifts[0].clip is not None else "")
+    ]
+    for name, far in zip(names, drifts, strict=True):
+        alike = "" if far.clip is None else f"  {far.clip:.3f}"
+        lines.append(f"{name:<{max(width + 2, 20)}}  {far.psnr:4.1f} dB{alike}")
+    return lines
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, *, frame_ms: int) -> Path:
+    """Write pictures as a GIF or WebP that repeats, at the last one's size; that one stays twice as long."""
+    durations = [frame_ms] * (len(frames) - 1) + [2 * frame_ms]
+    size = frames[-1].size
+    shown = [resized(frame.convert("RGB"), size) for frame in frames]
+    kind = {".gif": "GIF", ".webp": "WEBP"}[path.suffix.lower()]
+    options: dict[str, Any] = {"quality": 90} if kind == "WEBP" else {"disposal": 1}
+    if kind == "GIF":
+        # One palette a frame; dithered, since 256 colours are few for a photograph.
+        shown = [frame.quantize(256, dither=Image.Dither.FLOYDSTEINBERG) for frame in shown]
+    with replacing(path) as partial:
+        shown[0].save(
+            partial, kind, save_all=True, append_images=shown[1:], duration=durations, loop=0, **options
+        )
+    return path

@@ -1,0 +1,1 @@
+"""Pictures and their metadata, masks, settings text, full-resolution output."""

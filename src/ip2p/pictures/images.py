@@ -1,0 +1,401 @@
+"""Pictures in and out: loading with every check, PIL ⇄ tensor, sizes, saving with settings, grids."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from ip2p.base.errors import InputError, ResourceError
+from ip2p.base.files import check_output as check_file
+from ip2p.base.files import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_PIXELS = 16_000_000
+MIN_SIDE = 16
+MAX_ASPECT = 8
+# Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.
+READS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+WRITES = {
+    **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"},
+    **{".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"},
+}
+WRITE_OPTIONS: dict[str, dict[str, object]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+    "TIFF": {},  # with its compressions libtiff cannot write EXIF folders
+    "BMP": {},
+}
+EXIF_IFD, GPS_IFD, USER_COMMENT, XMP = 0x8769, 0x8825, 0x9286, 0x02BC
+ORIENTATION, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0xA002, 0xA003
+# What a TIFF says of its own bytes stands among its EXIF tags; in another file it would be wrong.
+TIFF_LAYOUT = (
+    *(0x00FE, 0x00FF, 0x0100, 0x0101, 0x0102, 0x0103, 0x0106, 0x010A, 0x0111, 0x0115, 0x0116, 0x0117),
+    *(0x0118, 0x0119, 0x011C, 0x0120, 0x0121, 0x013D, 0x0140, 0x0142, 0x0143, 0x0144, 0x0145, 0x014A),
+    *(0x0152, 0x0153, 0x0154, 0x0155, 0x015B, 0x0200, 0x0201, 0x0202, 0x0211, 0x0212, 0x0213, 0x0214),
+    *(0x8773,),  # the ICC profile, which travels by itself
+)
+
+
+# --- paths -------------------------------------------------------------------------------------
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """The one of `names` that `name` was most likely meant to be, or None."""
+    folded = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    return folded[close[0]] if close else None
+
+
+def close_file(path: Path) -> Path | None:
+    """What lies in the folder of `path` under the name most like its own, or None."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:  # no folder, or one that cannot be read
+        return None
+    close = nearest(path.name, names)
+    return path.parent / close if close else None
+
+
+def missing_file(path: Path) -> InputError:
+    """The error for a file that is not there, with the nearest name beside it."""
+    folder = path.parent
+    if not folder.is_dir():
+        return InputError(f"{path}: the folder {folder} does not exist. Check the path.")
+    close = close_file(path)
+    hint = f"Did you mean {close}?" if close else "Check the path."
+    return InputError(f"{path}: no such file. {hint}")
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Make sure, before any work, that a picture can be written to `path`, which comes back as a Path.
+
+    Raises InputError for an ending that is not written, and as `files.check_output` does.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in WRITES:
+        raise InputError(
+            f"{path}: pictures are written as {', '.join(WRITES)}. Change the ending of the name."
+        )
+    check_file(path, overwrite=overwrite)
+    return path
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load_image(
+    source: str | Path | bytes | Image.Image,
+    *,
+    max_pixels: int | None = MAX_PIXELS,
+    background: Literal["white", "black"] = "white",
+) -> Image.Image:
+    """Read a picture as upright 8-bit RGB; `info` keeps what belongs to it (exif, icc_profile).
+
+    `source`: a path, the bytes of a file, or a PIL image (which `max_pixels` does not concern: its
+    pixels are there already). Sizes are checked from the header, before anything is decoded.
+    Transparency is laid on `background`, and a warning says so. Raises InputError for whatever cannot
+    be edited.
+    """
+    if isinstance(source, Image.Image):
+        name = getattr(source, "filename", "") or "The picture"
+        return _upright_rgb(_checked(source, str(name), None), str(name), background)
+    if isinstance(source, bytes):
+        name, data = "The picture", source
+    else:
+        name, data = str(source), _read(Path(source))
+    if not data:
+        raise InputError(f"{name} is empty (0 bytes). Give a picture, or fetch this one again.")
+    try:
+        with warnings.catch_warnings():
+            # Our own limit, checked below, takes the place of Pillow's warning.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=READS) as image:
+                _checked(image, name, max_pixels)
+                if image.format == "TIFF":  # its EXIF folders are read when asked for, and not after `load`
+                    with contextlib.suppress(Exception):
+                        for folder in {EXIF_IFD, GPS_IFD} & set(image.getexif()):
+                            image.getexif().get_ifd(folder)
+                image.load()
+                return _upright_rgb(image, name, background)
+    except InputError:
+        raise
+    except MemoryError:
+        raise ResourceError(f"{name} does not fit in memory. Make it smaller first.") from None
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{name} {_what_is(data)}") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} is too large: {error} Make it smaller first.") from None
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error, …
+        raise InputError(
+            f"{name} is damaged or cut short ({str(error).rstrip('.') or type(error).__name__}). "
+            "Fetch it again, or save it anew from a viewer."
+        ) from None
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder. Name a picture in it.")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise missing_file(path) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
+
+
+def _what_is(data: bytes) -> str:
+    """What a file that no decoder knows seems to be, and what to do about it."""
+    head = data[:512].lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "is a web page (HTML), not a picture. Save the picture itself, not the page around it."
+    if head.startswith((b"<svg", b"<?xml")) and b"<svg" in data[:4096].lower():
+        return "is an SVG drawing. Export it as PNG first."
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "is a HEIC photograph, which is not read. Save it as JPEG or PNG first."
+    try:
+        text = data[:4096].decode("utf-8", "strict" if len(data) <= 4096 else "ignore")
+        if all(letter.isprintable() or letter in "\r\n\t" for letter in text):
+            return "holds text, not a picture. Give a PNG, JPEG or WebP file."
+    except UnicodeDecodeError:
+        pass
+    return "is not a picture in a known format. Give a PNG, JPEG or WebP file."
+
+
+def _checked(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
+    width, height = image.size
+    if max_pixels is not None and width * height > max_pixels:
+        raise InputError(
+            f"{name} has {width * height / 1e6:.1f} megapixels ({width}x{height}); the limit is "
+            f"{max_pixels / 1e6:g}. Make it smaller, or raise the limit with --max-pixels."
+        )
+    if min(width, height) < MIN_SIDE:
+        raise InputError(
+            f"{name} is {width}x{height} pixels; each side needs at least {MIN_SIDE}. Give a larger picture."
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputError(
+            f"{name} is {width}x{height} pixels; one side may be at most {MAX_ASPECT} times the other. "
+            "Crop it first."
+        )
+    # A JPEG of several pictures (MPO) is a photograph with a preview: its first one is the photograph.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        # How many are not counted: that walks through the whole file, which may have millions.
+        raise InputError(f"{name} is animated or has pages. Save the one to edit as PNG.")
+    return image
+
+
+def _upright_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
+    """8-bit RGB, turned as EXIF says, on a background; exif and a fitting ICC profile stay in `info`."""
+    info: dict[str | tuple[int, int], Any] = {}
+    if exif := _exif(image, name):
+        info["exif"] = exif
+    upright = ImageOps.exif_transpose(image)
+    profile = upright.info.get("icc_profile")
+    rgb = upright
+    if upright.has_transparency_data:
+        layer = upright.convert("RGBA")
+        if np.asarray(layer.getchannel("A")).min() < 255:
+            warnings.warn(f"{name} has transparent parts: they are laid on {background}.", stacklevel=1)
+        rgb = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
+        # A palette or RGBA profile is an RGB profile; a grey one does not fit the result.
+        profile = profile if upright.mode not in ("LA", "La", "L") else None
+    elif upright.mode in ("CMYK", "L"):
+        # Other inks and other greys than sRGB's: the result is in sRGB and so needs no profile.
+        rgb, profile = _to_srgb(upright, profile), None
+    elif upright.mode.startswith("I") or upright.mode == "F":
+        rgb, profile = _deep_grey_to_rgb(upright), None
+    elif upright.mode != "RGB":
+        rgb = upright.convert("RGB")
+        profile = profile if upright.mode == "P" else None
+    if rgb is image:
+        rgb = image.copy()
+    if profile:
+        info["icc_profile"] = profile
+    rgb.info = info
+    return rgb
+
+
+def _exif(image: Image.Image, name: str) -> bytes | None:
+    """The EXIF that still holds once the picture stands upright, or None."""
+    try:
+        exif = Image.Exif()
+        exif.load(image.getexif().tobytes())
+        for tag in (ORIENTATION, *TIFF_LAYOUT):
+            exif.pop(tag, None)
+        return exif.tobytes() if len(exif) else None
+    except Exception as error:  # whatever a camera wrote wrongly, the pixels are not to blame
+        warnings.warn(f"{name} has EXIF that cannot be kept ({error}); it is left out.", stacklevel=1)
+        return None
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB from CMYK or grey, by its ICC profile if it has one of its own kind."""
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(
+                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+            if converted is not None:
+                return converted
+        except ImageCms.PyCMSError:
+            pass  # a broken profile or another kind's: the conversion below is what viewers show then
+    return image.convert("RGB")
+
+
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """16-bit or float greyscale to 8-bit RGB; Pillow's own conversion would clip at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    # Floats have no range of their own: up to 1 they are shares of white, beyond it levels.
+    unit = 65535 if image.mode != "F" else 1 if np.nanmax(values) <= 1 else 255
+    scale = 255 / unit
+    grey = np.nan_to_num(values * scale).clip(0, 255).round().astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+# --- tensors and sizes -------------------------------------------------------------------------
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture → fp32 [1, 3, height, width] in [-1, 1]."""
+    import torch
+
+    values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
+    # The order of operations and of memory is diffusers': to the last bit, so are the latents.
+    return 2 * (values[None].permute(0, 3, 1, 2) / 255) - 1
+
+
+def to_pil(tensor: Tensor) -> Image.Image:
+    """[3, height, width] or [1, 3, height, width] in [-1, 1] (clamped) → RGB picture."""
+    if tensor.ndim == 4:
+        (tensor,) = tensor
+    levels = ((tensor.detach().float().cpu() + 1) * 127.5).clamp(0, 255).round()
+    return Image.fromarray(levels.byte().permute(1, 2, 0).numpy())
+
+
+def signed_psnr(squared_error: Tensor) -> Tensor:
+    """PSNR in dB from the mean squared error of pictures in [-1, 1]; at most 106 dB."""
+    return 10 * (4 / squared_error.clamp_min(1e-10)).log10()
+
+
+def fit_size(width: int, height: int, *, native: int = 512, multiple: int = 64) -> tuple[int, int]:
+    """The size at which the model sees a picture of width x height (the original's rule).
+
+    The longer side comes near `native`, then the shorter one is rounded up to a multiple and the
+    longer one follows, down to a multiple. `native` is not a cap: 2048x600 → 640x192 at 512. In
+    whole numbers: f = native / longer, f = ceil(shorter·f / multiple) · multiple / shorter.
+    """
+    longer, shorter = max(width, height), min(width, height)
+    units = -(-shorter * native // (longer * multiple))
+    return tuple(side * units // shorter * multiple for side in (width, height))  # type: ignore[return-value]
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at `size`, width and height; itself if it has it already."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) -> Path:
+    """Write a picture by the ending of its name, whole or not at all; its `info` travels with it.
+
+    `info["parameters"]` (the settings) goes to PNG's text chunk of that name, and to EXIF
+    UserComment in JPEG, WebP and TIFF; exif, icc_profile and xmp are kept. BMP holds pixels alone.
+    Raises InputError as `check_output` does.
+    """
+    path = check_output(path, overwrite=overwrite)
+    kind = WRITES[path.suffix.lower()]
+    with replacing(path) as partial:
+        image.save(partial, kind, **_write_options(image, kind))
+    return path
+
+
+def to_bytes(image: Image.Image, kind: Literal["PNG", "JPEG", "WEBP"] = "PNG", **options: object) -> bytes:
+    """The bytes of a picture's file, its `info` in it as `save_image` has it; `options` are Pillow's own."""
+    file = io.BytesIO()
+    image.save(file, kind, **{**_write_options(image, kind), **options})
+    return file.getvalue()
+
+
+def _write_options(image: Image.Image, kind: str) -> dict[str, Any]:
+    """How Pillow is to write a format, and what of the picture's `info` goes into the file."""
+    settings = image.info.get("parameters")
+    exif = Image.Exif()
+    if image.info.get("exif"):
+        exif.load(image.info["exif"])
+    # Settings of an earlier edit, which came with the input, are not this one's.
+    details = exif.get_ifd(EXIF_IFD)
+    details.pop(USER_COMMENT, None)
+    # Cameras write the size here too; the picture may have been turned or scaled since.
+    details.update(
+        (tag, side) for tag, side in zip((EXIF_WIDTH, EXIF_HEIGHT), image.size, strict=True) if tag in details
+    )
+    options: dict[str, Any] = {}
+    xmp = image.info.get("xmp")
+    if kind == "PNG":
+        options["pnginfo"] = text = PngImagePlugin.PngInfo()
+        if settings:
+            text.add_text("parameters", settings)
+        if xmp:
+            text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    else:
+        options |= WRITE_OPTIONS[kind]
+        if settings:
+            details[USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be")
+        if xmp and kind in ("JPEG", "WEBP"):
+            options["xmp"] = xmp
+        if xmp and kind == "TIFF":
+            exif[XMP] = xmp
+    # Empty sub-folders are written too, so look for entries.
+    if any(tag != EXIF_IFD for tag in exif) or details:
+        options["exif"] = exif.tobytes()
+    if image.info.get("icc_profile"):
+        options["icc_profile"] = image.info["icc_profile"]
+    return options
+
+
+# --- contact sheets ----------------------------------------------------------------------------
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str] | None = None,
+    *,
+    header: Sequence[str] | None = None,
+    gap: int = 8,
+    font_size: int = 14,
+) -> Image.Image:
+    """Lay pictures out in rows on white; each row may have a label below it, each column a header.
+
+    Every picture is scaled to the size of the first one; rows may differ in length.
+    """
+    assert rows and rows[0], "a grid needs a picture"
+    width, height = rows[0][0].size
+    columns = max(len(row) for row in rows)
+    font = ImageFont.load_default(font_size)
+    line = font_size + font_size // 2
+    top = gap + (line if header else 0)
+    step = height + gap + (line if labels else 0)
+    sheet = Image.new("RGB", (gap + columns * (width + gap), top + len(rows) * step), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, word in enumerate(header or ()):
+        pen.text((gap + column * (width + gap), gap // 2), word, "black", font)
+    for number, row in enumerate(rows):
+        y = top + number * step
+        for column, image in enumerate(row):
+            shown = resized(image.convert("RGB"), (width, height))
+            sheet.paste(shown, (gap + column * (width + gap), y))
+        if labels:
+            pen.text((gap, y + height + 2), labels[number], "black", font)
+    return sheet

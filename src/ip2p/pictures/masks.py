@@ -1,0 +1,228 @@
+"""Limit an edit to a region: a mask that was drawn, or one found from what the model itself would change.
+
+A mask is a picture in "L": 255 where the edit may go, 0 where not a byte may change, a blend in between.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from ip2p.base.errors import InputError
+from ip2p.pictures.images import MAX_PIXELS, MIN_SIDE, load_image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from ip2p.diffusion import Denoiser
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow crops
+# Where the model is asked what an instruction is about: at which share of the training times, and with
+# how many draws of noise. One time and two draws told as much as three levels and four draws each.
+LEVEL, DRAWS = 0.65, 2
+# From this share of its largest on, the middle of a change is no background: the whole picture is meant.
+WHOLE = 0.17
+GROW, RIM = 1.5, 0.75  # in latents: how far a found region is grown, and its soft rim inside that
+
+
+# --- a mask that was drawn -----------------------------------------------------------------------
+
+
+def load_mask(
+    source: str | Path | bytes | Image.Image, size: tuple[int, int], *, max_pixels: int | None = MAX_PIXELS
+) -> Image.Image:
+    """Read a mask for a picture of `size`, in "L". Transparency is black: what is edited is white.
+
+    Raises InputError for a mask of another size, one that is black all over, and as `load_image` does.
+    """
+    mask = load_image(source, max_pixels=max_pixels, background="black").convert("L")
+    if mask.size != size:
+        raise InputError(
+            f"The mask is {_times(mask.size)} pixels and the picture {_times(size)}; they must be of one "
+            f"size. Draw the mask on the picture, upright, or scale it to {_times(size)}."
+        )
+    if mask.getbbox() is None:
+        raise InputError("The mask is black all over, so nothing would change. Paint white what to edit.")
+    mask.info = {}
+    return mask
+
+
+def feather(mask: Image.Image, width: float) -> Image.Image:
+    """`mask` with a soft rim of `width` pixels that lies inside it: what was black stays black.
+
+    The value rises with the distance to the nearest black pixel, as far as `width`; a mask that is
+    thinner than that all over has a narrower rim, so that its middle is still white.
+    """
+    values = np.asarray(mask)
+    if width < 0.5:
+        return mask
+    depth = _depth(values > 0, int(np.ceil(width)) + 1)
+    rim = depth / (width + 1)
+    rim = (rim / min(1.0, max(rim.max(), 1e-6))).clip(0, 1)
+    return Image.fromarray(np.minimum(values, (rim * 255).round()).astype(np.uint8))
+
+
+def cut(mask: Image.Image, box: Box, width: float) -> Image.Image:
+    """What `box` cuts out of the mask, feathered. The box holds all that is not black."""
+    # With a pixel around it: there the mask ends, but not where the picture does.
+    left, top = max(0, box[0] - 1), max(0, box[1] - 1)
+    around = mask.crop((left, top, min(mask.width, box[2] + 1), min(mask.height, box[3] + 1)))
+    return feather(around, width).crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
+
+
+def _depth(inside: NDArray[np.bool_], limit: int) -> NDArray[np.float32]:
+    """The Euclidean distance of every pixel to the nearest one outside, at most `limit`; [h, w].
+
+    The picture's own border is no edge: what touches it goes on behind it.
+    """
+    # Along the rows first, then the columns: a distance transform as a lower envelope (Felzenszwalb &
+    # Huttenlocher 2012), brute force over the few rows within reach.
+    height, width = inside.shape
+    place = np.arange(width, dtype=np.int32)
+    far = np.int32(-2 * limit)
+    before = np.maximum.accumulate(np.where(inside, far, place), axis=1)
+    after = np.minimum.accumulate(np.where(inside, width - far, place)[:, ::-1], axis=1)[:, ::-1]
+    row = np.minimum(place - before, after - place).clip(0, limit).astype(np.float32) ** 2
+    nearest = row.copy()
+    for step in range(1, min(limit, height)):
+        np.minimum(nearest[step:], row[:-step] + step**2, out=nearest[step:])
+        np.minimum(nearest[:-step], row[step:] + step**2, out=nearest[:-step])
+    return np.sqrt(nearest).clip(max=limit)
+
+
+def padded(mask: Image.Image, padding: int) -> Box:
+    """The box around what is not black, `padding` pixels wider on every side, within the picture.
+
+    Neither side is under 16 pixels or half of the other, where the picture has room: a sliver says too
+    little of what it is part of.
+    """
+    box = mask.getbbox()
+    assert box is not None, "the mask is black"
+    left, top, right, bottom = box
+    box = (
+        max(0, left - padding),
+        max(0, top - padding),
+        min(mask.width, right + padding),
+        min(mask.height, bottom + padding),
+    )
+    width, height = box[2] - box[0], box[3] - box[1]
+    low = max(MIN_SIDE, -(-max(width, height) // 2))
+    return _grown(box, max(width, low), max(height, low), mask.size)
+
+
+def widened(box: Box, shape: tuple[int, int], picture: tuple[int, int]) -> Box:
+    """`box` made higher or wider to the aspect of `shape`, as far as the picture has room."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    wide, tall = shape
+    if width * tall < height * wide:
+        width = round(height * wide / tall)
+    else:
+        height = round(width * tall / wide)
+    return _grown(box, width, height, picture)
+
+
+def _grown(box: Box, width: int, height: int, picture: tuple[int, int]) -> Box:
+    """A box of width x height about the middle of `box`, moved and at last cut to lie in the picture."""
+    width, height = min(width, picture[0]), min(height, picture[1])
+    left = min(max(0, (box[0] + box[2] - width) // 2), picture[0] - width)
+    top = min(max(0, (box[1] + box[3] - height) // 2), picture[1] - height)
+    return left, top, left + width, top + height
+
+
+def paste(original: Image.Image, edited: Image.Image, mask: Image.Image) -> Image.Image:
+    """`edited` where the mask is white, `original` to the byte where it is black; all RGB of one size."""
+    return Image.composite(edited, original, mask)
+
+
+# --- holding the latents -------------------------------------------------------------------------
+
+
+def cells(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
+    """Which latents may change, 1 or 0, [1, 1, h, w]: those of which any pixel is not black.
+
+    size: the pixels at which the model works; factor: pixels a latent.
+    """
+    import torch
+
+    some = Image.fromarray((np.asarray(mask) > 0).astype(np.float32)).resize(size, Image.Resampling.BOX)
+    free = torch.from_numpy((np.asarray(some) > 0).astype(np.float32))
+    return torch.nn.functional.max_pool2d(free[None, None], factor)
+
+
+def held(denoise: Denoiser, known: Tensor, free: Tensor) -> Denoiser:
+    """A denoiser whose answer is `known` wherever `free` is 0.
+
+    Every sampler then walks there from noise straight to `known`: at each step the latents are known +
+    sigma · noise, which is what the rest of the picture has to join on to.
+    """
+
+    import torch
+
+    def denoise_inside(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.where(free > 0, denoise(x, sigma), known)
+
+    return denoise_inside
+
+
+# --- a mask from the model -----------------------------------------------------------------------
+
+
+def found(said: Tensor, done: Tensor, threshold: float, size: tuple[int, int]) -> list[Image.Image]:
+    """What an instruction is about: a mask of `size` (width, height) for each row.
+
+    said: [batch, draws, 4, h, w], the model's predictions with the instruction less those without it, from
+    noised latents of the picture. done: [batch, 4, h, w], the latents of the result less the picture's.
+    A place counts as far as both stand out there: the first alone ("Watch Your Steps", Mirzaei et al. 2023,
+    section 3.2) also points at what the instruction merely mentions, the second alone at every stain.
+    A change without a background, of the light or the whole scene, gives a mask of everything.
+    """
+    import torch
+
+    factor = size[0] // done.shape[-1]
+    reach, rim = round(GROW * factor), RIM * factor
+    masks = []
+    for strength, change in zip(
+        _smooth(said.abs().mean(dim=(1, 2))), _smooth(done.abs().mean(1)), strict=True
+    ):
+        if change.median() > WHOLE * change.max():
+            masks.append(Image.new("L", size, 255))
+            continue
+        outcome = standing_out(change)
+        both = outcome.minimum(standing_out(strength))
+        if both.max() < threshold:  # they point at different places: then what was done counts
+            both = outcome
+        fine = torch.nn.functional.interpolate(both[None, None], size[::-1], mode="bilinear")
+        inside = (fine >= min(threshold, float(fine.max()))).float()
+        # Edges lie in between the cells, and the shadow or the outline of a thing belongs to it.
+        grown = torch.nn.functional.max_pool2d(inside, 2 * reach + 1, 1, reach)[0, 0]
+        masks.append(feather(Image.fromarray((grown * 255).byte().cpu().numpy()), rim))
+    return masks
+
+
+def standing_out(strength: Tensor) -> Tensor:
+    """[h, w] in [0, 1]: 0 up to the median, 1 at the greatest value that is no outlier (1.5 spreads).
+
+    Over a background that hardly stirs, all of a change would be outliers: the limit is a quarter of its
+    largest value at least.
+    """
+    values = strength.flatten()
+    low, high = values.quantile(0.25), values.quantile(0.75)
+    most = (high + 1.5 * (high - low)).maximum(values.max() / 4).minimum(values.max())
+    middle = values.median()
+    return ((strength - middle) / (most - middle).clamp_min(1e-12)).clamp(0, 1)
+
+
+def _smooth(maps: Tensor) -> Tensor:
+    """[batch, h, w], each place the mean of the 3x3 around it."""
+    import torch
+
+    wide = torch.nn.functional.pad(maps.float()[:, None], (1, 1, 1, 1), mode="replicate")
+    return torch.nn.functional.avg_pool2d(wide, 3, 1)[:, 0]
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

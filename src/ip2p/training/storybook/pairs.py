@@ -1,0 +1,112 @@
+"""Exact edits of the storybook as parquet tables: pairs of pictures, and triples of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ip2p.base.files import replacing
+from ip2p.data.convert import encoded, hub_schema
+from ip2p_storybook.captions import caption
+from ip2p_storybook.draw import draw
+from ip2p_storybook.edits import Edit
+from ip2p_storybook.scene import rng_for
+from ip2p_storybook.triples import SOURCE, TRIPLE_COLUMNS, ExactTriple
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PAIR_COLUMNS = ("original_image", "original_prompt", "edit_prompt", "edited_prompt", "edited_image")
+_ROWS_A_GROUP = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRow:
+    """One row: both pictures uint8 [size, size, 3], both captions, and the instruction between them."""
+
+    original_image: NDArray[np.uint8]
+    original_prompt: str
+    edit_prompt: str
+    edited_prompt: str
+    edited_image: NDArray[np.uint8]
+
+
+def pair_row(edit: Edit, size: int = 256) -> PairRow:
+    """Draw both pages of an edit and caption them in the same manner."""
+
+    def prompt(of: str) -> str:
+        return caption(getattr(edit, of), rng_for("pair", edit.before.seed))
+
+    return PairRow(
+        original_image=draw(edit.before, size),
+        original_prompt=prompt("before"),
+        edit_prompt=edit.instruction,
+        edited_prompt=prompt("after"),
+        edited_image=draw(edit.after, size),
+    )
+
+
+def pair_rows(edits: Iterable[Edit], size: int = 256) -> Iterator[PairRow]:
+    """The rows of the edits, one by one, in their order."""
+    return (pair_row(edit, size) for edit in edits)
+
+
+def write_pairs(edits: Iterable[Edit], path: Path, *, size: int = 256) -> int:
+    """Write the edits' pairs as one parquet file, whole or not at all; returns how many.
+
+    Pictures are PNG bytes in the hub's `Image` columns; `datasets.load_dataset("parquet", ...)` decodes
+    them by itself. At most 100 rows are held in memory.
+    """
+    import pyarrow.parquet as pq
+
+    schema = hub_schema(
+        {column: "Image" if column.endswith("_image") else "string" for column in PAIR_COLUMNS}
+    )
+    rows = pair_rows(edits, size)
+    count = 0
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        while group := list(islice(rows, _ROWS_A_GROUP)):
+            writer.write_table(_table(group, count, schema))
+            count += len(group)
+    return count
+
+
+def _table(rows: list[PairRow], first: int, schema: Any) -> Any:
+    import pyarrow as pa
+
+    def cell(row: PairRow, column: str, number: int) -> object:
+        value = getattr(row, column)
+        if isinstance(value, str):
+            return value
+        return {"bytes": encoded(value), "path": f"{number:07}_{int(column == 'edited_image')}.png"}
+
+    columns = [
+        [cell(row, column, number) for number, row in enumerate(rows, start=first)] for column in PAIR_COLUMNS
+    ]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+def write_triples(triples: Iterable[ExactTriple], path: Path) -> int:
+    """Write triples as parquet in the columns of `ip2p synth`, whole or not at all; returns how many."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.string()) for name in TRIPLE_COLUMNS])
+    rows = [
+        {
+            "id": triple.id,
+            "caption": triple.caption,
+            "instruction": triple.instruction,
+            "edited_caption": triple.edited_caption,
+            "source": SOURCE,
+        }
+        for triple in triples
+    ]
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+    return len(rows)

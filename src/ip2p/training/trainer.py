@@ -1,0 +1,655 @@
+"""`ip2p train`: from pairs and a base model to an editor. It puts the parts of `train` together.
+
+The output folder is the editor. In its folder `training` lie the checkpoints, the log, the validations and
+what was left out of the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import time
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ip2p.base.devices import has_fast_bf16, pick_device
+from ip2p.base.errors import InputError, ResourceError
+from ip2p.base.files import make_folder, write_text
+from ip2p.base.terminal import say
+from ip2p.config import Split, TrainConfig, as_dict, run_json
+from ip2p.data.loading import open_source
+from ip2p.data.records import Pair, Source
+from ip2p.diffusion.schedule import alpha_bar_from_config
+from ip2p.editing.rank import find_clip
+from ip2p.evaluation.storybook import score
+from ip2p.models.base import load_base, new_from_config, prediction_of
+from ip2p.models.bundle import Bundle
+from ip2p.models.clip import Clip
+from ip2p.models.save import Data, model_card, save_editor
+from ip2p.models.text import encode_prompts
+from ip2p.training.cache import Latents, TextCache, build_cache, encode_pictures, text_key, weights_key
+from ip2p.training.loop import LoopConfig, Result, fit, new_accelerator, sole_owner
+from ip2p.training.loss import Shares
+from ip2p.training.objective import Draws, EditBatch, EditTask, Objective
+from ip2p.training.samples import CachedSamples, PooledSamples, Reader, Share, Words, read_cached
+from ip2p.training.storybook.source import StorybookSource
+from ip2p.training.transform import Transform
+from ip2p.training.validation import Curves, HeldOut, Watch, held_out, held_out_loss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ip2p.editing.editor import Editor
+
+log = logging.getLogger("ip2p")
+
+STORYBOOK = "storybook"
+TRAINING = "training"  # the folder inside the output
+LORA_FILE = "pytorch_lora_weights.safetensors"
+DONE = "done.json"
+# What may differ when a run goes on: how long, how fast, where, and what is said of it.
+FREE = (
+    *(
+        "output",
+        "steps",
+        "keep",
+        "save_every",
+        "validate_every",
+        "validate_steps",
+        "stop_when_worse",
+        "watch",
+    ),
+    *(
+        "clip",
+        "nan_steps",
+        "track",
+        "profile",
+        "seconds",
+        "micro_batch",
+        "workers",
+        "compile",
+        "checkpointing",
+    ),
+    *(
+        "cache",
+        "license",
+        "base_license",
+        "data_license",
+        "dtype",
+        "ray",
+        "device",
+        "config",
+        "debug",
+        "stream",
+    ),
+)
+
+
+# Of the settings, what a model's card does not tell.
+UNTOLD = ("output", "base", "data", "config", "debug", "cache", "track", "profile", "ray", "seconds", "keep")
+
+
+def train(config: TrainConfig) -> None:
+    """Train, or go on training; the editor's folder goes to stdout."""
+    if config.ray is not None:
+        from ip2p.training.ray import launch
+
+        make_folder(Path(str(config.output)))
+        launch(
+            run,
+            replace(config, ray=None),
+            workers=config.ray,
+            storage=Path(str(config.output)) / TRAINING / "ray",
+            use_gpu=False if config.device == "cpu" else None,
+        )
+    else:
+        run(config)
+    if _main():
+        print(config.output)
+
+
+def run(config: TrainConfig) -> Result | None:
+    """What every process of a training does; None when the run was finished already.
+
+    Raises InputError, ModelError and ResourceError as `fit`, `build_cache` and `load_base` do.
+    """
+    assert config.output is not None, "TrainConfig.check was called"
+    folder = Path(config.output)
+    make_folder(folder)
+    with sole_owner(folder) if _main() else contextlib.nullcontext():
+        if (ended := _finished(config, folder)) is not None:
+            if _main():
+                say(ended)
+            return None
+        try:
+            return _run(config, folder)
+        except torch.OutOfMemoryError:
+            half = max(1, (config.micro_batch or config.batch) // 2)
+            raise ResourceError(
+                f"out of memory; try --micro-batch {half} (the result stays the same), --checkpointing, "
+                "or --lora 16."
+            ) from None
+
+
+def _main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _finished(config: TrainConfig, folder: Path) -> str | None:
+    """What to say of a run that has nothing left to do."""
+    try:
+        done = json.loads((folder / TRAINING / DONE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if not (folder / "model_index.json").exists():
+        return None
+    if done["step"] >= config.steps:
+        return f"{folder} is finished: {done['step']} steps. Give more --steps to go on."
+    if done["stopped_early"] and done["asked"] == config.steps:
+        return f"{folder} is finished: it was no longer getting better at step {done['step']}."
+    return None
+
+
+@dataclass
+class _Setting:
+    """What a run stands on."""
+
+    config: TrainConfig
+    folder: Path  # of the run's own files
+    accelerator: Accelerator
+    bundle: Bundle
+    source: Source
+    transform: Transform
+    objective: Objective
+    share: Share
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+
+
+def _run(config: TrainConfig, output: Path) -> Result:
+    started = time.monotonic()
+    accelerator = _accelerator(config, output / TRAINING)
+    main = accelerator.is_main_process
+    bundle = open_base(config, accelerator.device)
+    if config.prediction != "auto":
+        # The folder that comes out says it too, or it would be sampled wrongly.
+        told = {**bundle.scheduler_config, "prediction_type": config.prediction}
+        bundle = replace(bundle, scheduler_config=told)
+    side = config.size or bundle.card.native_size
+    size = (side, side) if isinstance(side, int) else side
+    for name, pixels in zip(("width", "height"), size, strict=True):
+        if pixels % bundle.size_multiple:
+            fits = max(1, round(pixels / bundle.size_multiple)) * bundle.size_multiple
+            raise InputError(
+                f"--size: the {name} of {pixels} pixels is not a multiple of {bundle.size_multiple}, as this "
+                f"model needs. Try {fits}."
+            )
+    source = find_source(
+        config.data,
+        size[0] if size[0] == size[1] else None,
+        seed=config.seed,
+        split=config.split,
+        stream=config.stream,
+        revision=config.data_revision,
+    )
+    transform = Transform(size=size, resize_to=config.resize_to, flip=not (config.no_flip or source.endless))
+    objective = Objective(
+        prediction=prediction_of(bundle),
+        shares=Shares(config.text_null, config.image_null, config.both_null),
+        snr_clip=None if config.min_snr is None else (0.0, config.min_snr),
+    )
+    world = accelerator.num_processes
+    micro = config.micro_batch or max(1, config.batch // world)
+    share = Share(batch=config.batch, micro=micro, rank=accelerator.process_index, world=world)
+    here = _Setting(config, output / TRAINING, accelerator, bundle, source, transform, objective, share)
+    here.folder.mkdir(parents=True, exist_ok=True)
+    start_key = weights_key(bundle.unet)
+    samples, reader, held, data = _samples(here)
+    task = _task(here)
+    if config.stop_when_worse and not held:
+        raise InputError(
+            f"--stop-when-worse needs held-out pairs, at most a tenth of all, and {config.data} has "
+            f"{data.rows} rows; leave it away, or give more data."
+        )
+    checks = _Checks(here, task, reader, held) if main and held else None
+    if main:
+        write_text(output / "run.json", run_json(config))
+    result = fit(
+        task,
+        samples,
+        LoopConfig(
+            steps=config.steps,
+            batch=config.batch,
+            lr=config.lr,
+            schedule=config.schedule,
+            warmup=config.warmup,
+            weight_decay=config.weight_decay,
+            betas=(config.beta1, config.beta2),
+            clip_norm=config.clip_norm or None,
+            ema=config.ema or None,
+            ema_updates=len(share.places(0)) if config.ema_every == "micro" else 1,
+            nan_steps=config.nan_steps,
+            keep=config.keep,
+            save_every=config.save_every,
+            check_every=config.validate_every or None,
+        ),
+        folder=here.folder,
+        accelerator=accelerator,
+        fingerprint=fingerprint(config, source, start_key),
+        name="train",
+        deadline=None if config.seconds is None else started + config.seconds,
+        # The others wait for the main process as it validates, and learn whether to stop.
+        check=checks or (_no_check if held else None),
+        parts={"watch": checks.watch} if checks is not None else {},
+        profile=config.profile,
+        say=say if main else lambda text: None,
+    )
+    if main and result.finished:
+        if checks is not None and not result.stopped_early:
+            checks(result.step)
+        _write(here, output, task, data, checks)
+        done = {"step": result.step, "stopped_early": result.stopped_early, "asked": config.steps}
+        write_text(here.folder / DONE, json.dumps(done) + "\n")
+    elif main:
+        say("time is up; the same command goes on from here")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return result
+
+
+def fingerprint(config: TrainConfig, source: Source, start: str) -> dict[str, Any]:
+    """What must be the same when a run goes on: the settings that decide its numbers, data and base."""
+    kept = {name: value for name, value in as_dict(config).items() if name not in FREE}
+    if config.schedule == "cosine":
+        kept["steps"] = config.steps  # the learning rate's way down follows from it
+    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+    return kept | {"content of --data": source.key, "weights of --base": start}
+
+
+# --- the parts ---
+
+
+def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    device = pick_device(config.device)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device.type in ("cuda", "cpu") and has_fast_bf16(device) else "fp32"
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(
+            f"--precision fp16 needs a CUDA device, and this is {device.type}; use bf16 or fp32."
+        )
+    number = "no" if precision == "fp32" else precision
+    tracker = _trackers(config.track)
+    if tracker is None:
+        return new_accelerator(device, number)
+    accelerator = new_accelerator(device, number, log_with=tracker, project_dir=str(folder))
+    told = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in as_dict(config).items()}
+    accelerator.init_trackers(tracker, config=told)
+    return accelerator
+
+
+def _trackers(track: str) -> str | None:
+    if track == "none":
+        return None
+    installed = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    if track == "auto":
+        return "tensorboard" if installed else None
+    if track == "tensorboard" and not installed:
+        raise InputError("--track tensorboard needs it: pip install 'ip2p[track]'")
+    from accelerate.utils import LoggerType
+
+    known = [kind.value for kind in LoggerType if kind.value != "all"]
+    if track not in known:
+        raise InputError(f"--track is {track!r}; choose one of: auto, none, {', '.join(known)}.")
+    if track != "tensorboard" and not importlib.util.find_spec(track):
+        raise InputError(f"--track {track} needs it: pip install {track}")
+    return track
+
+
+def open_base(config: TrainConfig, device: torch.device) -> Bundle:
+    """The networks to start from; a UNet's config (a .json file) with --parts starts from noise."""
+    path = Path(config.base).expanduser()
+    alone = path.suffix == ".json" or (path.is_dir() and not (path / "model_index.json").exists())
+    if alone and (path.is_file() or (path / "config.json").is_file()):
+        if config.parts is None:
+            raise InputError(
+                f"{config.base} is the config of a UNet alone; add --parts MODEL for its autoencoder, its "
+                "text encoder and its noise schedule."
+            )
+        return new_from_config(
+            path, config.parts, device=device, revision=config.revision, vae=config.vae, seed=config.seed
+        )
+    return load_base(config.base, device=device, revision=config.revision, vae=config.vae)
+
+
+def find_source(
+    data: str, side: int | None, *, seed: int, split: str, stream: bool, revision: str | None
+) -> Source:
+    """The data named; `storybook` is drawn as it is needed, `side` pixels wide and high."""
+    if data != STORYBOOK or Path(STORYBOOK).exists():
+        return open_source(data, stream=stream, revision=revision, split=split)
+    if side is None:
+        raise InputError("storybook pages are square; give --size one side, as in --size 256.")
+    if split not in typing.get_args(Split):
+        raise InputError(f"--split is {split!r}; of the storybook: {', '.join(typing.get_args(Split))}.")
+    return StorybookSource(side, seed=seed, split=typing.cast(Split, split))
+
+
+def cache_home(config: TrainConfig) -> Path:
+    if config.cache is not None:
+        return config.cache
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "ip2p"
+
+
+def _task(here: _Setting) -> EditTask:
+    config, bundle = here.config, here.bundle
+    unet: Any = bundle.unet
+    cells = here.transform.size[0] * here.transform.size[1] // bundle.latent_factor**2
+    if here.accelerator.device.type == "cpu" and cells <= 256:
+        from diffusers.models.attention_processor import AttnProcessor
+
+        # With so few cells the fused kernel's backward pass is the slower one on a CPU, most of all in bf16.
+        unet.set_attn_processor(AttnProcessor())
+    if config.lora is not None:
+        from ip2p.training.lora import add_lora
+
+        add_lora(
+            unet,
+            config.lora,
+            config.lora_alpha,
+            targets=config.lora_targets,
+            conv_in=bundle.widened,
+            seed=config.seed,
+        )
+    if config.checkpointing:
+        unet.enable_gradient_checkpointing()
+    if here.accelerator.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if config.compile:
+        unet.compile()
+    return EditTask(
+        unet,
+        alpha_bar_from_config(bundle.scheduler_config),
+        here.objective,
+        latent_scale=bundle.latent_scale,
+        condition_scale=bundle.condition_scale,
+    )
+
+
+def _encode_texts(here: _Setting) -> Callable[[list[str]], Any]:
+    return lambda texts: encode_prompts(here.bundle, texts, here.transform.size)
+
+
+def _samples(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
+    """The samples, what reads their texts, what is held out, and what the card says of the data."""
+    config, source = here.config, here.source
+    if config.no_cache or config.stream or source.endless:
+        return _online(here)
+    home = cache_home(config)
+    make_folder(home)
+    more: dict[str, Any] = {"rank": here.share.rank, "world": here.share.world, "dtype": config.cache_dtype}
+    cache = build_cache(
+        source,
+        here.bundle,
+        here.transform,
+        home / "latents",
+        device=here.accelerator.device,
+        autocast=here.autocast,
+        workers=config.workers,
+        **more,
+    )
+    texts = ["", *cache.instructions]
+    told = TextCache.build(
+        texts,
+        _encode_texts(here),
+        home / "texts",
+        key=text_key(here.bundle, here.transform.size),
+        **more,
+    )
+    held, kept = _apart(config, cache.ids)
+    words = read_cached(told)
+    samples = CachedSamples(
+        cache,
+        words,
+        here.transform,
+        here.objective,
+        here.share,
+        seed=config.seed,
+        kept=kept,
+        ahead=here.accelerator.device.type != "cpu",
+    )
+    data = Data(name=config.data, rows=len(kept), quarantined=len(cache.broken), license=config.data_license)
+    return samples, words, [source[cache.rows[place]] for place in held], data
+
+
+def _apart(config: TrainConfig, ids: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Which rows are held out, and which are trained on."""
+    count = min(config.held_out, len(ids) // 10) if config.validate_every else 0
+    held = held_out(ids, count, config.seed)
+    out = set(held)
+    return held, [place for place in range(len(ids)) if place not in out]
+
+
+def _online(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
+    config, source, bundle = here.config, here.source, here.bundle
+    known: dict[str, Any] = {}  # texts come again, most of all the empty one
+
+    def words(texts: list[str]) -> Words:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if len(known) > 20_000:
+            known.clear()
+            new = list(dict.fromkeys(texts))
+        if new:
+            with torch.no_grad():
+                told = encode_prompts(bundle, new, here.transform.size)
+            for k, text in enumerate(new):
+                known[text] = [
+                    None if x is None else x[k].cpu() for x in (told.hidden, told.pooled, told.time_ids)
+                ]
+        columns: Any = zip(*(known[text] for text in texts), strict=True)
+        hidden, pooled, time_ids = (None if rows[0] is None else torch.stack(rows) for rows in columns)
+        assert hidden is not None, "every text has hidden states"
+        return Words(hidden, pooled, time_ids)
+
+    @torch.no_grad()
+    def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [encode_pictures(bundle.vae, some, autocast=here.autocast) for some in pixels.split(16)]
+        mean, std = (torch.cat(values).contiguous() for values in zip(*parts, strict=True))
+        return mean, std
+
+    kept: list[int] | None = None
+    if source.endless:
+        count = config.held_out if config.validate_every else 0
+        apart = StorybookSource(here.transform.size[0], seed=config.seed, split="test", count=max(1, count))
+        pairs = [apart[row] for row in range(count)]
+    else:
+        # Their own ids would have to be read first, of the whole data.
+        held, kept = _apart(config, [str(row) for row in range(len(source))])
+        pairs = [source[row] for row in held]
+    bundle.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    samples = PooledSamples(
+        source,
+        words,
+        here.transform,
+        encode,
+        here.objective,
+        here.share,
+        seed=config.seed,
+        # No more than the run will use, which matters for short ones.
+        pool=min(config.pool, -(-config.steps * config.batch // config.reuse)),
+        reuse=config.reuse,
+        workers=config.workers,
+        kept=kept,
+        quarantine=here.folder / "quarantine.jsonl" if here.share.rank == 0 else None,
+    )
+    rows = None if kept is None else len(kept)
+    return samples, words, pairs, Data(name=config.data, rows=rows, license=config.data_license)
+
+
+# --- validation ---
+
+
+class _Few:
+    """The latents of the held-out pairs, as `held_out_loss` reads them from a cache."""
+
+    def __init__(self, ids: Sequence[str], latents: Latents) -> None:
+        self.ids, self.latents = ids, latents
+
+    def read(self, places: Sequence[int], variants: Sequence[int]) -> Latents:
+        rows = list(places)
+        return Latents(self.latents.before[rows], self.latents.mean[rows], self.latents.std[rows])
+
+
+class _Checks:
+    """Called at a step it validates, shows and logs; True when it is time to stop (`--stop-when-worse`)."""
+
+    def __init__(self, here: _Setting, task: EditTask, reader: Reader, pairs: Sequence[Pair]) -> None:
+        self.here, self.task, self.reader = here, task, reader
+        config, bundle, size = here.config, here.bundle, here.transform.size
+        drawn = isinstance(here.source, StorybookSource)
+        self.edits = HeldOut(
+            pairs,
+            here.folder,
+            size,
+            settings={"steps": config.validate_steps},
+            clip=self._clip(),
+            score=self._score if drawn else None,
+            # A grid's row is three pictures; so many rows can be looked at.
+            shown=16,
+        )
+        with torch.no_grad():
+            both = [
+                encode_pictures(bundle.vae, some, autocast=here.autocast)
+                for some in (self.edits.before, self.edits.after)
+            ]
+        (before, _), (mean, std) = [[part.cpu() for part in some] for some in both]
+        self.few = _Few([pair.id for pair in self.edits.pairs], Latents(before, mean, std))
+        self.curves = Curves(here.folder)
+        key = config.watch
+        if key == "auto":
+            key = "success" if drawn else "clip_directional" if self.edits.clip is not None else "loss"
+        self.watch = Watch(key, config.stop_when_worse or 0, higher_is_better=key not in ("loss", "l1"))
+
+    def _clip(self) -> Clip | None:
+        config, device = self.here.config, self.here.accelerator.device
+        if config.clip is None and not (self.here.bundle.folder / "clip" / "config.json").is_file():
+            return None  # curves without CLIP are curves too
+        return Clip.load(find_clip(config.clip, str(self.here.bundle.folder)), device)
+
+    def _score(self, editor: Editor) -> dict[str, float]:
+        told = score(
+            editor,
+            count=4 * len(self.edits.pairs),
+            seed=self.here.config.seed,
+            steps=self.here.config.validate_steps,
+            size=self.here.transform.size[0],
+            splits=("test",),
+        )["test"]["model"]["overall"]
+        return {"success": told["success"], "kept": told["preservation"] or 0.0}
+
+    def __call__(self, step: int) -> bool:
+        self.curves.forget_after(step - 1)
+        started = time.monotonic()
+        numbers = {"loss": held_out_loss(self._loss, self.few, range(len(self.few.ids)))}  # type: ignore[arg-type]
+        numbers |= self.edits(step, self.here.bundle)
+        self.curves.add(step, numbers)
+        self.curves.draw()
+        with contextlib.suppress(AttributeError):
+            self.here.accelerator.log({f"held out/{k}": v for k, v in numbers.items()}, step=step)
+        told = " ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        say(f"held out: step {step} {told} ({time.monotonic() - started:.0f} s)")
+        stop = self.watch.see(step, numbers)
+        if stop:
+            say(
+                f"{self.watch.key} was best at step {self.watch.best_step} ({self.watch.best:.4g}) and no "
+                f"better {self.watch.patience} times since; stopping."
+            )
+        return stop
+
+    def _loss(self, latents: Latents, places: Sequence[int], noise: Tensor, times: Tensor) -> Tensor:
+        none = torch.zeros(len(places), dtype=torch.bool)
+        draws = Draws(torch.zeros_like(noise), noise, times, none, none, none)
+        words = self.reader([self.edits.pairs[place].instruction for place in places])
+        batch = EditBatch(
+            before=latents.before, mean=latents.mean, std=latents.std, draws=draws, ids=[], **words._asdict()
+        )
+        device = self.here.accelerator.device
+        with torch.no_grad(), self.here.accelerator.autocast():
+            predicted, wanted, *_ = self.task.predict(batch.map(lambda tensor: tensor.to(device)))
+        return (predicted.float() - wanted).square().mean(dim=(1, 2, 3)).cpu()
+
+
+# --- the editor that comes out ---
+
+
+def _write(here: _Setting, output: Path, task: EditTask, data: Data, checks: _Checks | None) -> None:
+    """Put the editor into the output folder, its index last: without that it is not a model yet."""
+    config, bundle = here.config, here.bundle
+    unet, lora = task.unet, None
+    if config.lora is not None:
+        from ip2p.training.lora import merged, save_lora
+
+        if not bundle.widened:
+            lora = LORA_FILE
+            save_lora(unet, output / lora)
+        unet = merged(unet)
+    curves = checks.curves if checks is not None else None
+    picture = curves.draw() if curves is not None else None
+    size = here.transform.size
+    card = {"native_size": min(size), "base": None if bundle.card.name == "new" else _told(config.base)}
+    readme = model_card(
+        name=output.resolve().name,
+        base=None if bundle.card.name == "new" else config.base,
+        data=[data],
+        recipe={k: v for k, v in as_dict(config).items() if k not in UNTOLD and v is not None},
+        kind=bundle.kind,
+        native_size=min(size),
+        text_cfg=bundle.card.text_cfg,
+        image_cfg=bundle.card.image_cfg,
+        curves=curves.rows if curves is not None else (),
+        picture="curves.png" if picture else None,
+        license=config.license,
+        base_license=config.base_license,
+        lora=lora,
+    )
+    fresh = output / TRAINING / "editor"
+    save_editor(
+        bundle,
+        fresh,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype],
+        unet_state=unet.state_dict(),
+        card=card,
+        readme=readme,
+        files={"curves.png": picture} if picture else {},
+    )
+    index = output / "model_index.json"
+    index.unlink(missing_ok=True)
+    for entry in sorted(fresh.iterdir(), key=lambda entry: entry.name == index.name):
+        target = output / entry.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+    fresh.rmdir()
+
+
+def _no_check(step: int) -> bool:
+    return False
+
+
+def _told(name: str) -> str:
+    """A base as a card for other machines has it: a hub id whole, of a path the last part."""
+    return name if not Path(name).expanduser().exists() else Path(name).name
