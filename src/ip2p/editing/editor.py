@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ip2p import __version__
 from ip2p.base.devices import MAX_SEED, NoiseStream, pick_device, pick_dtype
-from ip2p.base.errors import InputError, ModelError, ResourceError
+from ip2p.base.errors import InputError, ModelError, translated_errors
 from ip2p.config import (
     MAX_SCALE,
     check_float,
@@ -686,21 +686,9 @@ def _finite(pixels: Tensor) -> Tensor:
     return pixels
 
 
-class _memory_error:
-    """Turn running out of memory into a ResourceError that names a smaller size."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.size = width, height
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        )
-        if full:
-            width, height = self.size
-            raise ResourceError(
-                f"Out of memory at {width}x{height}. Try --size {max(width, height) // 2} or --batch-size 1."
-            ) from None
+def _memory_error(width: int, height: int) -> contextlib.AbstractContextManager[None]:
+    """Running out of memory becomes a ResourceError that names a smaller size."""
+    size = max(width, height) // 2
+    return translated_errors(
+        memory=f"Out of memory at {width}x{height}. Try --size {size} or --batch-size 1."
+    )
