@@ -27,7 +27,7 @@ from ip2p.config import (
     check_size,
 )
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
-from ip2p.diffusion.samplers import SAMPLERS
+from ip2p.diffusion.samplers import SAMPLERS, sampler_for
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle
 from ip2p.models.controlnet import EXAMPLE as CONTROLNET
@@ -38,7 +38,7 @@ from ip2p.models.controlnet import (
     find_controlnet,
     load_controlnet,
 )
-from ip2p.models.load import open_model, part_weights
+from ip2p.models.load import Choice, open_model, part_weights
 from ip2p.models.lora import apply_loras, check_loras
 from ip2p.models.memory import (
     Memory,
@@ -111,7 +111,7 @@ class Editor:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
-        weights: Literal["ema", "plain"] = "ema",
+        weights: Choice = "auto",
         vae: str | Path | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
         controlnet: str | Path | None = None,
@@ -536,7 +536,7 @@ class Editor:
             known, free = hold
             start = start + (1 - free) * known
             denoise = held(denoise, known, free)
-        sampling = SAMPLERS[sampler](denoise, start, sigmas, noise)
+        sampling = sampler_for(sampler, self.schedule)(denoise, start, sigmas, noise)
         while True:
             # Entered anew for each step: a generator must not hold the mode open over its caller's code.
             with torch.inference_mode():
