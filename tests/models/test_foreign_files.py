@@ -500,5 +500,5 @@ def test_an_editor_edits_with_a_tiny_autoencoder(tiny_vae, sd1_dir, memory):
     from ip2p.editing.editor import Editor
 
     editor = Editor.load(sd1_dir, vae=tiny_vae, device="cpu", memory=memory)
-    [result] = editor.edit(Image.new("RGB", (64, 64), "teal"), "make it night", steps=2, seeds=[1]).images
+    [result] = editor.edit(Image.new("RGB", (64, 64), "teal"), "make it night", steps=2, seeds=[1])
     assert result.size == (64, 64)

@@ -90,8 +90,9 @@ def tcd(
 ) -> Steps:
     """Strategic stochastic sampling of trajectory consistency (Zheng et al. 2024, algorithm 4).
 
-    Straight to the sigma `earlier(s')` below the next one, s', then fresh noise up to it: with e = earlier(s'),
-    x' = x0 + e (x - x0) / s + sqrt(s'² - e²) noise. `sampler_for` has the paper's: of times, (1 - γ) t'.
+    Straight to a sigma below the next one, then fresh noise up to it: with s' the next one and
+    e = earlier(s'), x' = x0 + e (x - x0) / s + sqrt(s'² - e²) noise. `sampler_for` has the paper's choice:
+    the sigma of the time (1 - γ) t'.
     """
     assert noise is not None, "this sampler needs a source of noise"
     for sigma, following in pairwise(sigmas):

@@ -134,8 +134,8 @@ def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Float[Ten
 def lcm_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
     """sigma at the times at which LCM and TCD models were distilled, every 20th of 1000, then a zero.
 
-    `steps` of these, evenly chosen from the noisiest on (Luo et al. 2023); all of them, evenly spaced between,
-    where more are asked for.
+    `steps` of these, evenly chosen from the noisiest on (Luo et al. 2023). Where more steps are asked for,
+    the times are spaced evenly over the same range.
     """
     count = len(schedule.levels)
     known = min(50, count)

@@ -518,7 +518,8 @@ def from_hub(
         found = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=local)
         return Path(found)
 
-    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    one = f" {files[0]}" if len(files) == 1 else ""
+    command = f"hf download {name}{one}" + (f" --revision {revision}" if revision else "")
     with contextlib.suppress(LocalEntryNotFoundError):
         folder = fetch(local=True)
         if whole(folder):

@@ -205,7 +205,7 @@ def write_folder(
             _write_json(temporary / part / "config.json", configs[part])
         for name, found in tokenizers.items():
             (temporary / name).mkdir()
-            for file_name, text in with_word_lists(found).items():
+            for file_name, text in found.items():
                 write_text(temporary / name / file_name, text)
         (temporary / "scheduler").mkdir()
         _write_json(temporary / "scheduler" / "scheduler_config.json", configs["scheduler"])
@@ -218,24 +218,6 @@ def write_folder(
         for name, path in (files or {}).items():
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, temporary / name)
         _write_json(temporary / "model_index.json", configs["model_index"])
-
-
-def with_word_lists(texts: Mapping[str, str]) -> dict[str, str]:
-    """A tokenizer's files with `vocab.json` and `merges.txt`, which transformers 4 needs.
-
-    transformers 5 writes `tokenizer.json` alone, which holds the same words and merges.
-    """
-    if "tokenizer.json" not in texts or {"vocab.json", "merges.txt"} <= texts.keys():
-        return dict(texts)
-    model = json.loads(texts["tokenizer.json"]).get("model", {})
-    words, merges = model.get("vocab"), model.get("merges")
-    if not isinstance(words, dict) or not isinstance(merges, list):
-        return dict(texts)  # another kind of tokenizer, which has no such lists
-    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    return {
-        "vocab.json": json.dumps(words, ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *lines]) + "\n",
-    } | dict(texts)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
