@@ -161,7 +161,7 @@ def plural(noun: str) -> str:
         return "people"
     if noun in ALWAYS_PLURAL:
         return noun
-    if noun.endswith("f") and noun != "scarf":
+    if noun.endswith("f") and not noun.endswith("scarf"):
         return noun[:-1] + "ves"
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
@@ -553,11 +553,11 @@ def _texts() -> Iterator[str]:
     yield from (re.sub(r"\{\w+\}", " ", t) for t in (*POLITE, *TEMPLATES))
     nouns = [noun for kind in ALL_KINDS for noun in nouns_of(kind)]
     nouns += [noun for group in GROUP_NOUNS.values() for noun in group]
-    nouns += [*KINDS, *THING_NOUNS, "clothes", *(word for w in WEARABLES for word in wearables_of(w))]
+    nouns += [*KINDS, *THING_NOUNS, *(word for w in WEARABLES for word in wearables_of(w))]
     yield from nouns
     yield from (plural(noun) for noun in nouns)
     yield from NUMBERS
-    yield "1 2 3 4 a an the is are 's everything a pair of"
+    yield "1 2 3 4 a an the is are 's everything clothes a pair of"
     yield from (w for name in _PRONOUNS.values() for w in (name.t, name.s, name.p))
     yield from (word for colour in COLOURS for word in colours_of(colour))
     yield from (*SLOTS, *TIMES, *STYLES, *IN_SKY)
