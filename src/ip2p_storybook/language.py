@@ -142,7 +142,7 @@ def pick_phrasing(
 # --- words --------------------------------------------------------------------------------------
 
 NUMBERS = ("zero", "one", "two", "three", "four")
-_MALE, _FEMALE = ("boy", "wizard"), ("girl", "queen")
+MALE_KINDS, FEMALE_KINDS = ("boy", "wizard"), ("girl", "queen")
 _OTHER_SHARE = 0.2  # how often instructions take another word than the plain one
 _Words = TypeVar("_Words")
 
@@ -266,9 +266,9 @@ _PRONOUNS = {
 def pronoun(thing: Thing) -> Name:
     if thing.count > 1:
         return _PRONOUNS["them"]
-    if thing.kind in _MALE:
+    if thing.kind in MALE_KINDS:
         return _PRONOUNS["him"]
-    return _PRONOUNS["her"] if thing.kind in _FEMALE else _PRONOUNS["it"]
+    return _PRONOUNS["her"] if thing.kind in FEMALE_KINDS else _PRONOUNS["it"]
 
 
 def noun_phrase(noun: str, count: int, colour: str = "") -> Name:
