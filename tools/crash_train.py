@@ -290,7 +290,7 @@ def two(bench: Bench) -> Iterator[str]:
     wait_for(first, lambda: listed(output), "its first checkpoint")
     os.killpg(first.pid, signal.SIGSTOP)  # so that it does not end before the other looks
     errors = bench.run(output, code=2)
-    must("another run" in errors, f"not told: {errors}")
+    must("another ip2p is writing into" in errors, f"not told: {errors}")
     os.killpg(first.pid, signal.SIGCONT)
     _, errors = first.communicate(timeout=PATIENCE)
     must(first.returncode == 0, f"the first exits {first.returncode}: {errors[-400:]}")
