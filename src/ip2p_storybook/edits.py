@@ -175,30 +175,28 @@ def propose(scene: Scene, rng: random.Random, kind: str | None = None, split: st
     unseen = split == "unseen_combinations"
     if not unseen and _has_held(scene):
         return None
-    if split == "paraphrases":
-        return _propose_paraphrase(scene, rng, kind)
     draw = _Draw(rng, split == "unseen_phrasings", "unseen" if unseen else "seen")
-    if kind is None:
-        left = dict(_WEIGHTS)
-        while left:
-            kind = rng.choices(tuple(left), tuple(left.values()))[0]
-            edit = _propose(scene, draw, kind)
-            if edit is not None:
-                break
-            del left[kind]
+    left = dict(_WEIGHTS) if kind is None else {_check_kind(kind): 1.0}
+    while left:
+        chosen = rng.choices(tuple(left), tuple(left.values()))[0]
+        if split == "paraphrases":
+            edit = _propose_paraphrase(scene, rng, chosen)
         else:
-            return None
+            edit = _propose(scene, draw, chosen)
+        if edit is not None:
+            break
+        del left[chosen]
     else:
-        _check_kind(kind)
-        edit = _propose(scene, draw, kind)
-        if edit is None:
-            return None
+        return None
+    if split == "paraphrases":
+        return edit
     return replace(edit, instruction=say.finish(edit.instruction, rng, typos=split == "train"))
 
 
-def _check_kind(kind: str | None) -> None:
-    if kind is not None and kind not in _WEIGHTS:
+def _check_kind(kind: str) -> str:
+    if kind not in _WEIGHTS:
         raise ValueError(f"unknown kind of edit {kind!r}; choose one of: {', '.join(EDIT_KINDS)}")
+    return kind
 
 
 def sample_edit(
@@ -229,10 +227,8 @@ def sample_edit(
             return edit
 
 
-def _propose_paraphrase(scene: Scene, rng: random.Random, kind: str | None) -> Edit | None:
-    _check_kind(kind)
-    found = (_say_paraphrase(p, scene) for k in EDIT_KINDS if kind in (None, k) for p in paraphrases_of(k))
-    edits = [edit for edit in found if edit is not None]
+def _propose_paraphrase(scene: Scene, rng: random.Random, kind: str) -> Edit | None:
+    edits = [edit for p in paraphrases_of(kind) if (edit := _say_paraphrase(p, scene)) is not None]
     return rng.choice(edits) if edits else None
 
 
