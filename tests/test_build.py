@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ip2p.base.errors import InputError, ModelError
+from ip2p.base.ledger import lock_folder
 from ip2p.training import build, loop
 from ip2p.training.checkpoints import Checkpoints
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ip2p.base import cluster as clusters
-from ip2p.base import jobs
+from ip2p.base import jobs, terminal
 from ip2p.base.cluster import Cluster, fitting
 from ip2p.base.errors import InputError, ModelError, ResourceError, Terminated
 from ip2p.base.jobs import Made
@@ -385,10 +385,10 @@ def test_a_full_disk_is_told_and_what_was_committed_stays(go, tmp_path, monkeypa
 
 
 def test_pace_tells_the_rate_and_the_time_left():
-    assert jobs.pace(0, 10, 5.0, "rows") == ""
-    assert jobs.pace(50, 250, 4.0, "rows") == "12.5 rows/s, 0:16 left"
-    assert jobs.pace(3000, 6000, 2.0, "rows") == "1,500 rows/s, 0:02 left"
-    assert jobs.pace(10, 250, 150.0, "triples") == "4 triples/min, 1:00:00 left"
+    assert terminal.pace(0, 10, 5.0, "rows") == ""
+    assert terminal.pace(50, 250, 4.0, "rows") == "12.5 rows/s, 0:16 left"
+    assert terminal.pace(3000, 6000, 2.0, "rows") == "1,500 rows/s, 0:02 left"
+    assert terminal.pace(10, 250, 150.0, "triples") == "4 triples/min, 1:00:00 left"
 
 
 # --- Ray ------------------------------------------------------------------------------------------

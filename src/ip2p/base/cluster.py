@@ -37,10 +37,12 @@ def work_on_ray(
     cluster: Cluster,
     threads: int | None,
 ) -> Work:
-    """A pool of actors, each with one part at a time: a kill costs no more than one part a worker.
+    """A pool of actors, one part at a time each, so that a kill costs at most one part a worker.
 
-    A part is given to a worker that has begun: one for which there is no room, since a machine went or
-    another program came, keeps none waiting. Machines that join meanwhile get workers.
+    A part goes only to a worker that has started: one for which there is no room, because a machine left or
+    another program took it, holds up nothing. Machines that join later get workers too. Ray's own pools do
+    not serve here: `ray.util.ActorPool` hands parts to actors that may never start and does not say which
+    part was lost; Ray Data merges parts into blocks and by default retries without limit.
     """
     with ray_of(cluster) as ray:
         count, resources = fitting(ray.nodes(), cluster, len(todo))
@@ -62,12 +64,12 @@ def work_on_ray(
         try:
             while waiting or any(part is not None for part, _ in running.values()):
                 while waiting and free:
-                    given, worker = waiting.popleft(), free.popleft()
-                    running[worker.answer.remote(parts[given])] = (given, worker)
+                    number, worker = waiting.popleft(), free.popleft()
+                    running[worker.answer.remote(parts[number])] = (number, worker)
                 if waiting and time.monotonic() - looked > LOOK:
                     looked = time.monotonic()
-                    wanted = cluster.workers or fits(ray.nodes(), cluster)
-                    begin(min(wanted, len(waiting) + len(running)) - len(pool))
+                    target = cluster.workers or fits(ray.nodes(), cluster)
+                    begin(min(target, len(waiting) + len(running)) - len(pool))
                 found, _ = ray.wait(list(running), num_returns=1, timeout=LOOK)
                 if not found:
                     continue
@@ -113,7 +115,7 @@ def work_on_ray(
 
 @contextlib.contextmanager
 def ray_of(cluster: Cluster) -> Iterator[Any]:
-    """Ray, connected; what was started here is stopped at the end."""
+    """Ray, connected. If it was started here, it is stopped at the end."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         import ray
@@ -126,9 +128,9 @@ def ray_of(cluster: Cluster) -> Iterator[Any]:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="warning")
             except ConnectionError:
-                told = address or os.environ.get("RAY_ADDRESS", "")
+                named = address or os.environ.get("RAY_ADDRESS", "")
                 raise ResourceError(
-                    f"no Ray cluster answers at {told}; start one: ray start --head, "
+                    f"no Ray cluster answers at {named}; start one: ray start --head, "
                     "or leave the address out."
                 ) from None
             except Exception as error:  # such as a machine that is too busy to start it within half a minute
@@ -148,7 +150,7 @@ def ray_of(cluster: Cluster) -> Iterator[Any]:
 def _address(cluster: Cluster) -> str | None:
     """For `ray.init`, which without one joins the cluster that was last started on this machine, if any.
 
-    It keeps looking for one that was killed or that a restart of the machine ended: for minutes, then fails.
+    For a cluster that was killed, or ended by a restart of the machine, it would search for minutes and fail.
     """
     if cluster.address or os.environ.get("RAY_ADDRESS"):
         return cluster.address or None
@@ -163,11 +165,11 @@ def _address(cluster: Cluster) -> str | None:
     return None
 
 
-Nodes = Sequence[Mapping[str, Any]]  # machines, as `ray.nodes()` tells them
+Nodes = Sequence[Mapping[str, Any]]  # machines, as `ray.nodes()` lists them
 
 
 def fitting(nodes: Nodes, cluster: Cluster, parts: int) -> tuple[int, dict[str, float]]:
-    """How many workers, and what each asks of Ray. ResourceError when not one, or not all wanted, fit."""
+    """How many workers, and what each requests from Ray. ResourceError if not enough of them fit."""
     needs = _needs(nodes, cluster)
     there = fits(nodes, cluster)
     wanted = max(1, there) if cluster.workers is None else cluster.workers
@@ -183,7 +185,7 @@ def fitting(nodes: Nodes, cluster: Cluster, parts: int) -> tuple[int, dict[str, 
 
 
 def fits(nodes: Nodes, cluster: Cluster) -> int:
-    """How many workers there is room for, machine by machine."""
+    """How many workers fit on the machines, counted machine by machine."""
     needs = _needs(nodes, cluster)
     room = 0
     for node in _alive(nodes):

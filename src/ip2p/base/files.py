@@ -27,7 +27,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         )
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is a file, so {path.name} cannot lie in it; choose another place with -o."
+            f"{folder} is a file, so {path.name} cannot be written into it; choose another place with -o."
         )
     if path.is_dir():
         raise InputError(f"the output {path} is a folder; name a file in it.")
@@ -63,12 +63,11 @@ def _probe(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when not.
+    """A temporary path beside `path`, which replaces it when the block succeeds and is removed when it fails.
 
     `sync` waits for the disk, so that the file survives a power cut too; too slow for thousands of pictures.
-
-    The temporary name keeps the suffix, so that a writer that goes by it writes the right format. What a
-    killed process leaves under such a name is removed by `remove_temporaries`.
+    The temporary name keeps the suffix, by which some writers choose the format. `remove_temporaries` removes
+    what killed processes leave.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.tmp-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -90,7 +89,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: Path, stem: str = "*") -> None:
-    """Remove what killed processes were writing into a folder (`replacing`). stem: of one file's name."""
+    """Remove the temporary files of `replacing` that killed processes left in a folder. stem: of one file."""
     for half in folder.glob(f".{stem}.tmp-????????*"):
         half.unlink(missing_ok=True)
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -30,16 +28,16 @@ if TYPE_CHECKING:
 KIND = "job"
 FORMAT = 1  # goes up when the lines change: older folders are then refused
 ROWS_A_GROUP = 100  # a row may hold two pictures, and a reader takes a group whole
-BESIDE = ("run.json",)  # what may lie in a folder that is begun
+BESIDE = ("run.json",)  # what may be in a folder before its job begins
 
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
     """What a stage made of a part.
 
-    tables: by the beginning of their names below the job's folder; "data/train" of part 7 is written as
-    data/train-00007.parquet. Every part has the same tables, though one may have no rows. counts: numbers
-    that add up over the parts, such as network evaluations, or refusals by reason.
+    tables: by the first part of their file names in the job's folder; "data/train" of part 7 is written as
+    data/train-00007.parquet. Every part has the same tables, though some may have no rows. counts: numbers
+    that are summed over the parts, such as network evaluations, or rejections by reason.
     """
 
     tables: Mapping[str, pa.Table]
@@ -49,7 +47,7 @@ class Made:
 class Stage(Protocol):
     """Loads what it needs in `__init__` and turns parts into tables; the same class runs here and on Ray.
 
-    What it makes must follow from the part alone, not from what it was given before.
+    Its result must depend on the part alone, not on earlier parts.
     """
 
     def __call__(self, part: Any) -> Made: ...
@@ -57,7 +55,7 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Summary:
-    """What lies in a job's folder. made: how many of the parts this run made; the rest is of all runs."""
+    """The state of a job's folder. made: how many parts this run made; the rest is over all runs."""
 
     parts: int
     made: int
@@ -80,21 +78,20 @@ def run(
     threads: int | None = None,
     say: Callable[[str], None] = terminal.say,
 ) -> Summary:
-    """Have `stage()` make every part into `folder`, here or on a cluster; the same files result.
+    """Have `stage()` make every part into `folder`, here or on a cluster, with the same files as the result.
 
-    Called again after it was stopped it makes the parts that are missing, or that were damaged since. A part
-    is any value with a length, in `unit`s: a list of triples, a range of rows. `stage` makes the stage: a
-    class, or `functools.partial(Class, ...)`; it is called once a worker, and not when nothing is to be
-    done. settings: what decides the result, as JSON values: a hash of the input, models, seeds. They may not
-    change while a job goes on. overwrite: begin anew; "changed": only if they did. beside: what may lie in a
-    folder that is begun. processes: that work here, if there is no cluster; 1 is this one, and for more the
-    stage must be picklable. threads: of torch, in each worker; on a CPU its number can change the last bits
-    of a result, and Ray's default is another.
+    Called again after it was stopped, it makes the parts that are missing or truncated. A part is any value
+    with a length, counted in `unit`s: a list of triples, a range of rows. stage: a class, or
+    `functools.partial(Class, ...)`; called once in each worker, and not at all if nothing is left to do.
+    settings: what determines the result, as JSON values: a hash of the input, models, seeds. They must be
+    the same on resume. overwrite: begin again; "changed": only if they changed. beside: names of files that
+    may be in the folder before the job begins. processes: how many work here, if there is no cluster; 1 is
+    this process, and for more the stage must be picklable. threads: of torch, in each worker; on a CPU their
+    number can change the last bits of a result, and Ray's default is different.
 
-    Raises InputError for a folder that holds something else, that was begun with other settings, or that
-    another process writes into, and without Ray; ResourceError for a full disk or a cluster that is too
-    small or keeps losing workers; and what the stage raises. Whatever it raises, all that was committed
-    stays.
+    Raises InputError for a folder that holds something else, was begun with other settings, or is locked by
+    another process, and if Ray is missing; ResourceError for a full disk, or a cluster that is too small or
+    keeps losing workers; and what the stage raises. What was committed always stays.
     """
     make_folder(folder)
     # As they come back from JSON, so that they compare.
@@ -114,7 +111,7 @@ def run(
             else:
                 work = work_here(stage, parts, todo, threads)
             items = sum(len(parts[part]) for part in todo)
-            with contextlib.closing(work), _progress(folder.name, items, unit) as advance:
+            with contextlib.closing(work), terminal.progress(folder.name, items, unit) as advance:
                 for part, made, seconds in work:
                     _commit(ledger, part, made, seconds)
                     advance(len(parts[part]))
@@ -136,30 +133,30 @@ def _commit(ledger: Ledger, part: int, made: Made, seconds: float) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a job's tables, also those that a killed run had renamed and not yet named: readers glob."""
+    """Remove a job's tables, also those that a killed run renamed but did not commit: readers glob."""
     for pattern in ("*.parquet", "*/*.parquet"):
         for path in folder.glob(pattern):
             if re.fullmatch(r"[^-]+-\d{5,}\.parquet", path.name):
                 path.unlink(missing_ok=True)
 
 
-# --- what lies in a folder ------------------------------------------------------------------------
+# --- the state of a folder ------------------------------------------------------------------------
 
 
 def is_job(folder: Path) -> bool:
-    """Whether a folder is a job's."""
+    """Whether a folder holds a job."""
     return is_kind(folder, KIND)
 
 
 def check_folder(folder: Path, *, beside: Collection[str] = BESIDE) -> None:
-    """Raise InputError for a folder that holds something else than a job, as `run` does when it begins."""
+    """Raise InputError for a folder that holds anything but a job, as `run` does when it begins."""
     check_free(folder, KIND, beside=beside)
 
 
 def committed(folder: Path, table: str) -> list[Path]:
-    """The files of a table that are committed, in the order of their parts, whether the job is done or not.
+    """The committed files of a table in the order of their parts, whether the job is done or not.
 
-    Raises InputError for a folder that is no job's.
+    Raises InputError if the folder holds no job.
     """
     done = _read(folder).done
     names = (name for part in sorted(done) for name in done[part]["files"])
@@ -167,23 +164,23 @@ def committed(folder: Path, table: str) -> list[Path]:
 
 
 def summary(folder: Path) -> Summary:
-    """What lies in a job's folder. Raises InputError for a folder that is no job's."""
+    """The state of a job's folder. Raises InputError if the folder holds no job."""
     return _summary(_read(folder), 0)
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """What decides the result of a job, as `run` was told. InputError for a folder that is no job's."""
+    """The settings that `run` was called with. Raises InputError if the folder holds no job."""
     return {name: value for name, value in _head(_read(folder)).items() if name not in ("format", "parts")}
 
 
 def is_done(folder: Path) -> bool:
-    """Whether all parts of a job are committed. Raises InputError for a folder that is no job's."""
+    """Whether all parts of a job are committed. Raises InputError if the folder holds no job."""
     ledger = _read(folder)
     return len(ledger.done) == _head(ledger)["parts"]
 
 
 def damaged(folder: Path) -> list[str]:
-    """The committed files that are gone or not as they were written, by their hashes; reads them all."""
+    """The committed files that are missing or changed. Reads and hashes all of them."""
     return _read(folder).damaged()
 
 
@@ -207,46 +204,3 @@ def _summary(ledger: Ledger, made: int) -> Summary:
         counts.update(line["counts"])
     seconds = sum(line["seconds"] for line in lines)
     return Summary(_head(ledger)["parts"], made, dict(rows), dict(counts), seconds)
-
-
-# --- progress -------------------------------------------------------------------------------------
-
-
-def pace(done: int, total: int, seconds: float, unit: str) -> str:
-    """How fast it goes and what is left, in words: "12.5 rows/s, 3:20 left"; "" before anything is done."""
-    if done <= 0 or seconds <= 0:
-        return ""
-    rate = done / seconds
-    per, rate_told = ("s", rate) if rate >= 1 else ("min", rate * 60)
-    told = f"{rate_told:,.0f} {unit}/{per}" if rate_told >= 100 else f"{rate_told:.3g} {unit}/{per}"
-    left = round((total - done) / rate)
-    hours, minutes = divmod(left // 60, 60)
-    return f"{told}, {f'{hours}:{minutes:02}' if hours else minutes}:{left % 60:02} left"
-
-
-@contextlib.contextmanager
-def _progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, with its rate and the time left; silent without a terminal.
-
-    `terminal.progress` estimates from the last seconds, in which a part of many minutes shows nothing.
-    """
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-        TextColumn("{task.fields[pace]}"),
-    )
-    begun, done = time.monotonic(), 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total, pace="")
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            bar.update(task, advance=count, pace=pace(done, total, time.monotonic() - begun, unit))
-
-        yield advance

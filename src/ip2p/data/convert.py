@@ -90,11 +90,11 @@ def convert(
 ) -> Converted:
     """Write the rows of `source`, or the first `count`, into the folder `target` in the layout `to`.
 
-    Encoded pictures go over byte for byte; pixels become PNG. Called again after it was stopped it goes on
-    with the parts that are missing. Broken rows are left out and named in quarantine.jsonl. `done` is told
-    how many rows a part had. Raises InputError for a source without end and without a count, for a folder
-    that holds something else, that was begun with other settings or that another process writes into, and
-    when more than the share `max_broken` of the rows are broken.
+    Encoded pictures are copied byte for byte; pixels become PNG. Called again after it was stopped, it makes
+    the parts that are missing. Broken rows are left out and listed in quarantine.jsonl. `done` is called with
+    the number of rows of each part. Raises InputError for a source without end and without a count, for a
+    folder that holds something else, was begun with other settings or is locked by another process, and when
+    more than the share `max_broken` of the rows are broken.
     """
     if source.endless and count is None:
         raise InputError(f"{source.name} has no end; say how many rows with --count 10000.")
@@ -348,11 +348,11 @@ class _Original(_Writer):
             inner = self.folder / name
             inner.mkdir(exist_ok=True)
             # The scores of other seeds are in this file already, and may be of another part.
-            told = [line for line in _lines_of(inner / METADATA) if line.get("seed") != seed]
-            told.append({"seed": seed} | {k: v for k, v in pair.scores.items() if k != "seed"})
+            scores = [line for line in _lines_of(inner / METADATA) if line.get("seed") != seed]
+            scores.append({"seed": seed} | {k: v for k, v in pair.scores.items() if k != "seed"})
             if pair.id != f"{name}/{seed}":
-                told[-1]["id"] = pair.id
-            write = {PROMPT: prompt, METADATA: b"".join(_json(line) + b"\n" for line in told)}
+                scores[-1]["id"] = pair.id
+            write = {PROMPT: prompt, METADATA: b"".join(_json(line) + b"\n" for line in scores)}
             for file, data in write.items():
                 with replacing(inner / file, sync=False) as temporary:
                     temporary.write_bytes(data)

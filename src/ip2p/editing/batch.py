@@ -147,7 +147,7 @@ class Job:
         self.planned = {name for line in self.ledger.lines for name in line.get("plan", ())}
 
     def commit(self, task: Task, result: Image.Image) -> Path:
-        """Write a result, and its line when it lies there whole."""
+        """Write a result, then its line."""
         path = self.folder / task.name
         path.parent.mkdir(parents=True, exist_ok=True)
         images.save_image(result, path)
@@ -156,7 +156,7 @@ class Job:
         return path
 
     def is_done(self, task: Task) -> bool:
-        """Whether the result lies there whole, made from the picture as it is now."""
+        """Whether the result is undamaged and was made from the picture as it is now."""
         line = self.ledger.done.get(task.name)
         if line is None:
             return False
@@ -167,7 +167,7 @@ class Job:
         return find_damage(task.source, None, str(line.get("source_sha256"))) is None
 
     def plan(self, tasks: Sequence[Task]) -> None:
-        """Note that what will lie at the places of these results is this job's."""
+        """Record that the files of these results will be this job's."""
         names = [task.name for task in tasks if task.name not in self.planned]
         if names:
             self.ledger.append({"plan": names})
@@ -176,10 +176,10 @@ class Job:
 
 @contextlib.contextmanager
 def open_job(config: EditConfig, folder: Path) -> Iterator[Job]:
-    """Begin a job in `folder`, or go on with the one that lies there.
+    """Begin a job in `folder`, or resume the one in it.
 
     Raises InputError when another process is at it, when its settings were others (naming the first that
-    differs), or when the folder holds a run of another kind. With `overwrite` all begins anew.
+    differs), or when the folder holds a run of another kind. `overwrite` begins again.
     """
     make_folder(folder)
     run = folder / RUN
@@ -193,7 +193,7 @@ def open_job(config: EditConfig, folder: Path) -> Iterator[Job]:
             _same_settings(config, run)
         else:
             if config.overwrite or not job.ledger.path.exists():
-                job.ledger.replace([])  # before the settings, without which it would be no job's
+                job.ledger.replace([])  # before the settings: alone they are another run's
                 job.planned.clear()
             write_text(run, run_json(config))
         yield job
@@ -223,7 +223,7 @@ def _shown(value: object) -> str:
 
 
 def split(job: Job, tasks: Sequence[Task], jobs: int, *, overwrite: bool) -> tuple[list[Task], list[Task]]:
-    """The tasks whose results lie in the folder, and those to do.
+    """The tasks whose results are in the folder, and those to do.
 
     Raises InputError for a result whose place another file has; half-written files of a killed run go.
     """

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle
 
 QUARANTINE = "quarantine.jsonl"
-FORMAT = 1  # goes up when the files change: old ones are then made anew
+FORMAT = 1  # goes up when the files change: old caches are then rebuilt
 PART_ROWS = 256
 CHUNK_BYTES, CHUNK_ROWS = 16 * 2**20, 32  # decoded pixels that travel from a worker at once
 BYTES = {"fp16": 2, "fp32": 4}
@@ -108,8 +108,8 @@ def _hash(value: object) -> str:
 class Parts:
     """A folder of `count` files that several processes fill together.
 
-    done: the manifest's line of each committed part. The claims are only there to spare work: were two
-    processes to make one part, both would write the same bytes.
+    done: the manifest's line of each committed part. Claims only save work: if two processes made one part,
+    both would write the same bytes.
     """
 
     def __init__(self, folder: Path, count: int, suffix: str) -> None:
@@ -133,7 +133,7 @@ class Parts:
         return {self.path(line["part"]).name: (line["bytes"], line["sha256"])}
 
     def claims(self, rank: int, world: int) -> Iterator[int]:
-        """Parts that are missing and that nobody is at, each claimed; those of this rank come first."""
+        """Missing parts that no process has claimed, each claimed now; those of this rank come first."""
         for part in sorted(range(self.count), key=lambda k: ((k - rank) % world, k)):
             if part not in self.done and part not in self._claims and self._claim(part):
                 yield part
@@ -144,7 +144,7 @@ class Parts:
             return False
         self._claims[part] = lock
         remove_temporaries(self.folder, f"{part:06}")
-        self.ledger.refresh()  # its maker may have let go of it just before
+        self.ledger.refresh()  # another process may have committed it just before
         if part in self.done:
             self._release(part)
             return False
@@ -154,7 +154,7 @@ class Parts:
         self._claims.pop(part).release()
 
     def commit(self, part: int, blocks: Sequence[Any], line: Mapping[str, Any]) -> None:
-        """Write a claimed part, then its line; the claim ends. Nothing is left half-written by an error.
+        """Write a claimed part, then its line, and release the claim. An error leaves nothing half-written.
 
         Raises ResourceError for a full disk, OSError for one that fails.
         """
@@ -179,8 +179,8 @@ class Parts:
         say: Say,
         stop: Callable[[], bool],
     ) -> None:
-        """Have `make` commit the parts that it is given, until all are there, whoever made them."""
-        told = False
+        """Have `make` commit the parts that it claims, until all are there, whichever process made them."""
+        waited = False
         while len(self.done) < self.count:
             if stop():
                 raise Stopped(f"{len(self.done)} of {self.count} parts of {self.folder} are made")
@@ -189,9 +189,9 @@ class Parts:
             if first is not None:
                 make(chain([first], claims))
                 continue
-            if not told:
+            if not waited:
                 say(f"the last parts of {self.folder} are another process's; waiting for it")
-                told = True
+                waited = True
             # A lock could be waited for, but then neither `stop` nor a signal's flag would be seen.
             time.sleep(0.1)
             self.ledger.refresh()
@@ -272,11 +272,11 @@ class LatentCache:
         for path, kept in zip(self._paths, self._kept, strict=True):
             with open(path, "rb") as file:
                 file.seek(kept * number)
-                told = json.loads(file.read())
-            self.rows += told["rows"]
+                texts = json.loads(file.read())
+            self.rows += texts["rows"]
             for name in TEXTS:
-                getattr(self, name).extend(told[name])
-            for name, values in told["labels"].items():
+                getattr(self, name).extend(texts[name])
+            for name, values in texts["labels"].items():
                 labels.setdefault(name, []).extend(values)
         self.labels = {name: np.asarray(values, np.int64) for name, values in labels.items()}
         self._maps: dict[int, np.ndarray] = {}
@@ -482,26 +482,26 @@ def _encoded(
 
 def _commit(parts: Parts, chunks: Sequence[_Chunk], encoded: Sequence[Tensor]) -> None:
     rows = [row for chunk in chunks for row in chunk.rows]
-    told: dict[str, Any] = {"rows": rows, "labels": {}}
+    texts: dict[str, Any] = {"rows": rows, "labels": {}}
     for name in TEXTS:
-        told[name] = [text for chunk in chunks for text in chunk.texts[name]]
+        texts[name] = [text for chunk in chunks for text in chunk.texts[name]]
     for chunk in chunks:
         for name, values in chunk.labels.items():
-            told["labels"].setdefault(name, []).extend(values)
+            texts["labels"].setdefault(name, []).extend(values)
     numbers = torch.cat(list(encoded)).cpu().numpy() if encoded else np.empty(0, np.float32)
     if not np.isfinite(numbers).all():
         wrong = int(np.flatnonzero(~np.isfinite(numbers).reshape(len(rows), -1).all(axis=1))[0])
         raise ModelError(
-            f"The autoencoder gives no numbers (NaN or too large) for the pictures of {told['ids'][wrong]}. "
+            f"The autoencoder gives no numbers (NaN or too large) for the pictures of {texts['ids'][wrong]}. "
             "Load it in fp32 and keep its latents in fp32, or name another with --vae."
         )
     broken = [pair for chunk in chunks for pair in chunk.broken]
-    text = json.dumps(told, ensure_ascii=False).encode()
+    text = json.dumps(texts, ensure_ascii=False).encode()
     parts.commit(chunks[0].part, [numbers.reshape(-1), text], {"rows": len(rows), "broken": broken})
 
 
 def _check_broken(parts: Parts, source: Source, most: float) -> None:
-    """Write the list of broken rows anew; InputError when they are too many."""
+    """Write the list of broken rows. Raises InputError if there are too many."""
     broken = [pair for part in sorted(parts.done) for pair in parts.done[part]["broken"]]
     if not broken:
         return

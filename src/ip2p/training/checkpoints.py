@@ -28,7 +28,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write `state` as the newest; at every moment the ones before are whole. OSError on a full disk."""
+        """Write `state` as the newest; the earlier ones stay intact throughout. OSError on a full disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(self.folder, "step-*")
         path = self.folder / f"step-{step:08}.pt"
@@ -54,14 +54,14 @@ class Checkpoints:
         return path
 
     def rows(self) -> list[Row]:
-        """The manifest's lines, the oldest first; none when there is no manifest."""
+        """The manifest's lines, the oldest first; none if there is no manifest."""
         return Ledger(self.folder, key="step").lines
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole state, None when there is none yet; a damaged one is told and passed over.
+        """The newest undamaged state, None if there is none yet. A damaged one is a warning.
 
-        Only tensors and plain values are read, never code. Raises InputError when states are listed and
-        none of them can be read, for starting anew would lose what they held.
+        Only tensors and plain values are read, never code. Raises InputError if states are listed and none of
+        them can be read: starting again would overwrite them.
         """
         rows = self.rows()
         for row in reversed(rows):
