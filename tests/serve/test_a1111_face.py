@@ -166,7 +166,7 @@ def test_an_interrupt_gives_what_was_finished(picture):
         told = []
         thread = threading.Thread(target=lambda: told.append(asked(slow, picture, steps=10, n_iter=4)))
         thread.start()
-        until(lambda: any(len(job.results) == 2 for job in list(slow.service._running.values())))
+        until(lambda: any(len(job.results) == 2 for job in list(slow.service.queue.running.values())))
         requests.post(f"{slow.url}/sdapi/v1/interrupt", proxies={"http": None})
         thread.join(30)
         info = json.loads(told[0].json()["info"])

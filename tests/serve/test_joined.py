@@ -10,7 +10,8 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.diffusion.samplers import SAMPLERS
-from ip2p.serve.joined import JoinedEditor, Stopped
+from ip2p.serve.engine import JoinedEditor
+from ip2p.serve.jobs import Stopped
 
 PICTURES = [Image.effect_noise((64, 64), 40 + 10 * k).convert("RGB") for k in range(4)]
 

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,18 +97,21 @@ def load_image(
     source: str | Path | bytes | Image.Image,
     *,
     max_pixels: int | None = MAX_PIXELS,
-    background: Literal["white", "black"] = "white",
+    background: Literal["white", "black"] | None = "white",
+    warn: Callable[[str], object] | None = None,
 ) -> Image.Image:
     """Read a picture as upright 8-bit RGB; `info` keeps what belongs to it (exif, icc_profile).
 
     `source`: a path, the bytes of a file, or a PIL image (which `max_pixels` does not concern: its
     pixels are there already). Sizes are checked from the header, before anything is decoded.
-    Transparency is laid on `background`, and a warning says so. Raises InputError for whatever cannot
-    be edited.
+    Transparency is laid on `background`, and a warning says so; without a background the picture is RGBA
+    if it has transparent parts. warn: is called with each warning in place of Python's. Raises InputError
+    for whatever cannot be edited.
     """
+    warn = warn or (lambda words: warnings.warn(words, stacklevel=3))
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or "The picture"
-        return _upright_rgb(_checked(source, str(name), None), str(name), background)
+        return _upright_rgb(_checked(source, str(name), None), str(name), background, warn)
     if isinstance(source, bytes):
         name, data = "The picture", source
     else:
@@ -126,7 +129,7 @@ def load_image(
                         for folder in {EXIF_IFD, GPS_IFD} & set(image.getexif()):
                             image.getexif().get_ifd(folder)
                 image.load()
-                return _upright_rgb(image, name, background)
+                return _upright_rgb(image, name, background, warn)
     except InputError:
         raise
     except MemoryError:
@@ -194,19 +197,35 @@ def _checked(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
     return image
 
 
-def _upright_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
+def flattened(image: Image.Image, background: Literal["white", "black"]) -> Image.Image:
+    """An RGBA picture of `load_image` as RGB on a background; itself if it is RGB already."""
+    if image.mode != "RGBA":
+        return image
+    rgb = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    rgb.info = dict(image.info)
+    return rgb
+
+
+def _upright_rgb(
+    image: Image.Image,
+    name: str,
+    background: Literal["white", "black"] | None,
+    warn: Callable[[str], object],
+) -> Image.Image:
     """8-bit RGB, turned as EXIF says, on a background; exif and a fitting ICC profile stay in `info`."""
     info: dict[str | tuple[int, int], Any] = {}
-    if exif := _exif(image, name):
+    if exif := _exif(image, name, warn):
         info["exif"] = exif
     upright = ImageOps.exif_transpose(image)
     profile = upright.info.get("icc_profile")
     rgb = upright
     if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        if np.asarray(layer.getchannel("A")).min() < 255:
-            warnings.warn(f"{name} has transparent parts: they are laid on {background}.", stacklevel=1)
-        rgb = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
+        rgb = layer = upright.convert("RGBA")
+        opaque = np.asarray(layer.getchannel("A")).min() == 255
+        if background is not None and not opaque:
+            warn(f"{name} has transparent parts: they are laid on {background}.")
+        if background is not None or opaque:
+            rgb = flattened(layer, background or "white")
         # A palette or RGBA profile is an RGB profile; a grey one does not fit the result.
         profile = profile if upright.mode not in ("LA", "La", "L") else None
     elif upright.mode in ("CMYK", "L"):
@@ -225,7 +244,7 @@ def _upright_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
     return rgb
 
 
-def _exif(image: Image.Image, name: str) -> bytes | None:
+def _exif(image: Image.Image, name: str, warn: Callable[[str], object]) -> bytes | None:
     """The EXIF that still holds once the picture stands upright, or None."""
     try:
         exif = Image.Exif()
@@ -234,7 +253,7 @@ def _exif(image: Image.Image, name: str) -> bytes | None:
             exif.pop(tag, None)
         return exif.tobytes() if len(exif) else None
     except Exception as error:  # whatever a camera wrote wrongly, the pixels are not to blame
-        warnings.warn(f"{name} has EXIF that cannot be kept ({error}); it is left out.", stacklevel=1)
+        warn(f"{name} has EXIF that cannot be kept ({error}); it is left out.")
         return None
 
 
