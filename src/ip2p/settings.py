@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -390,7 +391,37 @@ def _read_pair(value: Any) -> Any:
 
 
 def _read_texts(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    """A text alone is a list of one; a file with its weight, ("a.safetensors", 0.8), is written as text."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list | tuple):
+        return value
+    return [f"{part[0]}:{part[1]:g}" if isinstance(part, list | tuple) else part for part in value]
+
+
+def _check_loras(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        parse_lora(text)
+    return texts
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """The file and the weight of FILE:WEIGHT, or of FILE alone, whose weight is 1.
+
+    The file's name may hold colons: only a number after the last one is a weight. Raises ValueError.
+    """
+    file, colon, number = text.rpartition(":")
+    try:
+        weight = float(number) if colon else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        file, weight = text, 1.0
+    if not file.strip():
+        raise ValueError("it names no file")
+    if not -10 <= weight <= 10:
+        raise ValueError(f"the weight {weight:g} must be a number from -10 to 10")
+    return Path(file), weight
 
 
 SIZE_SCHEMA = {
@@ -406,6 +437,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 SharePair = Annotated[tuple[Share, Share], BeforeValidator(_read_pair)]
 Threshold = Annotated[float | None, BeforeValidator(_read_threshold)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_read_texts)]
+Loras = Annotated[Texts, AfterValidator(_check_loras)]
 # A path, the bytes of a file, an open file, a PIL image or a NumPy array; over HTTP a file or base64.
 AnyPicture = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})]
 
@@ -648,12 +680,13 @@ class ModelSettings(Settings):
         label="VAE model",  # A1111's VAE is a file's name in its own folder
         metavar="MODEL",
     )
-    lora: Texts = setting(
+    lora: Loras = setting(
         (),
         "LoRA file with its weight (1 if none is given); may be repeated",
         group=MODEL,
         label="LoRA",
         metavar="FILE:WEIGHT",
+        example="style.safetensors:0.8",
         aliases=("loras",),
     )
     controlnet: str | None = setting(

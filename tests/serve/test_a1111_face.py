@@ -92,7 +92,7 @@ def test_unknown_fields_are_ignored(server, picture):
 def test_samplers_go_by_their_names_there(server, picture, sampler, scheduler, ours):
     told = asked(server, picture, sampler_name=sampler, scheduler=scheduler, seed=1).json()
     settings = parse_infotext(json.loads(told["info"])["infotexts"][0])
-    assert (settings.sampler, settings.spacing) == ours
+    assert (settings.sampler, settings.schedule) == ours
 
 
 @pytest.mark.parametrize("invert", [0, 1])

@@ -122,7 +122,7 @@ def test_no_name_of_an_upload_is_a_path(server, name, tmp_path, monkeypatch):
     [
         *(
             ("/v1/edits", name)
-            for name in ("model", "sampler", "spacing", "fit", "format", "response", "size")
+            for name in ("model", "sampler", "schedule", "fit", "format", "response", "size")
         ),
         *(("/v1/images/edits", name) for name in ("model", "response_format", "output_format", "size")),
         *(("/sdapi/v1/img2img", name) for name in ("sampler_name", "scheduler", "script_name")),

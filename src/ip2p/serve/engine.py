@@ -335,7 +335,11 @@ class JoinedEditor(Editor):
     ) -> None:
         # The same networks, where they are: hooks that move them to the device are replaced, not doubled.
         super().__init__(
-            editor.bundle, controlnet=editor.controlnet, memory=editor.memory, device=editor.device
+            editor.bundle,
+            controlnet=editor.controlnet,
+            memory=editor.memory,
+            device=editor.device,
+            origin=editor.origin,
         )
         self.batch_size = join
         self.calls = Counter() if calls is None else calls

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from ip2p.serve.engine import JoinedEditor, Lane
 from ip2p.serve.jobs import Job, Result
 from ip2p.serve.models import ModelPool, Source
 from ip2p.serve.requests import EditRequest, Limits, naming
-from ip2p.settings import EditSettings, SettingError
+from ip2p.settings import SettingError
 
 # The share of a request's time that previews may take: the autoencoder's decoder costs as much as a step.
 PREVIEW_SHARE = 0.25
@@ -65,10 +65,9 @@ class LocalMaker:
 
     editors: models by name, each an editor or a function that loads one when it is first asked for; at most
     `loaded` of the functions' stay loaded. join: how many pictures are sampled at once, of all requests
-    (`default_join` if None). made_from: for a model, settings of its results such as its revision. check:
-    called on every result before anybody sees it; an Ip2pError that it raises fails the request. With it
-    there are no previews, which nobody would have checked. finish: called next, with the same right; what it
-    returns takes the result's place.
+    (`default_join` if None). check: called on every result before anybody sees it; an Ip2pError that it
+    raises fails the request. With it there are no previews, which nobody would have checked. finish: called
+    next, with the same right; what it returns takes the result's place.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class LocalMaker:
         *,
         join: int | None = None,
         loaded: int = 1,
-        made_from: Mapping[str, Mapping[str, Any]] | None = None,
         check: Callable[[Image.Image], None] | None = None,
         finish: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
@@ -88,7 +86,6 @@ class LocalMaker:
         self.changed = threading.Condition(threading.RLock())
         self.calls: Counter[int] = Counter()
         self.check_result, self.finish_result = check, finish
-        self._made_from = made_from or {}
         self._pool = ModelPool(editors, room=loaded, join=self.slots, calls=self.calls, changed=self.changed)
         self.reserve, self.release, self.close = self._pool.reserve, self._pool.release, self._pool.close
 
@@ -132,8 +129,8 @@ class LocalMaker:
                 try:
                     pictures = editor.edit(
                         request.image,
+                        settings=request.settings,
                         seeds=seeds,
-                        **_as_words(request.settings),
                         batch_size=len(seeds),
                         max_pixels=None,  # checked
                         callback=watch,
@@ -157,13 +154,6 @@ class LocalMaker:
             picture = self.finish_result(picture)
             picture.info = {**info, **picture.info}
         job.add_result(Result(picture, seed, found), preview=request.previews > 0)
-
-
-def _as_words(settings: EditSettings) -> dict[str, Any]:
-    words = {n: v for n, v in settings.resolved() if n != "seed"}
-    words["spacing"] = words.pop("schedule")
-    words["text_cfg"], words["image_cfg"] = settings.text_cfg, settings.image_cfg
-    return words
 
 
 def working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple[int, int]:

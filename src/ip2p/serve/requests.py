@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, create_model
 from ip2p.base.errors import InputError
 from ip2p.pictures import masks
 from ip2p.pictures.images import load_image
-from ip2p.settings import MAX_SEED, EditSettings, SettingError, meta_of
+from ip2p.settings import MAX_SEED, EditSettings, SettingError, meta_of, picture_name
 
 NOT_TEXT = "holds half of a character (a lone surrogate). Send whole ones."
 
@@ -117,7 +117,10 @@ def check_request(request: EditRequest, limits: Limits, models: list[str]) -> Ed
     read = dict(limited_settings(limits).read(dict(request.settings)))
     if read["mask"] is not None:
         with naming("mask"):
-            read["mask"] = masks.load_mask(read["mask"], image.size, max_pixels=None)
+            mask = masks.load_mask(read["mask"], image.size, max_pixels=None)
+            name = picture_name(read["mask"]) or "mask"
+            read["mask"] = mask
+            mask.filename = name  # type: ignore[attr-defined]  # as its results' settings call it
     settings = EditSettings.model_construct(**read)
     return dataclasses.replace(request, image=image, settings=settings)
 

@@ -30,7 +30,7 @@ from ip2p.serve.errors import Refusal
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import NOT_TEXT, is_text, naming
 from ip2p.serve.service import Service
-from ip2p.settings import PYTHON, SettingError, Voice, explained
+from ip2p.settings import PYTHON, EditSettings, SettingError, Voice, explained
 
 Body = TypeVar("Body", bound=BaseModel)
 T = TypeVar("T")
@@ -94,8 +94,9 @@ async def read_body(request: Request, kind: type[Body], desk: Desk, voice: Voice
         )
     for name, value in values.items():
         _check_value(name, value)
+    earlier = {name: now for name, now in EditSettings.field_names().items() if now in kind.model_fields}
     try:
-        return kind.model_validate(values)
+        return kind.model_validate({earlier.get(name, name): value for name, value in values.items()})
     except ValidationError as error:
         raise explained(error, kind, voice) from None
 
