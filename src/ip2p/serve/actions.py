@@ -27,7 +27,7 @@ from ip2p.base.errors import InputError, Ip2pError, ResourceError
 from ip2p.config import MAX_SCALE
 from ip2p.editing import grid
 from ip2p.pictures.images import load_image, resized, save_image
-from ip2p.pictures.infotext import Settings, parse_infotext, read_infotext
+from ip2p.pictures.infotext import EditRecord, parse_infotext, read_infotext
 from ip2p.serve.run import Controls, duration, from_settings, progress, run, surprise
 from ip2p.serve.service import FieldError, Full
 from ip2p.serve.session import Session, for_browser, kept_ending, show, store, uploaded
@@ -231,7 +231,7 @@ class Actions:
         """The settings that an edited file carries."""
         return self._taken(parse_infotext(self._read(path)))
 
-    def _taken(self, settings: Settings) -> Values:
+    def _taken(self, settings: EditRecord) -> Values:
         words = "Settings loaded."
         if settings.mask is not None and settings.auto_mask is None:
             words += " The mask is not in the file: paint it below “Where”, or give its file there."
@@ -662,7 +662,7 @@ def listed(failed: Mapping[int, str]) -> str:
 
 def plain(parameters: str) -> dict[str, Any]:
     """The settings of an infotext as JSON holds them."""
-    made = dataclasses.asdict(parse_infotext(parameters))
+    made = dict(parse_infotext(parameters))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in made.items()}
 
 
