@@ -1,9 +1,12 @@
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ip2p.base.errors import InputError
+from ip2p.pictures.infotext import EditRecord, format_infotext, parse_infotext
 from ip2p.settings import (
     AUTO_MASK,
     COMMAND_LINE,
@@ -138,3 +141,21 @@ def test_a_new_setting_is_in_the_body_and_the_schema_of_each_interface(interface
 
 def test_a_new_number_is_an_axis_of_a_grid():
     assert "sharpness" in numeric_settings(Sharpened)
+
+
+def test_the_infotext_has_a_new_setting_both_ways():
+    class SharpRecord(EditRecord, Sharpened):
+        pass
+
+    record = SharpRecord(instruction="make it snow", sharpness=2.5, size=(64, 64)).resolved()
+    text = format_infotext(record)
+    assert "Sharpness: 2.5" in text
+    assert parse_infotext(text, SharpRecord) == record
+
+
+def test_the_written_arguments_are_those_of_the_settings():
+    path = Path(__file__).parents[1] / "tools/make_arguments.py"
+    tool = runpy.run_path(str(path))
+    formatted = tool["TARGET"].read_text()
+    assert formatted == tool["write_arguments"]()
+    assert "    sharpness: float | None\n" in tool["write_arguments"](Sharpened)

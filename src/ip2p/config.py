@@ -26,6 +26,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from ip2p import __version__
 from ip2p.base.errors import InputError
+from ip2p.settings import MAX_PIXELS, SERVER_PIXELS
 
 Config = TypeVar("Config")
 
@@ -78,7 +79,6 @@ MAX_SCALE = 100.0
 MAX_COUNT = 1000
 MAX_SEED = 2**63 - 1
 MIN_SIZE, MAX_SIZE = 16, 4096
-MAX_PIXELS = 16_000_000  # of a picture to read; about 200 MB while it is decoded
 MIN_KEY = 16  # characters of a server's key: what guessing cannot find
 AUTO_MASK = 0.5  # the threshold of a bare --auto-mask
 CONFIG_FILE = "ip2p.toml"
@@ -275,7 +275,7 @@ class ServeConfig:
     public: bool = False  # let other machines in without a key
     allow_host: Names = ()  # a further name in the address by which callers may come; may be repeated
     allow_origin: Names = ()  # a page elsewhere that may post and read, as https://a.example; may be repeated
-    max_pixels: int = MAX_PIXELS  # refuse a larger picture before decoding it
+    max_pixels: int = SERVER_PIXELS  # refuse a larger picture before decoding it
     max_steps: int = 150  # refuse more sampling steps
     max_count: int = 8  # refuse more results a request
     max_words: int = 2000  # refuse a longer instruction, in characters
@@ -376,7 +376,7 @@ class UiConfig:
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
     dtype: DType = "auto"  # auto takes half precision where the device has it fast
     memory: MemoryUse = "auto"  # low is slower and needs least; high never saves; auto looks at the device
-    max_pixels: int = MAX_PIXELS  # refuse a larger picture before decoding it
+    max_pixels: int = SERVER_PIXELS  # refuse a larger picture before decoding it
     mark: Mark = "iptc"  # what tells that a result was edited: IPTC's tag in the file, words too, or nothing
     no_browser: bool = False  # do not open the page, only tell its address
     config: File = None  # settings file; default: ip2p.toml in this folder, when there is one

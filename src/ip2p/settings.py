@@ -52,6 +52,8 @@ MAX_SCALE = 100.0
 MAX_COUNT = 1000
 MAX_SEED = 2**63 - 1
 MIN_SIZE, MAX_SIZE = 16, 4096
+MAX_PIXELS = 100_000_000  # of a picture to read; about 1.2 GB while it is decoded
+SERVER_PIXELS = 16_000_000  # the same for servers: about 200 MB
 AUTO_MASK = 0.5  # the threshold of a bare --auto-mask, and of auto_mask=True
 
 

@@ -85,7 +85,6 @@ def edit_one(config: EditConfig) -> None:
                 **edit_settings(config),
             )
             for seed, result in zip(seeds, some, strict=True):
-                sign(result, config)
                 if clip is None:
                     keep(seed, result)
                 else:
@@ -148,7 +147,6 @@ def edit_in_a_row(config: EditConfig) -> None:
             **edit_settings(config),
         )
         for k, step in enumerate(steps):
-            sign(step.image, config)
             images.save_image(step.image, paths[k], overwrite=config.overwrite)
             if shown:
                 images.save_image(step.image.info["mask"], shown[k], overwrite=config.overwrite)
@@ -214,8 +212,6 @@ def edit_many(config: EditConfig) -> None:
                     results = editor.edit_batch(
                         some, config.instruction, seeds=seeds, **edit_settings(config)
                     )
-                    for result in results:
-                        sign(result, config)
                     return results
 
                 failed = many.run(
@@ -331,7 +327,7 @@ def load_editor(config: EditConfig | GridConfig) -> Editor:
         revision=config.revision,
         weights=config.weights,
         vae=config.vae,
-        loras=[configs.parse_lora(text) for text in config.lora],
+        loras=config.lora,
         controlnet=getattr(config, "controlnet", None),
         memory=config.memory,
     )
@@ -344,21 +340,8 @@ def edit_settings(config: EditConfig | GridConfig) -> dict[str, Any]:
         *("text_cfg_rescale", "cfg_interval", "auto_mask"),
         *("mask", "mask_padding", "feather", "fit", "control_image", "control_scale"),
     ]
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
-
-
-def sign(result: Image.Image, config: EditConfig) -> None:
-    """Add to the settings in a result what the editor was made from and the names of files that went in."""
-    result.info["parameters"] = infotext.amend(
-        result.info["parameters"],
-        revision=config.revision,
-        weights=config.weights,
-        vae=config.vae,
-        loras=config.lora,
-        controlnet=config.controlnet,
-        mask=_name(config.mask),
-        control_image=_name(config.control_image),
-    )
+    made = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return {("schedule" if name == "spacing" else name): value for name, value in made.items()}
 
 
 def load_clip(config: EditConfig, *, optional: bool = False) -> Clip | None:
@@ -432,13 +415,13 @@ def with_settings(config: EditConfig, source: Path) -> EditConfig:
         config,
         instruction=found.instruction,
         negative=found.negative,
-        steps=found.steps,
+        steps=found.steps or 20,
         sampler=typing.cast(configs.SamplerName, found.sampler),
         text_cfg=found.text_cfg,
         image_cfg=found.image_cfg,
         seed=found.seed,
         size=found.size,
-        spacing=typing.cast(configs.Spacing, found.spacing),
+        spacing=typing.cast(configs.Spacing, found.schedule),
         model=found.model or config.model,
         text_cfg_rescale=found.text_cfg_rescale,
         cfg_interval=found.cfg_interval,
@@ -446,11 +429,11 @@ def with_settings(config: EditConfig, source: Path) -> EditConfig:
         mask_padding=found.mask_padding,
         feather=found.feather,
         auto_mask=found.auto_mask,
-        fit=typing.cast(configs.Fit, found.fit),
+        fit=found.fit,
         revision=found.revision,
-        weights=typing.cast(configs.Weights, found.weights),
+        weights=found.weights,
         vae=found.vae,
-        lora=found.loras,
+        lora=found.lora,
         controlnet=found.controlnet,
         control_image=_path(found.control_image),
         control_scale=found.control_scale,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ip2p import __version__
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
-from ip2p.base.errors import InputError, ModelError, ResourceError
+from ip2p.base.errors import InputError, ModelError, translated_errors
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel
     from typing_extensions import Unpack
 
-    from ip2p.arguments import EditArguments
+    from ip2p.editing.arguments import EditArguments
 
 # Called after each step with its number, their count, and the latents so far [batch, 4, h, w].
 Callback = Callable[[int, int, Tensor], object]
@@ -126,18 +126,21 @@ class Editor:
         """Load an editor: `storybook`, a hub name, a diffusers folder or a single file (`load_bundle`).
 
         revision: of a hub name. weights: which of a single file's two sets. vae: another autoencoder.
-        loras: files, each with its weight, or "FILE:WEIGHT". controlnet: a ControlNet's folder or hub name. memory: as in
-        the class. Raises ModelError, InputError, and ResourceError for more than the device can hold.
+        loras: files, each with its weight, or "FILE:WEIGHT". controlnet: a ControlNet's folder or hub name.
+        memory: as in the class. Raises ModelError, InputError, and ResourceError for more than the device
+        can hold.
         """
         place, number = pick_device(device), pick_dtype(pick_device(device), dtype)
-        origin = ModelSettings(
-            model=str(model),
-            revision=revision,
-            weights=weights,
-            vae=None if vae is None else str(vae),
-            lora=tuple(loras),
-            controlnet=None if controlnet is None else str(controlnet),
-            memory=memory,
+        origin = ModelSettings.read(
+            {
+                "model": str(model),
+                "revision": revision,
+                "weights": weights,
+                "vae": None if vae is None else str(vae),
+                "lora": loras,
+                "controlnet": None if controlnet is None else str(controlnet),
+                "memory": memory,
+            }
         )
         weighted = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
         check_loras(weighted)
@@ -300,6 +303,7 @@ class Editor:
         batch_size = self.fitting_batch(size) if batch_size is None else batch_size
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1. Try batch_size=4.")
+        steps = settings.steps or 0
         results = []
         with _memory_error(*size):
             null_text = self.encode_text(settings.negative, size)
@@ -656,21 +660,9 @@ def _finite(pixels: Tensor) -> Tensor:
     return pixels
 
 
-class _memory_error:
-    """Turn running out of memory into a ResourceError that names a smaller size."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.size = width, height
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        )
-        if full:
-            width, height = self.size
-            raise ResourceError(
-                f"Out of memory at {width}x{height}. Try --size {max(width, height) // 2} or --batch-size 1."
-            ) from None
+def _memory_error(width: int, height: int) -> contextlib.AbstractContextManager[None]:
+    """Running out of memory becomes a ResourceError that names a smaller size."""
+    size = max(width, height) // 2
+    return translated_errors(
+        memory=f"Out of memory at {width}x{height}. Try --size {size} or --batch-size 1."
+    )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ip2p.base.errors import InputError, ModelError
+from ip2p.base.errors import InputError, ModelError, hub_error
 from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.load import (
@@ -351,12 +351,7 @@ def from_hub(
 ) -> Path:
     """The folder of a hub repository's files in the cache, fetched if they are not there. ModelError."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     def fetch(*, local: bool, more: Sequence[str] = ()) -> Path:
         wanted = [*files, *more]
@@ -375,19 +370,8 @@ def from_hub(
         if not whole(folder) and files is HUB_FILES:
             folder = fetch(local=False, more=HUB_HALVES)
         return folder
-    except GatedRepoError:
-        raise ModelError(
-            f"{name} asks for an agreement. Accept it on its page, then: HF_TOKEN=... {command}"
-        ) from None
-    except RevisionNotFoundError:
-        raise ModelError(f"{name} has no revision {revision}. Check it on the model's page.") from None
-    except RepositoryNotFoundError:
-        raise ModelError(f"{name} is neither a folder here nor a model on the hub. Check the name.") from None
-    except Exception as error:  # the hub's client raises its own, its transport's, and OSError
-        raise ModelError(
-            f"{name} is not in the cache and the hub cannot be reached ({type(error).__name__}). "
-            f"Where there is a network: {command}"
-        ) from None
+    except Exception as error:
+        raise hub_error(error, name, command, revision=revision) from None
 
 
 # --- what a model says of itself ---------------------------------------------------------------

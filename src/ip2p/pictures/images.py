@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.base.files import check_output as check_file
 from ip2p.base.files import replacing
+from ip2p.settings import MAX_PIXELS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 # A path, the bytes of a file, an open file, a PIL image, or an array [height, width(, channels)].
 Picture = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any]
 
-MAX_PIXELS = 100_000_000  # about 1.2 GB while it is decoded; servers have a limit of their own
 MIN_SIDE = 16
 MAX_ASPECT = 8
 # Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.

@@ -18,9 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ip2p.base.errors import Ip2pError, ResourceError
+from ip2p.base.errors import Ip2pError, as_ip2p_error
 from ip2p.serve.jobs import Encode, Job, Kept, State, Stopped
 from ip2p.serve.maker import Maker
 from ip2p.serve.queue import Draining, FairQueue, Place
@@ -247,11 +245,12 @@ class Service:
             state, error = job.end_of_stopped()
         except Ip2pError as known:
             error = known.with_traceback(None)  # which would hold the pictures
-        except (MemoryError, torch.OutOfMemoryError):
-            error = ResourceError("Out of memory. Ask for a smaller size or fewer results.")
         except Exception as unknown:
-            log.exception("job=%s outcome=failed", job.id)
-            error = Ip2pError(f"The edit failed within the server ({type(unknown).__name__}); job {job.id}.")
+            error = as_ip2p_error(unknown, memory="Out of memory. Ask for a smaller size or fewer results.")
+            if error is None:
+                log.exception("job=%s outcome=failed", job.id)
+                name = type(unknown).__name__
+                error = Ip2pError(f"The edit failed within the server ({name}); job {job.id}.")
         finally:
             with self._changed:
                 self._end(job, state, error)

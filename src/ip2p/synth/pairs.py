@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
-from ip2p.base.errors import InputError, ModelError, ResourceError
+from ip2p.base.errors import InputError, ModelError, translated_errors
 from ip2p.config import MAX_STEPS, check_float, check_int, check_size
 from ip2p.data.records import Pair
 from ip2p.diffusion import Latent, Sigma
@@ -193,13 +193,10 @@ class PairMaker:
         made: dict[int, Made] = {}
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
-            try:
+            what = f"{len(places)} pairs at once of {self.size[0]}x{self.size[1]}"
+            half = max(1, len(places) // 2)
+            with translated_errors(memory=f"Out of memory with {what}. Try --batch-size {half}."):
                 some = self._draw([candidates[place] for place in places])
-            except torch.OutOfMemoryError:
-                raise ResourceError(
-                    f"Out of memory with {len(places)} pairs at once of {self.size[0]}x{self.size[1]}. "
-                    f"Try --batch-size {max(1, len(places) // 2)}."
-                ) from None
             made |= dict(zip(places, some, strict=True))
         return [made[place] for place in range(len(candidates))]
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ip2p.base.devices import has_fast_bf16, pick_device
-from ip2p.base.errors import InputError, ResourceError
+from ip2p.base.errors import InputError, translated_errors
 from ip2p.base.files import make_folder, write_text
 from ip2p.base.terminal import say
 from ip2p.config import Split, TrainConfig, as_dict, run_json
@@ -131,14 +131,10 @@ def run(config: TrainConfig) -> Result | None:
             if _main():
                 say(ended)
             return None
-        try:
+        half = max(1, (config.micro_batch or config.batch) // 2)
+        advice = f"--micro-batch {half} (the result stays the same), --checkpointing, or --lora 16"
+        with translated_errors(memory=f"out of memory; try {advice}."):
             return _run(config, folder)
-        except torch.OutOfMemoryError:
-            half = max(1, (config.micro_batch or config.batch) // 2)
-            raise ResourceError(
-                f"out of memory; try --micro-batch {half} (the result stays the same), --checkpointing, "
-                "or --lora 16."
-            ) from None
 
 
 def _main() -> bool:
