@@ -42,7 +42,7 @@ from ip2p.models.memory import (
     free_bytes,
     offload,
 )
-from ip2p.models.text import Prompt, encode_prompt, join_prompts
+from ip2p.models.text import Prompt, encode_prompt, join_prompts, words_without_effect
 from ip2p.pictures import masks
 from ip2p.pictures.carry import carry
 from ip2p.pictures.images import (
@@ -101,6 +101,7 @@ class Editor:
         # On a CPU a batch saves little, and half-precision kernels round by its size: alone, an image that is
         # made again is equal to the byte.
         self.batch_size = 1 if self.device.type == "cpu" or memory == "low" else 4
+        self.warn_once = True  # of pictures that are far from what the model knows: to look costs a decoding
         self._said_far = False
         self._footprint = footprint(bundle, controlnet)
         # What works together lies on the device together.
@@ -190,8 +191,8 @@ class Editor:
         `diffusion.denoiser.guided` has them.
 
         Each result's `info` has the settings as "parameters", the picture's exif and ICC profile, which
-        `save_image` writes, and the "mask" if there was one, a picture in "L". Raises InputError, or
-        ResourceError out of memory.
+        `save_image` writes, the "mask" if there was one, a picture in "L", and "warnings", a list of texts:
+        what is outside of what the model knows. Raises InputError, or ResourceError out of memory.
         """
         chosen = self.resolved(settings, instruction, changes)
         seeds = check_seeds([chosen.seed] if seeds is None else seeds)
@@ -272,11 +273,12 @@ class Editor:
         with _memory_error(*working):
             latent = self.encode_image(to_tensor(shown))
             rebuilt = None
-            far = self.bundle.card.known_psnr is not None and not self._said_far
-            if far or (part is not shown and settings.fit == "original"):
+            said = self.words_without_effect(settings.instruction)
+            look = self.bundle.card.known_psnr is not None and not (self.warn_once and self._said_far)
+            if look or (part is not shown and settings.fit == "original"):
                 # The condition's latents are not scaled and the decoder's input is.
                 rebuilt = self.decode(latent * self.bundle.latent_scale)
-                self._say_if_far(shown, rebuilt)
+                said += self._far_from_known(shown, rebuilt)
         return _Sheet(
             instruction=settings.instruction,
             picture=picture,
@@ -287,6 +289,7 @@ class Editor:
             rebuilt=None if rebuilt is None else to_pil(_finite(rebuilt)),
             latent=latent,
             control=control,
+            warnings=tuple(said),
         )
 
     @torch.inference_mode()
@@ -424,7 +427,7 @@ class Editor:
                 "version": f"ip2p {__version__}",
             }
         )
-        result.info = info | {"parameters": format_infotext(record)}
+        result.info = info | {"parameters": format_infotext(record), "warnings": list(sheet.warnings)}
         return result
 
     def scales(self, text_cfg: float | None, image_cfg: float | None) -> tuple[float, float]:
@@ -578,20 +581,30 @@ class Editor:
         vae.use_slicing = plan != Memory()  # one picture at a time, with the same result
         return vae
 
-    def _say_if_far(self, shown: Image.Image, rebuilt: Tensor) -> None:
-        """Warn once when the autoencoder keeps a picture worse than those that it was trained on."""
+    def words_without_effect(self, text: str) -> list[str]:
+        """A warning for what the model does not read of a text (`models.text`)."""
+        return words_without_effect(self.bundle, text)
+
+    def _far_from_known(self, shown: Image.Image, rebuilt: Tensor) -> list[str]:
+        """A warning when the autoencoder keeps a picture worse than those that it was trained on.
+
+        The first is Python's warning too.
+        """
         known = self.bundle.card.known_psnr
-        if known is None or self._said_far:
-            return
+        if known is None:
+            return []
         error = (rebuilt.clamp(-1, 1).cpu() - to_tensor(shown)).square().mean()
         psnr = signed_psnr(error).item()
-        if psnr < known:
+        if psnr >= known:
+            return []
+        words = (
+            f"This picture is far from what {self.bundle.card.name} knows (it keeps it to {psnr:.1f} dB, "
+            f"and its own pages to {known:.1f} or more). For photographs: --model {PHOTO_MODEL}"
+        )
+        if not self._said_far:
             self._said_far = True
-            warnings.warn(
-                f"This picture is far from what {self.bundle.card.name} knows (it keeps it to {psnr:.1f} dB, "
-                f"and its own pages to {known:.1f} or more). For photographs: --model {PHOTO_MODEL}",
-                stacklevel=1,
-            )
+            warnings.warn(words, stacklevel=1)
+        return [words]
 
 
 def feather_of(settings: EditSettings, size: tuple[int, int]) -> float:
@@ -615,6 +628,7 @@ class _Sheet:
     rebuilt: Image.Image | None
     latent: Tensor
     control: Control | None
+    warnings: tuple[str, ...] = ()
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,27 @@ def encode_prompts(bundle: Bundle, texts: Sequence[str], size: tuple[int, int]) 
         tokens = _tokens(bundle.tokenizer, texts, bundle.text_encoder.device)
         return Prompt(bundle.text_encoder(tokens)[0].float())
     return _encode_for_sdxl(bundle, texts, size)
+
+
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+_PART = re.compile(r"['\u2019]?[^\W\d_]+|\d+")
+
+
+def unknown_words(instruction: str, tokenizer: Any) -> list[str]:
+    """The words of an instruction that a model with a closed vocabulary has never seen, as they are typed.
+
+    tokenizer: that of a model whose card says `closed_vocabulary: true`, where each known word is a single
+    token (so is an ending such as "'s") and every other word falls into several. Of no use for other models,
+    CLIP's among them: they know many words of several tokens. Each word is named once, in order.
+    """
+    words: dict[str, str] = {}
+    for word in _WORD.findall(instruction):
+        words.setdefault(word.lower(), word)
+    return [
+        word
+        for word in words.values()
+        if any(len(tokenizer.tokenize(part)) != 1 for part in _PART.findall(word))
+    ]
 
 
 def drop_text(prompt: Prompt, null: Prompt, dropped: Tensor) -> Prompt:
@@ -110,17 +132,34 @@ def _time_ids(unet: Any, projected: int, size: tuple[int, int]) -> Tensor:
     return torch.tensor([numbers], dtype=torch.float32)
 
 
+def words_without_effect(bundle: Bundle, text: str) -> list[str]:
+    """A warning for what a model does not read of a text: what is cut off, words of no known meaning."""
+    found = _cut_text(bundle.tokenizer, text)
+    unknown = []
+    if getattr(bundle.card, "closed_vocabulary", False):
+        unknown = unknown_words(text, bundle.tokenizer)
+    if unknown:
+        found.append(f"{bundle.card.name} does not know these words: {', '.join(unknown)}.")
+    return found
+
+
+def _cut_text(tokenizer: Any, text: str) -> list[str]:
+    """A warning that names what is beyond the last token, if something is."""
+    limit = tokenizer.model_max_length
+    whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    if len(whole["input_ids"]) <= limit:
+        return []
+    # The last place is the end token's.
+    cut = text[whole["offset_mapping"][limit - 1][0] :].strip()
+    return [f"The text is longer than {limit} tokens; this part has no effect: {cut!r}"]
+
+
 def _tokens(tokenizer: Any, texts: Sequence[str], device: torch.device) -> Tensor:
     """[batch, limit] token ids. A warning names the text cut off."""
     limit = tokenizer.model_max_length
     for text in texts:
-        whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        if len(whole["input_ids"]) > limit:
-            # The last place is the end token's.
-            cut = text[whole["offset_mapping"][limit - 1][0] :].strip()
-            warnings.warn(
-                f"The text is longer than {limit} tokens; this part has no effect: {cut!r}", stacklevel=1
-            )
+        for words in _cut_text(tokenizer, text):
+            warnings.warn(words, stacklevel=1)
     padded = tokenizer(
         list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
     )

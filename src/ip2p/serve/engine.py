@@ -342,6 +342,7 @@ class JoinedEditor(Editor):
             origin=editor.origin,
         )
         self.batch_size = join
+        self.warn_once = False  # each request has a client of its own
         self.calls = Counter() if calls is None else calls
         self.engine = Engine(editor.bundle.unet, join, patience, self.calls)
         self.model = _WatchedDenoiser(_JoinedUNet(self.engine), self.schedule, self.bundle.condition_scale)
@@ -361,6 +362,10 @@ class JoinedEditor(Editor):
     def encode_text(self, text: str, size: tuple[int, int] | None = None) -> Tensor | Prompt:
         encode = super().encode_text
         return self.engine.call(lambda: encode(text, size))
+
+    def words_without_effect(self, text: str) -> list[str]:
+        look = super().words_without_effect
+        return self.engine.call(lambda: look(text))
 
     def encode_image(self, pictures: Tensor) -> Tensor:
         encode = super().encode_image
