@@ -877,7 +877,7 @@ def test_closing_ends_every_thread(editor):
 def test_results_on_disk_have_a_store_of_their_own(serve, tmp_path):
     service = serve(store=tmp_path / "results", store_bytes=10, keep_seconds=60)
     name = service.store.put(b"data", ".png")
-    assert service.store.read(name) == b"data" and service.store.seconds == 60
+    assert service.store.read(name) == b"data" and service.store.shelf.seconds == 60
     service.close()
     assert not (tmp_path / "results" / name).exists()
     assert serve().store is None

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import compile_path
 
 from ip2p import __version__
 from ip2p.base.errors import InputError, Ip2pError
@@ -96,16 +96,18 @@ def _with_page(app: FastAPI, service: Service, config: ServeConfig) -> FastAPI:
 
 async def _answer_nothing(request: Request) -> Response:
     """404, or 405 where the address takes other methods."""
-    allowed: set[str] = set()
-    for route in request.app.routes:
-        match, _ = route.matches(request.scope)
-        if match is Match.PARTIAL:
-            allowed |= getattr(route, "methods", None) or set()
-    if allowed:
+    found = [
+        method.upper()
+        for path, operations in request.app.openapi()["paths"].items()
+        if compile_path(path)[0].match(request.url.path)
+        for method in operations
+    ]
+    if found:
+        allowed = ", ".join(found)
         raise Refusal(
-            f"{request.method} does nothing at this address; it takes {', '.join(sorted(allowed))}.",
+            f"{request.method} does nothing at this address; it takes {allowed}.",
             status=405,
-            headers={"Allow": ", ".join(sorted(allowed))},
+            headers={"Allow": allowed},
         )
     raise Refusal(f"{request.method} does nothing at this address. See /docs.", status=404)
 

@@ -150,6 +150,6 @@ def _in_names_of(face: Face, refusal: Refusal) -> tuple[str | None, str]:
         return None, message
     own = {"native": NATIVE_NAMES, "openai": OPENAI_NAMES, "a1111": A1111_NAMES}[face]
     name = own.get(field) or (field if face == "native" else voice_of(face).name(field))
-    if name not in message:
+    if not re.search(rf"\b{re.escape(name)}\b", message):
         message = re.sub(rf"\b{re.escape(field)}\b", lambda _: name, message, count=1)
     return name, message

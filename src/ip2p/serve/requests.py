@@ -56,8 +56,13 @@ class EditRequest:
 def limited_settings(limits: Limits) -> type[EditSettings]:
     """The settings of an edit with a server's limits in place of the general ones."""
     found = EditSettings.model_fields["steps"]
-    steps = Field(found.default, ge=1, le=limits.steps, description=found.description)
-    steps.json_schema_extra = meta_of(found)  # type: ignore[assignment]
+    steps = Field(
+        found.default,
+        ge=1,
+        le=limits.steps,
+        description=found.description,
+        json_schema_extra=meta_of(found),  # type: ignore[arg-type]
+    )
     fields: dict[str, Any] = {"steps": (int | None, steps)}
     for name, least in (("instruction", 1), ("negative", 0)):
         schema: dict[str, Any] = {"type": "string", "minLength": least, "maxLength": limits.words}

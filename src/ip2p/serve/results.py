@@ -220,6 +220,7 @@ class JobShelf:
         self.store = store
         self.shelf = Shelf(seconds=seconds, size=size, count=count, on_drop=self._forget)
         self._jobs: dict[str, Job] = {}
+        self._newest = ""  # of those with pictures in memory
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -236,7 +237,7 @@ class JobShelf:
     def get(self, id: str) -> Job | None:
         """The job of an id; None once it is forgotten."""
         with self._lock:
-            self.shelf.drop_old()
+            self._drop_old()
             return self._jobs.get(id)
 
     def went_early(self, id: str) -> bool:
@@ -247,9 +248,11 @@ class JobShelf:
     def end(self, job: Job) -> None:
         """Keep a job that ends, for its time."""
         with self._lock:
-            self.shelf.put(job.id, job.bytes)
-            # The newest stays, whatever its size: nobody had the time to ask for it.
-            self.shelf.drop_old(stay=(job.id,))
+            size = job.bytes
+            self.shelf.put(job.id, size)
+            if size:
+                self._newest = job.id
+            self._drop_old()
 
     def keep(self, job: Job, encode: Encode) -> list[Kept]:
         """Move a job's results from memory to the store, unless they are there.
@@ -278,6 +281,10 @@ class JobShelf:
                 with self._lock:
                     self.shelf.resize(job.id, 0)
             return job.kept or []
+
+    def _drop_old(self) -> None:
+        # The newest stays, whatever its size: nobody had the time to ask for it.
+        self.shelf.drop_old(stay=(self._newest,))
 
     def _forget(self, id: str) -> None:
         self._jobs.pop(id, None)

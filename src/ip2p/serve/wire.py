@@ -28,7 +28,7 @@ from ip2p.config import ServeConfig
 from ip2p.pictures.images import flattened, load_image, to_bytes
 from ip2p.serve.errors import Refusal
 from ip2p.serve.jobs import Job
-from ip2p.serve.requests import NOT_TEXT, is_text, naming
+from ip2p.serve.requests import NOT_TEXT, EditRequest, is_text, naming
 from ip2p.serve.service import Service
 from ip2p.settings import PYTHON, EditSettings, SettingError, Voice, explained
 
@@ -110,13 +110,14 @@ async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> d
         for name, value in form.multi_items():
             name = name.removesuffix("[]")
             content = await value.read() if isinstance(value, UploadFile) else value
+            values.setdefault(name, []).append(content)
+        for name, several in values.items():
             info = kind.model_fields.get(name)
-            if info is not None and "list" in str(info.annotation).lower():
-                values.setdefault(name, []).append(content)
-            elif name in values:
+            kinds = "" if info is None else str(info.annotation).lower()
+            if len(several) > 1 and "list" not in kinds and "tuple" not in kinds:
                 raise SettingError(f"{name} came twice. Send it once.", field=name)
-            else:
-                values[name] = content
+            if len(several) == 1 and "list" not in kinds:
+                [values[name]] = several
     except HTTPException as error:
         raise SettingError(f"body cannot be read: {error.detail}", field="body") from None
     finally:
@@ -148,8 +149,10 @@ def request_body(kind: type[BaseModel], *, forms: bool = True) -> dict[str, Any]
     return {"requestBody": {"required": True, "content": {name: {"schema": schema} for name in types}}}
 
 
-def let_go(request: Request) -> None:
-    """Tell the guard that nothing holds the request's body any more: others may send theirs."""
+def let_go(request: Request, body: BaseModel) -> None:
+    """Drop a body's pictures and tell the guard so: others may send theirs."""
+    for name in {"image", "init_images", "mask", "control_image"} & set(type(body).model_fields):
+        setattr(body, name, None)
     request.scope["state"]["let_go"]()
 
 
@@ -203,11 +206,24 @@ class Opened:
         return await self._desk.by_hand(decode)
 
 
-@contextlib.asynccontextmanager
-async def opening(desk: Desk) -> AsyncIterator[Opened]:
-    """A turn among the requests that decode; their places in the queue are kept (`Service.room`)."""
-    async with desk.opening:
-        yield Opened(desk)
+async def submitted(
+    desk: Desk,
+    client: str,
+    edit_of: Callable[[Opened], Awaitable[EditRequest]],
+    *,
+    encode: Encoding | None = None,
+    keep: bool = False,
+) -> tuple[EditRequest, Job]:
+    """The edit that `edit_of` makes of a body's pictures, and its job.
+
+    First a place in the queue, so that nothing is decoded for what is refused; then a turn among those that
+    decode. Raises SettingError, Full and Draining.
+    """
+    with desk.service.room(client) as place:
+        async with desk.opening:
+            edit = await edit_of(Opened(desk))
+            submit = functools.partial(desk.service.submit, edit, client=client, place=place)
+            return edit, await desk.by_hand(submit, encode=encode, keep=keep)
 
 
 def from_base64(text: str, name: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import time
 from collections import OrderedDict
@@ -10,27 +11,16 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticUndefined
 
 from ip2p import __version__
 from ip2p.pictures.infotext import SAMPLER_NAMES, SCHEDULE_NAMES
+from ip2p.serve import wire
 from ip2p.serve.errors import EDITING, Refusal, declared
 from ip2p.serve.faces.native import OptionalPicture
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
-from ip2p.serve.wire import (
-    PICTURE_SCHEMA,
-    PNG,
-    Desk,
-    Opened,
-    caller_of,
-    finished,
-    let_go,
-    opening,
-    read_body,
-    request_body,
-    seeds_of,
-    sized,
-)
+from ip2p.serve.wire import Desk, Opened
 from ip2p.settings import (
     MAX_SEED,
     MAX_SIZE,
@@ -47,7 +37,7 @@ TEXT_CFG, IMAGE_CFG = 7.0, 1.0  # what null means to its clients
 PICTURES = ("init_images", "mask", "control_image")
 InitImages = Annotated[
     list[str],
-    WithJsonSchema({"type": "array", "items": PICTURE_SCHEMA, "minItems": 1, "maxItems": 1}),
+    WithJsonSchema({"type": "array", "items": wire.PICTURE_SCHEMA, "minItems": 1, "maxItems": 1}),
 ]
 
 
@@ -90,7 +80,7 @@ class Img2ImgAnswer(BaseModel):
 class Options(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    sd_model_checkpoint: str | None = None
+    sd_model_checkpoint: str | None = Field(None, description="a title of GET /sdapi/v1/sd-models")
 
 
 def img2img_body(limits: Limits) -> type[Img2Img]:
@@ -105,7 +95,7 @@ def img2img_body(limits: Limits) -> type[Img2Img]:
         Bounded,
         "a1111",
         settings=limited_settings(limits),
-        defaults={"text_cfg": TEXT_CFG},
+        defaults={"instruction": PydanticUndefined, "text_cfg": TEXT_CFG},
         leave_out=("size",),  # the picture's own is what the model sees, scaled by width and height
         nullable=True,
     )
@@ -147,33 +137,30 @@ def router(desk: Desk) -> APIRouter:
     @routes.post(
         "/img2img",
         summary="Edit a picture",
-        openapi_extra=request_body(kind, forms=False),
+        openapi_extra=wire.request_body(kind, forms=False),
         responses=declared("a1111", *EDITING),
     )
     async def img2img(request: Request) -> Img2ImgAnswer:
-        client = caller_of(request)
+        client = wire.caller_of(request)
         service.check_room(client)  # before anything is read: a refusal costs nothing
-        body: Any = await read_body(request, kind, desk, voice_of("a1111"))
+        body: Any = await wire.read_body(request, kind, desk, voice_of("a1111"))
         name = (body.override_settings or {}).get("sd_model_checkpoint")
         model = model_of(client) if name is None else known_model(str(name))
         count = _check_body(body, service.limits.count)
-        with service.room(client) as place:
-            async with opening(desk) as opened:
-                edit = await _edit_of(desk, body, opened, model, count)
-                job = await desk.by_hand(service.submit, edit, client=client, place=place)
+        edit_of = functools.partial(_edit_of, desk, body, model, count)
+        edit, job = await wire.submitted(desk, client, edit_of)
         latest.put(client, job.id)
         echo = body.model_dump(exclude=set(PICTURES))
         if body.include_init_images:  # then they are held, and count
             echo |= {field: getattr(body, field) for field in PICTURES}
         else:
-            body.init_images, body.mask, body.control_image = [], None, None
-            let_go(request)
+            wire.let_go(request, body)
         try:
-            await finished(desk, request, job)
+            await wire.finished(desk, request, job)
         except Refusal:  # interrupted: its clients want what there is, and no error
             if job.state != "cancelled":
                 raise
-        images = [await desk.by_hand(PNG.base64, result.image) for result in job.results]
+        images = [await desk.by_hand(wire.PNG.base64, result.image) for result in job.results]
         return Img2ImgAnswer(
             images=images if body.send_images else [],
             parameters=echo,
@@ -183,7 +170,7 @@ def router(desk: Desk) -> APIRouter:
     @routes.get("/options", summary="The model that this client has chosen")
     async def read_options(request: Request) -> dict[str, Any]:
         return {
-            "sd_model_checkpoint": model_of(caller_of(request)),
+            "sd_model_checkpoint": model_of(wire.caller_of(request)),
             "samples_format": "png",
             "CLIP_stop_at_last_layers": 1,
         }
@@ -191,13 +178,13 @@ def router(desk: Desk) -> APIRouter:
     @routes.post(
         "/options",
         summary="Choose a model",
-        openapi_extra=request_body(Options, forms=False),
+        openapi_extra=wire.request_body(Options, forms=False),
         responses=declared("a1111", 415, 503),
     )
     async def set_options(request: Request) -> dict[str, Any]:
-        body = await read_body(request, Options, desk)
+        body = await wire.read_body(request, Options, desk)
         if body.sd_model_checkpoint is not None:
-            chosen.put(caller_of(request), known_model(body.sd_model_checkpoint))
+            chosen.put(wire.caller_of(request), known_model(body.sd_model_checkpoint))
         return {}
 
     @routes.get("/sd-models", summary="The models that are served")
@@ -229,17 +216,17 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get("/progress", summary="How this client's newest edit stands")
     async def read_progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
-        job = service.job(latest.get(caller_of(request)))
+        job = service.job(latest.get(wire.caller_of(request)))
         picture: str | None = None
         if job is not None and job.active and not skip_current_image:
             preview = next((image for image in job.previews if image is not None), None)
             if preview is not None:
-                picture = await desk.by_hand(PNG.base64, preview)
+                picture = await desk.by_hand(wire.PNG.base64, preview)
         return _progress(job, picture)
 
     @routes.post("/interrupt", summary="Stop this client's newest edit, within a step")
     async def interrupt(request: Request) -> dict[str, Any]:
-        service.cancel(latest.get(caller_of(request)))
+        service.cancel(latest.get(wire.caller_of(request)))
         return {}
 
     return routes
@@ -267,7 +254,7 @@ def _check_body(body: Any, most: int) -> int:
     return int(batches * each)
 
 
-async def _edit_of(desk: Desk, body: Any, opened: Opened, model: str, count: int) -> EditRequest:
+async def _edit_of(desk: Desk, body: Any, model: str, count: int, opened: Opened) -> EditRequest:
     """The edit that a body asks for. Raises SettingError and Refusal."""
     limits = desk.service.limits
     sampler, schedule = _sampler(body)
@@ -287,8 +274,8 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened, model: str, count: int
                 f"resize_mode is {body.resize_mode}; it must be 0, 1 or 2.", field="resize_mode"
             )
         how = RESIZE_MODES[body.resize_mode]
-        picture = await desk.by_hand(sized, picture, size, how)
-        mask = mask and await desk.by_hand(sized, mask, size, how)
+        picture = await desk.by_hand(wire.sized, picture, size, how)
+        mask = mask and await desk.by_hand(wire.sized, mask, size, how)
     settings = settings_from_body(
         body,
         "a1111",
@@ -308,7 +295,7 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened, model: str, count: int
     return EditRequest(
         image=picture,
         settings=settings,
-        seeds=seeds_of(body.seed, count, limits.count, "batch_size"),
+        seeds=wire.seeds_of(body.seed, count, limits.count, "batch_size"),
         model=model,
         previews=min(5, limits.steps),
         warnings=tuple(opened.warnings),

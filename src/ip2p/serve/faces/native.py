@@ -10,33 +10,18 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticUndefined
 
+from ip2p.serve import wire
 from ip2p.serve.errors import EDITING, Refusal, body_of, declared, refusal_of
 from ip2p.serve.jobs import Job, State
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
-from ip2p.serve.wire import (
-    PICTURE_SCHEMA,
-    PNG,
-    QUALITY,
-    Desk,
-    Encoding,
-    Format,
-    base64_of,
-    caller_of,
-    check_done,
-    event_stream,
-    finished,
-    let_go,
-    opening,
-    read_body,
-    reopened,
-    request_body,
-    seeds_of,
-)
+from ip2p.serve.wire import Desk, Encoding, Format, Opened
 from ip2p.settings import MAX_SEED, SettingError, interface_body, settings_from_body
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-PictureField = Annotated[bytes | str, WithJsonSchema(PICTURE_SCHEMA)]
-OptionalPicture = Annotated[bytes | str | None, WithJsonSchema({"anyOf": [PICTURE_SCHEMA, {"type": "null"}]})]
+PictureField = Annotated[bytes | str, WithJsonSchema(wire.PICTURE_SCHEMA)]
+OptionalPicture = Annotated[
+    bytes | str | None, WithJsonSchema({"anyOf": [wire.PICTURE_SCHEMA, {"type": "null"}]})
+]
 Quality = Annotated[int, Query(ge=1, le=100, description="of JPEG and WebP")]
 
 
@@ -57,7 +42,7 @@ class EditBody(BaseModel):
     mask: OptionalPicture = Field(None, description="a picture of the same size: white is edited")
     control_image: OptionalPicture = Field(None, description="a picture for the model's ControlNet")
     format: Format = Field("png", description="of the results")
-    quality: int = Field(QUALITY, ge=1, le=100, description="of JPEG and WebP")
+    quality: int = Field(wire.QUALITY, ge=1, le=100, description="of JPEG and WebP")
     response: Literal["b64", "url"] = Field(
         "b64", description="results as base64 in the answer, or by address"
     )
@@ -136,45 +121,36 @@ def router(desk: Desk) -> APIRouter:
     answers = _Answers(desk)
 
     async def take(request: Request) -> tuple[Any, Job]:
-        client, accept = caller_of(request), request.headers.get("accept", "")
+        client, accept = wire.caller_of(request), request.headers.get("accept", "")
         service.check_room(client)  # before anything is read: a refusal costs nothing
-        body: Any = await read_body(request, kind, desk)
+        body: Any = await wire.read_body(request, kind, desk)
         body.stream = body.stream or "text/event-stream" in accept
         if accept.startswith("image/") and not body.stream and body.wait and body.count != 1:
             raise SettingError("count must be 1 for Accept: image/*; ask for JSON.", field="count")
-        with service.room(client) as place:
-            async with opening(desk) as opened:
-                edit = EditRequest(
-                    image=await opened.picture(body.image, "image"),
-                    settings=settings_from_body(
-                        body,
-                        settings=limited_settings(service.limits),
-                        seed=0,
-                        mask=body.mask and await opened.mask(body.mask, "mask"),
-                        control_image=body.control_image
-                        and await opened.picture(body.control_image, "control_image"),
-                    ),
-                    seeds=seeds_of(body.seed, body.count, service.limits.count, "count"),
-                    model=body.model,
-                    previews=body.previews if body.stream else 0,
-                    warnings=tuple(opened.warnings),
-                )
-                job = await desk.by_hand(
-                    service.submit,
-                    edit,
-                    client=client,
-                    place=place,
-                    encode=Encoding(body.format, body.quality),
-                    keep=not body.stream and not body.wait,
-                )
-        body.image, body.mask, body.control_image = b"", None, None
-        let_go(request)
+
+        async def edit_of(opened: Opened) -> EditRequest:
+            control = body.control_image and await opened.picture(body.control_image, "control_image")
+            image = await opened.picture(body.image, "image")
+            mask = body.mask and await opened.mask(body.mask, "mask")
+            bounds = limited_settings(service.limits)
+            return EditRequest(
+                image=image,
+                settings=settings_from_body(body, settings=bounds, seed=0, mask=mask, control_image=control),
+                seeds=wire.seeds_of(body.seed, body.count, service.limits.count, "count"),
+                model=body.model,
+                previews=body.previews if body.stream else 0,
+                warnings=tuple(opened.warnings),
+            )
+
+        encoding, keep = Encoding(body.format, body.quality), not body.stream and not body.wait
+        _, job = await wire.submitted(desk, client, edit_of, encode=encoding, keep=keep)
+        wire.let_go(request, body)
         return body, job
 
     @routes.post(
         "/v1/edits",
         summary="Edit a picture",
-        openapi_extra=request_body(kind),
+        openapi_extra=wire.request_body(kind),
         response_model=None,
         responses={
             200: {"model": EditAnswer, "content": FILES | EVENTS},
@@ -187,11 +163,11 @@ def router(desk: Desk) -> APIRouter:
         the job's id (`wait` false), or, for Accept: image/*, with the one result's file."""
         body, job = await take(request)
         if body.stream:
-            return event_stream(desk, job, answers.events(job, body.response, request.url.path))
+            return wire.event_stream(desk, job, answers.events(job, body.response, request.url.path))
         if not body.wait:
             place = f"/v1/edits/{job.id}"
             return _json(answers.state(job, url=place), status=202, headers={"Location": place})
-        await finished(desk, request, job)
+        await wire.finished(desk, request, job)
         if request.headers.get("accept", "").startswith("image/"):
             return await answers.file(job, 0)
         return _json(await answers.whole(job, body.response))
@@ -205,7 +181,7 @@ def router(desk: Desk) -> APIRouter:
     async def read_edit(request: Request, id: str) -> Response:
         job = answers.find(id)
         if "text/event-stream" in request.headers.get("accept", ""):
-            return event_stream(desk, None, answers.events(job, "url", request.url.path))
+            return wire.event_stream(desk, None, answers.events(job, "url", request.url.path))
         answer = await answers.whole(job, "url")
         if job.error is not None:
             answer = answer.model_copy(update=_fault(job, request.url.path))
@@ -229,11 +205,11 @@ def router(desk: Desk) -> APIRouter:
         responses={200: {"content": FILES}, **declared("native", 409, 410, 503)},
     )
     async def read_result(
-        id: str, number: int, format: Format | None = None, quality: Quality = QUALITY
+        id: str, number: int, format: Format | None = None, quality: Quality = wire.QUALITY
     ) -> Response:
         job = answers.find(id)
         if job.state != "done":
-            check_done(job)
+            wire.check_done(job)
             raise Refusal(
                 f"id names an edit that is {job.state}; ask again when it is done.", status=409, field="id"
             )
@@ -321,7 +297,7 @@ class _Answers:
                 entry = EditResult(seed=result.seed, format=encoding.format, settings=result.parameters)
                 entry.b64 = await by_hand(encoding.base64, result.image)
                 if result.mask is not None:
-                    entry.mask = await by_hand(PNG.base64, result.mask)
+                    entry.mask = await by_hand(wire.PNG.base64, result.mask)
                 results.append(entry)
             return answer.model_copy(update={"results": results})
         assert self.service.store is not None
@@ -330,10 +306,10 @@ class _Answers:
             if response == "url":
                 entry.url = f"/v1/files/{kept.file}"
             else:
-                entry.b64 = base64_of(await self.stored(kept.file))
+                entry.b64 = wire.base64_of(await self.stored(kept.file))
             mask = None if kept.mask is None else await by_hand(self.service.store.read, kept.mask)
             if mask is not None:
-                entry.mask = base64_of(mask)
+                entry.mask = wire.base64_of(mask)
             results.append(entry)
         return answer.model_copy(update={"results": results})
 
@@ -373,7 +349,7 @@ class _Answers:
         )
 
     async def file(
-        self, job: Job, number: int, format: Format | None = None, quality: int = QUALITY
+        self, job: Job, number: int, format: Format | None = None, quality: int = wire.QUALITY
     ) -> Response:
         """One result of a job that is done, in its own format or another."""
         own, made, by_hand = _encoding_of(job), job.results, self.desk.by_hand
@@ -385,7 +361,7 @@ class _Answers:
             kept = (await by_hand(self.service.keep, job, own))[number]
             seed, data = kept.seed, await self.stored(kept.file)
             if encoding.format != own.format:
-                data, _ = await by_hand(lambda: encoding(reopened(data, kept.parameters)))
+                data, _ = await by_hand(lambda: encoding(wire.reopened(data, kept.parameters)))
         return _file_response(data, encoding.format, f"edit-{seed}.{encoding.format}")
 
 
@@ -396,7 +372,7 @@ def check_model(name: str | None, models: list[str]) -> None:
 
 
 def _encoding_of(job: Job) -> Encoding:
-    return job.encode if isinstance(job.encode, Encoding) else PNG
+    return job.encode if isinstance(job.encode, Encoding) else wire.PNG
 
 
 def _fault(job: Job, path: str) -> dict[str, Any]:

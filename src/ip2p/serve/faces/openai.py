@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
@@ -12,28 +13,12 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticUndefined
 
+from ip2p.serve import wire
 from ip2p.serve.errors import EDITING, Refusal, body_of, declared, refusal_of
 from ip2p.serve.faces.native import EVENTS, OptionalPicture, check_model
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
-from ip2p.serve.wire import (
-    PICTURE_SCHEMA,
-    QUALITY,
-    Desk,
-    Encoding,
-    Format,
-    Opened,
-    base64_of,
-    caller_of,
-    event_stream,
-    finished,
-    let_go,
-    opening,
-    read_body,
-    request_body,
-    seeds_of,
-    sized,
-)
+from ip2p.serve.wire import Desk, Encoding, Format, Opened
 from ip2p.settings import (
     MAX_SEED,
     MAX_SIZE,
@@ -53,7 +38,9 @@ USAGE = {
     "output_tokens": 0,
     "total_tokens": 0,
 }
-IMAGE_SCHEMA = {"anyOf": [PICTURE_SCHEMA, {"type": "array", "items": PICTURE_SCHEMA, "maxItems": 1}]}
+IMAGE_SCHEMA = {
+    "anyOf": [wire.PICTURE_SCHEMA, {"type": "array", "items": wire.PICTURE_SCHEMA, "maxItems": 1}]
+}
 
 
 class ImagesEdit(BaseModel):
@@ -124,24 +111,21 @@ def router(desk: Desk) -> APIRouter:
     @routes.post(
         PATH,
         summary="Edit a picture, as OpenAI's clients ask",
-        openapi_extra=request_body(kind),
+        openapi_extra=wire.request_body(kind),
         response_model=None,
         responses={200: {"model": ImagesAnswer, "content": EVENTS}, **declared("openai", *EDITING)},
     )
     async def edit_images(request: Request) -> Response:
-        client = caller_of(request)
+        client = wire.caller_of(request)
         service.check_room(client)  # before anything is read: a refusal costs nothing
-        body: Any = await read_body(request, kind, desk, voice_of("openai"))
+        body: Any = await wire.read_body(request, kind, desk, voice_of("openai"))
         encoding = Encoding(body.output_format or "png", _quality(body))
-        with service.room(client) as place:
-            async with opening(desk) as opened:
-                edit = await _edit_of(desk, body, opened)
-                job = await desk.by_hand(service.submit, edit, client=client, place=place, encode=encoding)
-        body.image, body.mask, body.control_image = b"", None, None
-        let_go(request)
+        edit_of = functools.partial(_edit_of, desk, body)
+        _, job = await wire.submitted(desk, client, edit_of, encode=encoding)
+        wire.let_go(request, body)
         if body.stream:
-            return event_stream(desk, job, _events(desk, job, encoding, body.partial_images or 0))
-        await finished(desk, request, job)
+            return wire.event_stream(desk, job, _events(desk, job, encoding, body.partial_images or 0))
+        await wire.finished(desk, request, job)
         data = []
         about = _about(job, encoding)
         if body.response_format == "url":
@@ -172,8 +156,8 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
         _check_mask(mask, picture)
     if body.size not in (None, "", "auto"):
         size = _result_size(body.size, desk.config.max_pixels)
-        picture = await desk.by_hand(sized, picture, size, "crop")
-        mask = mask and await desk.by_hand(sized, mask, size, "crop")
+        picture = await desk.by_hand(wire.sized, picture, size, "crop")
+        mask = mask and await desk.by_hand(wire.sized, mask, size, "crop")
     control = body.control_image and await opened.picture(body.control_image, "control_image")
     settings = settings_from_body(
         body,
@@ -189,7 +173,7 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
     return EditRequest(
         image=picture,
         settings=settings,
-        seeds=seeds_of(body.seed, 1 if body.n is None else body.n, limits.count, "n"),
+        seeds=wire.seeds_of(body.seed, 1 if body.n is None else body.n, limits.count, "n"),
         model=body.model,
         previews=max(1, steps // (partial + 1)) if partial else 0,
         warnings=tuple(opened.warnings),
@@ -222,7 +206,7 @@ def _result_size(text: str, max_pixels: int) -> tuple[int, int]:
 
 
 def _quality(body: Any) -> int:
-    return QUALITY if body.output_compression is None else max(1, body.output_compression)
+    return wire.QUALITY if body.output_compression is None else max(1, body.output_compression)
 
 
 def _about(job: Job, encoding: Encoding) -> dict[str, Any]:
@@ -243,7 +227,7 @@ async def _events(
 
     async def event(name: str, image: Image.Image, **more: Any) -> tuple[str, dict[str, Any]]:
         data, _ = await desk.by_hand(encoding, image)
-        about = {"b64_json": base64_of(data), "created_at": int(time.time()), **_about(job, encoding)}
+        about = {"b64_json": wire.base64_of(data), "created_at": int(time.time()), **_about(job, encoding)}
         return name, {"type": name, **about, **more}
 
     async for news in job.aevents():
