@@ -286,7 +286,6 @@ class ServeConfig:
     keep_seconds: float = 600.0  # how long results can be fetched
     store: Folder = None  # folder for them; default: one that goes when the server ends
     store_mb: int = 1024  # most that lies there; the oldest go first
-    urls: bool = False  # fetch pictures that a request names by http(s), from public addresses alone
     safety: Model = None  # a picture classifier that refuses unsafe results: a folder or a hub id
     mark: Mark = "iptc"  # what tells that a result was edited: IPTC's tag in the file, words too, or nothing
     drain_seconds: float = 30.0  # after SIGTERM or Ctrl-C: how long what runs may take to finish

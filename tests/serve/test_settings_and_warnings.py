@@ -82,4 +82,6 @@ def test_every_interface_says_what_to_know_about_a_result(http):
         assert len(warnings) == 2
         assert "transparent" in warnings[0] and "has no effect" in warnings[1]
     plain = text(Image.new("RGB", (64, 64), "red"))
-    assert http.post("/v1/edits", json={"image": plain, "instruction": "x", "steps": 1}).json()["warnings"] == []
+    assert (
+        http.post("/v1/edits", json={"image": plain, "instruction": "x", "steps": 1}).json()["warnings"] == []
+    )

@@ -9,11 +9,12 @@ that each gets what it would get alone, but for the rounding of sums.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import UNetDenoiser
 from ip2p.editing.editor import Editor
 from ip2p.models.memory import Memory
-from ip2p.models.text import Prompt
+from ip2p.models.text import Prompt, words_without_effect
 from ip2p.serve.jobs import Stopped
 
 T = TypeVar("T")
@@ -45,7 +46,6 @@ class Lane:
         self.pictures: int | None = None  # how many of an edit's results to make at once; None: what fits
         self.x0: Tensor | None = None  # the newest prediction of the result, [batch, 4, h, w]
         self.most = PASSES  # rows of a call that fit in memory
-        self.sampling = False
         self.stopped = False
         self.kind: Kind | None = None  # of its last question
         self.work: _Work | None = None  # what it waits for
@@ -132,12 +132,11 @@ class Engine:
     def enter(self, lane: Lane) -> None:
         """From now on the lane asks for one step after the other: calls wait for it."""
         with self._changed:
-            lane.sampling, lane.kind = True, None
+            lane.kind = None
             self._lanes.add(lane)
 
     def leave(self, lane: Lane) -> None:
         with self._changed:
-            lane.sampling = False
             self._lanes.discard(lane)
             self._changed.notify()
 
@@ -347,6 +346,8 @@ class JoinedEditor(Editor):
         self.engine = Engine(editor.bundle.unet, join, patience, self.calls)
         self.model = _WatchedDenoiser(_JoinedUNet(self.engine), self.schedule, self.bundle.condition_scale)
         self._plans: dict[tuple[int, int, int], tuple[float, Memory]] = {}
+        self._reading = threading.Lock()
+        self._reader = replace(editor.bundle, tokenizer=copy.deepcopy(editor.bundle.tokenizer))
 
     def lane(self) -> contextlib.AbstractContextManager[Lane]:
         """The calling thread's way through, to be watched and stopped, while the block runs."""
@@ -364,8 +365,8 @@ class JoinedEditor(Editor):
         return self.engine.call(lambda: encode(text, size))
 
     def words_without_effect(self, text: str) -> list[str]:
-        look = super().words_without_effect
-        return self.engine.call(lambda: look(text))
+        with self._reading:  # beside the engine: an edit would wait a step for so little
+            return words_without_effect(self._reader, text)
 
     def encode_image(self, pictures: Tensor) -> Tensor:
         encode = super().encode_image

@@ -68,11 +68,6 @@ class FairQueue:
         """How many have jobs that wait or run."""
         return len(self._of_client)
 
-    @property
-    def places(self) -> int:
-        """How many places are kept for requests that are being read."""
-        return len(self._places)
-
     # --- room -------------------------------------------------------------------------------------
 
     def check_room(self, client: str) -> None:
