@@ -199,7 +199,7 @@ def test_settings_make_the_round_trip_through_a_file(client, photo):
     fields = from_settings(parse_infotext(read_infotext(file)), ["fake"])
     assert fields["instruction"] == "make it snow, now" and fields["model"] == "fake"
     assert (fields["text_cfg"], fields["image_cfg"], fields["seed"]) == (4.5, 1.25, 7)
-    again = Controls(**fields).request(load_image(photo))
+    again = Controls(**fields).request(load_image(photo)).settings
     assert (again.sampler, again.schedule, again.negative, again.steps) == ("dpmpp_2m", "karras", "blur", 2)
 
 

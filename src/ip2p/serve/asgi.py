@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
@@ -15,7 +15,7 @@ from ip2p import __version__
 from ip2p.base.errors import InputError, Ip2pError
 from ip2p.config import ServeConfig
 from ip2p.serve import metrics, reference
-from ip2p.serve.errors import Refusal, body_of, declared, refusal_of
+from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
 from ip2p.serve.faces import a1111, native, openai
 from ip2p.serve.guard import Guard
 from ip2p.serve.service import Service
@@ -40,7 +40,7 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
         # FastAPI's own pages fetch their viewer from another server.
         docs_url=None,
         redoc_url=None,
-        responses=declared("native"),
+        responses=declared_errors("native"),
     )
     for face in (native, openai, a1111):
         app.include_router(face.router(desk))
@@ -59,9 +59,15 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
         ready = service.ready
         return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
 
-    @app.get("/metrics", tags=["server"], summary="Numbers for Prometheus", response_class=PlainTextResponse)
+    @app.get(
+        "/metrics",
+        tags=["server"],
+        summary="Numbers for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def read_metrics() -> Response:
-        return PlainTextResponse(metrics.prometheus_text(service.stats()), media_type=metrics.MEDIA_TYPE)
+        return Response(metrics.prometheus_text(service.stats()), media_type=metrics.MEDIA_TYPE)
 
     @app.get("/docs", include_in_schema=False)
     async def read_docs() -> Response:

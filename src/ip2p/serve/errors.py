@@ -89,14 +89,12 @@ KINDS = {
     500: ("server_error", "server_error", "The server failed"),
     503: ("server_error", "busy", "No room, or the server is shutting down; see Retry-After"),
 }
-EVERYWHERE = (400, 401, 403, 404, 405, 408, 413, 421, 422, 500)
-EDITING = (409, 415, 429, 503)  # what the routes that edit have besides
 
 
-def declared(face: Face, *more: int) -> dict[int | str, dict[str, Any]]:
-    """The errors that a route of an interface answers with, as FastAPI's `responses` takes them."""
+def declared_errors(face: Face) -> dict[int | str, dict[str, Any]]:
+    """The errors that the routes of an interface answer with, as FastAPI's `responses` takes them."""
     kind = A1111ErrorBody if face == "a1111" else ErrorBody
-    return {status: {"model": kind, "description": KINDS[status][2]} for status in (*EVERYWHERE, *more)}
+    return {status: {"model": kind, "description": words} for status, (_, _, words) in KINDS.items()}
 
 
 # --- from errors to answers -------------------------------------------------------------------------

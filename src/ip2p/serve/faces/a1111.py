@@ -10,13 +10,14 @@ from collections import OrderedDict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticUndefined
 
 from ip2p import __version__
 from ip2p.pictures.infotext import SAMPLER_NAMES, SCHEDULE_NAMES
 from ip2p.serve import wire
-from ip2p.serve.errors import EDITING, Refusal, declared
+from ip2p.serve.errors import Refusal, declared_errors
 from ip2p.serve.faces.native import OptionalPicture
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
@@ -119,7 +120,7 @@ class _Memory:
 
 def router(desk: Desk) -> APIRouter:
     """The routes below `/sdapi/v1`."""
-    routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=declared("a1111"))
+    routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=declared_errors("a1111"))
     service, kind = desk.service, img2img_body(desk.service.limits)
     chosen, latest = _Memory(), _Memory()  # model; id of the newest edit
 
@@ -138,7 +139,6 @@ def router(desk: Desk) -> APIRouter:
         "/img2img",
         summary="Edit a picture",
         openapi_extra=wire.request_body(kind, forms=False),
-        responses=declared("a1111", *EDITING),
     )
     async def img2img(request: Request) -> Img2ImgAnswer:
         client = wire.caller_of(request)
@@ -179,7 +179,6 @@ def router(desk: Desk) -> APIRouter:
         "/options",
         summary="Choose a model",
         openapi_extra=wire.request_body(Options, forms=False),
-        responses=declared("a1111", 415, 503),
     )
     async def set_options(request: Request) -> dict[str, Any]:
         body = await wire.read_body(request, Options, desk)
@@ -263,7 +262,7 @@ async def _edit_of(desk: Desk, body: Any, model: str, count: int, opened: Opened
     if body.mask:
         mask = await opened.mask(body.mask, "mask")
         if mask.size != picture.size:  # as there, whose clients rely on it
-            mask = mask.resize(picture.size)
+            mask = mask.resize(picture.size, Image.Resampling.NEAREST)
         if body.inpainting_mask_invert:
             mask = mask.point(lambda value: 255 - value)
     if body.width is not None or body.height is not None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticUndefined
 
 from ip2p.serve import wire
-from ip2p.serve.errors import EDITING, Refusal, body_of, declared, refusal_of
+from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
 from ip2p.serve.jobs import Job, State
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
 from ip2p.serve.wire import Desk, Encoding, Format, Opened
@@ -116,7 +116,7 @@ def edit_body(limits: Limits) -> type[EditBody]:
 
 def router(desk: Desk) -> APIRouter:
     """The routes of `/v1/edits`, `/v1/files`, `/v1/schema` and `/v1/models`."""
-    routes = APIRouter(tags=["edits"], responses=declared("native"))
+    routes = APIRouter(tags=["edits"], responses=declared_errors("native"))
     service, kind = desk.service, edit_body(desk.service.limits)
     answers = _Answers(desk)
 
@@ -155,7 +155,6 @@ def router(desk: Desk) -> APIRouter:
         responses={
             200: {"model": EditAnswer, "content": FILES | EVENTS},
             202: {"model": EditAnswer, "description": "Taken; come back to `url`"},
-            **declared("native", *EDITING),
         },
     )
     async def create_edit(request: Request) -> Response:
@@ -176,7 +175,7 @@ def router(desk: Desk) -> APIRouter:
         "/v1/edits/{id}",
         summary="How an edit stands, with its results once it is done",
         response_model=None,
-        responses={200: {"model": EditAnswer, "content": EVENTS}, **declared("native", 410, 503)},
+        responses={200: {"model": EditAnswer, "content": EVENTS}},
     )
     async def read_edit(request: Request, id: str) -> Response:
         job = answers.find(id)
@@ -191,7 +190,7 @@ def router(desk: Desk) -> APIRouter:
         "/v1/edits/{id}",
         summary="Stop an edit, within a step",
         response_model=None,
-        responses={200: {"model": EditAnswer}, **declared("native", 410)},
+        responses={200: {"model": EditAnswer}},
     )
     async def cancel_edit(id: str) -> Response:
         job = answers.find(id)
@@ -202,7 +201,7 @@ def router(desk: Desk) -> APIRouter:
         "/v1/edits/{id}/results/{number}",
         summary="A result's file",
         response_class=Response,
-        responses={200: {"content": FILES}, **declared("native", 409, 410, 503)},
+        responses={200: {"content": FILES}},
     )
     async def read_result(
         id: str, number: int, format: Format | None = None, quality: Quality = wire.QUALITY
@@ -221,7 +220,7 @@ def router(desk: Desk) -> APIRouter:
         "/v1/files/{name}",
         summary="A result's file, by the address that an answer gave",
         response_class=Response,
-        responses={200: {"content": FILES}, **declared("native", 410)},
+        responses={200: {"content": FILES}},
     )
     async def read_file(name: str) -> Response:
         suffix = name.rpartition(".")[2]
@@ -231,7 +230,7 @@ def router(desk: Desk) -> APIRouter:
     async def read_schema() -> dict[str, Any]:
         return kind.model_json_schema()
 
-    openai = APIRouter(tags=["openai"], responses=declared("openai"))
+    openai = APIRouter(tags=["openai"], responses=declared_errors("openai"))
 
     @openai.get("/v1/models", summary="The models that are served")
     async def list_models() -> ModelList:

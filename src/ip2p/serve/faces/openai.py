@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticUndefined
 
 from ip2p.serve import wire
-from ip2p.serve.errors import EDITING, Refusal, body_of, declared, refusal_of
+from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
 from ip2p.serve.faces.native import EVENTS, OptionalPicture, check_model
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
@@ -105,7 +105,7 @@ def images_body(limits: Limits) -> type[ImagesEdit]:
 
 def router(desk: Desk) -> APIRouter:
     """The route of `/v1/images/edits`; `/v1/models` is the native one."""
-    routes = APIRouter(tags=["openai"])
+    routes = APIRouter(tags=["openai"], responses=declared_errors("openai"))
     service, kind = desk.service, images_body(desk.service.limits)
 
     @routes.post(
@@ -113,7 +113,7 @@ def router(desk: Desk) -> APIRouter:
         summary="Edit a picture, as OpenAI's clients ask",
         openapi_extra=wire.request_body(kind),
         response_model=None,
-        responses={200: {"model": ImagesAnswer, "content": EVENTS}, **declared("openai", *EDITING)},
+        responses={200: {"model": ImagesAnswer, "content": EVENTS}},
     )
     async def edit_images(request: Request) -> Response:
         client = wire.caller_of(request)
