@@ -10,8 +10,8 @@ from PIL import Image
 
 from ip2p.base.errors import InputError
 from ip2p.cli import main as cli
-from ip2p.config import parse_axis
 from ip2p.editing import grid
+from ip2p.editing.grid import parse_axis
 
 pytestmark = pytest.mark.usefixtures("here")
 

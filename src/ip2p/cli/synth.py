@@ -19,19 +19,12 @@ from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.files import check_output, content_key, make_folder, write_text
 from ip2p.base.terminal import say
-from ip2p.config import (
-    SynthFilterConfig,
-    SynthInspectConfig,
-    SynthInstructConfig,
-    SynthPairsConfig,
-    SynthTuneConfig,
-    run_json,
-)
 from ip2p.data.loading import open_source
 from ip2p.data.records import Source
 from ip2p.editing.rank import CLIP_MODEL, find_clip
 from ip2p.models.bundle import called, find_model, packaged_models
 from ip2p.models.load import read_json
+from ip2p.settings import Settings, run_json
 from ip2p.synth.captions import BLOCK_LIST, Rules, read_block_list, read_captions
 from ip2p.synth.filter import (
     PRESETS,
@@ -50,6 +43,13 @@ from ip2p.synth.instruct import Limits, LocalWriter, Writer, find_lm
 from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
 from ip2p.synth.safety import Classifier
 from ip2p.synth.server import KEY, ServerWriter, clean_key
+from ip2p.synth.settings import (
+    SynthFilterConfig,
+    SynthInspectConfig,
+    SynthInstructConfig,
+    SynthPairsConfig,
+    SynthTuneConfig,
+)
 from ip2p.synth.stages import REFUSED, REJECTED, InstructStage, PairStage
 from ip2p.synth.tune import Tuning
 from ip2p.synth.tune import tune_lm as tune
@@ -544,6 +544,6 @@ def _hash(value: object) -> str:
     return sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _write_run(folder: Path, config: object, told: jobs.Summary, **also: object) -> None:
+def _write_run(folder: Path, config: Settings, told: jobs.Summary, **also: object) -> None:
     if told.made or not (folder / RUN).exists():
         write_text(folder / RUN, run_json(config, **also))

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError, Ip2pError, ResourceError, as_ip2p_error
-from ip2p.config import MAX_SCALE, MAX_SEED, MAX_SIZE, MIN_SIZE
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editing.editor import Editor
@@ -38,6 +37,7 @@ from ip2p.pictures.images import load_image, to_bytes, to_pil
 from ip2p.pictures.infotext import EditRecord, amend, parse_infotext
 from ip2p.serve.joined import JoinedEditor, Lane, Stopped
 from ip2p.serve.store import Store
+from ip2p.settings import MAX_SCALE, MAX_SEED, MAX_SIZE, MIN_SIZE
 
 log = logging.getLogger("ip2p.serve")
 
