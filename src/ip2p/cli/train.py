@@ -5,8 +5,10 @@ from __future__ import annotations
 from ip2p.training.settings import TrainConfig
 
 
-def train(config: TrainConfig) -> None:
+def run_train(config: TrainConfig) -> None:
     """Train, or resume; the editor's folder goes to stdout."""
-    from ip2p.training.trainer import train as train_editor  # imports torch
+    from ip2p.training.trainer import is_main_process, train  # imports torch
 
-    train_editor(config)
+    output = train(config)
+    if is_main_process():
+        print(output)

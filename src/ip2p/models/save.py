@@ -292,7 +292,7 @@ def _snippet(name: str, kind: str, native_size: int, text_cfg: float, image_cfg:
         "from PIL import Image\n\n"
         f'editor = {pipeline}.from_pretrained("{name}")\n'
         'picture = Image.open("photo.jpg").convert("RGB")\n'
-        f"picture.thumbnail(({native_size}, {native_size}))  # a larger picture takes far more time and memory\n"
+        f"picture.thumbnail(({native_size}, {native_size}))  # larger takes far more time and memory\n"
         "edited = editor(\n"
         '    "make it snow", image=picture,\n'
         f"    guidance_scale={text_cfg:g}, image_guidance_scale={image_cfg:g},\n"

@@ -49,8 +49,10 @@ from ip2p.training.validation import Curves, HeldOut, Watch, held_out, held_out_
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from typing_extensions import Unpack
 
     from ip2p.editing.editor import Editor
+    from ip2p.training.arguments import TrainArguments
 
 log = logging.getLogger("ip2p")
 
@@ -62,8 +64,14 @@ DONE = "done.json"
 UNTOLD = ("output", "base", "data", "config", "debug", "cache", "track", "profile", "ray", "seconds", "keep")
 
 
-def train(config: TrainConfig) -> None:
-    """Train, or go on training; the editor's folder goes to stdout."""
+def train(config: TrainConfig | None = None, **changes: Unpack[TrainArguments]) -> Path:
+    """Train an editor, or resume, and return its folder. config and changes: what `TrainConfig` has.
+
+    `train(data="pairs", base="timbrooks/instruct-pix2pix", output="editor", steps=1000)`. Raises InputError,
+    ModelError and ResourceError.
+    """
+    config = (config or TrainConfig()).changed(**changes)
+    config.check()
     if config.ray is not None:
         from ip2p.training.ray import launch
 
@@ -77,8 +85,7 @@ def train(config: TrainConfig) -> None:
         )
     else:
         run(config)
-    if _main():
-        print(config.output)
+    return Path(str(config.output))
 
 
 def run(config: TrainConfig) -> Result | None:
@@ -89,9 +96,9 @@ def run(config: TrainConfig) -> Result | None:
     assert config.output is not None, "TrainConfig.check was called"
     folder = Path(config.output)
     make_folder(folder)
-    with sole_owner(folder) if _main() else contextlib.nullcontext():
+    with sole_owner(folder) if is_main_process() else contextlib.nullcontext():
         if (ended := _finished(config, folder)) is not None:
-            if _main():
+            if is_main_process():
                 say(ended)
             return None
         half = max(1, (config.micro_batch or config.batch) // 2)
@@ -100,7 +107,8 @@ def run(config: TrainConfig) -> Result | None:
             return _run(config, folder)
 
 
-def _main() -> bool:
+def is_main_process() -> bool:
+    """Whether this is the first of a training's processes, which writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
