@@ -206,7 +206,7 @@ def test_bad_variable(variable: str, value: str, said: str) -> None:
         ("[edit]\nsteps = 'x'\n", "steps in ip2p.toml is 'x'"),
         ("[edit\n", "is not TOML"),
         ("edit = 3\n", r"write \[edit\] above it"),
-        ("[storybook]\ndraw = 1\n[edit]\nzzz = 1\n", "has no such setting; known: image"),
+        ("[storybook]\ndraw = 1\n[edit]\nzzz = 1\n", "has no such setting; known: instruction"),
     ],
 )
 def test_bad_settings_file(empty_folder: Path, text: str, said: str) -> None:
@@ -285,7 +285,7 @@ def test_any_number_of_pictures_come_before_the_instruction() -> None:
     words = ["a.png", "b.png", "--steps", "3", "c", "--json", "--cfg-interval", "0", "0.5", "-o", "out"]
     config = cli.parse("edit", [*words, "make it night"])
     assert (config.image, config.more, config.instruction) == ("a.png", ("b.png", "c"), "make it night")
-    assert (config.out, config.json, config.cfg_interval) == (Path("out"), True, (0.0, 0.5))
+    assert (config.out, config.print_json, config.cfg_interval) == (Path("out"), True, (0.0, 0.5))
     assert cli.parse("edit", ["--then=x", "a.png", "--seed=3", "--", "-make it night"]).then == ("x",)
     assert cli.parse("edit", ["a.png", "make it night"]).more == ()
 

@@ -39,12 +39,12 @@ from ip2p.base.errors import InputError
 if typing.TYPE_CHECKING:
     from typing_extensions import Self
 
-Body = TypeVar("Body", bound=BaseModel)
+_Body = TypeVar("_Body", bound=BaseModel)
 
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m"]
 ScheduleName = Literal["linspace", "karras"]
-Weights = Literal["ema", "plain"]
+WeightSet = Literal["ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
 Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations"]
@@ -483,8 +483,8 @@ SIZE_SCHEMA = {
     ]
 }
 Size = Annotated[int | tuple[int, int] | None, BeforeValidator(parse_size), WithJsonSchema(SIZE_SCHEMA)]
-Share = Annotated[float, Field(ge=0, le=1)]
-SharePair = Annotated[tuple[Share, Share], BeforeValidator(read_pair)]
+UnitFloat = Annotated[float, Field(ge=0, le=1)]
+SharePair = Annotated[tuple[UnitFloat, UnitFloat], BeforeValidator(read_pair)]
 Threshold = Annotated[float | None, BeforeValidator(_read_threshold)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_read_texts)]
 Loras = Annotated[Texts, AfterValidator(_check_loras)]
@@ -715,7 +715,7 @@ class ModelChoice(Settings):
         label="Model revision",
         metavar="TEXT",
     )
-    weights: Weights = setting(
+    weights: WeightSet = setting(
         "ema",
         "of a file that holds both: ema or plain weights",
         group=MODEL,
@@ -883,14 +883,14 @@ def check_needed(settings: Settings, *needed: tuple[str, str], example: str) -> 
 
 
 def interface_body(
-    base: type[Body],
+    base: type[_Body],
     interface: Interface | None = None,
     *,
     settings: type[Settings] = EditSettings,
     defaults: Mapping[str, Any] | None = None,
     leave_out: Iterable[str] = (),
     nullable: bool = False,
-) -> type[Body]:
+) -> type[_Body]:
     """The request body `base` and, under the interface's names, the fields of `settings` that it lacks.
 
     defaults: of settings, in place of their own. leave_out: settings that the interface has not. nullable:

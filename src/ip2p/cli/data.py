@@ -72,12 +72,12 @@ class DataConvertConfig(RunSettings, OverwriteSettings, _AnyData):
     shard_rows: int = setting(1000, "rows per file and per commit", ge=1, le=1_000_000, hidden=True)
 
 
-def check(config: DataCheckConfig) -> None:
+def run_data_check(config: DataCheckConfig) -> None:
     """`ip2p data check`"""
     check_source(config, _open(config))
 
 
-def convert(config: DataConvertConfig) -> None:
+def run_data_convert(config: DataConvertConfig) -> None:
     """`ip2p data convert`"""
     convert_source(config, _open(config))
 

@@ -187,7 +187,8 @@ class GridConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
         """Raise InputError for axes that cannot be drawn."""
         columns, rows = (grids.parse_axis(f"--{name}", getattr(self, name)) for name in ("columns", "rows"))
         if columns[0] == rows[0]:
-            raise InputError(f"--columns and --rows are both {rows[0]}; choose another, as in: --rows seed")
+            shown = rows[0].replace("_", "-")
+            raise InputError(f"--columns and --rows are both {shown}; choose another, as in: --rows seed")
         if len(columns[1] or ()) * len(rows[1] or ()) > MAX_COUNT:
             raise InputError(
                 f"a grid has at most {MAX_COUNT} pictures; give --columns and --rows fewer values."
@@ -207,7 +208,7 @@ def settings_of_file(source: Path) -> dict[str, Any]:
     return carried if record.model else {name: value for name, value in carried.items() if name != "model"}
 
 
-def edit(config: EditConfig) -> None:
+def run_edit(config: EditConfig) -> None:
     """Edit one picture or many; the paths of the results go to stdout.
 
     All that can be wrong with the input, the output and the numbers is told before a model is loaded.
@@ -231,7 +232,7 @@ def edit(config: EditConfig) -> None:
 
 def edit_one(config: EditConfig) -> None:
     """Edit a picture `config.count` times, and keep all results or the `config.best` of them."""
-    picture = open_picture(config)
+    picture = open_input(config)
     paths = output_paths(config, config.best or config.count)
     shown = numbered(config.show_mask, len(paths)) if config.show_mask else []
     check_outputs([*paths, *shown], config)
@@ -304,7 +305,7 @@ def best_first(
 
 def edit_in_a_row(config: EditConfig) -> None:
     """Edit a picture by one instruction after the other; every step is saved, and its drift told."""
-    picture = open_picture(config)
+    picture = open_input(config)
     instructions = [config.instruction, *config.then]
     paths = output_paths(config, len(instructions))
     shown = numbered(config.show_mask, len(paths)) if config.show_mask else []
@@ -428,7 +429,7 @@ def edit_many(config: EditConfig) -> None:
         )
 
 
-def grid(config: GridConfig) -> None:
+def run_grid(config: GridConfig) -> None:
     """Draw the results over two settings as one picture; its path goes to stdout."""
     check_words(config, "grid")
     picture = images.load_image(config.image, max_pixels=config.max_pixels)
@@ -446,7 +447,7 @@ def grid(config: GridConfig) -> None:
         )
     )
     with progress("editing", len(columns.values) * len(rows.values)) as advance:
-        sheet = grids.draw(
+        sheet = grids.draw_grid(
             editor, picture, columns=columns, rows=rows, cell=config.cell, made=advance, settings=settings
         )
     images.save_image(sheet, out, overwrite=config.overwrite)
@@ -465,7 +466,7 @@ def check_words(config: EditConfig | GridConfig, verb: str) -> None:
         raise InputError(f"the instruction is empty; say what to change, as in: {example}")
 
 
-def open_picture(config: EditConfig) -> Image.Image:
+def open_input(config: EditConfig) -> Image.Image:
     """The picture to edit, when it and every file that goes with it can be used. Raises as the files do."""
     picture = images.load_image(config.image, max_pixels=config.max_pixels)
     if config.mask:

@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ip2p.base.errors import InputError, ModelError
-from ip2p.settings import OTHER, OverwriteSettings, RunSettings, Weights, setting
+from ip2p.settings import OTHER, OverwriteSettings, RunSettings, WeightSet, setting
 
 if TYPE_CHECKING:
     from ip2p.models.load import Stored
 
 SHOWN = 5  # names of a list; --json has all
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder", "safety_checker")  # of a folder
+COMPONENTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "image_encoder",
+    "safety_checker",
+)  # of a folder
 NUMBERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -36,7 +43,7 @@ class ConvertConfig(RunSettings, OverwriteSettings):
     source: str = setting("", ANY_MODEL, positional=1, metavar="MODEL")
     target: str = setting("", "a .safetensors file, or a folder", positional=2, metavar="TARGET")
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = setting("keep", "number format of the written weights")
-    weights: Weights = setting("ema", "of a file that holds both: ema or plain weights")
+    weights: WeightSet = setting("ema", "of a file that holds both: ema or plain weights")
 
 
 class ListConfig(RunSettings):
@@ -46,7 +53,7 @@ class ListConfig(RunSettings):
     print_json: bool = setting(False, "print it as JSON", group=OTHER, name="json")
 
 
-def info(config: InfoConfig) -> None:
+def run_model_info(config: InfoConfig) -> None:
     """Print what a model is; no weights are read. Raises ModelError for what is no model."""
     if not config.model:
         raise InputError("no model is named; write: ip2p model info editor.safetensors")
@@ -134,7 +141,7 @@ def _names(names: list[str]) -> str:
     return f"{len(names)}: {', '.join(names[:SHOWN])}{rest}"
 
 
-def convert(config: ConvertConfig) -> None:
+def run_model_convert(config: ConvertConfig) -> None:
     """Write `config.source` in the other layout: a name that ends in .safetensors is a file, else a folder.
 
     Raises InputError for a target that cannot be written, ModelError for a source that is not whole.
@@ -157,7 +164,7 @@ def convert(config: ConvertConfig) -> None:
     print(target)
 
 
-def list_models(config: ListConfig) -> None:
+def run_model_list(config: ListConfig) -> None:
     """Print the models in the package, in a folder, and in the Hugging Face cache."""
     from ip2p.models.bundle import PACKAGED, packaged_models
 
@@ -187,7 +194,9 @@ def _local(folder: Path) -> Iterator[dict[str, Any]]:
         name = path.name if path == folder else path.relative_to(folder).as_posix()
         if path.is_dir() and (path / "unet" / "config.print_json").is_file():
             yield _row(name or str(path.resolve()), "here", path)
-        elif path.is_file() and path.suffix in (".safetensors", ".ckpt") and path.parent.name not in PARTS:
+        elif (
+            path.is_file() and path.suffix in (".safetensors", ".ckpt") and path.parent.name not in COMPONENTS
+        ):
             try:
                 stored = open_model(path)
                 channels, needed = stored.channels

@@ -33,7 +33,7 @@ from ip2p.settings import (
     written_value,
 )
 
-Options = TypeVar("Options", bound=Settings)
+_Options = TypeVar("_Options", bound=Settings)
 CONFIG_FILE = "ip2p.toml"
 HELP_COLUMN = 30
 
@@ -42,8 +42,8 @@ HELP_COLUMN = 30
 
 
 def read_options(
-    kind: type[Options], verb: str, words: Sequence[str], env: Mapping[str, str] = os.environ
-) -> Options:
+    kind: type[_Options], verb: str, words: Sequence[str], env: Mapping[str, str] = os.environ
+) -> _Options:
     """The verb's settings from its words, the environment and the settings file. Raises InputError."""
     given, places = parse_words(kind, words)
     given |= assign_places(kind, places)
@@ -157,8 +157,8 @@ def outer_values(
 
 
 def read_outer(
-    kind: type[Options], verb: str, *, file: Path | None = None, env: Mapping[str, str] = os.environ
-) -> Options:
+    kind: type[_Options], verb: str, *, file: Path | None = None, env: Mapping[str, str] = os.environ
+) -> _Options:
     """The verb's settings without a command line: from the settings file and the environment."""
     values, sources = outer_values(kind, verb, file=file, env=env)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from ip2p.serve.options import ServeConfig, UiConfig
 
 
-def serve(config: ServeConfig) -> None:
+def run_serve(config: ServeConfig) -> None:
     """Serve until a signal comes."""
     from ip2p.serve import app
 
     app.serve(config)
 
 
-def ui(config: UiConfig) -> None:
+def run_ui(config: UiConfig) -> None:
     """Open the page in the browser, and serve it to this machine until a signal comes."""
     from ip2p.serve import app
 

@@ -132,7 +132,7 @@ T = TypeVar("T")
 ON_SHEET, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 160
 
 
-def draw(config: DrawConfig) -> None:
+def run_draw(config: DrawConfig) -> None:
     """Write what the config asks for; the paths of the outputs go to stdout."""
     from ip2p.training.storybook.pairs import write_pairs, write_triples  # imports pyarrow
     from ip2p_storybook.triples import exact_triples
@@ -217,7 +217,7 @@ def _each(items: Iterator[T], advance: Callable[[], None]) -> Iterator[T]:
         advance()
 
 
-def build(config: BuildConfig) -> None:
+def run_build(config: BuildConfig) -> None:
     """Train into `config.out`, or go on there; `run.json` beside the model says with what."""
     make_folder(config.out)
     write_text(config.out / "run.json", run_json(config))
@@ -240,7 +240,7 @@ def build(config: BuildConfig) -> None:
     print(bundle)
 
 
-def score(config: ScoreConfig) -> None:
+def run_score(config: ScoreConfig) -> None:
     """Score a model on edits whose answer is known; the numbers go to stdout."""
     from ip2p.evaluation.storybook import run  # imports torch
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class ChainStep:
     """One edit of a chain; `instruction` is the model's input, `seed` its noise."""
 
     instruction: str
@@ -48,7 +48,7 @@ def chain(
     max_pixels: int | None = MAX_PIXELS,
     callback: Callback | None = None,
     **changes: Unpack[EditArguments],
-) -> Iterator[Step]:
+) -> Iterator[ChainStep]:
     """Edit `picture` by each instruction, each step beginning where the last one ended.
 
     The seeds count up from the settings' seed: the same noise on top of itself would print its pattern in.
@@ -69,7 +69,7 @@ def chain(
             max_pixels=max_pixels,
             callback=callback,
         )
-        yield Step(instruction=words, seed=seed, image=result)
+        yield ChainStep(instruction=words, seed=seed, image=result)
         shown = result
 
 

@@ -38,7 +38,8 @@ def parse_axis(
     """ "text-cfg=3,5" → ("text_cfg", (3.0, 5.0)); without values None. Raises InputError for any other."""
     name, equals, listed = text.partition("=")
     name = name.strip().replace("-", "_")
-    known = numeric_settings(kind)
+    # The four that have values of their own come first.
+    known = sorted(numeric_settings(kind), key=lambda name: name not in DEFAULTS)
     if name not in known:
         names = ", ".join(each.replace("_", "-") for each in known)
         raise InputError(f"{flag} is {text!r}; choose one of: {names}. Try {flag} text-cfg=3,5,7.5.")
@@ -67,7 +68,7 @@ def default_values(setting: str, settings: EditSettings) -> Sequence[float]:
     return DEFAULTS[setting](settings)
 
 
-def draw(
+def draw_grid(
     editor: Editor,
     picture: Image.Image,
     instruction: str = "",
@@ -84,7 +85,8 @@ def draw(
     `cell`: the longer side of a result in the grid, in pixels; none is enlarged. `settings` and `changes`
     are those of `Editor.edit`; `made` is called after each result.
     """
-    chosen = editor.resolved(settings, instruction, changes)
+    chosen = (settings or EditSettings()).changed(**changes)
+    chosen = chosen.changed(instruction=instruction) if instruction else chosen
     share = min(1, cell / max(picture.size))
     size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
     cells: list[list[Image.Image]] = []
@@ -95,7 +97,7 @@ def draw(
             [result] = editor.edit(picture, settings=varied)
             cells[-1].append(resized(result.convert("RGB"), size))
             made()
-    return sheet(
+    return draw_sheet(
         cells,
         columns=[columns.label(value) for value in columns.values],
         rows=[rows.label(value) for value in rows.values],
@@ -104,7 +106,7 @@ def draw(
     )
 
 
-def sheet(
+def draw_sheet(
     cells: Sequence[Sequence[Image.Image]],
     *,
     columns: Sequence[str],

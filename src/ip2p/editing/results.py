@@ -8,7 +8,7 @@ from ip2p.base.errors import InputError
 from ip2p.pictures.images import grid, to_bytes
 from ip2p.pictures.infotext import parse_infotext
 
-COLUMNS = 4
+SHEET_WIDTH = 4
 
 
 class EditResults(list[Image.Image]):
@@ -23,12 +23,12 @@ class EditResults(list[Image.Image]):
         """A contact sheet as PNG, for notebooks."""
         if not self:
             return None
-        starts = range(0, len(self), COLUMNS)
+        starts = range(0, len(self), SHEET_WIDTH)
         labels = self._labels()
         return to_bytes(
             grid(
-                [self[start : start + COLUMNS] for start in starts],
-                labels=[", ".join(labels[start : start + COLUMNS]) for start in starts],
+                [self[start : start + SHEET_WIDTH] for start in starts],
+                labels=[", ".join(labels[start : start + SHEET_WIDTH]) for start in starts],
             )
         )
 

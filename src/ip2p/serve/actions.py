@@ -375,7 +375,7 @@ class Actions:
                 return
 
             def draw() -> str:
-                whole = grid.sheet(
+                whole = grid.draw_sheet(
                     [[cells[y * len(across) + x] for x in range(len(across))] for y in range(len(down))],
                     columns=[f"text CFG {value:g}" for value in across],
                     rows=[f"image CFG {value:g}" for value in down],

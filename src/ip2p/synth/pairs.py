@@ -40,7 +40,7 @@ from ip2p.synth.attention import (
     shares,
 )
 from ip2p.synth.records import SCALE, Candidate, P, Triple, candidate
-from ip2p.synth.settings import SynthPairsConfig
+from ip2p.synth.settings import Attention, SynthPairsConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 # What a pair shares: the maps of self-attention (the paper's code), those of cross-attention, of words at the
 # same place or of words in common (Hertz et al. 2022), or of both.
-Attention = Literal["self", "replace", "refine", "self+replace", "self+refine"]
 # Why a candidate has its pictures or has none: drawn; refused half-way or at the end; not a number.
 Fate = Literal["made", "early", "judged", "overflow"]
 Pictures = Float[Tensor, "batch 3 height width"]
