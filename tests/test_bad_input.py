@@ -19,8 +19,8 @@ from conftest import make_model
 from PIL import Image
 
 from ip2p.cli import main as cli
-from ip2p.config import ServeConfig
 from ip2p.pictures import images
+from ip2p.serve.options import ServeConfig
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import json
 import re
 import types
 import typing
@@ -32,19 +33,21 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from ip2p import __version__
 from ip2p.base.errors import InputError
 
 if typing.TYPE_CHECKING:
     from typing_extensions import Self
 
-Body = TypeVar("Body", bound=BaseModel)
+_Body = TypeVar("_Body", bound=BaseModel)
 
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m"]
 ScheduleName = Literal["linspace", "karras"]
-Weights = Literal["ema", "plain"]
+WeightSet = Literal["ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
+Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations"]
 Interface = Literal["openai", "a1111"]
 
 MAX_STEPS = 1000  # the number of noise levels that a model is trained on
@@ -57,6 +60,10 @@ SERVER_PIXELS = 16_000_000  # the same for servers: about 200 MB
 AUTO_MASK = 0.5  # the threshold of a bare --auto-mask, and of auto_mask=True
 
 
+COMMON, OTHER, MODEL = "Common options", "Other options", "Model"
+GUIDANCE, MASK, SIZES, CONTROL = "Sampling and guidance", "Mask", "Size", "ControlNet"
+
+
 # --- how a setting is declared ------------------------------------------------------------------
 
 
@@ -64,16 +71,20 @@ AUTO_MASK = 0.5  # the threshold of a bare --auto-mask, and of auto_mask=True
 class Meta:
     """What a setting has beside its type, default, range and help text.
 
-    group: its title in help texts and on the page. label: its name in the infotext ("" keeps it out), where
+    group: its title in help texts and on the page. name: its name outside of Python, if it differs.
+    label: its name in the infotext ("" keeps it out), where
     it is always there and "required" to read it back, "always" there, or there when "changed". labels: the
     infotext's words for its values. fallback: what None stands for if the model's card has no value.
     example: a good value, for error messages. names: what the other HTTP interfaces call it. aliases: its
     earlier names, still accepted. flags: more flags of the command line. bare: the value of its flag alone.
-    metavar: what the help shows in place of a value. positional: it has no flag. called: how a sentence
-    names it. same_job: whether a job may be resumed with another value.
+    metavar: what the help shows in place of a value. positional: its place among the words without a flag.
+    called: how a sentence names it. same_job: whether a resumed job must have the same value. hidden: only a
+    settings file or an IP2P_* variable sets it; help texts omit it. fits: whether a word is the value of a
+    bare flag.
     """
 
-    group: str = "Other options"
+    group: str = OTHER
+    name: str = ""
     label: str = ""
     written: Literal["required", "always", "changed"] = "changed"
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -84,9 +95,11 @@ class Meta:
     flags: tuple[str, ...] = ()
     bare: Any = None
     metavar: str = ""
-    positional: bool = False
+    positional: int = 0
     called: str = ""
     same_job: bool = True
+    hidden: bool = False
+    fits: Callable[[str], bool] | None = None
 
     def __call__(self, schema: dict[str, Any]) -> None:
         """Add to the JSON schema what the page builds its controls from (pydantic calls this)."""
@@ -203,11 +216,21 @@ class Settings(BaseModel):
         return self.changed(**chosen)
 
     @classmethod
+    def inherited(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """More values, from a file that the given ones name; flags take their place."""
+        return {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values, in their order."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in self}
+
+    @classmethod
     def field_names(cls) -> dict[str, str]:
         """Each accepted name, earlier ones included, and the field that it stands for."""
         fields = cls.model_fields
         earlier = {alias: name for name, found in fields.items() for alias in meta_of(found).aliases}
-        return earlier | {name: name for name in fields}
+        outer = {meta_of(found).name: name for name, found in fields.items() if meta_of(found).name}
+        return earlier | {name: name for name in fields} | outer
 
     @model_validator(mode="wrap")
     @classmethod
@@ -231,6 +254,30 @@ class Settings(BaseModel):
 
 
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
+
+
+def first_difference(settings: Settings, before: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """The first setting of `run.json` that a resumed job may not change and that differs: flag, old, new.
+
+    A setting that the file lacks had its default.
+    """
+    known = settings.field_names()
+    before = {known.get(name, name): value for name, value in before.items()}
+    now = settings.as_dict()
+    for name, found in type(settings).model_fields.items():
+        meta = meta_of(found)
+        values = before.get(name, found.default), now[name]
+        old, new = (json.dumps(value, ensure_ascii=False, default=str) for value in values)
+        if meta.same_job and old != new:
+            flag = name if meta.positional else flag_of(name)
+            return flag, old.replace("null", "not given"), new.replace("null", "not given")
+    return None
+
+
+def run_json(settings: Settings, **also: object) -> str:
+    """The text of the `run.json` beside an output: version, settings, and what else is given."""
+    record = {"ip2p": __version__, "settings": settings.as_dict(), **also}
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
 # --- what is wrong, in one line -----------------------------------------------------------------
@@ -387,7 +434,7 @@ def _read_threshold(value: Any) -> Any:
     return (AUTO_MASK if value else None) if isinstance(value, bool) else value
 
 
-def _read_pair(value: Any) -> Any:
+def read_pair(value: Any) -> Any:
     """ "0.2 0.9", "0.2,0.9" and "0.2 to 0.9" are pairs of numbers."""
     return value.replace(",", " ").replace(" to ", " ").split() if isinstance(value, str) else value
 
@@ -435,8 +482,8 @@ SIZE_SCHEMA = {
     ]
 }
 Size = Annotated[int | tuple[int, int] | None, BeforeValidator(parse_size), WithJsonSchema(SIZE_SCHEMA)]
-Share = Annotated[float, Field(ge=0, le=1)]
-SharePair = Annotated[tuple[Share, Share], BeforeValidator(_read_pair)]
+UnitFloat = Annotated[float, Field(ge=0, le=1)]
+SharePair = Annotated[tuple[UnitFloat, UnitFloat], BeforeValidator(read_pair)]
 Threshold = Annotated[float | None, BeforeValidator(_read_threshold)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_read_texts)]
 Loras = Annotated[Texts, AfterValidator(_check_loras)]
@@ -451,9 +498,6 @@ def picture_name(picture: Any) -> str | None:
 
 
 # --- an edit ------------------------------------------------------------------------------------
-
-GUIDANCE, MASK, SIZES, CONTROL = "Sampling and guidance", "Mask", "Size", "ControlNet"
-COMMON, MODEL = "Common options", "Model"
 
 
 class EditSettings(Settings):
@@ -477,7 +521,8 @@ class EditSettings(Settings):
         "",
         "what to change, in words",
         group=COMMON,
-        positional=True,
+        positional=3,
+        metavar="INSTRUCTION",
         called="the instruction",
         names={"openai": "prompt", "a1111": "prompt"},
     )
@@ -651,8 +696,8 @@ class EditSettings(Settings):
             )
 
 
-class ModelSettings(Settings):
-    """Which model to load, and where to run it."""
+class ModelChoice(Settings):
+    """Which model to load."""
 
     model: str = setting(
         "storybook",
@@ -664,14 +709,14 @@ class ModelSettings(Settings):
     )
     revision: str | None = setting(
         None,
-        "branch, tag or commit of a Hugging Face model",
+        "branch, tag or commit on Hugging Face",
         group=MODEL,
         label="Model revision",
         metavar="TEXT",
     )
-    weights: Weights = setting(
+    weights: WeightSet = setting(
         "ema",
-        "which weights of a file that holds both: the EMA or the plain ones",
+        "of a file that holds both: ema or plain weights",
         group=MODEL,
         label="Model weights",
     )
@@ -682,9 +727,41 @@ class ModelSettings(Settings):
         label="VAE model",  # A1111's VAE is a file's name in its own folder
         metavar="MODEL",
     )
+
+
+class DeviceSettings(Settings):
+    """Where to run."""
+
+    device: str = setting(
+        "auto", "cuda, cuda:N, mps or cpu; auto takes the first that exists", group=MODEL, same_job=False
+    )
+
+
+class DTypeSettings(Settings):
+    """In which number format to run."""
+
+    dtype: DType = setting(
+        "auto", "fp32, bf16 or fp16; auto takes half precision where the device is fast at it", group=MODEL
+    )
+
+
+class MemorySettings(Settings):
+    """How much memory to use."""
+
+    memory: MemoryUse = setting(
+        "auto",
+        "low saves memory and is slower, high never saves, auto looks at what is free",
+        group=MODEL,
+        same_job=False,
+    )
+
+
+class ModelSettings(MemorySettings, DTypeSettings, DeviceSettings, ModelChoice):
+    """Which model to load, what to add to it, and where to run it."""
+
     lora: Loras = setting(
         (),
-        "LoRA file with its weight (1 if none is given); may be repeated",
+        "add a LoRA file with a weight (1 if none is given); may be repeated",
         group=MODEL,
         label="LoRA",
         metavar="FILE:WEIGHT",
@@ -698,32 +775,121 @@ class ModelSettings(Settings):
         label="ControlNet",
         metavar="MODEL",
     )
-    device: str = setting(
-        "auto", "cuda, cuda:N, mps or cpu; auto takes the first that exists", group=MODEL, same_job=False
+
+
+# --- what several stages share -------------------------------------------------------------------
+
+
+class RunSettings(Settings):
+    """What every verb has."""
+
+    config: Path | None = setting(
+        None, "settings file, TOML or YAML; default: ip2p.toml in this folder", metavar="FILE", same_job=False
     )
-    dtype: DType = setting(
-        "auto", "number format; auto takes half precision where the device computes it fast", group=MODEL
+    debug: bool = setting(False, "show the traceback of an error", same_job=False)
+
+
+class OverwriteSettings(Settings):
+    """What every verb that writes has."""
+
+    overwrite: bool = setting(False, "replace an existing output", same_job=False)
+
+
+class HubDataSettings(Settings):
+    """What data sets of Hugging Face need."""
+
+    split: str = setting(
+        "train", "split of the data set; storybook: as in `storybook draw`", group="Data", hidden=True
     )
-    memory: MemoryUse = setting(
-        "auto",
-        "low saves memory and is slower; high never saves; auto decides by what is free",
-        group=MODEL,
+    revision: str | None = setting(None, "branch, tag or commit on Hugging Face", group="Data")
+    stream: bool = setting(False, "read a Hugging Face data set without downloading it first", group="Data")
+
+
+WORKERS = "Workers"
+
+
+def is_cluster(word: str) -> bool:
+    """Whether a word after --ray is the address of a cluster, and not the file that the verb reads."""
+    return re.fullmatch(r"auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", word) is not None
+
+
+class RaySettings(Settings):
+    """Whether to run on a Ray cluster."""
+
+    ray: str | None = setting(
+        None,
+        "run on a Ray cluster: at this address, else at RAY_ADDRESS, else a local one",
+        group=WORKERS,
+        metavar="[ADDRESS]",
+        bare="",
+        fits=is_cluster,
         same_job=False,
     )
+
+
+class WorkerSettings(RaySettings):
+    """How many processes a stage has, here or on a cluster."""
+
+    workers: int | None = setting(
+        None,
+        "local processes; default: one per core for small models on a CPU, else 1",
+        ge=1,
+        le=10**9,
+        example=2,
+        group=WORKERS,
+        same_job=False,
+    )
+    ray_workers: int | None = setting(
+        None, "workers on the cluster; default: as many as fit", ge=1, le=10**9, example=4, group=WORKERS
+    )
+    ray_gpus: float | None = setting(
+        None,
+        "GPUs per worker; default: one if the cluster has any",
+        ge=0,
+        le=1024,
+        example=1.0,
+        group=WORKERS,
+    )
+    threads: int | None = setting(
+        None,
+        "threads per worker; default: 1 where there are several workers or --ray is given, else all",
+        ge=1,
+        le=10**9,
+        example=1,
+        group=WORKERS,
+        hidden=True,
+    )
+
+    def check_together(self) -> None:
+        super().check_together()
+        for name in ("ray_workers", "ray_gpus"):
+            if self.ray is None and getattr(self, name) is not None:
+                raise Conflict(f"{{{name}}} is for a Ray cluster; add {{ray}}.", field=name)
+        if self.ray is not None and self.workers is not None:
+            raise Conflict(
+                "{workers} is for local processes; on a Ray cluster use {ray_workers}.", field="workers"
+            )
+
+
+def check_needed(settings: Settings, *needed: tuple[str, str], example: str) -> None:
+    """Raise InputError for a setting without which nothing can be done; each with its words."""
+    for name, called in needed:
+        if not str(getattr(settings, name) or "").strip():
+            raise InputError(f"{called} missing; write: {example}")
 
 
 # --- the settings under the names of another HTTP interface -------------------------------------
 
 
 def interface_body(
-    base: type[Body],
+    base: type[_Body],
     interface: Interface | None = None,
     *,
     settings: type[Settings] = EditSettings,
     defaults: Mapping[str, Any] | None = None,
     leave_out: Iterable[str] = (),
     nullable: bool = False,
-) -> type[Body]:
+) -> type[_Body]:
     """The request body `base` and, under the interface's names, the fields of `settings` that it lacks.
 
     defaults: of settings, in place of their own. leave_out: settings that the interface has not. nullable:

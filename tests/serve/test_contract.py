@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 from running import running
 
-from ip2p.config import ServeConfig
+from ip2p.serve.options import ServeConfig
 
 COMMAND = (
     *("--phases", "fuzzing", "--max-examples", "3", "--seed", "1"),

@@ -12,10 +12,10 @@ from running import until
 
 from ip2p.base.errors import InputError, ModelError, ResourceError
 from ip2p.cli.main import main
-from ip2p.config import ServeConfig
 from ip2p.serve import app
 from ip2p.serve.jobs import Stopped
 from ip2p.serve.maker import LocalMaker
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.queue import Draining
 from ip2p.serve.requests import EditRequest
 from ip2p.serve.service import Service

@@ -20,6 +20,7 @@ from ip2p.base.errors import InputError, ModelError, ResourceError, translated_e
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
+from ip2p.editing.results import EditResults
 from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle
 from ip2p.models.controlnet import EXAMPLE as CONTROLNET
 from ip2p.models.controlnet import (
@@ -47,6 +48,7 @@ from ip2p.pictures import masks
 from ip2p.pictures.carry import carry
 from ip2p.pictures.images import (
     MAX_PIXELS,
+    EditedImage,
     Picture,
     fit_size,
     load_image,
@@ -109,6 +111,15 @@ class Editor:
         self._parts = [[part for part in group if part is not None] for group in groups]
         if self._offloads:
             offload(self._parts, self.device)
+
+    def __repr__(self) -> str:
+        card = self.bundle.card
+        kind = "SDXL" if self.bundle.kind == "sdxl" else "Stable Diffusion"
+        number = str(self.bundle.unet.dtype).removeprefix("torch.")
+        return (
+            f"<Editor {card.name}: {kind}, {card.native_size} pixels, text_cfg={card.text_cfg:g}, "
+            f"image_cfg={card.image_cfg:g}, {number} on {self.device}>"
+        )
 
     @classmethod
     def load(
@@ -175,7 +186,7 @@ class Editor:
         max_pixels: int | None = MAX_PIXELS,
         callback: Callback | None = None,
         **changes: Unpack[EditArguments],
-    ) -> list[Image.Image]:
+    ) -> EditResults:
         """Edit a picture, once for each seed; the results have the picture's own size.
 
         image: a path, the bytes of a file, an open file, a PIL image or an array. instruction: what to
@@ -197,7 +208,7 @@ class Editor:
         chosen = self.resolved(settings, instruction, changes)
         seeds = check_seeds([chosen.seed] if seeds is None else seeds)
         sheet = self._open(image, chosen, max_pixels)
-        return self._results([sheet] * len(seeds), seeds, chosen, batch_size, callback)
+        return EditResults(self._results([sheet] * len(seeds), seeds, chosen, batch_size, callback))
 
     def edit_batch(
         self,
@@ -210,7 +221,7 @@ class Editor:
         max_pixels: int | None = MAX_PIXELS,
         callback: Callback | None = None,
         **changes: Unpack[EditArguments],
-    ) -> list[Image.Image]:
+    ) -> EditResults:
         """Edit several pictures, each once, with a seed and an instruction each (or one for all).
 
         Those of one working size go through the network together, all of them if batch_size is None.
@@ -237,7 +248,7 @@ class Editor:
             some, own = [sheets[k] for k in numbers], [seeds[k] for k in numbers]
             made = self._results(some, own, chosen, batch_size or len(numbers), callback)
             results |= dict(zip(numbers, made, strict=True))
-        return [results[number] for number in range(len(sheets))]
+        return EditResults(results[number] for number in range(len(sheets)))
 
     def resolved(
         self, settings: EditSettings | None = None, instruction: str = "", changes: Mapping[str, Any] = {}
@@ -427,6 +438,7 @@ class Editor:
                 "version": f"ip2p {__version__}",
             }
         )
+        result = EditedImage.of(result)
         result.info = info | {"parameters": format_infotext(record), "warnings": list(sheet.warnings)}
         return result
 
@@ -646,7 +658,7 @@ def edit(
     seeds: Sequence[int] | None = None,
     settings: EditSettings | None = None,
     **changes: Unpack[EditArguments],
-) -> list[Image.Image]:
+) -> EditResults:
     """Edit a picture in one call, as `Editor.edit` does. The last model used stays loaded."""
     editor = _loaded(model, device, dtype)
     return editor.edit(image, instruction, seeds=seeds, settings=settings, **changes)

@@ -358,6 +358,30 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 # --- saving ------------------------------------------------------------------------------------
 
 
+class EditedImage(Image.Image):
+    """A picture whose settings and profile go into the file when Pillow saves it, as with `save_image`."""
+
+    @classmethod
+    def of(cls, image: Image.Image) -> EditedImage:
+        """The same pixels, which both share, and the same `info`."""
+        made = cls()
+        made.__dict__.update(image.__dict__)
+        return made
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As `PIL.Image.Image.save`; what the picture's `info` holds is written unless `params` has it."""
+        name = fp if isinstance(fp, str | Path) else getattr(fp, "name", "")
+        kind = format.upper() if format else WRITES.get(Path(str(name)).suffix.lower(), "")
+        kind = {"JPG": "JPEG"}.get(kind, kind)
+        if kind in WRITES.values():
+            ours = _write_options(self, kind)
+            kept: dict[str, Any] = {
+                key: ours[key] for key in ("pnginfo", "exif", "icc_profile", "xmp") if key in ours
+            }
+            params = kept | params
+        super().save(fp, format, **params)
+
+
 def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) -> Path:
     """Write a picture by the ending of its name, whole or not at all; its `info` travels with it.
 

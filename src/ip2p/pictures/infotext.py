@@ -120,6 +120,12 @@ def parse_infotext(text: str, kind: type[EditRecord] = EditRecord) -> EditRecord
         raise InputError(f"The settings cannot be read ({reason}). Give a picture made by ip2p.") from None
 
 
+def labeled_settings() -> list[str]:
+    """The settings that an infotext holds."""
+    fields = EditRecord.model_fields
+    return [name for name in fields if meta_of(fields[name]).label or name in ("instruction", "negative")]
+
+
 def amend(text: str, **fields: Any) -> str:
     """The infotext with other values in some fields of its record."""
     return format_infotext(parse_infotext(text).changed(**fields))

@@ -24,14 +24,13 @@ from anyio import to_thread
 from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ResourceError
-from ip2p.config import MAX_SCALE
 from ip2p.editing import grid
 from ip2p.pictures.images import load_image, resized, save_image
 from ip2p.pictures.infotext import EditRecord, parse_infotext, read_infotext
 from ip2p.serve.queue import Full
 from ip2p.serve.run import Controls, duration, from_settings, progress, run, surprise
 from ip2p.serve.session import Session, for_browser, kept_ending, show, store, uploaded
-from ip2p.settings import SettingError
+from ip2p.settings import MAX_SCALE, EditSettings, SettingError
 
 if TYPE_CHECKING:
     from ip2p.serve.jobs import Job
@@ -262,12 +261,10 @@ class Actions:
     def axes(self, model: str | None) -> Values:
         """The values of the matrix around the model's own scales, as `ip2p grid` takes them."""
         text_cfg, image_cfg = self.service.scales(model or None)
+        settings = EditSettings(text_cfg=text_cfg, image_cfg=image_cfg)
         return {
-            name: " ".join(
-                f"{value:g}"
-                for value in grid.default_values(setting, text_cfg=text_cfg, image_cfg=image_cfg, seed=0)
-            )
-            for name, setting in (("columns", "text-cfg"), ("rows", "image-cfg"))
+            name: " ".join(f"{value:g}" for value in grid.default_values(setting, settings))
+            for name, setting in (("columns", "text_cfg"), ("rows", "image_cfg"))
         }
 
     # --- editing --------------------------------------------------------------------------------------
@@ -382,7 +379,7 @@ class Actions:
                 return
 
             def draw() -> str:
-                whole = grid.sheet(
+                whole = grid.draw_sheet(
                     [[cells[y * len(across) + x] for x in range(len(across))] for y in range(len(down))],
                     columns=[f"text CFG {value:g}" for value in across],
                     rows=[f"image CFG {value:g}" for value in down],

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError
 from ip2p.base.terminal import say
-from ip2p.config import ServeConfig, UiConfig
+from ip2p.serve.options import ServeConfig, UiConfig
 
 try:
     import h11

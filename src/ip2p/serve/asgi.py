@@ -13,11 +13,11 @@ from starlette.routing import compile_path
 
 from ip2p import __version__
 from ip2p.base.errors import InputError, Ip2pError
-from ip2p.config import ServeConfig
 from ip2p.serve import metrics, reference
 from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
 from ip2p.serve.faces import a1111, native, openai
 from ip2p.serve.guard import Guard
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.service import Service
 from ip2p.serve.wire import Desk, caller_of
 

@@ -11,12 +11,11 @@ from anyio import to_thread
 from PIL import Image
 
 from ip2p.base.errors import InputError
-from ip2p.config import AUTO_MASK, MAX_COUNT, MAX_SEED, parse_size
 from ip2p.pictures.infotext import EditRecord
 from ip2p.pictures.masks import load_mask
 from ip2p.serve.requests import EditRequest
 from ip2p.serve.session import uploaded
-from ip2p.settings import EditSettings
+from ip2p.settings import AUTO_MASK, MAX_COUNT, MAX_SEED, EditSettings, parse_size
 
 if TYPE_CHECKING:
     from ip2p.serve.jobs import Job

@@ -25,8 +25,8 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
 from ip2p.base.jobs import Cluster, fitting, ray_of
-from ip2p.config import ServeConfig
 from ip2p.serve.jobs import Job, Result, Stopped
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.requests import EditRequest, Limits
 from ip2p.serve.service import Service
 from ip2p.settings import SettingError
@@ -285,8 +285,7 @@ def portable(config: ServeConfig) -> ServeConfig:
     def whole(place: str) -> str:
         return str(Path(place).resolve()) if Path(place).exists() else place
 
-    return dataclasses.replace(
-        config,
+    return config.changed(
         model=tuple(f"{name}={whole(place)}" for name, place in config.models().items()),
         safety=None if config.safety is None else whole(config.safety),
         ray=None,

@@ -24,10 +24,10 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from ip2p.config import ServeConfig
 from ip2p.pictures.images import flattened, load_image, to_bytes
 from ip2p.serve.errors import Refusal
 from ip2p.serve.jobs import Job
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.requests import NOT_TEXT, EditRequest, is_text, naming
 from ip2p.serve.service import Service
 from ip2p.settings import PYTHON, EditSettings, SettingError, Voice, explained

@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ip2p.base import terminal
 from ip2p.base.errors import InputError, ModelError
@@ -37,9 +37,9 @@ from ip2p.synth.instruct import (
     prompt_of,
 )
 from ip2p.synth.records import Triple
+from ip2p.synth.settings import Way
 from ip2p.synth.triples import examples
 
-Way = Literal["completion", "chat"]
 KEY = "OPENAI_API_KEY"
 SHOTS = 8  # triples that a general model is shown
 PATIENCE = 300.0  # seconds for which a server may be away
