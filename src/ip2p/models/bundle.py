@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from ip2p.base.errors import InputError, ModelError, hub_error
-from ip2p.config import SamplerName, Spacing, check_guidance
 from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.families import unet_refusal
@@ -41,6 +40,7 @@ from ip2p.models.load import (
     tokenizer_texts,
 )
 from ip2p.pictures.images import close_file, nearest
+from ip2p.settings import EditSettings
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -74,7 +74,7 @@ class Card:
 
     native_size: the side in pixels that it was trained at. known_psnr: below this reconstruction
     PSNR in dB of its autoencoder, a picture is far from what it knows. The other fields are the settings
-    that it recommends, or the defaults of every model (`resolve_settings`).
+    that it recommends, or the defaults of every model (`Settings.resolved`).
     """
 
     name: str
@@ -82,18 +82,12 @@ class Card:
     known_psnr: float | None = None
     steps: int = 20
     sampler: str = "euler_ancestral"
-    spacing: str = "linspace"
+    schedule: str = "linspace"
     text_cfg: float = 7.5
     image_cfg: float = 1.5
 
 
-RECOMMENDED = ("steps", "sampler", "spacing", "text_cfg", "image_cfg")
-
-
-def resolve_settings(card: Card, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an edit, each of `RECOMMENDED` that is None or missing with the model's own value."""
-    own = {name: getattr(card, name) for name in RECOMMENDED if settings.get(name) is None}
-    return {**settings, **own}
+RECOMMENDED = ("steps", "sampler", "schedule", "text_cfg", "image_cfg")
 
 
 @dataclass(frozen=True)
@@ -570,18 +564,13 @@ def _card(stored: Stored, name: str, native_size: int) -> Card:
 def _recommended(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The settings that a card names. Raises ModelError for one that no edit can have."""
     found = {name: said[name] for name in RECOMMENDED if said.get(name) is not None}
-    for name, known in (("sampler", get_args(SamplerName)), ("spacing", get_args(Spacing))):
-        if found.get(name, known[0]) not in known:
-            raise ModelError(
-                f"{path}: its ip2p.json recommends the {name} {found[name]!r}; known are {', '.join(known)}. "
-                "Correct it there, or update ip2p."
-            )
     try:
-        found |= {name: float(found[name]) for name in ("text_cfg", "image_cfg") if name in found}
-        check_guidance(found.get("steps", 1), found.get("text_cfg"), found.get("image_cfg"))
-    except (InputError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: its ip2p.json cannot be used ({error}). Correct it there.") from None
-    return found
+        settings = EditSettings.read(found)
+    except InputError as error:
+        raise ModelError(
+            f"{path}: its ip2p.json cannot be used: {error} Correct it there, or update ip2p."
+        ) from None
+    return {name: getattr(settings, name) for name in found}
 
 
 def _square(size: int | list[int] | tuple[int, int] | None) -> int:
