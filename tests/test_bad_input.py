@@ -19,8 +19,8 @@ from conftest import make_model
 from PIL import Image
 
 from ip2p.cli import main as cli
-from ip2p.config import MAX_PIXELS
 from ip2p.pictures import images
+from ip2p.serve.options import ServeConfig
 
 
 @pytest.fixture
@@ -535,8 +535,9 @@ def test_fault_of_ours_shows_a_traceback_only_with_debug(
     assert told.code == 1 and "Traceback" in told.err
 
 
-def test_the_limit_of_pixels_has_one_value() -> None:
-    assert images.MAX_PIXELS == MAX_PIXELS
+def test_only_servers_have_the_small_limit_of_pixels() -> None:
+    assert images.MAX_PIXELS == 100_000_000
+    assert ServeConfig().max_pixels == 16_000_000
 
 
 def test_json_lists_outputs_and_settings(run, tiny_model_dir: Path) -> None:

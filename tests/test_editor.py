@@ -13,6 +13,7 @@ from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.editing.editor import Editor
 from ip2p.pictures.images import load_image, save_image, to_tensor
 from ip2p.pictures.infotext import parse_infotext, read_infotext
+from ip2p.settings import EditSettings
 
 FAST = {"steps": 3}
 
@@ -95,7 +96,7 @@ def test_an_edit_can_be_made_again_from_the_file(tiny_editor, tmp_path):
         image_cfg=said.image_cfg,
         steps=said.steps,
         sampler=said.sampler,
-        spacing=said.spacing,
+        schedule=said.schedule,
         seeds=[said.seed],
         size=said.size,
     )[0]
@@ -304,12 +305,12 @@ def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
         ({"batch_size": 0}, "batch"),
         ({"size": 3}, "size is 3"),
         ({"fit": "magic"}, "original, model"),
-        ({"auto_mask": 1.5}, "auto-mask is 1.5"),
+        ({"auto_mask": 1.5}, "auto_mask is 1.5"),
         ({"mask": Image.new("L", (64, 64), "white"), "auto_mask": 0.5}, "one of them"),
         ({"mask": Image.new("L", (64, 64))}, "black all over"),
         ({"mask": Image.new("L", (32, 64), "white")}, "mask is 32x64 pixels and the picture 64x64"),
         ({"mask": "mask-that-is-missing.png"}, "no such file"),
-        ({"mask_padding": -1}, "mask-padding is -1"),
+        ({"mask_padding": -1}, "mask_padding is -1"),
         ({"feather": float("nan")}, "feather is nan"),
         ({"text_cfg_rescale": 2.0}, "rescale is 2"),
         ({"cfg_interval": (0.9, 0.2)}, "interval 0.9 0.2 is empty"),
@@ -383,3 +384,26 @@ def test_the_one_call_edits_and_keeps_its_model(tiny_model_dir, page):
     second = ip2p.edit(page, "make it night", model=tiny_model_dir, device="cpu", dtype="fp32", **FAST)
     assert first[0].tobytes() == second[0].tobytes()
     assert ip2p.Editor is Editor
+
+
+def test_the_settings_may_be_an_object_and_arguments_come_last(tiny_editor, page):
+    settings = EditSettings(text_cfg=2.0, seed=9, **FAST)
+    (made,) = tiny_editor.edit(page, "make it night", settings=settings, image_cfg=1.0)
+    found = parse_infotext(made.info["parameters"])
+    assert (found.text_cfg, found.image_cfg, found.seed) == (2.0, 1.0, 9)
+    assert (
+        made.tobytes()
+        == tiny_editor.edit(page, "make it night", seeds=[9], text_cfg=2.0, image_cfg=1.0, **FAST)[
+            0
+        ].tobytes()
+    )
+
+
+def test_one_number_for_seeds_is_an_error_that_shows_the_list(tiny_editor, page):
+    with pytest.raises(InputError, match=r"seeds is 1; .* Try seeds=\[1\]"):
+        tiny_editor.edit(page, "make it night", seeds=1)
+
+
+def test_names_of_diffusers_are_errors_that_name_ours(tiny_editor, page):
+    with pytest.raises(InputError, match="guidance_scale is called text_cfg here"):
+        tiny_editor.edit(page, "make it night", guidance_scale=7)

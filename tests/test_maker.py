@@ -19,7 +19,6 @@ from ip2p.base import jobs
 from ip2p.base.errors import InputError, ModelError
 from ip2p.cli import main as cli
 from ip2p.cli import synth as maker
-from ip2p.config import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthInstructConfig, SynthPairsConfig
 from ip2p.data.loading import open_source
 from ip2p.models import bundle
 from ip2p.pictures.images import load_image
@@ -29,6 +28,7 @@ from ip2p.synth.filter import KEPT, PRESETS, SIMILARITIES, clips_of, preset_for
 from ip2p.synth.instruct import Answer, Ask, LocalWriter
 from ip2p.synth.records import Triple, read_triples, triple_id, write_triples
 from ip2p.synth.safety import Classifier
+from ip2p.synth.settings import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthInstructConfig, SynthPairsConfig
 from ip2p.synth.tune import Tuning, new_lm, tune_lm
 
 CHANGES = (("cat", "dog"), ("hill", "lake"), ("boat", "kite"), ("tree", "rock"))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, ResourceError, Terminated
 from ip2p.cli import main as cli
-from ip2p.config import EditConfig
+from ip2p.cli.edit import EditConfig
 from ip2p.editing import batch as many
 
 pytestmark = pytest.mark.usefixtures("here")

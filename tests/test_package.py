@@ -22,7 +22,9 @@ def test_public_names() -> None:
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    assert python("import sys, ip2p, ip2p.config, ip2p.cli.main; print('torch' in sys.modules)") == "False\n"
+    assert (
+        python("import sys, ip2p, ip2p.settings, ip2p.cli.main; print('torch' in sys.modules)") == "False\n"
+    )
 
 
 def test_the_storybook_needs_no_torch() -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import uvicorn
 from fakes import fake_editor
 
-from ip2p.config import ServeConfig
 from ip2p.editing.editor import Editor
 from ip2p.serve.app import make_app, server_config
 from ip2p.serve.mark import checker, marker
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.service import Limits, Service
 
 

@@ -13,9 +13,9 @@ import webuiapi
 from PIL import Image
 from running import running, until
 
-from ip2p.config import ServeConfig
 from ip2p.pictures.images import to_bytes
 from ip2p.pictures.infotext import parse_infotext
+from ip2p.serve.options import ServeConfig
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from running import running, until
 
 from ip2p.base.errors import InputError
 from ip2p.cli.main import main
-from ip2p.config import ServeConfig, UiConfig
 from ip2p.pictures.images import to_bytes
 from ip2p.pictures.infotext import parse_infotext
 from ip2p.serve import app as apps
 from ip2p.serve import mark
+from ip2p.serve.options import ServeConfig, UiConfig
 from ip2p.serve.service import Service
 from ip2p.synth import safety
 

@@ -22,10 +22,10 @@ from PIL import Image
 from running import running, until
 
 from ip2p.cli.main import main
-from ip2p.config import ServeConfig
 from ip2p.pictures.images import to_bytes
 from ip2p.serve import app as apps
 from ip2p.serve import wire
+from ip2p.serve.options import ServeConfig
 
 MB = 2
 FACES = {

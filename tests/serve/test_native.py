@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from running import running, until
 
-from ip2p.config import ServeConfig
 from ip2p.pictures.images import to_bytes
 from ip2p.pictures.infotext import parse_infotext
 from ip2p.serve import fetch, wire
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.service import FieldError
 
 

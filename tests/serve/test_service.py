@@ -16,7 +16,7 @@ from fakes import fake_editor
 from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
-from ip2p.pictures.infotext import Settings, format_infotext, parse_infotext
+from ip2p.pictures.infotext import format_infotext, parse_infotext
 from ip2p.serve import service as services
 from ip2p.serve.service import Draining, FieldError, Full, Limits, Request, Service
 

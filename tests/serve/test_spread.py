@@ -12,9 +12,9 @@ from running import until
 
 from ip2p.base.errors import InputError, ModelError, ResourceError
 from ip2p.cli.main import main
-from ip2p.config import ServeConfig
 from ip2p.serve import app
 from ip2p.serve.joined import Stopped
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.service import Draining, FieldError, Request, Service
 from ip2p.serve.spread import Failure, Lost, News, Replica, Spread, portable
 

@@ -14,8 +14,11 @@ def say(message: str) -> None:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr while the block runs; call what it gives once a step. Silent without a terminal."""
-    if not sys.stderr.isatty():
+    """A bar on stderr while the block runs; call what it gives once a step.
+
+    Silent without a terminal, and with nothing to do.
+    """
+    if total <= 0 or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich.console import Console

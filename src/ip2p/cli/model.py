@@ -7,19 +7,53 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ip2p.base.errors import InputError, ModelError
-from ip2p.config import ConvertConfig, InfoConfig, ListConfig
+from ip2p.settings import OTHER, OverwriteSettings, RunSettings, WeightSet, setting
 
 if TYPE_CHECKING:
     from ip2p.models.load import Stored
 
 SHOWN = 5  # names of a list; --json has all
+COMPONENTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "image_encoder",
+    "safety_checker",
+)  # of a folder
 NUMBERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def info(config: InfoConfig) -> None:
+ANY_MODEL = "a Hugging Face model id, a diffusers folder, a .safetensors or .ckpt file"
+
+
+class InfoConfig(RunSettings):
+    """Describe a model and report what is missing in it: ip2p model info editor.safetensors"""
+
+    model: str = setting("", f"storybook, {ANY_MODEL}", positional=1, metavar="MODEL")
+    print_json: bool = setting(False, "print it as JSON", group=OTHER, name="json")
+
+
+class ConvertConfig(RunSettings, OverwriteSettings):
+    """Convert a diffusers folder to one file, or back: ip2p model convert editor.ckpt editor"""
+
+    source: str = setting("", ANY_MODEL, positional=1, metavar="MODEL")
+    target: str = setting("", "a .safetensors file, or a folder", positional=2, metavar="TARGET")
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = setting("keep", "number format of the written weights")
+    weights: WeightSet = setting("ema", "of a file that holds both: ema or plain weights")
+
+
+class ListConfig(RunSettings):
+    """List the models in the package, in a folder, and in the Hugging Face cache: ip2p model list"""
+
+    folder: Path = setting(Path("."), "folder whose models are listed too", positional=1, metavar="FOLDER")
+    print_json: bool = setting(False, "print it as JSON", group=OTHER, name="json")
+
+
+def run_model_info(config: InfoConfig) -> None:
     """Print what a model is; no weights are read. Raises ModelError for what is no model."""
     if not config.model:
         raise InputError("no model is named; write: ip2p model info editor.safetensors")
@@ -27,7 +61,7 @@ def info(config: InfoConfig) -> None:
     from ip2p.models.load import open_model
 
     said = describe(open_model(find_model(config.model)))
-    if config.json:
+    if config.print_json:
         print(json.dumps(said, indent=2, ensure_ascii=False))
         return
     rows = {
@@ -107,7 +141,7 @@ def _names(names: list[str]) -> str:
     return f"{len(names)}: {', '.join(names[:SHOWN])}{rest}"
 
 
-def convert(config: ConvertConfig) -> None:
+def run_model_convert(config: ConvertConfig) -> None:
     """Write `config.source` in the other layout: a name that ends in .safetensors is a file, else a folder.
 
     Raises InputError for a target that cannot be written, ModelError for a source that is not whole.
@@ -130,13 +164,14 @@ def convert(config: ConvertConfig) -> None:
     print(target)
 
 
-def list_models(config: ListConfig) -> None:
-    """Print the models in the package and the editors and bases in the hub's cache."""
+def run_model_list(config: ListConfig) -> None:
+    """Print the models in the package, in a folder, and in the Hugging Face cache."""
     from ip2p.models.bundle import PACKAGED, packaged_models
 
     rows = [_row(name, "package", PACKAGED / name) for name in packaged_models()]
+    rows += list(_local(config.folder))
     rows += list(_cached())
-    if config.json:
+    if config.print_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     if not rows:
@@ -147,6 +182,35 @@ def list_models(config: ListConfig) -> None:
         kind = "editor" if row["editor"] else "no editor"
         known = f"{row['name']:<{width}}{row['architecture']:<8}{kind:<11}{_giga(row['bytes'])}"
         print(known, row["where"], row["revision"][:7], sep="  ")
+
+
+def _local(folder: Path) -> Iterator[dict[str, Any]]:
+    """The models in a folder and one level below it: diffusers folders, and files of whole models."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; write: ip2p model list FOLDER")
+    from ip2p.models.load import open_model  # imports torch
+
+    for path in sorted([folder, *folder.iterdir(), *folder.glob("*/*")]):
+        name = path.name if path == folder else path.relative_to(folder).as_posix()
+        if path.is_dir() and (path / "unet" / "config.print_json").is_file():
+            yield _row(name or str(path.resolve()), "here", path)
+        elif (
+            path.is_file() and path.suffix in (".safetensors", ".ckpt") and path.parent.name not in COMPONENTS
+        ):
+            try:
+                stored = open_model(path)
+                channels, needed = stored.channels
+            except Exception:  # an optimizer's state, a LoRA, a network alone: no model
+                continue
+            yield {
+                "name": name,
+                "where": "here",
+                "revision": "",
+                "folder": str(path),
+                "architecture": stored.architecture,
+                "editor": channels == needed,
+                "bytes": path.stat().st_size,
+            }
 
 
 def _cached() -> Iterator[dict[str, Any]]:
@@ -160,7 +224,7 @@ def _cached() -> Iterator[dict[str, Any]]:
     for repository in sorted(repositories, key=lambda repository: repository.repo_id):
         for revision in repository.revisions:
             folder = Path(revision.snapshot_path)
-            if repository.repo_type == "model" and (folder / "unet" / "config.json").exists():
+            if repository.repo_type == "model" and (folder / "unet" / "config.print_json").exists():
                 yield _row(repository.repo_id, "cache", folder, revision.commit_hash)
 
 
@@ -168,8 +232,8 @@ def _row(name: str, where: str, folder: Path, revision: str = "") -> dict[str, A
     from ip2p.models.load import read_json
 
     try:
-        unet = read_json(folder / "unet" / "config.json")
-        vae = read_json(folder / "vae" / "config.json")
+        unet = read_json(folder / "unet" / "config.print_json")
+        vae = read_json(folder / "vae" / "config.print_json")
     except ModelError:
         unet, vae = {}, {}
     xl = unet.get("addition_embed_type") == "text_time"

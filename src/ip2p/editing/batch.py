@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -26,8 +26,8 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError
 from ip2p.base.files import make_folder, write_text
-from ip2p.config import EditConfig, run_json
 from ip2p.pictures import images
+from ip2p.settings import Settings, first_difference, run_json
 
 MANIFEST, RUN = "manifest.jsonl", "run.json"
 # What a folder's pictures are called. HEIC is not read, but told, not passed over in silence.
@@ -45,12 +45,6 @@ ENDINGS = {
     ".heic",
     ".heif",
 }
-# Settings that may change while a job goes on: they say where and how fast, not what.
-FREE = {
-    *("image", "more", "out", "jobs", "batch_size", "device", "memory", "max_pixels", "from_settings"),
-    *("overwrite", "json", "examples", "config", "debug"),
-}
-
 log = logging.getLogger("ip2p")
 
 
@@ -228,7 +222,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(config: EditConfig, folder: Path) -> Iterator[Job]:
+def open_job(config: Settings, folder: Path, *, overwrite: bool) -> Iterator[Job]:
     """Begin a job in `folder`, or go on with the one that lies there.
 
     Raises InputError when another process is at it, when its settings were others (naming the first that
@@ -236,17 +230,17 @@ def open_job(config: EditConfig, folder: Path) -> Iterator[Job]:
     """
     make_folder(folder)
     manifest, run = folder / MANIFEST, folder / RUN
-    if run.exists() and not manifest.exists() and not config.overwrite:
+    if run.exists() and not manifest.exists() and not overwrite:
         raise InputError(
             f"{folder} holds another run ({RUN}); choose another folder with -o, or add --overwrite."
         )
     with open(manifest, "a+b") as file:
         _hold(file, folder)
-        if config.overwrite:
+        if overwrite:
             file.truncate(0)
         elif run.exists():
             _same_settings(config, run)
-        if config.overwrite or not run.exists():
+        if overwrite or not run.exists():
             write_text(run, run_json(config))
         yield Job(folder, file)
 
@@ -273,27 +267,20 @@ def _hold(file: IO[bytes], folder: Path) -> None:
             ) from None
 
 
-def _same_settings(config: EditConfig, run: Path) -> None:
+def _same_settings(config: Settings, run: Path) -> None:
     try:
         before = json.loads(run.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{run} cannot be read; choose another folder with -o, or add --overwrite."
         ) from None
-    now = json.loads(run_json(config))["settings"]
-    defaults = json.loads(run_json(EditConfig()))["settings"]
-    for name in (f.name for f in fields(config) if f.name not in FREE):
-        old = before.get(name, defaults[name])
-        if old != now[name]:
-            flag = name if name == "instruction" else "--" + name.replace("_", "-")
-            raise InputError(
-                f"{run.parent} was begun with {flag} {_shown(old)}, and now it is {_shown(now[name])}; "
-                "use the same again, choose another folder with -o, or add --overwrite."
-            )
-
-
-def _shown(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if value is not None else "not given"
+    difference = first_difference(config, before)
+    if difference is not None:
+        flag, old, new = difference
+        raise InputError(
+            f"{run.parent} was begun with {flag} {old}, and now it is {new}; "
+            "use the same again, choose another folder with -o, or add --overwrite."
+        )
 
 
 def split(job: Job, tasks: Sequence[Task], jobs: int, *, overwrite: bool) -> tuple[list[Task], list[Task]]:

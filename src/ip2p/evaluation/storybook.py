@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ip2p.config import ScoreConfig
     from ip2p.editing.editor import Editor
 
 SPLITS = ("test", "unseen_phrasings", "unseen_combinations")
@@ -333,7 +332,7 @@ def rows_picture(rows: Sequence[tuple[Case, NDArray[np.uint8]]], columns: int = 
     return sheet
 
 
-def run(config: ScoreConfig) -> None:
+def run(config: Any) -> None:
     """The command `ip2p storybook score`: print the table, and write what the config asks for."""
     from ip2p.base.files import check_output, replacing, write_text
     from ip2p.base.terminal import progress

@@ -8,19 +8,23 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.base.files import check_output as check_file
 from ip2p.base.files import replacing
+from ip2p.settings import MAX_PIXELS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_PIXELS = 16_000_000
+# A path, the bytes of a file, an open file, a PIL image, or an array [height, width(, channels)].
+Picture = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any]
+
 MIN_SIDE = 16
 MAX_ASPECT = 8
 # Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.
@@ -94,25 +98,37 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image,
+    source: Picture,
     *,
     max_pixels: int | None = MAX_PIXELS,
     background: Literal["white", "black"] = "white",
 ) -> Image.Image:
     """Read a picture as upright 8-bit RGB; `info` keeps what belongs to it (exif, icc_profile).
 
-    `source`: a path, the bytes of a file, or a PIL image (which `max_pixels` does not concern: its
-    pixels are there already). Sizes are checked from the header, before anything is decoded.
-    Transparency is laid on `background`, and a warning says so. Raises InputError for whatever cannot
-    be edited.
+    `source`: a path, the bytes of a file, an open file, a PIL image, or an array [height, width] or
+    [height, width, 1, 3 or 4] of uint8, or of floats from 0 to 1. `max_pixels` does not concern images and
+    arrays: their pixels are in memory already. Sizes are checked from the header, before anything is
+    decoded. Transparency is laid on `background`, and a warning says so. Raises InputError for whatever
+    cannot be edited.
     """
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or "The picture"
         return _upright_rgb(_checked(source, str(name), None), str(name), background)
     if isinstance(source, bytes):
         name, data = "The picture", source
-    else:
+    elif isinstance(source, str | Path):
         name, data = str(source), _read(Path(source))
+    elif hasattr(source, "read"):
+        name, data = str(getattr(source, "name", "") or "The picture"), source.read()
+        if not isinstance(data, bytes):
+            raise InputError(f"{name} is open as text. Open it with mode 'rb'.")
+    else:
+        raise InputError(
+            f"A {type(source).__name__} is not a picture. Give a path, bytes, an open file, a PIL image or "
+            "a NumPy array."
+        )
     if not data:
         raise InputError(f"{name} is empty (0 bytes). Give a picture, or fetch this one again.")
     try:
@@ -140,6 +156,22 @@ def load_image(
             f"{name} is damaged or cut short ({str(error).rstrip('.') or type(error).__name__}). "
             "Fetch it again, or save it anew from a viewer."
         ) from None
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    """A PIL image of an array [height, width(, 1, 3 or 4)]: uint8, or floats from 0 to 1."""
+    values = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+        raise InputError(
+            f"The array has the shape {list(array.shape)}. Give [height, width] or [height, width, 3 or 4]."
+        )
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > 1:
+            raise InputError("The array has floats outside of 0 to 1. Scale it, or give uint8.")
+        values = (values * 255).round().astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise InputError(f"The array has the type {values.dtype}. Give uint8, or floats from 0 to 1.")
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
 def _read(path: Path) -> bytes:
@@ -305,6 +337,30 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 # --- saving ------------------------------------------------------------------------------------
+
+
+class EditedImage(Image.Image):
+    """A picture whose settings and profile go into the file when Pillow saves it, as with `save_image`."""
+
+    @classmethod
+    def of(cls, image: Image.Image) -> EditedImage:
+        """The same pixels, which both share, and the same `info`."""
+        made = cls()
+        made.__dict__.update(image.__dict__)
+        return made
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As `PIL.Image.Image.save`; what the picture's `info` holds is written unless `params` has it."""
+        name = fp if isinstance(fp, str | Path) else getattr(fp, "name", "")
+        kind = format.upper() if format else WRITES.get(Path(str(name)).suffix.lower(), "")
+        kind = {"JPG": "JPEG"}.get(kind, kind)
+        if kind in WRITES.values():
+            ours = _write_options(self, kind)
+            kept: dict[str, Any] = {
+                key: ours[key] for key in ("pnginfo", "exif", "icc_profile", "xmp") if key in ours
+            }
+            params = kept | params
+        super().save(fp, format, **params)
 
 
 def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) -> Path:

@@ -5,14 +5,13 @@ A mask is a picture in "L": 255 where the edit may go, 0 where not a byte may ch
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from ip2p.base.errors import InputError
-from ip2p.pictures.images import MAX_PIXELS, MIN_SIDE, load_image
+from ip2p.pictures.images import MAX_PIXELS, MIN_SIDE, Picture, load_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,9 +31,7 @@ GROW, RIM = 1.5, 0.75  # in latents: how far a found region is grown, and its so
 # --- a mask that was drawn -----------------------------------------------------------------------
 
 
-def load_mask(
-    source: str | Path | bytes | Image.Image, size: tuple[int, int], *, max_pixels: int | None = MAX_PIXELS
-) -> Image.Image:
+def load_mask(source: Picture, size: tuple[int, int], *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """Read a mask for a picture of `size`, in "L". Transparency is black: what is edited is white.
 
     Raises InputError for a mask of another size, one that is black all over, and as `load_image` does.

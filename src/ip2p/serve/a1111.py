@@ -14,7 +14,6 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ip2p import __version__
-from ip2p.config import MAX_SIZE, MIN_SIZE
 from ip2p.pictures.infotext import SAMPLER_NAMES, SCHEDULE_NAMES
 from ip2p.serve import service as services
 from ip2p.serve.errors import Refusal
@@ -35,6 +34,7 @@ from ip2p.serve.wire import (
     sized,
     written,
 )
+from ip2p.settings import MAX_SIZE, MIN_SIZE
 
 CLIENTS = 1000  # whose choice of a model, and the id of whose last edit, is remembered
 RESIZE_MODES: tuple[Literal["stretch", "crop", "pad"], ...] = ("stretch", "crop", "pad")

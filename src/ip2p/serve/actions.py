@@ -24,13 +24,13 @@ from anyio import to_thread
 from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ResourceError
-from ip2p.config import MAX_SCALE
 from ip2p.editing import grid
 from ip2p.pictures.images import load_image, resized, save_image
-from ip2p.pictures.infotext import Settings, parse_infotext, read_infotext
+from ip2p.pictures.infotext import EditRecord, parse_infotext, read_infotext
 from ip2p.serve.run import Controls, duration, from_settings, progress, run, surprise
 from ip2p.serve.service import FieldError, Full
 from ip2p.serve.session import Session, for_browser, kept_ending, show, store, uploaded
+from ip2p.settings import MAX_SCALE, EditSettings
 
 if TYPE_CHECKING:
     from ip2p.serve.service import Job, Request, Service
@@ -231,7 +231,7 @@ class Actions:
         """The settings that an edited file carries."""
         return self._taken(parse_infotext(self._read(path)))
 
-    def _taken(self, settings: Settings) -> Values:
+    def _taken(self, settings: EditRecord) -> Values:
         words = "Settings loaded."
         if settings.mask is not None and settings.auto_mask is None:
             words += " The mask is not in the file: paint it below “Where”, or give its file there."
@@ -259,12 +259,10 @@ class Actions:
     def axes(self, model: str | None) -> Values:
         """The values of the matrix around the model's own scales, as `ip2p grid` takes them."""
         text_cfg, image_cfg = self.service.scales(model or None)
+        settings = EditSettings(text_cfg=text_cfg, image_cfg=image_cfg)
         return {
-            name: " ".join(
-                f"{value:g}"
-                for value in grid.default_values(setting, text_cfg=text_cfg, image_cfg=image_cfg, seed=0)
-            )
-            for name, setting in (("columns", "text-cfg"), ("rows", "image-cfg"))
+            name: " ".join(f"{value:g}" for value in grid.default_values(setting, settings))
+            for name, setting in (("columns", "text_cfg"), ("rows", "image_cfg"))
         }
 
     # --- editing --------------------------------------------------------------------------------------
@@ -377,7 +375,7 @@ class Actions:
                 return
 
             def draw() -> str:
-                whole = grid.sheet(
+                whole = grid.draw_sheet(
                     [[cells[y * len(across) + x] for x in range(len(across))] for y in range(len(down))],
                     columns=[f"text CFG {value:g}" for value in across],
                     rows=[f"image CFG {value:g}" for value in down],
@@ -662,7 +660,7 @@ def listed(failed: Mapping[int, str]) -> str:
 
 def plain(parameters: str) -> dict[str, Any]:
     """The settings of an infotext as JSON holds them."""
-    made = dataclasses.asdict(parse_infotext(parameters))
+    made = dict(parse_infotext(parameters))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in made.items()}
 
 

@@ -21,7 +21,7 @@ from ip2p import __version__
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError, Ip2pError
 from ip2p.base.terminal import say
-from ip2p.config import ServeConfig, UiConfig
+from ip2p.serve.options import ServeConfig, UiConfig
 
 try:
     import h11

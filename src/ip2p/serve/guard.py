@@ -21,8 +21,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ip2p.config import ServeConfig, is_address, is_loopback
 from ip2p.serve.errors import Refusal, body_of, refusal_of
+from ip2p.serve.options import ServeConfig, is_address, is_loopback
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ip2p.config import ServeConfig
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.service import FieldError
 
 # IPTC's digital source type of a picture that a trained model changed.

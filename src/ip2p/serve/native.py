@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from ip2p.config import parse_size
 from ip2p.serve import service as services
 from ip2p.serve.errors import Refusal, body_of, refusal_of
 from ip2p.serve.service import Encode, FieldError, Job
@@ -35,6 +34,7 @@ from ip2p.serve.wire import (
     settings_of,
     written,
 )
+from ip2p.settings import parse_size
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 RANDOM_SEEDS = 2**32

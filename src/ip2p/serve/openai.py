@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from ip2p.config import MAX_SIZE, MIN_SIZE
 from ip2p.serve import service as services
 from ip2p.serve.errors import Refusal, body_of, refusal_of
 from ip2p.serve.native import request_body, seeds_of, size_of, unknown_model
@@ -34,6 +33,7 @@ from ip2p.serve.wire import (
     sized,
     written,
 )
+from ip2p.settings import MAX_SIZE, MIN_SIZE
 
 PATH = "/v1/images/edits"
 # There are no tokens here; its clients read the numbers all the same.

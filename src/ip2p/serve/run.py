@@ -11,11 +11,11 @@ from anyio import to_thread
 from PIL import Image
 
 from ip2p.base.errors import InputError
-from ip2p.config import AUTO_MASK, MAX_COUNT, MAX_SEED, parse_size
-from ip2p.pictures.infotext import Settings
+from ip2p.pictures.infotext import EditRecord
 from ip2p.pictures.masks import load_mask
 from ip2p.serve.service import Request
 from ip2p.serve.session import uploaded
+from ip2p.settings import AUTO_MASK, MAX_COUNT, MAX_SEED, parse_size
 
 if TYPE_CHECKING:
     from ip2p.serve.service import Job, Place, Service
@@ -126,7 +126,7 @@ def _whole(name: str, value: float | None) -> int:
     return int(value)
 
 
-def from_settings(settings: Settings, models: list[str]) -> dict[str, Any]:
+def from_settings(settings: EditRecord, models: list[str]) -> dict[str, Any]:
     """The fields that make an edited file again; a model that is not served here is left as it stands.
 
     A mask is not in the file: for such an edit the fields ask for one that is painted.
@@ -141,8 +141,8 @@ def from_settings(settings: Settings, models: list[str]) -> dict[str, Any]:
         "steps": settings.steps,
         "seed": settings.seed,
         "sampler": settings.sampler,
-        "spacing": settings.spacing,
-        "size": "x".join(map(str, settings.size)),
+        "spacing": settings.schedule,
+        "size": "x".join(map(str, settings.size)),  # type: ignore[arg-type]
         "region": region if settings.auto_mask is None else "found",
     }
     if settings.auto_mask is not None:

@@ -29,15 +29,15 @@ from torch import Tensor
 
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError, Ip2pError, ResourceError, as_ip2p_error
-from ip2p.config import MAX_SCALE, MAX_SEED, MAX_SIZE, MIN_SIZE
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editing.editor import Editor
 from ip2p.pictures import masks
 from ip2p.pictures.images import load_image, to_bytes, to_pil
-from ip2p.pictures.infotext import Settings, amend, parse_infotext
+from ip2p.pictures.infotext import EditRecord, amend, parse_infotext
 from ip2p.serve.joined import JoinedEditor, Lane, Stopped
 from ip2p.serve.store import Store
+from ip2p.settings import MAX_SCALE, MAX_SEED, MAX_SIZE, MIN_SIZE
 
 log = logging.getLogger("ip2p.serve")
 
@@ -129,7 +129,7 @@ class Result:
 
     image: Image.Image
     seed: int
-    settings: Settings
+    settings: EditRecord
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,7 @@ class Service:
 
     editors: models by name, each an editor or a function that loads one when it is first asked for; of those
     functions' at most `loaded` stay loaded. join: how many pictures are sampled at once, of all requests
-    (`default_join` if None). made_from: fields of `infotext.Settings` to add to the results of a
+    (`default_join` if None). made_from: fields of `infotext.EditRecord` to add to the results of a
     model, such as its revision. check: called on every result before anybody sees it; an Ip2pError that it
     raises fails the request. With it there are no previews, which nobody would have checked. finish: called
     next, with the same right; what it gives takes the result's place. keep_seconds, keep_bytes, keep_jobs:
@@ -925,8 +925,8 @@ class Service:
                     text_cfg=request.text_cfg,
                     image_cfg=request.image_cfg,
                     steps=request.steps,
-                    sampler=request.sampler,
-                    spacing=request.spacing,
+                    sampler=request.sampler,  # type: ignore[arg-type]
+                    schedule=request.spacing,  # type: ignore[arg-type]
                     negative=request.negative,
                     size=request.size,
                     fit=request.fit,  # type: ignore[arg-type]

@@ -25,8 +25,8 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
 from ip2p.base.jobs import Cluster, fitting, ray_of
-from ip2p.config import ServeConfig
 from ip2p.serve.joined import Stopped
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.service import FieldError, Job, Request, Result, Service, _small
 
 log = logging.getLogger("ip2p.serve")

@@ -27,7 +27,7 @@ os.environ["GRADIO_TEMP_DIR"] = str(cache())
 
 import gradio as gr
 
-from ip2p import config
+from ip2p import settings as config
 from ip2p.base.errors import Ip2pError
 from ip2p.editing import advice
 from ip2p.serve import look
@@ -228,7 +228,7 @@ class _Builder:
                     "spacing",
                     gr.Dropdown,
                     "Noise levels",
-                    choices=list(typing.get_args(config.Spacing)),
+                    choices=list(typing.get_args(config.ScheduleName)),
                     value="linspace",
                 )
             with gr.Row():

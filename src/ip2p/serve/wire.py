@@ -25,9 +25,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from ip2p.base.errors import InputError
-from ip2p.config import ServeConfig
 from ip2p.pictures.images import load_image, nearest, to_bytes
 from ip2p.serve.errors import Refusal
+from ip2p.serve.options import ServeConfig
 from ip2p.serve.service import NO_TEXT, FieldError, Job, Service, is_text
 
 if TYPE_CHECKING:

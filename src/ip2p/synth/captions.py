@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ip2p.base.errors import InputError
 from ip2p.data import columns, hub
+from ip2p.synth.settings import Language
 from ip2p.synth.tables import ENDINGS, LINE, parquet_rows, read_rows
-
-Language = Literal["english", "latin", "any"]
 
 # Lower case; the first that a row fills. LAION's are TEXT, URL, AESTHETIC_SCORE, NSFW, punsafe, LANGUAGE.
 NAMES = {

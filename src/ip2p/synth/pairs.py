@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
 from ip2p.base.errors import InputError, ModelError, translated_errors
-from ip2p.config import MAX_STEPS, check_float, check_int, check_size
 from ip2p.data.records import Pair
 from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import Told, UNetDenoiser, told
@@ -30,6 +29,7 @@ from ip2p.models.bundle import Bundle, check_tiny, find_model, load_tiny, make_b
 from ip2p.models.load import Choice, open_model
 from ip2p.models.text import encode_prompts
 from ip2p.pictures.images import to_pil
+from ip2p.settings import EditSettings
 from ip2p.synth.attention import (
     Alignment,
     Sharing,
@@ -40,6 +40,7 @@ from ip2p.synth.attention import (
     shares,
 )
 from ip2p.synth.records import SCALE, Candidate, P, Triple, candidate
+from ip2p.synth.settings import Attention, SynthPairsConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 # What a pair shares: the maps of self-attention (the paper's code), those of cross-attention, of words at the
 # same place or of words in common (Hertz et al. 2022), or of both.
-Attention = Literal["self", "replace", "refine", "self+replace", "self+refine"]
 # Why a candidate has its pictures or has none: drawn; refused half-way or at the end; not a number.
 Fate = Literal["made", "early", "judged", "overflow"]
 Pictures = Float[Tensor, "batch 3 height width"]
@@ -145,8 +145,8 @@ class PairMaker:
         judge: Judge | None = None,
         tiny_vae: AutoencoderTiny | str | Path | None = None,
     ) -> None:
-        check_int("--steps", steps, 1, MAX_STEPS, "--steps 100")
-        check_float("--early-at", early_at, 0, 1, "--early-at 0.5")
+        EditSettings.read({"steps": steps, "size": size})
+        SynthPairsConfig.read({"early_at": early_at, "batch_size": batch_size})
         for name, value, known in (
             ("Sampler", sampler, SAMPLERS),
             ("Spacing", spacing, SPACINGS),
@@ -154,9 +154,6 @@ class PairMaker:
         ):
             if value not in known:
                 raise InputError(f"{name} {value!r} is not known; use one of {', '.join(known)}.")
-        if batch_size is not None:
-            check_int("--batch-size", batch_size, 1, 10**6, "--batch-size 8")
-        check_size(size)
         if not isinstance(model, Bundle):
             model = open_painter(
                 model, device=device, dtype=dtype, revision=revision, weights=weights, vae=vae

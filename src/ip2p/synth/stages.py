@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from ip2p.base.jobs import Made
-from ip2p.config import SynthPairsConfig
 from ip2p.data.records import open_picture
 from ip2p.models.bundle import called
 from ip2p.models.clip import Clip
@@ -28,6 +27,7 @@ from ip2p.synth.instruct import Instruct, Limits, Writer, reasons
 from ip2p.synth.pairs import PairMaker, shared_candidate
 from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, triple_table
 from ip2p.synth.rounds import Rounds, run
+from ip2p.synth.settings import SynthPairsConfig
 
 REJECTED = "rejected/rejected"  # the table of answers that were refused
 FATES = ("candidates", "made", "passed", "early", "judged", "overflow")
@@ -107,7 +107,7 @@ class PairStage:
             vae=config.vae,
             steps=how["steps"],
             sampler=how["sampler"],
-            spacing=how["spacing"],
+            spacing=how["schedule"],
             size=config.size,
             attention=how["attention"],
             batch_size=config.batch_size,
