@@ -222,7 +222,7 @@ def _local(folder: Path) -> Iterator[dict[str, Any]]:
 
     for path in sorted([folder, *folder.iterdir(), *folder.glob("*/*")]):
         name = path.name if path == folder else path.relative_to(folder).as_posix()
-        if path.is_dir() and (path / "unet" / "config.print_json").is_file():
+        if path.is_dir() and (path / "unet" / "config.json").is_file():
             yield _row(name or str(path.resolve()), "here", path)
         elif (
             path.is_file() and path.suffix in (".safetensors", ".ckpt") and path.parent.name not in COMPONENTS
@@ -254,7 +254,7 @@ def _cached() -> Iterator[dict[str, Any]]:
     for repository in sorted(repositories, key=lambda repository: repository.repo_id):
         for revision in repository.revisions:
             folder = Path(revision.snapshot_path)
-            if repository.repo_type == "model" and (folder / "unet" / "config.print_json").exists():
+            if repository.repo_type == "model" and (folder / "unet" / "config.json").exists():
                 yield _row(repository.repo_id, "cache", folder, revision.commit_hash)
 
 
@@ -262,8 +262,8 @@ def _row(name: str, where: str, folder: Path, revision: str = "") -> dict[str, A
     from ip2p.models.load import read_json
 
     try:
-        unet = read_json(folder / "unet" / "config.print_json")
-        vae = read_json(folder / "vae" / "config.print_json")
+        unet = read_json(folder / "unet" / "config.json")
+        vae = read_json(folder / "vae" / "config.json")
     except ModelError:
         unet, vae = {}, {}
     xl = unet.get("addition_embed_type") == "text_time"
