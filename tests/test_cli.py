@@ -510,3 +510,70 @@ def test_build_refuses(words: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["storybook", "build", "-o", "runs", *words]) == 2
     assert words[0] in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+# --- small faults --------------------------------------------------------------------------------
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_command_silently() -> None:
+    code = "import sys; from ip2p.cli import main; sys.exit(main.main(['edit', '--examples']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_the_steps_of_a_chain_and_the_best_results_have_names_of_their_own() -> None:
+    chain = command.output_paths(EditConfig(image="page.png", then=("make it snow",)), 2)
+    best = command.output_paths(EditConfig(image="page.png", count=4, best=2), 2)
+    assert not set(chain) & set(best)
+    with pytest.raises(InputError, match="leave --best away"):
+        EditConfig(image="page.png", then=("make it snow",), best=1).check()
+
+
+def test_the_grid_takes_the_same_fit_as_an_edit() -> None:
+    words = ["page.png", "make it night", "--fit", "model"]
+    assert cli.parse("grid", words).fit == cli.parse("edit", words).fit == "model"
+    assert cli.parse("grid", words[:2]).fit == cli.parse("edit", words[:2]).fit == "original"
+
+
+def test_a_list_of_models_has_those_of_the_folder(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["model", "list", str(tiny_model_dir.parent), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert tiny_model_dir.name in [row["name"] for row in rows if row["where"] == "here"]
+
+
+def test_nothing_to_do_has_no_progress_bar(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    from ip2p.base.terminal import progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress("editing", 0) as advance:
+        advance()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_training_says_how_long_it_takes() -> None:
+    from ip2p.training.loop import time_left
+
+    assert time_left(40, None, 0) == ", about 40 s left"
+    assert time_left(1200, None, 0) == ", about 20 min left"
+    assert time_left(10**6, minutes=10, spent=300) == ", about 5 min left"
+    assert time_left(0, None, 0) == ""
+
+
+def test_a_new_setting_is_on_the_command_line_and_in_the_help() -> None:
+    from ip2p.cli.options import read_options, write_help
+    from ip2p.settings import setting
+
+    class Sharpened(EditConfig):
+        sharpness: float = setting(1.0, "how sharp the result is", ge=0, le=10, group="Mask")
+
+    found = read_options(Sharpened, "edit", ["p", "i", "--sharpness", "3"], env={"IP2P_STEPS": "4"})
+    assert (found.sharpness, found.steps) == (3.0, 4)
+    assert "--sharpness NUMBER" in write_help(Sharpened, "edit")
+    with pytest.raises(InputError, match="^--sharpness is 11; it must be a number from 0 to 10"):
+        read_options(Sharpened, "edit", ["p", "i", "--sharpness", "11"])

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import warnings
@@ -407,3 +408,10 @@ def test_one_number_for_seeds_is_an_error_that_shows_the_list(tiny_editor, page)
 def test_names_of_diffusers_are_errors_that_name_ours(tiny_editor, page):
     with pytest.raises(InputError, match="guidance_scale is called text_cfg here"):
         tiny_editor.edit(page, "make it night", guidance_scale=7)
+
+
+def test_an_editor_and_its_results_say_what_they_are(tiny_editor, page):
+    results = tiny_editor.edit(page, "make it night", seeds=[1, 2], **FAST)
+    assert repr(results) == "<2 edited pictures: seed 1 (64x64), seed 2 (64x64)>"
+    assert Image.open(io.BytesIO(results._repr_png_())).width > 2 * 64
+    assert "float32 on cpu" in repr(tiny_editor) and "text_cfg=7.5" in repr(tiny_editor)

@@ -10,6 +10,7 @@ from PIL import Image, ImageCms
 
 from ip2p.base.errors import InputError
 from ip2p.pictures.images import (
+    EditedImage,
     check_output,
     fit_size,
     grid,
@@ -461,3 +462,14 @@ def test_arrays_and_open_files_are_pictures(tmp_path):
         load_image([[0, 1]])
     with open(__file__) as file, pytest.raises(InputError, match="'rb'"):
         load_image(file)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_pillow_itself_writes_the_settings_of_a_result(tmp_path, ending):
+    image = EditedImage.of(noise_image())
+    image.info["parameters"] = "make it snow\nSteps: 3"
+    image.save(tmp_path / f"snow.{ending}")
+    assert read_infotext(tmp_path / f"snow.{ending}") == "make it snow\nSteps: 3"
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    assert Image.open(file).info["parameters"] == "make it snow\nSteps: 3"

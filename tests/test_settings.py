@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from ip2p.base.errors import InputError
+from ip2p.editing.chain import chain
+from ip2p.editing.grid import Axis, draw_grid
 from ip2p.pictures.infotext import EditRecord, format_infotext, parse_infotext
 from ip2p.settings import (
     AUTO_MASK,
@@ -158,3 +160,17 @@ def test_the_written_arguments_are_those_of_the_settings():
     for path, *rest in tool["FILES"]:
         assert path.read_text(encoding="utf-8") == tool["write_arguments"](*rest), path
     assert "    sharpness: float | None\n" in tool["write_arguments"](Sharpened)
+
+
+def test_the_editor_grids_chains_and_batches_take_a_new_setting(tiny_editor, page):
+    settings = Sharpened(sharpness=2.0, steps=1, size=32)
+    assert tiny_editor.resolved(settings, "make it night").sharpness == 2.0
+    (made,) = tiny_editor.edit(page, "make it night", settings=settings)
+    (also,) = tiny_editor.edit_batch([page], "make it night", seeds=[0], settings=settings)
+    assert made.tobytes() == also.tobytes()
+    (step,) = chain(tiny_editor, page, ["make it night"], settings=settings)
+    assert step.image.tobytes() == made.tobytes()
+    axes = [Axis(setting="sharpness", values=(1.0, 2.0)), Axis(setting="seed", values=(0, 1))]
+    assert draw_grid(
+        tiny_editor, page, "make it night", columns=axes[0], rows=axes[1], settings=settings
+    ).size > (64, 64)

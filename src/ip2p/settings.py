@@ -260,15 +260,14 @@ SomeSettings = TypeVar("SomeSettings", bound=Settings)
 def first_difference(settings: Settings, before: Mapping[str, Any]) -> tuple[str, str, str] | None:
     """The first setting of `run.json` that a resumed job may not change and that differs: flag, old, new.
 
-    A setting that the file lacks had its default; None is the same as the value that it stands for.
+    A setting that the file lacks had its default.
     """
     known = settings.field_names()
     before = {known.get(name, name): value for name, value in before.items()}
     now = settings.as_dict()
     for name, found in type(settings).model_fields.items():
         meta = meta_of(found)
-        usual = meta.fallback if found.default is None else found.default
-        values = [usual if value is None else value for value in (before.get(name), now[name])]
+        values = before.get(name, found.default), now[name]
         old, new = (json.dumps(value, ensure_ascii=False, default=str) for value in values)
         if meta.same_job and old != new:
             flag = name if meta.positional else flag_of(name)

@@ -375,7 +375,7 @@ def edit_many(config: EditConfig) -> None:
     check_models(config)
     seeds = [config.seed + k for k in range(config.count)]
     tasks = many.tasks(pictures, seeds)
-    with many.open_job(config, folder, overwrite=config.overwrite) as job:
+    with many.open_job(config, folder) as job:
         done, todo = many.split(job, tasks, config.jobs, overwrite=config.overwrite)
         if done:
             say(f"{len(done)} of {len(tasks)} results lie in {folder} already")

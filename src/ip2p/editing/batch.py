@@ -27,7 +27,7 @@ from PIL import Image
 from ip2p.base.errors import InputError, Ip2pError
 from ip2p.base.files import make_folder, write_text
 from ip2p.pictures import images
-from ip2p.settings import Settings, first_difference, run_json
+from ip2p.settings import OverwriteSettings, first_difference, run_json
 
 MANIFEST, RUN = "manifest.jsonl", "run.json"
 # What a folder's pictures are called. HEIC is not read, but told, not passed over in silence.
@@ -222,7 +222,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(config: Settings, folder: Path, *, overwrite: bool) -> Iterator[Job]:
+def open_job(config: OverwriteSettings, folder: Path) -> Iterator[Job]:
     """Begin a job in `folder`, or go on with the one that lies there.
 
     Raises InputError when another process is at it, when its settings were others (naming the first that
@@ -230,17 +230,17 @@ def open_job(config: Settings, folder: Path, *, overwrite: bool) -> Iterator[Job
     """
     make_folder(folder)
     manifest, run = folder / MANIFEST, folder / RUN
-    if run.exists() and not manifest.exists() and not overwrite:
+    if run.exists() and not manifest.exists() and not config.overwrite:
         raise InputError(
             f"{folder} holds another run ({RUN}); choose another folder with -o, or add --overwrite."
         )
     with open(manifest, "a+b") as file:
         _hold(file, folder)
-        if overwrite:
+        if config.overwrite:
             file.truncate(0)
         elif run.exists():
             _same_settings(config, run)
-        if overwrite or not run.exists():
+        if config.overwrite or not run.exists():
             write_text(run, run_json(config))
         yield Job(folder, file)
 
@@ -267,7 +267,7 @@ def _hold(file: IO[bytes], folder: Path) -> None:
             ) from None
 
 
-def _same_settings(config: Settings, run: Path) -> None:
+def _same_settings(config: OverwriteSettings, run: Path) -> None:
     try:
         before = json.loads(run.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
