@@ -86,6 +86,7 @@ def test_every_other_setting_is_read_back_and_written_only_when_it_is_not_the_de
         revision="main",
         weights="plain",
         vae="stabilityai/sd-vae-ft-mse",
+        parts_from="some/base",
         lora=("a.safetensors:0.8", "C:\\b.safetensors"),
         controlnet="canny",
         control_image="edges.png",

@@ -145,10 +145,18 @@ def test_the_written_weights_are_the_averages(whole):
 
 def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
     before = {p: p.stat().st_mtime_ns for p in whole.output.rglob("*") if p.is_file() and p.name != ".lock"}
-    trainer.train(whole)
-    told = capsys.readouterr()
-    assert "is finished: 6 steps. Give more --steps" in told.err and told.out.strip() == str(whole.output)
+    assert trainer.train(whole) == whole.output
+    assert "is finished: 6 steps. Give more --steps" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_finished_run_refuses_another_setting_by_name(whole):
+    with pytest.raises(InputError, match=r"was trained with --lr .*, and now it is 0\.5; use the same again"):
+        trainer.train(whole, lr=0.5)
+
+
+def test_a_model_of_photographs_is_not_warned_off_photographs(whole):
+    assert json.loads((whole.output / "ip2p.json").read_text())["known_psnr"] is None
 
 
 def test_training_changes_every_kind_of_weight(whole, base):

@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import re
+import secrets
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -42,9 +43,9 @@ if typing.TYPE_CHECKING:
 _Body = TypeVar("_Body", bound=BaseModel)
 
 DType = Literal["auto", "fp32", "bf16", "fp16"]
-SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m"]
+SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m", "lcm", "tcd"]
 ScheduleName = Literal["linspace", "karras", "trailing", "lcm"]
-WeightSet = Literal["ema", "plain"]
+WeightSet = Literal["auto", "ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
 Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations", "paraphrases"]
@@ -484,6 +485,14 @@ SIZE_SCHEMA = {
 Size = Annotated[int | tuple[int, int] | None, BeforeValidator(parse_size), WithJsonSchema(SIZE_SCHEMA)]
 UnitFloat = Annotated[float, Field(ge=0, le=1)]
 SharePair = Annotated[tuple[UnitFloat, UnitFloat], BeforeValidator(read_pair)]
+
+
+def _drawn_seed(value: Any) -> Any:
+    """-1 becomes a random seed, as in A1111's tools; results say which."""
+    return secrets.randbelow(2**32) if value in (-1, "-1") else value
+
+
+Seed = Annotated[int, BeforeValidator(_drawn_seed)]
 Threshold = Annotated[float | None, BeforeValidator(_read_threshold)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_read_texts)]
 Loras = Annotated[Texts, AfterValidator(_check_loras)]
@@ -551,7 +560,13 @@ class EditSettings(Settings):
         group=GUIDANCE,
         label="Sampler",
         written="always",
-        labels={"euler_ancestral": "Euler a", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"},
+        labels={
+            "euler_ancestral": "Euler a",
+            "euler": "Euler",
+            "dpmpp_2m": "DPM++ 2M",
+            "lcm": "LCM",
+            "tcd": "TCD",
+        },
         names={"a1111": "sampler_name"},
     )
     text_cfg: float | None = setting(
@@ -576,9 +591,9 @@ class EditSettings(Settings):
         written="always",
         names={"openai": "image_guidance_scale", "a1111": "image_cfg_scale"},
     )
-    seed: int = setting(
+    seed: Seed = setting(
         0,
-        "seed of the first result; the next ones count up",
+        "seed of the first result; the next ones count up; -1 draws one",
         ge=0,
         le=MAX_SEED,
         example=7,
@@ -602,7 +617,7 @@ class EditSettings(Settings):
         group=GUIDANCE,
         label="Schedule type",
         # A1111's "SGM Uniform" takes the times of trailing before they are rounded.
-        labels={"linspace": "Automatic", "karras": "Karras", "trailing": "SGM Uniform"},
+        labels={"linspace": "Automatic", "karras": "Karras", "trailing": "SGM Uniform", "lcm": "LCM"},
         names={"a1111": "scheduler"},
         aliases=("spacing",),
     )
@@ -716,8 +731,8 @@ class ModelChoice(Settings):
         metavar="TEXT",
     )
     weights: WeightSet = setting(
-        "ema",
-        "of a file that holds both: ema or plain weights",
+        "auto",
+        "of a file that holds both: ema or plain weights; auto takes ema unless it is another model's",
         group=MODEL,
         label="Model weights",
     )
@@ -760,6 +775,13 @@ class MemorySettings(Settings):
 class ModelSettings(MemorySettings, DTypeSettings, DeviceSettings, ModelChoice):
     """Which model to load, what to add to it, and where to run it."""
 
+    parts_from: str | None = setting(
+        None,
+        "model that brings what a file of a UNet alone lacks",
+        group=MODEL,
+        label="Model parts",
+        metavar="MODEL",
+    )
     lora: Loras = setting(
         (),
         "add a LoRA file with a weight (1 if none is given); may be repeated",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,7 @@ class EditConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
     def inherited(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that the edited file of --from-settings carries."""
         source = values.get("from_settings")
-        return {} if not source else settings_of_file(Path(source))
+        return {} if not source else settings_of_file(Path(source), given=values)
 
     def check(self) -> None:
         """Raise InputError for settings that cannot be used together."""
@@ -195,16 +195,21 @@ class GridConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
             )
 
 
-def settings_of_file(source: Path) -> dict[str, Any]:
-    """The settings that an edited file carries, by their names in EditConfig. Raises InputError."""
+def settings_of_file(source: Path, given: Collection[str] = ()) -> dict[str, Any]:
+    """The settings that an edited file carries, by their names in EditConfig.
+
+    given: settings that are named elsewhere; the file's values of these are not read, so that they may be
+    ones that ip2p does not know. Raises InputError.
+    """
     text = infotext.read_infotext(source)
     if text is None:
         raise InputError(f"{source} carries no settings; give a picture that ip2p edit wrote.")
     try:
-        record = infotext.parse_infotext(text)
+        record = infotext.parse_infotext(text, without=given)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    carried = {name: getattr(record, name) for name in infotext.labeled_settings()}
+    names = [name for name in infotext.labeled_settings() if name not in given]
+    carried = {name: getattr(record, name) for name in names}
     return carried if record.model else {name: value for name, value in carried.items() if name != "model"}
 
 
@@ -497,6 +502,7 @@ def load_editor(config: EditConfig | GridConfig) -> Editor:
         revision=config.revision,
         weights=config.weights,
         vae=config.vae,
+        parts_from=config.parts_from,
         loras=config.lora,
         controlnet=config.controlnet,
         memory=config.memory,

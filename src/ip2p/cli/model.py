@@ -34,6 +34,9 @@ class InfoConfig(RunSettings):
     """Describe a model and report what is missing in it: ip2p model info editor.safetensors"""
 
     model: str = setting("", f"storybook, {ANY_MODEL}", positional=1, metavar="MODEL")
+    parts_from: str | None = setting(
+        None, "model that brings what a file of a UNet alone lacks", metavar="MODEL"
+    )
     print_json: bool = setting(False, "print it as JSON", group=OTHER, name="json")
 
 
@@ -43,7 +46,15 @@ class ConvertConfig(RunSettings, OverwriteSettings):
     source: str = setting("", ANY_MODEL, positional=1, metavar="MODEL")
     target: str = setting("", "a .safetensors file, or a folder", positional=2, metavar="TARGET")
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = setting("keep", "number format of the written weights")
-    weights: WeightSet = setting("ema", "of a file that holds both: ema or plain weights")
+    weights: WeightSet = setting(
+        "auto", "of a file that holds both: ema or plain weights; auto takes ema unless it is another model's"
+    )
+    parts_from: str | None = setting(
+        None, "model that brings what a file of a UNet alone lacks", metavar="MODEL"
+    )
+    names: Literal["kohya"] | None = setting(
+        None, "rename a LoRA file's layers as ComfyUI and A1111's tools read them: kohya"
+    )
 
 
 class ListConfig(RunSettings):
@@ -57,10 +68,11 @@ def run_model_info(config: InfoConfig) -> None:
     """Print what a model is; no weights are read. Raises ModelError for what is no model."""
     if not config.model:
         raise InputError("no model is named; write: ip2p model info editor.safetensors")
-    from ip2p.models.bundle import find_model  # imports torch
+    from ip2p.models.bundle import find_model, not_an_editor, open_parts  # imports torch
     from ip2p.models.load import open_model
 
-    said = describe(open_model(find_model(config.model)))
+    stored = open_model(find_model(config.model), parts=open_parts(config.parts_from))
+    said = describe(stored)
     if config.print_json:
         print(json.dumps(said, indent=2, ensure_ascii=False))
         return
@@ -83,7 +95,7 @@ def run_model_info(config: InfoConfig) -> None:
     for name, text in rows.items():
         print(f"{name:<{width}}{text}")
     if not said["editor"]:
-        print(f"{'next':<{width}}ip2p train --base {said['model']}")
+        print(f"{'next':<{width}}{not_an_editor(stored)}")
 
 
 def describe(stored: Stored) -> dict[str, Any]:
@@ -93,6 +105,9 @@ def describe(stored: Stored) -> dict[str, Any]:
 
     parameters, dtypes, absent, more = {}, {}, [], []
     for part in stored.networks:
+        if part in stored.lacking:
+            absent.append(part)
+            continue
         network = empty_network(part, stored.configs[part])
         table, weights = table_of(stored, part, network), stored.weights[part]
         names = network.state_dict()
@@ -121,6 +136,7 @@ def describe(stored: Stored) -> dict[str, Any]:
         "parameters": parameters,
         "dtype": dtypes,
         "ema": stored.ema,
+        "weights": stored.choice,
         "plain": any(key.startswith(keys.UNET) for key in stored.weights["unet"].shapes),
         "tokenizer": bool(stored.tokenizers),
         "missing": absent,
@@ -131,7 +147,7 @@ def describe(stored: Stored) -> dict[str, Any]:
 def _ema(said: dict[str, Any]) -> str:
     if not said["ema"]:
         return "none" if said["layout"] == "file" else "none (a folder holds one set)"
-    return f"{said['ema']} averaged weights, which are taken unless --weights plain"
+    return f"{said['ema']} averaged weights; used: {said['weights'] or 'the plain weights'}"
 
 
 def _names(names: list[str]) -> str:
@@ -149,18 +165,32 @@ def run_model_convert(config: ConvertConfig) -> None:
     if not config.source or not config.target:
         raise InputError("name a model and a target; write: ip2p model convert editor.ckpt editor")
     from ip2p.base.devices import DTYPE_ALIASES, DTYPES  # imports torch
-    from ip2p.models.bundle import find_model
+    from ip2p.models.bundle import find_model, open_parts
     from ip2p.models.export import check_target, export_file, export_folder
     from ip2p.models.load import open_model
 
     target = Path(config.target).expanduser()
     check_target(target, overwrite=config.overwrite)
+    if config.names == "kohya":
+        rename_lora(Path(config.source).expanduser(), target)
+        return
     source = find_model(config.source)
     if source.resolve() == target.resolve():
         raise InputError(f"{target} is the source itself; choose another name.")
-    stored = open_model(source, weights=config.weights)
+    stored = open_model(source, weights=config.weights, parts=open_parts(config.parts_from))
     dtype = None if config.dtype == "keep" else DTYPES[DTYPE_ALIASES[config.dtype]]
     (export_file if target.suffix == ".safetensors" else export_folder)(stored, target, dtype=dtype)
+    print(target)
+
+
+def rename_lora(source: Path, target: Path) -> None:
+    """Write a LoRA file under Kohya's names. Raises InputError, and ModelError for what these cannot say."""
+    from ip2p.models.lora import check_loras, write_kohya
+
+    check_loras([(source, 1.0)])
+    if target.suffix != ".safetensors" or source.resolve() == target.resolve():
+        raise InputError(f"{target}: name another file that ends in .safetensors for the renamed LoRA.")
+    write_kohya(source, target)
     print(target)
 
 
@@ -192,7 +222,7 @@ def _local(folder: Path) -> Iterator[dict[str, Any]]:
 
     for path in sorted([folder, *folder.iterdir(), *folder.glob("*/*")]):
         name = path.name if path == folder else path.relative_to(folder).as_posix()
-        if path.is_dir() and (path / "unet" / "config.print_json").is_file():
+        if path.is_dir() and (path / "unet" / "config.json").is_file():
             yield _row(name or str(path.resolve()), "here", path)
         elif (
             path.is_file() and path.suffix in (".safetensors", ".ckpt") and path.parent.name not in COMPONENTS
@@ -224,7 +254,7 @@ def _cached() -> Iterator[dict[str, Any]]:
     for repository in sorted(repositories, key=lambda repository: repository.repo_id):
         for revision in repository.revisions:
             folder = Path(revision.snapshot_path)
-            if repository.repo_type == "model" and (folder / "unet" / "config.print_json").exists():
+            if repository.repo_type == "model" and (folder / "unet" / "config.json").exists():
                 yield _row(repository.repo_id, "cache", folder, revision.commit_hash)
 
 
@@ -232,8 +262,8 @@ def _row(name: str, where: str, folder: Path, revision: str = "") -> dict[str, A
     from ip2p.models.load import read_json
 
     try:
-        unet = read_json(folder / "unet" / "config.print_json")
-        vae = read_json(folder / "vae" / "config.print_json")
+        unet = read_json(folder / "unet" / "config.json")
+        vae = read_json(folder / "vae" / "config.json")
     except ModelError:
         unet, vae = {}, {}
     xl = unet.get("addition_embed_type") == "text_time"

@@ -15,17 +15,17 @@ class EditArguments(TypedDict, total=False):
     # sampling steps
     steps: int | None
     # sampler
-    sampler: Literal["euler_ancestral", "euler", "dpmpp_2m"] | None
+    sampler: Literal["euler_ancestral", "euler", "dpmpp_2m", "lcm", "tcd"] | None
     # how strongly to follow the instruction
     text_cfg: float | None
     # how strongly to keep the input picture
     image_cfg: float | None
-    # seed of the first result; the next ones count up
+    # seed of the first result; the next ones count up; -1 draws one
     seed: int
     # working size of the model, in pixels; default: near the size it was trained at
     size: int | tuple[int, int] | None
     # noise schedule
-    schedule: Literal["linspace", "karras"] | None
+    schedule: Literal["linspace", "karras", "lcm"] | None
     # 0 to 1: reduce the contrast that high scales add
     text_cfg_rescale: float
     # use guidance only between these noise levels; 1 is the noisiest

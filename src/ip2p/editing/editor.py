@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ip2p import __version__
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
-from ip2p.base.errors import InputError, ModelError, ResourceError, translated_errors
+from ip2p.base.errors import InputError, ModelError, translated_errors
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
-from ip2p.diffusion.samplers import sampler_for
+from ip2p.diffusion.samplers import OWN_SPACING, sampler_for
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.editing.results import EditResults
-from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle
+from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle, open_parts
 from ip2p.models.controlnet import EXAMPLE as CONTROLNET
 from ip2p.models.controlnet import (
     Control,
@@ -131,6 +131,7 @@ class Editor:
         revision: str | None = None,
         weights: Choice = "auto",
         vae: str | Path | None = None,
+        parts_from: str | Path | None = None,
         loras: Sequence[str | tuple[str | Path, float]] = (),
         controlnet: str | Path | None = None,
         memory: MemoryMode = "auto",
@@ -138,6 +139,7 @@ class Editor:
         """Load an editor: `storybook`, a hub name, a diffusers folder or a single file (`load_bundle`).
 
         revision: of a hub name. weights: which of a single file's two sets. vae: another autoencoder.
+        parts_from: a model that brings what a file of a UNet alone lacks.
         loras: files, each with its weight, or "FILE:WEIGHT". controlnet: a ControlNet's folder or hub name.
         memory: as in the class. Raises ModelError, InputError, and ResourceError for more than the device
         can hold.
@@ -149,6 +151,7 @@ class Editor:
                 "revision": revision,
                 "weights": weights,
                 "vae": None if vae is None else str(vae),
+                "parts_from": None if parts_from is None else str(parts_from),
                 "lora": loras,
                 "controlnet": None if controlnet is None else str(controlnet),
                 "memory": memory,
@@ -159,7 +162,7 @@ class Editor:
         control_folder = None if controlnet is None else find_controlnet(controlnet)
         found = find_model(model, revision=revision)
         shapes = None if control_folder is None else part_weights(control_folder).shapes
-        stored = open_model(found, weights=weights)
+        stored = open_model(found, weights=weights, parts=open_parts(parts_from))
         need = footprint_of_stored(stored, number, shapes)
         # The autoencoder's own size is the one that the model was made for.
         plan = choose_memory(need, memory, free_bytes(place), (need.tile, need.tile), device=place.type)
@@ -256,7 +259,10 @@ class Editor:
         """The settings with `changes`, and the model's own values in place of None."""
         settings = settings or EditSettings()
         given = {"instruction": instruction, **changes} if instruction else dict(changes)
-        return settings.changed(**given).resolved(self.bundle.card)
+        asked = settings.changed(**given)
+        if asked.schedule is None and asked.sampler in OWN_SPACING:
+            asked = asked.changed(schedule=OWN_SPACING[asked.sampler])
+        return asked.resolved(self.bundle.card)
 
     @torch.inference_mode()
     def _open(self, image: Picture, settings: EditSettings, max_pixels: int | None) -> _Sheet:

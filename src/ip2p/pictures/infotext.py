@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,13 @@ def format_infotext(record: EditRecord) -> str:
     return "\n".join(lines)
 
 
-def parse_infotext(text: str, kind: type[EditRecord] = EditRecord) -> EditRecord:
-    """Read what `format_infotext` or A1111 wrote. Raises InputError where a setting is missing or bad."""
+def parse_infotext(
+    text: str, kind: type[EditRecord] = EditRecord, *, without: Collection[str] = ()
+) -> EditRecord:
+    """Read what `format_infotext` or A1111 wrote. Raises InputError where a setting is missing or bad.
+
+    without: names of settings whose values are not read, whatever they are.
+    """
     lines = text.strip().split("\n")
     found = {name: _unquoted(value.strip()) for name, value in FIELD.findall(lines[-1])}
     if len(lines) < 2 or "Steps" not in found:
@@ -92,6 +97,9 @@ def parse_infotext(text: str, kind: type[EditRecord] = EditRecord) -> EditRecord
     for name, field in kind.model_fields.items():
         meta = meta_of(field)
         if not meta.label:
+            continue
+        if name in without:
+            found.pop(meta.label, None)
             continue
         if flat_types(field.annotation) == [tuple[str, ...]]:
             texts: list[str] = []
