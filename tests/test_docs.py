@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -40,8 +39,6 @@ NOT_RUN = {
     "--model thatch": "uses a model that the page's training makes",
     "--model writer": "uses a language model that the page's training makes",
     "--count 1000": "draws a thousand pages, which takes a minute",
-    "--count 200 --seed 1 --captions": "two hundred captions take minutes; README.md runs four",
-    "synth pairs triples.parquet -o pairs": "two hundred captions; README.md runs four",
     "--size 768": "takes the bundled model, whose size is 64, a minute",
     "laion.parquet": "uses a data set of many captions",
     "photos-pairs": "uses a data set of the reader's",
@@ -84,7 +81,7 @@ def check_options(words: list[str]) -> None:
         config.check()
 
 
-def bring_files(folder: Path) -> None:
+def bring_files(folder: Path, *, pairs: bool = True) -> None:
     """examples/ and recipes/, and the files that a reader of the guides has."""
     for name in ("examples", "recipes"):
         shutil.copytree(ROOT / name, folder / name)
@@ -97,15 +94,15 @@ def bring_files(folder: Path) -> None:
     mask = Image.new("L", picture.size)
     mask.paste(255, (30, 20, 60, 50))
     mask.save(folder / "car.png")
-    # Pairs, with the words of the page about data.
+    if not pairs:
+        return
     words = ["storybook", "draw", "--count", "6", "--size", "64", "--seed", "1"]
     (folder / "pairs").mkdir()
     assert cli.main([*words, "--pairs", str(folder / "pairs" / "train.parquet")]) == 0
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Iterator[Path]:
-    bring_files(tmp_path)
+def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IP2P_STEPS", "2")
     monkeypatch.setenv("IP2P_DTYPE", "fp32")
@@ -113,7 +110,9 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
+@pytest.mark.timeout(900)
 def test_the_commands_of_a_page_run_as_written(page, folder):
+    bring_files(folder, pairs="-o pairs" not in " ".join(commands(page)))
     for line in commands(page):
         if line.startswith(OTHERS) and not words_of(line):
             continue
@@ -126,6 +125,7 @@ def test_the_commands_of_a_page_run_as_written(page, folder):
 
 
 def test_the_quick_start_runs_in_a_shell(folder, monkeypatch):
+    bring_files(folder, pairs=False)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     [block, *_] = re.findall(r"```sh\n(.*?)```", text[text.index(QUICKSTART) :], re.S)
     (folder / "bin").mkdir()

@@ -196,7 +196,7 @@ class Bench:
         return self.known[target.name]
 
     def compare(self, runs: Runs) -> int:
-        """Units of work. Raises Failed for another result than the undisturbed one's, or a unit listed twice."""
+        """Units of work. Raises Failed if the result differs or a unit is listed twice."""
         expected, found = self.undisturbed(runs.target).result, runs.target.result(runs.output)
         lost, new = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         must(not lost and not new, f"missing: {lost[:3]}, unexpected: {new[:3]}")
