@@ -23,7 +23,7 @@ from PIL import Image
 
 from ip2p.base.errors import InputError
 from ip2p.base.files import make_folder, replacing, write_text
-from ip2p.base.ledger import Files, Ledger, Row, open_ledger, parse_lines
+from ip2p.base.ledger import Files, Ledger, Line, open_ledger, parse_lines
 from ip2p.data.original import METADATA, PROMPT, SEEDS
 from ip2p.data.records import BrokenRow, Pair, Source, open_picture
 
@@ -131,7 +131,7 @@ def convert(
     return Converted(total - len(broken), tuple((id, why) for id, why in broken), dict(lost))
 
 
-def _write_part(source: Source, rows: range, writer: _Writer, part: int, holds_no: Sequence[str]) -> Row:
+def _write_part(source: Source, rows: range, writer: _Writer, part: int, holds_no: Sequence[str]) -> Line:
     """Write the rows of a part; what its line of the manifest says."""
     broken: list[tuple[str, str]] = []
     lost: Counter[str] = Counter()
@@ -429,5 +429,5 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, default=float).encode()  # NumPy's numbers too
 
 
-def _lines_of(path: Path) -> list[Row]:
+def _lines_of(path: Path) -> list[Line]:
     return list(parse_lines(path.read_bytes(), path)) if path.exists() else []
