@@ -1,0 +1,1 @@
+"""The storybook models from nothing, one module a stage: `build.run` trains them."""
