@@ -29,7 +29,8 @@ class Preset:
 
     size: int  # side of a page
 
-    # --- the autoencoder: 64 px crops at a constant rate, then whole pages as the rate falls
+    # --- the autoencoder: crops without residual blocks, crops, then whole pages as the rate falls
+    vae_linear: StageConfig
     vae: StageConfig
     vae_pages: StageConfig
     vae_channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -59,6 +60,7 @@ PRESETS: dict[str, Preset] = {
     # Seconds: shows that the whole path runs. Its pictures are noise.
     "smoke": Preset(
         size=64,
+        vae_linear=StageConfig(steps=2, minutes=1, batch=4, lr=1e-3, warmup=2),
         vae=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=2),
         vae_pages=StageConfig(steps=2, minutes=1, batch=2, lr=1e-3, warmup=0, schedule="cosine"),
         vae_channels=(8, 16, 16, 48),
@@ -71,12 +73,14 @@ PRESETS: dict[str, Preset] = {
     # Two CPU cores, in pieces of any length.
     "cpu": Preset(
         size=128,
-        vae=StageConfig(minutes=45, batch=8, lr=1e-3),
+        vae_linear=StageConfig(minutes=12, batch=8, lr=2e-3, warmup=50),
+        vae=StageConfig(minutes=40, batch=8, lr=1e-3),
         vae_pages=StageConfig(minutes=8, batch=4, lr=1e-3, warmup=0, schedule="cosine"),
         ema=0.998,
     ),
     "h100": Preset(
         size=256,
+        vae_linear=StageConfig(minutes=0.5, batch=64, lr=2e-3, warmup=50),
         vae=StageConfig(minutes=5, batch=64, lr=1e-3),
         vae_pages=StageConfig(minutes=1, batch=16, lr=1e-3, warmup=0, schedule="cosine"),
         vae_channels=(32, 64, 96, 128),
