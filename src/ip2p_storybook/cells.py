@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import skia
 
-from ip2p.storybook.art_things import wear
-from ip2p.storybook.draw import _figures, _surface
-from ip2p.storybook.scene import Scene
+from ip2p_storybook.art_things import wear
+from ip2p_storybook.draw import _figures, _surface
+from ip2p_storybook.scene import Scene
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

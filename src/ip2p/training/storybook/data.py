@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ip2p.storybook.cells import thing_map
-from ip2p.storybook.draw import draw
-from ip2p.storybook.scene import Scene, rng_for, sample_scene
-from ip2p.train.workers import start_worker
+from ip2p.training.workers import start_worker
+from ip2p_storybook.cells import thing_map
+from ip2p_storybook.draw import draw
+from ip2p_storybook.scene import Scene, rng_for, sample_scene
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -10,16 +10,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ip2p.errors import InputError
-from ip2p.train.loop import sole_owner
-from ip2p.train.storybook.autoencoder import train_autoencoder
-from ip2p.train.storybook.presets import PRESETS, StageConfig
-from ip2p.train.storybook.stage import OutOfTime, Run
+from ip2p.base.errors import InputError
+from ip2p.training.loop import sole_owner
+from ip2p.training.storybook.autoencoder import train_autoencoder
+from ip2p.training.storybook.presets import PRESETS
+from ip2p.training.storybook.stage import OutOfTime, Run
 
 TRAINERS: dict[str, Callable[[Run], None]] = {"vae": train_autoencoder}
 STAGES = tuple(TRAINERS)
@@ -37,7 +36,7 @@ def run(
     bundle: str | os.PathLike[str] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> bool:
-    from ip2p.devices import pick_device
+    from ip2p.base.devices import pick_device
 
     if preset_name not in PRESETS:
         raise InputError(f"unknown preset {preset_name!r}; choose one of: {', '.join(PRESETS)}")

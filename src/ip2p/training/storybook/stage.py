@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ip2p.errors import InputError
-from ip2p.files import write_text
-from ip2p.train.checkpoints import Checkpoints
-from ip2p.train.loop import LoopConfig, fit, new_accelerator
-from ip2p.train.storybook.numerics import Numerics, measure_numerics
-from ip2p.train.storybook.presets import Preset, StageConfig
+from ip2p.base.errors import InputError
+from ip2p.base.files import write_text
+from ip2p.training.checkpoints import Checkpoints
+from ip2p.training.loop import LoopConfig, fit, new_accelerator
+from ip2p.training.storybook.numerics import Numerics, measure_numerics
+from ip2p.training.storybook.presets import Preset, StageConfig
 
 SUMMARY = ("steps", "samples", "minutes")  # of each stage, on the model's card
 

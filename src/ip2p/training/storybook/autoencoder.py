@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ip2p.images import signed_psnr
-from ip2p.train.objective import place_seed
-from ip2p.train.storybook.data import Crops, Pages, read_ahead, to_signed
-from ip2p.train.storybook.presets import Preset, StageConfig
-from ip2p.train.storybook.stage import SUMMARY, Run, train_stage
+from ip2p.pictures.images import signed_psnr
+from ip2p.training.objective import place_seed
+from ip2p.training.storybook.data import Crops, Pages, read_ahead, to_signed
+from ip2p.training.storybook.presets import Preset, StageConfig
+from ip2p.training.storybook.stage import SUMMARY, Run, train_stage
 
 Batches = Callable[[int], Iterator[list[Any]]]
 

@@ -1,1 +1,0 @@
-"""The storybook models from nothing, one module a stage: `build.run` trains them."""
