@@ -45,6 +45,7 @@ from ip2p_storybook.scene import (
     sample_scene,
     stable_hash,
 )
+from ip2p_storybook.words import ADDED_SIZES, IN_SKY, OLD_WEATHER, STYLE_WORDS, TIME_WORDS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -261,7 +262,8 @@ def _recolour(scene: Scene, draw: _Draw) -> Edit | None:
                 person = thing.kind in KINDS["person"]
                 name = draw.name(scene, i, owner=person or _owner(phrasing))
                 name = say.clothes(name) if person else name
-                return _edit(phrasing, scene, after, i, name, c=colour, a_c=say.a(colour))
+                word = say.vary_colour(colour, draw.rng)
+                return _edit(phrasing, scene, after, i, name, c=word, a_c=say.a(word))
     return None
 
 
@@ -285,8 +287,9 @@ def _replace(scene: Scene, draw: _Draw) -> Edit | None:
             new = _dressed(thing, kind, colour)
             if not draw.allows(scene.place, new, before=(thing,)):
                 continue
-            noun, many = say.noun_of(kind, draw.rng), thing.count > 1
-            words = say.described(noun, colour=colour if named else "", count=thing.count)
+            noun, many = say.vary_noun(kind, draw.rng), thing.count > 1
+            colour_word = say.vary_colour(colour if named else "", draw.rng)
+            words = say.described(noun, colour=colour_word, count=thing.count)
             new_words = words if many else say.a(words)
             name = draw.name(scene, i, owner=_owner(phrasing))
             return _edit(phrasing, scene, _with(scene, i, new), i, name, new=new_words)
@@ -324,13 +327,13 @@ def _add(scene: Scene, draw: _Draw) -> Edit | None:
         assert phrasing is not None
         words = say.counted(
             count,
-            say.noun_of(kind, draw.rng),
-            size={"small": "small", "medium": "", "large": draw.choice(("big", "large"))}[size],
-            colour="" if phrasing.vague or colourless else colour,
+            say.vary_noun(kind, draw.rng),
+            size=say.choose_words(ADDED_SIZES[size], draw.rng, 0.5),
+            colour=say.vary_colour("" if phrasing.vague or colourless else colour, draw.rng),
         )
         where = say.side_words(slot, draw.rng)[0]
         if sky and draw.rng.random() < 0.6:
-            where = f"in the sky {where}"
+            where = f"{say.choose_words(IN_SKY, draw.rng)} {where}"
         after = replace(scene, things=(*scene.things, new))
         be = "are" if count > 1 else "is"
         return _edit(phrasing, scene, after, len(scene.things), None, new=words, where=where, be=be)
@@ -348,7 +351,7 @@ def _remove(scene: Scene, draw: _Draw) -> Edit | None:
         phrasing = draw.phrasing("remove", "", "kind")
         assert phrasing is not None
         name = draw.name(scene, i, owner=_owner(phrasing))
-        noun = say.noun_of(thing.kind, draw.rng)
+        noun = say.vary_noun(thing.kind, draw.rng)
         after = replace(scene, things=scene.things[:i] + scene.things[i + 1 :])
         kind = say.plural(noun) if thing.count > 1 else noun
         return _edit(phrasing, scene, after, i, name, kind=kind)
@@ -364,7 +367,7 @@ def _place(scene: Scene, draw: _Draw) -> Edit | None:
             continue
         if not draw.allows(place, *scene.things, before=scene.things, was=scene.place):
             continue
-        in_place, to_place, a_place = say.PLACE_WORDS[place]
+        in_place, to_place, a_place = say.choose_words(say.places_of(place), draw.rng, 0.3)
         lot = draw.rng.random()
         them, they, be = "everything", "everything", "is"
         if len(scene.things) == 1 and draw.earlier is None and draw.pronouns:
@@ -385,7 +388,7 @@ def _time(scene: Scene, draw: _Draw) -> Edit | None:
     phrasing = draw.phrasing("time")
     assert phrasing is not None
     time = draw.choice([t for t in TIMES if t != scene.time])
-    word, at = say.TIME_WORDS[time][draw.rng.random() < 0.2]
+    word, at = say.choose_words(TIME_WORDS[time], draw.rng, 0.35)
     return _edit(phrasing, scene, replace(scene, time=time), None, None, time=word, at_time=at)
 
 
@@ -396,13 +399,12 @@ def _weather(scene: Scene, draw: _Draw) -> Edit | None:
     variants = ("", "clear") if weather == "clear" else ("",)
     phrasing = draw.phrasing("weather", *variants)
     assert phrasing is not None
-    options = say.WEATHER_WORDS[weather]
-    # The sun does not shine at night: there only "clear" will do.
-    words = options[-1] if weather == "clear" and scene.time == "night" else draw.choice(options)
+    words = say.choose_words(say.weathers_of(weather, scene.time), draw.rng, 0.6)
     do, do_be, noun, adj, ing = words
     return _edit(
         phrasing, scene, replace(scene, weather=weather), None, None,
-        do=do, do_be=do_be, weather=noun, adj=adj, ing=ing, old=say.OLD_WEATHER[scene.weather],
+        do=do, do_be=do_be, weather=noun, weather_some=say.without_article(noun), adj=adj, ing=ing,
+        old=say.choose_words(OLD_WEATHER[scene.weather], draw.rng),
     )  # fmt: skip
 
 
@@ -412,7 +414,7 @@ def _style(scene: Scene, draw: _Draw) -> Edit | None:
     phrasing = draw.phrasing("style")
     assert phrasing is not None
     style = draw.choice([s for s in STYLES if s != scene.style])
-    word, a_style = draw.choice(say.STYLE_WORDS[style])
+    word, a_style = say.choose_words(STYLE_WORDS[style], draw.rng, 0.6)
     return _edit(phrasing, scene, replace(scene, style=style), None, None, style=word, a_style=a_style)
 
 
@@ -427,8 +429,9 @@ def _put_on(scene: Scene, draw: _Draw) -> Edit | None:
         wears = draw.choice([w for w in WEARABLES if w != thing.wears])
         after = _with(scene, i, replace(thing, wears=wears))
         name = draw.name(scene, i, owner=_owner(phrasing), side="on {t}" not in phrasing.text)
-        old = (say.plural(thing.wears) if thing.count > 1 else thing.wears) if thing.wears else ""
-        return _edit(phrasing, scene, after, i, name, w=say.worn(wears, thing.count), old=old)
+        old = say.choose_words(say.bare_in_words(thing.wears, thing.count), draw.rng) if thing.wears else ""
+        new = say.choose_words(say.worn_in_words(wears, thing.count), draw.rng)
+        return _edit(phrasing, scene, after, i, name, w=new, old=old)
     return None
 
 
@@ -442,7 +445,7 @@ def _take_off(scene: Scene, draw: _Draw) -> Edit | None:
         assert phrasing is not None
         after = _with(scene, i, replace(thing, wears=None))
         name = draw.name(scene, i, owner=_owner(phrasing))
-        wears = say.plural(thing.wears) if thing.count > 1 else thing.wears
+        wears = say.choose_words(say.bare_in_words(thing.wears, thing.count), draw.rng)
         return _edit(phrasing, scene, after, i, name, w=wears)
     return None
 
@@ -491,7 +494,7 @@ def _count(scene: Scene, draw: _Draw) -> Edit | None:
         variant = "more" if count > thing.count else "fewer"
         phrasing = draw.phrasing("count", "", *((variant,) if draw.rng.random() < 0.5 else ()))
         assert phrasing is not None
-        noun = say.noun_of(thing.kind, draw.rng)
+        noun = say.vary_noun(thing.kind, draw.rng)
         many = say.plural(noun)
         digits = draw.rng.random() < 0.15
 
@@ -555,7 +558,7 @@ def _go_together(first: Edit, second: Edit) -> bool:
     """Whether both edits show in the end, and neither changes what the other's words mean."""
     if first.kind == "recolour" and second.after.style in say.COLOURLESS_STYLES:
         return False
-    if second.after.time == "night" and any(w in first.instruction for w in ("sunny", "sunshine")):
+    if second.after.time == "night" and say.names_sun(first.instruction):
         return False
     if second.target is None or first.target is None:
         return True
