@@ -9,6 +9,7 @@ import skia
 
 from ip2p_storybook.art_things import wear
 from ip2p_storybook.draw import _figures, _surface
+from ip2p_storybook.labels import PAGE_CLASSES, THING_CLASSES
 from ip2p_storybook.scene import Scene
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ MIN_COVER = 0.25
 
 
 def thing_map(scene: Scene, size: int = 128) -> NDArray[np.uint8]:
-    """The thing in front at each pixel: uint8 [size, size], 0 for none, else its number in `scene.things` + 1.
+    """The thing in front at each pixel: uint8 [size, size], 0 for none.
 
-    Things include what they wear and exclude their shadows and contours.
+    Thing k of `scene.things` has number k + 1. It includes what it wears, but not its shadow and contour.
     """
     pixels, surface = _surface(size)
     canvas = surface.getCanvas()
@@ -52,3 +53,18 @@ def cell_map(pixels: NDArray[np.uint8], cells: int) -> NDArray[np.uint8]:
     cover = np.stack([(blocks == number).mean(-1) for number in numbers], axis=-1)
     cover[..., 0] = MIN_COVER - 1e-9
     return cover.argmax(-1).astype(np.uint8)
+
+
+MAX_THINGS = 4
+
+
+def scene_classes(scene: Scene) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """The classes of the things [MAX_THINGS, thing fields], -1 for none, and of the page [page fields].
+
+    Fields and classes are those of `labels.THING_CLASSES` and `labels.PAGE_CLASSES`.
+    """
+    things = np.full((MAX_THINGS, len(THING_CLASSES)), -1, np.int8)
+    for row, thing in zip(things, scene.things, strict=False):
+        row[:] = [classes.index(getattr(thing, field)) for field, classes in THING_CLASSES.items()]
+    page = [classes.index(getattr(scene, field)) for field, classes in PAGE_CLASSES.items()]
+    return things, np.array(page, np.int8)

@@ -104,7 +104,7 @@ def build(config: BuildConfig) -> None:
     write_text(config.out / "run.json", run_json(config))
     bundle = config.bundle or config.out / "bundle"
 
-    from ip2p.training.build import run  # imports torch
+    from ip2p.training.storybook.build import run  # imports torch
 
     run(
         config.preset,

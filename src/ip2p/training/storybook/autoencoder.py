@@ -118,7 +118,7 @@ def principal_components(x: Float[Tensor, "batch channels h w"]) -> Float[Tensor
 
 
 def _set_conv(conv: nn.Conv2d, weight: Tensor) -> None:
-    """Put `weight`, [out, in] or [out, in, 2, 2], in the kernel's middle or its upper left; zeros elsewhere."""
+    """Put `weight`, [out, in] or [out, in, 2, 2], in the kernel's middle or upper left; zeros elsewhere."""
     conv.weight.zero_()
     if conv.bias is not None:
         conv.bias.zero_()
@@ -193,8 +193,10 @@ def whiten(vae: Any, batches: Iterator[Float[Tensor, "batch 3 h w"]]) -> None:
     variances, goes into `quant_conv`; its inverse goes into `post_quant_conv`. The posterior's variance
     becomes one constant a channel, the mean of what it was.
     """
-    count, total, product, variance = 0, 0.0, 0.0, 0.0
     n = vae.config.latent_channels
+    count = 0
+    total, variance = (torch.zeros(n, dtype=torch.float64, device=vae.device) for _ in range(2))
+    product = torch.zeros((n, n), dtype=torch.float64, device=vae.device)
     for x in batches:
         posterior = vae.encode(x).latent_dist
         rows = posterior.mean.double().transpose(0, 1).reshape(n, -1)

@@ -41,9 +41,8 @@ def measure_numerics(device: torch.device, channels: int = 128, side: int = 16, 
 
 
 def _block_seconds(numerics: Numerics, channels: int, side: int, batch: int, repeats: int = 3) -> float:
-    block = nn.Sequential(
-        nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)
-    ).to(memory_format=numerics.memory_format)
+    block = nn.Sequential(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+    block.to(memory_format=numerics.memory_format)  # type: ignore[call-overload]
     x = torch.randn(batch, channels, side, side).contiguous(memory_format=numerics.memory_format)
     x.requires_grad_()
     best = float("inf")

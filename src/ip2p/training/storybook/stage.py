@@ -36,6 +36,7 @@ class Run:
     device: torch.device
     deadline: float | None  # of time.monotonic()
     log: Callable[[str], None]
+    seed_shift: int = 0  # of the editor's pages, for a model that is trained further
 
     @property
     def state_dir(self) -> Path:
@@ -133,7 +134,7 @@ def train_stage(
 
 
 def _continue_from(run: Run, source: str, target: str, fingerprint: dict[str, Any]) -> None:
-    """Copy the newest state of stage `source` to `target`, unless that has begun. Steps and time start at 0."""
+    """Copy the newest state of `source` to stage `target`, unless that has begun. Its steps start at 0."""
     checkpoints = Checkpoints(run.state_dir / target)
     if checkpoints.rows():
         return
