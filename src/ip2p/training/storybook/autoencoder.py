@@ -1,9 +1,9 @@
 """Stage `vae`: a KL autoencoder with 8 x 8 pixels a latent cell, whose latents end up white.
 
 1. The encoder starts as the linear projection of each patch on its principal components.
-2. On crops, most of them over a thing, it trains without its residual blocks, which are the identity at first
-   and take three quarters of a step's time.
-3. It trains on crops with them, at a constant learning rate.
+2. On crops, most of them over a thing, the decoder trains alone and without residual blocks, which are the
+   identity at first and take three quarters of a step's time.
+3. All of it trains on crops at a constant learning rate.
 4. It trains on whole pages while the learning rate falls.
 5. Its latents are rotated and scaled to unit covariance inside `quant_conv` and `post_quant_conv`. The
    reconstruction does not change, and the scaling factor is 1.
@@ -66,32 +66,31 @@ def start_from_components(vae: Any, pages: Float[Tensor, "batch 3 height width"]
     """
     encoder = vae.encoder
     mean = pages.mean(dim=(0, 2, 3))
-    x = pages - mean[:, None, None]
+    x, unit = pages - mean[:, None, None], torch.ones(3)  # channels hold `x / unit`
     _set_conv(encoder.conv_in, torch.eye(3))
     encoder.conv_in.bias[:3] = -mean
-    encoder.conv_in.padding_mode = "zeros"
     for block in encoder.down_blocks:
         for resnet in block.resnets:
             if resnet.conv_shortcut is not None:
                 _set_conv(resnet.conv_shortcut, torch.eye(x.shape[1]))
-        if block.downsamplers is None:
-            continue
-        conv = block.downsamplers[0].conv
-        patches = F.pixel_unshuffle(x, 2)  # channel c of neighbor (a, b) becomes 4c + 2a + b
-        basis = principal_components(patches)[: conv.out_channels]
-        _set_conv(conv, basis.view(len(basis), -1, 2, 2))
-        x = torch.einsum("kc,bchw->bkhw", basis, patches)
-    # The last level holds components k and, further on, the same with the opposite sign.
+        if block.downsamplers is not None:
+            conv = block.downsamplers[0].conv
+            patches = F.pixel_unshuffle(x, 2)  # channel c of neighbor (a, b) becomes 4c + 2a + b
+            axes, x, new_unit = components(patches, conv.out_channels)
+            axes = axes * unit.repeat_interleave(4) / new_unit[:, None]
+            _set_conv(conv, axes.view(len(axes), -1, 2, 2))
+            unit = new_unit
+    # The last level holds components k and, further on, the first of them with the opposite sign.
     known, latents = x.shape[1], vae.config.latent_channels
-    basis = principal_components(x)
-    x = torch.einsum("kc,bchw->bkhw", basis, x)
+    axes, x, new_unit = components(x, known)
+    axes, x = axes * unit / new_unit[:, None], x / new_unit[:, None, None]
     last = encoder.down_blocks[-1].resnets[0].conv_shortcut
     width = last.out_channels
-    signed = torch.cat([basis, -basis[:latents]])[: width - CONSTANTS]
-    _set_conv(last, signed)
-    level = float(x.square().mean().sqrt()) * 4
+    _set_conv(last, torch.cat([axes, -axes[:latents]])[: width - CONSTANTS])
+    power = float(x.square().mean(dim=(0, 2, 3)).sum() + x[:, :latents].square().mean(dim=(0, 2, 3)).sum())
+    level = math.sqrt(8 * power / CONSTANTS)
     last.bias[width - CONSTANTS :] = level * torch.tensor([1.0, -1.0]).repeat(CONSTANTS // 2)
-    scale = math.sqrt((CONSTANTS * level**2 + known * float(x.square().mean())) / width)
+    scale = math.sqrt((CONSTANTS * level**2 + power) / width)
     encoder.conv_norm_out.weight.fill_(1.0)
     encoder.conv_norm_out.bias.zero_()
     out = encoder.conv_out
@@ -109,12 +108,18 @@ CONSTANTS = 8  # channels of the encoder's last level that start as constants
 START_LOGVAR = -6.0
 
 
-def principal_components(x: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "channels channels"]:
-    """The orthonormal principal axes of the channels, one a row, the largest variance first."""
+def components(
+    x: Float[Tensor, "batch channels h w"], count: int
+) -> tuple[Float[Tensor, "count channels"], Float[Tensor, "batch count h w"], Float[Tensor, " count"]]:
+    """The channels' principal axes by falling variance, the components, and the components' units.
+
+    A unit is a standard deviation, or a small one for what has next to no variance.
+    """
     rows = x.transpose(0, 1).reshape(x.shape[1], -1).double()
     rows = rows - rows.mean(dim=1, keepdim=True)
-    _, axes = torch.linalg.eigh(rows @ rows.T / rows.shape[1])
-    return axes.flip(1).T.float()
+    variances, axes = torch.linalg.eigh(rows @ rows.T / rows.shape[1])
+    axes, spread = axes.flip(1).T[:count].float(), variances.flip(0)[:count].clamp(min=0).sqrt().float()
+    return axes, torch.einsum("kc,bchw->bkhw", axes, x), spread.clamp(min=0.02 * float(spread[0]))
 
 
 def _set_conv(conv: nn.Conv2d, weight: Tensor) -> None:
@@ -157,10 +162,12 @@ class AutoencoderTask(nn.Module):
     def __init__(self, vae: Any, preset: Preset) -> None:
         super().__init__()
         self.vae, self.preset = vae, preset
+        self.train_encoder = True
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
         x, noise = (part.to(self.vae.device) for part in batch)
-        posterior = self.vae.encode(x).latent_dist
+        with torch.set_grad_enabled(self.train_encoder):
+            posterior = self.vae.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         y = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -272,10 +279,12 @@ def train_autoencoder(run: Run) -> None:
         return train_stage(run, stage, task, config, batches, fingerprint=fingerprint, after=after)
 
     if not run.is_done("vae_linear"):
+        task.train_encoder = False
         with without_residuals(vae):
             run.finish(
                 "vae_linear", train("vae_linear", preset.vae_linear, crops(preset.vae_linear, preset.seed))
             )
+        task.train_encoder = True
     if not run.is_done("vae_crops"):
         batches = crops(preset.vae, preset.seed + 5)
         run.finish("vae_crops", train("vae_crops", preset.vae, batches, after="vae_linear"))

@@ -170,8 +170,8 @@ PRESETS: dict[str, Preset] = {
     # Two CPU cores, in pieces of any length.
     "cpu": Preset(
         size=128,
-        vae_linear=StageConfig(minutes=12, batch=8, lr=2e-3, warmup=50),
-        vae=StageConfig(minutes=40, batch=8, lr=1e-3),
+        vae_linear=StageConfig(minutes=8, batch=8, lr=2e-3, warmup=50),
+        vae=StageConfig(minutes=60, batch=8, lr=1e-3, warmup=300),
         vae_pages=StageConfig(minutes=8, batch=4, lr=1e-3, warmup=0, schedule="cosine"),
         text=StageConfig(minutes=10, batch=64, lr=1e-3, schedule="cosine"),
         clip=StageConfig(minutes=8, batch=96, lr=1e-3, schedule="cosine"),
