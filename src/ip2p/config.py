@@ -936,6 +936,9 @@ class SynthInspectConfig:
         check_some(self, count=1000)
 
 
+BuildStage = Literal["all", "vae", "text", "perception", "unet", "decay", "clip", "lm"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     """Train the storybook model: ip2p storybook build --preset smoke -o model"""
@@ -944,9 +947,10 @@ class BuildConfig:
     out: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path("storybook-model")  # goes on from here
     bundle: Folder = None  # the half-precision model, as far as it is trained; default: OUT/bundle
     start: Model = None  # a model made by this verb, of the same preset, whose UNet is trained further
-    stage: Literal["all", "vae", "clip", "unet", "lm"] = "all"  # train one part only
+    stage: BuildStage = "all"  # train one part only
     seconds: Float = None  # save and stop after so many seconds
-    steps: Int = None  # optimiser steps of every stage, instead of the preset's
+    minutes: Float = None  # training time of the stage, in all; extends a finished perception or unet
+    steps: Int = None  # optimizer steps of every stage, instead of the preset's
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto takes the first that is there
     config: File = None  # settings file; default: ip2p.toml in this folder, when there is one
     debug: bool = False  # show the traceback of an error
@@ -955,6 +959,8 @@ class BuildConfig:
         """Raise InputError for a number that cannot be used."""
         if self.seconds is not None:
             check_float("--seconds", self.seconds, 0, 1e9, "--seconds 540")
+        if self.minutes is not None:
+            check_float("--minutes", self.minutes, 0, 1e6, "--minutes 120")
         if self.steps is not None:
             check_int("--steps", self.steps, 1, 10**9, "--steps 100")
 

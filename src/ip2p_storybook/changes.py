@@ -25,7 +25,7 @@ from ip2p_storybook.edits import (
 from ip2p_storybook.scene import COLOURS, PLACES, SIZES, Scene, Thing
 
 KIND_WEIGHTS = _WEIGHTS  # how often each kind of edit is drawn
-_TRIES = 40
+_TRIES = 120
 _FIELDS = ("kind", "colour", "size", "slot", "count", "wears")
 
 
@@ -105,6 +105,9 @@ def _change_of(before: Scene, after: Scene) -> _Change | None:
         return None
     if not gone:
         new = come[0]
+        sky = new.in_sky
+        if new.wears or new.count > 3 or new.uid != added_uid(before, new.slot, sky=sky):
+            return None  # no instruction adds such a thing
         return _Change("add", None, (new.kind, new.colour, new.slot, new.count))
     target = before.things.index(gone[0])
     if not come:

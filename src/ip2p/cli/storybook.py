@@ -113,6 +113,7 @@ def build(config: BuildConfig) -> None:
         stage=config.stage,
         device=config.device,
         steps=config.steps,
+        minutes=config.minutes,
         start=config.start,
         bundle=bundle,
     )

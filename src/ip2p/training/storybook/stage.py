@@ -79,7 +79,7 @@ def train_stage(
 ) -> dict[str, Any]:
     """Train to the stage's end (`train.loop.fit`) and return its summary.
 
-    fingerprint: the numbers that a resumed stage must keep, besides batch and learning rate. Length,
+    fingerprint: the numbers that a resumed stage must keep, besides the batch. Length, learning rate,
     workers and precision are free, so that a run can be extended and moved to another machine.
     precision: instead of the run's. after: a stage of the same network; if this one has not begun, it takes
     over that one's weights, averages and optimizer state. Raises OutOfTime when this call's time is up.
@@ -91,7 +91,6 @@ def train_stage(
             "seed": run.preset.seed,
             **fingerprint,
             "batch": config.batch,
-            "lr": config.lr,
         }
     )
     if after is not None:

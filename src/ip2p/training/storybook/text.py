@@ -5,8 +5,9 @@ The editor is conditioned on this encoder, and trains it further. Instructions a
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +29,40 @@ TEXT_TOKENS = 48  # 99% of the captions and of the instructions fit
 
 def make_tokenizer(folder: Path) -> None:
     """Write a CLIP tokenizer: each word of the storybook's language is one token, others become bytes."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    bpe = Tokenizer(models.BPE(unk_token=None, end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = {word for entry in vocabulary() for word in entry.lower().split()}
+    merges = learn_merges(piece for word in words for piece, _ in pieces.pre_tokenize_str(word))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=16384,
-        min_frequency=1,
-        special_tokens=[],
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    words = sorted({word for entry in vocabulary() for word in entry.lower().split()})
-    bpe.train_from_iterator(words, trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
+    tokens = [*alphabet, *(letter + END for letter in alphabet), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TEXT_TOKENS
     )
     tokenizer.save_pretrained(folder)
+
+
+END = "</w>"  # of a word, in CLIP's vocabularies
+
+
+def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges (Sennrich et al. 2016) until each word is one token.
+
+    Ties are broken by spelling: the library's own trainer gives another order each time.
+    """
+    spelled = [[*word[:-1], word[-1] + END] for word in sorted(set(words))]
+    merges = []
+    while counts := Counter(pair for word in spelled for pair in pairwise(word)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for word in spelled:
+            for k in range(len(word) - 2, -1, -1):
+                if (word[k], word[k + 1]) == best:
+                    word[k : k + 2] = ["".join(best)]
+        spelled = [word for word in spelled if len(word) > 1]
+    return merges
 
 
 def load_tokenizer(run: Run) -> Any:
