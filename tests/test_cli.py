@@ -115,7 +115,7 @@ def test_every_setting_has_its_own_words_in_the_help(config: type) -> None:
 
 
 def test_the_cli_page_of_the_docs_is_up_to_date() -> None:
-    tool = Path(__file__).parent.parent / "tools" / "make_cli_docs.py"
+    tool = Path(__file__).parent.parent / "scripts" / "make_cli_docs.py"
     told = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
 

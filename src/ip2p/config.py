@@ -31,7 +31,7 @@ Config = TypeVar("Config")
 
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m"]
-Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations"]
+Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations", "paraphrases"]
 Spacing = Literal["linspace", "karras"]
 Weights = Literal["ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
@@ -432,7 +432,7 @@ class DrawConfig:
     count: int = 16  # how many pages; a pair edits the page of its number
     seed: int = 0  # page k of a seed is the same whatever the count
     size: int = 256  # side of a picture, in pixels
-    split: Split = "train"  # the pages and phrasings of training, or one of the three that it never sees
+    split: Split = "train"  # the pages and phrasings of training, or some that it never sees
     pairs: File = None  # parquet of edit pairs, in the columns of the published data set
     captions: File = None  # text file with a caption a line
     varied: bool = False  # say the captions in many forms, as training does; else each in the fullest one

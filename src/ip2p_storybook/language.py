@@ -142,7 +142,7 @@ def pick_phrasing(
 # --- words --------------------------------------------------------------------------------------
 
 NUMBERS = ("zero", "one", "two", "three", "four")
-_MALE, _FEMALE = ("boy", "wizard"), ("girl", "queen")
+MALE_KINDS, FEMALE_KINDS = ("boy", "wizard"), ("girl", "queen")
 _OTHER_SHARE = 0.2  # how often instructions take another word than the plain one
 _Words = TypeVar("_Words")
 
@@ -161,7 +161,7 @@ def plural(noun: str) -> str:
         return "people"
     if noun in ALWAYS_PLURAL:
         return noun
-    if noun.endswith("f") and noun != "scarf":
+    if noun.endswith("f") and not noun.endswith("scarf"):
         return noun[:-1] + "ves"
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
@@ -266,9 +266,9 @@ _PRONOUNS = {
 def pronoun(thing: Thing) -> Name:
     if thing.count > 1:
         return _PRONOUNS["them"]
-    if thing.kind in _MALE:
+    if thing.kind in MALE_KINDS:
         return _PRONOUNS["him"]
-    return _PRONOUNS["her"] if thing.kind in _FEMALE else _PRONOUNS["it"]
+    return _PRONOUNS["her"] if thing.kind in FEMALE_KINDS else _PRONOUNS["it"]
 
 
 def noun_phrase(noun: str, count: int, colour: str = "") -> Name:
@@ -362,11 +362,9 @@ def side_words(slot: str, rng: random.Random | None = None) -> tuple[str, str]:
 
 # --- from a clause to what a person types -------------------------------------------------------
 
-POLITE = (
+# What people say around an imperative. The first few are the most frequent.
+_PLEASE = (
     "please {x}",
-    "please {x}",
-    "please {x}",
-    "{x} please",
     "{x} please",
     "{x}, please",
     "could you {x}",
@@ -374,23 +372,73 @@ POLITE = (
     "can you {x}",
     "can you please {x}",
     "would you {x}",
-    "will you {x}",
-    "would you please {x}",
     "i want you to {x}",
     "i'd like you to {x}",
-    "i need you to {x}",
     "now {x}",
-    "ok now {x}",
-    "just {x}",
-    "hey, {x}",
-    "hi, {x}",
-    "maybe {x}",
-    "{x} thanks",
-    "{x}, thanks",
-    "{x} for me",
+)
+_ASIDES = (
+    "will you {x}",
+    "would you please {x}",
+    "i need you to {x}",
+    "you should {x}",
+    "you could {x}",
+    "you have to {x}",
+    "we have to {x}",
+    "we should {x}",
+    "someone should {x}",
+    "somebody please {x}",
+    "i want to {x}",
+    "i'd like to {x}",
+    "i think you should {x}",
+    "i was thinking you could {x}",
+    "i was going to ask you to {x}",
+    "all i want is to {x}",
+    "what you need to do is {x}",
+    "it would be nice to {x}",
+    "it would be fun to {x}",
+    "it might be good to {x}",
+    "it is time to {x}",
+    "time to {x}",
+    "is it possible to {x}",
+    "any chance you could {x}",
+    "your job is to {x}",
+    "the idea is to {x}",
+    "the next step is to {x}",
+    "my wish: {x}",
+    "the only change: {x}",
+    "nothing else, only {x}",
+    "here is what i have in mind: {x}",
+    "as i said before, {x}",
+    "one more time: {x}",
+    "something is wrong here, {x}",
     "go ahead and {x}",
     "try to {x}",
+    "ok now {x}",
+    "just {x}",
+    "maybe {x}",
+    "so {x}",
+    "well, {x}",
+    "yes, {x}",
+    "oh, {x}",
+    "hey, {x}",
+    "hi, {x}",
+    "{x} thanks",
+    "{x}, thanks",
+    "{x}, thank you",
+    "{x} for me",
+    "{x} if you can",
+    "{x} right away",
+    "{x}, will you",
+    "{x} in my picture",
+    "{x}, that would be great",
+    "{x}, it looks wrong",
+    "{x} and leave the rest",
+    "{x} and keep everything else",
+    "{x}, everything else is fine",
+    "{x} because it is more fun",
+    "{x}, that is all",
 )
+POLITE = (*_PLEASE * 6, *_ASIDES)
 # A clause that begins so is a statement or a question; "please" does not go before it.
 _STATEMENTS = frozenset(
     (
@@ -429,7 +477,7 @@ _STATEMENTS = frozenset(
         *("don't", "besides", "first", "first,", "1.", "1)", "one:", "two", "both", "a", "an", "plus"),
     )
 )
-_QUESTIONS = ("could", "can", "would", "will", "what", "how", "why")
+_QUESTIONS = ("could", "can", "would", "will", "what", "how", "why", "is", "any")
 _MIN_TYPO_LETTERS = 4
 _TYPO_SHARE = 0.024  # of the words of at least four letters: between 1 and 2% of all words
 
@@ -453,7 +501,7 @@ def fill(phrasing: Phrasing, fields: Mapping[str, str]) -> str:
 def finish(clause: str, rng: random.Random, *, typos: bool = False) -> str:
     """Make a clause into an instruction as somebody may type it: politeness, spelling, case, stop, typos."""
     text = clause
-    if rng.random() < 0.15 and is_imperative(text):
+    if rng.random() < 0.18 and is_imperative(text):
         text = POLITE[int(rng.random() * len(POLITE))].format(x=text)
     question = text.split(" ", 1)[0] in _QUESTIONS
     if rng.random() < 0.5:
@@ -505,11 +553,11 @@ def _texts() -> Iterator[str]:
     yield from (re.sub(r"\{\w+\}", " ", t) for t in (*POLITE, *TEMPLATES))
     nouns = [noun for kind in ALL_KINDS for noun in nouns_of(kind)]
     nouns += [noun for group in GROUP_NOUNS.values() for noun in group]
-    nouns += [*KINDS, *THING_NOUNS, "clothes", *(word for w in WEARABLES for word in wearables_of(w))]
+    nouns += [*KINDS, *THING_NOUNS, *(word for w in WEARABLES for word in wearables_of(w))]
     yield from nouns
     yield from (plural(noun) for noun in nouns)
     yield from NUMBERS
-    yield "1 2 3 4 a an the is are 's everything a pair of"
+    yield "1 2 3 4 a an the is are 's everything clothes a pair of"
     yield from (w for name in _PRONOUNS.values() for w in (name.t, name.s, name.p))
     yield from (word for colour in COLOURS for word in colours_of(colour))
     yield from (*SLOTS, *TIMES, *STYLES, *IN_SKY)

@@ -12,8 +12,8 @@ from ip2p.training.storybook.data import Shards, World, changed_cells, draw_grou
 from ip2p.training.storybook.presets import PRESETS, PoolConfig, kind_shares
 from ip2p.training.storybook.samples import FULL_NOISE, EditorSamples, LatentShards, Pool
 from ip2p_storybook.cells import cell_map, thing_map
-from ip2p_storybook.changes import same_page
 from ip2p_storybook.edits import EDIT_KINDS
+from ip2p_storybook.rewording import same_page
 
 WORLD = World(size=64, cells=8, seed=4, groups=3, edits=4, wordings=2)
 

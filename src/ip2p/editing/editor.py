@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ip2p import __version__
 from ip2p.base.devices import MAX_SEED, NoiseStream, pick_device, pick_dtype
-from ip2p.base.errors import InputError, ModelError, ResourceError
+from ip2p.base.errors import InputError, ModelError, translated_errors
 from ip2p.config import (
     MAX_SCALE,
     check_float,
@@ -27,7 +27,7 @@ from ip2p.config import (
     check_size,
 )
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
-from ip2p.diffusion.samplers import SAMPLERS
+from ip2p.diffusion.samplers import SAMPLERS, sampler_for
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle
 from ip2p.models.controlnet import EXAMPLE as CONTROLNET
@@ -38,7 +38,7 @@ from ip2p.models.controlnet import (
     find_controlnet,
     load_controlnet,
 )
-from ip2p.models.load import open_model, part_weights
+from ip2p.models.load import Choice, open_model, part_weights
 from ip2p.models.lora import apply_loras, check_loras
 from ip2p.models.memory import (
     Memory,
@@ -111,7 +111,7 @@ class Editor:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
-        weights: Literal["ema", "plain"] = "ema",
+        weights: Choice = "auto",
         vae: str | Path | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
         controlnet: str | Path | None = None,
@@ -536,7 +536,7 @@ class Editor:
             known, free = hold
             start = start + (1 - free) * known
             denoise = held(denoise, known, free)
-        sampling = SAMPLERS[sampler](denoise, start, sigmas, noise)
+        sampling = sampler_for(sampler, self.schedule)(denoise, start, sigmas, noise)
         while True:
             # Entered anew for each step: a generator must not hold the mode open over its caller's code.
             with torch.inference_mode():
@@ -686,21 +686,9 @@ def _finite(pixels: Tensor) -> Tensor:
     return pixels
 
 
-class _memory_error:
-    """Turn running out of memory into a ResourceError that names a smaller size."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.size = width, height
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-            isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        )
-        if full:
-            width, height = self.size
-            raise ResourceError(
-                f"Out of memory at {width}x{height}. Try --size {max(width, height) // 2} or --batch-size 1."
-            ) from None
+def _memory_error(width: int, height: int) -> contextlib.AbstractContextManager[None]:
+    """Running out of memory becomes a ResourceError that names a smaller size."""
+    size = max(width, height) // 2
+    return translated_errors(
+        memory=f"Out of memory at {width}x{height}. Try --size {size} or --batch-size 1."
+    )

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from ip2p.base.devices import pick_device
-from ip2p.base.errors import InputError, Ip2pError, ResourceError
+from ip2p.base.errors import InputError, Ip2pError, ResourceError, as_ip2p_error
 from ip2p.config import MAX_SCALE, MAX_SEED, MAX_SIZE, MIN_SIZE
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS
@@ -860,11 +860,13 @@ class Service:
             state, error = ("cancelled", None) if job._why is None else ("failed", job._why)
         except Ip2pError as known:
             error = known.with_traceback(None)  # which would hold the pictures
-        except (MemoryError, torch.OutOfMemoryError):
-            error = ResourceError("Out of memory. Ask for a smaller size or fewer results.")
         except Exception as unknown:
-            log.exception("job=%s outcome=failed", job.id)
-            error = Ip2pError(f"The edit failed within the server ({type(unknown).__name__}); job {job.id}.")
+            error = as_ip2p_error(unknown, memory="Out of memory. Ask for a smaller size or fewer results.")
+            if error is None:
+                log.exception("job=%s outcome=failed", job.id)
+                error = Ip2pError(
+                    f"The edit failed within the server ({type(unknown).__name__}); job {job.id}."
+                )
         finally:
             with self._changed:
                 self._end(job, state, error)

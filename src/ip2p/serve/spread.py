@@ -23,8 +23,8 @@ from typing import Any, NoReturn, Protocol
 
 from PIL import Image
 
+from ip2p.base.cluster import Cluster, fitting, ray_of
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
-from ip2p.base.jobs import Cluster, fitting, ray_of
 from ip2p.config import ServeConfig
 from ip2p.serve.joined import Stopped
 from ip2p.serve.service import FieldError, Job, Request, Result, Service, _small

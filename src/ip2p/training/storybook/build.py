@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from ip2p.base.errors import InputError, ModelError
+from ip2p.base.ledger import lock_folder
 from ip2p.models.save import edit_scheduler, write_editor
 from ip2p.synth.instruct import PACKAGED_LM
 from ip2p.synth.tune import CARD as LM_CARD
 from ip2p.training.checkpoints import Checkpoints
-from ip2p.training.loop import sole_owner
 from ip2p.training.loss import BETA_END, BETA_START, TIMESTEPS
 from ip2p.training.storybook.autoencoder import train_autoencoder
 from ip2p.training.storybook.clip import train_clip
@@ -107,7 +107,7 @@ def run(
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     finished = True
-    with sole_owner(here.output):
+    with lock_folder(here.output):
         if start is not None:
             start_from(here, start)
         for name, train in TRAINERS.items():

@@ -19,10 +19,10 @@ from ip2p.training.storybook.presets import kind_shares
 from ip2p.training.workers import start_worker
 from ip2p_storybook.captions import caption
 from ip2p_storybook.cells import cell_map, scene_classes, thing_map
-from ip2p_storybook.changes import reversible, same_page, say_change, say_two_changes
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import EDIT_KINDS, Edit, propose
 from ip2p_storybook.labels import edit_labels
+from ip2p_storybook.rewording import reversible, same_page, say_change, say_two_changes
 from ip2p_storybook.scene import Scene, rng_for, sample_scene
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ip2p_storybook.changes import KIND_WEIGHTS
+from ip2p_storybook.rewording import KIND_WEIGHTS
 
 # Edits that a small network learns last.
 HARD_KINDS = ("add", "replace", "two", "move", "put_on", "style", "count")

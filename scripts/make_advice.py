@@ -106,7 +106,7 @@ if __name__ == "__main__":
     text = advice.page()
     if "--check" in sys.argv[1:]:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            sys.exit(f"{PAGE} is not up to date; write it anew: python tools/make_advice.py")
+            sys.exit(f"{PAGE} is not up to date; write it anew: python scripts/make_advice.py")
     else:
         PAGE.write_text(text, encoding="utf-8")
     if "--pictures" in sys.argv[1:]:

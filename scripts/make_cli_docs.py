@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 HEAD = """\
 # The command line
 
-<!-- Made by tools/make_cli_docs.py from src/ip2p/config.py; write there, then `make docs`. -->
+<!-- Made by scripts/make_cli_docs.py from src/ip2p/config.py; write there, then `make docs`. -->
 
 A setting comes from the flag, else from an `IP2P_*` variable (`IP2P_STEPS=30`), else from the verb's
 table in `ip2p.toml` (in the working folder, or `--config FILE`), else from the default shown here.

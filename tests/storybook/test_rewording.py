@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ip2p_storybook import language
-from ip2p_storybook.changes import reversible, same_page, say_change, say_two_changes
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import EDIT_KINDS, is_unique, propose, sample_edit
+from ip2p_storybook.rewording import reversible, same_page, say_change, say_two_changes
 from ip2p_storybook.scene import has_held_out_combination, rng_for, sample_scene
 
 KINDS = [kind for kind in EDIT_KINDS if kind != "two"]
