@@ -936,7 +936,7 @@ class SynthInspectConfig:
         check_some(self, count=1000)
 
 
-BuildStage = Literal["all", "vae", "text", "perception", "unet", "decay", "clip", "lm"]
+BuildStage = Literal["all", "vae", "text", "clip", "perception", "unet", "decay", "lm"]
 
 
 @dataclass(frozen=True, kw_only=True)

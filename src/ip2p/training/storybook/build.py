@@ -5,8 +5,8 @@ stops in time, and continues from where it stopped.
 
 1. `vae`: the autoencoder (`autoencoder`).
 2. `text`: the tokenizer and the text encoder (`text`).
-3. `perception`, `unet`, `decay`: the editor (`editor`).
-4. `clip`: a CLIP that ranks and filters (`clip`).
+3. `clip`: a CLIP that ranks and filters (`clip`).
+4. `perception`, `unet`, `decay`: the editor (`editor`).
 5. `lm`: the language model that writes edits of captions (`language_model`).
 """
 
@@ -43,10 +43,10 @@ from ip2p.training.storybook.text import train_text
 TRAINERS: dict[str, Callable[[Run], None]] = {
     "vae": train_autoencoder,
     "text": train_text,
+    "clip": train_clip,
     "perception": train_perception,
     "unet": train_unet,
     "decay": train_decay,
-    "clip": train_clip,
     "lm": train_lm,
 }
 STAGES = tuple(TRAINERS)
