@@ -12,7 +12,7 @@ BF16_LAST = Numerics("bf16", torch.channels_last)
     [(BF16_LAST, 0.2, BF16_LAST), (BF16_LAST, 0.95, FP32), (Numerics("no", torch.channels_last), 0.5, None)],
 )
 def test_the_fastest_format_is_taken_if_it_is_clearly_faster(monkeypatch, fast, factor, chosen):
-    seconds = lambda numerics, *shape: factor if numerics == fast else 1.0  # noqa: E731
+    seconds = lambda numerics, *shape, **more: factor if numerics == fast else 1.0  # noqa: E731
     monkeypatch.setattr(numerics, "_block_seconds", seconds)
     assert measure_numerics(torch.device("cpu")) == (chosen or fast)
 
