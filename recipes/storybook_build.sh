@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Train the storybook models on a CPU: at most 150 minutes on 2 cores. The same call goes on from where it
-# stopped. Usage: recipes/storybook_build.sh [OUTPUT]
+# Train the storybook models on a CPU, in pieces: the same call continues from where it stopped, or was stopped.
+# Usage: recipes/storybook_build.sh [OUTPUT [SECONDS]]
+# To train the edit longer: ip2p storybook build --preset cpu -o OUTPUT --stage unet --minutes 300, then this again.
 set -eu
 cd "$(dirname "$0")/.."
 out=${1:-runs/storybook-cpu}
 python=${PYTHON:-.venv/bin/python}
-"$python" -m ip2p storybook build --preset cpu -o "$out"
-"$python" -m ip2p storybook score --model "$out/bundle" --count 500 --out "$out/score.json" \
-    --sheet "$out/rows.png" --overwrite
+seconds=${2:-}
+"$python" -m ip2p storybook build --preset cpu -o "$out" ${seconds:+--seconds "$seconds"}
+# A piece may end before there is a model.
+if [ -z "$seconds" ] || [ -f "$out/bundle/model_index.json" ]; then
+    "$python" -m ip2p storybook score --model "$out/bundle" --count 500 --out "$out/score.json" \
+        --sheet "$out/rows.png" --overwrite
+fi

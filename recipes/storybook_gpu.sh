@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Train the storybook models at 256 px on one GPU, in calls that each stop themselves in time.
-# Starts, or goes on from what lies in runs/storybook-h100; leaves the best weights so far (shards under
+# Train the storybook models on one GPU, in calls that each stop themselves in time.
+# Starts, or continues from what is in runs/storybook-h100; leaves the newest weights (shards under
 # 16 MiB, one flat folder) and a contact sheet in OUTDIR. Needs no network.
+# To keep an autoencoder and text encoder that are trained already, copy their build's folder there first.
 # Usage: recipes/storybook_gpu.sh SECONDS OUTDIR [PRESET [STEPS]]
 set -eu
 seconds=$1

@@ -492,20 +492,35 @@ def test_draw_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture
 def test_build_hands_its_settings_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ip2p.training import build
+    from ip2p.training.storybook import build
 
     called: dict[str, object] = {}
     monkeypatch.setattr(build, "run", lambda *args, **settings: called.update(settings, args=args))
-    words = ["--preset", "cpu", "-o", "runs/a", "--seconds", "5", "--stage", "vae", "--steps", "2"]
+    words = [
+        "--preset",
+        "cpu",
+        "-o",
+        "runs/a",
+        "--seconds",
+        "5",
+        "--stage",
+        "unet",
+        "--steps",
+        "2",
+        "--minutes",
+        "9",
+    ]
     assert cli.main(["storybook", "build", *words]) == 0
     assert called["args"] == ("cpu", Path("runs/a"))
-    assert (called["seconds"], called["stage"], called["steps"]) == (5.0, "vae", 2)
+    assert (called["seconds"], called["stage"], called["steps"], called["minutes"]) == (5.0, "unet", 2, 9.0)
     assert called["bundle"] == Path("runs/a/bundle")
     assert capsys.readouterr().out == "runs/a/bundle\n"
     assert json.loads(Path("runs/a/run.json").read_text())["settings"]["preset"] == "cpu"
 
 
-@pytest.mark.parametrize("words", [["--seconds", "nan"], ["--steps", "0"], ["--preset", "tpu"]])
+@pytest.mark.parametrize(
+    "words", [["--seconds", "nan"], ["--minutes", "-1"], ["--steps", "0"], ["--preset", "tpu"]]
+)
 def test_build_refuses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["storybook", "build", "-o", "runs", *words]) == 2
     assert words[0] in capsys.readouterr().err

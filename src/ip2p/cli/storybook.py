@@ -80,9 +80,19 @@ class BuildConfig(RunSettings, DeviceSettings):
     start: str | None = setting(
         None, "train the UNet of this model further; it was made by this verb", group=COMMON, metavar="MODEL"
     )
-    stage: Literal["all", "vae", "clip", "unet", "lm"] = setting("all", "train only this part", group=COMMON)
+    stage: Literal["all", "vae", "text", "clip", "perception", "unet", "decay", "lm"] = setting(
+        "all", "train only this part", group=COMMON
+    )
     seconds: float | None = setting(
         None, "save and stop after this many seconds", ge=0, le=1e9, example=540.0, group=COMMON
+    )
+    minutes: float | None = setting(
+        None,
+        "training time of the stage in total; extends a finished perception or unet",
+        ge=0,
+        le=1e6,
+        example=120.0,
+        group=COMMON,
     )
     steps: int | None = setting(
         None,
@@ -235,7 +245,7 @@ def run_build(config: BuildConfig) -> None:
     bundle = config.bundle or config.out / "bundle"
 
     from ip2p.models.load import quiet  # imports torch
-    from ip2p.training.build import run
+    from ip2p.training.storybook.build import run
 
     with quiet():
         run(
@@ -245,6 +255,7 @@ def run_build(config: BuildConfig) -> None:
             stage=config.stage,
             device=config.device,
             steps=config.steps,
+            minutes=config.minutes,
             start=config.start,
             bundle=bundle,
         )

@@ -8,16 +8,29 @@ import torch
 
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.ledger import lock_folder
-from ip2p.training import build, loop
+from ip2p.training import loop
 from ip2p.training.checkpoints import Checkpoints
+from ip2p.training.storybook import build, editor, stage
+from ip2p.training.storybook.autoencoder import new_autoencoder
+from ip2p.training.storybook.data import Crops, Pages
+from ip2p.training.storybook.language_model import LM_TOKENS, Triples, to_learn
+from ip2p.training.storybook.presets import PRESETS, StageConfig
+
+
+def unhurried():
+    """The smoke preset with lengths in steps only, so that a slow machine takes the same steps."""
+    smoke = PRESETS["smoke"]
+    stages = {
+        key: replace(value, minutes=600)
+        for key, value in vars(smoke).items()
+        if isinstance(value, StageConfig)
+    }
+    return replace(smoke, save_every=0.0, perception_most=600, **stages)
 
 
 @pytest.fixture(autouse=True)
 def steps_alone_set_the_pace(monkeypatch):
-    """Minutes play no part here, so that a slow machine takes the same steps."""
-    smoke = build.PRESETS["smoke"]
-    stages = {s: replace(getattr(smoke, s), minutes=600) for s in build.STAGES}
-    monkeypatch.setitem(build.PRESETS, "smoke", replace(smoke, save_every=0.0, **stages))
+    monkeypatch.setitem(PRESETS, "smoke", unhurried())
 
 
 def quiet(text: str) -> None:
@@ -27,10 +40,8 @@ def quiet(text: str) -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
-    smoke = build.PRESETS["smoke"]
-    stages = {s: replace(getattr(smoke, s), minutes=600) for s in build.STAGES}
     patch = pytest.MonkeyPatch()
-    patch.setitem(build.PRESETS, "smoke", replace(smoke, save_every=0.0, **stages))
+    patch.setitem(PRESETS, "smoke", unhurried())
     assert build.run("smoke", folder, device="cpu", bundle=folder / "bundle", log=quiet)
     patch.undo()
     return folder
@@ -42,7 +53,7 @@ def test_diffusers_pipeline_opens_the_bundle_and_edits(built):
 
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(built / "bundle")
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline.unet.config.in_channels == 8
+    assert pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels == 32
     page = Image.new("RGB", (64, 64), "white")
     result = pipeline(
         "make it night", image=page, num_inference_steps=2, generator=torch.Generator().manual_seed(0)
@@ -73,7 +84,8 @@ def test_clip_folder_scores_pictures_and_captions(built):
 def test_card_says_how_it_was_made(built):
     card = json.loads((built / "bundle" / "ip2p.json").read_text())
     assert card["native_size"] == 64 and card["preset"] == "smoke"
-    assert card["trained"]["unet"]["steps"] == build.PRESETS["smoke"].unet.steps
+    assert card["trained"]["unet"]["steps"] == PRESETS["smoke"].unet.steps
+    assert set(card["trained"]["perception"]) >= {"steps", "kind", "colour", "change"}
 
 
 def test_the_bundle_names_no_path_of_this_machine(built):
@@ -93,6 +105,15 @@ def test_every_word_of_the_language_is_one_token(built):
     assert len(tokenizer("zyxqv").input_ids) > 3
 
 
+def test_the_tokenizer_is_the_same_each_time(built, tmp_path):
+    from ip2p.training.storybook.text import learn_merges, make_tokenizer
+
+    make_tokenizer(tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (built / "tokenizer" / path.name).read_bytes()
+    assert learn_merges(["aab", "ab"]) == [("a", "b</w>"), ("a", "ab</w>")]
+
+
 def test_a_finished_build_says_so_and_changes_nothing(built):
     before = {p: p.stat().st_mtime_ns for p in built.rglob("*.safetensors")}
     said = []
@@ -101,47 +122,122 @@ def test_a_finished_build_says_so_and_changes_nothing(built):
     assert before == {p: p.stat().st_mtime_ns for p in built.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("stage", build.STAGES)
-def test_a_killed_stage_goes_on_to_the_same_weights(built, tmp_path, monkeypatch, stage):
-    """2N steps equal N steps, a crash at any moment of the next one, and the rest; bit for bit."""
-    for name in ("vae", "clip", "text_tower", "tokenizer"):
-        if name != stage and not (stage == "clip" and name == "text_tower"):
-            (tmp_path / name).symlink_to(built / name)
-    real, calls = loop.learning_rate, []
+# What each stage's own state begins with, and the finished stages that it needs.
+KILLED = {
+    "vae": ("vae_linear", ()),
+    "text": ("text", ()),
+    "perception": ("perception", ("vae", "text")),
+    "unet": ("unet", ("vae", "text", "perception")),
+    "decay": ("decay-00000006", ("vae", "text", "perception", "unet")),
+    "clip": ("clip", ("text",)),
+    "lm": ("lm", ()),
+}
 
-    def crash_at_the_third(*args):
+
+def lay_finished(built, folder, names):
+    """Put the files and states of finished stages into `folder`."""
+    (folder / "state").mkdir()
+    for name in ("vae", "text_tower", "tokenizer", "latents"):
+        needed = {"vae": "vae", "latents": "vae"}.get(name, "text")
+        if needed in names:
+            (folder / name).symlink_to(built / name)
+    for name in names:
+        (folder / "state" / f"{name}.done.json").symlink_to(built / "state" / f"{name}.done.json")
+        (folder / "state" / name).symlink_to(built / "state" / name)
+
+
+@pytest.mark.parametrize("name", build.STAGES)
+def test_a_killed_stage_continues_to_the_same_weights(built, tmp_path, monkeypatch, name):
+    """2N steps equal N steps, a crash at any moment of the next one, and the rest; bit for bit."""
+    first, needs = KILLED[name]
+    lay_finished(built, tmp_path, needs)
+    real, calls = loop.learning_rate, []
+    crash_at = 2 if name == "vae" else 3  # the autoencoder's first loop makes two steps
+
+    def crash(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == crash_at:
             raise ConnectionAbortedError("killed")
         return real(*args)
 
-    monkeypatch.setattr(loop, "learning_rate", crash_at_the_third)
+    monkeypatch.setattr(loop, "learning_rate", crash)
     with pytest.raises(ConnectionAbortedError):
-        build.run("smoke", tmp_path, stage=stage, device="cpu", log=quiet)
+        build.run("smoke", tmp_path, stage=name, device="cpu", log=quiet)
     said = []
-    assert build.run("smoke", tmp_path, stage=stage, device="cpu", log=said.append)
-    assert said[0] == f"{stage}: going on from step 2"
-    ours, whole = (Checkpoints(folder / "state" / stage).load() for folder in (tmp_path, built))
+    assert build.run("smoke", tmp_path, stage=name, device="cpu", log=said.append)
+    assert said[0] == f"{first}: going on from step {crash_at - 1}"
+    state = first if name == "decay" else name
+    ours, whole = (Checkpoints(folder / "state" / state).load() for folder in (tmp_path, built))
     assert ours["step"] == whole["step"]
     for part in (ours["model"], whole["model"]), (ours["ema"]["average"], whole["ema"]["average"]):
         assert all(torch.equal(part[0][k], part[1][k]) for k in part[1])
 
 
+def test_a_run_moved_to_another_number_format_continues(built, tmp_path, monkeypatch):
+    """A machine with bf16 units takes over what one without them began."""
+    lay_finished(built, tmp_path, ("vae", "text"))
+    smoke = PRESETS["smoke"]
+    short = replace(smoke, perception=replace(smoke.perception, steps=2))
+    monkeypatch.setitem(PRESETS, "smoke", short)
+    build.run("smoke", tmp_path, stage="perception", device="cpu", log=quiet)
+    (tmp_path / "state" / "perception.done.json").unlink()
+    monkeypatch.setitem(PRESETS, "smoke", replace(smoke, precision="bf16"))
+    said = []
+    assert build.run("smoke", tmp_path, stage="perception", device="cpu", log=said.append)
+    assert said[0] == "perception: going on from step 2"
+
+
+def test_unet_is_extended_and_decays_again(built, tmp_path, monkeypatch):
+    lay_finished(built, tmp_path, ("vae", "text", "perception"))
+    assert build.run("smoke", tmp_path, stage="unet", device="cpu", log=quiet)
+    assert build.run("smoke", tmp_path, stage="decay", device="cpu", log=quiet)
+    first = json.loads((tmp_path / "state" / "decay.done.json").read_text())
+    smoke = PRESETS["smoke"]
+    monkeypatch.setitem(PRESETS, "smoke", replace(smoke, unet=replace(smoke.unet, steps=8)))
+    said = []
+    assert build.run("smoke", tmp_path, stage="unet", minutes=600, device="cpu", log=said.append)
+    assert said[0] == "unet: going on from step 6"
+    assert build.run("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
+    second = json.loads((tmp_path / "state" / "decay.done.json").read_text())
+    assert (first["steps_before"], second["steps_before"]) == (6, 8)
+    # The rate falls on the copy; the run that can be extended keeps its state.
+    assert Checkpoints(tmp_path / "state" / "unet").load()["step"] == 8
+    assert build.run("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
+    assert said[-1] == "decay: finished already"
+
+
+def test_minutes_without_a_stage_are_refused(tmp_path):
+    with pytest.raises(InputError, match="--minutes sets the length of one stage"):
+        build.run("smoke", tmp_path, minutes=3.0, device="cpu", log=quiet)
+
+
+def test_missed_gates_are_named_and_training_goes_on_to_the_most_minutes(built, tmp_path, monkeypatch):
+    lay_finished(built, tmp_path, ("vae", "text"))
+    strict = replace(PRESETS["smoke"], gates={"kind": 0.9, "change": 0.7}, perception_most=700)
+    monkeypatch.setitem(PRESETS, "smoke", strict)
+    said = []
+    assert build.run("smoke", tmp_path, stage="perception", device="cpu", log=said.append)
+    assert any("below 90%" in line and "training to 700 minutes" in line for line in said)
+    summary = json.loads((tmp_path / "state" / "perception.done.json").read_text())
+    assert [line.split()[0] for line in summary["missed"]] == ["kind", "change"]
+
+
 def test_a_bundle_is_trained_further_from_its_weights(built, tmp_path, monkeypatch):
     said = []
     first = {}
-    real = build.train_stage
+    real = stage.fit
 
-    def note_the_start(run, stage, task, *args, **kwargs):
-        first.update({k: v.clone() for k, v in task.state_dict().items()})
-        return real(run, stage, task, *args, **kwargs)
+    def note_the_start(task, *args, **kwargs):
+        if kwargs["name"] == "unet":
+            first.update({k: v.clone() for k, v in task.state_dict().items()})
+        return real(task, *args, **kwargs)
 
-    monkeypatch.setattr(build, "train_stage", note_the_start)
+    monkeypatch.setattr(stage, "fit", note_the_start)
     bundle = tmp_path / "bundle"
     assert build.run(
         "smoke", tmp_path, start=str(built / "bundle"), device="cpu", bundle=bundle, log=said.append
     )
-    assert said[:2] == ["vae: finished already", "clip: finished already"]
+    assert said[:4] == [f"{name}: finished already" for name in ("vae", "text", "clip", "perception")]
     assert said[-1] == "lm: finished already"
     for path in (built / "bundle" / "lm").iterdir():
         assert (bundle / "lm" / path.name).read_bytes() == path.read_bytes()
@@ -168,31 +264,11 @@ def test_a_bundle_of_another_preset_is_refused(built, tmp_path):
         build.run("cpu", tmp_path, start=str(built / "bundle"), device="cpu", log=quiet)
 
 
-def test_the_packaged_model_can_be_trained_further(tmp_path):
-    from ip2p.models.bundle import PACKAGED
-
-    card = json.loads((PACKAGED / "storybook" / "ip2p.json").read_text())
-    made = tmp_path / "bundle"
-    assert not build.run(
-        card["preset"],
-        tmp_path,
-        start="storybook",
-        seconds=0.0,
-        steps=1,
-        device="cpu",
-        bundle=made,
-        log=quiet,
-    )
-    further = json.loads((made / "ip2p.json").read_text())
-    assert further["trained"]["unet"]["steps"] == card["trained"]["unet"]["steps"]
-    assert (further["native_size"], further["known_psnr"]) == (card["native_size"], card["known_psnr"])
-
-
 def test_time_up_saves_and_the_next_call_goes_on(tmp_path):
     said = []
     assert not build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=said.append)
-    assert said[-1] == "vae: time is up; the same command goes on from here"
-    assert Checkpoints(tmp_path / "state" / "vae").load()["step"] == 0
+    assert said[-1] == "vae: time is up; the same command continues from here"
+    assert Checkpoints(tmp_path / "state" / "vae_linear").load()["step"] == 0
 
 
 def test_the_language_model_in_the_bundle_reads_captions_and_writes(built):
@@ -205,7 +281,7 @@ def test_the_language_model_in_the_bundle_reads_captions_and_writes(built):
     assert len(answers) == 2
     assert writer.tokens == 10 or any(answer.finished for answer in answers)
     card = json.loads((built / "bundle" / "ip2p.json").read_text())
-    assert card["trained"]["lm"]["steps"] == build.PRESETS["smoke"].lm.steps
+    assert card["trained"]["lm"]["steps"] == PRESETS["smoke"].lm.steps
 
 
 def test_texts_of_the_language_model_come_back_from_their_tokens(built):
@@ -214,7 +290,7 @@ def test_texts_of_the_language_model_come_back_from_their_tokens(built):
     from ip2p_storybook.triples import exact_triples
 
     _, tokenizer = load_lm(built / "bundle" / "lm")
-    triples = [build.to_learn(triple) for triple in exact_triples(100, 9)]
+    triples = [to_learn(triple) for triple in exact_triples(100, 9)]
     texts = [prompt_of(t.caption) + completion_of(t) for t in triples]
     texts += ["HE SHOULD HAVE SUNGLASSES!", "Over 3 elves' caps: (50%) in the cityscape", *phrases()]
     for text in texts:
@@ -237,16 +313,16 @@ def test_instructions_are_learnt_in_words_that_are_tokens():
         ("make it night. also add a cat", "Make it night. also add a cat"),
     ):
         told = with_(triple, edit=with_(triple.edit, instruction=typed))
-        assert build.to_learn(told).instruction == learnt
+        assert to_learn(told).instruction == learnt
 
 
 def test_groups_of_triples_follow_from_their_number(built):
     from ip2p.synth.instruct import load_lm
 
     _, tokenizer = load_lm(built / "bundle" / "lm")
-    late = next(iter(build.Triples(tokenizer, 2, seed=5, start=3)))
-    again = build.Triples(tokenizer, 2, seed=5).make(3)
-    assert len(late) == build.Triples.GROUPED
+    late = next(iter(Triples(tokenizer, 2, seed=5, start=3)))
+    again = Triples(tokenizer, 2, seed=5).make(3)
+    assert len(late) == Triples.GROUPED
     assert all(
         torch.equal(a, b) for one, two in zip(late, again, strict=True) for a, b in zip(one, two, strict=True)
     )
@@ -264,19 +340,18 @@ def test_a_bundle_without_a_language_model_of_its_own_keeps_the_one_there(built,
     assert (target / "lm" / "ip2p.json").exists()
 
 
-def test_an_unfinished_unet_still_gives_a_bundle(built, tmp_path, monkeypatch):
-    for name in ("vae", "clip", "text_tower", "tokenizer"):
-        (tmp_path / name).symlink_to(built / name)
-    (tmp_path / "state").mkdir()
-    for stage in ("vae", "clip"):
-        (tmp_path / "state" / f"{stage}.done.json").symlink_to(built / "state" / f"{stage}.done.json")
-    assert not build.run("smoke", tmp_path, seconds=0.0, device="cpu", bundle=tmp_path / "bundle", log=quiet)
-    assert (tmp_path / "bundle" / "unet" / "config.json").exists()
+@pytest.mark.parametrize("name", ["perception", "unet"])
+def test_an_unfinished_editor_still_gives_a_bundle(built, tmp_path, name):
+    lay_finished(built, tmp_path, ("vae", "text", "perception")[: 2 if name == "perception" else 3])
+    (tmp_path / "clip").symlink_to(built / "clip")
+    bundle = tmp_path / "bundle"
+    assert not build.run("smoke", tmp_path, stage=name, seconds=0.0, device="cpu", bundle=bundle, log=quiet)
+    assert (bundle / "unet" / "config.json").exists()
 
 
 def test_other_numbers_are_refused_on_resume(tmp_path, monkeypatch):
     build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=quiet)
-    monkeypatch.setitem(build.PRESETS, "smoke", replace(build.PRESETS["smoke"], kl_weight=0.5))
+    monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], kl_weight=0.5))
     with pytest.raises(InputError, match="kl_weight"):
         build.run("smoke", tmp_path, device="cpu", log=quiet)
 
@@ -289,26 +364,31 @@ def test_two_builds_in_one_folder_the_second_is_refused(tmp_path):
 def test_unknown_preset_and_stage_are_named(tmp_path):
     with pytest.raises(InputError, match="'huge'.*smoke, cpu, h100"):
         build.run("huge", tmp_path)
-    with pytest.raises(InputError, match="'gan'.*vae, clip, unet, lm"):
+    with pytest.raises(InputError, match="'gan'.*vae, text, clip, perception, unet, decay, lm"):
         build.run("smoke", tmp_path, stage="gan")
 
 
 def test_batches_do_not_depend_on_where_the_stream_starts():
-    pages = build.Pages("pair", 2, 32, seed=5)
-    late = next(iter(build.Pages("pair", 2, 32, seed=5, start=3)))
-    again = pages.make(3)
-    assert late["instruction"] == again["instruction"]
-    assert torch.equal(late["after"], again["after"])
+    for kind, more in ((Pages, {}), (Crops, {"crop": 16})):
+        late = next(iter(kind(2, 32, seed=5, start=3, **more)))
+        assert torch.equal(late, kind(2, 32, seed=5, **more).make(3))
 
 
 def test_weights_fit_the_package():
-    """Every preset's parts in half precision: 40 MiB in all, the UNet in shards under 16 MiB."""
+    """Every preset's UNet has at most 17 million parameters, all parts in half precision at most 46 MiB."""
     for name in ("cpu", "h100"):
-        preset = build.PRESETS[name]
+        preset = PRESETS[name]
         with torch.device("meta"):
-            unet, vae = build.new_unet(preset), build.new_vae(preset)
-        unet_bytes, vae_bytes = (2 * sum(p.numel() for p in m.parameters()) for m in (unet, vae))
-        assert unet_bytes + vae_bytes < 34 * 2**20, name
-        inner, width = preset.lm_inner, preset.lm_width
-        layer = 4 * width**2 + 3 * width * inner + 2 * width
-        assert 2 * (build.LM_TOKENS * width + preset.lm_layers * layer + width) < 375_000, name
+            unet, vae = editor.new_unet(preset), new_autoencoder(preset)
+        sizes = {
+            part: sum(p.numel() for p in network.parameters())
+            for part, network in (("unet", unet), ("vae", vae))
+        }
+        assert sizes["unet"] <= 17_000_000, (name, sizes)
+        width, layers = preset.text_width, preset.text_layers + preset.clip_layers
+        # Both text towers, CLIP's image tower, and their embeddings of at most 5,000 tokens.
+        towers = 2 * 5000 * width + (layers + preset.text_layers) * 10 * width**2
+        inner, lm = preset.lm_inner, preset.lm_width
+        layer = 4 * lm**2 + 3 * lm * inner + 2 * lm
+        assert 2 * (LM_TOKENS * lm + preset.lm_layers * layer + lm) < 375_000, name
+        assert 2 * (sum(sizes.values()) + towers) + 375_000 < 46 * 2**20, (name, sizes)

@@ -1,0 +1,310 @@
+"""Stage `vae`: a KL autoencoder with 8 x 8 pixels a latent cell, whose latents end up white.
+
+1. The encoder starts as the linear projection of each patch on its principal components.
+2. On crops, most of them over a thing, the decoder trains alone and without residual blocks, which are the
+   identity at first and take three quarters of a step's time.
+3. All of it trains on crops at a constant learning rate.
+4. It trains on whole pages while the learning rate falls.
+5. Its latents are rotated and scaled to unit covariance inside `quant_conv` and `post_quant_conv`. The
+   reconstruction does not change, and the scaling factor is 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ip2p.pictures.images import signed_psnr
+from ip2p.training.objective import place_seed
+from ip2p.training.storybook.data import Crops, Pages, read_ahead, to_signed
+from ip2p.training.storybook.presets import Preset, StageConfig
+from ip2p.training.storybook.stage import SUMMARY, Run, train_stage
+
+Batches = Callable[[int], Iterator[list[Any]]]
+
+
+def new_autoencoder(preset: Preset) -> Any:
+    """The untrained network, a plain diffusers AutoencoderKL."""
+    from diffusers import AutoencoderKL
+
+    levels = len(preset.vae_channels)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=preset.vae_channels,
+        layers_per_block=preset.vae_layers,
+        latent_channels=preset.latent_channels,
+        # One group: several groups would hide each group's level from the layers after it.
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        sample_size=preset.size,
+    )
+    for name, parameter in vae.named_parameters():
+        if "resnets" in name and ".conv2." in name:
+            nn.init.zeros_(parameter)  # a residual block starts as the identity
+    return vae
+
+
+# --- the start: principal components of patches -----------------------------------------------
+
+
+@torch.no_grad()
+def start_from_components(vae: Any, pages: Float[Tensor, "batch 3 height width"]) -> None:
+    """Set the encoder to the projection of each 8 x 8 patch on its principal components, of unit variance.
+
+    pages: pictures in [-1, 1]. Each level's strided convolution takes the principal components of 2 x 2
+    neighbors, as many as it has channels. The last normalization and SiLU pass values on unchanged because
+    constant channels set the scale, and because SiLU(x) - SiLU(-x) = x.
+    """
+    encoder = vae.encoder
+    mean = pages.mean(dim=(0, 2, 3))
+    x, unit = pages - mean[:, None, None], torch.ones(3)  # channels hold `x / unit`
+    _set_conv(encoder.conv_in, torch.eye(3))
+    encoder.conv_in.bias[:3] = -mean
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            if resnet.conv_shortcut is not None:
+                _set_conv(resnet.conv_shortcut, torch.eye(x.shape[1]))
+        if block.downsamplers is not None:
+            conv = block.downsamplers[0].conv
+            patches = F.pixel_unshuffle(x, 2)  # channel c of neighbor (a, b) becomes 4c + 2a + b
+            axes, x, new_unit = components(patches, conv.out_channels)
+            axes = axes * unit.repeat_interleave(4) / new_unit[:, None]
+            _set_conv(conv, axes.view(len(axes), -1, 2, 2))
+            unit = new_unit
+    # The last level holds components k and, further on, the first of them with the opposite sign.
+    known, latents = x.shape[1], vae.config.latent_channels
+    axes, x, new_unit = components(x, known)
+    axes, x = axes * unit / new_unit[:, None], x / new_unit[:, None, None]
+    last = encoder.down_blocks[-1].resnets[0].conv_shortcut
+    width = last.out_channels
+    _set_conv(last, torch.cat([axes, -axes[:latents]])[: width - CONSTANTS])
+    power = float(x.square().mean(dim=(0, 2, 3)).sum() + x[:, :latents].square().mean(dim=(0, 2, 3)).sum())
+    level = math.sqrt(8 * power / CONSTANTS)
+    last.bias[width - CONSTANTS :] = level * torch.tensor([1.0, -1.0]).repeat(CONSTANTS // 2)
+    scale = math.sqrt((CONSTANTS * level**2 + power) / width)
+    encoder.conv_norm_out.weight.fill_(1.0)
+    encoder.conv_norm_out.bias.zero_()
+    out = encoder.conv_out
+    out.weight.zero_()
+    out.bias.zero_()
+    for k in range(latents):
+        to_unit = scale / float(x[:, k].std())
+        out.weight[k, k, 1, 1], out.weight[k, known + k, 1, 1] = to_unit, -to_unit
+    out.bias[latents:] = START_LOGVAR
+    for conv, size in ((vae.quant_conv, 2 * latents), (vae.post_quant_conv, latents)):
+        _set_conv(conv, torch.eye(size))
+
+
+CONSTANTS = 8  # channels of the encoder's last level that start as constants
+START_LOGVAR = -6.0
+
+
+def components(
+    x: Float[Tensor, "batch channels h w"], count: int
+) -> tuple[Float[Tensor, "count channels"], Float[Tensor, "batch count h w"], Float[Tensor, " count"]]:
+    """The channels' principal axes by falling variance, the components, and the components' units.
+
+    A unit is a standard deviation, or a small one for what has next to no variance.
+    """
+    rows = x.transpose(0, 1).reshape(x.shape[1], -1).double()
+    rows = rows - rows.mean(dim=1, keepdim=True)
+    variances, axes = torch.linalg.eigh(rows @ rows.T / rows.shape[1])
+    axes, spread = axes.flip(1).T[:count].float(), variances.flip(0)[:count].clamp(min=0).sqrt().float()
+    return axes, torch.einsum("kc,bchw->bkhw", axes, x), spread.clamp(min=0.02 * float(spread[0]))
+
+
+def _set_conv(conv: nn.Conv2d, weight: Tensor) -> None:
+    """Put `weight`, [out, in] or [out, in, 2, 2], in the kernel's middle or upper left; zeros elsewhere."""
+    conv.weight.zero_()
+    if conv.bias is not None:
+        conv.bias.zero_()
+    rows, columns = weight.shape[:2]
+    if weight.ndim == 4:
+        conv.weight[:rows, :columns, :2, :2] = weight
+    else:
+        middle = conv.kernel_size[0] // 2
+        conv.weight[:rows, :columns, middle, middle] = weight
+
+
+@contextlib.contextmanager
+def without_residuals(vae: Any) -> Iterator[None]:
+    """Skip the residual branch of every block while the context is open. Parallel use is not supported."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    def shortcut(block: Any) -> Callable[..., Tensor]:
+        return lambda x, temb=None: x if block.conv_shortcut is None else block.conv_shortcut(x)
+
+    blocks = [module for module in vae.modules() if isinstance(module, ResnetBlock2D)]
+    for block in blocks:
+        block.forward = shortcut(block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+# --- the loss ---------------------------------------------------------------------------------
+
+
+class AutoencoderTask(nn.Module):
+    """The autoencoder's loss on pictures in [-1, 1] [batch, 3, h, w], given the noise of their latents."""
+
+    def __init__(self, vae: Any, preset: Preset) -> None:
+        super().__init__()
+        self.vae, self.preset = vae, preset
+        self.train_encoder = True
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        x, noise = (part.to(self.vae.device) for part in batch)
+        with torch.set_grad_enabled(self.train_encoder):
+            posterior = self.vae.encode(x).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        y = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = picture_loss(y - x, self.preset.hue_weight, self.preset.gradient_weight)
+        psnr = signed_psnr((y - x).detach().square().mean())
+        return loss + self.preset.kl_weight * kl, {"kl": float(kl.detach()), "psnr": float(psnr)}
+
+
+def picture_loss(error: Float[Tensor, "batch 3 h w"], hue: float, gradient: float) -> Float[Tensor, ""]:
+    """|e| + 2 e^2, and the absolute errors of hue (R-G, G-B) and of neighboring pixels' differences.
+
+    Absolute errors keep edges and squares are what PSNR counts. A small thing's hue is a small part of
+    either and would be learned last.
+    """
+    loss = error.abs().mean() + 2 * error.square().mean()
+    loss = loss + hue * (error[:, :2] - error[:, 1:]).abs().mean()
+    across = (error[..., 1:] - error[..., :-1]).abs().mean()
+    down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    return loss + gradient * (across + down) / 2
+
+
+# --- white latents ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def whiten(vae: Any, batches: Iterator[Float[Tensor, "batch 3 h w"]]) -> None:
+    """Rotate and scale the latents to zero mean and unit covariance over the pictures in `batches`.
+
+    z' = D^(-1/2) Q (z - m), with the rows of Q the principal axes of the latents' covariance and D their
+    variances, goes into `quant_conv`; its inverse goes into `post_quant_conv`. The posterior's variance
+    becomes one constant a channel, the mean of what it was.
+    """
+    n = vae.config.latent_channels
+    count = 0
+    total, variance = (torch.zeros(n, dtype=torch.float64, device=vae.device) for _ in range(2))
+    product = torch.zeros((n, n), dtype=torch.float64, device=vae.device)
+    for x in batches:
+        posterior = vae.encode(x).latent_dist
+        rows = posterior.mean.double().transpose(0, 1).reshape(n, -1)
+        count += rows.shape[1]
+        total = total + rows.sum(dim=1)
+        product = product + rows @ rows.T
+        variance = variance + posterior.var.double().sum(dim=(0, 2, 3))
+    mean = total / count
+    spread, axes = torch.linalg.eigh(product / count - torch.outer(mean, mean))
+    axes, spread = axes.flip(1), spread.flip(0)
+    whitening = axes.T / spread.sqrt()[:, None]
+    coloring = axes * spread.sqrt()
+    quant, back = vae.quant_conv, vae.post_quant_conv
+    weight, bias = (part.data.double() for part in (quant.weight.flatten(1), quant.bias))
+    new_variance = whitening.square() @ (variance / count)
+    quant.weight.data[:n] = (whitening @ weight[:n])[..., None, None].to(quant.weight)
+    quant.bias.data[:n] = (whitening @ (bias[:n] - mean)).to(quant.bias)
+    quant.weight.data[n:] = 0
+    quant.bias.data[n:] = new_variance.log().to(quant.bias)
+    weight = back.weight.data.double().flatten(1)
+    back.bias.data += (weight @ mean).to(back.bias)
+    back.weight.data[:] = (weight @ coloring)[..., None, None].to(back.weight)
+
+
+@torch.no_grad()
+def measure_autoencoder(vae: Any, run: Run) -> dict[str, float]:
+    """On 256 new pages: mean PSNR in dB, and the PSNR that 2% of them stay below (`known_psnr`).
+
+    A picture below `known_psnr` is unlike the pages that the autoencoder was trained on.
+    """
+    values = []
+    for x in _pages(run, 256, seed=run.preset.seed + 1):
+        rebuilt = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        values.append(signed_psnr((rebuilt - x).square().mean(dim=(1, 2, 3))))
+    psnr = torch.cat(values)
+    return {"psnr": round(float(psnr.mean()), 2), "known_psnr": round(float(psnr.quantile(0.02)), 1)}
+
+
+def _pages(run: Run, count: int, *, seed: int, batch: int = 16) -> Iterator[Tensor]:
+    pages = Pages(batch, run.preset.size, seed)
+    return (to_signed(pages.make(index), run.device) for index in range(max(1, count // batch)))
+
+
+# --- the stage --------------------------------------------------------------------------------
+
+
+def train_autoencoder(run: Run) -> None:
+    """Write `vae`. Raises OutOfTime."""
+    preset = run.preset
+    torch.manual_seed(preset.seed)
+    vae = new_autoencoder(preset)
+    start_from_components(vae, torch.cat(list(_pages(run, preset.pca_pages, seed=preset.seed + 2))).cpu())
+    vae = vae.to(run.device, memory_format=run.numerics.memory_format)
+    task = AutoencoderTask(vae, preset)
+    keys = (
+        "size",
+        "vae_channels",
+        "vae_layers",
+        "latent_channels",
+        "kl_weight",
+        "hue_weight",
+        "gradient_weight",
+    )
+    fingerprint = {key: getattr(preset, key) for key in keys}
+
+    def crops(config: StageConfig, seed: int) -> Batches:
+        return lambda first: _with_noise(run, Crops(config.batch, preset.size, seed, first, crop=preset.crop))
+
+    def pages(first: int) -> Iterator[list[Any]]:
+        return _with_noise(run, Pages(preset.vae_pages.batch, preset.size, preset.seed + 3, first))
+
+    def train(stage: str, config: StageConfig, batches: Batches, after: str | None = None) -> dict[str, Any]:
+        return train_stage(run, stage, task, config, batches, fingerprint=fingerprint, after=after)
+
+    if not run.is_done("vae_linear"):
+        task.train_encoder = False
+        with without_residuals(vae):
+            run.finish(
+                "vae_linear", train("vae_linear", preset.vae_linear, crops(preset.vae_linear, preset.seed))
+            )
+        task.train_encoder = True
+    if not run.is_done("vae_crops"):
+        batches = crops(preset.vae, preset.seed + 5)
+        run.finish("vae_crops", train("vae_crops", preset.vae, batches, after="vae_linear"))
+    summary = train("vae", preset.vae_pages, pages, after="vae_crops")
+    vae.eval()
+    whiten(vae, _pages(run, preset.whiten_pages, seed=preset.seed + 4))
+    measured = measure_autoencoder(vae, run)
+    run.log(f"vae: {measured['psnr']:.2f} dB on new pages")
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(run.output / "vae")
+    for earlier in ("vae_linear", "vae_crops"):
+        summary.update({key: round(summary[key] + run.summary(earlier)[key], 1) for key in SUMMARY})
+    run.finish("vae", {**summary, **measured})
+
+
+def _with_noise(run: Run, pictures: Crops | Pages) -> Iterator[list[Any]]:
+    """Batches of pictures and of noise for their latents."""
+    channels, factor = run.preset.latent_channels, 2 ** (len(run.preset.vae_channels) - 1)
+    kind = type(pictures).__name__
+    for step, pixels in enumerate(read_ahead(pictures, run.preset.workers), pictures.start):
+        generator = torch.Generator().manual_seed(place_seed("vae", kind, run.preset.seed, step))
+        side = pixels.shape[-1] // factor
+        noise = torch.randn((len(pixels), channels, side, side), generator=generator)
+        yield [(to_signed(pixels, run.device), noise)]

@@ -1,0 +1,282 @@
+"""Stages `perception`, `unet` and `decay`: one editing network, three runs of the training loop.
+
+1. `perception` asks what is on the page and what the instruction changes, at full noise (see `perception`).
+2. `unet` trains the edit itself at all noise levels and a constant learning rate. It can be extended.
+3. `decay` takes a copy of the newest state of `unet`, lets the learning rate fall, and writes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ip2p.training.checkpoints import Checkpoints
+from ip2p.training.loss import Shares, scaled_linear_alpha_bar
+from ip2p.training.objective import EditTask, Objective
+from ip2p.training.storybook.data import World
+from ip2p.training.storybook.perception import FIELDS, Perception, change_iou, named_right
+from ip2p.training.storybook.presets import Preset, StageConfig
+from ip2p.training.storybook.samples import EditorSamples, LatentShards, Pool, draw_step
+from ip2p.training.storybook.stage import Run, train_stage
+from ip2p.training.storybook.text import load_tokenizer, text_reader, use_plain_attention
+from ip2p_storybook.edits import EDIT_KINDS, GLOBAL_KINDS
+
+NO_DROPOUT = Shares(text=0.0, image=0.0, both=0.0)
+
+
+def new_unet(preset: Preset) -> Any:
+    """The untrained network, a plain diffusers UNet2DConditionModel with 2 x latent channels of input."""
+    from diffusers import UNet2DConditionModel
+
+    levels = len(preset.unet_channels)
+    top = "CrossAttnUpBlock2D" if preset.fine_attention else "UpBlock2D"
+    return UNet2DConditionModel(
+        sample_size=preset.cells,
+        in_channels=2 * preset.latent_channels,
+        out_channels=preset.latent_channels,
+        # Attention costs most on the finest level; it attends only on the way up, if at all.
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (levels - 1)),
+        up_block_types=(*("CrossAttnUpBlock2D",) * (levels - 1), top),
+        block_out_channels=preset.unet_channels,
+        layers_per_block=preset.unet_layers,
+        cross_attention_dim=preset.text_width,
+        attention_head_dim=preset.heads,  # diffusers' name for the number of heads
+        norm_num_groups=preset.unet_groups,
+    )
+
+
+@dataclass
+class Parts:
+    """All that the three runs share: the task, and where its samples come from."""
+
+    task: EditTask
+    heads: Perception
+    objective: Objective
+    vae: Any
+    tokens: Callable[[list[str]], Tensor]
+
+
+def build_parts(run: Run) -> Parts:
+    """Load what earlier stages wrote, and build the network, as a start or of the bundle that was given."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+    from transformers import CLIPTextModel
+
+    preset, device = run.preset, run.device
+    vae = AutoencoderKL.from_pretrained(run.output / "vae").to(device).eval().requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)
+    text_encoder = CLIPTextModel.from_pretrained(run.output / "text_tower")
+    use_plain_attention(text_encoder, device)
+    torch.manual_seed(preset.seed)
+    start = run.output / "start" / "unet"
+    unet = UNet2DConditionModel.from_pretrained(start) if start.exists() else new_unet(preset)
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # trains faster there, as in `use_plain_attention`
+    heads = Perception(unet, preset.text_width)
+    unet.to(device, memory_format=run.numerics.memory_format)
+    objective = Objective(
+        prediction=preset.prediction,
+        snr_clip=preset.snr_clip,
+        timestep_power=preset.timestep_power,
+        change_share=preset.change_share,
+        change_weight_most=preset.change_weight_most,
+        caption_share=preset.caption_share,
+    )
+    task = EditTask(
+        unet,
+        scaled_linear_alpha_bar(),
+        objective,
+        latent_scale=vae.config.scaling_factor,
+        text_encoder=text_encoder.to(device),
+        aside=heads,
+    ).to(device)
+    return Parts(task, heads, objective, vae, text_reader(load_tokenizer(run)))
+
+
+def latent_shards(run: Run, parts: Parts, *, validation: bool = False) -> LatentShards:
+    """The shards of the pages that are trained on, or of others."""
+    preset = run.preset
+    world = World(
+        size=preset.size,
+        cells=preset.cells,
+        seed=preset.seed + (100 if validation else run.seed_shift),
+        groups=preset.groups,
+        edits=preset.edits,
+        often={} if validation else dict(preset.often),
+    )
+    return LatentShards(
+        world,
+        run.output / "latents",
+        parts.vae,
+        parts.tokens,
+        workers=0 if validation else preset.workers,
+        precision=run.numerics.precision,
+    )
+
+
+def _train(
+    run: Run,
+    parts: Parts,
+    stage: str,
+    config: StageConfig,
+    *,
+    full_noise: bool,
+    weight: Callable[[int], float],
+    steps_before: int = 0,
+    after: str | None = None,
+    fingerprint: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train on pages that `steps_before` steps of earlier stages have not seen."""
+    preset = run.preset
+    samples = EditorSamples(
+        latent_shards(run, parts),
+        preset.pool,
+        parts.objective,
+        batch=config.batch,
+        seed=preset.seed + steps_before,
+        device=run.device,
+        full_noise=full_noise,
+        weight=weight,
+        steps_before=steps_before,
+    )
+    keys = ("size", "unet_channels", "unet_layers", "fine_attention", "heads", "text_width", "text_layers")
+    mine = {key: getattr(preset, key) for key in (*keys, "prediction", "latent_channels")}
+    return train_stage(
+        run, stage, parts.task, config, samples, fingerprint={**mine, **(fingerprint or {})}, after=after
+    )
+
+
+# --- seeing -------------------------------------------------------------------------------------
+
+
+def train_perception(run: Run) -> None:
+    """Train until the gates are passed, or `perception_most` minutes are used. Raises OutOfTime."""
+    preset = run.preset
+    parts = build_parts(run)
+    minutes = preset.perception.minutes
+    while True:
+        config = replace(preset.perception, minutes=minutes)
+        summary = _train(run, parts, "perception", config, full_noise=True, weight=lambda step: 1.0)
+        measured = measure_perception(run, parts)
+        missed = missed_gates(preset, measured)
+        if not missed or minutes >= preset.perception_most:
+            break
+        minutes = min(preset.perception_most, minutes + preset.perception.minutes / 4)
+        run.log(f"perception: {'; '.join(missed)}; training to {minutes:g} minutes")
+    if missed:
+        run.log(
+            f"perception: {'; '.join(missed)} after {minutes:g} minutes. The edit is trained all the same; "
+            "expect edits of things that it cannot see to fail"
+        )
+    run.finish("perception", {**summary, "measured": measured, "missed": missed})
+
+
+def missed_gates(preset: Preset, measured: dict[str, float]) -> list[str]:
+    """What of `Preset.gates` was not reached, in words."""
+    return [
+        f"{name} is {measured[name]:.1%}, below {least:.0%}"
+        for name, least in preset.gates.items()
+        if measured[name] < least
+    ]
+
+
+@torch.no_grad()
+def measure_perception(run: Run, parts: Parts, count: int = 512) -> dict[str, float]:
+    """On pairs of new pages: the share of things whose kind, color, … is named right, and the IoU of changes.
+
+    `change` is the IoU over edits of things, `change_page` that over edits of the whole page.
+    """
+    shards = latent_shards(run, parts, validation=True)
+    shards.make([0], then=[])
+    pool = Pool([shards.read(0)], run.device)
+    generator = torch.Generator(run.device).manual_seed(0)
+    rows = torch.randperm(len(pool.before), generator=generator, device=run.device)[:count]
+    shape, empty = tuple(pool.pages["latents"].shape[1:]), parts.tokens([""]).to(run.device)
+    plain = replace(parts.objective, shares=NO_DROPOUT, caption_share=0.0)
+    totals = dict.fromkeys(FIELDS, (0, 0))
+    changes: dict[bool, list[Tensor]] = {True: [], False: []}
+    of_page = torch.tensor([kind in GLOBAL_KINDS for kind in EDIT_KINDS], device=run.device)
+    was_training = parts.task.training
+    parts.task.eval()
+    for some in rows.split(64):
+        draws = draw_step(len(some), shape, plain, generator, full_noise=True)
+        batch = pool.batch(some, draws, torch.zeros_like(some), empty)
+        parts.task.predict(batch)
+        seen = parts.heads.see()
+        assert batch.labels is not None and batch.changed is not None
+        for name, part in named_right(
+            seen.before, batch.labels["before_cells"], batch.labels["before_things"]
+        ).items():
+            totals[name] = totals[name][0] + part[0], totals[name][1] + part[1]
+        both = torch.stack([seen.changed.float(), batch.changed[:, 0]], dim=1).cpu()
+        whole = of_page[pool.pairs["kind"][some]].cpu()
+        for key in changes:
+            changes[key].append(both[whole == key])
+    parts.task.train(was_training)
+    measured = {name: right / max(1, of) for name, (right, of) in totals.items()}
+    for name, key in (("change", False), ("change_page", True)):
+        logits, changed = torch.cat(changes[key]).unbind(1)
+        measured[name] = change_iou(logits, changed > 0)
+    run.log("perception: " + ", ".join(f"{name} {value:.1%}" for name, value in measured.items()))
+    return {name: round(value, 4) for name, value in measured.items()}
+
+
+# --- editing ------------------------------------------------------------------------------------
+
+
+def head_weight(preset: Preset, batch: int) -> Callable[[int], float]:
+    """The weight of the perception heads' loss: half of it is lost every `head_half_life` samples."""
+    return lambda step: max(
+        preset.head_weight_least, preset.head_weight * 0.5 ** (step * batch / preset.head_half_life)
+    )
+
+
+def train_unet(run: Run) -> None:
+    """Train the edit at a constant learning rate. Raises OutOfTime."""
+    preset = run.preset
+    parts = build_parts(run)
+    seen = run.summary("perception").get("steps", 0)
+    summary = _train(
+        run,
+        parts,
+        "unet",
+        preset.unet,
+        full_noise=False,
+        weight=head_weight(preset, preset.unet.batch),
+        steps_before=seen,
+        after="perception" if seen else None,
+    )
+    run.finish("unet", summary)
+
+
+def train_decay(run: Run) -> None:
+    """Let the learning rate fall on a copy of the newest `unet` state; write `unet` and `text_encoder`.
+
+    Raises OutOfTime.
+    """
+    preset = run.preset
+    state = Checkpoints(run.state_dir / "unet").load()
+    steps = 0 if state is None else int(state["step"])
+    samples = steps * preset.unet.batch
+    del state
+    parts = build_parts(run)
+    least = head_weight(preset, preset.unet.batch)(steps)
+    summary = _train(
+        run,
+        parts,
+        f"decay-{steps:08}",
+        preset.decay,
+        full_noise=False,
+        weight=lambda step: least,
+        steps_before=run.summary("perception").get("steps", 0) + steps,
+        after="unet",
+        fingerprint={"steps_before": steps},
+    )
+    unet = parts.task.unet.to(memory_format=torch.contiguous_format)
+    unet.save_pretrained(run.output / "unet", max_shard_size="15MB")
+    parts.task.text_encoder.save_pretrained(run.output / "text_encoder")
+    run.finish("decay", {**summary, "steps_before": steps, "samples_before": samples})

@@ -1,0 +1,206 @@
+"""The numbers of the storybook build: one recipe in three sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ip2p_storybook.rewording import KIND_WEIGHTS
+
+# Edits that a small network learns last.
+HARD_KINDS = ("add", "replace", "two", "move", "put_on", "style", "count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One run of the training loop. It ends after `steps` steps or `minutes`, whichever comes first.
+
+    `schedule` "constant" can be extended at any time; "cosine" falls from `lr` to a fiftieth of it.
+    """
+
+    steps: int = 1_000_000
+    minutes: float
+    batch: int
+    lr: float
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 200
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Which shards of edited pages a block of training draws from (`samples.EditorSamples`).
+
+    fresh: new shards of a block. pool: all of its shards. reuse: how often a page is seen in the end.
+    shards: the most that are kept on disk; blocks after that reuse them.
+    """
+
+    fresh: int = 4
+    pool: int = 12
+    reuse: int = 4
+    shards: int = 400
+
+
+def kind_shares(often: Mapping[str, float]) -> dict[str, float]:
+    """How often each kind of edit is drawn; those in `often` by that factor more."""
+    return {kind: weight * often.get(kind, 1.0) for kind, weight in KIND_WEIGHTS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One size of the recipe. Lengths are in pixels, samples, or minutes of training time."""
+
+    size: int  # side of a page
+
+    # --- the autoencoder: crops without residual blocks, crops, then whole pages as the rate falls
+    vae_linear: StageConfig
+    vae: StageConfig
+    vae_pages: StageConfig
+    vae_channels: tuple[int, ...] = (16, 32, 64, 128)
+    vae_layers: int = 1
+    latent_channels: int = 16
+    crop: int = 64
+    pca_pages: int = 128  # pages whose patches give the encoder's start
+    whiten_pages: int = 512
+    kl_weight: float = 1e-4
+    hue_weight: float = 1.0  # of errors in the differences between color channels
+    gradient_weight: float = 1.0  # of errors in the differences between neighboring pixels
+
+    # --- the text encoder and CLIP
+    text: StageConfig
+    clip: StageConfig
+    text_width: int = 192
+    text_layers: int = 3
+    clip_layers: int = 4
+    clip_pixels: int = 64
+    clip_patch: int = 8
+
+    # --- the pages that the editor learns from
+    groups: int = 64  # base pages of a shard
+    edits: int = 5  # edited versions of each
+    often: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(HARD_KINDS, 1.5))
+    pool: PoolConfig = PoolConfig()
+
+    # --- the editor: perception, the edit at a constant rate, and a copy whose rate falls
+    perception: StageConfig
+    unet: StageConfig
+    decay: StageConfig
+    unet_channels: tuple[int, ...] = (128, 192)
+    unet_layers: int | tuple[int, ...] = 1
+    unet_groups: int = 8
+    fine_attention: bool = False  # whether the finest level attends, on the way up
+    heads: int = 4  # of attention
+    # The least shares at which perception ends (`editor.measure_perception`), and the most minutes it gets.
+    gates: Mapping[str, float] = field(default_factory=lambda: {"kind": 0.9, "change": 0.7})
+    perception_most: float
+    # A small network that predicts noise takes long to learn even to copy the page at high noise levels;
+    # velocity asks for the picture itself there. "epsilon" is the paper's.
+    prediction: str = "v_prediction"
+    snr_clip: tuple[float, float] | None = (1.0, 5.0)
+    # t = 1000 u^power: below 1 favors the noisy steps, where an edit is decided. 1 is the paper's.
+    timestep_power: float = 0.5
+    # Changed cells weigh more, up to `change_weight_most`, so that they make up about `change_share` of a
+    # sample's loss: a hat is two cells of 256 (`training.loss.change_weights`).
+    change_share: float = 0.5
+    change_weight_most: float = 24.0
+    caption_share: float = 0.12  # samples with a caption and no page
+    head_weight: float = 0.5  # of the perception heads' loss as the edit begins to be trained
+    head_weight_least: float = 0.05
+    head_half_life: float = 200_000  # samples
+
+    # --- the language model: 177,000 parameters; its tokens are words and the captions' phrases
+    lm: StageConfig
+    lm_width: int = 64
+    lm_layers: int = 4
+    lm_heads: int = 4
+    lm_inner: int = 96
+    lm_texts: int = 20_000  # triples whose words are its tokens
+    lm_edited: float = 4.0  # weight of an edited caption's tokens
+
+    # --- all stages
+    precision: Literal["auto", "no", "bf16"] = "auto"  # auto: what is faster on this machine
+    ema: float = 0.999
+    workers: int = 1
+    save_every: float = 120.0  # seconds
+    seed: int = 1
+
+    @property
+    def cells(self) -> int:
+        """Latent cells along a side of a page."""
+        return self.size // 2 ** (len(self.vae_channels) - 1)
+
+
+PRESETS: dict[str, Preset] = {
+    # Seconds: shows that the whole path runs. Its pictures are noise.
+    "smoke": Preset(
+        size=64,
+        vae_linear=StageConfig(steps=2, minutes=1, batch=4, lr=1e-3, warmup=2),
+        vae=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=2),
+        vae_pages=StageConfig(steps=4, minutes=1, batch=2, lr=1e-3, warmup=0, schedule="cosine"),
+        vae_channels=(8, 16, 16, 48),
+        crop=32,
+        pca_pages=16,
+        whiten_pages=16,
+        text=StageConfig(steps=4, minutes=1, batch=8, lr=1e-3, warmup=2),
+        clip=StageConfig(steps=4, minutes=1, batch=8, lr=1e-3, warmup=2),
+        text_width=32,
+        text_layers=1,
+        clip_layers=1,
+        groups=2,
+        edits=3,
+        pool=PoolConfig(fresh=1, pool=2, reuse=2, shards=4),
+        perception=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=2),
+        unet=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2),
+        decay=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=0, schedule="cosine"),
+        unet_channels=(16, 32),
+        heads=2,
+        gates={},
+        perception_most=1,
+        lm=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2, schedule="cosine"),
+        lm_width=16,
+        lm_layers=1,
+        lm_heads=2,
+        lm_inner=16,
+        lm_texts=50,
+        precision="no",
+        workers=0,
+    ),
+    # Two CPU cores, in pieces of any length.
+    "cpu": Preset(
+        size=128,
+        vae_linear=StageConfig(minutes=8, batch=8, lr=2e-3, warmup=50),
+        vae=StageConfig(minutes=60, batch=8, lr=4e-4),
+        vae_pages=StageConfig(minutes=8, batch=4, lr=4e-4, warmup=0, schedule="cosine"),
+        text=StageConfig(minutes=10, batch=64, lr=1e-3, schedule="cosine"),
+        clip=StageConfig(minutes=8, batch=96, lr=1e-3, schedule="cosine"),
+        perception=StageConfig(minutes=75, batch=32, lr=1e-3),
+        unet=StageConfig(minutes=120, batch=32, lr=7e-4),
+        decay=StageConfig(minutes=25, batch=32, lr=7e-4, warmup=0, schedule="cosine"),
+        perception_most=150,
+        lm=StageConfig(steps=8000, minutes=30, batch=64, lr=4e-3, schedule="cosine"),
+        ema=0.998,
+    ),
+    # One H100, in calls of some minutes. The autoencoder is the CPU's, so its latents are too.
+    "h100": Preset(
+        size=128,
+        vae_linear=StageConfig(minutes=0.3, batch=32, lr=2e-3, warmup=50),
+        vae=StageConfig(minutes=4, batch=32, lr=6e-4),
+        vae_pages=StageConfig(minutes=0.7, batch=16, lr=6e-4, warmup=0, schedule="cosine"),
+        text=StageConfig(minutes=1, batch=512, lr=1e-3, schedule="cosine"),
+        clip=StageConfig(minutes=1.5, batch=512, lr=1e-3, schedule="cosine"),
+        pool=PoolConfig(fresh=30, pool=90, reuse=4, shards=1500),
+        perception=StageConfig(minutes=5, batch=256, lr=1e-3),
+        unet=StageConfig(minutes=12, batch=256, lr=7e-4),
+        decay=StageConfig(minutes=3, batch=256, lr=7e-4, warmup=0, schedule="cosine"),
+        unet_channels=(160, 192),
+        unet_layers=(2, 1),
+        fine_attention=True,
+        perception_most=8,
+        lm=StageConfig(steps=20_000, minutes=6, batch=64, lr=4e-3, schedule="cosine"),
+        ema=0.9995,
+        workers=15,
+        save_every=60.0,
+    ),
+}

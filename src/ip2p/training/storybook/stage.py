@@ -1,0 +1,153 @@
+"""What the stages of the storybook build share: where they save, when they stop, how they train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ip2p.base.errors import InputError
+from ip2p.base.files import write_text
+from ip2p.training.checkpoints import Checkpoints
+from ip2p.training.loop import LoopConfig, fit, new_accelerator
+from ip2p.training.storybook.numerics import Numerics, measure_numerics
+from ip2p.training.storybook.presets import Preset, StageConfig
+
+SUMMARY = ("steps", "samples", "minutes")  # of each stage, on the model's card
+
+
+class OutOfTime(Exception):
+    """This call's seconds are used up; the state is saved."""
+
+
+@dataclass
+class Run:
+    """One call of the build: its numbers, its folder, its device, and the time at which it stops."""
+
+    preset: Preset
+    name: str
+    output: Path
+    device: torch.device
+    deadline: float | None  # of time.monotonic()
+    log: Callable[[str], None]
+    seed_shift: int = 0  # of the editor's pages, for a model that is trained further
+
+    @property
+    def state_dir(self) -> Path:
+        return self.output / "state"
+
+    @cached_property
+    def numerics(self) -> Numerics:
+        """The number format and memory layout to train in on this machine."""
+        if self.preset.precision != "auto":
+            return Numerics(self.preset.precision, torch.contiguous_format)
+        found = measure_numerics(self.device)
+        layout = "channels last" if found.memory_format == torch.channels_last else "channels first"
+        self.log(f"training in {'fp32' if found.precision == 'no' else found.precision}, {layout}")
+        return found
+
+    def is_done(self, stage: str) -> bool:
+        return (self.state_dir / f"{stage}.done.json").exists()
+
+    def summary(self, stage: str) -> dict[str, Any]:
+        """What a finished stage recorded about itself; empty for an unfinished one."""
+        path = self.state_dir / f"{stage}.done.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def finish(self, stage: str, summary: dict[str, Any]) -> None:
+        """Mark a stage as finished."""
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        write_text(self.state_dir / f"{stage}.done.json", json.dumps(summary, indent=1) + "\n")
+
+
+def train_stage(
+    run: Run,
+    stage: str,
+    task: nn.Module,
+    config: StageConfig,
+    batches: Callable[[int], Iterator[list[Any]]],
+    *,
+    fingerprint: dict[str, Any],
+    precision: str | None = None,
+    after: str | None = None,
+) -> dict[str, Any]:
+    """Train to the stage's end (`train.loop.fit`) and return its summary.
+
+    fingerprint: the numbers that a resumed stage must keep, besides the batch. Length, learning rate,
+    workers and precision are free, so that a run can be extended and moved to another machine.
+    precision: instead of the run's. after: a stage of the same network; if this one has not begun, it takes
+    over that one's weights, averages and optimizer state. Raises OutOfTime when this call's time is up.
+    """
+    fingerprint = plain(
+        {
+            "preset": run.name,
+            "ema": run.preset.ema,
+            "seed": run.preset.seed,
+            **fingerprint,
+            "batch": config.batch,
+        }
+    )
+    if after is not None:
+        _continue_from(run, after, stage, fingerprint)
+    result = fit(
+        task,
+        batches,
+        LoopConfig(
+            steps=config.steps,
+            minutes=config.minutes,
+            batch=config.batch,
+            lr=config.lr,
+            schedule=config.schedule,
+            warmup=config.warmup,
+            weight_decay=config.weight_decay,
+            decay_vectors=False,
+            betas=(0.9, 0.99),
+            clip_norm=config.clip_norm,
+            ema=run.preset.ema,
+            nan_steps=10,
+            save_every=None,
+            save_seconds=run.preset.save_every,
+        ),
+        folder=run.state_dir / stage,
+        accelerator=new_accelerator(run.device, precision or run.numerics.precision),
+        fingerprint=fingerprint,
+        name=stage,
+        deadline=run.deadline,
+        say=run.log,
+    )
+    if not result.finished:
+        raise OutOfTime
+    return {
+        "steps": result.step,
+        "samples": result.step * config.batch,
+        "minutes": round(result.seconds / 60, 1),
+        "curve": result.curve,
+        "config": asdict(config),
+    }
+
+
+def _continue_from(run: Run, source: str, target: str, fingerprint: dict[str, Any]) -> None:
+    """Copy the newest state of `source` to stage `target`, unless that has begun. Its steps start at 0."""
+    checkpoints = Checkpoints(run.state_dir / target)
+    if checkpoints.rows():
+        return
+    state = Checkpoints(run.state_dir / source).load()
+    if state is None:
+        raise InputError(f"stage {source} has no state in {run.state_dir}; train it first")
+    state.update(step=0, samples=0, seconds=0.0, curve=[], fingerprint=fingerprint)
+    checkpoints.save(0, state)
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, as they come back from a file."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value

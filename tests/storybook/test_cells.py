@@ -1,0 +1,74 @@
+"""Maps of which thing covers what, against pictures drawn with and without the thing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ip2p_storybook.cells import MAX_THINGS, cell_map, scene_classes, thing_map
+from ip2p_storybook.draw import draw, thing_mask
+from ip2p_storybook.labels import PAGE_CLASSES, THING_CLASSES
+from ip2p_storybook.scene import Scene, Thing, rng_for, sample_scene
+
+SCENES = [replace(sample_scene(rng_for("cells", i)), style="plain", weather="clear") for i in range(12)]
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: str(scene.seed))
+def test_a_thing_covers_only_what_changes_with_it(scene):
+    pixels = thing_map(scene, 128)
+    for index in range(len(scene.things)):
+        own = pixels == index + 1
+        assert not (own & ~thing_mask(scene, index, 128)).any()
+        without = replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
+        changes = (draw(scene, 128) != draw(without, 128)).any(axis=-1)
+        # A pixel of the thing may by chance have the color of what is behind it.
+        assert (changes & own).sum() >= 0.9 * own.sum()
+
+
+def test_the_thing_in_front_counts():
+    near = Thing(kind="house", colour="red", size="large", slot="middle", uid=2)
+    far = Thing(kind="tree", colour="green", size="large", slot="left", uid=1)
+    for seed in range(20):
+        both = Scene(place="meadow", things=(far, near), seed=seed)
+        alone = [thing_map(replace(both, things=(thing,)), 128) > 0 for thing in both.things]
+        overlap = alone[0] & alone[1]
+        if overlap.any():
+            on_top = set(thing_map(both, 128)[overlap].tolist())
+            assert len(on_top) == 1
+            return
+    raise AssertionError("no two things overlap")
+
+
+def test_a_cell_belongs_to_what_covers_most_of_it():
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:8, :8] = 1  # a whole cell
+    pixels[:8, 8:10] = 2  # exactly the least share
+    pixels[8:, :1] = 2  # less
+    pixels[8:, 8:11], pixels[8:, 11:15] = 1, 2
+    assert cell_map(pixels, 2).tolist() == [[1, 2], [0, 2]]
+
+
+@pytest.mark.parametrize("scene", SCENES[:4], ids=lambda scene: str(scene.seed))
+def test_cells_agree_with_counting_pixels(scene):
+    pixels = thing_map(scene, 64)
+    cells = cell_map(pixels, 8)
+    for row in range(8):
+        for column in range(8):
+            block = pixels[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            counts = [int((block == k).sum()) for k in range(1, MAX_THINGS + 1)]
+            expected = 1 + int(np.argmax(counts)) if max(counts) >= 16 else 0
+            assert cells[row, column] == expected
+
+
+def test_classes_lead_back_to_the_page():
+    scene = SCENES[0]
+    things, page = scene_classes(scene)
+    assert things.shape == (MAX_THINGS, len(THING_CLASSES))
+    for row, thing in zip(things, scene.things, strict=False):
+        assert [c[k] for c, k in zip(THING_CLASSES.values(), row, strict=True)] == [
+            getattr(thing, field) for field in THING_CLASSES
+        ]
+    assert (things[len(scene.things) :] == -1).all()
+    assert [c[k] for c, k in zip(PAGE_CLASSES.values(), page, strict=True)] == [
+        getattr(scene, field) for field in PAGE_CLASSES
+    ]
