@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from benchmarks.crash import harness
 from benchmarks.crash.targets import TARGETS
-import torch, tyro, ip2p.cli.data, ip2p.data.convert, ip2p.data.loading, ip2p_storybook.draw  # shared by forks
+import torch, tyro, ip2p.cli.data, ip2p.data.convert, ip2p_storybook.draw  # shared by the forks
 
 target = TARGETS["convert"]
 small = ["--size", "32", "--count", "60", "--shard-rows", "5"]
