@@ -301,7 +301,7 @@ def kill_commands(bench: Bench, target: Target, way: str) -> Iterator[str]:
 
 def kill_workers(bench: Bench, target: Target, way: str) -> Iterator[str]:
     """Kill workers, of this machine or the cluster, at random times while the command goes on."""
-    from ip2p.base.jobs import RETRIES
+    from ip2p.base.work import RETRIES
 
     usual = bench.undisturbed(target)
     killed = number = repeated = made = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import errno
 import importlib
 import io
 import logging
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ip2p import __version__
-from ip2p.base.errors import InputError, Ip2pError, ResourceError, Terminated
+from ip2p.base.errors import InputError, Ip2pError, Terminated, as_ip2p_error
 from ip2p.base.terminal import say
 
 # verb: (its config in ip2p.config, the function that runs it, what it does in a few words)
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _sigterm_raises(), _messages_to_stderr(debug):
             return _run(words)
     except (Ip2pError, Exception) as error:
-        known = _as_ip2p_error(error)
+        known = as_ip2p_error(error)
         if debug:
             import traceback
 
@@ -309,22 +308,3 @@ def _messages_to_stderr(debug: bool) -> Iterator[None]:
     finally:
         log.removeHandler(line)
         log.setLevel(before)
-
-
-def _as_ip2p_error(error: Exception) -> Ip2pError | None:
-    """The error as one of ours, None when it is a fault of the program."""
-    if isinstance(error, Ip2pError):
-        return error
-    text = str(error)
-    out_of_memory = (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's; torch may not be imported here
-        or (isinstance(error, RuntimeError) and "alloc" in text and "memory" in text)
-    )
-    if out_of_memory:
-        return ResourceError(
-            "out of memory; try a smaller picture (--size 256) or fewer at once (--batch-size 1)."
-        )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return ResourceError(f"no space left on the disk of {error.filename or 'the output'}; free some.")
-    return None

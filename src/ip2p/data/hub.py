@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ip2p.base.errors import InputError, ModelError
+from ip2p.base.errors import InputError, Ip2pError, ModelError, hub_error
 from ip2p.data.columns import of_split
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a parquet edition of most data sets
@@ -61,7 +61,7 @@ def cached_files(name: str, split: str, revision: str | None = None) -> tuple[li
     try:
         folder = fetch(files, local=False)
     except Exception as error:
-        raise _told(name, revision, error) from None
+        raise refused(name, error, revision) from None
     return [folder / file for file in files], folder.name
 
 
@@ -99,7 +99,7 @@ def _listed(name: str, split: str, revision: str | None) -> tuple[list[str], str
     try:
         known = HfApi().dataset_info(name, revision=revision)
     except Exception as error:
-        raise _told(name, revision, error) from None
+        raise refused(name, error, revision) from None
     files = sorted(entry.rfilename for entry in known.siblings or () if entry.rfilename.endswith(".parquet"))
     if not files:
         raise InputError(
@@ -116,24 +116,6 @@ def filesystem() -> Any:
     return HfFileSystem()
 
 
-def unreachable(name: str, error: Exception, revision: str | None = None) -> ModelError:
-    return ModelError(
-        f"The hub cannot be reached for the data set {name} ({type(error).__name__}). "
-        f"Where there is a network: {download_command(name, revision)}"
-    )
-
-
-def _told(name: str, revision: str | None, error: Exception) -> ModelError:
-    """The client's errors in a line; it raises its own, its transport's, and OSError."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        command = download_command(name, revision)
-        return ModelError(
-            f"{name} asks for an agreement. Accept it on its page, then: HF_TOKEN=... {command}"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return ModelError(f"{name} has no revision {revision}. Check it on the data set's page.")
-    if isinstance(error, RepositoryNotFoundError):
-        return ModelError(f"{name} is neither a path here nor a data set on the hub. Check the name.")
-    return unreachable(name, error, revision)
+def refused(name: str, error: Exception, revision: str | None = None) -> Ip2pError:
+    """What the hub's client raised for a data set, in a line."""
+    return hub_error(error, name, download_command(name, revision), what="data set", revision=revision)

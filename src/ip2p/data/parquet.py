@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ip2p.base.errors import InputError, ModelError
+from ip2p.base.errors import InputError, Ip2pError
 from ip2p.data import columns, hub
 from ip2p.data.handles import Lately
 from ip2p.data.records import BrokenRow, MissingPart, Pair
@@ -77,9 +77,9 @@ class ParquetSource:
         except OSError as error:
             raise self._unread(path, error) from None
 
-    def _unread(self, path: str, error: Exception) -> InputError | ModelError:
+    def _unread(self, path: str, error: Exception) -> Ip2pError:
         if self.remote:
-            return hub.unreachable(self.name, error)
+            return hub.refused(self.name, error)
         return InputError(f"{path} cannot be read ({error}). Check the file and its permissions.")
 
     def _opened(self, path: str) -> Any:

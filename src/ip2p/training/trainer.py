@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ip2p.base.devices import has_fast_bf16, pick_device
-from ip2p.base.errors import InputError, ResourceError
+from ip2p.base.errors import InputError, translated_errors
 from ip2p.base.files import make_folder, write_text
+from ip2p.base.ledger import lock_folder
 from ip2p.base.terminal import say
 from ip2p.config import Split, TrainConfig, as_dict, run_json
 from ip2p.data.loading import open_source
@@ -38,7 +39,7 @@ from ip2p.models.clip import Clip
 from ip2p.models.save import Data, model_card, save_editor
 from ip2p.models.text import encode_prompts
 from ip2p.training.cache import Latents, TextCache, build_cache, encode_pictures, text_key, weights_key
-from ip2p.training.loop import LoopConfig, Result, fit, new_accelerator, sole_owner
+from ip2p.training.loop import LoopConfig, Result, fit, new_accelerator
 from ip2p.training.loss import Shares
 from ip2p.training.objective import Draws, EditBatch, EditTask, Objective
 from ip2p.training.samples import CachedSamples, PooledSamples, Reader, Share, Words, read_cached
@@ -126,19 +127,15 @@ def run(config: TrainConfig) -> Result | None:
     assert config.output is not None, "TrainConfig.check was called"
     folder = Path(config.output)
     make_folder(folder)
-    with sole_owner(folder) if _main() else contextlib.nullcontext():
+    with lock_folder(folder) if _main() else contextlib.nullcontext():
         if (ended := _finished(config, folder)) is not None:
             if _main():
                 say(ended)
             return None
-        try:
+        half = max(1, (config.micro_batch or config.batch) // 2)
+        advice = f"--micro-batch {half} (the result stays the same), --checkpointing, or --lora 16"
+        with translated_errors(memory=f"out of memory; try {advice}."):
             return _run(config, folder)
-        except torch.OutOfMemoryError:
-            half = max(1, (config.micro_batch or config.batch) // 2)
-            raise ResourceError(
-                f"out of memory; try --micro-batch {half} (the result stays the same), --checkpointing, "
-                "or --lora 16."
-            ) from None
 
 
 def _main() -> bool:
@@ -558,8 +555,10 @@ class _Checks:
             steps=self.here.config.validate_steps,
             size=self.here.transform.size[0],
             splits=("test",),
-        )["test"]["model"]["overall"]
-        return {"success": told["success"], "kept": told["preservation"] or 0.0}
+            baselines=(),
+        )["splits"]["test"]["model"]["overall"]
+        kept = told["preservation"]
+        return {"success": told["nearest"]["value"], "kept": kept["value"] if kept else 0.0}
 
     def __call__(self, step: int) -> bool:
         self.curves.forget_after(step - 1)
