@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ip2p.base.devices import NoiseStream
-from ip2p.diffusion.samplers import SAMPLERS, dpmpp_2m, euler, euler_ancestral
-from ip2p.diffusion.schedule import karras_sigmas, linspace_sigmas, schedule_from_config
+from ip2p.diffusion.samplers import OWN_SPACING, SAMPLERS, dpmpp_2m, euler, euler_ancestral, sampler_for
+from ip2p.diffusion.schedule import SPACINGS, karras_sigmas, linspace_sigmas, schedule_from_config
 
 SCHEDULE = schedule_from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
 SPREAD = 0.5
@@ -95,3 +95,66 @@ def test_image_k_of_a_batch_equals_that_image_alone(name):
         return last
 
     torch.testing.assert_close(run([5, 6, 7])[1:2], run([6]), rtol=0, atol=0)
+
+
+# --- distilled models ---
+
+
+class Ddpm:
+    """diffusers' schedulers as they are fed: the network's noise prediction from our x0."""
+
+    def __init__(self, kind, steps):
+        self.scheduler = kind(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        )
+        self.scheduler.set_timesteps(steps)
+        kept = self.scheduler.alphas_cumprod.double()
+        self.levels = ((1 - kept) / kept).sqrt()
+
+    def steps(self, network, x, noise, **more):
+        """x of every step as ours is, x / sqrt(ᾱ), and each step's x0; noises are drawn as ours are."""
+        import diffusers.schedulers.scheduling_lcm as lcm_module
+        import diffusers.schedulers.scheduling_tcd as tcd_module
+
+        sample = x / (1 + self.levels[self.scheduler.timesteps[0]] ** 2).sqrt()
+        for number, time in enumerate(self.scheduler.timesteps):
+            sigma = self.levels[time]
+            scaled = sample * (1 + sigma**2).sqrt()
+            epsilon = (scaled - network(scaled, sigma)) / sigma
+            with pytest.MonkeyPatch.context() as patch:
+                for module in (lcm_module, tcd_module):
+                    patch.setattr(module, "randn_tensor", lambda *_, **__: noise())
+                out = self.scheduler.step(epsilon, int(time), sample, **more)
+            sample = out.prev_sample
+            last = number + 1 == len(self.scheduler.timesteps)
+            following = self.levels[self.scheduler.timesteps[number + 1]] if not last else None
+            yield sample * (1 + following**2).sqrt() if following is not None else network(scaled, sigma)
+
+
+def network(x, sigma):
+    """A smooth x0 that depends on all of x and on sigma."""
+    return torch.tanh(0.3 * x.roll(1, -1) / (1 + sigma**2).sqrt() + 0.1 * sigma.log())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_samplers_of_distilled_models_agree_with_diffusers_schedulers(name, steps):
+    from diffusers import LCMScheduler, TCDScheduler
+
+    oracle = Ddpm({"lcm": LCMScheduler, "tcd": TCDScheduler}[name], steps)
+    sigmas = SPACINGS[OWN_SPACING[name]](SCHEDULE, steps)
+    torch.testing.assert_close(
+        sigmas[:-1].double(), oracle.levels[oracle.scheduler.timesteps], rtol=1e-5, atol=0
+    )
+    first, noise = start(sigmas)
+    ours = list(sampler_for(name, SCHEDULE)(network, first, sigmas, noise))
+    _, noise = start(sigmas)
+    theirs = list(oracle.steps(network, first, noise, **({"eta": 0.3} if name == "tcd" else {})))
+    assert len(ours) == len(theirs) == steps
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_more_steps_than_were_distilled_are_spaced_evenly():
+    sigmas = SPACINGS["lcm"](SCHEDULE, 80)
+    assert len(sigmas) == 81 and (sigmas.diff() < 0).all() and sigmas[0] == SCHEDULE.levels[-1].float()

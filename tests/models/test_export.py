@@ -170,3 +170,26 @@ def test_the_header_opens_in_the_library(sd1_dir, tmp_path):
         assert file.get_tensor("model.diffusion_model.out.2.bias").dtype == torch.bfloat16
         attention = "first_stage_model.decoder.mid.attn_1.q.weight"
         assert file.get_slice(attention).get_shape() == [64, 64, 1, 1]
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_a_velocity_file_of_sd_1_warns_and_gets_the_config_that_others_read(tmp_path, channels):
+    import yaml
+    from conftest import make_sd_model
+
+    folder = make_sd_model(tmp_path / "v", prediction="v_prediction", in_channels=channels)
+    stored = open_model(folder)
+    with pytest.warns(UserWarning, match=r"predicts velocity.*model\.yaml beside it tells AUTOMATIC1111"):
+        export_file(stored, tmp_path / "model.safetensors")
+    model = yaml.safe_load((tmp_path / "model.yaml").read_text())["model"]
+    unet = model["params"]["unet_config"]["params"]
+    assert model["params"]["parameterization"] == "v" and unet["in_channels"] == channels
+    assert model["target"].endswith("ddpm_edit.LatentDiffusion" if channels == 8 else "ddpm.LatentDiffusion")
+    config = stored.configs["unet"]
+    assert [unet["model_channels"] * each for each in unet["channel_mult"]] == config["block_out_channels"]
+    assert unet["context_dim"] == config["cross_attention_dim"]
+
+
+def test_a_noise_prediction_file_has_no_config_beside(sd1_dir, tmp_path, recwarn):
+    export_file(open_model(sd1_dir), tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.yaml").exists() and not recwarn

@@ -2,13 +2,14 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from ip2p.base.errors import InputError, ModelError
 from ip2p.models.bundle import load_bundle
-from ip2p.models.lora import apply_loras, check_loras
+from ip2p.models.lora import apply_loras, check_loras, write_kohya
 
 RANK, ALPHA = 2, 4.0
 UNET = [
@@ -264,3 +265,73 @@ def test_the_editor_loads_with_loras(tiny_model_dir, bundle, tmp_path):
 def _saved(weights, folder):
     save_file(weights, folder / "one.safetensors")
     return folder / "one.safetensors"
+
+
+# --- Kohya's names ---
+
+
+def trained(bundle, path, *, text=True, **metadata):
+    """A file as PEFT and diffusers write it."""
+    state = {}
+    for number, (network, name, module) in enumerate(places(bundle)):
+        if network == "unet" or text:
+            down, up = factors(module, number)
+            state[f"{network}.{name}.lora_A.weight"], state[f"{network}.{name}.lora_B.weight"] = down, up
+    safetensors.torch.save_file(state, path, {"format": "pt", **metadata})
+    return state
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_kohyas_names_merge_as_pefts_do(tiny_model_dir, tmp_path, alpha, stabilized):
+    ours, theirs = load_bundle(tiny_model_dir), load_bundle(tiny_model_dir)
+    said = {"unet.lora_alpha": alpha, "text_encoder.lora_alpha": alpha, "unet.use_rslora": stabilized}
+    more = {} if alpha is None else {"lora_adapter_metadata": json.dumps(said)}
+    state = trained(ours, tmp_path / "peft.safetensors", **more)
+    layers = write_kohya(tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "kohya.safetensors")
+    assert len(found) == 3 * layers and 2 * layers == len(state)
+    assert {key.split(".", 1)[1] for key in found} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    apply_loras(ours, [(tmp_path / "peft.safetensors", 0.7)])
+    apply_loras(theirs, [(tmp_path / "kohya.safetensors", 0.7)])
+    for network in ("unet", "text_encoder"):
+        mine, its = getattr(ours, network).state_dict(), getattr(theirs, network).state_dict()
+        for name in mine:
+            torch.testing.assert_close(mine[name], its[name], rtol=0, atol=1e-6)
+
+
+def test_kohyas_names_are_those_of_diffusers_conversion_to_kohya(tiny_model_dir, tmp_path):
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    bundle = load_bundle(tiny_model_dir)
+    state = trained(bundle, tmp_path / "peft.safetensors", text=False)
+    write_kohya(tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "kohya.safetensors")
+    wanted = convert_state_dict_to_kohya(dict(state))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], value.to(found[key])) for key, value in wanted.items())
+
+
+def test_the_text_encoders_of_sdxl_have_numbers(tmp_path):
+    down, up = torch.randn(2, 8), torch.randn(8, 2)
+    for name, start in (("text_encoder", "lora_te1_"), ("text_encoder_2", "lora_te2_")):
+        layer = f"{name}.text_model.encoder.layers.0.self_attn.q_proj"
+        other = "text_encoder_2.text_model.encoder.layers.1.self_attn.q_proj"
+        state = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+        state |= {f"{other}.lora_A.weight": down.clone(), f"{other}.lora_B.weight": up.clone()}
+        safetensors.torch.save_file(state, tmp_path / "peft.safetensors")
+        write_kohya(tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors")
+        found = safetensors.torch.load_file(tmp_path / "kohya.safetensors")
+        assert f"{start}text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in found
+    # Kohya's own names pass unchanged.
+    write_kohya(tmp_path / "kohya.safetensors", tmp_path / "again.safetensors")
+    assert safetensors.torch.load_file(tmp_path / "again.safetensors").keys() == found.keys()
+
+
+def test_what_kohyas_names_cannot_say_is_refused(tmp_path):
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = {f"{layer}.lora_magnitude_vector": torch.ones(4), f"{layer}.lora_A.weight": torch.ones(2, 4)}
+    safetensors.torch.save_file(state, tmp_path / "dora.safetensors")
+    with pytest.raises(ModelError, match="lora_magnitude_vector has no name of Kohya's"):
+        write_kohya(tmp_path / "dora.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

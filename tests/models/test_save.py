@@ -13,6 +13,7 @@ from ip2p.base.errors import ModelError
 from ip2p.editing.editor import Editor
 from ip2p.models import export
 from ip2p.models.base import load_base, prediction_of
+from ip2p.models.bundle import load_bundle
 from ip2p.models.save import Data, edit_scheduler, model_card, save_editor, write_editor
 
 CARD = {"name": "mine", "native_size": 64}
@@ -305,3 +306,21 @@ def test_the_cards_code_edits_a_picture(request, tmp_path, monkeypatch, page, ki
     monkeypatch.setattr(diffusers.EulerAncestralDiscreteScheduler, "set_timesteps", few)
     exec(code, {})
     assert Image.open("snow.png").size == page.size
+
+
+@pytest.mark.parametrize("kind", ["sd1_dir", "xl_dir"])
+def test_tokenizers_are_written_as_transformers_4_reads_them_too(request, tmp_path, kind):
+    """Its slow tokenizer needs both lists; here it is built from them alone."""
+    from transformers import CLIPTokenizer
+
+    bundle = load_bundle(request.getfixturevalue(kind))
+    save_editor(bundle, tmp_path / "out")
+    for name in ("tokenizer", *(["tokenizer_2"] if kind == "xl_dir" else [])):
+        folder = tmp_path / "out" / name
+        words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        header, *merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        assert header == "#version: 0.2"
+        rebuilt = CLIPTokenizer(vocab=words, merges=[tuple(line.split(" ")) for line in merges])
+        own = getattr(bundle, name)
+        for text in ("make it night", "a café at 7:30 — won't it?"):
+            assert rebuilt(text).input_ids == own(text).input_ids

@@ -1,8 +1,8 @@
 """A server is asked by several threads, through pauses and restarts, in a form that it takes."""
 
 import json
-import random
 import re
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ class Fake:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fake.bodies.append(body)
                 fake.paths.append(self.path)
-                fake.headers.append(dict(self.headers))
+                fake.headers.append(self.headers)  # names in any case
                 told = fake.reply(body, self.path, self.headers)
                 if told is None:
                     self.close_connection = True
@@ -427,11 +427,11 @@ def test_a_server_that_comes_back_just_when_it_is_given_up_refuses_nothing(monke
     now = time.monotonic()
     writer._answered = now - 11
     # It failed for less than the patience, so that it is waited for again; then one try decides.
-    assert not writer._wait(failed, 1, now - 5, random.Random(0), stop, known=False) and len(waits) == 1
-    assert writer._wait(failed, 1, now - 11, random.Random(0), stop, known=False) and len(waits) == 1
+    assert not writer._wait(failed, 0.5, now - 5, stop, known=False) and len(waits) == 1
+    assert writer._wait(failed, 0.5, now - 11, stop, known=False) and len(waits) == 1
     writer._answered = now - 11
     with pytest.raises(ModelError, match="has not answered"):
-        writer._wait(failed, 1, now - 11, random.Random(0), stop, known=True)
+        writer._wait(failed, 0.5, now - 11, stop, known=True)
 
 
 @pytest.mark.parametrize("key", ["sk-secret\rX: y", "sk secret", "sk-secret\u2019", "sk-sécret"])
@@ -489,3 +489,21 @@ def test_an_answer_that_was_cut_off_says_so():
 def test_settings_out_of_range_are_told(settings, told):
     with pytest.raises(InputError, match=told):
         ServerWriter(**({"url": "http://localhost:1/v1", "model": "lm"} | settings))
+
+
+@pytest.mark.parametrize("package", ["openai", "tenacity"])
+def test_a_missing_extra_is_named_with_its_install_command(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"{package}.* pip install 'ip2p\[llm-server\]'"):
+        ServerWriter("http://localhost:1/v1", "lm")
+
+
+def test_without_a_key_none_is_sent_and_the_environments_organization_stays_here(monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project-secret")
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", "sk-admin")
+    with serving() as fake:
+        assert make(fake)(ASKS[:1]) == WANTED[:1]
+        assert make(fake, key="sk-mine")(ASKS[:1]) == WANTED[:1]
+    assert "secret" not in str(fake.headers) and "sk-admin" not in str(fake.headers)
+    assert [headers["Authorization"] for headers in fake.headers] == [None, "Bearer sk-mine"]

@@ -131,4 +131,35 @@ def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Float[Ten
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)]).float()
 
 
-SPACINGS = {"linspace": linspace_sigmas, "karras": karras_sigmas}
+def lcm_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
+    """sigma at the times at which LCM and TCD models were distilled, every 20th of 1000, then a zero.
+
+    `steps` of these, evenly chosen from the noisiest on (Luo et al. 2023). Where more steps are asked for,
+    the times are spaced evenly over the same range.
+    """
+    count = len(schedule.levels)
+    known = min(50, count)
+    times = (torch.arange(known, 0, -1, dtype=torch.float64) * (count // known)) - 1
+    places = torch.linspace(0, known, steps + 1, dtype=torch.float64)[:-1]
+    chosen = times[places.floor().long()] if steps <= known else count - 1 - places * (count // known)
+    return torch.cat([schedule.sigma(chosen), torch.zeros(1)]).float()
+
+
+def trailing_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
+    """sigma at times T-1, T-1-T/n, … for n steps, rounded, then a zero (Lin et al. 2024, table 2).
+
+    The step from the last time to zero is as long as the others, where `linspace_sigmas` is at time 0 already
+    and wastes it: two of its steps give what one gives. Equal to diffusers' timestep_spacing "trailing";
+    steps: 1 to T.
+    """
+    count = len(schedule.levels)
+    times = (count - torch.arange(steps, dtype=torch.float64) * count / steps).round() - 1
+    return torch.cat([schedule.sigma(times.clamp(min=0)), torch.zeros(1)]).float()
+
+
+SPACINGS = {
+    "linspace": linspace_sigmas,
+    "karras": karras_sigmas,
+    "trailing": trailing_sigmas,
+    "lcm": lcm_sigmas,
+}

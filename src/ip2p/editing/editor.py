@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -18,7 +18,7 @@ from ip2p import __version__
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
 from ip2p.base.errors import InputError, ModelError, translated_errors
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
-from ip2p.diffusion.samplers import SAMPLERS
+from ip2p.diffusion.samplers import sampler_for
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.editing.results import EditResults
 from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle
@@ -30,7 +30,7 @@ from ip2p.models.controlnet import (
     find_controlnet,
     load_controlnet,
 )
-from ip2p.models.load import open_model, part_weights
+from ip2p.models.load import Choice, open_model, part_weights
 from ip2p.models.lora import apply_loras, check_loras
 from ip2p.models.memory import (
     Memory,
@@ -128,7 +128,7 @@ class Editor:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
-        weights: Literal["ema", "plain"] = "ema",
+        weights: Choice = "auto",
         vae: str | Path | None = None,
         loras: Sequence[str | tuple[str | Path, float]] = (),
         controlnet: str | Path | None = None,
@@ -146,7 +146,7 @@ class Editor:
             {
                 "model": str(model),
                 "revision": revision,
-                "weights": weights,
+                "weights": "ema" if weights == "auto" else weights,
                 "vae": None if vae is None else str(vae),
                 "lora": loras,
                 "controlnet": None if controlnet is None else str(controlnet),
@@ -377,7 +377,7 @@ class Editor:
     def _said(
         self, latents: Tensor, text: Tensor | Prompt, null_text: Tensor | Prompt, seeds: Sequence[int]
     ) -> Tensor:
-        """What the instruction adds to the model's predictions of x0, [batch, draws, 4, h, w]."""
+        """What the instruction adds to the model's predictions of x0, [batch, draws, channels, h, w]."""
         noise = NoiseStream(seeds, latents.shape[1:], self.device)
         time = torch.tensor(masks.LEVEL * (len(self.schedule.levels) - 1), dtype=torch.float64)
         sigma = self.schedule.sigma(time).float()
@@ -489,7 +489,7 @@ class Editor:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """A sampler's latents [batch, 4, h, w] → pictures [batch, 3, H, W] in about [-1, 1]; fp32."""
+        """A sampler's latents [batch, channels, h, w] → pictures [batch, 3, H, W] in about [-1, 1]; fp32."""
         factor = self.bundle.latent_factor
         vae = self._thrifty_vae(1, *(side * factor for side in latents.shape[-2:]))
         return vae.decode((latents / self.bundle.latent_scale).to(vae.dtype)).sample.float()
@@ -521,14 +521,14 @@ class Editor:
         control: Control | None = None,
         hold: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """Sample, yielding the latents [batch, 4, h, w] after each step; the last are the result's.
+        """Sample, yielding the latents [batch, channels, h, w] after each step; the last are the result's.
 
-        image_latent: [1 or batch, 4, h, w] from `encode_image`, or None to draw from the text
-        alone. text, null_text: [1 or batch, tokens, features] or Prompts of as many rows. `noise()`
-        gives the start and then what the sampler asks for. sigmas: falling, with a final zero, as
-        `diffusion.schedule` makes them. rescale, interval: see `guided`. control: from `self.control`.
-        hold: latents [1 or batch, 4, h, w] of what the result is, and where it may become another, 1 or
-        0 [1 or batch, 1, h, w]; where not, they are held to the former at every step (`masks.held`).
+        image_latent: [1 or batch, channels, h, w] from `encode_image`, or None to draw from the text alone.
+        text, null_text: [1 or batch, tokens, features] or Prompts of as many rows. `noise()` gives the start
+        and then what the sampler asks for. sigmas: falling, with a final zero, as `diffusion.schedule` makes
+        them. rescale, interval: see `guided`. control: from `self.control`. hold: latents [1 or batch,
+        channels, h, w] of what the result is, and where it may become another, 1 or 0 [1 or batch, 1, h, w];
+        where not, they are held to the former at every step (`masks.held`).
         """
         start = noise() * sigmas[0]
         factor = self.bundle.latent_factor
@@ -548,7 +548,7 @@ class Editor:
             known, free = hold
             start = start + (1 - free) * known
             denoise = held(denoise, known, free)
-        sampling = SAMPLERS[sampler](denoise, start, sigmas, noise)
+        sampling = sampler_for(sampler, self.schedule)(denoise, start, sigmas, noise)
         while True:
             # Entered anew for each step: a generator must not hold the mode open over its caller's code.
             with torch.inference_mode():

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ip2p.base.errors import ModelError
-from ip2p.models.bundle import Bundle, find_model, make_bundle
-from ip2p.models.load import Stored, empty_network, open_model, read_json, unreadable
+from ip2p.models.bundle import Bundle, find_model, make_bundle, open_parts
+from ip2p.models.load import Choice, Stored, empty_network, open_model, read_json, unreadable
 from ip2p.models.widen import widen_conv_in
 
 if TYPE_CHECKING:
@@ -25,16 +25,17 @@ def load_base(
     *,
     device: torch.device | str = "cpu",
     revision: str | None = None,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: Choice = "auto",
     vae: str | Path | None = None,
+    parts_from: str | Path | None = None,
 ) -> Bundle:
     """Open what `bundle.load_bundle` opens, and Stable Diffusion itself, to be trained.
 
-    A UNet of 4 channels is widened to 8 (`widened` says so). All is fp32. The UNet takes gradients and
-    its weights are copies of its own: no change reaches a file. The other networks are frozen. Raises
-    ModelError, also for what cannot be trained: a UNet of other channels, CosXL.
+    A UNet that takes noise alone is widened to take a picture too (`widened` says so). All is fp32. The UNet
+    takes gradients and its weights are copies of its own: no change reaches a file. The other networks are
+    frozen. Raises ModelError, also for what cannot be trained: a UNet of other channels, CosXL.
     """
-    stored = open_model(find_model(base, revision=revision), weights=weights)
+    stored = open_model(find_model(base, revision=revision), weights=weights, parts=open_parts(parts_from))
     _check_noise(stored)
     channels, needed = stored.channels
     if channels not in (needed // 2, needed):

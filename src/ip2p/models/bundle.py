@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,15 +18,19 @@ from torch import nn
 from ip2p.base.errors import InputError, ModelError, hub_error
 from ip2p.models import configs as ldm
 from ip2p.models import keys
+from ip2p.models.families import unet_refusal
 from ip2p.models.load import (
     PARTS,
     PHOTO_MODEL,
     PICKLES,
     SINGLE_FILES,
+    TINY,
+    Choice,
     Stored,
     Weights,
     empty_network,
     fill,
+    load_part,
     make_tokenizer,
     open_model,
     open_weights,
@@ -35,9 +40,10 @@ from ip2p.models.load import (
     tokenizer_texts,
 )
 from ip2p.pictures.images import close_file, nearest
+from ip2p.settings import EditSettings, SamplerName, ScheduleName
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PACKAGED = Path(__file__).parent
@@ -51,6 +57,13 @@ HUB_FILES = (
 )
 # For a repository that has no others.
 HUB_HALVES = (*("unet/*.fp16*.safetensors", "vae/*.fp16*.safetensors", "text_encoder*/*.fp16*.safetensors"),)
+# For one that has pickles alone, which are read as tensors.
+HUB_PICKLES = (
+    *("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model-*-of-*.bin"),
+    *("vae/diffusion_pytorch_model.bin", "text_encoder*/pytorch_model.bin"),
+)
+# A file of a repository: owner/name/file.safetensors.
+HUB_FILE = re.compile(r"([\w.\-]+/[\w.\-]+)/([\w.\-/]+\.(?:safetensors|ckpt|pt|pth|bin))")
 # Of a network alone, as an autoencoder's repository has it.
 HUB_PART = ("config.json", "diffusion_pytorch_model.safetensors", "vae/config.json", "vae/*model.safetensors")
 
@@ -60,15 +73,27 @@ class Card:
     """What a model says of itself in `ip2p.json`; every field may be missing there.
 
     native_size: the side in pixels that it was trained at. known_psnr: below this reconstruction
-    PSNR in dB of its autoencoder, a picture is far from what it knows. text_cfg, image_cfg: the
-    scales to use unless others are asked for (the paper's, if the model names none).
+    PSNR in dB of its autoencoder, a picture is far from what it knows. The other fields are the settings
+    that it recommends, or the defaults of every model (`resolve_settings`).
     """
 
     name: str
     native_size: int
     known_psnr: float | None = None
+    steps: int = 20
+    sampler: str = "euler_ancestral"
+    spacing: str = "linspace"
     text_cfg: float = 7.5
     image_cfg: float = 1.5
+
+
+RECOMMENDED = ("steps", "sampler", "spacing", "text_cfg", "image_cfg")
+
+
+def resolve_settings(card: Card, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an edit, each of `RECOMMENDED` that is None or missing with the model's own value."""
+    own = {name: getattr(card, name) for name in RECOMMENDED if settings.get(name) is None}
+    return {**settings, **own}
 
 
 @dataclass(frozen=True)
@@ -105,24 +130,32 @@ def load_bundle(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: Choice = "auto",
     vae: str | Path | None = None,
+    parts_from: str | Path | None = None,
     stored: Stored | None = None,
 ) -> Bundle:
     """Load an editor of SD 1.x, SD 2.x or SDXL, in eval mode and without gradients.
 
     `model`: `storybook`, a folder in the diffusers format, a hub name such as
     timbrooks/instruct-pix2pix (at `revision`), or a single .safetensors or .ckpt file in the LDM
-    layout; of the averaged and the last weights in it, `weights` are taken, the averaged ones if there
-    are any. `vae`: another autoencoder, a folder, a hub name or a single file. Nothing in a file is
-    run. The networks take `dtype`; the autoencoder takes it if it is fp16 and fp32 otherwise, since
-    bf16 keeps too few bits for pixels, and SDXL's stays in fp32, which alone holds its values.
-    `stored`: the model, if it was opened already (`load.open_model`). Raises
+    layout; of the averaged and the last weights in it, `weights` are taken (`load.open_model`). `vae`:
+    another autoencoder, a folder, a hub name or a single file. `parts_from`: a model that brings what a file
+    of a UNet alone lacks. `stored`: the model, if it was opened already (`load.open_model`). Nothing in a
+    file is run. The networks take `dtype`; the autoencoder takes it if it is fp16 and fp32 otherwise, since
+    bf16 keeps too few bits for pixels, and SDXL's stays in fp32, which alone holds its values. Raises
     ModelError, and InputError for a revision of what has none.
     """
-    stored = stored or open_model(find_model(model, revision=revision), weights=weights)
+    stored = stored or open_model(
+        find_model(model, revision=revision), weights=weights, parts=open_parts(parts_from)
+    )
     check_editor(stored)
     return make_bundle(stored, str(model), device=device, dtype=dtype, vae=vae)
+
+
+def open_parts(model: str | Path | None) -> Stored | None:
+    """The model that brings missing parts (`--parts-from`), if one is named. Raises ModelError."""
+    return None if model is None else open_model(find_model(model))
 
 
 def make_bundle(
@@ -140,8 +173,12 @@ def make_bundle(
     it is. Raises ModelError.
     """
     path = stored.path
+    if vae is None and "vae" in stored.lacking:
+        example = "madebyollin/sdxl-vae-fp16-fix" if stored.kind == "sdxl" else "stabilityai/sd-vae-ft-mse"
+        raise ModelError(f"{path} holds no autoencoder. Name one: --vae {example}")
     texts = tokenizer_texts(stored)
-    parts = {part: _part(stored, part) for part in stored.networks if part != "unet" or unet is None}
+    own = set(stored.networks) - ({"unet"} if unet is not None else set()) - ({"vae"} if vae else set())
+    parts = {part: _part(stored, part) for part in stored.networks if part in own}
     if vae is not None:
         parts["vae"] = _find_vae(vae, stored)
     whole = stored.kind == "sdxl" and parts["vae"].config.get("force_upcast", True)
@@ -152,6 +189,9 @@ def make_bundle(
         key: make_tokenizer(files, path / key if stored.layout == "folder" else path)
         for key, files in texts.items()
     }
+    if parts["vae"].config.get("_class_name") == TINY:
+        scale = float(stored.configs["vae"].get("scaling_factor") or 0.18215)
+        networks["vae"] = ScaledTiny(networks["vae"], scale)
     unet, autoencoder = unet or networks["unet"], networks["vae"]
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     halvings = len(unet.config.block_out_channels) - 1
@@ -179,10 +219,25 @@ def check_editor(stored: Stored) -> None:
     """Raise ModelError unless the UNet takes a picture beside the noise."""
     channels, needed = stored.channels
     if channels != needed:
-        raise ModelError(
-            f"This UNet takes {channels} channels; an editor needs {needed}. "
-            f"Train one: ip2p train --base {stored.path}"
+        raise ModelError(not_an_editor(stored))
+
+
+def not_an_editor(stored: Stored) -> str:
+    """Why a model whose UNet takes other channels than an editor's edits nothing, and what to do about it."""
+    channels, needed = stored.channels
+    known = unet_refusal(channels, needed)
+    if known is not None:
+        return f"{stored.path}: {known}"
+    line = f"This UNet takes {channels} channels; an editor needs {needed}. "
+    if channels != needed // 2:
+        return line + f"Use an editor such as {PHOTO_MODEL}."
+    config = stored.configs["scheduler"]
+    if stored.cosxl or str(config.get("_class_name", "")).startswith(("EDM", "FlowMatch")):
+        return (
+            line
+            + f"It is a base whose noise levels are not trained here. Use an editor such as {PHOTO_MODEL}."
         )
+    return line + f"Train one: ip2p train --base {stored.path}"
 
 
 @dataclass(frozen=True)
@@ -196,7 +251,9 @@ class _Part:
 
 
 def _part(stored: Stored, name: str) -> _Part:
-    path = stored.path / name if stored.layout == "folder" else stored.path
+    source = stored.borrowed.get(name, stored)
+    alone = source.layout == "folder" and (source.path / name).is_dir()
+    path = source.path / name if alone else source.path
     table = partial(table_of, stored, name)
     return _Part(stored.configs[name], stored.weights[name], table, path)
 
@@ -222,9 +279,14 @@ def _find_vae(vae: str | Path, stored: Stored) -> _Part:
         part = _vae_folder(from_hub(str(vae), HUB_PART, lambda folder: _has_config(folder)))
     else:
         raise ModelError(f"{vae}: no such autoencoder. {_closest(path, [])}")
-    theirs = float(part.config.get("scaling_factor") or 0.18215)
-    shape = [int(part.config.get("latent_channels", 4)), len(part.config.get("block_out_channels", ()))]
+    tiny = part.config.get("_class_name") == TINY
+    # A tiny one makes scaled latents; which model's, its config does not say.
+    theirs = scale if tiny else float(part.config.get("scaling_factor") or 0.18215)
+    levels = "decoder_block_out_channels" if tiny else "block_out_channels"
+    shape = [int(part.config.get("latent_channels", 4)), len(part.config.get(levels, (1,) * 4))]
     wanted = [int(own.get("latent_channels", 4)), len(own.get("block_out_channels", ()))]
+    if "vae" in stored.lacking:
+        wanted[1] = shape[1]  # what the file was made with is not known
     if shape != wanted or abs(theirs - scale) > 1e-6:
         raise ModelError(
             f"The autoencoder {vae} has other latents than the model's: {shape[0]} channels of scale "
@@ -241,11 +303,77 @@ def _vae_folder(folder: Path) -> _Part:
     inner = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
     config = read_json(inner / "config.json")
     kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
-        raise ModelError(f"{folder} holds a {kind}, not an AutoencoderKL. Name another --vae.")
+    if kind not in ("AutoencoderKL", TINY):
+        raise ModelError(f"{folder} holds a {kind}, not an AutoencoderKL or {TINY}. Name another --vae.")
     weights = part_weights(inner)
     stored = list(weights.shapes)
     return _Part(config, weights, lambda vae: keys.folder_table(stored, list(vae.state_dict())), inner)
+
+
+class ScaledTiny(nn.Module):
+    """An AutoencoderTiny (TAESD) in the place of an AutoencoderKL.
+
+    It makes latents that are multiplied by the scale already, [batch, 4, h, w]; here they are divided by it,
+    as those of the large one are. config: the tiny one's, with the large one's scale.
+    """
+
+    def __init__(self, tiny: Any, scale: float) -> None:
+        super().__init__()
+        self.tiny, self.scale = tiny, scale
+        self.config = SimpleNamespace(
+            **{**tiny.config, "scaling_factor": scale, "force_upcast": False}
+            | {"block_out_channels": tuple(tiny.config.decoder_block_out_channels)}
+        )
+        self.tile_sample_min_size = tiny.tile_sample_min_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tiny.dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tiny.device  # type: ignore[no-any-return]
+
+    def encode(self, pictures: torch.Tensor) -> SimpleNamespace:
+        """Pictures [batch, 3, H, W] in [-1, 1] to a distribution without spread of latents."""
+        latents = self.tiny.encode(pictures).latents / self.scale
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents, sample=lambda *_: latents))
+
+    def decode(self, latents: torch.Tensor) -> Any:
+        """Unscaled latents to `sample`, pictures [batch, 3, H, W] in about [-1, 1]."""
+        return self.tiny.decode(latents * self.scale)
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        self.tiny.enable_tiling(use_tiling)
+
+    def disable_tiling(self) -> None:
+        self.tiny.disable_tiling()
+
+
+def load_tiny(tiny: str | Path, bundle: Bundle) -> AutoencoderTiny:
+    """An AutoencoderTiny (TAESD) of a folder or a hub name, for previews of `bundle`'s latents.
+
+    It decodes scaled latents, as samplers make them. Raises ModelError for one of other latents.
+    """
+    path = Path(tiny).expanduser()
+    if is_hub_name(str(tiny), path):
+        path = from_hub(str(tiny), HUB_PART, _has_config)
+    from diffusers import AutoencoderTiny
+
+    network = load_part(AutoencoderTiny, path, bundle.vae.dtype)
+    check_tiny(network, bundle)
+    return network.to(bundle.vae.device)  # type: ignore[no-any-return]
+
+
+def check_tiny(tiny: AutoencoderTiny, bundle: Bundle) -> None:
+    """Raise ModelError unless a tiny autoencoder's latents have the shape of the bundle's."""
+    shape = tiny.config.latent_channels, 2 ** (len(tiny.config.decoder_block_out_channels) - 1)
+    wanted = bundle.vae.config.latent_channels, bundle.latent_factor
+    if shape != wanted:
+        raise ModelError(
+            f"The tiny autoencoder has latents of {shape[0]} channels and {shape[1]} pixels a cell, the "
+            f"model of {wanted[0]} and {wanted[1]}. Use one that was made for it."
+        )
 
 
 def _vae_file(path: Path, scale: float) -> _Part:
@@ -254,7 +382,7 @@ def _vae_file(path: Path, scale: float) -> _Part:
     if not path.is_file():
         raise ModelError(f"{path}: no such file. {_closest(path, [])}")
     weights = open_weights(path)
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in weights.shapes:
+    if {"encoder.down_blocks.0.resnets.0.conv1.weight", "encoder.layers.0.weight"} & weights.shapes.keys():
         if (path.parent / "config.json").is_file():
             return _vae_folder(path.parent)
         raise ModelError(f"{path} is a part of a diffusers folder. Name the folder, with its config.json.")
@@ -280,8 +408,10 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
         )
     path = Path(name).expanduser()
     packaged = packaged_models()
+    if not path.exists() and (file := HUB_FILE.fullmatch(name)) and not path.parent.is_dir():
+        return _hub_file(file[1], file[2], revision)
     if not path.exists() and name not in packaged and is_hub_name(name, path):
-        return from_hub(name, HUB_FILES, _is_whole, revision=revision)
+        return _single_file_of(from_hub(name, HUB_FILES, _is_model, revision=revision), name)
     if revision is not None:
         raise InputError(f"{name} is not a hub name, so it has no --revision {revision}; leave it out.")
     if path.is_dir():
@@ -298,6 +428,44 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
         )
     what = "file" if path.suffix in SINGLE_FILES else "folder"
     raise ModelError(f"{name}: no such model {what}. {_closest(path, packaged)}")
+
+
+def _hub_file(name: str, file: str, revision: str | None) -> Path:
+    if name.startswith((".", "~")):
+        raise ModelError(f"{name}/{file}: no such model file. Check the path.")
+    folder = from_hub(name, (file,), lambda found: (found / file).is_file(), revision=revision)
+    if not (folder / file).is_file():
+        raise ModelError(f"{name} has no file {file}. Check it on the model's page.")
+    return folder / file
+
+
+def _single_file_of(folder: Path, name: str) -> Path:
+    """The folder of a repository, or the single file in it that is the model. Raises ModelError."""
+    if (folder / "model_index.json").is_file():
+        return folder
+    chosen = _choose_root([path.name for path in folder.iterdir()], name)
+    return folder / chosen[0] if chosen else folder
+
+
+def _choose_root(files: Sequence[str], name: str) -> list[str]:
+    """The file in a repository's root that is the model: the only one, or the only editor. ModelError."""
+    models = sorted(file for file in files if _is_root_model(Path(file)))
+    editors = [file for file in models if "edit" in file or "pix2pix" in file]
+    chosen = models if len(models) == 1 else editors
+    if models and len(chosen) != 1:
+        raise ModelError(f"{name} holds {', '.join(models)}. Name one of them: {name}/{models[0]}")
+    return chosen
+
+
+def _is_root_model(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".ckpt")
+
+
+def _listed_root(name: str, revision: str | None) -> list[str]:
+    from huggingface_hub import HfApi
+
+    files = HfApi().list_repo_files(name, revision=revision)
+    return _choose_root([file for file in files if "/" not in file], name)
 
 
 def is_hub_name(name: str, path: Path) -> bool:
@@ -342,8 +510,13 @@ def _is_whole(folder: Path) -> bool:
     if (folder / "text_encoder_2").is_dir():
         parts.append("text_encoder_2")
     return all((folder / part).is_dir() for part in PARTS) and all(
-        any((folder / part).glob("*.safetensors")) for part in parts
+        any((folder / part).glob("*.safetensors")) or any((folder / part).glob("*.bin")) for part in parts
     )
+
+
+def _is_model(folder: Path) -> bool:
+    alone = not (folder / "model_index.json").is_file()
+    return _is_whole(folder) or (alone and any(map(_is_root_model, folder.iterdir())))
 
 
 def from_hub(
@@ -358,7 +531,8 @@ def from_hub(
         found = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=local)
         return Path(found)
 
-    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    one = f" {files[0]}" if len(files) == 1 else ""
+    command = f"hf download {name}{one}" + (f" --revision {revision}" if revision else "")
     with contextlib.suppress(LocalEntryNotFoundError):
         folder = fetch(local=True)
         if whole(folder):
@@ -367,9 +541,12 @@ def from_hub(
         raise ModelError(f"{name} is not in the cache and HF_HUB_OFFLINE is set. Fetch it: {command}")
     try:
         folder = fetch(local=False)
-        if not whole(folder) and files is HUB_FILES:
-            folder = fetch(local=False, more=HUB_HALVES)
+        for more in (HUB_HALVES, HUB_PICKLES, None) if files is HUB_FILES else ():
+            if not whole(folder) and (wanted := _listed_root(name, revision) if more is None else more):
+                folder = fetch(local=False, more=wanted)
         return folder
+    except ModelError:
+        raise
     except Exception as error:
         raise hub_error(error, name, command, revision=revision) from None
 
@@ -386,8 +563,25 @@ def _card(stored: Stored, name: str, native_size: int) -> Card:
         name=str(said.get("name") or own),
         native_size=int(said.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
-        **{k: float(said[k]) for k in ("text_cfg", "image_cfg") if said.get(k) is not None},
+        **_recommended(said, stored.path),
     )
+
+
+def _recommended(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The settings that a card names. Raises ModelError for one that no edit can have."""
+    found = {name: said[name] for name in RECOMMENDED if said.get(name) is not None}
+    for name, known in (("sampler", get_args(SamplerName)), ("spacing", get_args(ScheduleName))):
+        if found.get(name, known[0]) not in known:
+            raise ModelError(
+                f"{path}: its ip2p.json recommends the {name} {found[name]!r}; known are {', '.join(known)}. "
+                "Correct it there, or update ip2p."
+            )
+    try:
+        found |= {name: float(found[name]) for name in ("text_cfg", "image_cfg") if name in found}
+        EditSettings.read({name: found[name] for name in ("steps", "text_cfg", "image_cfg") if name in found})
+    except (InputError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: its ip2p.json cannot be used ({error}). Correct it there.") from None
+    return found
 
 
 def _square(size: int | list[int] | tuple[int, int] | None) -> int:

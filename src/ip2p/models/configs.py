@@ -34,7 +34,7 @@ Config = dict[str, Any]
 
 def architecture(shapes: Mapping[str, Shape]) -> str:
     """SD 1.x, SD 2.x or SDXL, by which text encoders lie in the file. Raises ModelError for none."""
-    if OPENCLIP_XL + "token_embedding.weight" in shapes and any(key.startswith(CLIP_XL) for key in shapes):
+    if f"{OPENCLIP_XL}token_embedding.weight" in shapes and any(key.startswith(CLIP_XL) for key in shapes):
         return "SDXL"
     if OPENCLIP + "token_embedding.weight" in shapes:
         return "SD 2.x"
@@ -43,6 +43,11 @@ def architecture(shapes: Mapping[str, Shape]) -> str:
     if OPENCLIP_XL.replace("1", "0") + "token_embedding.weight" in shapes:
         raise ModelError("This is an SDXL refiner, with one text encoder; it is no editor. Use the base's.")
     raise ModelError("It holds no text encoder of SD 1.x, SD 2.x or SDXL. Use the whole model's file.")
+
+
+def has_text_encoder(shapes: Mapping[str, Shape]) -> bool:
+    """Whether a file holds any text encoder, of a known kind or not."""
+    return any(key.startswith(("cond_stage_model.", "conditioner.")) for key in shapes)
 
 
 def ldm_configs(
@@ -61,7 +66,10 @@ def ldm_configs(
     kind = architecture(shapes)
     xl = kind == "SDXL"
     side = 1024 if xl else 768 if kind == "SD 2.x" and velocity else 512
-    vae = vae_config(shapes, scale=LATENT_SCALES[kind], side=side)
+    if any(key.startswith(VAE) for key in shapes):
+        vae = vae_config(shapes, scale=LATENT_SCALES[kind], side=side)
+    else:
+        vae = usual_vae(LATENT_SCALES[kind], side, int(shapes[f"{UNET}out.2.weight"][0]))
     configs = {
         "unet": unet_config(shapes, sample_size=side // 2 ** (len(vae["block_out_channels"]) - 1)),
         "vae": vae,
@@ -164,6 +172,22 @@ def vae_config(shapes: Mapping[str, Shape], *, scale: float, side: int, prefix: 
         "mid_block_add_attention": f"{prefix}encoder.mid.attn_1.q.weight" in shapes,
         "use_quant_conv": f"{prefix}quant_conv.weight" in shapes,
         "use_post_quant_conv": f"{prefix}post_quant_conv.weight" in shapes,
+        "scaling_factor": scale,
+    }
+
+
+def usual_vae(scale: float, side: int, latent: int) -> Config:
+    """The config of the autoencoder that the published models share, for a file that holds none."""
+    return {
+        "_class_name": "AutoencoderKL",
+        "sample_size": side,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": latent,
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
         "scaling_factor": scale,
     }
 

@@ -14,6 +14,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,82 @@ def export_file(stored: Stored, path: Path, *, dtype: torch.dtype | None = None)
         metadata[TOKENIZERS_ENTRY] = packed(stored.tokenizers)
     with replacing(path) as temporary:
         write_safetensors(temporary, items, metadata)
+    if stored.architecture == "SD 1.x" and _prediction(stored) == "v":
+        config = path.with_suffix(".yaml")
+        write_text(config, original_config(stored))
+        warnings.warn(
+            f"{path} predicts velocity, which no file of SD 1.x can say: other tools will read it as noise "
+            f"prediction. {config.name} beside it tells AUTOMATIC1111's family; ComfyUI needs the node "
+            "ModelSamplingDiscrete with v_prediction.",
+            stacklevel=2,
+        )
+
+
+def original_config(stored: Stored) -> str:
+    """The YAML of an SD 1.x model as the original code and AUTOMATIC1111's family read it beside the file."""
+    import yaml
+
+    unet, vae, noise = (stored.configs[part] for part in ("unet", "vae", "scheduler"))
+    channels = list(unet["block_out_channels"])
+    attends = ["CrossAttn" in kind for kind in unet["down_block_types"]]
+    widths = list(vae["block_out_channels"])
+    edits = stored.channels[0] == stored.channels[1]
+    side = int(unet.get("sample_size") or 64)
+    modules = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    params = {
+        **({"parameterization": "v"} if _prediction(stored) == "v" else {}),
+        "linear_start": noise.get("beta_start", 0.00085),
+        "linear_end": noise.get("beta_end", 0.012),
+        "timesteps": noise.get("num_train_timesteps", 1000),
+        "first_stage_key": "edited" if edits else "jpg",
+        "cond_stage_key": "edit" if edits else "txt",
+        "image_size": side,
+        "channels": stored.channels[1] // 2,
+        "conditioning_key": "hybrid" if edits else "crossattn",
+        "scale_factor": vae.get("scaling_factor", 0.18215),
+        "use_ema": False,
+        "unet_config": {
+            "target": modules,
+            "params": {
+                "image_size": side,
+                "in_channels": unet["in_channels"],
+                "out_channels": unet["out_channels"],
+                "model_channels": channels[0],
+                "attention_resolutions": [2**level for level, yes in enumerate(attends) if yes],
+                "num_res_blocks": unet["layers_per_block"],
+                "channel_mult": [count // channels[0] for count in channels],
+                "num_heads": 8,
+                "use_spatial_transformer": True,
+                "transformer_depth": 1,
+                "context_dim": unet["cross_attention_dim"],
+                "use_checkpoint": False,
+                "legacy": False,
+            },
+        },
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {
+                "embed_dim": vae["latent_channels"],
+                "ddconfig": {
+                    "double_z": True,
+                    "z_channels": vae["latent_channels"],
+                    "resolution": side * 2 ** (len(widths) - 1),
+                    "in_channels": vae["in_channels"],
+                    "out_ch": vae["out_channels"],
+                    "ch": widths[0],
+                    "ch_mult": [width // widths[0] for width in widths],
+                    "num_res_blocks": vae["layers_per_block"],
+                    "attn_resolutions": [],
+                    "dropout": 0.0,
+                },
+                "lossconfig": {"target": "torch.nn.Identity"},
+            },
+        },
+        "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
+    }
+    target = f"ldm.models.diffusion.{'ddpm_edit' if edits else 'ddpm'}.LatentDiffusion"
+    model = {"base_learning_rate": 1e-4, "target": target, "params": params}
+    return yaml.safe_dump({"model": model}, sort_keys=False)
 
 
 def export_folder(stored: Stored, folder: Path, *, dtype: torch.dtype | None = None) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import logging
+import math
 import re
 import tempfile
 import warnings
@@ -23,8 +25,9 @@ from torch import Tensor, nn
 
 from ip2p.base.errors import ModelError
 from ip2p.models import configs as ldm
-from ip2p.models import keys
+from ip2p.models import families, keys
 from ip2p.models.keys import Shape, Table
+from ip2p.models.pickles import read_pickle
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -33,8 +36,8 @@ PHOTO_MODEL = "timbrooks/instruct-pix2pix"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SECOND = ("text_encoder_2", "tokenizer_2")  # which SDXL has besides
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# Single files that are opened; .ckpt and its like are pickles, read with an allow-list.
-TORCH_FILES = (".ckpt", ".pt", ".pth")
+# Single files that are opened; .ckpt and its like are pickles, of which only tensors are read (`pickles`).
+TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")
 SINGLE_FILES = (".safetensors", *TORCH_FILES)
 # Weights that are pickles: opening one carelessly can run code.
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -54,6 +57,7 @@ CLIP_TOKENIZERS = (
 )
 FETCH_TOKENIZER = "hf download " + CLIP_TOKENIZER + " vocab.json merges.txt tokenizer_config.json"
 CLIP_WORDS = 49408
+TINY = "AutoencoderTiny"
 # In a written file's header: the configs, and the tokenizers' files.
 CONFIGS_ENTRY, TOKENIZERS_ENTRY = "ip2p", "ip2p.tokenizers"
 # Beside a folder's parts: what else lay in the single file that it came from.
@@ -63,8 +67,12 @@ DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+Choice = Literal["auto", "ema", "plain"]
+log = logging.getLogger("ip2p")
 MAPPED = 64 * 2**20  # bytes of a file that stay mapped beside the weights made from them
 ALIGNED = 64  # bytes, as torch allocates
+# What programs put before every name of a network that they wrap.
+WRAPPERS = ("module.", "_forward_module.", "_orig_mod.")
 
 
 class Weights:
@@ -81,6 +89,7 @@ class Weights:
         self._handles: dict[Path, Any] = {}
         self._pickled: dict[str, Tensor] = {}
         self._served = 0
+        self._names: dict[str, str] = {}  # in the file, where they differ
         for path, tensors in files.items():
             if tensors is not None:
                 self._pickled |= tensors
@@ -94,9 +103,21 @@ class Weights:
                 self._file[name] = path
                 self.shapes[name] = tuple(part.get_shape())
                 self.dtypes[name] = DTYPES.get(part.get_dtype(), torch.float32)
+        while wrapper := next((one for one in WRAPPERS if self._all_begin_with(one)), None):
+            self.rename({name: name.removeprefix(wrapper) for name in self.shapes})
+
+    def _all_begin_with(self, start: str) -> bool:
+        return bool(self.shapes) and all(name.startswith(start) for name in self.shapes)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call the tensors by other names; `names` maps each present one to the new one."""
+        self._names = {new: self._names.get(old, old) for old, new in names.items()}
+        self.shapes = {new: self.shapes[old] for old, new in names.items()}
+        self.dtypes = {new: self.dtypes[old] for old, new in names.items()}
 
     def read(self, name: str) -> Tensor:
         """A tensor of the file: a private view of its pages, so that a change to it changes no file."""
+        name = self._names.get(name, name)
         if name in self._pickled:
             return self._pickled[name]
         path = self._file[name]
@@ -122,56 +143,7 @@ def _open(path: Path) -> Any:
 
 def open_weights(path: Path) -> Weights:
     """A .safetensors or .ckpt file. Raises ModelError for one that is damaged, or holds more than weights."""
-    return Weights({path: None if path.suffix not in TORCH_FILES else _unpickled(path)})
-
-
-class _Ignored:
-    """Stands in for what a training program leaves in a checkpoint beside the weights; it does nothing."""
-
-    def __new__(cls, *arguments: Any, **more: Any) -> _Ignored:
-        return super().__new__(cls)
-
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-IGNORED = (
-    *("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "_codecs.encode", "numpy.dtype"),
-    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "collections.Counter"),
-)
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .ckpt, read by torch's unpickler of weights alone, which calls nothing else."""
-    import pickle
-
-    allowed = torch.serialization.safe_globals([(_Ignored, name) for name in IGNORED])
-    with allowed, path.open("rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickles by other protocols, which are then read or refused
-        # Only the format of torch 1.6 and later can be mapped; the one before is read whole.
-        zipped = file.read(4) == b"PK\x03\x04"
-        try:
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-        except pickle.UnpicklingError as error:
-            asked = re.search(r"GLOBAL (\S+)|function (.+?)(?: which|\n|$)", str(error))
-            what = f"asks to run {(asked[1] or asked[2]).strip()}" if asked else "is not one of weights alone"
-            raise ModelError(
-                f"{path} is a pickle that {what}, so it was refused and nothing in it was run. "
-                "Use a .safetensors file of the model."
-            ) from None
-        except MemoryError:
-            raise
-        except Exception as error:  # zipfile's, struct's, EOFError, RuntimeError
-            raise ModelError(unreadable(path, error)) from None
-    state = value.get("state_dict", value) if isinstance(value, dict) else None
-    found = state.items() if isinstance(state, dict) else ()
-    tensors = {name: tensor for name, tensor in found if isinstance(name, str) and isinstance(tensor, Tensor)}
-    if not tensors:
-        raise ModelError(f"{path} holds no weights by name. Use a .safetensors file of the model.")
-    return tensors
+    return Weights({path: None if path.suffix not in TORCH_FILES else read_pickle(path)})
 
 
 # --- a model on disk ---------------------------------------------------------------------------
@@ -183,8 +155,9 @@ class Stored:
 
     configs: of the networks, the scheduler and `model_index`. weights: each network's. card: its
     `ip2p.json`. tokenizers: the files of each by name, {} if the model brings none. ema: how many of its
-    weights are averaged twins; averaged: whether those are taken. prefixed: text encoders whose names
-    begin with `text_model.` in a folder.
+    weights are averaged twins; averaged: whether those are taken; choice: why, in words, if there was one.
+    prefixed: text encoders whose names begin with `text_model.` in a folder. borrowed: the models that bring
+    parts which this one lacks. lacking: parts that have to be brought when networks are made.
     """
 
     path: Path
@@ -196,7 +169,10 @@ class Stored:
     card: ldm.Config = field(default_factory=dict)
     ema: int = 0
     averaged: bool = False
+    choice: str = ""
     prefixed: frozenset[str] = frozenset()
+    borrowed: Mapping[str, Stored] = field(default_factory=dict)
+    lacking: frozenset[str] = frozenset()
 
     @property
     def kind(self) -> Literal["sd", "sdxl"]:
@@ -208,7 +184,7 @@ class Stored:
 
     @property
     def channels(self) -> tuple[int, int]:
-        """How many channels the UNet takes, and how many an editor's does."""
+        """How many channels the UNet takes, and how many an editor's does: twice those of the latents."""
         latent = int(self.configs["vae"].get("latent_channels", 4))
         return int(self.configs["unet"].get("in_channels", 4)), 2 * latent
 
@@ -220,14 +196,24 @@ class Stored:
         )
 
 
-def open_model(path: Path, *, weights: Literal["ema", "plain"] = "ema") -> Stored:
-    """A diffusers folder or a single file. Only configs and headers are read. Raises ModelError."""
-    return _open_folder(path) if path.is_dir() else _open_file(path, weights)
+def open_model(path: Path, *, weights: Choice = "auto", parts: Stored | None = None) -> Stored:
+    """A diffusers folder or a single file. Only configs and headers are read.
+
+    weights: of a file with averaged twins of the UNet's weights, `auto` takes these unless they are
+    incomplete or of another model, and says which. parts: a model that brings what the file lacks. Raises
+    ModelError.
+    """
+    if path.is_dir():
+        return _open_unet_folder(path, parts) if _is_unet_folder(path) else _open_folder(path)
+    return _open_file(path, weights, parts)
 
 
 def _open_folder(folder: Path) -> Stored:
     index = read_json(folder / "model_index.json")
-    xl = "XL" in str(index.get("_class_name", "")) or (folder / "text_encoder_2").is_dir()
+    kind = str(index.get("_class_name", ""))
+    if family := families.of_pipeline(kind):
+        raise ModelError(f"{folder}: {family.refusal()}")
+    xl = "XL" in kind or (folder / "text_encoder_2").is_dir()
     parts = (*PARTS, *SECOND) if xl else PARTS
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
@@ -254,12 +240,87 @@ def _open_folder(folder: Path) -> Stored:
     )
 
 
-def _open_file(path: Path, choice: Literal["ema", "plain"]) -> Stored:
+def _is_unet_folder(path: Path) -> bool:
+    """Whether a folder, or the one that a file is in, is a UNet alone, as diffusers saves it."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return config.is_file() and read_json(config).get("_class_name") == "UNet2DConditionModel"
+
+
+def _open_unet_folder(folder: Path, parts: Stored | None) -> Stored:
+    if parts is None:
+        raise ModelError(_UNET_ALONE.format(folder))
+    config = read_json(folder / "config.json")
+    # Its weights lie under the network's own names, as in a folder of a model.
+    weights = {"unet": part_weights(folder)}
+    own = replace(parts, layout="folder", weights=weights, ema=0, averaged=False, choice="", borrowed={})
+    return _with_parts(own, config, parts, path=folder, layout="folder")
+
+
+def _with_parts(
+    own: Stored,
+    unet: ldm.Config,
+    parts: Stored,
+    *,
+    path: Path,
+    layout: Literal["folder", "file"],
+) -> Stored:
+    """A UNet with everything else from another model. Raises ModelError where the two do not fit."""
+    theirs = parts.configs["unet"]
+    for name in ("cross_attention_dim", "addition_embed_type", "out_channels"):
+        mine, other = unet.get(name), theirs.get(name)
+        if _same_everywhere(mine) != _same_everywhere(other):
+            raise ModelError(
+                f"The UNet of {path} has {name} {mine}, that of {parts.path} has {other}. "
+                f"Name a model of the same kind: --parts-from"
+            )
+    configs = parts.configs | {"unet": unet}
+    if own.configs.get("scheduler") and own.configs["scheduler"] != parts.configs["scheduler"]:
+        configs["scheduler"] = own.configs["scheduler"]
+    configs["model_index"] = pipeline_index(configs)
+    rest = {part: parts.borrowed.get(part, parts) for part in parts.networks if part != "unet"}
+    return Stored(
+        path=path,
+        layout=layout,
+        architecture=parts.architecture,
+        configs=configs,
+        weights=parts.weights | {"unet": own.weights["unet"]},
+        tokenizers=tokenizer_texts(parts),
+        ema=own.ema,
+        averaged=own.averaged,
+        choice=own.choice,
+        prefixed=parts.prefixed,
+        borrowed=rest,
+        lacking=parts.lacking,
+    )
+
+
+def _same_everywhere(value: Any) -> Any:
+    """The one number of a list of equal ones, as some configs spell it for each level."""
+    return value[0] if isinstance(value, list | tuple) and len(set(value)) == 1 else value
+
+
+_UNET_ALONE = (
+    "{} holds a UNet alone. Name the model that brings the text encoder, the tokenizer and the autoencoder: "
+    "--parts-from stable-diffusion-v1-5/stable-diffusion-v1-5"
+)
+
+
+def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
     weights = open_weights(path)
     shapes = weights.shapes
+    if family := families.of_weights(shapes):
+        raise ModelError(f"{path}: {family.refusal()}")
+    if "conv_in.weight" in shapes and _is_unet_folder(path):
+        return _open_unet_folder(path.parent, parts)
+    if ldm.INPUT.removeprefix(keys.UNET) in shapes:  # an LDM UNet without the prefix
+        weights.rename({name: keys.UNET + name for name in shapes})
+        shapes = weights.shapes
     said = _header(path, weights.metadata.get(CONFIGS_ENTRY))
     tokenizers = _unpacked(path, weights.metadata.get(TOKENIZERS_ENTRY))
+    averaged, ema, why = _choose_average(path, weights, choice)
     try:
+        if ldm.INPUT in shapes and not said and not ldm.has_text_encoder(shapes):
+            return _open_unet_file(path, weights, parts, averaged=averaged, ema=ema, why=why)
         kind = ldm.architecture(shapes)
         configs = said.get("configs") or ldm.ldm_configs(
             shapes, sigmas=_sigmas(weights), velocity=_velocity(weights, kind)
@@ -270,8 +331,8 @@ def _open_file(path: Path, choice: Literal["ema", "plain"]) -> Stored:
     except ModelError as error:
         raise ModelError(f"{path} is no model that can be read. {error}") from None
     configs.setdefault("model_index", pipeline_index(configs))
-    ema = sum(key.startswith(keys.EMA) for key in shapes)
-    return Stored(
+    lacks_vae = not any(key.startswith(keys.VAE) for key in shapes)
+    stored = Stored(
         path=path,
         layout="file",
         architecture=kind,
@@ -280,10 +341,100 @@ def _open_file(path: Path, choice: Literal["ema", "plain"]) -> Stored:
         tokenizers=tokenizers or _beside(path),
         card=said.get("card") or {},
         ema=ema,
-        averaged=choice == "ema" and keys.ema_name(ldm.INPUT) in shapes,
+        averaged=averaged,
+        choice=why,
         # Files on the hub have it, and every version of the libraries reads it.
         prefixed=frozenset(said.get("prefixed", ("text_encoder", "text_encoder_2"))),
+        lacking=frozenset({"vae"} if lacks_vae else ()),
     )
+    if lacks_vae and parts is not None:
+        configs = configs | {"vae": parts.configs["vae"]}
+        weights_of = stored.weights | {"vae": parts.weights["vae"]}
+        borrowed = {"vae": parts.borrowed.get("vae", parts)}
+        return replace(stored, configs=configs, weights=weights_of, borrowed=borrowed, lacking=parts.lacking)
+    return stored
+
+
+def _open_unet_file(
+    path: Path, weights: Weights, parts: Stored | None, *, averaged: bool, ema: int, why: str
+) -> Stored:
+    if parts is None:
+        raise ModelError(_UNET_ALONE.format("It"))
+    side = int(parts.configs["unet"].get("sample_size") or 64)
+    config = ldm.unet_config(weights.shapes, sample_size=side)
+    if added := parts.configs["unet"].get("addition_time_embed_dim"):
+        config["addition_time_embed_dim"] = added
+    configs = {}
+    said = weights.metadata.get("modelspec.prediction_type")
+    if said or ldm.VELOCITY in weights.shapes:
+        kind = "v_prediction" if _velocity(weights, parts.architecture) else "epsilon"
+        configs["scheduler"] = parts.configs["scheduler"] | {"prediction_type": kind}
+    own = Stored(
+        path=path,
+        layout="file",
+        architecture=parts.architecture,
+        configs=configs,
+        weights={"unet": weights},
+        tokenizers={},
+        ema=ema,
+        averaged=averaged,
+        choice=why,
+    )
+    return _with_parts(own, config, parts, path=path, layout="file")
+
+
+# Between a network's weights and their average: those of one training are within a few percent of each other,
+# those of two models are not.
+FAR = 0.1
+COMPARED = 4096  # elements of each weight
+
+
+def _choose_average(path: Path, weights: Weights, choice: Choice) -> tuple[bool, int, str]:
+    """Whether the averaged twins of the UNet's weights are taken; how many there are; and why, in words."""
+    shapes = weights.shapes
+    count = sum(key.startswith(keys.EMA) for key in shapes)
+    plain = [key for key in shapes if key.startswith(keys.UNET)]
+    twins = {key: keys.ema_name(key) for key in plain}
+    whole = [key for key in plain if shapes.get(twins[key]) == shapes[key]]
+    if not whole and keys.ema_name(ldm.INPUT) not in shapes:
+        return False, count, ""
+    if choice == "plain":
+        return False, count, "the plain weights, as --weights says"
+    if not plain:
+        return True, count, "the averaged weights; there are no others"
+    if len(whole) < len(plain):
+        odd = next(key for key in plain if shapes.get(twins[key]) != shapes[key])
+        some = f"{len(plain) - len(whole)} of {len(plain)} averaged weights (EMA)"
+        return _plain_instead(path, count, f"{some} are missing or of another shape, {odd} first")
+    far = _distance(weights, {key: twins[key] for key in plain})
+    if choice == "auto" and far > FAR:
+        reason = f"the averaged weights (EMA) are {far:.0%} away from them, so they are another model's"
+        return _plain_instead(path, count, f"{reason} (a merge leaves such); --weights ema takes them")
+    log.info("%s: the averaged weights (EMA) are used; they are %.1f%% from the plain ones", path, 100 * far)
+    return True, count, f"the averaged weights, {far:.1%} from the plain ones"
+
+
+def _plain_instead(path: Path, count: int, reason: str) -> tuple[bool, int, str]:
+    warnings.warn(f"{path}: the plain weights are used: {reason}", stacklevel=5)
+    return False, count, f"the plain weights: {reason}"
+
+
+def _distance(weights: Weights, twins: Mapping[str, str]) -> float:
+    """How far weights lie from their twins: the root mean square, over matrices, of |difference| / |weight|.
+
+    Of each matrix some elements at its start are compared, less their means, so that a file's pages need not
+    all be read. 0 for equal ones, about 1.4 for two that have nothing in common.
+    """
+    squares = []
+    for key, twin in twins.items():
+        if len(weights.shapes[key]) < 2:
+            continue
+        one, other = (weights.read(name).flatten()[:COMPARED].double() for name in (key, twin))
+        one, other = one - one.mean(), other - other.mean()
+        size = float(one.square().sum())
+        if size > 0:
+            squares.append(min(2.0, float((one - other).square().sum()) / size))
+    return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
 
 def _sigmas(weights: Weights) -> dict[str, float]:
@@ -337,23 +488,26 @@ def pipeline_index(configs: Mapping[str, ldm.Config]) -> ldm.Config:
 
 
 def part_weights(folder: Path) -> Weights:
-    """The weights of a part of a diffusers folder: whole or in shards, full precision before fp16."""
+    """The weights of a part of a diffusers folder: whole or in shards, full precision before fp16.
+
+    .bin files are read as tensors alone (`pickles`). Raises ModelError.
+    """
     groups: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    # Only where there are no others are pickles read, and of them only those named as weights are.
+    names = sorted(folder.glob("*.safetensors")) or sorted(
+        path for path in folder.glob("*.bin") if re.match(r"(diffusion_)?(pytorch_)?model\b", path.name)
+    )
+    for path in names:
         plain = re.sub(r"-\d+-of-\d+", "", path.stem)
         groups.setdefault(plain.partition(".")[2], []).append(path)
     groups.pop("non_ema", None)
     if not groups:
-        pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
-        if pickles:
-            raise ModelError(
-                f"{folder / pickles[0]} is a pickle, which can run code when it is opened, so it was not "
-                f"opened. Use a folder with .safetensors weights, such as {PHOTO_MODEL}."
-            )
-        raise ModelError(f"{folder} has no .safetensors weights. Fetch or save the model again.")
+        raise ModelError(f"{folder} has no .safetensors or .bin weights. Fetch or save the model again.")
     files = groups.get("") or groups.get("fp16") or next(iter(groups.values()))
     shards = [path for path in files if "-of-" in path.stem]
-    return Weights(dict.fromkeys(shards or files[:1]))
+    return Weights(
+        {path: read_pickle(path) if path.suffix in TORCH_FILES else None for path in shards or files[:1]}
+    )
 
 
 def texts_of(folder: Path) -> dict[str, str]:
@@ -412,7 +566,9 @@ def empty_network(part: str, config: Mapping[str, Any]) -> nn.Module:
     import diffusers
     import transformers
 
-    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    tiny = part == "vae" and config.get("_class_name") == TINY
+    autoencoder = diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": autoencoder}
     texts = {
         "text_encoder": transformers.CLIPTextModel,
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
@@ -439,6 +595,8 @@ def _empty(kind: Any, config: Mapping[str, Any], name: str | Path) -> nn.Module:
 def table_of(stored: Stored, part: str, network: nn.Module) -> Table:
     """Where each weight of the network lies in the model's files."""
     names = list(network.state_dict())
+    if part in stored.borrowed:
+        return table_of(stored.borrowed[part], part, network)
     if stored.layout == "folder":
         return keys.folder_table(list(stored.weights[part].shapes), names)
     shapes, config = stored.weights[part].shapes, stored.configs[part]

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ip2p.base.errors import InputError, ModelError
+from ip2p.base.files import replacing
 from ip2p.models.keys import unet_table
 from ip2p.models.load import Weights, open_weights, unreadable
 from ip2p.pictures.images import close_file
@@ -132,7 +133,7 @@ def _metadata(path: Path, file: Weights) -> dict[str, Any]:
         raise ModelError(unreadable(path, error)) from None
 
 
-def _place(key: str, modules: Mapping[Place, Layer]) -> tuple[Place | None, str]:
+def _place(key: str, modules: Container[Place]) -> tuple[Place | None, str]:
     match = ROLE.fullmatch(key)
     if match is None:
         return None, ""
@@ -191,3 +192,61 @@ def _scale(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any]
     if "alpha" in part:
         alpha = float(part["alpha"])
     return float(alpha) / (math.sqrt(rank) if said.get("use_rslora") else rank)
+
+
+# --- Kohya's names -----------------------------------------------------------------------------
+
+
+def write_kohya(source: Path, target: Path) -> int:
+    """Write a LoRA file under Kohya's names, which ComfyUI and AUTOMATIC1111's family read.
+
+    Returns the count of its layers.
+
+    Each layer gets `lora_down`, `lora_up` and its own `alpha`, so that every reader scales it alike. Names of
+    Kohya's pass unchanged. Raises ModelError for keys that these names cannot say, such as DoRA's.
+    """
+    from safetensors.torch import save_file
+
+    file = open_weights(source)
+    metadata = _metadata(source, file)
+    parts: dict[Place, dict[str, Tensor]] = {}
+    state: dict[str, Tensor] = {}
+    strangers = []
+    for key in file.shapes:
+        place, role = _place(key, _Everything())
+        if key.startswith("lora_"):
+            state[key] = file.read(key).contiguous()
+        elif place is None:
+            strangers.append(key)
+        else:
+            parts.setdefault(place, {})[role] = file.read(key)
+    if strangers or not (parts or state):
+        first = strangers[0] if strangers else "no LoRA"
+        raise ModelError(
+            f"{source}: {first} has no name of Kohya's. Name a LoRA file of diffusers' or PEFT's naming."
+        )
+    xl = any(network == "text_encoder_2" or _sees_sdxl(name, part) for (network, name), part in parts.items())
+    starts = {"unet": "lora_unet_", "text_encoder_2": "lora_te2_text_model_"}
+    starts["text_encoder"] = "lora_te1_text_model_" if xl else "lora_te_text_model_"
+    for place, part in parts.items():
+        if not {"down", "up"} <= part.keys():
+            raise ModelError(f"{source}: the layer {place[1]} lacks one of its two matrices. Fetch it again.")
+        name, rank = starts[place[0]] + place[1], part["down"].shape[0]
+        for role in part.keys() & {"down", "up", "mid"}:
+            state[f"{name}.lora_{role}.weight"] = part[role].contiguous()
+        state[f"{name}.alpha"] = torch.tensor(_scale(part, place, metadata, rank) * rank)
+    with replacing(target) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", "ss_network_module": "networks.lora"})
+    return len({key.partition(".")[0] for key in state})
+
+
+class _Everything:
+    """Holds every place: a file is renamed without its model."""
+
+    def __contains__(self, place: object) -> bool:
+        return True
+
+
+def _sees_sdxl(name: str, part: Mapping[str, Tensor]) -> bool:
+    """Whether a layer of a UNet reads SDXL's text, of 2048 features."""
+    return name.endswith(("attn2_to_k", "attn2_to_v")) and part["down"].flatten(1).shape[1] == 2048

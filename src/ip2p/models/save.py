@@ -182,7 +182,25 @@ def _texts(tokenizer: Any) -> dict[str, str]:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name in texts:
             texts[name] = json.dumps(portable(json.loads(texts[name])), indent=2, ensure_ascii=False) + "\n"
-    return texts
+    return with_word_lists(texts)
+
+
+def with_word_lists(texts: Mapping[str, str]) -> dict[str, str]:
+    """A tokenizer's files with `vocab.json` and `merges.txt`, which transformers 4 needs.
+
+    transformers 5 writes `tokenizer.json` alone, which holds the same words and merges.
+    """
+    if "tokenizer.json" not in texts or {"vocab.json", "merges.txt"} <= texts.keys():
+        return dict(texts)
+    model = json.loads(texts["tokenizer.json"]).get("model", {})
+    words, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(words, dict) or not isinstance(merges, list):
+        return dict(texts)  # another kind of tokenizer, which has no such lists
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return {
+        "vocab.json": json.dumps(words, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *lines]) + "\n",
+    } | dict(texts)
 
 
 # --- the card ----------------------------------------------------------------------------------

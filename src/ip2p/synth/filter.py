@@ -27,9 +27,10 @@ import torch
 from PIL import Image
 
 from ip2p.base import jobs, terminal
+from ip2p.base.cluster import Cluster
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError
-from ip2p.base.jobs import Cluster, Made
+from ip2p.base.jobs import Made
 from ip2p.data import columns
 from ip2p.data.convert import encoded, ending, hub_schema
 from ip2p.data.parquet import ParquetSource
@@ -184,18 +185,10 @@ def _small(picture: Image.Image) -> Image.Image:
 
 
 def picture_hash(picture: Image.Image) -> int:
-    """64 bits that hardly change when a picture is scaled, encoded again or brightened a little.
+    """64 bits that hardly change when a picture is scaled, encoded again or brightened a little: `phash`."""
+    import imagehash  # SciPy takes its time
 
-    Which of the 8x8 lowest frequencies of the grey picture at 32x32 (a cosine transform) lie above their
-    median.
-    """
-    grey = np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
-    low = (_COSINES @ grey @ _COSINES.T).round(3)  # without its rounding a flat picture would be noise
-    bits = np.packbits(low.ravel() > np.median(low))
-    return int.from_bytes(bits.tobytes(), "big")
-
-
-_COSINES = np.cos(np.pi / 32 * (np.arange(32) + 0.5) * np.arange(8)[:, None]) / 4
+    return int.from_bytes(np.packbits(imagehash.phash(picture).hash).tobytes(), "big")
 
 
 @dataclass(frozen=True)

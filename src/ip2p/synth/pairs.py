@@ -22,11 +22,11 @@ from ip2p.base.errors import InputError, ModelError, translated_errors
 from ip2p.data.records import Pair
 from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import Told, UNetDenoiser, told
-from ip2p.diffusion.samplers import SAMPLERS
+from ip2p.diffusion.samplers import SAMPLERS, sampler_for
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editing.editor import Editor
-from ip2p.models.bundle import HUB_PART, Bundle, find_model, from_hub, is_hub_name, make_bundle
-from ip2p.models.load import load_part, open_model
+from ip2p.models.bundle import Bundle, check_tiny, find_model, load_tiny, make_bundle
+from ip2p.models.load import Choice, open_model
 from ip2p.models.text import encode_prompts
 from ip2p.pictures.images import to_pil
 from ip2p.settings import EditSettings
@@ -60,9 +60,9 @@ CPU_BATCH, BATCH = 4, 8  # candidates at once
 class Made:
     """What became of a candidate.
 
-    before, after: uint8 [height, width, 3], and latents, the sampler's for both, fp32 [2, 4, h, w] on the
-    CPU; all None unless it was made. evaluations: pictures that went through the UNet for it, a guided one
-    twice; a source in common counts for its first candidate.
+    before, after: uint8 [height, width, 3], and latents, the sampler's for both, fp32 [2, channels, h, w] on
+    the CPU; all None unless it was made. evaluations: pictures that went through the UNet for it, a guided
+    one twice; a source in common counts for its first candidate.
     """
 
     candidate: Candidate
@@ -132,7 +132,7 @@ class PairMaker:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
-        weights: Literal["ema", "plain"] = "ema",
+        weights: Choice = "auto",
         vae: str | Path | None = None,
         steps: int = 100,
         sampler: str = "euler_ancestral",
@@ -203,7 +203,9 @@ class PairMaker:
         sources = list(dict.fromkeys(_source(one) for one in candidates))
         batch = _Batch(candidates, torch.tensor([sources.index(_source(one)) for one in candidates]))
         denoise = self._denoiser(batch, sources)
-        shape = (4, *(side // self.editor.bundle.latent_factor for side in reversed(self.size)))
+        bundle = self.editor.bundle
+        sides = (side // bundle.latent_factor for side in reversed(self.size))
+        shape = (bundle.vae.config.latent_channels, *sides)
         stream = NoiseStream([source.seed for source in sources], shape, self.device)
         whose = torch.cat([torch.arange(len(sources)), batch.owners]).to(self.device)
 
@@ -212,7 +214,7 @@ class PairMaker:
 
         start = noise() * self.sigmas[0]
         last = start
-        sampling = SAMPLERS[self.sampler](denoise, start, self.sigmas, noise)
+        sampling = sampler_for(self.sampler, self.editor.schedule)(denoise, start, self.sigmas, noise)
         for step, x in enumerate(sampling, 1):
             last = x
             if self.early is not None and step == self.early_step:
@@ -437,7 +439,7 @@ def open_painter(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: Choice = "auto",
     vae: str | Path | None = None,
 ) -> Bundle:
     """Open a model that can draw from a caption: what `load_bundle` opens, and Stable Diffusion itself.
@@ -460,18 +462,7 @@ def _not_a_painter(path: Path, channels: int, latent: int) -> ModelError:
 
 
 def _open_tiny(tiny: AutoencoderTiny | str | Path, bundle: Bundle) -> AutoencoderTiny:
-    from diffusers import AutoencoderTiny
-
     if isinstance(tiny, (str, Path)):
-        name, path = str(tiny), Path(tiny).expanduser()
-        if is_hub_name(name, path):
-            path = from_hub(name, HUB_PART, lambda folder: any(folder.glob("*.safetensors")))
-        tiny = load_part(AutoencoderTiny, path, bundle.vae.dtype)
-    shape = tiny.config.latent_channels, 2 ** (len(tiny.config.decoder_block_out_channels) - 1)
-    wanted = bundle.vae.config.latent_channels, bundle.latent_factor
-    if shape != wanted:
-        raise ModelError(
-            f"The tiny autoencoder has latents of {shape[0]} channels and {shape[1]} pixels a cell, the "
-            f"model of {wanted[0]} and {wanted[1]}. Use one that was made for it."
-        )
+        return load_tiny(tiny, bundle)
+    check_tiny(tiny, bundle)
     return tiny.to(bundle.vae.device)

@@ -1,27 +1,24 @@
-"""Edits written by a server of language models that speaks OpenAI's protocol: vLLM, Ollama, OpenAI's own …
+"""Edits written by a server of language models that speaks OpenAI's protocol: vLLM, Ollama, OpenAI, …
 
-Two ways of asking. `completion`: the text of the prompt goes on, for a model tuned on triples. `chat`: some
-seed triples are shown as a conversation and the answer is to be JSON of a schema, for a general model.
-Everything goes over the standard library's HTTP, so that nothing besides needs to be installed.
+There are two ways to ask. `completion`: the model continues the prompt, for a model tuned on triples. `chat`:
+a general model is shown some seed triples as a conversation and answers with JSON of a schema. Requests go
+through the `openai` client and are repeated by `tenacity`: both are in the extra `llm-server`.
 """
 
 from __future__ import annotations
 
 import email.utils
-import http.client
 import json
 import os
 import random
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ip2p.base import terminal
 from ip2p.base.errors import InputError, ModelError
@@ -38,6 +35,9 @@ from ip2p.synth.instruct import (
 )
 from ip2p.synth.records import Triple
 from ip2p.synth.settings import Way
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 from ip2p.synth.triples import examples
 
 KEY = "OPENAI_API_KEY"
@@ -164,6 +164,7 @@ class ServerWriter:
         self.usage = Usage()
         self.say = say
         self._key = clean_key(os.environ.get(KEY, ""), KEY) if key is None else clean_key(key)
+        self._client = _open_client(self.url, self._key, timeout)
         self._lock = threading.Lock()
         self._judging = threading.Lock()  # held while the server is asked KNOWN, so that it is once
         self._pace = _Pace(rate)
@@ -230,12 +231,40 @@ class ServerWriter:
         return {name: value for name, value in (body | form).items() if name not in self._drop}
 
     def _ask(self, ask: Ask, stop: threading.Event) -> dict[str, Any]:
-        """What is answered to a request, sent again as often as there is hope. Raises _Declined."""
-        path, own = self._question(ask)
-        # Not all at once again after a pause; and not from the seed of any result.
-        jitter = random.Random(ask.seed)
-        attempt, last = 0, False
+        """The answer to a request, which is repeated while there is hope. Raises _Declined, ModelError."""
+        from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
+
+        jitter = random.Random(ask.seed)  # so that threads do not repeat all at once after a pause
+        doubling = wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
         broken: float | None = None  # since when it fails, and not because the server is busy
+        last = False  # the attempt under way decides
+        error: _Passing
+
+        def is_over(state: RetryCallState) -> bool:
+            nonlocal broken, error
+            assert state.outcome is not None
+            error = state.outcome.exception()  # type: ignore[assignment]
+            broken = None if error.busy else broken or time.monotonic()
+            return last and not error.busy
+
+        def sleep(seconds: float) -> None:
+            nonlocal last
+            seconds = max(error.after or 0.0, seconds * (0.5 + jitter.random()))
+            last = self._wait(error, seconds, broken, stop, known=ask is KNOWN)
+
+        retry = retry_if_exception_type(_Passing)
+        try:
+            return Retrying(retry=retry, wait=doubling, stop=is_over, sleep=sleep, reraise=True)(
+                self._try, ask, stop
+            )
+        except (_Passing, _Refused) as failure:
+            message = str(failure)
+        self._judge(stop)
+        raise _Declined(message)
+
+    def _try(self, ask: Ask, stop: threading.Event) -> dict[str, Any]:
+        """One attempt, in as many forms as the server needs. Raises _Passing, _Refused, ModelError."""
+        path, own = self._question(ask)
         while True:
             self._pace(stop)
             if self._fault:
@@ -251,15 +280,7 @@ class ServerWriter:
                 if ask is KNOWN or not error.of_prompt:
                     self._fault = self._refusal(path, error)
                     raise ModelError(self._fault) from None
-                self._judge(stop)
-                raise _Declined(error.line()) from None
-            except _Passing as error:
-                if last and not error.busy:
-                    self._judge(stop)
-                    raise _Declined(str(error)) from None
-                attempt += 1
-                broken = None if error.busy else broken or time.monotonic()
-                last = self._wait(error, attempt, broken, jitter, stop, known=ask is KNOWN)
+                raise
 
     def _choice(self, reply: dict[str, Any]) -> dict[str, Any]:
         """The first answer of a reply, which is counted."""
@@ -296,33 +317,31 @@ class ServerWriter:
         return True
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(
-            f"{self.url}/{path}", json.dumps(body).encode(), headers, method="POST"
-        )
+        """The reply to one request. Raises _Passing, _Refused."""
+        import openai
+
+        chat = path.startswith("chat")
+        endpoint: Any = self._client.chat.completions if chat else self._client.completions
+        keyless = {} if self._key else {"extra_headers": {"Authorization": openai.Omit()}}
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                data = response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                told = _read(error)
+            # Raw, because servers answer with less than OpenAI's types ask for.
+            text = endpoint.with_raw_response.create(**body, **keyless).text
+        except openai.APIStatusError as error:
+            message, code = error.response.text[:4096], error.status_code
             # Some servers repeat a key that they do not take.
-            told = _short(told.replace(self._key, "…") if self._key else told)
-            if error.code in AGAIN:
-                after, busy = _retry_after(error.headers), error.code in BUSY
-                raise _Passing(f"{error.code} {told}", after, busy=busy) from None
-            raise _Refused(error.code, told) from None
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
-            reason = getattr(error, "reason", error)
-            raise _Passing(str(reason) or type(error).__name__, None) from None
+            message = _short(message.replace(self._key, "…") if self._key else message)
+            if code in AGAIN:
+                after = _retry_after(error.response.headers)
+                raise _Passing(f"{code} {message}", after, busy=code in BUSY) from None
+            raise _Refused(code, message) from None
+        except openai.APIError as error:  # refused, reset, timed out, cut short
+            raise _Passing(str(error.__cause__ or error) or type(error).__name__, None) from None
         try:
-            reply = json.loads(data)
+            reply = json.loads(text)
         except ValueError:
             reply = None
         if not isinstance(reply, dict):
-            raise _Refused(200, f"no JSON: {_short(data.decode(errors='replace'))}", of_prompt=False)
+            raise _Refused(200, f"no JSON: {_short(text)}", of_prompt=False)
         return reply
 
     def _adapt(self, sent: dict[str, Any], error: _Refused) -> bool:
@@ -348,7 +367,7 @@ class ServerWriter:
         return False
 
     def _refusal(self, path: str, error: _Refused) -> str:
-        what = f"{self.url}/{path} answered {error.line()}"
+        what = f"{self.url}/{path} answered {error}"
         if error.code == 200:
             return f"{what}; it is no server of language models in OpenAI's protocol. Check --server."
         if error.code in (401, 403):
@@ -361,21 +380,18 @@ class ServerWriter:
     def _wait(
         self,
         error: _Passing,
-        attempt: int,
+        pause: float,
         broken: float | None,
-        jitter: random.Random,
         stop: threading.Event,
         *,
         known: bool,
     ) -> bool:
-        """Wait before a request is sent again. Raises ModelError when the server has been away too long.
+        """Wait for `pause` seconds before a request is repeated.
 
-        broken: since when the request fails (monotonic seconds), None if the server was only busy. True, at
-        once, if that is longer than the patience and the server answers KNOWN: one more try decides.
+        broken: since when the request fails (monotonic seconds), None if the server was only busy. Returns
+        True, at once, if that is longer than the patience and the server answers KNOWN: one more try decides.
+        Raises ModelError when the server has been away too long.
         """
-        pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * (0.5 + jitter.random())
-        if error.after is not None:
-            pause = max(error.after, pause)
         with self._lock:
             self.usage.retries += 1
             now = time.monotonic()
@@ -440,13 +456,10 @@ class _Refused(Exception):
     """A failure that does not pass. of_prompt: another prompt may be answered."""
 
     def __init__(self, code: int, told: str, *, of_prompt: bool = True) -> None:
-        super().__init__(code, told)
+        super().__init__(f"{code} ({told})")
         self.code, self.told = code, told
         self.filtered = _FILTERED.search(told) is not None
         self.of_prompt = of_prompt and (code in OF_PROMPT or self.filtered)
-
-    def line(self) -> str:
-        return f"{self.code} ({self.told})"
 
 
 class _Declined(Exception):
@@ -504,26 +517,35 @@ def _from_json(text: str) -> str:
     return " ".join(instruction.split()) + MIDDLE + " ".join(edited.split())
 
 
-def _retry_after(headers: Any) -> float | None:
+def _open_client(url: str, key: str, timeout: float) -> OpenAI:
+    """The client of a server, which repeats nothing itself. Raises InputError where the extra is missing."""
+    try:
+        import openai
+        import tenacity  # noqa: F401 (used later: missing packages are named before the work)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--server needs {error.name}, which is missing; install it: pip install 'ip2p[llm-server]'"
+        ) from None
+    # No organization or project of this machine's environment goes to a server that may be another's.
+    headers: dict[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+    return openai.OpenAI(
+        base_url=url, api_key=key or "none", timeout=timeout, max_retries=0, default_headers=headers
+    )
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
     """The seconds of Retry-After, given as a number or as a date."""
-    told = headers.get("Retry-After") if headers else None
-    if told is None:
+    value = headers.get("Retry-After")
+    if value is None:
         return None
     try:
-        return max(0.0, float(told))
+        return max(0.0, float(value))
     except ValueError:
         pass
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError):
         return None
-
-
-def _read(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read(4096).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return ""
 
 
 def _short(text: str) -> str:
