@@ -47,6 +47,7 @@ format: $(INSTALLED)
 docs: $(INSTALLED)
 	$(PY) scripts/make_cli_docs.py
 	$(MKDOCS)
+	$(PY) scripts/make_arguments.py
 
 clean:
 	rm -rf demo dist build site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -210,10 +210,10 @@ class Settings(BaseModel):
         """None replaced by the value of the same name in the model's card, else by the setting's fallback."""
         chosen = {}
         for name, found in type(self).model_fields.items():
-            fallback = meta_of(found).fallback
-            if fallback is not None and getattr(self, name) is None:
-                known = getattr(card, name, None)
-                chosen[name] = fallback if known is None else known
+            meta = meta_of(found)
+            if meta.fallback is not None and getattr(self, name) is None:
+                known = (getattr(card, each, None) for each in (name, *meta.aliases))
+                chosen[name] = next((each for each in known if each is not None), meta.fallback)
         return self.changed(**chosen)
 
     @classmethod
