@@ -18,8 +18,8 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml requirements-dev.lock tools/install.sh
-	tools/install.sh $(VENV)
+$(INSTALLED): pyproject.toml requirements-dev.lock scripts/install.sh
+	scripts/install.sh $(VENV)
 	@touch $@
 
 demo: $(INSTALLED)
@@ -33,14 +33,15 @@ check: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy src
 	$(VENV)/bin/lint-imports
-	$(PY) tools/make_cli_docs.py --check
+	$(PY) scripts/make_cli_docs.py --check
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 docs: $(INSTALLED)
-	$(PY) tools/make_cli_docs.py
+	$(PY) scripts/make_cli_docs.py
+	$(PY) scripts/make_arguments.py
 
 clean:
 	rm -rf demo dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ip2p.base.errors import InputError, ModelError
+from ip2p.base.ledger import lock_folder
 from ip2p.training import build, loop
 from ip2p.training.checkpoints import Checkpoints
 
@@ -281,7 +282,7 @@ def test_other_numbers_are_refused_on_resume(tmp_path, monkeypatch):
 
 
 def test_two_builds_in_one_folder_the_second_is_refused(tmp_path):
-    with loop.sole_owner(tmp_path), pytest.raises(InputError, match="another run is at work"):
+    with lock_folder(tmp_path), pytest.raises(InputError, match="another ip2p is writing into"):
         build.run("smoke", tmp_path, device="cpu", log=quiet)
 
 

@@ -142,7 +142,7 @@ def test_options_that_the_help_omits_are_still_accepted() -> None:
 
 
 def test_the_cli_page_of_the_docs_is_up_to_date() -> None:
-    tool = Path(__file__).parent.parent / "tools" / "make_cli_docs.py"
+    tool = Path(__file__).parent.parent / "scripts" / "make_cli_docs.py"
     told = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
 

@@ -19,9 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ip2p.base import jobs
+from ip2p.base import cluster as clusters
+from ip2p.base import jobs, terminal
+from ip2p.base.cluster import Cluster, fitting
 from ip2p.base.errors import InputError, ModelError, ResourceError, Terminated
-from ip2p.base.jobs import Cluster, Made
+from ip2p.base.jobs import Made
 
 PARTS = [range(0, 3), range(3, 6), range(6, 7)]
 SETTINGS = {"key": "squares"}
@@ -383,10 +385,10 @@ def test_a_full_disk_is_told_and_what_was_committed_stays(go, tmp_path, monkeypa
 
 
 def test_pace_tells_the_rate_and_the_time_left():
-    assert jobs.pace(0, 10, 5.0, "rows") == ""
-    assert jobs.pace(50, 250, 4.0, "rows") == "12.5 rows/s, 0:16 left"
-    assert jobs.pace(3000, 6000, 2.0, "rows") == "1,500 rows/s, 0:02 left"
-    assert jobs.pace(10, 250, 150.0, "triples") == "4 triples/min, 1:00:00 left"
+    assert terminal.pace(0, 10, 5.0, "rows") == ""
+    assert terminal.pace(50, 250, 4.0, "rows") == "12.5 rows/s, 0:16 left"
+    assert terminal.pace(3000, 6000, 2.0, "rows") == "1,500 rows/s, 0:02 left"
+    assert terminal.pace(10, 250, 150.0, "triples") == "4 triples/min, 1:00:00 left"
 
 
 # --- Ray ------------------------------------------------------------------------------------------
@@ -534,17 +536,17 @@ def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_told(go, ray
 
 
 def test_workers_are_as_many_as_fit(ray, go):
-    fitting = partial(jobs.fitting, parts=100)
+    fits = partial(fitting, parts=100)
     cpus, gpus = machines({"CPU": 8.0}), machines({"CPU": 32.0, "GPU": 3.0})
-    assert fitting(cpus, Cluster(cpus=2)) == (4, {"num_cpus": 2, "num_gpus": 0.0})
-    assert fitting(gpus, Cluster()) == (3, {"num_cpus": 1, "num_gpus": 1.0})
-    assert fitting(gpus, Cluster(gpus=0.25)) == (12, {"num_cpus": 1, "num_gpus": 0.25})
-    assert jobs.fitting(cpus, Cluster(), 3)[0] == 3
+    assert fits(cpus, Cluster(cpus=2)) == (4, {"num_cpus": 2, "num_gpus": 0.0})
+    assert fits(gpus, Cluster()) == (3, {"num_cpus": 1, "num_gpus": 1.0})
+    assert fits(gpus, Cluster(gpus=0.25)) == (12, {"num_cpus": 1, "num_gpus": 0.25})
+    assert fitting(cpus, Cluster(), 3)[0] == 3
     # A worker is on one machine, and its part of a GPU on one GPU.
-    assert fitting(machines({"CPU": 6.0}, {"CPU": 6.0}), Cluster(cpus=4))[0] == 2
-    assert fitting(machines({"CPU": 8.0, "GPU": 2.0}), Cluster(gpus=0.4))[0] == 4
-    assert fitting(machines({"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 1.0}), Cluster(gpus=2))[0] == 1
-    assert fitting(machines({"CPU": 64.0}, {"CPU": 2.0, "GPU": 4.0}), Cluster())[0] == 2
+    assert fits(machines({"CPU": 6.0}, {"CPU": 6.0}), Cluster(cpus=4))[0] == 2
+    assert fits(machines({"CPU": 8.0, "GPU": 2.0}), Cluster(gpus=0.4))[0] == 4
+    assert fits(machines({"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 1.0}), Cluster(gpus=2))[0] == 1
+    assert fits(machines({"CPU": 64.0}, {"CPU": 2.0, "GPU": 4.0}), Cluster())[0] == 2
     with pytest.raises(ResourceError, match=r"4 workers of 1 CPU each do not fit .* 3 CPU; 3 would"):
         go(cluster=Cluster(workers=4))
     with pytest.raises(ResourceError, match="1 workers of 1 CPU, 1 GPU each do not fit"):
@@ -559,7 +561,7 @@ def test_a_worker_without_room_keeps_no_part_waiting(go, ray, tmp_path):
 
 
 def test_machines_that_join_get_workers(go, ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "LOOK", -1)
+    monkeypatch.setattr(clusters, "LOOK", -1)
     ray.nodes = machines({"CPU": 1.0})
 
     def join(part):

@@ -16,8 +16,9 @@ from conftest import make_clip, make_model
 from PIL import Image
 
 from ip2p.base import jobs
+from ip2p.base.cluster import Cluster
 from ip2p.base.errors import ModelError
-from ip2p.base.jobs import Cluster, Made
+from ip2p.base.jobs import Made
 from ip2p.cli import main as cli
 from ip2p.cli import synth as maker
 from ip2p.synth.records import Triple, triple_id, write_triples

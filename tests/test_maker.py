@@ -16,6 +16,7 @@ from conftest import make_clip, make_model
 from PIL import Image
 
 from ip2p.base import jobs
+from ip2p.base.cluster import Cluster
 from ip2p.base.errors import InputError, ModelError
 from ip2p.cli import main as cli
 from ip2p.cli import synth as maker
@@ -763,7 +764,7 @@ def test_small_models_work_on_every_core_with_a_thread_each(here, painter, monke
     assert told(None, workers=2) == {"processes": 2, "threads": 1}
     monkeypatch.setattr(maker, "SMALL", 1000)
     assert told() == {"processes": 1, "threads": None}
-    cluster = jobs.Cluster(address="a:1", workers=4, cpus=2, gpus=0.5)
+    cluster = Cluster(address="a:1", workers=4, cpus=2, gpus=0.5)
     assert told(ray="a:1", ray_workers=4, threads=2, ray_gpus=0.5) == {"cluster": cluster, "threads": 2}
 
 

@@ -156,7 +156,7 @@ def test_the_infotext_has_a_new_setting_both_ways():
 
 
 def test_the_written_arguments_are_those_of_the_settings():
-    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools/make_arguments.py"))
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "scripts/make_arguments.py"))
     for path, *rest in tool["FILES"]:
         assert path.read_text(encoding="utf-8") == tool["write_arguments"](*rest), path
     assert "    sharpness: float | None\n" in tool["write_arguments"](Sharpened)

@@ -16,10 +16,10 @@ from conftest import make_model
 
 from ip2p.base.errors import InputError, ModelError, Terminated
 from ip2p.base.files import write_text
+from ip2p.base.ledger import lock_folder
 from ip2p.cli import main as cli
 from ip2p.training import loop, trainer
 from ip2p.training.checkpoints import Checkpoints
-from ip2p.training.loop import sole_owner
 from ip2p.training.settings import TrainConfig
 from ip2p.training.storybook.pairs import write_pairs
 from ip2p_storybook.edits import sample_edit
@@ -260,7 +260,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(conf
 
 
 def test_two_runs_in_one_folder_the_second_is_refused(config):
-    with sole_owner(config.output), pytest.raises(InputError, match="another run is at work in"):
+    with lock_folder(config.output), pytest.raises(InputError, match="another ip2p is writing into"):
         trainer.run(config)
 
 

@@ -44,11 +44,11 @@ _Body = TypeVar("_Body", bound=BaseModel)
 
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m", "lcm", "tcd"]
-ScheduleName = Literal["linspace", "karras", "lcm"]
+ScheduleName = Literal["linspace", "karras", "trailing", "lcm"]
 WeightSet = Literal["auto", "ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
-Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations"]
+Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations", "paraphrases"]
 Interface = Literal["openai", "a1111"]
 
 MAX_STEPS = 1000  # the number of noise levels that a model is trained on
@@ -210,10 +210,10 @@ class Settings(BaseModel):
         """None replaced by the value of the same name in the model's card, else by the setting's fallback."""
         chosen = {}
         for name, found in type(self).model_fields.items():
-            fallback = meta_of(found).fallback
-            if fallback is not None and getattr(self, name) is None:
-                known = getattr(card, name, None)
-                chosen[name] = fallback if known is None else known
+            meta = meta_of(found)
+            if meta.fallback is not None and getattr(self, name) is None:
+                known = (getattr(card, each, None) for each in (name, *meta.aliases))
+                chosen[name] = next((each for each in known if each is not None), meta.fallback)
         return self.changed(**chosen)
 
     @classmethod
@@ -616,7 +616,7 @@ class EditSettings(Settings):
         fallback="linspace",
         group=GUIDANCE,
         label="Schedule type",
-        labels={"linspace": "Automatic", "karras": "Karras", "lcm": "LCM"},
+        labels={"linspace": "Automatic", "karras": "Karras", "trailing": "SGM Uniform", "lcm": "LCM"},
         names={"a1111": "scheduler"},
         aliases=("spacing",),
     )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from ip2p_storybook.language import (
     COLOURLESS_STYLES,
-    PLACE_WORDS,
     counted,
     noun_of,
     pronoun,
@@ -15,41 +14,13 @@ from ip2p_storybook.language import (
     worn,
 )
 from ip2p_storybook.scene import KINDS, SLOTS, Scene, Thing, rng_for, stable_hash
-
-# {things} stand {place} {time}{weather}; {style} is what such a picture is.
-TEMPLATES = (
-    "{style} of {things} {place} {time}{weather}",
-    "{things} {place} {time}{weather}, {style}",
-    "{things} {place} {time}{weather} in {style}",
-    "{style} with {things} {place} {time}{weather}",
-    "{place} {time}{weather}, {things}, {style}",
-    "{style} {place} {time}{weather} with {things}",
-    "{style}: {things} {place} {time}{weather}",
-    "{things}, {place}, {time}{weather}, {style}",
-)
-SIZE_WORDS = {"small": "small", "medium": "", "large": "large"}
-TIME_SAID = {"morning": "in the morning", "noon": "at noon", "sunset": "at sunset", "night": "at night"}
-WEATHER_SAID = {
-    "clear": (" under a clear sky", " in clear weather"),
-    "cloudy": (" under a cloudy sky", " in cloudy weather"),
-    "rain": (" in the rain", " in rainy weather"),
-    "snow": (" in the snow", " in snowy weather"),
-    "fog": (" in the fog", " in foggy weather"),
-}
-STYLE_SAID = {
-    "plain": ("an illustration", "a plain picture"),
-    "pencil": ("a pencil drawing", "a pencil sketch"),
-    "watercolour": ("a watercolour", "a watercolour painting"),
-    "pixel art": ("a pixel art picture", "pixel art"),
-    "blueprint": ("a blueprint", "a blueprint drawing"),
-    "comic": ("a comic", "a comic book page"),
-}
-# All words that stand in no template, for the vocabulary.
-WORDS = (
-    *SIZE_WORDS.values(),
-    *TIME_SAID.values(),
-    *(w for options in (*WEATHER_SAID.values(), *STYLE_SAID.values()) for w in options),
-    "and wearing in with nothing in the sky",
+from ip2p_storybook.words import (
+    PLACE_WORDS,
+    SIZE_WORDS,
+    STYLE_SAID,
+    TEMPLATES,
+    TIME_SAID,
+    WEATHER_SAID,
 )
 
 

@@ -24,6 +24,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ip2p_storybook import language as say
+from ip2p_storybook.changes import added_uid, put_thing, with_kind
+from ip2p_storybook.paraphrases import Paraphrase, is_paraphrase, paraphrases_of
 from ip2p_storybook.scene import (
     COLOURS,
     GROUND_KINDS,
@@ -43,8 +45,8 @@ from ip2p_storybook.scene import (
     is_held_out_combination,
     rng_for,
     sample_scene,
-    stable_hash,
 )
+from ip2p_storybook.words import ADDED_SIZES, IN_SKY, OLD_WEATHER, STYLE_WORDS, TIME_WORDS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +62,7 @@ _WEIGHTS = {
     "put_on": 0.08, "take_off": 0.06, "bigger": 0.06, "smaller": 0.06,
     "move": 0.06, "count": 0.06, "two": 0.08,
 }  # fmt: skip
-SPLITS = ("train", "test", "unseen_phrasings", "unseen_combinations")
+SPLITS = ("train", "test", "unseen_phrasings", "unseen_combinations", "paraphrases")
 _COLOURS = tuple(COLOURS)
 _WEARERS = frozenset(WEARER_KINDS)
 _SKY = frozenset(SKY_KINDS)
@@ -165,7 +167,8 @@ def propose(scene: Scene, rng: random.Random, kind: str | None = None, split: st
     split: "train" and "test": training phrasings, no held-out combination before or after;
     "unseen_phrasings": only held-out phrasings, no held-out combination; "unseen_combinations":
     training phrasings, and the thing named (for place, time, weather and style: any thing) is a
-    held-out combination before or after.
+    held-out combination before or after; "paraphrases": instructions in free English, no held-out
+    combination.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
@@ -173,23 +176,27 @@ def propose(scene: Scene, rng: random.Random, kind: str | None = None, split: st
     if not unseen and _has_held(scene):
         return None
     draw = _Draw(rng, split == "unseen_phrasings", "unseen" if unseen else "seen")
-    if kind is None:
-        left = dict(_WEIGHTS)
-        while left:
-            kind = rng.choices(tuple(left), tuple(left.values()))[0]
-            edit = _propose(scene, draw, kind)
-            if edit is not None:
-                break
-            del left[kind]
+    left = dict(_WEIGHTS) if kind is None else {_check_kind(kind): 1.0}
+    while left:
+        chosen = rng.choices(tuple(left), tuple(left.values()))[0]
+        if split == "paraphrases":
+            edit = _propose_paraphrase(scene, rng, chosen)
         else:
-            return None
+            edit = _propose(scene, draw, chosen)
+        if edit is not None:
+            break
+        del left[chosen]
     else:
-        if kind not in _WEIGHTS:
-            raise ValueError(f"unknown kind of edit {kind!r}; choose one of: {', '.join(EDIT_KINDS)}")
-        edit = _propose(scene, draw, kind)
-        if edit is None:
-            return None
+        return None
+    if split == "paraphrases":
+        return edit
     return replace(edit, instruction=say.finish(edit.instruction, rng, typos=split == "train"))
+
+
+def _check_kind(kind: str) -> str:
+    if kind not in _WEIGHTS:
+        raise ValueError(f"unknown kind of edit {kind!r}; choose one of: {', '.join(EDIT_KINDS)}")
+    return kind
 
 
 def sample_edit(
@@ -203,6 +210,12 @@ def sample_edit(
     if kind is None:
         kind = rng.choices(tuple(_WEIGHTS), tuple(_WEIGHTS.values()))[0]
     odd = (page_split or split) != "train"
+    while split == "paraphrases":
+        paraphrase = rng.choice(paraphrases_of(kind))
+        page = paraphrase.draw_page(rng)
+        edit = _say_paraphrase(paraphrase, replace(page, seed=page.seed & ~1 | odd)) if page else None
+        if edit is not None:
+            return edit
     while True:
         held_out = False
         if split == "unseen_combinations":
@@ -212,6 +225,43 @@ def sample_edit(
         edit = propose(scene, rng, kind, split)
         if edit is not None:
             return edit
+
+
+def _propose_paraphrase(scene: Scene, rng: random.Random, kind: str) -> Edit | None:
+    edits = [edit for p in paraphrases_of(kind) if (edit := _say_paraphrase(p, scene)) is not None]
+    return rng.choice(edits) if edits else None
+
+
+def _say_paraphrase(paraphrase: Paraphrase, scene: Scene) -> Edit | None:
+    """The page edited as the paraphrase asks; None where it leaves more than one answer, or none."""
+    page, steps = scene, list[Edit]()
+    for number, change in enumerate(paraphrase.changes, start=1):
+        done = change.apply(page)
+        if done is None:
+            return None
+        after, target = done
+        step = Edit(
+            kind=change.kind,
+            before=page,
+            after=after,
+            instruction=paraphrase.instruction,
+            phrasing=f"{paraphrase.id}.{number}" if paraphrase.kind == "two" else paraphrase.id,
+            target=target,
+        )
+        steps.append(step)
+        page = after
+    edit = steps[0]
+    if paraphrase.kind == "two":
+        edit = Edit(
+            kind="two",
+            before=scene,
+            after=page,
+            instruction=paraphrase.instruction,
+            phrasing="+".join((paraphrase.id, *(step.phrasing for step in steps))),
+            steps=tuple(steps),
+        )
+    fits = paraphrase.fits(scene) and not _has_held(scene) and not _has_held(page) and is_unique(edit)
+    return edit if fits and (not edit.steps or _go_together(*steps)) else None
 
 
 def _propose(scene: Scene, draw: _Draw, kind: str) -> Edit | None:
@@ -257,16 +307,13 @@ def _recolour(scene: Scene, draw: _Draw) -> Edit | None:
                 continue
             new = replace(thing, colour=colour)
             if draw.allows(scene.place, new, before=(thing,)):
-                after = _with(scene, i, new)
+                after = put_thing(scene, i, new)
                 person = thing.kind in KINDS["person"]
                 name = draw.name(scene, i, owner=person or _owner(phrasing))
                 name = say.clothes(name) if person else name
-                return _edit(phrasing, scene, after, i, name, c=colour, a_c=say.a(colour))
+                word = say.vary_colour(colour, draw.rng)
+                return _edit(phrasing, scene, after, i, name, c=word, a_c=say.a(word))
     return None
-
-
-def _dressed(thing: Thing, kind: str, colour: str) -> Thing:
-    return replace(thing, kind=kind, colour=colour, wears=thing.wears if kind in _WEARERS else None)
 
 
 def _replace(scene: Scene, draw: _Draw) -> Edit | None:
@@ -282,20 +329,16 @@ def _replace(scene: Scene, draw: _Draw) -> Edit | None:
                 continue
             named = draw.rng.random() < 0.3 and scene.style not in say.COLOURLESS_STYLES
             colour = draw.choice(_COLOURS) if named else thing.colour
-            new = _dressed(thing, kind, colour)
+            new = with_kind(thing, kind, colour)
             if not draw.allows(scene.place, new, before=(thing,)):
                 continue
-            noun, many = say.noun_of(kind, draw.rng), thing.count > 1
-            words = say.described(noun, colour=colour if named else "", count=thing.count)
+            noun, many = say.vary_noun(kind, draw.rng), thing.count > 1
+            colour_word = say.vary_colour(colour if named else "", draw.rng)
+            words = say.described(noun, colour=colour_word, count=thing.count)
             new_words = words if many else say.a(words)
             name = draw.name(scene, i, owner=_owner(phrasing))
-            return _edit(phrasing, scene, _with(scene, i, new), i, name, new=new_words)
+            return _edit(phrasing, scene, put_thing(scene, i, new), i, name, new=new_words)
     return None
-
-
-def added_uid(scene: Scene, slot: str, *, sky: bool) -> int:
-    """The `uid` of a thing added to a slot of the page: the page's seed and the slot settle it."""
-    return stable_hash("added", scene.seed, slot, sky) & 0xFFFFFFFF
 
 
 def _add(scene: Scene, draw: _Draw) -> Edit | None:
@@ -324,13 +367,13 @@ def _add(scene: Scene, draw: _Draw) -> Edit | None:
         assert phrasing is not None
         words = say.counted(
             count,
-            say.noun_of(kind, draw.rng),
-            size={"small": "small", "medium": "", "large": draw.choice(("big", "large"))}[size],
-            colour="" if phrasing.vague or colourless else colour,
+            say.vary_noun(kind, draw.rng),
+            size=say.choose_words(ADDED_SIZES[size], draw.rng, 0.5),
+            colour=say.vary_colour("" if phrasing.vague or colourless else colour, draw.rng),
         )
         where = say.side_words(slot, draw.rng)[0]
         if sky and draw.rng.random() < 0.6:
-            where = f"in the sky {where}"
+            where = f"{say.choose_words(IN_SKY, draw.rng)} {where}"
         after = replace(scene, things=(*scene.things, new))
         be = "are" if count > 1 else "is"
         return _edit(phrasing, scene, after, len(scene.things), None, new=words, where=where, be=be)
@@ -348,7 +391,7 @@ def _remove(scene: Scene, draw: _Draw) -> Edit | None:
         phrasing = draw.phrasing("remove", "", "kind")
         assert phrasing is not None
         name = draw.name(scene, i, owner=_owner(phrasing))
-        noun = say.noun_of(thing.kind, draw.rng)
+        noun = say.vary_noun(thing.kind, draw.rng)
         after = replace(scene, things=scene.things[:i] + scene.things[i + 1 :])
         kind = say.plural(noun) if thing.count > 1 else noun
         return _edit(phrasing, scene, after, i, name, kind=kind)
@@ -364,7 +407,7 @@ def _place(scene: Scene, draw: _Draw) -> Edit | None:
             continue
         if not draw.allows(place, *scene.things, before=scene.things, was=scene.place):
             continue
-        in_place, to_place, a_place = say.PLACE_WORDS[place]
+        in_place, to_place, a_place = say.choose_words(say.places_of(place), draw.rng, 0.3)
         lot = draw.rng.random()
         them, they, be = "everything", "everything", "is"
         if len(scene.things) == 1 and draw.earlier is None and draw.pronouns:
@@ -385,7 +428,7 @@ def _time(scene: Scene, draw: _Draw) -> Edit | None:
     phrasing = draw.phrasing("time")
     assert phrasing is not None
     time = draw.choice([t for t in TIMES if t != scene.time])
-    word, at = say.TIME_WORDS[time][draw.rng.random() < 0.2]
+    word, at = say.choose_words(TIME_WORDS[time], draw.rng, 0.35)
     return _edit(phrasing, scene, replace(scene, time=time), None, None, time=word, at_time=at)
 
 
@@ -396,13 +439,12 @@ def _weather(scene: Scene, draw: _Draw) -> Edit | None:
     variants = ("", "clear") if weather == "clear" else ("",)
     phrasing = draw.phrasing("weather", *variants)
     assert phrasing is not None
-    options = say.WEATHER_WORDS[weather]
-    # The sun does not shine at night: there only "clear" will do.
-    words = options[-1] if weather == "clear" and scene.time == "night" else draw.choice(options)
+    words = say.choose_words(say.weathers_of(weather, scene.time), draw.rng, 0.6)
     do, do_be, noun, adj, ing = words
     return _edit(
         phrasing, scene, replace(scene, weather=weather), None, None,
-        do=do, do_be=do_be, weather=noun, adj=adj, ing=ing, old=say.OLD_WEATHER[scene.weather],
+        do=do, do_be=do_be, weather=noun, weather_some=say.without_article(noun), adj=adj, ing=ing,
+        old=say.choose_words(OLD_WEATHER[scene.weather], draw.rng),
     )  # fmt: skip
 
 
@@ -412,7 +454,7 @@ def _style(scene: Scene, draw: _Draw) -> Edit | None:
     phrasing = draw.phrasing("style")
     assert phrasing is not None
     style = draw.choice([s for s in STYLES if s != scene.style])
-    word, a_style = draw.choice(say.STYLE_WORDS[style])
+    word, a_style = say.choose_words(STYLE_WORDS[style], draw.rng, 0.6)
     return _edit(phrasing, scene, replace(scene, style=style), None, None, style=word, a_style=a_style)
 
 
@@ -425,10 +467,11 @@ def _put_on(scene: Scene, draw: _Draw) -> Edit | None:
         if phrasing is None:
             continue
         wears = draw.choice([w for w in WEARABLES if w != thing.wears])
-        after = _with(scene, i, replace(thing, wears=wears))
+        after = put_thing(scene, i, replace(thing, wears=wears))
         name = draw.name(scene, i, owner=_owner(phrasing), side="on {t}" not in phrasing.text)
-        old = (say.plural(thing.wears) if thing.count > 1 else thing.wears) if thing.wears else ""
-        return _edit(phrasing, scene, after, i, name, w=say.worn(wears, thing.count), old=old)
+        old = say.choose_words(say.bare_in_words(thing.wears, thing.count), draw.rng) if thing.wears else ""
+        new = say.choose_words(say.worn_in_words(wears, thing.count), draw.rng)
+        return _edit(phrasing, scene, after, i, name, w=new, old=old)
     return None
 
 
@@ -440,9 +483,9 @@ def _take_off(scene: Scene, draw: _Draw) -> Edit | None:
         alone = sum(t.wears == thing.wears for t in scene.things) == 1
         phrasing = draw.phrasing("take_off", *(("", "bare") if alone else ("",)))
         assert phrasing is not None
-        after = _with(scene, i, replace(thing, wears=None))
+        after = put_thing(scene, i, replace(thing, wears=None))
         name = draw.name(scene, i, owner=_owner(phrasing))
-        wears = say.plural(thing.wears) if thing.count > 1 else thing.wears
+        wears = say.choose_words(say.bare_in_words(thing.wears, thing.count), draw.rng)
         return _edit(phrasing, scene, after, i, name, w=wears)
     return None
 
@@ -456,7 +499,7 @@ def _resize(kind: str, step: int) -> Callable[[Scene, _Draw], Edit | None]:
                 continue
             phrasing = draw.phrasing(kind)
             assert phrasing is not None
-            after = _with(scene, i, replace(thing, size=SIZES[at]))
+            after = put_thing(scene, i, replace(thing, size=SIZES[at]))
             return _edit(phrasing, scene, after, i, draw.name(scene, i, owner=_owner(phrasing)))
         return None
 
@@ -478,7 +521,7 @@ def _move(scene: Scene, draw: _Draw) -> Edit | None:
         way = "left" if there < here else "right"
         if thing.slot == "middle" and draw.rng.random() < 0.5:
             to_side = f"to the {way}"
-        after = _with(scene, i, replace(thing, slot=slot))
+        after = put_thing(scene, i, replace(thing, slot=slot))
         name = draw.name(scene, i, owner=_owner(phrasing), side=False)
         return _edit(phrasing, scene, after, i, name, on_side=on_side, to_side=to_side, way=way)
     return None
@@ -491,7 +534,7 @@ def _count(scene: Scene, draw: _Draw) -> Edit | None:
         variant = "more" if count > thing.count else "fewer"
         phrasing = draw.phrasing("count", "", *((variant,) if draw.rng.random() < 0.5 else ()))
         assert phrasing is not None
-        noun = say.noun_of(thing.kind, draw.rng)
+        noun = say.vary_noun(thing.kind, draw.rng)
         many = say.plural(noun)
         digits = draw.rng.random() < 0.15
 
@@ -499,7 +542,7 @@ def _count(scene: Scene, draw: _Draw) -> Edit | None:
             return str(n) if digits else say.NUMBERS[n]
 
         by = abs(count - thing.count)
-        after = _with(scene, i, replace(thing, count=count))
+        after = put_thing(scene, i, replace(thing, count=count))
         name = draw.name(scene, i, owner=_owner(phrasing))
         return _edit(
             phrasing, scene, after, i, name,
@@ -555,7 +598,7 @@ def _go_together(first: Edit, second: Edit) -> bool:
     """Whether both edits show in the end, and neither changes what the other's words mean."""
     if first.kind == "recolour" and second.after.style in say.COLOURLESS_STYLES:
         return False
-    if second.after.time == "night" and any(w in first.instruction for w in ("sunny", "sunshine")):
+    if second.after.time == "night" and say.names_sun(first.instruction):
         return False
     if second.target is None or first.target is None:
         return True
@@ -617,6 +660,8 @@ def is_unique(edit: Edit) -> bool:
         return False
     if edit.steps:
         return all(is_unique(step) for step in edit.steps)
+    if is_paraphrase(edit.phrasing):
+        return True  # it is said only of pages where it has one answer
     phrasing = say.phrasing_of(edit.phrasing)
     if phrasing.kind == "add" and phrasing.variant == "anywhere":
         assert edit.target is not None
@@ -764,28 +809,28 @@ def _others_thing(edit: Edit, rng: random.Random) -> Iterator[Scene]:
     row = SKY_KINDS if was.in_sky else GROUND_KINDS
 
     def made(things: Iterable[Thing]) -> list[Scene]:
-        return [_with(page, target, thing) for thing in things]
+        return [put_thing(page, target, thing) for thing in things]
 
     if edit.kind == "remove":
-        wrong = [_dressed(was, k, was.colour) for k in row if k != was.kind]
+        wrong = [with_kind(was, k, was.colour) for k in row if k != was.kind]
         yield from (replace(page, things=page.things[:i] + page.things[i + 1 :]) for i in others)
         fewer = [replace(was, count=c) for c in range(1, was.count)]
         shrunk = [replace(was, size=s) for s in SIZES[: SIZES.index(was.size)]]
         yield from _take_turns(rng, made(fewer), made(shrunk), made(wrong))
-        yield from _take_turns(rng, made(_dressed(was, k, c) for k in row for c in _COLOURS))
+        yield from _take_turns(rng, made(with_kind(was, k, c) for k in row for c in _COLOURS))
         yield from made(replace(t, size=s, count=c) for t in wrong for s, c in _SIZES_AND_COUNTS)
         return
     now = edit.after.things[target]
     wrong = [t for t in _changes(edit.kind, page, target) if t != now]
     same_change = ((i, _same_change(edit, page.things[i])) for i in others)
-    yield from (_with(page, i, thing) for i, thing in same_change if thing is not None)
-    elsewhere = [[_with(page, i, thing) for thing in _changes(edit.kind, page, i)] for i in others]
+    yield from (put_thing(page, i, thing) for i, thing in same_change if thing is not None)
+    elsewhere = [[put_thing(page, i, thing) for thing in _changes(edit.kind, page, i)] for i in others]
     yield from _take_turns(rng, made(wrong), *elsewhere)
     further = [replace(t, colour=c) for t in wrong for c in _COLOURS]
     if edit.kind in ("recolour", "replace"):
-        further = [_dressed(was, k, now.colour) for k in row]
+        further = [with_kind(was, k, now.colour) for k in row]
     yield from _take_turns(rng, made(replace(now, colour=c) for c in _COLOURS), made(further))
-    kinds = [_dressed(now, k, now.colour) for k in row]
+    kinds = [with_kind(now, k, now.colour) for k in row]
     yield from _take_turns(rng, made(kinds))
     yield from made(replace(t, size=s, count=c) for t in kinds for s, c in _SIZES_AND_COUNTS)
 
@@ -798,7 +843,7 @@ def _changes(kind: str, page: Scene, i: int) -> list[Thing]:
     if kind == "replace":
         present = {t.kind for t in page.things}
         row = SKY_KINDS if thing.in_sky else GROUND_KINDS
-        return [_dressed(thing, k, thing.colour) for k in row if k not in present]
+        return [with_kind(thing, k, thing.colour) for k in row if k not in present]
     if kind in ("put_on", "take_off"):
         # "Take off the hat" gone wrong may leave another thing to wear.
         return [replace(thing, wears=w) for w in WEARABLES] if thing.kind in _WEARERS else []
@@ -816,7 +861,7 @@ def _same_change(edit: Edit, thing: Thing) -> Thing | None:
     if edit.kind == "recolour":
         return replace(thing, colour=now.colour)
     if edit.kind == "replace":
-        return _dressed(thing, now.kind, thing.colour) if (now.kind in _SKY) == thing.in_sky else None
+        return with_kind(thing, now.kind, thing.colour) if (now.kind in _SKY) == thing.in_sky else None
     if edit.kind == "put_on":
         return replace(thing, wears=now.wears) if thing.kind in _WEARERS else None
     if edit.kind == "take_off":
@@ -865,7 +910,3 @@ def _carry_over(edit: Edit, page: Scene) -> Scene | None:
 
 
 _THING_FIELDS = ("kind", "colour", "size", "slot", "count", "wears")
-
-
-def _with(scene: Scene, index: int, thing: Thing) -> Scene:
-    return replace(scene, things=(*scene.things[:index], thing, *scene.things[index + 1 :]))

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import TypeVar
 
 from ip2p_storybook.scene import (
     ALL_KINDS,
     COLOURS,
     GROUP_OF,
     KINDS,
+    PLACES,
     SLOTS,
     STYLES,
     TIMES,
@@ -28,393 +31,35 @@ from ip2p_storybook.scene import (
     Thing,
     stable_hash,
 )
+from ip2p_storybook.words import (
+    ADDED_SIZES,
+    ALWAYS_PLURAL,
+    CAPTION_WORDS,
+    GROUP_NOUNS,
+    IN_SKY,
+    MORE_NOUNS,
+    OLD_WEATHER,
+    ON_SIDE,
+    OTHER_COLOURS,
+    OTHER_NOUNS,
+    OTHER_PLACES,
+    OTHER_WEARABLES,
+    PLACE_WORDS,
+    STYLE_WORDS,
+    TEMPLATES,
+    THING_NOUNS,
+    TIME_WORDS,
+    TO_SIDE,
+    WEATHER_WORDS,
+)
 
 # --- phrasings ----------------------------------------------------------------------------------
-# Fields: {t} {s} {p} name the thing as object, subject and owner; {be} agrees with it. The rest is
-# filled by the kind of edit. A frame stands under the variant of the edit that it can say.
+# `phrasings.txt` has the frames. Fields: {t} {s} {p} name the thing as object, subject and owner; {be} agrees
+# with it. The rest is filled by the kind of edit. A frame stands under the variant that it can say.
 
-_FRAMES: dict[str, dict[str, tuple[str, ...]]] = {
-    "recolour": {
-        "": (
-            "make {t} {c}",
-            "turn {t} {c}",
-            "change the colour of {t} to {c}",
-            "change {p} colour to {c}",
-            "paint {t} {c}",
-            "recolour {t} {c}",
-            "colour {t} {c}",
-            "{s} should be {c}",
-            "let {t} be {c}",
-            "have {t} be {c}",
-            "give {t} {a_c} colour",
-            "make the colour of {t} {c}",
-            "i want {t} to be {c}",
-            "{s} {be} now {c}",
-            "change {t} to {c}",
-            "recolour {t} in {c}",
-            "make {t} look {c}",
-            "set the colour of {t} to {c}",
-            "what if {s} were {c}",
-            "paint {t} in {c}",
-        ),
-        "vague": (
-            "change the colour of {t}",
-            "give {t} another colour",
-            "paint {t} in another colour",
-        ),
-    },
-    "replace": {
-        "": (
-            "turn {t} into {new}",
-            "replace {t} with {new}",
-            "make {t} look like {new}",
-            "swap {t} for {new}",
-            "change {t} to {new}",
-            "change {t} into {new}",
-            "make {t} {new}",
-            "have {t} be {new}",
-            "{s} should be {new}",
-            "{s} {be} now {new}",
-            "let {t} become {new}",
-            "transform {t} into {new}",
-            "put {new} in place of {t}",
-            "put {new} where {s} {be}",
-            "i want {new} instead of {t}",
-            "draw {new} instead of {t}",
-            "use {new} instead of {t}",
-            "what if {s} were {new}",
-            "let {t} turn into {new}",
-            "have {new} in place of {t}",
-        ),
-    },
-    "add": {
-        "": (
-            "add {new} {where}",
-            "put {new} {where}",
-            "place {new} {where}",
-            "draw {new} {where}",
-            "i want {new} {where}",
-            "there should be {new} {where}",
-            "there {be} now {new} {where}",
-            "let there be {new} {where}",
-            "insert {new} {where}",
-            "show {new} {where}",
-            "paint {new} {where}",
-            "{where} add {new}",
-            "make {new} appear {where}",
-            "have {new} {where}",
-            "what if there were {new} {where}",
-            "add {new} to the picture {where}",
-            "i want to see {new} {where}",
-            "{where} there should be {new}",
-        ),
-        "anywhere": (
-            "add {new}",
-            "add {new} to the picture",
-            "draw {new} too",
-            "there should also be {new}",
-            "put {new} in the picture",
-            "add {new} to the scene",
-        ),
-        "vague": (
-            "add {new}",
-            "add {new} {where}",
-            "put {new} {where}",
-            "draw {new} {where}",
-        ),
-    },
-    "remove": {
-        "": (
-            "remove {t}",
-            "take away {t}",
-            "take {t} away",
-            "delete {t}",
-            "erase {t}",
-            "get rid of {t}",
-            "make {t} disappear",
-            "take {t} out of the picture",
-            "i do not want {t}",
-            "leave {t} out",
-            "{s} should not be there",
-            "{s} should be gone",
-            "{s} {be} gone now",
-            "let {t} disappear",
-            "show the scene without {t}",
-            "draw the picture without {t}",
-            "remove {t} from the picture",
-            "erase {t} from the scene",
-        ),
-        "kind": ("there should be no {kind}", "i want no {kind} in the picture"),
-    },
-    "place": {
-        "": (
-            "put {them} {in_place}",
-            "make it {a_place}",
-            "change the background to {to_place}",
-            "change the place to {to_place}",
-            "move {them} to {to_place}",
-            "set the scene {in_place}",
-            "have {them} be {in_place}",
-            "{they} should be {in_place}",
-            "take {them} to {to_place}",
-            "turn the background into {a_place}",
-            "replace the background with {a_place}",
-            "make it look like {a_place}",
-            "{they} {they_be} now {in_place}",
-            "show {them} {in_place}",
-            "send {them} to {to_place}",
-            "i want to see {them} {in_place}",
-            "what if {they} were {in_place}",
-            "let {them} be {in_place}",
-            "make the background {a_place}",
-            "it should be {in_place}",
-        ),
-    },
-    "time": {
-        "": (
-            "make it {time}",
-            "change the time to {time}",
-            "change the time of day to {time}",
-            "it should be {time}",
-            "it is now {time}",
-            "set the time to {time}",
-            "let it be {time}",
-            "make it look like {time}",
-            "show it {at_time}",
-            "have it be {time}",
-            "i want it to be {time}",
-            "what if it were {time}",
-            "show the scene {at_time}",
-            "set the scene {at_time}",
-            "turn it into {time}",
-            "it is {time} now",
-            "draw it {at_time}",
-            "the time should be {time}",
-            "as if it were {time}",
-        ),
-    },
-    "weather": {
-        "": (
-            "make it {do}",
-            "let it {do_be}",
-            "change the weather to {weather}",
-            "it should {do_be}",
-            "add {weather}",
-            "make the weather {adj}",
-            "have it {do_be}",
-            "turn the weather {adj}",
-            "i want it to {do_be}",
-            "give it {weather}",
-            "it is now {ing}",
-            "as if it were {ing}",
-            "set the weather to {weather}",
-            "make it look {adj}",
-            "what if it were {ing}",
-            "let there be {weather}",
-            "turn it {adj}",
-            "i want {weather}",
-            "the weather should be {adj}",
-            "there should be {weather}",
-        ),
-        "clear": (
-            "clear the sky",
-            "remove the {old}",
-            "stop the {old}",
-            "take away the {old}",
-            "make the {old} disappear",
-        ),
-    },
-    "style": {
-        "": (
-            "change the style to {style}",
-            "make it {a_style}",
-            "turn it into {a_style}",
-            "make it look like {a_style}",
-            "draw it as {a_style}",
-            "in the style of {a_style}",
-            "show it as {a_style}",
-            "change the picture into {a_style}",
-            "transform it into {a_style}",
-            "use the {style} style",
-            "set the style to {style}",
-            "it should be {a_style}",
-            "it should look like {a_style}",
-            "i want {a_style}",
-            "have it look like {a_style}",
-            "what if it were {a_style}",
-            "give it the {style} style",
-            "make the style {style}",
-            "turn the picture into {a_style}",
-            "as if it were {a_style}",
-        ),
-    },
-    "put_on": {
-        "": (
-            "put {w} on {t}",
-            "give {t} {w}",
-            "have {t} wear {w}",
-            "make {t} wear {w}",
-            "add {w} to {t}",
-            "dress {t} in {w}",
-            "let {t} wear {w}",
-            "{s} should wear {w}",
-            "{s} should have {w}",
-            "place {w} on {t}",
-            "draw {w} on {t}",
-            "{s} {be} now wearing {w}",
-            "i want {t} to wear {w}",
-            "show {t} wearing {w}",
-            "show {t} with {w}",
-            "i want to see {t} in {w}",
-            "dress {t} with {w}",
-            "have {t} put on {w}",
-        ),
-        "swap": (
-            "replace {p} {old} with {w}",
-            "swap {p} {old} for {w}",
-            "change {p} {old} to {w}",
-            "have {t} wear {w} instead",
-        ),
-    },
-    "take_off": {
-        "": (
-            "take the {w} off {t}",
-            "take off {p} {w}",
-            "remove {p} {w}",
-            "remove the {w} from {t}",
-            "take the {w} away from {t}",
-            "have {t} take off the {w}",
-            "make {t} take off the {w}",
-            "get rid of {p} {w}",
-            "{s} should not wear the {w}",
-            "take away {p} {w}",
-            "let {t} take off the {w}",
-            "erase {p} {w}",
-            "{s} should wear no {w}",
-            "show {t} without the {w}",
-            "i want {t} without the {w}",
-            "draw {t} without the {w}",
-            "make {p} {w} disappear",
-            "{s} should take off the {w}",
-        ),
-        "bare": ("take off the {w}", "remove the {w}", "take the {w} away"),
-    },
-    "bigger": {
-        "": (
-            "make {t} bigger",
-            "make {t} larger",
-            "enlarge {t}",
-            "grow {t}",
-            "increase the size of {t}",
-            "increase {p} size",
-            "{s} should be bigger",
-            "let {t} grow",
-            "{s} should be larger",
-            "have {t} be bigger",
-            "scale {t} up",
-            "i want {t} to be bigger",
-            "give {t} a bigger size",
-            "{s} {be} now bigger",
-            "draw {t} bigger",
-            "show {t} larger",
-            "what if {s} were bigger",
-            "let {t} be larger",
-        ),
-    },
-    "smaller": {
-        "": (
-            "make {t} smaller",
-            "make {t} less big",
-            "shrink {t}",
-            "let {t} shrink",
-            "reduce the size of {t}",
-            "reduce {p} size",
-            "{s} should be smaller",
-            "have {t} shrink",
-            "{s} should be less big",
-            "have {t} be smaller",
-            "scale {t} down",
-            "i want {t} to be smaller",
-            "give {t} a smaller size",
-            "{s} {be} now smaller",
-            "draw {t} smaller",
-            "show {t} smaller",
-            "what if {s} were smaller",
-            "let {t} be smaller",
-        ),
-    },
-    "move": {
-        "": (
-            "move {t} {to_side}",
-            "put {t} {on_side}",
-            "bring {t} {to_side}",
-            "shift {t} {to_side}",
-            "{s} should be {on_side}",
-            "place {t} {on_side}",
-            "have {t} {on_side}",
-            "{s} {be} now {on_side}",
-            "let {t} go {to_side}",
-            "have {t} move {to_side}",
-            "i want {t} {on_side}",
-            "push {t} {to_side}",
-            "draw {t} {on_side}",
-            "show {t} {on_side}",
-            "take {t} {to_side}",
-            "what if {s} were {on_side}",
-        ),
-        "step": (
-            "move {t} one step to the {way}",
-            "move {t} a bit to the {way}",
-            "shift {t} a bit to the {way}",
-            "push {t} a bit to the {way}",
-            "let {t} go one step to the {way}",
-        ),
-    },
-    "count": {
-        "": (
-            "make it {some}",
-            "turn {t} into {some}",
-            "there should be {some}",
-            "change the number of {kinds} to {n}",
-            "show {some}",
-            "i want {some}",
-            "have {some}",
-            "let there be {some}",
-            "make {t} {some}",
-            "replace {t} with {some}",
-            "i want to see {some}",
-            "there {some_be} now {some}",
-            "set the number of {kinds} to {n}",
-            "draw {some} instead of {old}",
-            "what if there were {some}",
-            "change {t} to {some}",
-            "use {some} instead of {old}",
-            "draw {some}",
-        ),
-        "more": ("add {d} more {kinds_d}", "draw {d} more {kinds_d}", "i want {d} more {kinds_d}"),
-        "fewer": ("remove {d} of {t}", "take away {d} of {t}"),
-    },
-    "two": {
-        "": (
-            "{a} and {b}",
-            "{a}, and {b}",
-            "{a} and then {b}",
-            "{a}, then {b}",
-            "{a}. also {b}",
-            "{a} and also {b}",
-            "first {a}, then {b}",
-            "{a}, {b}",
-            "{a}; {b}",
-            "{a}, also {b}",
-            "{a}. {b}",
-            "{a}; also {b}",
-            "first {a} and then {b}",
-            "{a}. then {b}",
-            "{a} and {b} too",
-        ),
-    },
-}
-EDIT_KINDS = tuple(_FRAMES)
+PHRASINGS_FILE = Path(__file__).with_name("phrasings.txt")
+_HEADING = re.compile(r"\[(\w+)(?: (\w+))?\]")
+
 
 # Pictures in these styles do not show colours: nothing is named by colour or recoloured there.
 COLOURLESS_STYLES = ("pencil", "blueprint")
@@ -438,15 +83,21 @@ class Phrasing:
 _CLASSICS = 4
 
 
-def _number(kind: str) -> tuple[Phrasing, ...]:
-    frames = [(variant, text) for variant, texts in _FRAMES[kind].items() for text in texts]
-    return tuple(
-        Phrasing(id=f"{kind}/{i}", kind=kind, variant=variant, text=text)
-        for i, (variant, text) in enumerate(frames, start=1)
-    )
+def _read_phrasings() -> dict[str, tuple[Phrasing, ...]]:
+    found: dict[str, list[Phrasing]] = {}
+    kind = variant = ""
+    for line in PHRASINGS_FILE.read_text(encoding="utf-8").splitlines():
+        heading = _HEADING.fullmatch(line)
+        if heading:
+            kind, variant = heading[1], heading[2] or ""
+        elif line and not line.startswith("#"):
+            frames = found.setdefault(kind, [])
+            frames.append(Phrasing(id=f"{kind}/{len(frames) + 1}", kind=kind, variant=variant, text=line))
+    return {kind: tuple(frames) for kind, frames in found.items()}
 
 
-PHRASINGS: dict[str, tuple[Phrasing, ...]] = {kind: _number(kind) for kind in EDIT_KINDS}
+PHRASINGS: dict[str, tuple[Phrasing, ...]] = _read_phrasings()
+EDIT_KINDS = tuple(PHRASINGS)
 _BY_ID = {p.id: p for phrasings in PHRASINGS.values() for p in phrasings}
 
 
@@ -488,28 +139,33 @@ def pick_phrasing(
     return pool[int(rng.random() * len(pool))] if pool else None
 
 
-# --- nouns --------------------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------------------------
 
-_PLURALS = {"bus": "buses", "fox": "foxes", "cactus": "cactuses", "person": "people"}
-OTHER_NOUNS = {
-    "cat": "kitty",
-    "dog": "puppy",
-    "rabbit": "bunny",
-    "plane": "airplane",
-    "truck": "lorry",
-    "teddy bear": "teddy",
-}
 NUMBERS = ("zero", "one", "two", "three", "four")
-_MALE, _FEMALE = ("boy", "wizard"), ("girl", "queen")
+MALE_KINDS, FEMALE_KINDS = ("boy", "wizard"), ("girl", "queen")
+_OTHER_SHARE = 0.2  # how often instructions take another word than the plain one
+_Words = TypeVar("_Words")
+
+
+def choose_words(options: Sequence[_Words], rng: random.Random, share: float = _OTHER_SHARE) -> _Words:
+    """The first of the options or, with the chance `share`, one of the others."""
+    lot = rng.random()
+    if lot >= share or len(options) == 1:
+        return options[0]
+    return options[1 + int(lot / share * (len(options) - 1))]
 
 
 def plural(noun: str) -> str:
     """The plural of a noun without adjectives."""
-    if noun in _PLURALS:
-        return _PLURALS[noun]
+    if noun == "person":
+        return "people"
+    if noun in ALWAYS_PLURAL:
+        return noun
+    if noun.endswith("f") and not noun.endswith("scarf"):
+        return noun[:-1] + "ves"
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
-    return noun if noun == "sunglasses" else noun + "s"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def a(noun: str) -> str:
@@ -518,20 +174,44 @@ def a(noun: str) -> str:
 
 
 def noun_of(kind: str, rng: random.Random | None = None) -> str:
-    """The kind's own noun or, one time in twelve, another one for it."""
+    """A caption's noun for the kind: its own or, one time in twelve, another one."""
     if rng is not None and kind in OTHER_NOUNS and rng.random() < 0.08:
         return OTHER_NOUNS[kind]
     return kind
 
 
+@cache
 def nouns_of(kind: str) -> tuple[str, ...]:
     """All nouns for a kind, its own first."""
-    return (kind, OTHER_NOUNS[kind]) if kind in OTHER_NOUNS else (kind,)
+    other = (OTHER_NOUNS[kind],) if kind in OTHER_NOUNS else ()
+    return (kind, *other, *MORE_NOUNS[kind])
+
+
+def vary_noun(kind: str, rng: random.Random) -> str:
+    """An instruction's noun for the kind, mostly its own."""
+    return choose_words(nouns_of(kind), rng)
+
+
+def colours_of(colour: str) -> tuple[str, ...]:
+    """All words for a colour, the plain one first; none where it is ""."""
+    return (colour, *OTHER_COLOURS[colour]) if colour else ("",)
+
+
+def vary_colour(colour: str, rng: random.Random) -> str:
+    return choose_words(colours_of(colour), rng, 0.15)
+
+
+def wearables_of(wearable: str) -> tuple[str, ...]:
+    """All words for a wearable, the plain one first."""
+    return (wearable, *OTHER_WEARABLES[wearable])
+
+
+_PERSON_NOUNS = frozenset(noun for kind in KINDS["person"] for noun in nouns_of(kind))
 
 
 def described(noun: str, *, size: str = "", colour: str = "", count: int = 1) -> str:
     """``small red ball``, ``green foxes``; people are told by their clothes, ``small girl in red``."""
-    is_person = noun in KINDS["person"]
+    is_person = noun in _PERSON_NOUNS
     if count > 1:
         noun = plural(noun)
     if colour:
@@ -547,7 +227,19 @@ def counted(count: int, noun: str, *, size: str = "", colour: str = "") -> str:
 
 def worn(wearable: str, count: int = 1) -> str:
     """``a hat``; for several wearers ``hats``."""
-    return plural(wearable) if count > 1 or wearable == "sunglasses" else a(wearable)
+    return plural(wearable) if count > 1 or wearable in ALWAYS_PLURAL else a(wearable)
+
+
+def worn_in_words(wearable: str, count: int = 1) -> tuple[str, ...]:
+    """All ways to say what is put on, the plain one first."""
+    words = wearables_of(wearable)
+    pairs = (f"a pair of {word}" for word in words if word in ALWAYS_PLURAL and count == 1)
+    return (*(worn(word, count) for word in words), *pairs)
+
+
+def bare_in_words(wearable: str, count: int = 1) -> tuple[str, ...]:
+    """All words for what is worn, without an article, the plain one first."""
+    return tuple(plural(word) if count > 1 else word for word in wearables_of(wearable))
 
 
 # --- naming a thing on the page -----------------------------------------------------------------
@@ -574,9 +266,9 @@ _PRONOUNS = {
 def pronoun(thing: Thing) -> Name:
     if thing.count > 1:
         return _PRONOUNS["them"]
-    if thing.kind in _MALE:
+    if thing.kind in MALE_KINDS:
         return _PRONOUNS["him"]
-    return _PRONOUNS["her"] if thing.kind in _FEMALE else _PRONOUNS["it"]
+    return _PRONOUNS["her"] if thing.kind in FEMALE_KINDS else _PRONOUNS["it"]
 
 
 def noun_phrase(noun: str, count: int, colour: str = "") -> Name:
@@ -613,23 +305,23 @@ def name_thing(
         group = GROUP_OF[thing.kind]
         everywhere = (*scene.things, *(also_in.things if also_in else ()))
         if group != "sky" and all(GROUP_OF[t.kind] != group or t.uid == thing.uid for t in everywhere):
-            return noun_phrase(group, thing.count)
+            return noun_phrase(choose_words(GROUP_NOUNS[group], rng), thing.count)
     count = thing.count
     if lot < 0.62 and side and not owner:
-        on_side = "in the middle" if thing.slot == "middle" else f"on the {thing.slot}"
+        on_side = choose_words(ON_SIDE[thing.slot], rng)
         everywhere = (*scene.things, *(also_in.things if also_in else ()))
         alone = all(t.slot != thing.slot or t.uid == thing.uid for t in everywhere)
-        noun = "thing" if alone and lot > 0.56 else noun_of(thing.kind, rng)
+        noun = choose_words(THING_NOUNS, rng, 0.4) if alone and lot > 0.56 else vary_noun(thing.kind, rng)
         text = f"{noun_phrase(noun, count).t} {on_side}"
         return Name(text, text, text, "are" if count > 1 else "is")
-    noun = noun_of(thing.kind, rng)
+    noun = vary_noun(thing.kind, rng)
     by_colour = (
         lot < 0.78
         and not (owner and thing.kind in KINDS["person"])
         and scene.style not in COLOURLESS_STYLES
         and (also_in is None or also_in.style not in COLOURLESS_STYLES)
     )
-    return noun_phrase(noun, count, thing.colour if by_colour else "")
+    return noun_phrase(noun, count, vary_colour(thing.colour, rng) if by_colour else "")
 
 
 def clothes(name: Name) -> Name:
@@ -640,81 +332,165 @@ def clothes(name: Name) -> Name:
 
 # --- places, times, weathers, styles ------------------------------------------------------------
 
-# Each place: where things stand ("in …"), where they are taken ("to …"), what it is.
-PLACE_WORDS: dict[str, tuple[str, str, str]] = {
-    "meadow": ("in the meadow", "the meadow", "a meadow"),
-    "beach": ("on the beach", "the beach", "a beach"),
-    "desert": ("in the desert", "the desert", "a desert"),
-    "forest": ("in the forest", "the forest", "a forest"),
-    "city": ("in the city", "the city", "a city"),
-    "mountains": ("in the mountains", "the mountains", "mountains"),
-    "farm": ("on the farm", "the farm", "a farm"),
-    "north pole": ("at the north pole", "the north pole", "the north pole"),
-    "moon": ("on the moon", "the moon", "the moon"),
-    "volcano": ("at the volcano", "the volcano", "a volcano"),
-}
-TIME_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "morning": (("morning", "in the morning"), ("sunrise", "at sunrise")),
-    "noon": (("noon", "at noon"), ("midday", "at midday")),
-    "sunset": (("sunset", "at sunset"), ("evening", "in the evening")),
-    "night": (("night", "at night"), ("midnight", "at midnight")),
-}
-# Each weather: "make it …", "let it …", "add …", "make it look …", "it is now …".
-WEATHER_WORDS: dict[str, tuple[tuple[str, str, str, str, str], ...]] = {
-    "clear": (
-        ("sunny", "be sunny", "sunshine", "sunny", "sunny"),
-        ("clear", "be clear", "a clear sky", "clear", "clear"),
-    ),
-    "cloudy": (("cloudy", "be cloudy", "clouds", "cloudy", "cloudy"),),
-    "rain": (("rain", "rain", "rain", "rainy", "raining"), ("rainy", "be rainy", "rain", "rainy", "rainy")),
-    "snow": (("snow", "snow", "snow", "snowy", "snowing"), ("snowy", "be snowy", "snow", "snowy", "snowy")),
-    "fog": (("foggy", "be foggy", "fog", "foggy", "foggy"),),
-}
-OLD_WEATHER = {"clear": "sunshine", "cloudy": "clouds", "rain": "rain", "snow": "snow", "fog": "fog"}
-# Each style: its name ("change the style to …") and what such a picture is ("make it …").
-STYLE_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "plain": (("plain", "a plain picture"), ("normal", "a normal illustration")),
-    "pencil": (("pencil", "a pencil drawing"), ("pencil", "a pencil sketch")),
-    "watercolour": (("watercolour", "a watercolour painting"), ("watercolour", "a watercolour")),
-    "pixel art": (("pixel art", "pixel art"), ("pixel art", "a pixel art picture")),
-    "blueprint": (("blueprint", "a blueprint"), ("blueprint", "a blueprint drawing")),
-    "comic": (("comic", "a comic"), ("comic book", "a comic book page")),
-}
+
+def places_of(place: str) -> tuple[tuple[str, str, str], ...]:
+    """All words for a place, as `PLACE_WORDS` has them, the plain ones first."""
+    return (PLACE_WORDS[place], *OTHER_PLACES[place])
+
+
+def weathers_of(weather: str, time: str) -> tuple[tuple[str, str, str, str, str], ...]:
+    """All words for a weather, as `WEATHER_WORDS` has them; at night the sun does not shine."""
+    options = WEATHER_WORDS[weather]
+    return tuple(words for words in options if time != "night" or not names_sun(words[3]))
+
+
+def names_sun(text: str) -> bool:
+    """Whether the text asks for the sun to shine."""
+    return "sunny" in text.lower() or "sunshine" in text.lower()
+
+
+def without_article(noun: str) -> str:
+    return noun.removeprefix("a ")
 
 
 def side_words(slot: str, rng: random.Random | None = None) -> tuple[str, str]:
     """Where a slot is, as ``on the left`` and ``to the left side``."""
-    if slot == "middle":
-        word = "centre" if rng is not None and rng.random() < 0.2 else "middle"
-        return f"in the {word}", f"to the {word}"
-    side = " side" if rng is not None and rng.random() < 0.25 else ""
-    return f"on the {slot}{side}", f"to the {slot} side"
+    if rng is None:
+        return ON_SIDE[slot][0], TO_SIDE[slot][0]
+    return choose_words(ON_SIDE[slot], rng, 0.3), choose_words(TO_SIDE[slot], rng)
 
 
 # --- from a clause to what a person types -------------------------------------------------------
 
-POLITE = (
-    "please {x}",
+# What people say around an imperative. The first few are the most frequent.
+_PLEASE = (
     "please {x}",
     "{x} please",
     "{x}, please",
     "could you {x}",
     "could you please {x}",
     "can you {x}",
+    "can you please {x}",
+    "would you {x}",
     "i want you to {x}",
+    "i'd like you to {x}",
     "now {x}",
 )
+_ASIDES = (
+    "will you {x}",
+    "would you please {x}",
+    "i need you to {x}",
+    "you should {x}",
+    "you could {x}",
+    "you have to {x}",
+    "we have to {x}",
+    "we should {x}",
+    "someone should {x}",
+    "somebody please {x}",
+    "i want to {x}",
+    "i'd like to {x}",
+    "i think you should {x}",
+    "i was thinking you could {x}",
+    "i was going to ask you to {x}",
+    "all i want is to {x}",
+    "what you need to do is {x}",
+    "it would be nice to {x}",
+    "it would be fun to {x}",
+    "it might be good to {x}",
+    "it is time to {x}",
+    "time to {x}",
+    "is it possible to {x}",
+    "any chance you could {x}",
+    "your job is to {x}",
+    "the idea is to {x}",
+    "the next step is to {x}",
+    "my wish: {x}",
+    "the only change: {x}",
+    "nothing else, only {x}",
+    "here is what i have in mind: {x}",
+    "as i said before, {x}",
+    "one more time: {x}",
+    "something is wrong here, {x}",
+    "go ahead and {x}",
+    "try to {x}",
+    "ok now {x}",
+    "just {x}",
+    "maybe {x}",
+    "so {x}",
+    "well, {x}",
+    "yes, {x}",
+    "oh, {x}",
+    "hey, {x}",
+    "hi, {x}",
+    "{x} thanks",
+    "{x}, thanks",
+    "{x}, thank you",
+    "{x} for me",
+    "{x} if you can",
+    "{x} right away",
+    "{x}, will you",
+    "{x} in my picture",
+    "{x}, that would be great",
+    "{x}, it looks wrong",
+    "{x} and leave the rest",
+    "{x} and keep everything else",
+    "{x}, everything else is fine",
+    "{x} because it is more fun",
+    "{x}, that is all",
+)
+POLITE = (*_PLEASE * 6, *_ASIDES)
 # A clause that begins so is a statement or a question; "please" does not go before it.
 _STATEMENTS = frozenset(
-    ("i", "it", "there", "what", "as", "in", "on", "the", "first", "{s}", "{they}", "{where}", "{a}")
+    (
+        *(
+            "i",
+            "i'd",
+            "it",
+            "there",
+            "what",
+            "how",
+            "why",
+            "can",
+            "could",
+            "would",
+            "we",
+            "let's",
+            "as",
+            "in",
+        ),
+        *(
+            "on",
+            "at",
+            "up",
+            "off",
+            "the",
+            "this",
+            "that",
+            "like",
+            "no",
+            "not",
+            "without",
+            "also",
+            "same",
+            "now",
+        ),
+        *("don't", "besides", "first", "first,", "1.", "1)", "one:", "two", "both", "a", "an", "plus"),
+    )
 )
+_QUESTIONS = ("could", "can", "would", "will", "what", "how", "why", "is", "any")
 _MIN_TYPO_LETTERS = 4
 _TYPO_SHARE = 0.024  # of the words of at least four letters: between 1 and 2% of all words
 
 
+@cache
+def _imperatives() -> frozenset[str]:
+    """The verbs with which frames begin."""
+    firsts = {p.text.split(" ", 1)[0] for phrasings in PHRASINGS.values() for p in phrasings}
+    return frozenset(first for first in firsts if "{" not in first) - _STATEMENTS
+
+
 def is_imperative(clause: str) -> bool:
-    first = clause.split(" ", 1)[0]
-    return first not in _STATEMENTS and first not in ("he", "she", "they", "everything")
+    return clause.split(" ", 1)[0] in _imperatives()
 
 
 def fill(phrasing: Phrasing, fields: Mapping[str, str]) -> str:
@@ -725,19 +501,19 @@ def fill(phrasing: Phrasing, fields: Mapping[str, str]) -> str:
 def finish(clause: str, rng: random.Random, *, typos: bool = False) -> str:
     """Make a clause into an instruction as somebody may type it: politeness, spelling, case, stop, typos."""
     text = clause
-    if rng.random() < 0.15 and is_imperative(text):
+    if rng.random() < 0.18 and is_imperative(text):
         text = POLITE[int(rng.random() * len(POLITE))].format(x=text)
-    question = text.startswith(("could you", "can you", "what if"))
+    question = text.split(" ", 1)[0] in _QUESTIONS
     if rng.random() < 0.5:
         text = american(text)
     if typos:
         text = _mistype(text, rng)
     lot = rng.random()
     if lot < 0.04:
-        text = text.title().replace("'S", "'s")
+        text = re.sub(r"'[A-Z]", lambda m: m.group().lower(), text.title())
     elif lot < 0.65:
         text = text[0].upper() + text[1:]
-        text = text.replace(" i ", " I ")
+        text = re.sub(r"\bi\b", "I", text)
         text = re.sub(r"\. ([a-z])", lambda m: ". " + m.group(1).upper(), text)
     elif lot < 0.67:
         text = text.upper()
@@ -762,42 +538,40 @@ def _mistype(text: str, rng: random.Random) -> str:
 
 # --- the vocabulary -----------------------------------------------------------------------------
 
-_WORD = re.compile(r"'s|[a-z]+|[0-9]")
+_WORD = re.compile(r"'(?:s|t|d)\b|[a-z]+|[0-9]")
 
 
 def words_of(text: str) -> list[str]:
-    """The lower-case words of a text; the owner's ``'s`` is a word of its own."""
+    """The lower-case words of a text; the endings ``'s``, ``'d`` and ``'t`` are words of their own."""
     return _WORD.findall(text.lower())
+
+
+def _texts() -> Iterator[str]:
+    """Texts in which every word of the language stands."""
+    for phrasings in PHRASINGS.values():
+        yield from (re.sub(r"\{\w+\}", " ", p.text) for p in phrasings)
+    yield from (re.sub(r"\{\w+\}", " ", t) for t in (*POLITE, *TEMPLATES))
+    nouns = [noun for kind in ALL_KINDS for noun in nouns_of(kind)]
+    nouns += [noun for group in GROUP_NOUNS.values() for noun in group]
+    nouns += [*KINDS, *THING_NOUNS, *(word for w in WEARABLES for word in wearables_of(w))]
+    yield from nouns
+    yield from (plural(noun) for noun in nouns)
+    yield from NUMBERS
+    yield "1 2 3 4 a an the is are 's everything clothes a pair of"
+    yield from (w for name in _PRONOUNS.values() for w in (name.t, name.s, name.p))
+    yield from (word for colour in COLOURS for word in colours_of(colour))
+    yield from (*SLOTS, *TIMES, *STYLES, *IN_SKY)
+    for words in (ADDED_SIZES, ON_SIDE, TO_SIDE, OLD_WEATHER):
+        yield from (word for options in words.values() for word in options)
+    yield from (word for place in PLACES for words in places_of(place) for word in words)
+    for options_of in (TIME_WORDS, WEATHER_WORDS, STYLE_WORDS):
+        yield from (word for options in options_of.values() for words in options for word in words)
+    yield from CAPTION_WORDS
 
 
 @cache
 def _vocabulary() -> tuple[str, ...]:
-    from ip2p_storybook import captions  # it builds on this module's nouns
-
-    def texts() -> Iterable[str]:
-        for phrasings in PHRASINGS.values():
-            yield from (re.sub(r"\{\w+\}", " ", p.text) for p in phrasings)
-        yield from (re.sub(r"\{\w+\}", " ", t) for t in (*POLITE, *captions.TEMPLATES))
-        nouns: Sequence[str] = (*ALL_KINDS, *OTHER_NOUNS.values(), *KINDS, *WEARABLES, "thing", "clothes")
-        yield from nouns
-        yield from (plural(n) for n in nouns)
-        yield from NUMBERS
-        yield "1 2 3 4 a an the is are 's"
-        yield from (w for name in _PRONOUNS.values() for w in (name.t, name.s, name.p))
-        yield from (
-            *COLOURS,
-            *SLOTS,
-            *TIMES,
-            *STYLES,
-            "small big large on in to side middle centre everything",
-        )
-        yield from (w for words in PLACE_WORDS.values() for w in words)
-        for pairs in (TIME_WORDS, WEATHER_WORDS, STYLE_WORDS):
-            yield from (w for options in pairs.values() for option in options for w in option)
-        yield from OLD_WEATHER.values()
-        yield from captions.WORDS
-
-    found = {w for text in texts() for spelt in (text, american(text)) for w in words_of(spelt)}
+    found = {w for text in _texts() for spelt in (text, american(text)) for w in words_of(spelt)}
     return tuple(sorted(found))
 
 

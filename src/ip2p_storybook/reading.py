@@ -8,19 +8,13 @@ together: is the edited caption the caption after exactly the edit that the inst
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
+from itertools import product
 from typing import Protocol
 
 from ip2p_storybook import language as say
-from ip2p_storybook.captions import (
-    SIZE_WORDS,
-    STYLE_SAID,
-    TEMPLATES,
-    TIME_SAID,
-    WEATHER_SAID,
-)
 from ip2p_storybook.scene import (
     ALL_KINDS,
     COLOURS,
@@ -38,6 +32,23 @@ from ip2p_storybook.scene import (
     WEATHERS,
     Scene,
     Thing,
+)
+from ip2p_storybook.words import (
+    ADDED_SIZES,
+    GROUP_NOUNS,
+    IN_SKY,
+    OLD_WEATHER,
+    ON_SIDE,
+    PLACE_WORDS,
+    SIZE_WORDS,
+    STYLE_SAID,
+    STYLE_WORDS,
+    TEMPLATES,
+    THING_NOUNS,
+    TIME_SAID,
+    TIME_WORDS,
+    WEATHER_SAID,
+    WEATHER_WORDS,
 )
 
 # --- what a caption says --------------------------------------------------------------------------
@@ -147,7 +158,7 @@ def read(text: str) -> Said | None:
 
 
 _STYLE_OF = {words: style for style, options in STYLE_SAID.items() for words in options}
-_PLACE_OF = {words[0]: place for place, words in say.PLACE_WORDS.items()}
+_PLACE_OF = {words[0]: place for place, words in PLACE_WORDS.items()}
 _TIME_OF = {words: time for time, words in TIME_SAID.items()}
 _WEATHER_OF = {words.strip(): weather for weather, options in WEATHER_SAID.items() for words in options}
 _SIZE_OF = {words: size for size, words in SIZE_WORDS.items()}
@@ -173,7 +184,12 @@ def _nouns() -> dict[str, tuple[str, bool]]:
 @cache
 def _worn() -> dict[str, str]:
     """Each wearable as "a hat", "hat" and "hats"."""
-    return {form: w for w in WEARABLES for form in (say.worn(w), w, say.plural(w))}
+    return {
+        form: wearable
+        for wearable in WEARABLES
+        for word in say.wearables_of(wearable)
+        for form in (say.worn(word), word, say.plural(word), f"a pair of {word}")
+    }
 
 
 @cache
@@ -248,10 +264,9 @@ def interpret(instruction: str, page: Said) -> Iterator[Said]:
     """
     for clause in _clauses(instruction):
         yield from _interpret(clause, page, pronouns=True)
-        for joint in say.PHRASINGS["two"]:
-            for first, second in _parts(joint.text, clause):
-                for between in _interpret(first, page, pronouns=False):
-                    yield from _interpret(second, between, pronouns=False, since=page)
+        for first, second in _all_parts(clause):
+            for between in _interpret(first, page, pronouns=False):
+                yield from _interpret(second, between, pronouns=False, since=page)
 
 
 def edit_kind(instruction: str) -> str:
@@ -260,14 +275,12 @@ def edit_kind(instruction: str) -> str:
     Some sentences are of more than one kind ("make it {new}"): then the first of `language.PHRASINGS`.
     """
     for clause in _clauses(instruction):
-        for phrasing, pattern in _phrasings():
-            if pattern.fullmatch(clause):
-                return phrasing.kind
+        for phrasing, _ in _heard_as(clause):
+            return phrasing.kind
     for clause in _clauses(instruction):
-        for joint in say.PHRASINGS["two"]:
-            for parts in _parts(joint.text, clause):
-                if all(any(p.fullmatch(part) for _, p in _phrasings()) for part in parts):
-                    return "two"
+        for first, second in _all_parts(clause):
+            if _heard_as(first) and _heard_as(second):
+                return "two"
     return "none"
 
 
@@ -281,6 +294,11 @@ def _clauses(instruction: str) -> list[str]:
         if text.startswith(before) and text.endswith(after):
             clauses.append(text[len(before) : len(text) - len(after)])
     return clauses
+
+
+def _all_parts(clause: str) -> set[tuple[str, str]]:
+    """All ways to part a clause in two, as any of the joints joins them."""
+    return {parts for joint in say.PHRASINGS["two"] for parts in _parts(joint.text, clause)}
 
 
 def _parts(joint: str, clause: str) -> Iterator[tuple[str, str]]:
@@ -342,50 +360,61 @@ def _names(heard: _Heard, index: int, *, owner: bool) -> Iterator[say.Name]:
         yield pronoun
     group = GROUP_OF[thing.kind]
     if group != "sky" and sum(GROUP_OF[t.kind] == group for t in page.things) == 1:
-        yield say.noun_phrase(group, count)
+        yield from (say.noun_phrase(noun, count) for noun in GROUP_NOUNS[group])
     nouns = say.nouns_of(thing.kind)
     for noun in nouns:
         yield say.noun_phrase(noun, count)
         if thing.colour is not None and page.coloured and not (owner and thing.kind in KINDS["person"]):
-            yield say.noun_phrase(noun, count, thing.colour)
+            yield from (say.noun_phrase(noun, count, word) for word in say.colours_of(thing.colour))
     if owner:
         return
     others = [t for t in page.things if t is not thing]
     for slot in SLOTS:
         if thing.slot not in (None, slot):
             continue
-        side = f"in the {slot}" if slot == "middle" else f"on the {slot}"
         # A page without sides is not told well enough to call anything "the thing on the left".
         clear = not others or (thing.slot is not None and all(t.slot != slot for t in others))
-        for noun in (*nouns, "thing") if clear else nouns:
+        for noun, side in product((*nouns, *THING_NOUNS) if clear else nouns, ON_SIDE[slot]):
             text = f"{say.noun_phrase(noun, count).t} {side}"
             yield say.Name(text, text, text, "are" if count > 1 else "is")
 
 
 def _interpret(clause: str, page: Said, *, pronouns: bool, since: Said | None = None) -> Iterator[Said]:
-    for phrasing, pattern in _phrasings():
-        match = pattern.fullmatch(clause)
-        if match is not None:
-            heard = _Heard(
-                phrasing=phrasing, fields=match.groupdict(), page=page, pronouns=pronouns, since=since
-            )
+    for phrasing, fields in _heard_as(clause):
+        if phrasing.kind in _MEANINGS:
+            heard = _Heard(phrasing=phrasing, fields=fields, page=page, pronouns=pronouns, since=since)
             yield from _MEANINGS[phrasing.kind](heard)
 
 
-@cache
-def _phrasings() -> tuple[tuple[say.Phrasing, re.Pattern[str]], ...]:
-    def pattern(phrasing: say.Phrasing) -> re.Pattern[str]:
-        patterns = _fields()
-        parts = re.split(r"\{(\w+)\}", say.american(phrasing.text))
-        texts = [re.escape(t) if i % 2 == 0 else f"(?P<{t}>{patterns[t]})" for i, t in enumerate(parts)]
-        return re.compile("".join(texts))
+@lru_cache(maxsize=4096)
+def _heard_as(clause: str) -> tuple[tuple[say.Phrasing, dict[str, str]], ...]:
+    """The phrasings of one edit that the clause can be, and what stands in their fields."""
+    found = []
+    for phrasing, fixed in _phrasings():
+        # Few phrasings have all their fixed words in a clause; the others' patterns are never made.
+        if clause.startswith(fixed[0]) and clause.endswith(fixed[-1]) and all(t in clause for t in fixed):
+            match = _pattern(phrasing.text).fullmatch(clause)
+            if match is not None:
+                found.append((phrasing, match.groupdict()))
+    return tuple(found)
 
+
+@cache
+def _phrasings() -> tuple[tuple[say.Phrasing, tuple[str, ...]], ...]:
+    """The phrasings of one edit, and of each the texts between its fields."""
     return tuple(
-        (phrasing, pattern(phrasing))
+        (phrasing, tuple(re.split(r"\{\w+\}", say.american(phrasing.text))))
         for kind, phrasings in say.PHRASINGS.items()
-        if kind in _MEANINGS
+        if kind != "two"
         for phrasing in phrasings
     )
+
+
+@cache
+def _pattern(phrasing: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w+)\}", say.american(phrasing))
+    texts = [re.escape(t) if i % 2 == 0 else f"(?P<{t}>{_fields()[t]})" for i, t in enumerate(parts)]
+    return re.compile("".join(texts))
 
 
 @cache
@@ -393,13 +422,19 @@ def _fields() -> dict[str, str]:
     """What may stand in each field of a phrasing, as a pattern; what is right there its meaning says."""
     number = _one_of((*say.NUMBERS, *(str(n) for n in range(MAX_COUNT + 1))))
     noun = _one_of((*_nouns(), *KINDS, *map(say.plural, KINDS)))
-    colour = _one_of(COLOURS)
+    colour = _one_of(word for c in COLOURS for word in say.colours_of(c))
+    sizes = _one_of(word for words in ADDED_SIZES.values() for word in words if word)
     name = r"(?:it|him|her|them|he|she|they|everything|(?:his|her|their) clothes|the .+?)"
     new = (
-        rf"(?:(?:an?|{_one_of(say.NUMBERS[2:])}) )?(?:(?:small|big|large) )?"
+        rf"(?:(?:an?|{_one_of(say.NUMBERS[2:])}) )?(?:{sizes} )?"
         rf"(?:{colour} )?{noun}(?: in {colour})?"
     )
-    weather = list(zip(*(o for options in say.WEATHER_WORDS.values() for o in options), strict=True))
+    weather = list(zip(*(o for options in WEATHER_WORDS.values() for o in options), strict=True))
+    places = list(zip(*(words for place in PLACES for words in say.places_of(place)), strict=True))
+    times = list(zip(*(o for options in TIME_WORDS.values() for o in options), strict=True))
+    styles = list(zip(*(o for options in STYLE_WORDS.values() for o in options), strict=True))
+    where = _one_of(words for slot in SLOTS for words in ON_SIDE[slot])
+    old = (*_worn(), *(word for words in OLD_WEATHER.values() for word in words))
     fields = {
         **dict.fromkeys(("t", "s", "them", "they"), name),
         "p": r"(?:its|his|her|their|(?:his|her|their) clothes'|the .+?'s?)",
@@ -407,31 +442,28 @@ def _fields() -> dict[str, str]:
         "c": colour,
         "a_c": rf"an? {colour}",
         "new": new,
-        "where": rf"(?:in the sky )?{_one_of(w for words in _WHERE.values() for w in words)}",
+        "where": rf"(?:{_one_of(IN_SKY)} )?{where}",
+        "on_side": where,
+        "to_side": r"to the (?:left|right|middle|centre)(?: side|-hand side)?",
+        "way": "(?:left|right)",
         **dict.fromkeys(("kind", "kinds", "kinds_d"), noun),
-        "in_place": _one_of(words[0] for words in say.PLACE_WORDS.values()),
-        "to_place": _one_of(words[1] for words in say.PLACE_WORDS.values()),
-        "a_place": _one_of(words[2] for words in say.PLACE_WORDS.values()),
-        "time": _one_of(o[0] for options in say.TIME_WORDS.values() for o in options),
-        "at_time": _one_of(o[1] for options in say.TIME_WORDS.values() for o in options),
-        **{key: _one_of(set(words)) for key, words in zip(_WEATHER_FIELDS, weather, strict=True)},
-        "style": _one_of({o[0] for options in say.STYLE_WORDS.values() for o in options}),
-        "a_style": _one_of(o[1] for options in say.STYLE_WORDS.values() for o in options),
+        **_patterns(("in_place", "to_place", "a_place"), places),
+        **_patterns(("time", "at_time"), times),
+        **_patterns(_WEATHER_FIELDS, weather),
+        "weather_some": _one_of({say.without_article(noun) for noun in weather[2]}),
+        **_patterns(("style", "a_style"), styles),
         "w": _one_of(_worn()),
-        "old": rf"(?:{_one_of((*_worn(), *say.OLD_WEATHER.values()))}|{number} {noun})",
+        "old": rf"(?:{_one_of(old)}|{number} {noun})",
         **dict.fromkeys(("n", "d"), number),
         "some": rf"{number} {noun}",
     }
     return {key: say.american(text) for key, text in fields.items()}
 
 
-_WHERE = {
-    slot: (
-        *((f"in the {word}" for word in ("middle", "centre")) if slot == "middle" else ()),
-        *((f"on the {slot}", f"on the {slot} side") if slot != "middle" else ()),
-    )
-    for slot in SLOTS
-}
+def _patterns(fields: Sequence[str], words: Sequence[Collection[str]]) -> dict[str, str]:
+    return {field: _one_of(set(options)) for field, options in zip(fields, words, strict=True)}
+
+
 _WEATHER_FIELDS = ("do", "do_be", "weather", "adj", "ing")
 
 
@@ -442,23 +474,25 @@ def _described(count: int) -> dict[str, tuple[str, str | None]]:
     for kind in ALL_KINDS:
         for noun in say.nouns_of(kind):
             for colour in ("", *COLOURS):
-                words = say.described(noun, colour=colour, count=count)
-                found[words if count > 1 else say.a(words)] = (kind, colour or None)
+                for word in say.colours_of(colour):
+                    words = say.american(say.described(noun, colour=word, count=count))
+                    found[words if count > 1 else say.a(words)] = (kind, colour or None)
     return found
 
 
 @cache
 def _counted() -> dict[str, SaidThing]:
     """What may be added, such as "two small red balls"."""
-    sizes = {"small": "small", "": "medium", "big": "large", "large": "large"}
     return {
-        say.counted(count, noun, size=words, colour=colour): SaidThing(
+        say.counted(count, noun, size=size_word, colour=colour_word): SaidThing(
             kind=kind, colour=colour or None, size=size, count=count
         )
         for kind in ALL_KINDS
         for noun in say.nouns_of(kind)
         for colour in ("", *COLOURS)
-        for words, size in sizes.items()
+        for colour_word in say.colours_of(colour)
+        for size, size_words in ADDED_SIZES.items()
+        for size_word in size_words
         for count in (1, 2, 3)
     }
 
@@ -472,7 +506,8 @@ def _recolour(heard: _Heard) -> Iterator[Said]:
         return
     for index, thing in heard.things(of_people=True):
         for colour in COLOURS:
-            if colour != thing.colour and heard.says(c=colour, a_c=say.a(colour)):
+            words = say.colours_of(colour)
+            if colour != thing.colour and heard.says(c=words, a_c=[say.a(word) for word in words]):
                 yield _set(heard.page, index, replace(thing, colour=colour))
 
 
@@ -503,10 +538,11 @@ def _add(heard: _Heard) -> Iterator[Said]:
         return
     where = heard.fields.get("where")
     if where is not None:
-        if where.startswith("in the sky") and not new.in_sky:
+        in_sky = next((f"{words} " for words in IN_SKY if where.startswith(words)), "")
+        if in_sky and not new.in_sky:
             return
-        side = where.removeprefix("in the sky ")
-        slot = next(slot for slot, words in _WHERE.items() if side in map(say.american, words))
+        side = where.removeprefix(in_sky)
+        slot = next(slot for slot, words in ON_SIDE.items() if side in map(say.american, words))
         if slot in taken:
             return
         new = replace(new, slot=slot)
@@ -530,14 +566,17 @@ def _place(heard: _Heard) -> Iterator[Said]:
             who += [(name.t, name.s, name.be) for name in _names(heard, 0, owner=False)]
     if any(heard.says(them=them, they=they, they_be=be) for them, they, be in who):
         for place in PLACES:
-            in_place, to_place, a_place = say.PLACE_WORDS[place]
-            if place != page.place and heard.says(in_place=in_place, to_place=to_place, a_place=a_place):
+            said = any(
+                heard.says(in_place=in_place, to_place=to_place, a_place=a_place)
+                for in_place, to_place, a_place in say.places_of(place)
+            )
+            if said and place != page.place:
                 yield replace(page, place=place)
 
 
 def _time(heard: _Heard) -> Iterator[Said]:
     for time in TIMES:
-        said = any(heard.says(time=word, at_time=at) for word, at in say.TIME_WORDS[time])
+        said = any(heard.says(time=word, at_time=at) for word, at in TIME_WORDS[time])
         if said and time != heard.page.time:
             yield replace(heard.page, time=time)
 
@@ -545,16 +584,17 @@ def _time(heard: _Heard) -> Iterator[Said]:
 def _weather(heard: _Heard) -> Iterator[Said]:
     page = heard.page
     for weather in WEATHERS:
-        options = say.WEATHER_WORDS[weather]
-        if weather == "clear" and page.time == "night":
-            options = options[-1:]  # the sun does not shine
-        said = any(heard.says(**dict(zip(_WEATHER_FIELDS, words, strict=True))) for words in options)
+        said = any(
+            heard.says(weather_some=say.without_article(words[2]))
+            and heard.says(**dict(zip(_WEATHER_FIELDS, words, strict=True)))
+            for words in say.weathers_of(weather, page.time)
+        )
         clears = heard.phrasing.variant == "clear"
         if (
             said
             and weather != page.weather
             and (not clears or weather == "clear")
-            and heard.says(old=say.OLD_WEATHER[page.weather])
+            and heard.says(old=OLD_WEATHER[page.weather])
         ):
             yield replace(page, weather=weather)
 
@@ -564,7 +604,7 @@ def _style(heard: _Heard) -> Iterator[Said]:
     for style in STYLES:
         if style == page.style:
             continue
-        if any(heard.says(style=word, a_style=words) for word, words in say.STYLE_WORDS[style]):
+        if any(heard.says(style=word, a_style=words) for word, words in STYLE_WORDS[style]):
             after = replace(page, style=style)
             if not (page.coloured and after.coloured):  # what is not shown is not known
                 things = tuple(replace(thing, colour=None) for thing in page.things)
@@ -577,16 +617,10 @@ def _put_on(heard: _Heard) -> Iterator[Said]:
     for index, thing in heard.things():
         if thing.kind not in WEARER_KINDS or swaps != (thing.wears is not None):
             continue
-        old = "" if thing.wears is None else _bare(thing)
+        old = say.bare_in_words(thing.wears, thing.count) if thing.wears else ()
         for wears in WEARABLES:
-            if wears != thing.wears and heard.says(w=say.worn(wears, thing.count), old=old):
+            if wears != thing.wears and heard.says(w=say.worn_in_words(wears, thing.count), old=old):
                 yield _set(heard.page, index, replace(thing, wears=wears))
-
-
-def _bare(thing: SaidThing) -> str:
-    """What a thing wears, without an article."""
-    assert thing.wears is not None
-    return say.plural(thing.wears) if thing.count > 1 else thing.wears
 
 
 def _take_off(heard: _Heard) -> Iterator[Said]:
@@ -594,7 +628,7 @@ def _take_off(heard: _Heard) -> Iterator[Said]:
     for index, thing in heard.things():
         if thing.wears is None or (heard.phrasing.variant == "bare" and worn.count(thing.wears) > 1):
             continue
-        if heard.says(w=_bare(thing)):
+        if heard.says(w=say.bare_in_words(thing.wears, thing.count)):
             yield _set(heard.page, index, replace(thing, wears=None))
 
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from ip2p.models.bundle import load_bundle
-from ip2p.models.text import Prompt, drop_text, encode_prompt, encode_prompts, join_prompts
+from ip2p.models.text import (
+    Prompt,
+    drop_text,
+    encode_prompt,
+    encode_prompts,
+    join_prompts,
+    unknown_words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +75,60 @@ def test_a_dropped_text_is_the_empty_one_and_sdxls_summary_goes_with_it(request,
         assert torch.equal(one[[0, 2]], kept[[0, 2]]) and torch.equal(one[1], empty[0])
         assert not torch.equal(kept[1], empty[0])
     assert mixed.time_ids is prompt.time_ids
+
+
+@pytest.fixture(scope="module")
+def closed_tokenizer():
+    """A CLIP tokenizer in which ten words and endings are a token each, as the storybook's is made."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens, merges = [*letters, *(letter + "</w>" for letter in letters)], []
+    for word in ("make", "it", "let", "don", "the", "cat", "huge", "3", "'s", "'t"):
+        made, *rest = [*word[:-1], word[-1] + "</w>"]
+        for letter in rest:
+            if (made, letter) not in merges:
+                merges.append((made, letter))
+                tokens.append(made + letter)
+            made += letter
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "unknown"),
+    [
+        ("Make the cat HUGE!", []),
+        ("", []),
+        ("let's make the cat's 3 ... don't?", []),
+        ("make the Walrus juggle, walrus", ["Walrus", "juggle"]),
+        ("make the caat huge", ["caat"]),
+        ("the cat, the cats; the cat_cat", ["cats"]),
+        ("it can't", ["can't"]),
+        ("make 3 of 34", ["of", "34"]),
+        ("make the café 猫 huge", ["café", "猫"]),
+        ("don\u2019t", ["don\u2019t"]),
+        ("make it <|endoftext|>", ["endoftext"]),
+    ],
+)
+def test_words_that_a_closed_vocabulary_lacks_are_named_once_as_they_are_typed(
+    closed_tokenizer, instruction, unknown
+):
+    assert unknown_words(instruction, closed_tokenizer) == unknown
+
+
+def test_the_storybook_knows_every_word_of_its_language(tmp_path):
+    from transformers import CLIPTokenizer
+
+    from ip2p.training.build import make_tokenizer
+    from ip2p_storybook.edits import sample_edit
+    from ip2p_storybook.scene import rng_for
+
+    make_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    for split in ("test", "unseen_phrasings"):
+        for k in range(300):
+            instruction = sample_edit(rng_for(split, k), split=split).instruction
+            assert unknown_words(instruction, tokenizer) == [], instruction
+    assert unknown_words("make the walrus juggle", tokenizer) == ["walrus", "juggle"]

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ip2p.training.storybook.pairs import COLUMNS, pair_row, write_pairs
+from ip2p.training.storybook.pairs import PAIR_COLUMNS, pair_row, write_pairs
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import Edit, sample_edit
 from ip2p_storybook.scene import rng_for
@@ -23,7 +23,7 @@ def test_the_columns_are_those_of_the_hub_edition(tmp_path: Path) -> None:
     made = edits(3)
     assert write_pairs(made, tmp_path / "pairs.parquet", size=48) == 3
     table = pq.read_table(tmp_path / "pairs.parquet")
-    assert tuple(table.column_names) == COLUMNS
+    assert tuple(table.column_names) == PAIR_COLUMNS
     for edit, row in zip(made, table.to_pylist(), strict=True):
         assert row["edit_prompt"] == edit.instruction
         assert row["original_prompt"] != row["edited_prompt"]

@@ -14,11 +14,11 @@ import torch
 from memory_rows import Child, Rows
 
 from ip2p.base.errors import InputError, ModelError, ResourceError
+from ip2p.base.ledger import Ledger
 from ip2p.models.text import Prompt, encode_prompt
 from ip2p.training import cache as caches
 from ip2p.training.cache import (
     LatentCache,
-    Parts,
     Stopped,
     TextCache,
     build_cache,
@@ -227,11 +227,11 @@ def test_two_processes_make_one_cache_together_byte_for_byte(tiny_bundle, tmp_pa
 def killed(point: str) -> None:
     """In this process: die by SIGKILL at a moment of the second part's making."""
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-    append, rename = Parts._append, os.replace
+    append, rename = Ledger.append, os.replace
     if point == "written":
         os.replace = lambda a, b: kill() if "000001." in str(b) else rename(a, b)
     elif point == "renamed":
-        Parts._append = lambda self, line: kill() if line["part"] == 1 else append(self, line)
+        Ledger.append = lambda self, line: kill() if line["part"] == 1 else append(self, line)
     elif point == "half a line":
 
         def half(self, line):
@@ -241,7 +241,7 @@ def killed(point: str) -> None:
                 os.truncate(path, path.stat().st_size - 20)
                 kill()
 
-        Parts._append = half
+        Ledger.append = half
 
 
 @pytest.mark.parametrize("point", ["reading", "written", "renamed", "half a line"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ip2p.base.errors import InputError
-from ip2p.training.checkpoints import MANIFEST, Checkpoints
+from ip2p.base.ledger import MANIFEST
+from ip2p.training.checkpoints import Checkpoints
 
 
 def saved(tmp_path, *steps: int, keep: int = 2) -> Checkpoints:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         )
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is a file, so {path.name} cannot lie in it; choose another place with -o."
+            f"{folder} is a file, so {path.name} cannot be written into it; choose another place with -o."
         )
     if path.is_dir():
         raise InputError(f"the output {path} is a folder; name a file in it.")
@@ -61,13 +63,13 @@ def _probe(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when not.
+    """A temporary path beside `path`, which replaces it when the block succeeds and is removed when it fails.
 
     `sync` waits for the disk, so that the file survives a power cut too; too slow for thousands of pictures.
-
-    The temporary name keeps the suffix, so that a writer that goes by it writes the right format.
+    The temporary name keeps the suffix, by which some writers choose the format. `remove_temporaries` removes
+    what killed processes leave.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.tmp-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -76,13 +78,29 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode hides the file from others
         if sync:
-            _sync(temporary)
+            with open(temporary, "r+b") as file:  # Windows syncs no file that is open for reading only
+                os.fsync(file.fileno())
         os.replace(temporary, path)
         if sync:
-            _sync(path.parent)
+            _sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_temporaries(folder: Path, stem: str = "*") -> None:
+    """Remove the temporary files of `replacing` that killed processes left in a folder. stem: of one file."""
+    for half in folder.glob(f".{stem}.tmp-????????*"):
+        half.unlink(missing_ok=True)
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def content_key(path: Path, *patterns: str) -> str:
@@ -125,11 +143,15 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
-    # Some file systems cannot sync a folder; the rename still holds there.
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":  # which has no such thing
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a folder; the rename still holds there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)

@@ -22,8 +22,10 @@ from ip2p.settings import (
     OverwriteSettings,
     RunSettings,
     SamplerName,
+    ScheduleName,
     Size,
     Split,
+    Texts,
     run_json,
     setting,
 )
@@ -96,7 +98,10 @@ class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings)
     """Score a model on storybook edits whose answer is known: ip2p storybook score --count 500"""
 
     model: str = setting("storybook", "a name, or a diffusers folder", group=COMMON)
-    count: int = setting(500, "number of edits", ge=1, le=1_000_000, group=COMMON)
+    split: Texts = setting(
+        (), "split to score; may be repeated; default: all but train", group=COMMON, metavar="SPLIT"
+    )
+    count: int = setting(500, "number of edits per split", ge=1, le=1_000_000, group=COMMON)
     seed: int = setting(0, "seed of the edits and the noise", ge=0, le=MAX_SEED, example=7, group=COMMON)
     out: Path | None = setting(None, "write every number as JSON", group=COMMON, flags=("-o",))
     sheet: Path | None = setting(
@@ -105,8 +110,11 @@ class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings)
         group=COMMON,
         metavar="FILE",
     )
-    steps: int = setting(20, "sampling steps", ge=1, le=MAX_STEPS, group=COMMON)
-    sampler: SamplerName = setting("euler_ancestral", "sampler", group=COMMON)
+    steps: int | None = setting(None, "sampling steps", ge=1, le=MAX_STEPS, fallback=20, group=COMMON)
+    sampler: SamplerName | None = setting(None, "sampler", fallback="euler_ancestral", group=COMMON)
+    schedule: ScheduleName | None = setting(
+        None, "noise schedule", fallback="linspace", group=COMMON, aliases=("spacing",)
+    )
     text_cfg: float | None = setting(
         None,
         "how strongly to follow the instruction",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ip2p.base import jobs
+from ip2p.base.cluster import Cluster
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.files import check_output, content_key, make_folder, write_text
@@ -514,9 +515,7 @@ def _workers(
     """
     if config.ray is not None:
         each = config.threads or 1
-        cluster = jobs.Cluster(
-            address=config.ray, workers=config.ray_workers, cpus=each, gpus=config.ray_gpus
-        )
+        cluster = Cluster(address=config.ray, workers=config.ray_workers, cpus=each, gpus=config.ray_gpus)
         return {"cluster": cluster, "threads": each}
     small = weights is not None and pick_device(config.device).type == "cpu" and _bytes(weights) <= SMALL
     processes = config.workers or (_cores() if small else 1)

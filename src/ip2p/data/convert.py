@@ -1,8 +1,7 @@
-"""Any source into any of the layouts that are read, part by part, killed at any time and gone on with.
+"""Any source into any of the layouts that are read, part by part. It can be killed at any point and resumed.
 
-A part is a run of rows. Its files are written beside their places and renamed, and only then named in the
-folder's `manifest.jsonl`; a shard never lies half-written under its name. The tables that make the whole
-readable (`seeds.json`, `metadata.jsonl`) come last, from the manifest alone.
+A part is a run of rows, whose files the `ledger` commits. The tables that make the whole readable
+(`seeds.json`, `metadata.jsonl`) come last, from the manifest alone.
 """
 
 from __future__ import annotations
@@ -10,24 +9,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 from ip2p.base.errors import InputError
 from ip2p.base.files import make_folder, replacing, write_text
-from ip2p.base.jobs import hold
-from ip2p.data.loading import MANIFEST
+from ip2p.base.ledger import Files, Ledger, Row, open_ledger, parse_lines
 from ip2p.data.original import METADATA, PROMPT, SEEDS
 from ip2p.data.records import BrokenRow, Pair, Source, open_picture
 
@@ -36,6 +32,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["parquet", "magicbrush", "original", "shards", "folders"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+KIND = "convert"
 QUARANTINE = "quarantine.jsonl"
 ROWS_A_GROUP = 100
 MAX_BROKEN = 0.01
@@ -93,11 +90,11 @@ def convert(
 ) -> Converted:
     """Write the rows of `source`, or the first `count`, into the folder `target` in the layout `to`.
 
-    Encoded pictures go over byte for byte; pixels become PNG. Called again after it was stopped it goes on
-    with the parts that are missing. Broken rows are left out and named in quarantine.jsonl. `done` is told
-    how many rows a part had. Raises InputError for a source without end and without a count, for a folder
-    that holds something else, that was begun with other settings or that another process writes into, and
-    when more than the share `max_broken` of the rows are broken.
+    Encoded pictures are copied byte for byte; pixels become PNG. Called again after it was stopped, it makes
+    the parts that are missing. Broken rows are left out and listed in quarantine.jsonl. `done` is called with
+    the number of rows of each part. Raises InputError for a source without end and without a count, for a
+    folder that holds something else, was begun with other settings or is locked by another process, and when
+    more than the share `max_broken` of the rows are broken.
     """
     if source.endless and count is None:
         raise InputError(f"{source.name} has no end; say how many rows with --count 10000.")
@@ -106,13 +103,15 @@ def convert(
     if target.suffix in (".parquet", ".tar", ".csv", ".jsonl"):
         raise InputError(f"{target} is to be a folder; name it without {target.suffix}.")
     make_folder(target)
-    with _job(target, header, overwrite=overwrite) as job:
-        writer = _WRITERS[to](target, job)
+    with open_ledger(
+        target, KIND, header, remove=_remove_written, overwrite=overwrite, phrase=_phrase
+    ) as ledger:
+        writer = _WRITERS[to](ledger)
         for part, start in enumerate(range(0, total, shard_rows)):
             rows = range(start, min(start + shard_rows, total))
-            if part not in job.parts:
-                job.commit(part, _write_part(source, rows, writer, part, HOLDS_NO[to]))
-            broken = [row for entry in job.parts.values() for row in entry["broken"]]
+            if part not in ledger.done:
+                ledger.append({"part": part} | _write_part(source, rows, writer, part, HOLDS_NO[to]))
+            broken = [row for line in ledger.done.values() for row in line["broken"]]
             if len(broken) > max_broken * total:
                 first = "; ".join(f"{id}: {reason}" for id, reason in broken[:3])
                 raise InputError(
@@ -120,22 +119,20 @@ def convert(
                     f"{max_broken:.0%} of {total:,} may be. {first}. Look at all: ip2p data check"
                 )
             done(len(rows))
-        broken = [row for _, entry in sorted(job.parts.items()) for row in entry["broken"]]
+        broken = [row for _, line in sorted(ledger.done.items()) for row in line["broken"]]
         if broken:
             lines = (json.dumps({"id": id, "reason": why}, ensure_ascii=False) + "\n" for id, why in broken)
             write_text(target / QUARANTINE, "".join(lines))
         writer.finish()
-        job.finish()
+        ledger.finish()
     lost: Counter[str] = Counter()
-    for entry in job.parts.values():
-        lost.update(entry["left_out"])
+    for line in ledger.done.values():
+        lost.update(line["left_out"])
     return Converted(total - len(broken), tuple((id, why) for id, why in broken), dict(lost))
 
 
-def _write_part(
-    source: Source, rows: range, writer: _Writer, part: int, holds_no: Sequence[str]
-) -> dict[str, Any]:
-    """Write the rows of a part; its line of the manifest."""
+def _write_part(source: Source, rows: range, writer: _Writer, part: int, holds_no: Sequence[str]) -> Row:
+    """Write the rows of a part; what its line of the manifest says."""
     broken: list[tuple[str, str]] = []
     lost: Counter[str] = Counter()
 
@@ -165,95 +162,8 @@ def encoded(picture: bytes | NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-# --- what is done ---------------------------------------------------------------------------------
-
-
-class _Job:
-    """The manifest of a folder: a line that says what is converted, one a part, and one when all is done."""
-
-    def __init__(self, folder: Path, file: IO[bytes]) -> None:
-        self.folder, self.file = folder, file
-        self.parts: dict[int, dict[str, Any]] = {}
-        self.finished = False
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def is_whole(self, entry: dict[str, Any]) -> bool:
-        """Whether the files of a part lie there in their size."""
-        for name, (size, _) in entry["files"].items():
-            try:
-                if (self.folder / name).stat().st_size != size:
-                    return False
-            except OSError:
-                return False
-        return True
-
-    def commit(self, part: int, entry: dict[str, Any]) -> None:
-        self.append({"part": part} | entry)
-        self.parts[part] = entry
-
-    def finish(self) -> None:
-        if not self.finished:
-            self.append({"done": True})
-
-
-@contextmanager
-def _job(folder: Path, header: dict[str, Any], *, overwrite: bool) -> Iterator[_Job]:
-    manifest = folder / MANIFEST
-    if not manifest.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds something else; choose another folder.")
-    with open(manifest, "a+b") as file:
-        hold(file, folder)
-        file.seek(0)
-        data = file.read()
-        # A line that was being written when the process was killed never counted.
-        rows = _rows(data[: data.rfind(b"\n") + 1])
-        if rows and "convert" not in rows[0]:
-            raise InputError(f"{folder} holds something else; choose another folder.")
-        if rows and overwrite:
-            _remove_ours(folder)
-            rows = []
-            data = b""
-        job = _Job(folder, file)
-        file.truncate(data.rfind(b"\n") + 1)
-        if not rows:
-            job.append({"convert": header})
-        else:
-            _same(folder, rows[0]["convert"], header)
-            _sweep(folder)
-        job.parts = {row["part"]: row for row in rows if "part" in row}
-        # What has been lost since is made again.
-        job.parts = {part: row for part, row in job.parts.items() if job.is_whole(row)}
-        job.finished = {"done": True} in rows
-        yield job
-
-
-def _rows(data: bytes) -> list[dict[str, Any]]:
-    rows = []
-    for line in data.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # its part is made again
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def _same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    said = {"source": "of {}", "key": "of other data", "to": "--to {}", "rows": "of {} rows"}
-    said["shard_rows"] = "--shard-rows {}"
-    for name, words in said.items():
-        if before.get(name) != now[name]:
-            one, two = (words.format(told) for told in (before.get(name), now[name]))
-            change = f"{one}, and now it is {two}" if one != two else f"{one}: they have changed since"
-            raise InputError(f"{folder} was begun {change}; add --overwrite, or choose another folder.")
-
-
-def _remove_ours(folder: Path) -> None:
+def _remove_written(folder: Path) -> None:
+    """Remove what a conversion wrote, in whichever layout."""
     for pattern in _OURS:
         for path in list(folder.glob(pattern)):
             if path.name == PROMPT:
@@ -262,23 +172,20 @@ def _remove_ours(folder: Path) -> None:
                 path.unlink()
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what a killed run was writing (`files.replacing`)."""
-    for pattern in (".train-*", ".metadata-*", ".seeds-*", "data/.*", "before/.*", "after/.*", "mask/.*"):
-        for half in folder.glob(pattern):
-            half.unlink(missing_ok=True)
+def _phrase(name: str, before: object, now: object) -> tuple[str, str]:
+    words = {"source": "of {}", "key": "of other data", "to": "--to {}", "rows": "of {} rows"}
+    text = (words | {"shard_rows": "--shard-rows {}"})[name]
+    return text.format(before), text.format(now)
 
 
 # --- the layouts ----------------------------------------------------------------------------------
-
-Files = dict[str, tuple[int, str]]  # name below the folder → size, sha256
 
 
 class _Writer:
     """Writes a part's rows; gives back its files, and what `finish` needs of each row."""
 
-    def __init__(self, folder: Path, job: _Job) -> None:
-        self.folder, self.job = folder, job
+    def __init__(self, ledger: Ledger) -> None:
+        self.folder, self.ledger = ledger.folder, ledger
 
     def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
         raise NotImplementedError
@@ -288,16 +195,13 @@ class _Writer:
 
     def index(self) -> Iterator[Any]:
         """What the parts noted of their rows, in order."""
-        for _, entry in sorted(self.job.parts.items()):
-            yield from entry["index"]
+        for _, line in sorted(self.ledger.done.items()):
+            yield from line["index"]
 
     def put(self, files: Files, name: str, data: bytes) -> str:
-        path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
         # Not synced: there are thousands. One that a power cut emptied has another size than its line says.
-        with replacing(path, sync=False) as temporary:
+        with self.ledger.write(name, files, sync=False) as temporary:
             temporary.write_bytes(data)
-        files[name] = (len(data), hashlib.sha256(data).hexdigest())
         return name
 
 
@@ -333,10 +237,12 @@ class _Parquet(_Writer):
         import pyarrow.parquet as pq
 
         # Apart from the manifest: Arrow and the hub's tools take a folder's files for parquet, all of them.
-        path = self.folder / "data" / f"train-{part:05}.parquet"
-        path.parent.mkdir(exist_ok=True)
+        files: Files = {}
         schema = self.schema()
-        with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        with (
+            self.ledger.write(f"data/train-{part:05}.parquet", files) as temporary,
+            pq.ParquetWriter(temporary, schema) as writer,
+        ):
             group: list[dict[str, object]] = []
             for row, pair in rows:
                 group.append(self.cells(row, pair))
@@ -345,7 +251,7 @@ class _Parquet(_Writer):
                     group = []
             if group:
                 writer.write_table(pa.Table.from_pylist(group, schema))
-        return {f"data/{path.name}": _known(path)}, []
+        return files, []
 
 
 class _MagicBrush(_Parquet):
@@ -381,8 +287,11 @@ class _Shards(_Writer):
     """Tar files of `0000001.before.jpg .after.jpg .mask.png .json`."""
 
     def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
-        path = self.folder / f"train-{part:06}.tar"
-        with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        files: Files = {}
+        with (
+            self.ledger.write(f"train-{part:06}.tar", files) as temporary,
+            tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             for row, pair in rows:
                 members = {}
                 for part_name, data in _pictures(pair):
@@ -392,7 +301,7 @@ class _Shards(_Writer):
                     member = tarfile.TarInfo(f"{row:07}.{name}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-        return {path.name: _known(path)}, []
+        return files, []
 
 
 class _Folders(_Writer):
@@ -420,8 +329,8 @@ class _Original(_Writer):
     takes its number for one.
     """
 
-    def __init__(self, folder: Path, job: _Job) -> None:
-        super().__init__(folder, job)
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(ledger)
         self.taken: dict[str, tuple[str, set[int]]] = {}  # folder: the prompt in it, the seeds
         for name, seed, prompt in self.index():
             self.taken.setdefault(name, (prompt, set()))[1].add(seed)
@@ -438,14 +347,12 @@ class _Original(_Writer):
             index.append((name, seed, digest))
             inner = self.folder / name
             inner.mkdir(exist_ok=True)
-            for half in inner.glob(".*"):  # of a killed run
-                half.unlink()
             # The scores of other seeds are in this file already, and may be of another part.
-            told = [line for line in _lines(inner / METADATA) if line.get("seed") != seed]
-            told.append({"seed": seed} | {k: v for k, v in pair.scores.items() if k != "seed"})
+            scores = [line for line in _lines_of(inner / METADATA) if line.get("seed") != seed]
+            scores.append({"seed": seed} | {k: v for k, v in pair.scores.items() if k != "seed"})
             if pair.id != f"{name}/{seed}":
-                told[-1]["id"] = pair.id
-            write = {PROMPT: prompt, METADATA: b"".join(_json(line) + b"\n" for line in told)}
+                scores[-1]["id"] = pair.id
+            write = {PROMPT: prompt, METADATA: b"".join(_json(line) + b"\n" for line in scores)}
             for file, data in write.items():
                 with replacing(inner / file, sync=False) as temporary:
                     temporary.write_bytes(data)
@@ -522,13 +429,5 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, default=float).encode()  # NumPy's numbers too
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return _rows(path.read_bytes()) if path.exists() else []
-
-
-def _known(path: Path) -> tuple[int, str]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return path.stat().st_size, digest.hexdigest()
+def _lines_of(path: Path) -> list[Row]:
+    return list(parse_lines(path.read_bytes(), path)) if path.exists() else []

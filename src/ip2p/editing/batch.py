@@ -1,26 +1,21 @@
-"""Edit many pictures into a folder: batched by size, killed at any time and gone on with, nothing twice.
+"""Edit many pictures into a folder, batched by size. It can be killed at any point and resumed.
 
-A result is written beside its place, synced, renamed, and only then named in the folder's `manifest.jsonl`
-with its checksum; the places of all results are noted there before the first is made. The manifest is the
-only truth; `run.json` beside it holds the settings, which may not change while a job goes on.
+The `ledger` of the folder has a line for each result. The names of all results are noted there before the
+first is made. `run.json` beside it holds the settings, which must be the same on resume.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
-import hashlib
 import json
 import logging
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from PIL import Image
 
@@ -29,7 +24,9 @@ from ip2p.base.files import make_folder, write_text
 from ip2p.pictures import images
 from ip2p.settings import OverwriteSettings, first_difference, run_json
 
-MANIFEST, RUN = "manifest.jsonl", "run.json"
+RUN = "run.json"
+log = logging.getLogger("ip2p")
+
 # What a folder's pictures are called. HEIC is not read, but told, not passed over in silence.
 ENDINGS = {
     ".png",
@@ -45,8 +42,6 @@ ENDINGS = {
     ".heic",
     ".heif",
 }
-log = logging.getLogger("ip2p")
-
 
 # --- what is to be done ---------------------------------------------------------------------------
 
@@ -58,17 +53,6 @@ class Task:
     source: Path
     seed: int
     name: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """A line of the manifest: a result that lies whole in the folder, and the picture it was made from."""
-
-    name: str
-    source: str
-    seed: int
-    sha256: str
-    source_sha256: str
 
 
 def is_many(words: Sequence[str]) -> bool:
@@ -148,77 +132,39 @@ def _root(pattern: str) -> Path:
 
 
 class Job:
-    """A folder of results and its manifest, held by one process at a time. `open_job` makes one."""
+    """A folder of results and its ledger, held by one process at a time. `open_job` makes one."""
 
-    def __init__(self, folder: Path, file: IO[bytes]) -> None:
-        self.folder, self.file = folder, file
-        self.done: dict[str, Done] = {}
-        self.planned: set[str] = set()
-        self._lock = threading.Lock()
-        self._read()
-
-    def _read(self) -> None:
-        self.file.seek(0)
-        data = self.file.read()
-        whole = data.rfind(b"\n") + 1
-        # A line that was being written when the process was killed never counted.
-        self.file.truncate(whole)
-        for number, line in enumerate(data[:whole].splitlines(), 1):
-            try:
-                row = json.loads(line)
-                if "plan" in row:
-                    self.planned |= set(row["plan"])
-                else:
-                    self.done[row["name"]] = Done(**row)
-            except (ValueError, TypeError, KeyError):
-                log.warning("line %d of %s cannot be read and does not count", number, self.folder / MANIFEST)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ledger = Ledger(folder, key="name")
+        self.planned = {name for line in self.ledger.lines for name in line.get("plan", ())}
 
     def commit(self, task: Task, result: Image.Image) -> Path:
-        """Write a result, and its line when it lies there whole."""
+        """Write a result, then its line."""
         path = self.folder / task.name
         path.parent.mkdir(parents=True, exist_ok=True)
         images.save_image(result, path)
-        row = Done(
-            name=task.name,
-            source=task.source.as_posix(),
-            seed=task.seed,
-            sha256=checksum(path),
-            source_sha256=checksum(task.source),
-        )
-        self._write(vars(row))
+        line = {"name": task.name, "source": task.source.as_posix(), "seed": task.seed}
+        self.ledger.append(line | {"sha256": checksum(path), "source_sha256": checksum(task.source)})
         return path
 
-    def _write(self, row: Mapping[str, object]) -> None:
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        with self._lock:
-            self.file.write(line.encode())
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
     def is_done(self, task: Task) -> bool:
-        """Whether the result lies there whole, made from the picture as it is now."""
-        row = self.done.get(task.name)
-        try:
-            return (
-                row is not None
-                and checksum(self.folder / task.name) == row.sha256
-                and checksum(task.source) == row.source_sha256
-            )
-        except OSError:
+        """Whether the result is undamaged and was made from the picture as it is now."""
+        line = self.ledger.done.get(task.name)
+        if line is None:
             return False
+        path = self.folder / task.name
+        if damage := find_damage(path, None, str(line.get("sha256"))):
+            log.warning("%s %s; it is made again", path, damage)
+            return False
+        return find_damage(task.source, None, str(line.get("source_sha256"))) is None
 
     def plan(self, tasks: Sequence[Task]) -> None:
-        """Note that what will lie at the places of these results is this job's."""
+        """Record that the files of these results will be this job's."""
         names = [task.name for task in tasks if task.name not in self.planned]
         if names:
-            self._write({"plan": names})
+            self.ledger.append({"plan": names})
             self.planned |= set(names)
-
-    def sweep(self, task: Task) -> None:
-        """Remove what a killed run was writing (`files.replacing`)."""
-        path = self.folder / task.name
-        for half in path.parent.glob(f".{glob.escape(path.stem)}-????????{path.suffix}"):
-            half.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -226,45 +172,24 @@ def open_job(config: OverwriteSettings, folder: Path) -> Iterator[Job]:
     """Begin a job in `folder`, or go on with the one that lies there.
 
     Raises InputError when another process is at it, when its settings were others (naming the first that
-    differs), or when the folder holds a run of another kind. With `overwrite` all begins anew.
+    differs), or when the folder holds a run of another kind. `overwrite` begins again.
     """
     make_folder(folder)
-    manifest, run = folder / MANIFEST, folder / RUN
-    if run.exists() and not manifest.exists() and not config.overwrite:
+    run = folder / RUN
+    if run.exists() and not (folder / MANIFEST).exists() and not config.overwrite:
         raise InputError(
             f"{folder} holds another run ({RUN}); choose another folder with -o, or add --overwrite."
         )
-    with open(manifest, "a+b") as file:
-        _hold(file, folder)
-        if config.overwrite:
-            file.truncate(0)
-        elif run.exists():
+    with lock_folder(folder):
+        job = Job(folder)
+        if run.exists() and not config.overwrite:
             _same_settings(config, run)
-        if config.overwrite or not run.exists():
+        else:
+            if config.overwrite or not job.ledger.path.exists():
+                job.ledger.replace([])  # before the settings: alone they are another run's
+                job.planned.clear()
             write_text(run, run_json(config))
-        yield Job(folder, file)
-
-
-def checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _hold(file: IO[bytes], folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise InputError(
-                f"another ip2p is writing into {folder}; wait for it, or choose another with -o."
-            ) from None
+        yield job
 
 
 def _same_settings(config: OverwriteSettings, run: Path) -> None:
@@ -284,7 +209,7 @@ def _same_settings(config: OverwriteSettings, run: Path) -> None:
 
 
 def split(job: Job, tasks: Sequence[Task], jobs: int, *, overwrite: bool) -> tuple[list[Task], list[Task]]:
-    """The tasks whose results lie in the folder, and those to do.
+    """The tasks whose results are in the folder, and those to do.
 
     Raises InputError for a result whose place another file has; half-written files of a killed run go.
     """
@@ -301,8 +226,8 @@ def split(job: Job, tasks: Sequence[Task], jobs: int, *, overwrite: bool) -> tup
             "folder with -o."
         )
     job.plan(tasks)
-    for task in todo:
-        job.sweep(task)
+    for parent in {(job.folder / task.name).parent for task in todo}:
+        remove_temporaries(parent)
     return done, todo
 
 

@@ -383,7 +383,7 @@ class Editor:
     def _said(
         self, latents: Tensor, text: Tensor | Prompt, null_text: Tensor | Prompt, seeds: Sequence[int]
     ) -> Tensor:
-        """What the instruction adds to the model's predictions of x0, [batch, draws, 4, h, w]."""
+        """What the instruction adds to the model's predictions of x0, [batch, draws, channels, h, w]."""
         noise = NoiseStream(seeds, latents.shape[1:], self.device)
         time = torch.tensor(masks.LEVEL * (len(self.schedule.levels) - 1), dtype=torch.float64)
         sigma = self.schedule.sigma(time).float()
@@ -495,7 +495,7 @@ class Editor:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """A sampler's latents [batch, 4, h, w] → pictures [batch, 3, H, W] in about [-1, 1]; fp32."""
+        """A sampler's latents [batch, channels, h, w] → pictures [batch, 3, H, W] in about [-1, 1]; fp32."""
         factor = self.bundle.latent_factor
         vae = self._thrifty_vae(1, *(side * factor for side in latents.shape[-2:]))
         return vae.decode((latents / self.bundle.latent_scale).to(vae.dtype)).sample.float()
@@ -527,14 +527,14 @@ class Editor:
         control: Control | None = None,
         hold: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """Sample, yielding the latents [batch, 4, h, w] after each step; the last are the result's.
+        """Sample, yielding the latents [batch, channels, h, w] after each step; the last are the result's.
 
-        image_latent: [1 or batch, 4, h, w] from `encode_image`, or None to draw from the text
-        alone. text, null_text: [1 or batch, tokens, features] or Prompts of as many rows. `noise()`
-        gives the start and then what the sampler asks for. sigmas: falling, with a final zero, as
-        `diffusion.schedule` makes them. rescale, interval: see `guided`. control: from `self.control`.
-        hold: latents [1 or batch, 4, h, w] of what the result is, and where it may become another, 1 or
-        0 [1 or batch, 1, h, w]; where not, they are held to the former at every step (`masks.held`).
+        image_latent: [1 or batch, channels, h, w] from `encode_image`, or None to draw from the text alone.
+        text, null_text: [1 or batch, tokens, features] or Prompts of as many rows. `noise()` gives the start
+        and then what the sampler asks for. sigmas: falling, with a final zero, as `diffusion.schedule` makes
+        them. rescale, interval: see `guided`. control: from `self.control`. hold: latents [1 or batch,
+        channels, h, w] of what the result is, and where it may become another, 1 or 0 [1 or batch, 1, h, w];
+        where not, they are held to the former at every step (`masks.held`).
         """
         start = noise() * sigmas[0]
         factor = self.bundle.latent_factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,27 @@ def encode_prompts(bundle: Bundle, texts: Sequence[str], size: tuple[int, int]) 
         tokens = _tokens(bundle.tokenizer, texts, bundle.text_encoder.device)
         return Prompt(bundle.text_encoder(tokens)[0].float())
     return _encode_for_sdxl(bundle, texts, size)
+
+
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+_PART = re.compile(r"['\u2019]?[^\W\d_]+|\d+")
+
+
+def unknown_words(instruction: str, tokenizer: Any) -> list[str]:
+    """The words of an instruction that a model with a closed vocabulary has never seen, as they are typed.
+
+    tokenizer: that of a model whose card says `closed_vocabulary: true`, where each known word is a single
+    token (so is an ending such as "'s") and every other word falls into several. Of no use for other models,
+    CLIP's among them: they know many words of several tokens. Each word is named once, in order.
+    """
+    words: dict[str, str] = {}
+    for word in _WORD.findall(instruction):
+        words.setdefault(word.lower(), word)
+    return [
+        word
+        for word in words.values()
+        if any(len(tokenizer.tokenize(part)) != 1 for part in _PART.findall(word))
+    ]
 
 
 def drop_text(prompt: Prompt, null: Prompt, dropped: Tensor) -> Prompt:

@@ -27,9 +27,10 @@ import torch
 from PIL import Image
 
 from ip2p.base import jobs, terminal
+from ip2p.base.cluster import Cluster
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError
-from ip2p.base.jobs import Cluster, Made
+from ip2p.base.jobs import Made
 from ip2p.data import columns
 from ip2p.data.convert import encoded, ending, hub_schema
 from ip2p.data.parquet import ParquetSource

@@ -35,10 +35,10 @@ from ip2p.synth.instruct import (
 )
 from ip2p.synth.records import Triple
 from ip2p.synth.settings import Way
-from ip2p.synth.triples import examples
 
 if TYPE_CHECKING:
     from openai import OpenAI
+from ip2p.synth.triples import examples
 
 KEY = "OPENAI_API_KEY"
 SHOTS = 8  # triples that a general model is shown

@@ -372,7 +372,10 @@ class SynthPairsConfig(
         None, "sampler; default: euler_ancestral; else euler or dpmpp_2m", group=DRAWING
     )
     schedule: ScheduleName | None = setting(
-        None, "noise schedule, linspace or karras; default: linspace", group=DRAWING, aliases=("spacing",)
+        None,
+        "noise schedule: linspace, karras or trailing; default: linspace",
+        group=DRAWING,
+        aliases=("spacing",),
     )
     tiny_vae: str | None = setting(
         None, "a tiny autoencoder for the pictures that are scored; default: none", group=DRAWING, hidden=True

@@ -1,4 +1,4 @@
-"""The settings as keyword arguments. Written by tools/make_arguments.py: do not edit."""
+"""The settings as keyword arguments. Written by scripts/make_arguments.py: do not edit."""
 
 from pathlib import Path
 from typing import Literal

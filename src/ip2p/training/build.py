@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.files import write_text
+from ip2p.base.ledger import lock_folder
 from ip2p.models.clip import MEAN, STD
 from ip2p.models.save import edit_scheduler, write_editor
 from ip2p.pictures.images import signed_psnr
@@ -37,7 +38,7 @@ from ip2p.synth.tune import CARD as LM_CARD
 from ip2p.synth.tune import IGNORED, batch_of, new_lm, row_of, save_lm
 from ip2p.training.cache import encode_pictures
 from ip2p.training.checkpoints import Checkpoints
-from ip2p.training.loop import LoopConfig, fit, new_accelerator, sole_owner
+from ip2p.training.loop import LoopConfig, fit, new_accelerator
 from ip2p.training.loss import BETA_END, BETA_START, TIMESTEPS, scaled_linear_alpha_bar
 from ip2p.training.objective import EditTask, Objective, place_seed
 from ip2p.training.recognition import Recognition
@@ -949,7 +950,7 @@ def run(
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     finished = True
-    with sole_owner(here.output):
+    with lock_folder(here.output):
         if start is not None:
             start_from(here, start)
         for name, train in zip(STAGES, (train_vae, train_clip, train_unet, train_lm), strict=True):

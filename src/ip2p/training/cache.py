@@ -1,14 +1,12 @@
 """What the frozen networks say of the data, computed once: latents of both pictures, and encoded texts.
 
-Both lie in parts of some hundred rows, memory-mapped when they are read. A part is written beside its place,
-synced, renamed, and only then named in the folder's `manifest.jsonl`, which is the only truth: a build that
-is killed at any moment goes on with the parts that are missing. Every part is made from its own rows alone,
-so that any number of processes may share the work; each claims a part by a lock that ends with its owner.
+Both are stored in parts of some hundred rows, memory-mapped when they are read. The `ledger` of the folder
+lists the parts, so a build that was killed resumes with those that are missing. Every part is made from its
+own rows alone, so any number of processes may share the work; each claims a part by a lock that ends with it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -27,22 +25,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ip2p.base import terminal
 from ip2p.base.errors import InputError, ModelError, ResourceError
-from ip2p.base.files import append_row, make_folder, replacing, write_text
+from ip2p.base.files import make_folder, remove_temporaries, write_text
+from ip2p.base.ledger import LOCK, Files, Ledger, Lock, Row
 from ip2p.data.records import BrokenRow, Source
 from ip2p.models.text import Prompt
 from ip2p.training.transform import Transform
 from ip2p.training.workers import start_worker
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks; there, one process builds
-    fcntl = None  # type: ignore[assignment]
-
 if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle
 
-MANIFEST, LOCK, QUARANTINE = "manifest.jsonl", "lock", "quarantine.jsonl"
-FORMAT = 1  # goes up when the files change: old ones are then made anew
+QUARANTINE = "quarantine.jsonl"
+FORMAT = 1  # goes up when the files change: old caches are then rebuilt
 PART_ROWS = 256
 CHUNK_BYTES, CHUNK_ROWS = 16 * 2**20, 32  # decoded pixels that travel from a worker at once
 BYTES = {"fp16": 2, "fp32": 4}
@@ -114,100 +108,67 @@ def _hash(value: object) -> str:
 class Parts:
     """A folder of `count` files that several processes fill together.
 
-    done: the manifest's line of each committed part, as a dict. The locks are only there to spare work:
-    were two processes to make one part, both would write the same bytes.
+    done: the manifest's line of each committed part. Claims only save work: if two processes made one part,
+    both would write the same bytes.
     """
 
     def __init__(self, folder: Path, count: int, suffix: str) -> None:
         make_folder(folder)
         self.folder, self.count, self.suffix = folder, count, suffix
-        self.done: dict[int, dict[str, Any]] = {}
-        self._read_to = 0
-        # Opened once: POSIX locks on a file end when their process closes any handle of it.
-        self._locks = open(folder / LOCK, "ab")  # noqa: SIM115
-        self._held: set[int] = set()
-        self.refresh()
+        self.ledger = Ledger(folder, shared=True, files_of=self._files_of)
+        self.done = self.ledger.done
+        self._claims: dict[int, Lock] = {}
 
     def __enter__(self) -> Parts:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._locks.close()
+        for part in list(self._claims):
+            self._release(part)
 
     def path(self, part: int) -> Path:
         return self.folder / f"{part:06}{self.suffix}"
 
-    def refresh(self) -> None:
-        """Take in what has been committed since the last look, by whichever process."""
-        with contextlib.suppress(FileNotFoundError), open(self.folder / MANIFEST, "rb") as file:
-            file.seek(self._read_to)
-            whole = file.read().rpartition(b"\n")[0]
-            self._read_to += len(whole) + 1 if whole else 0
-            for text in whole.splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # one cut short by a kill
-                    line = json.loads(text)
-                    self.done[int(line["part"])] = line
-
-    def check(self, say: Say) -> None:
-        """Find committed parts whose files are gone or cut short; say so, and count them as missing."""
-        for part in sorted(self.done):
-            path, size = self.path(part), self.done[part]["bytes"]
-            found = path.stat().st_size if path.exists() else None
-            if found != size:
-                what = "is gone" if found is None else f"has {found} bytes and not {size}"
-                say(f"{path} {what}; it is made again")
-                del self.done[part]
+    def _files_of(self, line: Row) -> Files:
+        return {self.path(line["part"]).name: (line["bytes"], line["sha256"])}
 
     def claims(self, rank: int, world: int) -> Iterator[int]:
-        """Parts that are missing and that nobody is at, each claimed; those of this rank come first."""
+        """Missing parts that no process has claimed, each claimed now; those of this rank come first."""
         for part in sorted(range(self.count), key=lambda k: ((k - rank) % world, k)):
-            if part not in self.done and part not in self._held and self._claim(part):
+            if part not in self.done and part not in self._claims and self._claim(part):
                 yield part
 
     def _claim(self, part: int) -> bool:
-        if fcntl is not None:
-            try:
-                fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)
-            except OSError:
-                return False
-            for half in self.folder.glob(f".{part:06}-*{self.suffix}"):
-                half.unlink(missing_ok=True)  # of a process that was killed
-        self._held.add(part)
-        self.refresh()  # its maker may have let go of it just before
+        lock = Lock(self.folder / f"{LOCK}-{part:06}")
+        if not lock.acquire():
+            return False
+        self._claims[part] = lock
+        remove_temporaries(self.folder, f"{part:06}")
+        self.ledger.refresh()  # another process may have committed it just before
         if part in self.done:
             self._release(part)
             return False
         return True
 
     def _release(self, part: int) -> None:
-        self._held.discard(part)
-        if fcntl is not None:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, part)
+        self._claims.pop(part).release()
 
     def commit(self, part: int, blocks: Sequence[Any], line: Mapping[str, Any]) -> None:
-        """Write a claimed part, then its line; the claim ends. Raises OSError, with nothing half-written."""
-        path, digest, size = self.path(part), hashlib.sha256(), 0
+        """Write a claimed part, then its line, and release the claim. An error leaves nothing half-written.
+
+        Raises ResourceError for a full disk, OSError for one that fails.
+        """
+        path, files = self.path(part), Files()
         try:
-            with replacing(path) as temporary, open(temporary, "wb") as file:
+            with self.ledger.write(path.name, files) as temporary, open(temporary, "wb") as file:
                 for block in blocks:
-                    data = memoryview(block).cast("B") if len(block) else memoryview(b"")
-                    digest.update(data)
-                    size += file.write(data)
+                    file.write(memoryview(block).cast("B") if len(block) else b"")
         except OSError as error:
             error.filename = error.filename or str(path)
             raise
-        self._append({"part": part, "bytes": size, "sha256": digest.hexdigest(), **line})
-        self.refresh()
+        size, sha256 = files[path.name]
+        self.ledger.append({"part": part, "bytes": size, "sha256": sha256, **line})
         self._release(part)
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        if fcntl is not None:
-            fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, self.count)
-        try:
-            append_row(self.folder / MANIFEST, line)
-        finally:
-            if fcntl is not None:
-                fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self.count)
 
     def fill(
         self,
@@ -218,8 +179,8 @@ class Parts:
         say: Say,
         stop: Callable[[], bool],
     ) -> None:
-        """Have `make` commit the parts that it is given, until all are there, whoever made them."""
-        told = False
+        """Have `make` commit the parts that it claims, until all are there, whichever process made them."""
+        waited = False
         while len(self.done) < self.count:
             if stop():
                 raise Stopped(f"{len(self.done)} of {self.count} parts of {self.folder} are made")
@@ -228,12 +189,12 @@ class Parts:
             if first is not None:
                 make(chain([first], claims))
                 continue
-            if not told:
+            if not waited:
                 say(f"the last parts of {self.folder} are another process's; waiting for it")
-                told = True
+                waited = True
             # A lock could be waited for, but then neither `stop` nor a signal's flag would be seen.
             time.sleep(0.1)
-            self.refresh()
+            self.ledger.refresh()
 
     def need(self, numbers_a_part: int, dtype: str, what: str) -> None:
         """Raise ResourceError if the parts that are missing will not fit on the disk."""
@@ -293,7 +254,7 @@ class LatentCache:
         self.dtype: str = meta["dtype"]
         self.shape = tuple(meta["shape"])  # variants, 3 (before, mean, std), channels, h, w
         with Parts(folder, meta["parts"], ".latents") as parts:
-            parts.check(say)
+            parts.ledger.drop_lost(say)
             if missing := parts.count - len(parts.done):
                 raise InputError(f"{missing} of {parts.count} parts of {folder} are missing; build it again.")
             lines = [parts.done[part] for part in range(parts.count)]
@@ -311,11 +272,11 @@ class LatentCache:
         for path, kept in zip(self._paths, self._kept, strict=True):
             with open(path, "rb") as file:
                 file.seek(kept * number)
-                told = json.loads(file.read())
-            self.rows += told["rows"]
+                texts = json.loads(file.read())
+            self.rows += texts["rows"]
             for name in TEXTS:
-                getattr(self, name).extend(told[name])
-            for name, values in told["labels"].items():
+                getattr(self, name).extend(texts[name])
+            for name, values in texts["labels"].items():
                 labels.setdefault(name, []).extend(values)
         self.labels = {name: np.asarray(values, np.int64) for name, values in labels.items()}
         self._maps: dict[int, np.ndarray] = {}
@@ -465,7 +426,7 @@ def build_cache(
     with Parts(home, meta["parts"], ".latents") as parts:
         if not (home / "meta.json").exists():
             write_text(home / "meta.json", json.dumps(meta | {"name": source.name}, indent=1) + "\n")
-        parts.check(say)
+        parts.ledger.drop_lost(say)
         parts.need(min(total, PART_ROWS) * math.prod(shape), dtype, f"The latents of {total} pairs")
         row_bytes = transform.variants * 6 * transform.size[0] * transform.size[1]
         # Enough rows to fill a pass, but no more than travel well.
@@ -521,26 +482,26 @@ def _encoded(
 
 def _commit(parts: Parts, chunks: Sequence[_Chunk], encoded: Sequence[Tensor]) -> None:
     rows = [row for chunk in chunks for row in chunk.rows]
-    told: dict[str, Any] = {"rows": rows, "labels": {}}
+    texts: dict[str, Any] = {"rows": rows, "labels": {}}
     for name in TEXTS:
-        told[name] = [text for chunk in chunks for text in chunk.texts[name]]
+        texts[name] = [text for chunk in chunks for text in chunk.texts[name]]
     for chunk in chunks:
         for name, values in chunk.labels.items():
-            told["labels"].setdefault(name, []).extend(values)
+            texts["labels"].setdefault(name, []).extend(values)
     numbers = torch.cat(list(encoded)).cpu().numpy() if encoded else np.empty(0, np.float32)
     if not np.isfinite(numbers).all():
         wrong = int(np.flatnonzero(~np.isfinite(numbers).reshape(len(rows), -1).all(axis=1))[0])
         raise ModelError(
-            f"The autoencoder gives no numbers (NaN or too large) for the pictures of {told['ids'][wrong]}. "
+            f"The autoencoder gives no numbers (NaN or too large) for the pictures of {texts['ids'][wrong]}. "
             "Load it in fp32 and keep its latents in fp32, or name another with --vae."
         )
     broken = [pair for chunk in chunks for pair in chunk.broken]
-    text = json.dumps(told, ensure_ascii=False).encode()
+    text = json.dumps(texts, ensure_ascii=False).encode()
     parts.commit(chunks[0].part, [numbers.reshape(-1), text], {"rows": len(rows), "broken": broken})
 
 
 def _check_broken(parts: Parts, source: Source, most: float) -> None:
-    """Write the list of broken rows anew; InputError when they are too many."""
+    """Write the list of broken rows. Raises InputError if there are too many."""
     broken = [pair for part in sorted(parts.done) for pair in parts.done[part]["broken"]]
     if not broken:
         return
@@ -601,7 +562,7 @@ class TextCache:
         count = math.ceil(len(different) / PART_ROWS)
         home = folder / _hash([FORMAT, PART_ROWS, key, dtype, different])
         with Parts(home, count, ".texts") as parts:
-            parts.check(say)
+            parts.ledger.drop_lost(say)
 
             def make(claims: Iterator[int]) -> None:
                 for part in claims:

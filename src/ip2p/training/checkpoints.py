@@ -1,24 +1,20 @@
-"""Checkpoints that survive a crash at any moment: written beside, flushed, renamed, and then listed."""
+"""Checkpoints that survive a crash at any moment: the ledger of a run's saved states."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import logging
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from ip2p.base.errors import InputError
-from ip2p.base.files import replacing, write_text
+from ip2p.base.files import remove_temporaries, replacing
+from ip2p.base.ledger import Ledger, Row, find_damage
 
 log = logging.getLogger("ip2p")
-
-MANIFEST = "manifest.jsonl"
 
 
 class Checkpoints:
@@ -32,10 +28,9 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write `state` as the newest; at every moment the ones before are whole. OSError on a full disk."""
+        """Write `state` as the newest; the earlier ones stay intact throughout. OSError on a full disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".step-*.pt"):
-            stale.unlink(missing_ok=True)  # of a run that was killed as it wrote
+        remove_temporaries(self.folder, "step-*")
         path = self.folder / f"step-{step:08}.pt"
         with replacing(path) as temporary:
             with open(temporary, "wb") as file:
@@ -49,71 +44,39 @@ class Checkpoints:
                     raise
             size = temporary.stat().st_size
         row = {"id": path.stem, "step": step, "bytes": size, "sha256": hashing.digest.hexdigest()}
-        rows = [old for old in self.rows() if old["step"] != step]
-        kept = [*rows, row][-self.keep :]
-        write_text(self.folder / MANIFEST, "".join(json.dumps(each) + "\n" for each in kept))
-        listed = {each["id"] for each in kept}
+        ledger = Ledger(self.folder, key="step")
+        older = [line for line in ledger.lines if line["step"] != step]
+        ledger.replace([*older, row][-self.keep :])
+        listed = {line["id"] for line in ledger.lines}
         for old in self.folder.glob("step-*.pt"):
             if old.stem not in listed:
                 old.unlink(missing_ok=True)
         return path
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The manifest's lines, the oldest first; none when there is no manifest."""
-        try:
-            lines = (self.folder / MANIFEST).read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        rows = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+    def rows(self) -> list[Row]:
+        """The manifest's lines, the oldest first; none if there is no manifest."""
+        return Ledger(self.folder, key="step").lines
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole state, None when there is none yet; a damaged one is told and passed over.
+        """The newest undamaged state, None if there is none yet. A damaged one is a warning.
 
-        Only tensors and plain values are read, never code. Raises InputError when states are listed and
-        none of them can be read, for starting anew would lose what they held.
+        Only tensors and plain values are read, never code. Raises InputError if states are listed and none of
+        them can be read: starting again would overwrite them.
         """
         rows = self.rows()
         for row in reversed(rows):
             path = self.folder / f"{row['id']}.pt"
-            trouble = _trouble(path, row)
-            if trouble is None:
+            damage = find_damage(path, row["bytes"], row["sha256"])
+            if damage is None:
                 # Mapped, so that a large state is not held twice while it is copied into the networks.
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
-            log.warning("%s %s; going on from the checkpoint before it", path, trouble)
+            log.warning("%s %s; going on from the checkpoint before it", path, damage)
         if rows:
             raise InputError(
                 f"no checkpoint in {self.folder} can be read; bring them back, or delete that folder to "
                 "begin anew."
             )
         return None
-
-
-def _trouble(path: Path, row: dict[str, Any]) -> str | None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        return "is missing"
-    if size != row["bytes"]:
-        return f"has {size:,} bytes, not {row['bytes']:,}"
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    return None if digest.hexdigest() == row["sha256"] else "is damaged (another sha256)"
-
-
-def _digest(file: BinaryIO) -> Any:
-    digest = hashlib.sha256()  # Python 3.10
-    for part in _parts(file):
-        digest.update(part)
-    return digest
-
-
-def _parts(file: BinaryIO) -> Iterator[bytes]:
-    while part := file.read(2**20):
-        yield part
 
 
 class _Hashing:

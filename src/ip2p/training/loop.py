@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import random
 import signal
 import time
@@ -489,22 +488,3 @@ def _signals() -> Iterator[_Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def sole_owner(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which dies with its process. InputError when another run has it."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"another run is at work in {folder}; wait for it, or give another output folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield

@@ -25,6 +25,7 @@ from torch import Tensor
 from ip2p.base.devices import has_fast_bf16, pick_device
 from ip2p.base.errors import InputError, translated_errors
 from ip2p.base.files import make_folder, write_text
+from ip2p.base.ledger import lock_folder
 from ip2p.base.terminal import say
 from ip2p.data.loading import open_source
 from ip2p.data.records import Pair, Source
@@ -38,7 +39,7 @@ from ip2p.models.save import Data, model_card, save_editor
 from ip2p.models.text import encode_prompts
 from ip2p.settings import Split, first_difference, meta_of, run_json
 from ip2p.training.cache import Latents, TextCache, build_cache, encode_pictures, text_key, weights_key
-from ip2p.training.loop import LoopConfig, Result, fit, new_accelerator, sole_owner
+from ip2p.training.loop import LoopConfig, Result, fit, new_accelerator
 from ip2p.training.loss import Shares
 from ip2p.training.objective import Draws, EditBatch, EditTask, Objective
 from ip2p.training.samples import CachedSamples, PooledSamples, Reader, Share, Words, read_cached
@@ -96,7 +97,7 @@ def run(config: TrainConfig) -> Result | None:
     assert config.output is not None, "TrainConfig.check was called"
     folder = Path(config.output)
     make_folder(folder)
-    with sole_owner(folder) if is_main_process() else contextlib.nullcontext():
+    with lock_folder(folder) if is_main_process() else contextlib.nullcontext():
         if (ended := _finished(config, folder)) is not None:
             if is_main_process():
                 say(ended)
@@ -542,8 +543,10 @@ class _Checks:
             steps=self.here.config.validate_steps,
             size=self.here.transform.size[0],
             splits=("test",),
-        )["test"]["model"]["overall"]
-        return {"success": told["success"], "kept": told["preservation"] or 0.0}
+            baselines=(),
+        )["splits"]["test"]["model"]["overall"]
+        kept = told["preservation"]
+        return {"success": told["nearest"]["value"], "kept": kept["value"] if kept else 0.0}
 
     def __call__(self, step: int) -> bool:
         self.curves.forget_after(step - 1)

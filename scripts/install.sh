@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make a virtual environment and install ip2p into it for development: tools/install.sh [VENV]
+# Make a virtual environment and install ip2p into it for development: scripts/install.sh [VENV]
 #
 # torch comes first, on its own, so that no GPU build comes along where none is wanted:
 #   IP2P_TORCH=cpu   a CPU build      (the default where no NVIDIA GPU is seen)

@@ -1,6 +1,6 @@
 """Write settings as keyword arguments (a TypedDict each), which editors and mypy read.
 
-python tools/make_arguments.py            # writes src/ip2p/{editing,training}/arguments.py
+python scripts/make_arguments.py            # writes src/ip2p/{editing,training}/arguments.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FILES: list[tuple[Path, type[Settings], str, str, tuple[str, ...]]] = [
         ("config", "debug"),
     ),
 ]
-HEAD = '''"""{what} Written by tools/make_arguments.py: do not edit."""
+HEAD = '''"""{what} Written by scripts/make_arguments.py: do not edit."""
 
 {imports}
 '''

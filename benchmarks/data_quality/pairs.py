@@ -1,22 +1,21 @@
-"""Measure how good the pairs of `ip2p synth pairs` really are, on storybook edits, whose answers are known.
+"""How good the pairs of `ip2p synth pairs` are, on storybook edits, whose exact results are known.
 
-    python tools/measure_pairs.py quality -o pairs-measured --count 500 --candidates 8
-    python tools/measure_pairs.py choose -o pairs-measured --seed 1 --count 200
-    python tools/measure_pairs.py ways -o pairs-measured --count 40
-    python tools/measure_pairs.py paper -o pairs-measured --prompts 8 --count 200
+    python -m benchmarks.data_quality quality -o pairs-measured --count 500 --candidates 8
+    python -m benchmarks.data_quality choose -o pairs-measured --seed 1 --count 200
+    python -m benchmarks.data_quality ways -o pairs-measured --count 40
+    python -m benchmarks.data_quality paper -o pairs-measured --prompts 8 --count 200
 
 quality: how many pairs are right before the filter, after it, and against each threshold alone; a table and
-a plot. choose: thresholds of the filter and what they give, to be done on another seed than what is
-reported. ways: each cheaper way of drawing beside the others. paper: network evaluations for a kept pair, by
-default and with --as-paper.
+a plot. choose: thresholds of the filter and their result; use another seed than for the figures you report.
+ways: each cheaper way to draw, side by side. paper: network evaluations for a kept pair, by default and with
+--as-paper.
 
 Each candidate is drawn once and kept as a line of a file in the folder, with its similarities and whether it
-is right (`storybook.pair_score`); a run that was stopped goes on. Rounds, giving up and early rejection are
-replayed on them: a candidate does not depend on what stands beside it (but for the rounding of sums), and one
-that is not refused comes out as without refusing. So what is replayed is what would be drawn.
+is right (`pair_score`); the same call resumes. Rounds, giving up and early rejection are replayed on these
+lines: a candidate does not depend on the others in its batch (except for the rounding of sums).
 
-Shares stand with Wilson's interval of 95%. Candidates of one edit resemble each other, so that their number
-is divided by the design effect.
+Shares have Wilson's interval of 95%. Candidates of one edit resemble each other, so their number is divided
+by the design effect.
 """
 
 from __future__ import annotations
@@ -36,11 +35,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.common import table
+from benchmarks.data_quality.pair_score import DETAILS, PairCase, judge_pair, make_pair_case, pair_triples
+from benchmarks.data_quality.stats import (
+    Share,
+    auc,
+    bootstrap,
+    curve,
+    ratio,
+    share_of,
+    signed_percent,
+)
 from ip2p.base.files import append_row, content_key, make_folder, replacing, write_text
 from ip2p.base.terminal import progress
 from ip2p.cli.synth import PAINTER_FILES, STORYBOOK_SCALE
 from ip2p.editing.rank import find_clip
-from ip2p.evaluation.pair_score import DETAILS, PairCase, judge_pair, make_pair_case, pair_triples
 from ip2p.models.bundle import find_model
 from ip2p.models.clip import Clip
 from ip2p.pictures.images import save_image, to_pil
@@ -54,85 +63,6 @@ from ip2p_storybook.triples import ExactTriple
 Row = dict[str, Any]  # what is known of a candidate: a line of the file
 HALF = "half_"  # before the names of the similarities half-way
 MARGINS = (0.2, 0.1, 0.05, 0.0)
-
-
-# --- numbers --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share with its interval of 95%; all NaN of nothing."""
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-    def __str__(self) -> str:
-        return "-" if not self.count else f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
-
-
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """Wilson's interval of 95% of a share of `count` independent tries (Wilson 1927)."""
-    if not count:
-        return math.nan, math.nan
-    z = 1.959964
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def share_of(flags: Sequence[bool], groups: Sequence[Any] | None = None) -> Share:
-    """The share of true flags; those of one group (one edit) do not count as independent.
-
-    Their number is divided by the design effect: the variance of the share by groups over the binomial one.
-    """
-    values = np.asarray(flags, dtype=float)
-    if not len(values):
-        return Share(math.nan, math.nan, math.nan, 0)
-    share, count = float(values.mean()), float(len(values))
-    if groups is not None and 0 < share < 1:
-        place = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        sums = np.zeros(len(place))
-        np.add.at(sums, [place[group] for group in groups], values - share)
-        effect = float((sums**2).sum()) / (count * share * (1 - share))
-        count /= max(1.0, effect)
-    return Share(share, *wilson(share, count), len(values))
-
-
-def auc(scores: Sequence[float], flags: Sequence[bool]) -> float:
-    """The chance that a true one scores above a false one, ties half (the area under the ROC curve)."""
-    values, true = np.asarray(scores, dtype=float), np.asarray(flags, dtype=bool)
-    if true.all() or not true.any():
-        return math.nan
-    order = np.sort(values[~true])
-    below, upto = (np.searchsorted(order, values[true], side=side) for side in ("left", "right"))
-    return float((below + upto).mean() / 2 / len(order))
-
-
-def curve(
-    scores: Sequence[float], flags: Sequence[bool], thresholds: Sequence[float]
-) -> list[tuple[float, float, float]]:
-    """Against each threshold: (threshold, share that is kept, share of the kept that are true)."""
-    values, true = np.asarray(scores, dtype=float), np.asarray(flags, dtype=bool)
-    points = []
-    for least in thresholds:
-        kept = values >= least
-        points.append(
-            (float(least), float(kept.mean()), float(true[kept].mean()) if kept.any() else math.nan)
-        )
-    return points
-
-
-def ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """sum(over) / sum(under) of the same prompts, with an interval of 95% by the bootstrap over prompts."""
-    one, two = np.asarray(over, dtype=float), np.asarray(under, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, len(one), (2000, len(one)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        again = one[picks].sum(axis=1) / two[picks].sum(axis=1)
-        value = float(one.sum() / two.sum())
-    low, high = np.nanpercentile(np.where(np.isinf(again), 1e12, again), [2.5, 97.5])
-    return value, float(low), float(high)
 
 
 # --- what is kept of candidates -------------------------------------------------------------------
@@ -186,8 +116,7 @@ def replay(
 ) -> list[tuple[rounds.Prompt[Row], list[Row]]]:
     """What the rounds make of each triple, and all rows that were drawn for it.
 
-    The rounds are those of `ip2p synth pairs`; instead of drawing, `row_of` tells what is known of a
-    candidate.
+    The rounds are those of `ip2p synth pairs`; `row_of` gives a candidate's row instead of drawing it.
     """
 
     def judged(row: Row) -> bool:
@@ -396,12 +325,6 @@ class Measured:
 
 
 # --- tables ---------------------------------------------------------------------------------------
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def _right(rows: Sequence[Row], name: str = "right") -> Share:
@@ -704,8 +627,7 @@ def _drawn_ahead(measured: Measured, way: Way, plan: rounds.Rounds, one: Candida
 
 
 def _more_right(slow: Any, top: int, fast: Any) -> str:
-    """How much more of the kept of one way are right, with an interval by the bootstrap over edits."""
-    rng = np.random.default_rng(0)
+    """How much more of the kept pairs of one way are right."""
 
     def counts(found: Any, top: int) -> NDArray[Any]:
         kept = [_kept(prompt, top) for prompt, _ in found]
@@ -713,18 +635,15 @@ def _more_right(slow: Any, top: int, fast: Any) -> str:
 
     one, two = counts(slow, top), counts(fast, TOP)
 
-    def apart(picks: NDArray[Any]) -> float:
+    def difference(picks: NDArray[Any]) -> float:
         (right, kept), (other, others) = one[picks].sum(axis=0), two[picks].sum(axis=0)
         return float(right / max(kept, 1) - other / max(others, 1))
 
-    every = np.arange(len(one))
-    again = [apart(rng.integers(0, len(one), len(one))) for _ in range(2000)]
-    low, high = np.percentile(again, [2.5, 97.5])
-    return f"{apart(every):+.1%} ({low:+.1%} to {high:+.1%})"
+    return signed_percent(*bootstrap(difference, len(one)))
 
 
 def _times(slow: Any, top: int, fast: Any, early: Early | None) -> tuple[float, float, float]:
-    """How many times fewer evaluations for a kept pair, with an interval by the bootstrap over edits."""
+    """How many times fewer evaluations a kept pair takes; the edits of both ways vary independently."""
     rng = np.random.default_rng(0)
 
     def costs(found: Any, early: Early | None, top: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -848,52 +767,44 @@ def _text(
     pen.text(at, said, ink, ImageFont.load_default(15), anchor=anchor)
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
+
+# What to run, edits, candidates of each edit.
+VERBS: dict[str, tuple[Callable[[argparse.Namespace], None], int, int]] = {
+    "quality": (quality, 500, 8),
+    "choose": (choose, 200, 8),
+    "ways": (ways, 40, 8),
+    "paper": (paper, 200, 0),
+}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for name, run, count, candidates in (
-        ("quality", quality, 500, 8),
-        ("choose", choose, 200, 8),
-        ("ways", ways, 40, 8),
-        ("paper", paper, 200, 0),
-    ):
-        verb = verbs.add_parser(name, help=run.__doc__)
-        verb.set_defaults(run=run)
-        verb.add_argument("-o", "--out", type=Path, required=True, help="folder; the same call goes on")
-        verb.add_argument("--model", default="storybook", help="painter, with a CLIP of its own")
-        verb.add_argument("--count", type=int, default=count, help="edits")
-        if candidates:
-            verb.add_argument("--candidates", type=int, default=candidates, help="of each edit")
-        if name == "paper":
-            verb.add_argument("--prompts", type=int, default=8, help="edits that are drawn as the paper's")
-            most = PAIRS_AS_PAPER["most"]
-            verb.add_argument("--drawn", type=int, default=most, help=f"of the {most} of those")
-            verb.add_argument("--early-margin", type=float, default=SynthPairsConfig.early_margin)
-        if name == "ways":
-            verb.add_argument("--only", nargs="+", help='those that say so: "steps 10", attention …')
-        for similarity in ("image", "caption", "directional"):
-            verb.add_argument(f"--{similarity}", type=float, help="least; default: the storybook preset's")
-        verb.add_argument("--seed", type=int, default=0)
-        verb.add_argument("--split", default="test")
-        verb.add_argument("--size", type=int, default=64)
-        verb.add_argument("--details", type=int, default=DETAILS, help="drawings of each answer")
-        verb.add_argument("--steps", type=int)
-        verb.add_argument("--sampler")
-        verb.add_argument("--spacing")
-        verb.add_argument("--attention")
-        verb.add_argument("--per-source", type=int)
-        verb.add_argument("--p", type=float, nargs=2)
-        verb.add_argument("--scale", type=float, nargs=2)
-        verb.add_argument("--early-at", type=float)
-        verb.add_argument("--batch-size", type=int, default=8)
-        verb.add_argument("--device", default="auto")
-        verb.add_argument("--dtype", default="auto")
-    args = parser.parse_args(arguments)
-    args.run(args)
-
-
-if __name__ == "__main__":
-    main()
+def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    run, count, candidates = VERBS[verb]
+    parser.set_defaults(run=run)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder; the same call resumes")
+    parser.add_argument("--model", default="storybook", help="painter, with its own CLIP")
+    parser.add_argument("--count", type=int, default=count, help="edits")
+    if candidates:
+        parser.add_argument("--candidates", type=int, default=candidates, help="of each edit")
+    if verb == "paper":
+        parser.add_argument("--prompts", type=int, default=8, help="edits that are drawn with --as-paper")
+        most = PAIRS_AS_PAPER["most"]
+        parser.add_argument("--drawn", type=int, default=most, help=f"of the {most} candidates of those")
+        parser.add_argument("--early-margin", type=float, default=SynthPairsConfig.early_margin)
+    if verb == "ways":
+        parser.add_argument("--only", nargs="+", help='ways with these words: "steps 10", attention …')
+    for similarity in ("image", "caption", "directional"):
+        parser.add_argument(f"--{similarity}", type=float, help="least; default: the storybook preset's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--details", type=int, default=DETAILS, help="drawings of each answer")
+    for name, kind in (("steps", int), ("per-source", int), ("early-at", float)):
+        parser.add_argument(f"--{name}", type=kind)
+    for name in ("sampler", "spacing", "attention"):
+        parser.add_argument(f"--{name}")
+    for name in ("p", "scale"):
+        parser.add_argument(f"--{name}", type=float, nargs=2)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")

@@ -1,10 +1,14 @@
 """Count the largest maps alive at once in the published shapes of UNet and autoencoder, without weights.
 
-`models/memory.py` has these counts. Networks and inputs are made on the meta device, where nothing is
-computed; a mode sees each tensor come and go. Attention is taken to keep no matrix, as fused kernels
-do. Run: python tools/trace_memory.py
+    python -m benchmarks.speed memory
+
+`ip2p.models.memory` has these counts. Networks and inputs are made on the meta device, where nothing is
+computed; a mode sees each tensor come and go. Attention is taken to keep no matrix, as in fused kernels.
 """
 
+from __future__ import annotations
+
+import argparse
 import weakref
 from typing import Any
 
@@ -13,6 +17,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from benchmarks.speed.loading import SD15
 
 SD1 = {"in_channels": 8, "cross_attention_dim": 768}
 SD2 = {
@@ -33,12 +39,6 @@ XL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
-}
-VAE = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
 }
 
 
@@ -101,23 +101,24 @@ def control_maps(cells: int = 64) -> float:
 
 
 def vae_maps(decode: bool, side: int = 512) -> float:
-    network = AutoencoderKL(**VAE).eval()
+    network = AutoencoderKL(**SD15["vae"]).eval()
     with torch.no_grad(), Alive(network) as alive:
         if decode:
-            network.decode(torch.empty(1, 4, side // 8, side // 8))
+            network.decode(torch.empty(1, network.config.latent_channels, side // 8, side // 8))
         else:
             network.encode(torch.empty(1, 3, side, side))
     return alive.peak / (side**2 * 4 * network.config.block_out_channels[0])
 
 
-def main() -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(args: argparse.Namespace) -> int:
     F.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: torch.empty_like(query)
     with torch.device("meta"):
         for name, config in (("SD 1.x", SD1), ("SD 2.x", SD2), ("SDXL", XL)):
             print(f"{name}: {unet_maps(config):.1f} maps a cell and row")
         print(f"ControlNet for SD 1.x: {control_maps():.1f} maps more")
         print(f"autoencoder: {vae_maps(False):.1f} maps a pixel to encode, {vae_maps(True):.1f} to decode")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

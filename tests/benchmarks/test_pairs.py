@@ -1,30 +1,22 @@
-"""The plain functions of the tool that measures pairs; its full-size runs are not tests."""
+"""The plain functions of the benchmark of pairs; its full-size runs are not tests."""
 
 import argparse
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 
+from benchmarks.data_quality import pairs
 from ip2p.synth.filter import PRESETS, SIMILARITIES, Thresholds
 from ip2p.synth.records import Triple
 from ip2p.synth.rounds import Rounds, run
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "measure_pairs.py"
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("measure_pairs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["measure_pairs"] = module
-    spec.loader.exec_module(module)
-    return module
+    return pairs
 
 
 def row(edit="a", number=0, right=False, half=0.9, cost=80, **scores):

@@ -1,38 +1,35 @@
 """What the filter does for the editor: the paper's ablation, on storybook pairs, where the truth is known.
 
-    python tools/ablate_data.py -o ablation --model storybook --edits 1000 --candidates 8 --steps 2000
+    python -m benchmarks.data_quality ablation -o ablation --edits 1000 --candidates 8 --steps 2000
 
-Of the same edits in words three sets of pairs are made: every candidate that the painter draws
-(`unfiltered`), those that the filter keeps (`filtered`), and the exact pages (`exact`). On each an editor is
-trained from the same start, with the same settings, steps and seed, by `ip2p train`, and all are scored on
-the same edits (`storybook.score`). The start is the painter with the channels that would show it a picture
-cut off: a text-to-image model, which `ip2p train` widens again, so that it must learn to look, as in the
-paper. Its other weights are those of the painter.
+From the same edits in words three sets of pairs are made: every candidate that the painter draws
+(`unfiltered`), those that the filter keeps (`filtered`), and the exact pages (`exact`). On each, `ip2p train`
+trains an editor with the same start, settings, steps and seed, and all are scored on the same edits. The
+start is the painter without the input channels for the picture: a text-to-image model, which `ip2p train`
+widens again, as in the paper.
 
-The edits are of training's pages and phrasings; the scored ones are held back from both. All lies in the
-folder, and the same call goes on from what lies there. --pairs and --kept name data that are there already,
-instead of made ones.
+The edits are of training's pages and phrasings; the scored ones are held out from both. Everything is in the
+folder, and the same call resumes. --pairs and --kept name existing data.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure_pairs import Share, share_of, table
 from torch import nn
 
+from benchmarks.common import run_ip2p, table
+from benchmarks.data_quality.stats import Share, bootstrap, share_of, signed_percent
 from ip2p.base.files import make_folder, write_text
 from ip2p.base.terminal import progress
 from ip2p.editing.editor import Editor
-from ip2p.evaluation.storybook import judge, mean, score
+from ip2p.evaluation.storybook import judge, score
 from ip2p.models.save import save_editor
 from ip2p.synth.pairs import open_painter
 from ip2p.synth.settings import PAIRS_STORYBOOK
@@ -64,15 +61,6 @@ def cut_picture(unet: Any, channels: int) -> None:
     unet.register_to_config(in_channels=channels)
 
 
-def ip2p(*words: object) -> None:
-    """Call the command line; what fails ends this."""
-    line = [str(word) for word in words]
-    print("ip2p", *line, file=sys.stderr, flush=True)
-    code = subprocess.run([sys.executable, "-m", "ip2p", *line], check=False).returncode
-    if code:
-        raise SystemExit(code)
-
-
 def make_pairs(args: argparse.Namespace) -> dict[str, Path]:
     """The three sets; each is a job that goes on, or a file that is written whole."""
     out: Path = args.out
@@ -87,11 +75,11 @@ def make_pairs(args: argparse.Namespace) -> dict[str, Path]:
     if args.pairs is None:
         drawn: tuple[Any, ...] = ("--most", args.candidates, "--enough", 0, "--risk", 0, "--keep", "all")
         drawn += ("--steps", args.pair_steps)
-        ip2p("synth", "pairs", triples, "-o", pairs, "--model", args.model, *drawn)
+        run_ip2p("synth", "pairs", triples, "-o", pairs, "--model", args.model, *drawn)
     if args.kept is None:
         least = [(f"--{n}", getattr(args, n)) for n in ("image", "caption", "directional")]
         given = chain.from_iterable((flag, value) for flag, value in least if value is not None)
-        ip2p("synth", "filter", pairs, "-o", kept, *given)
+        run_ip2p("synth", "filter", pairs, "-o", kept, *given)
     return {"unfiltered": pairs, "filtered": kept, "exact": exact}
 
 
@@ -100,9 +88,9 @@ def train(args: argparse.Namespace, name: str, data: Path, base: Path) -> Path:
     folder: Path = args.out / name
     settings = {"steps": args.steps, "batch": args.batch, "lr": args.lr, "schedule": args.schedule}
     settings |= {"warmup": args.warmup, "seed": args.seed, "ema": args.ema}
-    told = chain.from_iterable((f"--{flag}", value) for flag, value in settings.items())
-    ip2p(
-        *("train", "--data", data, "--base", base, "--output", folder, *told),
+    options = chain.from_iterable((f"--{flag}", value) for flag, value in settings.items())
+    run_ip2p(
+        *("train", "--data", data, "--base", base, "--output", folder, *options),
         *("--validate-every", 0, "--held-out", 0, "--save-every", args.save_every, "--track", "none"),
         *("--cache", args.out / "cache", "--dtype", "fp32"),
     )
@@ -119,7 +107,7 @@ def scored(args: argparse.Namespace, name: str, model: Path | str) -> dict[str, 
         return old  # type: ignore[no-any-return]
     rows: list[Any] = []
     with progress(f"scoring {name}", args.count) as advance:
-        told = score(
+        found = score(
             Editor.load(str(model), device=args.device),
             count=args.count,
             seed=args.score_seed,
@@ -131,22 +119,20 @@ def scored(args: argparse.Namespace, name: str, model: Path | str) -> dict[str, 
             keep_rows=args.count,
         )
     verdicts = [judge(case, output) for case, output in rows]
-    told |= {
+    found |= {
         "settings": settings,
         "kinds": [verdict.kind for verdict in verdicts],
-        "right": [bool(verdict.success) for verdict in verdicts],
+        "right": [verdict.nearest for verdict in verdicts],
         "kept": [verdict.preservation for verdict in verdicts],
     }
-    write_text(path, json.dumps(told) + "\n")
-    return told
+    write_text(path, json.dumps(found) + "\n")
+    return found
 
 
 def difference(one: list[bool], two: list[bool]) -> str:
-    """How much more of the same edits the first gets right, with an interval of 95% by the bootstrap."""
+    """How many more of the same edits the first gets right."""
     apart = np.asarray(one, dtype=float) - np.asarray(two, dtype=float)
-    picks = np.random.default_rng(0).integers(0, len(apart), (4000, len(apart)))
-    low, high = np.percentile(apart[picks].mean(axis=1), [2.5, 97.5])
-    return f"{apart.mean():+.1%} ({low:+.1%} to {high:+.1%})"
+    return signed_percent(*bootstrap(lambda picks: float(apart[picks].mean()), len(apart), rounds=4000))
 
 
 def rows_of(source: Path) -> int:
@@ -156,8 +142,8 @@ def rows_of(source: Path) -> int:
     return len(open_source(str(source)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--model", default="storybook", help="the painter, and what the start is cut from")
     parser.add_argument("--edits", type=int, default=1000, help="in words, for all three sets")
@@ -182,7 +168,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the edits, and of training")
     parser.add_argument("--size", type=int, default=64, help="of the exact pages")
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
     make_folder(args.out)
     base = args.out / "base"
     write_base(args.model, base)
@@ -191,20 +179,26 @@ def main() -> None:
     for name in args.arms:
         found[name] = scored(args, name, train(args, name, data[name], base))
     rows = []
-    for name, told in found.items():
-        right: Share = share_of(told["right"])
-        kept = mean([value for value in told["kept"] if value is not None])
+    for name, result in found.items():
+        right: Share = share_of(result["right"])
+        kept = result["splits"]["test"]["model"]["overall"]["preservation"]
         apart = (
             "-"
             if name == "unfiltered" or "unfiltered" not in found
-            else difference(told["right"], found["unfiltered"]["right"])
+            else difference(result["right"], found["unfiltered"]["right"])
         )
         rows.append(
-            [name, f"{rows_of(data[name]):,}", right, apart, "-" if kept is None else f"{kept:.1f} dB"]
+            [
+                name,
+                f"{rows_of(data[name]):,}",
+                right,
+                apart,
+                "-" if kept is None else f"{kept['value']:.1f} dB",
+            ]
         )
-    first = next(iter(found.values()))["test"]
+    first = next(iter(found.values()))["splits"]["test"]
     for name in ("copy", "ceiling"):
-        rows.append([name, "-", f"{first[name]['overall']['success']:.1%}", "-", "-"])
+        rows.append([name, "-", f"{first[name]['overall']['nearest']['value']:.1%}", "-", "-"])
     text = "\n".join(
         [
             f"{args.steps:,} steps of {args.batch} from the painter without its picture channels; "
@@ -217,7 +211,3 @@ def main() -> None:
     )
     print(f"\n{text}")
     write_text(args.out / "ablation.md", text)
-
-
-if __name__ == "__main__":
-    main()

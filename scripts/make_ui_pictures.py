@@ -1,6 +1,6 @@
 """Draw docs/pictures/ui-*.png: the page with the model in the package, in Chromium, at two widths.
 
-    python tools/make_ui_pictures.py [--chromium PATH]
+    python scripts/make_ui_pictures.py [--chromium PATH]
 
 Needs the extra [serve], `pip install playwright`, and Chromium. Look at the pictures before they go in.
 """

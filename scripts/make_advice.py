@@ -33,7 +33,7 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
     from ip2p.editing.editor import Editor  # imports torch
 
     editor = Editor.load(model, dtype="fp32")
-    text_cfg, image_cfg = editor.scales(None, None)
+    text_cfg, image_cfg = (editor.resolve()[name] for name in ("text_cfg", "image_cfg"))
     entries = json.loads((pages / "pages.json").read_text(encoding="utf-8"))
     first, second = (load_image(pages / entries[k]["page"]) for k in (0, 2))
     thing = entries[0]["instructions"][0]
@@ -104,7 +104,7 @@ if __name__ == "__main__":
     text = advice.page()
     if "--check" in sys.argv[1:]:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            sys.exit(f"{PAGE} is not up to date; write it anew: python tools/make_advice.py")
+            sys.exit(f"{PAGE} is not up to date; write it anew: python scripts/make_advice.py")
     else:
         PAGE.write_text(text, encoding="utf-8")
     if "--pictures" in sys.argv[1:]:

@@ -4,7 +4,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from ip2p.evaluation.pair_score import (
+from benchmarks.data_quality.pair_score import (
     CELLS,
     PAIR_KINDS,
     judge_pair,

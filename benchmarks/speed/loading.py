@@ -1,10 +1,10 @@
-"""Measure the memory that loading a full-size SD 1.5 editor from a single file takes (Linux).
+"""Measure the peak memory of loading a full-size SD 1.5 editor from a single file (Linux).
 
-    python tools/measure_loading.py                 # 2.1 GB of random fp16 weights, made on the spot
-    python tools/measure_loading.py --dtype bf16    # loaded in another number format than the file's
+    python -m benchmarks.speed loading                 # 2.1 GB of random fp16 weights, made on the spot
+    python -m benchmarks.speed loading --dtype bf16    # loaded in another number format than the file's
 
-A fresh process imports the libraries, loads the file, touches every weight, and reports the most memory
-that it had: beside the libraries, and in all. `--most 1.3` exits 1 when the former is above 1.3 files.
+A new process imports the libraries, loads the file, touches every weight, and reports its peak memory:
+beside the libraries, and in all. `--most 1.3` exits 1 when the former is above 1.3 times the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SD15 = {
     },
     "text_encoder": CLIP_L,
 }
-# The same blocks, so that the script itself can be tried in a second.
+# The same blocks, to try the benchmark in a second.
 TINY: dict[str, dict[str, Any]] = {
     "unet": SD15["unet"] | {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 64},
     "vae": SD15["vae"] | {"block_out_channels": [32, 32, 32, 32]},
@@ -69,8 +69,8 @@ print(json.dumps({"libraries": before, "peak_loading": loaded, "peak": status("V
 """
 
 
-def write_model(path: Path, configs: dict[str, dict[str, Any]]) -> None:
-    """Write random fp16 weights in the LDM layout; the tokenizer is another model's, which costs the same."""
+def write_single_file(path: Path, configs: dict[str, dict[str, Any]]) -> None:
+    """Write random fp16 weights in the LDM layout, with the storybook's tokenizer."""
     import torch
 
     from ip2p.models import keys
@@ -92,8 +92,8 @@ def write_model(path: Path, configs: dict[str, dict[str, Any]]) -> None:
     write_safetensors(path, items, {"format": "pt", TOKENIZERS_ENTRY: packed(tokenizers)})
 
 
-def measure(path: Path, dtype: str) -> dict[str, float]:
-    """What a fresh process reports: bytes, and the peaks as shares of the file."""
+def measure_loading(path: Path, dtype: str) -> dict[str, float]:
+    """Load in a new process; returns bytes, and the peaks as shares of the file."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(path), dtype], check=True, stdout=subprocess.PIPE, text=True
     )
@@ -107,20 +107,16 @@ def measure(path: Path, dtype: str) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
     parser.add_argument("--most", type=float, help="exit 1 above so many files beside the libraries")
-    parser.add_argument("--folder", type=Path, help="where the file is made; default: the system's")
-    parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try the benchmark")
+
+
+def run(args: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "editor.safetensors"
-        write_model(path, TINY if given.tiny else SD15)
-        found = measure(path, given.dtype)
-    print(json.dumps({"dtype": given.dtype, **found}, indent=2))
-    return int(given.most is not None and found["peak_beside_libraries_per_file"] > given.most)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        write_single_file(path, TINY if args.tiny else SD15)
+        found = measure_loading(path, args.dtype)
+    print(json.dumps({"dtype": args.dtype, **found}, indent=2))
+    return int(args.most is not None and found["peak_beside_libraries_per_file"] > args.most)

@@ -1,8 +1,8 @@
-"""Measure what `--auto-mask` does for storybook edits that name one thing, and for those of the whole page.
+"""The effect of `--auto-mask` on storybook edits of one thing, and on edits of the whole page.
 
-    python tools/measure_auto_mask.py --count 200 --thresholds 0.4 0.5 0.6
+    python -m benchmarks.data_quality auto-mask --count 200 --thresholds 0.4 0.5 0.6
 
-For every threshold, and without a mask: success as `ip2p storybook score` has it; the PSNR outside the
+For every threshold, and without a mask: success ("nearest" in `ip2p storybook score`); the PSNR outside the
 region that the edit may change, once from the mean squared error over all edits (pages kept to the byte
 count as no error) and once as the mean of the edits' own, at most 60 dB; how much of the page the masks
 take, how much of what the exact answer changes they cover, and how many are the whole page.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.common import table
 from ip2p.editing.editor import Editor
 from ip2p.evaluation.storybook import Case, cases, judge
 from ip2p_storybook.edits import GLOBAL_KINDS
-
-MOST = 60.0  # dB; a page that is kept to the byte has no PSNR
+from ip2p_storybook.metrics import MAX_PSNR
 
 
 def chosen(count: int, whole: bool, seed: int, size: int, split: str) -> Iterator[Case]:
@@ -53,12 +54,12 @@ def measure(
         output = np.asarray(result)
         verdict = judge(case, output)
         row["count"] += 1
-        row["success"] += verdict.success
+        row["success"] += verdict.nearest
         if verdict.preservation is not None:
             apart = output[case.fixed].astype(float) - case.page[case.fixed]
             row["error"] += float((apart**2).sum())
             row["pixels"] += apart.size
-            row["psnr"] += min(verdict.preservation, MOST)
+            row["psnr"] += min(verdict.preservation, MAX_PSNR)
             row["kept"] += 1
         mask = np.asarray(result.info["mask"]) / 255 if threshold is not None else np.ones(output.shape[:2])
         changed = (case.exact != case.page).any(axis=-1)
@@ -68,62 +69,55 @@ def measure(
     return row
 
 
-def shown(name: str, row: dict[str, float]) -> str:
-    count = row["count"]
-    line = f"{name:>10}{row['success'] / count:>10.1%}"
-    if row["pixels"]:
-        error = row["error"] / row["pixels"]
-        pooled = MOST if error == 0 else min(MOST, 10 * math.log10(255**2 / error))
-        line += f"{pooled:>12.2f} dB{row['psnr'] / row['kept']:>9.2f} dB"
-    else:
-        line += f"{'-':>15}{'-':>12}"
-    return line + f"{row['area'] / count:>9.1%}{row['covered'] / count:>10.1%}{row['whole'] / count:>10.1%}"
+def row_of(name: str, sums: dict[str, float]) -> list[str]:
+    count = sums["count"]
+    pooled, mean = "-", "-"
+    if sums["pixels"]:
+        error = sums["error"] / sums["pixels"]
+        pooled = f"{MAX_PSNR if error == 0 else min(MAX_PSNR, 10 * math.log10(255**2 / error)):.2f} dB"
+        mean = f"{sums['psnr'] / sums['kept']:.2f} dB"
+    shares = [f"{sums[key] / count:.1%}" for key in ("success", "area", "covered", "whole")]
+    return [name, shares[0], pooled, mean, *shares[1:]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
     parser.add_argument("--model", default="storybook")
     parser.add_argument(
-        "--count", type=int, default=200, help="edits of one thing, and a quarter of the page"
+        "--count", type=int, default=200, help="edits of one thing; a quarter as many of pages"
     )
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--size", type=int, help="side of a page; default: what the model was trained at")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, help="side of a page; default: the model's native size")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--text-cfg", type=float)
     parser.add_argument("--image-cfg", type=float)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", type=Path, help="JSON file with the sums")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="JSON file for the sums")
+
+
+def run(args: argparse.Namespace) -> None:
     editor = Editor.load(args.model, device=args.device, dtype=args.dtype)
+    steps = editor.resolve(steps=args.steps)["steps"]
     size = args.size or editor.bundle.card.native_size
+    heads = ("threshold", "success", "PSNR outside", "mean PSNR", "area", "covered", "whole")
     tables = {}
     for title, count, whole in (
         ("edits of one thing", args.count, False),
         ("edits of the whole page", args.count // 4, True),
     ):
-        rows: dict[str, dict[str, float]] = {}
+        rows: dict[str, Counter[str]] = {}
         remaining, first = chosen(count, whole, args.seed, size, args.split), 0
         while batch := list(islice(remaining, args.batch_size)):
             for threshold in (None, *args.thresholds):
                 name = "no mask" if threshold is None else f"{threshold:g}"
-                row = measure(editor, batch, first, threshold, args)
-                before = rows.get(name, dict.fromkeys(row, 0.0))
-                rows[name] = {key: before[key] + value for key, value in row.items()}
+                rows.setdefault(name, Counter()).update(measure(editor, batch, first, threshold, args))
             first += len(batch)
-        print(f"\n{count} {title} at {size} px, seed {args.seed}, {args.steps} steps\n")
-        heads = ("threshold", 10), ("success", 10), ("PSNR outside", 15), ("mean", 12)
-        heads += ("area", 9), ("covered", 10), ("whole", 10)
-        print("".join(f"{head:>{width}}" for head, width in heads))
-        for name, row in rows.items():
-            print(shown(name, row), flush=True)
+        print(f"\n{count} {title} at {size} px, seed {args.seed}, {steps} steps\n")
+        print(table(heads, [row_of(name, sums) for name, sums in rows.items()]), flush=True)
         tables[title] = rows
     if args.out:
         args.out.write_text(json.dumps(tables, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

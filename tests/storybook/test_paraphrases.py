@@ -1,0 +1,200 @@
+"""Paraphrases: frozen, in wording that no phrasing has, and each with one exact answer."""
+
+import hashlib
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from ip2p_storybook import language, reading, words
+from ip2p_storybook.edits import EDIT_KINDS, GLOBAL_KINDS, Edit, is_unique, propose, sample_edit
+from ip2p_storybook.paraphrases import PARAPHRASES_FILE, is_paraphrase, paraphrases_of, read_paraphrases
+from ip2p_storybook.scene import (
+    ALL_KINDS,
+    COLOURS,
+    PLACES,
+    SIZES,
+    SLOTS,
+    WEARABLES,
+    Scene,
+    Thing,
+    has_held_out_combination,
+    rng_for,
+)
+
+
+def test_the_file_stays_the_same() -> None:
+    # A change here makes earlier measurements of paraphrases worthless: say so in the changelog.
+    assert (
+        hashlib.sha256(PARAPHRASES_FILE.read_bytes()).hexdigest()
+        == "f42a8119848147bf1c8b8f76c2168c52cc6c64c5a8c6e6287bca52f9f45bafd6"
+    )
+
+
+def test_there_are_many_of_every_kind() -> None:
+    count = Counter(p.kind for p in read_paraphrases())
+    assert set(count) == set(EDIT_KINDS)
+    assert min(count.values()) >= 20
+    assert count.total() >= 330
+    assert len({p.instruction.lower() for p in read_paraphrases()}) == count.total()
+    for kind in EDIT_KINDS:
+        assert [p.id for p in paraphrases_of(kind)] == [f"{kind}/p{n}" for n in range(1, count[kind] + 1)]
+
+
+# --- the wording ------------------------------------------------------------------------------------
+
+
+def test_no_phrasing_says_a_paraphrase_or_a_clause_of_it() -> None:
+    for paraphrase in read_paraphrases():
+        text = paraphrase.instruction
+        assert reading.edit_kind(text) == "none", text
+        for clause in re.split(r"[.,;:?!]|\b(?:and|then|but|so)\b", text.lower()):
+            if len(clause.split()) > 2:  # "a black cat" is a thing, and no wording
+                assert reading.edit_kind(clause.strip()) == "none", text
+
+
+def names() -> list[str]:
+    """All that can fill the fields of a phrasing, the longest first."""
+    nouns = [noun for kind in ALL_KINDS for noun in language.nouns_of(kind)]
+    nouns += [noun for group in words.GROUP_NOUNS.values() for noun in group]
+    nouns += [word for wearable in WEARABLES for word in language.wearables_of(wearable)]
+    nouns += [
+        *words.THING_NOUNS,
+        "clothes",
+        "everything",
+        *language.NUMBERS,
+        "it",
+        "him",
+        "her",
+        "them",
+        "she",
+        "he",
+    ]
+    found = {*nouns, *map(language.plural, nouns), "his", "its", "their", "they", "1", "2", "3", "4"}
+    found |= {word for colour in COLOURS for word in language.colours_of(colour)}
+    for slot in SLOTS:
+        found |= {*words.ON_SIDE[slot], *words.TO_SIDE[slot], f"to the {slot}", slot}
+    found |= {word for place in PLACES for of in language.places_of(place) for word in of}
+    for table in (words.TIME_WORDS, words.WEATHER_WORDS, words.STYLE_WORDS):
+        found |= {word for options in table.values() for of in options for word in of}
+    return sorted(map(language.american, found), key=len, reverse=True)
+
+
+NAMES = re.compile(rf"\b(?:{'|'.join(map(re.escape, names()))})\b(?:'s?)?")
+ARTICLES = re.compile(r"\b(?:an?|the|this|that|these|those|my|some)\b")
+
+
+def wording(text: str) -> str:
+    """The text with one mark for whatever fills a field, without articles and punctuation."""
+    text = NAMES.sub("X", re.sub(r"\{\w+\}", "X", language.american(text.lower())))
+    text = re.sub(r"[^\w' ]", " ", ARTICLES.sub(" ", text))
+    return re.sub(r"X(?: X)+", "X", " ".join(text.split()))
+
+
+def test_the_wording_is_that_of_no_phrasing() -> None:
+    known = {wording(p.text) for phrasings in language.PHRASINGS.values() for p in phrasings}
+    assert wording("Put a hat on the red cat!") in known
+    for paraphrase in read_paraphrases():
+        said = {wording(clause) for clause in reading._clauses(paraphrase.instruction)}
+        assert said.isdisjoint(known), paraphrase.instruction
+
+
+def test_few_words_are_outside_the_vocabulary() -> None:
+    vocabulary = set(language.vocabulary())
+    known = Counter(w in vocabulary for p in read_paraphrases() for w in language.words_of(p.instruction))
+    assert known[False] <= 0.015 * known.total()
+
+
+# --- the answers ------------------------------------------------------------------------------------
+
+
+def draw_some(kind: str | None, count: int) -> list[Edit]:
+    rng = rng_for("paraphrases", kind)
+    return [sample_edit(rng, kind, "paraphrases") for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", EDIT_KINDS)
+def test_every_paraphrase_is_drawn_with_one_answer(kind: str) -> None:
+    drawn = set()
+    for edit in draw_some(kind, 400):
+        drawn.add(edit.instruction)
+        assert edit.kind == kind
+        assert is_unique(edit)
+        assert edit.before != edit.after
+        assert edit.before.seed % 2 == 1
+        assert not has_held_out_combination(edit.before)
+        assert not has_held_out_combination(edit.after)
+        assert all(is_paraphrase(part) for part in edit.phrasing.split("+"))
+    assert drawn == {p.instruction for p in paraphrases_of(kind)}
+
+
+FIELDS = {
+    "recolour": "colour", "put_on": "wears", "take_off": "wears", "bigger": "size", "smaller": "size",
+    "move": "slot", "count": "count",
+}  # fmt: skip
+
+
+def check_rules(edit: Edit) -> None:
+    """The answer follows the rules that `edits` gives for its kind."""
+    before, after = edit.before, edit.after
+    if edit.kind in GLOBAL_KINDS:
+        assert replace(before, **{edit.kind: getattr(after, edit.kind)}) == after
+        return
+    assert edit.target is not None
+    if edit.kind == "add":
+        assert after.things[:-1] == before.things
+        return
+    rest = [t for i, t in enumerate(before.things) if i != edit.target]
+    if edit.kind == "remove":
+        assert list(after.things) == rest
+        return
+    was, now = before.things[edit.target], after.things[edit.target]
+    assert [t for i, t in enumerate(after.things) if i != edit.target] == rest
+    if edit.kind == "replace":
+        assert (was.uid, was.size, was.slot, was.count) == (now.uid, now.size, now.slot, now.count)
+        return
+    field = FIELDS[edit.kind]
+    assert replace(was, **{field: getattr(now, field)}) == now
+    if field == "size":
+        step = 1 if edit.kind == "bigger" else -1
+        assert SIZES.index(now.size) - SIZES.index(was.size) == step
+
+
+def test_answers_follow_the_rules_of_their_kind() -> None:
+    for edit in draw_some(None, 1500):
+        for step in edit.steps or (edit,):
+            check_rules(step)
+        if edit.steps:
+            first, second = edit.steps
+            assert (first.before, first.after, second.after) == (edit.before, second.before, edit.after)
+
+
+def test_a_thing_without_a_side_is_added_where_one_place_is_free() -> None:
+    edits = [e for e in draw_some("add", 500) if "free place" in e.instruction]
+    assert edits
+    assert all(len(e.before.free_slots(sky=False)) == 1 for e in edits)
+
+
+def test_what_is_said_of_one_thing_is_said_of_the_only_one() -> None:
+    for edit in draw_some("take_off", 400):
+        if edit.instruction.startswith("he "):
+            people = [t for t in edit.before.things if t.kind in ("girl", "boy", "queen", "wizard")]
+            assert [t.kind in ("boy", "wizard") for t in people] == [True]
+
+
+def test_a_page_gets_a_paraphrase_that_fits_it_or_none() -> None:
+    page = Scene(place="beach", things=(Thing(kind="cat", colour="red", uid=1),), seed=3)
+    drawn = (propose(page, random.Random(k), "recolour", "paraphrases") for k in range(20))
+    said = {edit.instruction for edit in drawn if edit is not None}
+    assert said == {"that cat must turn orange"}
+    assert propose(page, random.Random(1), None, "paraphrases") is not None
+    assert propose(page, random.Random(1), "take_off", "paraphrases") is None
+    with pytest.raises(ValueError, match="unknown kind of edit 'melt'"):
+        propose(page, random.Random(1), "melt", "paraphrases")
+
+
+def test_training_draws_no_paraphrase() -> None:
+    rng = rng_for("no paraphrase")
+    assert not any(is_paraphrase(sample_edit(rng, split="train").phrasing) for _ in range(500))
