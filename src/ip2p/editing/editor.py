@@ -149,7 +149,7 @@ class Editor:
             {
                 "model": str(model),
                 "revision": revision,
-                "weights": "ema" if weights == "auto" else weights,
+                "weights": weights,
                 "vae": None if vae is None else str(vae),
                 "parts_from": None if parts_from is None else str(parts_from),
                 "lora": loras,
