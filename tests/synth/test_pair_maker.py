@@ -374,7 +374,7 @@ def test_nothing_to_draw_is_nothing(bundle):
 
 
 def test_what_cannot_draw_is_refused(tmp_path, bundle):
-    with pytest.raises(ModelError, match="takes 9 channels; pairs are drawn by one that takes 4"):
+    with pytest.raises(ModelError, match="takes 9 channels; drawing pairs needs a UNet that takes 4"):
         PairMaker(make_model(tmp_path / "nine", in_channels=9), device="cpu")
     for settings, said in (
         ({"steps": 0}, "--steps is 0"),
