@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from numpy.typing import NDArray
 
-# What a pair shares: self-attention maps (the paper's code), cross-attention maps of words at the same position
-# ("replace") or of common words ("refine"; Hertz et al. 2022), or both.
+# What a pair shares: self-attention maps (the paper's code), cross-attention maps of words at the same
+# position ("replace") or of common words ("refine"; Hertz et al. 2022), or both.
 Attention = Literal["self", "replace", "refine", "self+replace", "self+refine"]
 # What became of a candidate: drawn; rejected half-way; rejected at the end; not finite.
 Fate = Literal["made", "early", "judged", "overflow"]
@@ -96,7 +96,7 @@ def shared_candidate(
     p: tuple[float, float] = P,
     scale: tuple[float, float] = SCALE,
 ) -> Candidate:
-    """Candidate `number` with the seed and guidance scale of the first candidate in its block of `per_source`.
+    """Candidate `number` with the seed and guidance scale of the first candidate in its `per_source` block.
 
     It keeps its own p. `PairMaker` draws the source picture of a block once, which reduces the work for n
     candidates to (1 + n) / (2 n). In return, all n candidates start from the same source picture.
@@ -107,7 +107,7 @@ def shared_candidate(
 
 
 class PairMaker:
-    """Draws image pairs for candidates. This is a stage: it loads the model once and is then called on batches.
+    """Draws image pairs for candidates. This is a stage: it loads the model once and is called on batches.
 
     model: anything that `models.load.open_model` reads (Stable Diffusion, or an editor, which gets no input
     picture), or a Bundle. steps, sampler, spacing: the defaults are those of the paper's code. size: the side
