@@ -55,7 +55,7 @@ def find_move(before: Image.Image, after: Image.Image) -> Move | None:
     """
     factor = SIDE / max(before.size)
     size = tuple(max(BLOCK, round(side * factor)) for side in before.size)
-    one, two = _grey(before, size), _grey(after, size)
+    one, two = _gray(before, size), _gray(after, size)
     blocks = _corner_blocks(two)
     if len(blocks) < MIN_BLOCKS or (in_place := float(_alike(one, two, blocks).mean())) > ALIGNED:
         return None
@@ -96,15 +96,15 @@ def _displacement(move: Move, size: tuple[int, int]) -> float:
     )
 
 
-def _grey(image: Image.Image, size: tuple[int, ...]) -> NDArray[np.float32]:
+def _gray(image: Image.Image, size: tuple[int, ...]) -> NDArray[np.float32]:
     shown = image.convert("L").resize((size[0], size[1]), Image.Resampling.BILINEAR, reducing_gap=2)
     return np.asarray(shown, dtype=np.float32)
 
 
-def _corner_blocks(grey: NDArray[np.float32]) -> list[tuple[slice, slice]]:
+def _corner_blocks(gray: NDArray[np.float32]) -> list[tuple[slice, slice]]:
     """The blocks with structure in both directions: a shift along an edge is invisible."""
-    down, across = np.gradient(grey)
-    rows, columns = grey.shape[0] // BLOCK, grey.shape[1] // BLOCK
+    down, across = np.gradient(gray)
+    rows, columns = gray.shape[0] // BLOCK, gray.shape[1] // BLOCK
 
     def summed(values: Any) -> NDArray[np.float32]:
         whole = values[: rows * BLOCK, : columns * BLOCK]
@@ -149,10 +149,10 @@ def _proposals(one: NDArray[np.float32], two: NDArray[np.float32]) -> list[tuple
     return [(scale, (x + u, y + v)) for _, scale, x, y in found[:PROPOSALS] for u in near for v in near]
 
 
-def _spectrum(grey: NDArray[np.float32], scale: float, side: int) -> NDArray[np.complex64]:
+def _spectrum(gray: NDArray[np.float32], scale: float, side: int) -> NDArray[np.complex64]:
     """The spectrum of the picture at half size times `scale`, tapered at its edges."""
-    image = Image.fromarray(grey)
-    size = tuple(max(8, round(length * scale / 2)) for length in reversed(grey.shape))
+    image = Image.fromarray(gray)
+    size = tuple(max(8, round(length * scale / 2)) for length in reversed(gray.shape))
     small = np.asarray(image.resize((size[0], size[1]), Image.Resampling.BILINEAR, reducing_gap=2))[
         :side, :side
     ]
@@ -169,11 +169,11 @@ def _fade(rows: int, columns: int) -> NDArray[np.float32]:
 
 
 def _moved(
-    grey: NDArray[np.float32], scale: float, shift: tuple[float, float]
+    gray: NDArray[np.float32], scale: float, shift: tuple[float, float]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The picture moved, and where it covers the page."""
-    image = Image.fromarray(grey)
-    rows, columns = grey.shape
+    image = Image.fromarray(gray)
+    rows, columns = gray.shape
     # Pillow's affine transform uses pixel corners, as the scales here do.
     back = (1 / scale, 0, -shift[0] / scale, 0, 1 / scale, -shift[1] / scale)
     moved = image.transform((columns, rows), Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
