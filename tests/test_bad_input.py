@@ -319,7 +319,7 @@ class TestMask:
     def test_mask_of_another_size_names_both(self, run) -> None:
         Image.new("L", (32, 48), 255).save("mask.png")
         told = run("edit", "page.png", "a", "--mask", "mask.png")
-        is_refused(told, 2, "32x48", "64x48", "one size")
+        is_refused(told, 2, "32x48", "64x48", "the same size")
 
     def test_mask_that_is_missing(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "--mask", "pag.png"), 2, "pag.png", "Did you mean page.png?")
@@ -330,7 +330,12 @@ class TestMask:
 
     def test_black_mask(self, run) -> None:
         Image.new("L", (64, 48)).save("mask.png")
-        is_refused(run("edit", "page.png", "a", "--mask", "mask.png"), 2, "black all over", "Paint white")
+        is_refused(
+            run("edit", "page.png", "a", "--mask", "mask.png"),
+            2,
+            "all black",
+            "Paint the region to edit white",
+        )
 
 
 def test_too_long_instruction_runs_and_names_the_cut_text(run, tiny_model_dir: Path) -> None:

@@ -328,7 +328,7 @@ def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
         ({"fit": "magic"}, "original, model"),
         ({"auto_mask": 1.5}, "auto_mask is 1.5"),
         ({"mask": Image.new("L", (64, 64), "white"), "auto_mask": 0.5}, "one of them"),
-        ({"mask": Image.new("L", (64, 64))}, "black all over"),
+        ({"mask": Image.new("L", (64, 64))}, "all black"),
         ({"mask": Image.new("L", (32, 64), "white")}, "mask is 32x64 pixels and the picture 64x64"),
         ({"mask": "mask-that-is-missing.png"}, "no such file"),
         ({"mask_padding": -1}, "mask_padding is -1"),

@@ -38,13 +38,13 @@ class Convert:
 def test_a_clean_data_set_is_reported_and_shown(tmp_path, capsys):
     command.check_source(Check(sheet=tmp_path / "sheet.png"), Rows(make_pairs()))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["data", "rows,", "5", "rows"] and lines[-1].endswith("nothing wrong")
+    assert lines[0].split() == ["data", "rows,", "5", "rows"] and lines[-1].endswith("no problems")
     assert Image.open(tmp_path / "sheet.png").width > 100
 
 
 def test_defects_are_reported_before_the_summary_is_raised(capsys):
     rows = [*make_pairs(2), BrokenRow("lost", "before: gone")]
-    with pytest.raises(InputError, match="rows has defects: broken picture 1. Mend or leave out") as error:
+    with pytest.raises(InputError, match="rows has defects: broken picture 1. Fix or remove") as error:
         command.check_source(Check(), Rows(rows))
     assert error.value.code == 2
     assert "lost (before: gone)" in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_a_conversion_prints_its_folder_and_says_what_it_left_out(tmp_path, caps
     command.convert_source(Convert(target=target, to="magicbrush", count=3), Rows(make_pairs()))
     told = capsys.readouterr()
     assert told.out == f"{target}\n"
-    assert "the layout magicbrush has no place for caption (3 rows)" in told.err
+    assert "the layout magicbrush cannot hold it: caption (3 rows)" in told.err
     settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
     assert (settings["to"], settings["count"]) == ("magicbrush", 3)
     assert len(open_source(target)) == 3

@@ -100,12 +100,12 @@ def test_a_lost_worker_begins_all_again_so_many_times(ray, caplog):
     launch(train, "settings", workers=1, retries=2)
     assert len(ray.trainers) == 3
     assert CALLS == ["settings"]
-    assert "going on from what is saved" in caplog.text
+    assert "resuming from the saved state" in caplog.text
 
 
 def test_the_retries_end(ray):
     ray.lost = 9
-    with pytest.raises(ResourceError, match="failed 2 times, the last time with: on rank 0. What was saved"):
+    with pytest.raises(ResourceError, match="failed 2 times, the last time with: on rank 0. The saved state"):
         launch(train, "settings", workers=1, retries=1)
     assert not CALLS
 

@@ -55,7 +55,7 @@ def test_held_out_rows_follow_their_ids_and_not_their_order():
 
 
 def test_as_many_held_out_rows_as_there_are_are_refused():
-    with pytest.raises(InputError, match="3 rows to hold out of 3 leave none"):
+    with pytest.raises(InputError, match="Holding out 3 of 3 rows leaves none"):
         held_out(["a", "b", "c"], 3)
 
 

@@ -1,4 +1,4 @@
-"""From captions to training data: edits written by a language model, pairs by Prompt-to-Prompt, a filter.
+"""Generates training data: text edits by a language model, image pairs by Prompt-to-Prompt, filtering.
 
 The names below are imported when they are first used.
 """

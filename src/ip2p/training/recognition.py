@@ -1,8 +1,8 @@
-"""Heads that make a small editor learn to see and to read: what is on the page, and what an edit asks for.
+"""Auxiliary classification heads that teach a small editor what is on a page and what an edit requests.
 
-Stable Diffusion knows things and words before InstructPix2Pix trains it to edit. A network that starts
-from nothing has to find both in the pictures' errors alone, which takes far longer than the edits
-themselves. These heads sit on its features during training, are told the right answers, and are not kept.
+Stable Diffusion knows objects and words before InstructPix2Pix trains it to edit. A network trained from
+scratch has to learn both from pixel errors, which takes far longer than learning the edits. These heads
+classify its features during training, with known labels, and are discarded afterward.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from ip2p.training.objective import EditBatch
 
-IGNORED = -100  # the label of what is not asked
+IGNORED = -100  # the label of fields without a loss
 
 
 class Heads(nn.Module):
-    """Class logits from features: one hidden layer, the classes of all fields side by side."""
+    """Class logits from features: one hidden layer, with the classes of all fields concatenated."""
 
     def __init__(self, features: int, sizes: Sequence[int], hidden: int = 192) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Heads(nn.Module):
 
 
 class SceneHead(nn.Module):
-    """What a map of features says of a page: of each spot of a 2 x 3 raster, and of the whole."""
+    """Classifies a page from a feature map: each spot of a 2 x 3 grid, and the whole page."""
 
     def __init__(self, channels: int, spot_sizes: Sequence[int], page_sizes: Sequence[int]) -> None:
         super().__init__()
@@ -45,10 +45,10 @@ class SceneHead(nn.Module):
     def loss(
         self, features: Float[Tensor, "batch channels h w"], labels: Int[Tensor, "batch fields"]
     ) -> tuple[Float[Tensor, ""], float]:
-        """Mean cross-entropy over the labelled fields, and how often the first field of a spot is right."""
+        """The mean cross-entropy over the labeled fields, and the accuracy of the spots' first field."""
         x = F.silu(self.norm(features.float()))
         batch, channels = x.shape[:2]
-        # Two rows of features for each row of spots, so that high and low in it are told apart.
+        # Two rows of features per row of spots, to distinguish high and low positions.
         parts = F.adaptive_avg_pool2d(x, (4, 3)).view(batch, channels, 2, 2, 3)
         spots = self.spots(parts.permute(0, 2, 4, 1, 3).reshape(batch, 6, 2 * channels))
         own = labels[:, : 6 * len(self.spots.sizes)].reshape(batch, 6, -1)
@@ -64,7 +64,7 @@ class SceneHead(nn.Module):
 def class_loss(
     logits: Float[Tensor, "*batch classes"], labels: Int[Tensor, "*batch fields"], sizes: Sequence[int]
 ) -> Float[Tensor, ""]:
-    """The mean of the fields' cross-entropies; a field without a label (-100) counts nothing."""
+    """The mean cross-entropy of the fields; fields without a label (-100) are ignored."""
     losses = []
     for field, part in enumerate(logits.float().split(list(sizes), dim=-1)):
         own = labels[..., field].reshape(-1)
@@ -74,10 +74,10 @@ def class_loss(
 
 
 class Recognition(nn.Module):
-    """The heads of an editor: on its features for the pages before and after, on its text for the edit.
+    """The heads of an editor: features for the pages before and after, text for the edit.
 
-    thing_sizes, page_sizes, edit_sizes: how many classes each field has. `watch(unet)` comes first; then
-    each forward pass of the UNet leaves the features that `loss` reads.
+    thing_sizes, page_sizes, edit_sizes: the number of classes of each field. Call `watch(unet)` first; each
+    forward pass of the UNet then stores the features that `loss` reads.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Recognition(nn.Module):
         self._features: dict[str, Tensor] = {}
 
     def watch(self, unet: Any) -> None:
-        """Take the page before from the way down, the page after from the way up, at the middle level."""
+        """Hook the features at the middle level: page before in the down path, page after in the up path."""
         for name, block in (("before", unet.down_blocks[-2]), ("after", unet.up_blocks[1])):
             block.attentions[-1].register_forward_hook(self._keep(name))
 
@@ -110,18 +110,20 @@ class Recognition(nn.Module):
     def loss(
         self, batch: EditBatch, context: Float[Tensor, "batch tokens features"]
     ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        """The weighted loss, and how often things are named rightly (`sees`, `knows`; `reads` is a loss)."""
+        """The weighted loss, and metrics: `sees` and `knows` are accuracies, `reads` is a loss."""
         labels, draws = batch.labels, batch.draws
-        assert labels is not None, "recognition needs drawn pages, whose labels are known"
-        # Only what the conditions tell: the page before if it is shown; the page after by a caption
-        # (text null or not: it takes precedence), or by both conditions; the edit by its words.
+        assert labels is not None, "recognition needs drawn pages with labels"
+        # Only what the conditions determine: the page before if it is shown; the page after from a caption
+        # (which takes precedence over a null text) or from both conditions; the edit from its text.
         no_image, no_text = draws.image_null[:, None], draws.text_null[:, None]
         by_caption = draws.caption_only[:, None]
-        told = by_caption | ~(no_text | no_image)
+        known_after = by_caption | ~(no_text | no_image)
         before, sees = self.before.loss(
             self._features["before"], labels["before"].masked_fill(no_image, IGNORED)
         )
-        after, knows = self.after.loss(self._features["after"], labels["after"].masked_fill(~told, IGNORED))
+        after, knows = self.after.loss(
+            self._features["after"], labels["after"].masked_fill(~known_after, IGNORED)
+        )
         words = labels["edit"].masked_fill(no_text | by_caption, IGNORED)
         edit = class_loss(self.edit(context[:, -1]), words, self.edit.sizes)
         numbers = {"sees": sees, "knows": knows, "reads": float(edit.detach())}
