@@ -38,8 +38,13 @@ def make_tokenizer(folder: Path):
     return tokenizer
 
 
-def make_model(folder: Path, *, in_channels: int = 8, seed: int = 0) -> Path:
-    """Write a random editor in the layout of diffusers' edit pipeline: 64², latents of 16x16."""
+def make_model(
+    folder: Path, *, latent_channels: int = 4, in_channels: int | None = None, seed: int = 0
+) -> Path:
+    """Write a random editor in the layout of diffusers' edit pipeline: 64², latents of 16x16.
+
+    in_channels: of the UNet; twice latent_channels, an editor's, if None.
+    """
     from diffusers import (
         AutoencoderKL,
         EulerAncestralDiscreteScheduler,
@@ -66,8 +71,8 @@ def make_model(folder: Path, *, in_channels: int = 8, seed: int = 0) -> Path:
     )
     unet = UNet2DConditionModel(
         sample_size=SIZE // 4,
-        in_channels=in_channels,
-        out_channels=4,
+        in_channels=in_channels or 2 * latent_channels,
+        out_channels=latent_channels,
         block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -83,7 +88,7 @@ def make_model(folder: Path, *, in_channels: int = 8, seed: int = 0) -> Path:
         block_out_channels=(16, 16, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=SIZE,
         scaling_factor=0.7,
@@ -191,7 +196,7 @@ def make_text_encoder(tokenizer, *, layers: int = 2, openclip: bool = False, pro
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def make_vae(scaling_factor: float, sample_size: int):
+def make_vae(scaling_factor: float, sample_size: int, latent_channels: int = 4):
     """A random autoencoder whose numbers, like those of the next three, can be told from its shapes alone."""
     from diffusers import AutoencoderKL
 
@@ -200,7 +205,7 @@ def make_vae(scaling_factor: float, sample_size: int):
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         sample_size=sample_size,
         scaling_factor=scaling_factor,
     )
@@ -219,7 +224,7 @@ def make_scheduler(prediction: str = "epsilon"):
 
 
 def make_sd_model(
-    folder: Path, *, version: int = 1, in_channels: int = 8, prediction: str = "epsilon"
+    folder: Path, *, version: int = 1, latent_channels: int = 4, prediction: str = "epsilon"
 ) -> Path:
     """Write a small random editor built as SD 1.x or 2.x is: of the same blocks, heads and groups."""
     from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
@@ -228,7 +233,8 @@ def make_sd_model(
     tokenizer = make_tokenizer(folder / "tokenizer")
     unet = UNet2DConditionModel(
         sample_size=64,
-        in_channels=in_channels,
+        in_channels=2 * latent_channels,
+        out_channels=latent_channels,
         block_out_channels=(64, 128),
         layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -239,7 +245,7 @@ def make_sd_model(
     )
     unet.conv_out.weight.data *= 0.25  # as in `make_model`
     pipeline = StableDiffusionInstructPix2PixPipeline(
-        vae=make_vae(0.18215, 512),
+        vae=make_vae(0.18215, 512, latent_channels),
         text_encoder=make_text_encoder(tokenizer, openclip=version == 2),
         tokenizer=tokenizer,
         unet=unet,

@@ -1,6 +1,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,9 +30,27 @@ def test_an_edit_gives_a_picture_for_each_seed_at_the_inputs_size(tiny_editor):
 
 
 def test_scales_not_given_are_the_models_own(tiny_editor):
-    assert tiny_editor.scales(None, None) == (7.5, 1.5)
-    assert tiny_editor.scales(2.0, None) == (2.0, 1.5)
-    assert tiny_editor.scales(None, 0.0) == (7.5, 0.0)
+    def scales(text_cfg, image_cfg):
+        settings = tiny_editor.resolve(text_cfg=text_cfg, image_cfg=image_cfg)
+        return settings["text_cfg"], settings["image_cfg"]
+
+    assert scales(None, None) == (7.5, 1.5)
+    assert scales(2.0, None) == (2.0, 1.5)
+    assert scales(None, 0.0) == (7.5, 0.0)
+
+
+TUNED = {"steps": 3, "sampler": "euler", "spacing": "trailing", "text_cfg": 2.5, "image_cfg": 1.25}
+
+
+def test_an_edit_without_settings_takes_those_of_the_card_and_records_them(tiny_editor, page):
+    tuned = Editor(replace(tiny_editor.bundle, card=replace(tiny_editor.bundle.card, **TUNED)))
+    [made] = tuned.edit(page, "make it night", seeds=[4])
+    [same] = tiny_editor.edit(page, "make it night", seeds=[4], **TUNED)
+    [batched] = tuned.edit_batch([page], "make it night", seeds=[4])
+    assert made.tobytes() == same.tobytes() == batched.tobytes()
+    said = parse_infotext(made.info["parameters"])
+    assert {name: getattr(said, name) for name in TUNED} == TUNED
+    assert "Schedule type: SGM Uniform" in made.info["parameters"]
 
 
 def test_the_same_seed_gives_the_same_picture(tiny_editor, page):
@@ -64,6 +83,7 @@ def test_every_setting_changes_the_result(tiny_editor, page):
         {"negative": "grey"},
         {"sampler": "euler"},
         {"spacing": "karras"},
+        {"spacing": "trailing"},
         {"seeds": [5]},
         {"size": 32},
         {"steps": 4},

@@ -30,7 +30,7 @@ from ip2p.base.files import make_folder, write_text
 from ip2p.base.terminal import progress
 from ip2p.config import PAIRS_STORYBOOK
 from ip2p.editing.editor import Editor
-from ip2p.evaluation.storybook import judge, mean, score
+from ip2p.evaluation.storybook import judge, score
 from ip2p.models.save import save_editor
 from ip2p.synth.pairs import open_painter
 from ip2p.training.storybook.pairs import write_pairs, write_triples
@@ -122,7 +122,7 @@ def scored(args: argparse.Namespace, name: str, model: Path | str) -> dict[str, 
     found |= {
         "settings": settings,
         "kinds": [verdict.kind for verdict in verdicts],
-        "right": [bool(verdict.success) for verdict in verdicts],
+        "right": [verdict.nearest for verdict in verdicts],
         "kept": [verdict.preservation for verdict in verdicts],
     }
     write_text(path, json.dumps(found) + "\n")
@@ -181,18 +181,24 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, result in found.items():
         right: Share = share_of(result["right"])
-        kept = mean([value for value in result["kept"] if value is not None])
+        kept = result["splits"]["test"]["model"]["overall"]["preservation"]
         apart = (
             "-"
             if name == "unfiltered" or "unfiltered" not in found
             else difference(result["right"], found["unfiltered"]["right"])
         )
         rows.append(
-            [name, f"{rows_of(data[name]):,}", right, apart, "-" if kept is None else f"{kept:.1f} dB"]
+            [
+                name,
+                f"{rows_of(data[name]):,}",
+                right,
+                apart,
+                "-" if kept is None else f"{kept['value']:.1f} dB",
+            ]
         )
-    first = next(iter(found.values()))["test"]
+    first = next(iter(found.values()))["splits"]["test"]
     for name in ("copy", "ceiling"):
-        rows.append([name, "-", f"{first[name]['overall']['success']:.1%}", "-", "-"])
+        rows.append([name, "-", f"{first[name]['overall']['nearest']['value']:.1%}", "-", "-"])
     text = "\n".join(
         [
             f"{args.steps:,} steps of {args.batch} from the painter without its picture channels; "

@@ -2,10 +2,10 @@
 
     python -m benchmarks.data_quality auto-mask --count 200 --thresholds 0.4 0.5 0.6
 
-For every threshold, and without a mask: success as in `ip2p storybook score`; the PSNR outside the region
-that the edit may change, from the mean squared error over all edits (an unchanged page is no error) and as
-the mean over edits, at most 60 dB; the share of the page that masks take, the share of the exact change that
-they cover, and how many are the whole page.
+For every threshold, and without a mask: success ("nearest" in `ip2p storybook score`); the PSNR outside the
+region that the edit may change, once from the mean squared error over all edits (pages kept to the byte
+count as no error) and once as the mean of the edits' own, at most 60 dB; how much of the page the masks
+take, how much of what the exact answer changes they cover, and how many are the whole page.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from benchmarks.common import table
 from ip2p.editing.editor import Editor
 from ip2p.evaluation.storybook import Case, cases, judge
 from ip2p_storybook.edits import GLOBAL_KINDS
-
-MOST = 60.0  # dB; a page that is kept to the byte has no PSNR
+from ip2p_storybook.metrics import MAX_PSNR
 
 
 def chosen(count: int, whole: bool, seed: int, size: int, split: str) -> Iterator[Case]:
@@ -55,12 +54,12 @@ def measure(
         output = np.asarray(result)
         verdict = judge(case, output)
         row["count"] += 1
-        row["success"] += verdict.success
+        row["success"] += verdict.nearest
         if verdict.preservation is not None:
             apart = output[case.fixed].astype(float) - case.page[case.fixed]
             row["error"] += float((apart**2).sum())
             row["pixels"] += apart.size
-            row["psnr"] += min(verdict.preservation, MOST)
+            row["psnr"] += min(verdict.preservation, MAX_PSNR)
             row["kept"] += 1
         mask = np.asarray(result.info["mask"]) / 255 if threshold is not None else np.ones(output.shape[:2])
         changed = (case.exact != case.page).any(axis=-1)
@@ -75,7 +74,7 @@ def row_of(name: str, sums: dict[str, float]) -> list[str]:
     pooled, mean = "-", "-"
     if sums["pixels"]:
         error = sums["error"] / sums["pixels"]
-        pooled = f"{MOST if error == 0 else min(MOST, 10 * math.log10(255**2 / error)):.2f} dB"
+        pooled = f"{MAX_PSNR if error == 0 else min(MAX_PSNR, 10 * math.log10(255**2 / error)):.2f} dB"
         mean = f"{sums['psnr'] / sums['kept']:.2f} dB"
     shares = [f"{sums[key] / count:.1%}" for key in ("success", "area", "covered", "whole")]
     return [name, shares[0], pooled, mean, *shares[1:]]
@@ -91,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="test")
     parser.add_argument("--size", type=int, help="side of a page; default: the model's native size")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--text-cfg", type=float)
     parser.add_argument("--image-cfg", type=float)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -102,6 +101,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     editor = Editor.load(args.model, device=args.device, dtype=args.dtype)
+    steps = editor.resolve(steps=args.steps)["steps"]
     size = args.size or editor.bundle.card.native_size
     heads = ("threshold", "success", "PSNR outside", "mean PSNR", "area", "covered", "whole")
     tables = {}
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
                 name = "no mask" if threshold is None else f"{threshold:g}"
                 rows.setdefault(name, Counter()).update(measure(editor, batch, first, threshold, args))
             first += len(batch)
-        print(f"\n{count} {title} at {size} px, seed {args.seed}, {args.steps} steps\n")
+        print(f"\n{count} {title} at {size} px, seed {args.seed}, {steps} steps\n")
         print(table(heads, [row_of(name, sums) for name, sums in rows.items()]), flush=True)
         tables[title] = rows
     if args.out:

@@ -104,7 +104,7 @@ def vae_maps(decode: bool, side: int = 512) -> float:
     network = AutoencoderKL(**SD15["vae"]).eval()
     with torch.no_grad(), Alive(network) as alive:
         if decode:
-            network.decode(torch.empty(1, 4, side // 8, side // 8))
+            network.decode(torch.empty(1, network.config.latent_channels, side // 8, side // 8))
         else:
             network.encode(torch.empty(1, 3, side, side))
     return alive.peak / (side**2 * 4 * network.config.block_out_channels[0])

@@ -32,7 +32,7 @@ Config = TypeVar("Config")
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m"]
 Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations", "paraphrases"]
-Spacing = Literal["linspace", "karras"]
+Spacing = Literal["linspace", "karras", "trailing"]
 Weights = Literal["ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
@@ -71,6 +71,7 @@ Loras = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="FILE:WEIGHT", he
 Axis = Annotated[str, arg(metavar="SETTING[=VALUES]")]
 Thens = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="INSTRUCTION", help_behavior_hint="")]]
 Models = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="[NAME=]MODEL", help_behavior_hint="")]]
+Splits = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="SPLIT", help_behavior_hint="")]]
 Names = UseAppendAction[Annotated[tuple[str, ...], arg(metavar="NAME", help_behavior_hint="")]]
 
 MAX_STEPS = 1000  # as many as the noise levels that a model is trained on
@@ -123,9 +124,9 @@ class EditConfig:
     controlnet: Model = None  # a ControlNet for Stable Diffusion 1.x: a folder or a hub id
     control_image: File = None  # the picture that the ControlNet reads: edges, a depth map, …
     control_scale: float = 1.0  # how strongly the ControlNet acts
-    steps: int = 20  # sampling steps
-    sampler: SamplerName = "euler_ancestral"  # how the noise is taken away
-    spacing: Spacing = "linspace"  # how the noise levels lie; linspace is the paper's code's
+    steps: Int = None  # sampling steps; default: the model's own, else 20
+    sampler: SomeSampler = None  # euler_ancestral, euler, dpmpp_2m; default: the model's own, else the first
+    spacing: SomeSpacing = None  # linspace, karras or trailing; default: the model's own, else linspace
     text_cfg: Float = None  # how strongly to follow the instruction; default: the model's own, else 7.5
     image_cfg: Float = None  # how strongly to keep the input picture; default: the model's own, else 1.5
     text_cfg_rescale: float = 0.0  # 0 to 1: take back the contrast that high scales add
@@ -223,9 +224,9 @@ class GridConfig:
     weights: Weights = "ema"  # of a file that holds both: the averaged ones or the last ones
     vae: Model = None  # another autoencoder: a folder, a hub id, or a file
     lora: Loras = ()  # add a LoRA file with a weight, 1 if none is given; may be repeated
-    steps: int = 20  # where the grid does not vary them
-    sampler: SamplerName = "euler_ancestral"  # how the noise is taken away
-    spacing: Spacing = "linspace"  # how the noise levels lie; linspace is the paper's code's
+    steps: Int = None  # where the grid does not vary them; default: the model's own, else 20
+    sampler: SomeSampler = None  # euler_ancestral, euler, dpmpp_2m; default: the model's own, else the first
+    spacing: SomeSpacing = None  # linspace, karras or trailing; default: the model's own, else linspace
     text_cfg: Float = None  # where the grid does not vary it; default: the model's own, else 7.5
     image_cfg: Float = None  # where the grid does not vary it; default: the model's own, else 1.5
     text_cfg_rescale: float = 0.0  # 0 to 1: take back the contrast that high scales add
@@ -786,7 +787,7 @@ class SynthPairsConfig:
     p_per_source: Int = None  # candidates with one source picture, each with its own p; default: 1
     steps: Int = None  # sampling steps; default: 20, storybook 10
     sampler: SomeSampler = None  # euler_ancestral, euler or dpmpp_2m; default: euler_ancestral
-    spacing: SomeSpacing = None  # of the noise levels, linspace or karras; default: linspace
+    spacing: SomeSpacing = None  # noise schedule: linspace, karras or trailing; default: linspace
     tiny_vae: Model = None  # a tiny autoencoder for the pictures that are judged; default: none
     attention: SomeAttention = None  # what a pair shares: self, replace, refine, self+…; default: self
     p: Interval = (0.1, 0.9)  # the share of the steps in which it is shared, drawn for each candidate
@@ -970,12 +971,14 @@ class ScoreConfig:
     """Score a model on storybook edits whose answer is known: ip2p storybook score --count 500"""
 
     model: str = "storybook"  # a name, or a folder in the diffusers format
-    count: int = 500  # how many edits
+    split: Splits = ()  # test, unseen_phrasings, …; may be repeated; default: all but train
+    count: int = 500  # how many edits per split; the kinds of edit come in turn
     seed: int = 0  # draws the edits and the noise
     out: Out = None  # JSON file with every number
-    sheet: File = None  # picture with rows of page, instruction, result, exact answer
-    steps: int = 20  # sampling steps
-    sampler: SamplerName = "euler_ancestral"  # how the noise is taken away
+    sheet: File = None  # picture with rows of page, instruction, result, exact answer of the first split
+    steps: Int = None  # sampling steps; default: the model's own, else 20
+    sampler: SomeSampler = None  # euler_ancestral, euler, dpmpp_2m; default: the model's own, else the first
+    spacing: SomeSpacing = None  # linspace, karras or trailing; default: the model's own, else linspace
     text_cfg: Float = None  # how strongly to follow the instruction; default: the model's own, else 7.5
     image_cfg: Float = None  # how strongly to keep the input picture; default: the model's own, else 1.5
     size: Int = None  # side of a picture; default: what the model was trained at
@@ -1051,9 +1054,10 @@ def check_workers(config: Any) -> None:
         raise InputError("--workers are processes here; of a Ray cluster they are --ray-workers.")
 
 
-def check_guidance(steps: int, text_cfg: float | None, image_cfg: float | None) -> None:
-    """Raise InputError for numbers of steps and scales that cannot be sampled with; None is the default."""
-    check_int("--steps", steps, 1, MAX_STEPS, "--steps 20")
+def check_guidance(steps: int | None, text_cfg: float | None, image_cfg: float | None) -> None:
+    """Raise InputError for steps and scales that cannot be sampled with; None is the model's own."""
+    if steps is not None:
+        check_int("--steps", steps, 1, MAX_STEPS, "--steps 20")
     if text_cfg is not None:
         check_float("--text-cfg", text_cfg, 0, MAX_SCALE, "--text-cfg 7.5")
     if image_cfg is not None:

@@ -10,6 +10,7 @@ from ip2p.diffusion.schedule import (
     karras_sigmas,
     linspace_sigmas,
     schedule_from_config,
+    trailing_sigmas,
 )
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -46,7 +47,7 @@ def test_time_stays_within_training(schedule):
     assert schedule.time(torch.tensor(0.0)).item() == 0
 
 
-@pytest.mark.parametrize("spacing", [linspace_sigmas, karras_sigmas])
+@pytest.mark.parametrize("spacing", [linspace_sigmas, karras_sigmas, trailing_sigmas])
 @pytest.mark.parametrize("steps", [1, 2, 20, 1000])
 def test_sigmas_fall_from_the_largest_to_zero(schedule, spacing, steps):
     sigmas = spacing(schedule, steps)
@@ -54,6 +55,29 @@ def test_sigmas_fall_from_the_largest_to_zero(schedule, spacing, steps):
     assert sigmas[0].item() == pytest.approx(schedule.levels[-1].item())
     assert sigmas[-1] == 0
     assert (sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("train_steps", [1000, 500])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 30, 50, 500])
+def test_trailing_is_that_of_diffusers(train_steps, steps):
+    """Oracles: diffusers' EulerDiscreteScheduler and DDIMScheduler."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    config = SD | {"num_train_timesteps": train_steps}
+    schedule = schedule_from_config(config)
+    sigmas = trailing_sigmas(schedule, steps)
+    euler = EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
+    euler.set_timesteps(steps)
+    torch.testing.assert_close(sigmas, euler.sigmas)
+    ddim = DDIMScheduler.from_config(config, timestep_spacing="trailing")
+    ddim.set_timesteps(steps)
+    times = schedule.time(sigmas[:-1].double())
+    torch.testing.assert_close(times, ddim.timesteps.double(), rtol=0, atol=2e-3)
+
+
+def test_two_steps_of_trailing_differ_from_one_where_linspace_has_its_last_at_no_noise(schedule):
+    assert linspace_sigmas(schedule, 2)[1] < 0.05
+    assert trailing_sigmas(schedule, 2)[1] > 1
 
 
 def test_other_betas_are_read():

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ip2p.base.errors import ModelError
 from ip2p.models import bundle
-from ip2p.models.bundle import find_model, load_bundle
+from ip2p.models.bundle import find_model, load_bundle, resolve_settings
 
 
 @pytest.fixture
@@ -53,6 +54,37 @@ def test_scales_are_the_papers_unless_the_card_recommends_others(copy):
     assert (card.text_cfg, card.image_cfg) == (3.0, 1.2)
 
 
+def test_sampling_is_the_papers_unless_the_card_recommends_another(copy):
+    card = load_bundle(copy).card
+    assert resolve_settings(card, {"negative": "x", "steps": None}) == {
+        "negative": "x",
+        "steps": 20,
+        "sampler": "euler_ancestral",
+        "spacing": "linspace",
+        "text_cfg": 7.5,
+        "image_cfg": 1.5,
+    }
+    (copy / "ip2p.json").write_text(json.dumps({"steps": 12, "sampler": "dpmpp_2m", "spacing": "trailing"}))
+    settings = resolve_settings(load_bundle(copy).card, {"steps": 3, "sampler": None})
+    assert (settings["steps"], settings["sampler"], settings["spacing"]) == (3, "dpmpp_2m", "trailing")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"spacing": "even"}, "the spacing 'even'; known are linspace, karras, trailing"),
+        ({"sampler": "magic"}, "the sampler 'magic'; known are euler_ancestral"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"steps": "many"}, "cannot be used"),
+        ({"text_cfg": "strong"}, "cannot be used"),
+    ],
+)
+def test_a_card_with_settings_that_no_edit_can_have_is_refused(copy, said, words):
+    (copy / "ip2p.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match=re.escape(words)):
+        load_bundle(copy)
+
+
 def test_weights_in_shards_are_read(copy):
     whole = load_bundle(copy).unet
     (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -74,6 +106,13 @@ def test_a_unet_of_4_channels_is_not_an_editor(copy):
     with pytest.raises(
         ModelError, match=r"This UNet takes 4 channels; an editor needs 8\. Train one: ip2p train --base"
     ):
+        load_bundle(copy)
+
+
+def test_a_unet_of_9_channels_is_not_what_an_editor_is_trained_from(copy):
+    change(copy / "unet" / "config.json", in_channels=9)
+    words = r"takes 9 channels; an editor needs 8\. Use another model, or train one from a base of 4 channels"
+    with pytest.raises(ModelError, match=words):
         load_bundle(copy)
 
 

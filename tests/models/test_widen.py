@@ -38,7 +38,7 @@ def test_a_widened_unet_answers_as_before_whatever_the_picture(bases, name):
 def test_new_channels_are_zero_and_the_bias_is_copied(tmp_path):
     unet = four_channels(make_model(tmp_path / "base", in_channels=4))
     old = unet.conv_in
-    widen_conv_in(unet)
+    widen_conv_in(unet, 8)
     new = unet.conv_in
     assert unet.config.in_channels == new.in_channels == 8
     assert torch.equal(new.weight[:, :4], old.weight) and (new.weight[:, 4:] == 0).all()
@@ -52,4 +52,4 @@ def test_a_unet_that_takes_more_channels_is_refused(tmp_path):
     unet = four_channels(make_model(tmp_path / "base", in_channels=4))
     unet.conv_in = nn.Conv2d(9, 32, 3, padding=1)
     with pytest.raises(ModelError, match="takes 9 channels, more than the 8"):
-        widen_conv_in(unet)
+        widen_conv_in(unet, 8)

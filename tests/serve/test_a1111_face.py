@@ -87,6 +87,10 @@ def test_unknown_fields_are_ignored(server, picture):
         ("DPM++ 2M", "Karras", ("dpmpp_2m", "karras")),
         ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
         ("Euler", "karras", ("euler", "karras")),
+        ("Euler", "SGM Uniform", ("euler", "trailing")),
+        ("Euler", "sgm_uniform", ("euler", "trailing")),
+        ("Euler", "Uniform", ("euler", "linspace")),
+        (None, None, ("euler_ancestral", "linspace")),
     ],
 )
 def test_samplers_go_by_their_names_there(server, picture, sampler, scheduler, ours):
@@ -132,7 +136,7 @@ def test_resize_modes_give_the_size_asked_for(server, picture, mode):
 def test_the_lists_are_what_its_client_reads(api):
     assert api.util_get_model_names() == ["fake"] and api.util_get_current_model() == "fake"
     assert api.util_get_sampler_names() == ["DPM++ 2M", "Euler", "Euler a"]
-    assert api.util_get_scheduler_names() == ["automatic", "karras"]
+    assert api.util_get_scheduler_names() == ["automatic", "karras", "sgm_uniform"]
     assert api.get_scripts() == {"txt2img": [], "img2img": []}
     api.util_set_model("fake")
     assert api.get_options()["sd_model_checkpoint"] == "fake"

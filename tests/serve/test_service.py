@@ -16,6 +16,7 @@ from fakes import fake_editor
 from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
+from ip2p.models.bundle import Card
 from ip2p.pictures.infotext import Settings, format_infotext, parse_infotext
 from ip2p.serve import service as services
 from ip2p.serve.service import Draining, FieldError, Full, Limits, Request, Service
@@ -534,7 +535,7 @@ def test_a_size_that_a_lazy_model_does_not_take_fails_with_its_field(serve, edit
     service = serve({"fake": lambda: editor})
     job = service.submit(request(size=(100, 100)), client="a")
     assert job.wait(60) and isinstance(job.error, FieldError) and job.error.field == "size"
-    assert service.scales() == (7.5, 1.5)
+    assert (service.card().text_cfg, service.card().image_cfg) == (7.5, 1.5)
     with pytest.raises(FieldError):  # now it is known
         service.submit(request(size=(100, 100)), client="a")
 
@@ -549,7 +550,7 @@ class Gate:
         self.began = []
         self.go = threading.Semaphore(0)
         self.stopped = threading.Event()
-        self.bundle = SimpleNamespace(card=SimpleNamespace(native_size=64))
+        self.bundle = SimpleNamespace(card=Card("gate", 64))
 
     def __call__(self, editor, **how):
         return self

@@ -72,8 +72,8 @@ class Here:
         replica = self.replicas[self.asked % len(self.replicas)]
         return Stream(self.loop, replica, request, self.lost.pop(0) if self.lost else None)
 
-    def scales(self, model):
-        return asyncio.run_coroutine_threadsafe(self.replicas[0].scales(model), self.loop).result()
+    def card(self, model):
+        return asyncio.run_coroutine_threadsafe(self.replicas[0].card(model), self.loop).result()
 
     def close(self):
         for replica in self.replicas:
@@ -190,7 +190,7 @@ def test_it_is_ready_once_a_replica_has_the_model_and_drains(here):
     with Spread(here, ["fake"], count=2, each=2) as service:
         assert not service.ready
         service.warm()
-        assert service.ready and service.scales() == here.replicas[0].service.scales()
+        assert service.ready and service.card() == here.replicas[0].service.card()
         job = service.submit(request(steps=20), client="a")
         until(lambda: job.state != "waiting")
         assert service.drain(60) and job.state == "done" and not service.ready

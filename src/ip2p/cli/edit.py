@@ -73,7 +73,8 @@ def edit_one(config: EditConfig) -> None:
             print(path, flush=True)
 
     at_once = config.batch_size or editor.batch_size
-    with progress("editing", config.steps * -(-config.count // at_once)) as advance:
+    settings = editor.resolve(**edit_settings(config))
+    with progress("editing", settings["steps"] * -(-config.count // at_once)) as advance:
         for start in range(0, config.count, at_once):
             seeds = [config.seed + k for k in range(start, min(start + at_once, config.count))]
             some = editor.edit(
@@ -82,7 +83,7 @@ def edit_one(config: EditConfig) -> None:
                 seeds=seeds,
                 batch_size=len(seeds),
                 callback=lambda step, steps, latents: advance(),
-                **edit_settings(config),
+                **settings,
             )
             for seed, result in zip(seeds, some, strict=True):
                 sign(result, config)
@@ -137,7 +138,8 @@ def edit_in_a_row(config: EditConfig) -> None:
     clip = load_clip(config, optional=True)
     editor = load_editor(config)
     frames, drifts, made = [picture], [], []
-    with progress("editing", config.steps * len(instructions)) as advance:
+    settings = editor.resolve(**edit_settings(config))
+    with progress("editing", settings["steps"] * len(instructions)) as advance:
         steps = chain.chain(
             editor,
             picture,
@@ -145,7 +147,7 @@ def edit_in_a_row(config: EditConfig) -> None:
             seed=config.seed,
             from_original=config.from_original,
             callback=lambda step, steps, latents: advance(),
-            **edit_settings(config),
+            **settings,
         )
         for k, step in enumerate(steps):
             sign(step.image, config)
@@ -259,11 +261,11 @@ def grid(config: GridConfig) -> None:
     images.check_output(out, overwrite=config.overwrite)
     check_models(config)
     editor = load_editor(config)
-    text_cfg, image_cfg = editor.scales(config.text_cfg, config.image_cfg)
+    settings = editor.resolve(**edit_settings(config))
+    scales = {name: settings[name] for name in ("text_cfg", "image_cfg")}
     axes = []
     for flag, text in (("--columns", config.columns), ("--rows", config.rows)):
         setting, values = configs.parse_axis(flag, text)
-        scales = {"text_cfg": text_cfg, "image_cfg": image_cfg}
         axes.append(
             grids.Axis(
                 setting=setting,
@@ -282,7 +284,7 @@ def grid(config: GridConfig) -> None:
             made=advance,
             seed=config.seed,
             # Its cells are small: the photograph's own pixels would not be seen.
-            **edit_settings(config) | {"text_cfg": text_cfg, "image_cfg": image_cfg, "fit": "model"},
+            **settings | {"fit": "model"},
         )
     images.save_image(sheet, out, overwrite=config.overwrite)
     print(out)

@@ -31,8 +31,8 @@ Text = Float[Tensor, "text_batch tokens features"] | Words
 NullText = Float[Tensor, "null_batch tokens features"] | Words
 # What a network is told besides the latents, by the names that diffusers has for it.
 Told = Mapping[str, Tensor]
-# From the UNet's noisy channels [batch, 4, h, w], the time [batch] and what it is told: arguments to add to
-# its call. A ControlNet with its picture is one (`models.controlnet.Control`).
+# From noisy latents [batch, channels, h, w], the time [batch] and what it is told: arguments to add to the
+# UNet's call. A ControlNet with its picture is one (`models.controlnet.Control`).
 Control = Callable[[Tensor, Tensor, Told], dict[str, Any]]
 
 
@@ -51,9 +51,9 @@ X0 = {"epsilon": x0_from_epsilon, "v_prediction": x0_from_velocity}
 
 @dataclass(frozen=True)
 class UNetDenoiser:
-    """A diffusers UNet of 8 channels; called, it is the denoiser of one text and one image.
+    """A diffusers UNet that takes noise and picture; called, it is the denoiser of one text and one image.
 
-    x and image are latents [batch, 4, h, w], text is [batch, tokens, features] or a Prompt; sigma is
+    x and image are latents [batch, channels, h, w], text is [batch, tokens, features] or a Prompt; sigma is
     one number. The network runs in its own dtype, x stays in fp32. condition_scale multiplies image.
     """
 

@@ -145,4 +145,21 @@ def lcm_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"
     return torch.cat([schedule.sigma(chosen), torch.zeros(1)]).float()
 
 
-SPACINGS = {"linspace": linspace_sigmas, "karras": karras_sigmas, "lcm": lcm_sigmas}
+def trailing_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
+    """sigma at times T-1, T-1-T/n, … for n steps, rounded, then a zero (Lin et al. 2024, table 2).
+
+    The step from the last time to zero is as long as the others, where `linspace_sigmas` is at time 0 already
+    and wastes it: two of its steps give what one gives. Equal to diffusers' timestep_spacing "trailing";
+    steps: 1 to T.
+    """
+    count = len(schedule.levels)
+    times = (count - torch.arange(steps, dtype=torch.float64) * count / steps).round() - 1
+    return torch.cat([schedule.sigma(times.clamp(min=0)), torch.zeros(1)]).float()
+
+
+SPACINGS = {
+    "linspace": linspace_sigmas,
+    "karras": karras_sigmas,
+    "trailing": trailing_sigmas,
+    "lcm": lcm_sigmas,
+}

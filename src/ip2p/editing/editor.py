@@ -29,7 +29,7 @@ from ip2p.config import (
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import SAMPLERS, sampler_for
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
-from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle
+from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle, resolve_settings
 from ip2p.models.controlnet import EXAMPLE as CONTROLNET
 from ip2p.models.controlnet import (
     Control,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel
 
 Picture = str | Path | bytes | Image.Image
-# Called after each step with its number, their count, and the latents so far [batch, 4, h, w].
+# Called after each step with its number, their count, and the latents so far [batch, channels, h, w].
 Callback = Callable[[int, int, Tensor], object]
 
 
@@ -153,9 +153,9 @@ class Editor:
         seeds: Sequence[int] = (0,),
         text_cfg: float | None = None,
         image_cfg: float | None = None,
-        steps: int = 20,
-        sampler: str = "euler_ancestral",
-        spacing: str = "linspace",
+        steps: int | None = None,
+        sampler: str | None = None,
+        spacing: str | None = None,
         negative: str = "",
         size: int | tuple[int, int] | None = None,
         fit: Literal["original", "model"] = "original",
@@ -173,11 +173,11 @@ class Editor:
     ) -> list[Image.Image]:
         """Edit a picture, once for each seed; the results have the picture's own size.
 
-        text_cfg: how strongly to follow the instruction; image_cfg: how strongly to keep the
-        picture (equation 3); None takes the model's own value, else 7.5 and 1.5. negative: what to
-        stay away from. size: the side the model works at instead of its native one, or its exact
-        width and height. fit: "original" carries the change to the picture's own pixels
-        (`photos.carry`), "model" gives the result at the size at which the model works.
+        text_cfg: how strongly to follow the instruction; image_cfg: how strongly to keep the picture
+        (equation 3). steps, sampler, spacing: the sampling, with the noise schedule. None takes the model's
+        own value (`models.bundle.Card`). negative: what to stay away from. size: the side the model works at
+        instead of its native one, or its exact width and height. fit: "original" carries the change to the
+        picture's own pixels (`photos.carry`), "model" gives the result at the size at which the model works.
 
         mask: a picture of the same size, white where the edit may go; nothing else changes by a byte.
         The model sees it with mask_padding pixels around, at its full size. feather: pixels over which the
@@ -191,11 +191,9 @@ class Editor:
         Raises InputError, or ResourceError out of memory.
         """
         how = _How(
-            text_cfg=text_cfg,
-            image_cfg=image_cfg,
-            steps=steps,
-            sampler=sampler,
-            spacing=spacing,
+            **self.resolve(
+                steps=steps, sampler=sampler, spacing=spacing, text_cfg=text_cfg, image_cfg=image_cfg
+            ),
             negative=negative,
             size=size,
             fit=fit,
@@ -229,7 +227,7 @@ class Editor:
         In fp32 each result is what the picture alone would give, but for the rounding of sums. settings:
         those of `edit`, the same for all. Raises as `edit` does.
         """
-        how = _How(**settings)
+        how = _How(**self.resolve(**settings))
         seeds = _checked_seeds(seeds)
         texts = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
         if not len(images) == len(texts) == len(seeds):
@@ -339,10 +337,9 @@ class Editor:
         return results
 
     def _sampling(self, how: _How) -> dict[str, Any]:
-        text_cfg, image_cfg = self.scales(how.text_cfg, how.image_cfg)
         return {
-            "text_cfg": text_cfg,
-            "image_cfg": image_cfg,
+            "text_cfg": how.text_cfg,
+            "image_cfg": how.image_cfg,
             "sampler": how.sampler,
             "sigmas": SPACINGS[how.spacing](self.schedule, how.steps),
             "rescale": how.text_cfg_rescale,
@@ -364,7 +361,7 @@ class Editor:
     def _said(
         self, latents: Tensor, text: Tensor | Prompt, null_text: Tensor | Prompt, seeds: Sequence[int]
     ) -> Tensor:
-        """What the instruction adds to the model's predictions of x0, [batch, draws, 4, h, w]."""
+        """What the instruction adds to the model's predictions of x0, [batch, draws, channels, h, w]."""
         noise = NoiseStream(seeds, latents.shape[1:], self.device)
         time = torch.tensor(masks.LEVEL * (len(self.schedule.levels) - 1), dtype=torch.float64)
         sigma = self.schedule.sigma(time).float()
@@ -401,14 +398,13 @@ class Editor:
                 black.paste(region, box[:2])
                 result, region = whole, black
             info["mask"] = region
-        text_cfg, image_cfg = self.scales(how.text_cfg, how.image_cfg)
         settings = Settings(
             instruction=sheet.instruction,
             negative=how.negative,
             steps=how.steps,
             sampler=how.sampler,
-            text_cfg=text_cfg,
-            image_cfg=image_cfg,
+            text_cfg=how.text_cfg,
+            image_cfg=how.image_cfg,
             seed=seed,
             size=sheet.shown.size,
             model=self.bundle.card.name,
@@ -425,13 +421,9 @@ class Editor:
         result.info = info | {"parameters": format_infotext(settings)}
         return result
 
-    def scales(self, text_cfg: float | None, image_cfg: float | None) -> tuple[float, float]:
-        """The scales given; for None those that the model's card recommends, else the paper's 7.5 and 1.5."""
-        card = self.bundle.card
-        return (
-            card.text_cfg if text_cfg is None else text_cfg,
-            card.image_cfg if image_cfg is None else image_cfg,
-        )
+    def resolve(self, **settings: Any) -> dict[str, Any]:
+        """Settings of `edit`, with this model's own values where they are None or missing."""
+        return resolve_settings(self.bundle.card, settings)
 
     def working_size(
         self, pixels: tuple[int, int], size: int | tuple[int, int] | None = None
@@ -476,7 +468,7 @@ class Editor:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """A sampler's latents [batch, 4, h, w] → pictures [batch, 3, H, W] in about [-1, 1]; fp32."""
+        """A sampler's latents [batch, channels, h, w] → pictures [batch, 3, H, W] in about [-1, 1]; fp32."""
         factor = self.bundle.latent_factor
         vae = self._thrifty_vae(1, *(side * factor for side in latents.shape[-2:]))
         return vae.decode((latents / self.bundle.latent_scale).to(vae.dtype)).sample.float()
@@ -509,14 +501,14 @@ class Editor:
         control: Control | None = None,
         hold: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """Sample, yielding the latents [batch, 4, h, w] after each step; the last are the result's.
+        """Sample, yielding the latents [batch, channels, h, w] after each step; the last are the result's.
 
-        image_latent: [1 or batch, 4, h, w] from `encode_image`, or None to draw from the text
-        alone. text, null_text: [1 or batch, tokens, features] or Prompts of as many rows. `noise()`
-        gives the start and then what the sampler asks for. sigmas: falling, with a final zero, as
-        `diffusion.schedule` makes them. rescale, interval: see `guided`. control: from `self.control`.
-        hold: latents [1 or batch, 4, h, w] of what the result is, and where it may become another, 1 or
-        0 [1 or batch, 1, h, w]; where not, they are held to the former at every step (`masks.held`).
+        image_latent: [1 or batch, channels, h, w] from `encode_image`, or None to draw from the text alone.
+        text, null_text: [1 or batch, tokens, features] or Prompts of as many rows. `noise()` gives the start
+        and then what the sampler asks for. sigmas: falling, with a final zero, as `diffusion.schedule` makes
+        them. rescale, interval: see `guided`. control: from `self.control`. hold: latents [1 or batch,
+        channels, h, w] of what the result is, and where it may become another, 1 or 0 [1 or batch, 1, h, w];
+        where not, they are held to the former at every step (`masks.held`).
         """
         start = noise() * sigmas[0]
         factor = self.bundle.latent_factor
@@ -598,11 +590,11 @@ class Editor:
 class _How:
     """What an edit is told beside the picture, the instruction and the seeds; `Editor.edit` explains it."""
 
-    text_cfg: float | None = None
-    image_cfg: float | None = None
-    steps: int = 20
-    sampler: str = "euler_ancestral"
-    spacing: str = "linspace"
+    text_cfg: float
+    image_cfg: float
+    steps: int
+    sampler: str
+    spacing: str
     negative: str = ""
     size: int | tuple[int, int] | None = None
     fit: Literal["original", "model"] = "original"

@@ -66,9 +66,9 @@ def draw(
         for column in columns.values:
             chosen = settings | {rows.name: row, columns.name: column}
             seed = int(chosen.pop("seed"))
-            [result] = editor.edit(
-                picture, instruction, seeds=[seed], **chosen | {"steps": int(chosen["steps"])}
-            )
+            if chosen.get("steps") is not None:
+                chosen["steps"] = int(chosen["steps"])
+            [result] = editor.edit(picture, instruction, seeds=[seed], **chosen)
             cells[-1].append(resized(result.convert("RGB"), size))
             made()
     return sheet(

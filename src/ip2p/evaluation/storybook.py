@@ -1,11 +1,15 @@
 """How good an editor is on storybook edits, whose exact answers are known: `ip2p storybook score`.
 
-*Success*: within the region where any candidate differs, the output is nearer (mean squared error) to
-the exact answer than to the unedited page and to each of at least 15 other exact answers of the same
-kind of edit. *Preservation*: PSNR between output and page outside the region that the edit may change.
-*Reconstruction*: PSNR of the autoencoder on the exact answers.
-Two rows stand beside the model: `copy`, which returns the page as it is, and `ceiling`, the
-autoencoder's reconstruction of the exact answer, the best that any editor in its latents can do.
+- *Nearest*: within the region where any candidate differs, the output is nearer to the exact answer than to
+  the unedited page and to each of at least 15 other exact answers of the same kind of edit.
+- *Strict*: nearest, the change is made at three to five quarters of its strength, and the rest of the page is
+  kept.
+- *Sharpness*: the edges of the outputs over those of the exact answers, in that region.
+- *Preservation*: PSNR between output and page outside the region that the edit may change.
+- *Reconstruction*: PSNR of the autoencoder on the exact answers.
+
+`metrics` has the equations. Baselines stand beside the model (`BASELINES`): outputs made from the answers
+themselves, which show what each number can and cannot tell.
 """
 
 from __future__ import annotations
@@ -14,14 +18,17 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ip2p.base.errors import InputError
+from ip2p_storybook import edits, metrics
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import EDIT_KINDS, Edit, alternatives, change_mask, is_unique, sample_edit
+from ip2p_storybook.metrics import psnr
 from ip2p_storybook.scene import rng_for
 
 if TYPE_CHECKING:
@@ -31,7 +38,8 @@ if TYPE_CHECKING:
     from ip2p.config import ScoreConfig
     from ip2p.editing.editor import Editor
 
-SPLITS = ("test", "unseen_phrasings", "unseen_combinations")
+SPLITS = tuple(split for split in edits.SPLITS if split != "train")
+BASELINES = ("copy", "hedger", "blurred answer", "ceiling")
 OTHER_ANSWERS = 15
 ROWS_SHOWN = 48
 
@@ -54,18 +62,24 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The numbers of one output: preservation is None where the edit may change the whole page."""
+    """The numbers of one output.
+
+    preservation: PSNR in dB to the page where nothing may change, infinite for equal pixels; None where the
+    edit may change the whole page. distance: PSNR in dB to the exact answer over the whole page. edges,
+    exact_edges: edge energy of the output and of the exact answer in the region.
+    """
 
     kind: str
-    success: bool
+    nearest: bool
+    gain: float
     preservation: float | None
-    distance: float  # PSNR to the exact answer, over the whole page
+    distance: float
+    edges: float
+    exact_edges: float
 
-
-def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 arrays; infinite when they are equal."""
-    error = float(np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    @property
+    def strict(self) -> bool:
+        return metrics.is_strict(self.nearest, self.gain, self.preservation)
 
 
 def make_case(edit: Edit, size: int) -> Case:
@@ -109,39 +123,71 @@ def visible(page: NDArray[np.uint8], exact: NDArray[np.uint8]) -> bool:
 
 def judge(case: Case, output: NDArray[np.uint8]) -> Verdict:
     """Compare an output, uint8 [size, size, 3], with all candidates."""
-
-    def error(candidate: NDArray[np.uint8]) -> float:
-        a, b = output[case.region].astype(np.float32), candidate[case.region].astype(np.float32)
-        return float(np.mean((a - b) ** 2))
-
-    own = error(case.exact)
-    success = own < error(case.page) and all(own < error(other) for other in case.others)
     kept = psnr(output[case.fixed], case.page[case.fixed]) if case.fixed.mean() > 0.01 else None
-    return Verdict(kind=case.edit.kind, success=success, preservation=kept, distance=psnr(output, case.exact))
+    return Verdict(
+        kind=case.edit.kind,
+        nearest=metrics.is_nearest(output, case.exact, (case.page, *case.others), case.region),
+        gain=metrics.gain(output, case.page, case.exact, case.region),
+        preservation=kept,
+        distance=psnr(output, case.exact),
+        edges=metrics.edge_energy(output, case.region),
+        exact_edges=metrics.edge_energy(case.exact, case.region),
+    )
+
+
+# --- baselines ----------------------------------------------------------------------------------
+
+
+def hedged_answer(case: Case) -> NDArray[np.uint8]:
+    """The median of the exact and the other answers, pixel by pixel: it commits to none of them."""
+    median = np.median(np.concatenate([case.exact[None], case.others]), axis=0)
+    return median.round().astype(np.uint8)
+
+
+def blurred_answer(case: Case) -> NDArray[np.uint8]:
+    """The exact answer under a Gaussian blur of size / 64 pixels; where nothing may change, the page."""
+    from PIL import Image, ImageFilter
+
+    blur = ImageFilter.GaussianBlur(case.page.shape[0] / 64)
+    blurred = np.asarray(Image.fromarray(case.exact).filter(blur))
+    return np.where(case.fixed[..., None], case.page, blurred)
+
+
+def halfway_answer(case: Case) -> NDArray[np.uint8]:
+    """Half the page and half the exact answer."""
+    half = (case.page.astype(np.float32) + case.exact) / 2
+    return half.round().astype(np.uint8)
 
 
 # --- tables -------------------------------------------------------------------------------------
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """The mean of the finite values; None without any."""
-    finite = [v for v in values if math.isfinite(v)]
-    return sum(finite) / len(finite) if finite else None
+def summarize(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
+    """Each metric for each kind of edit and overall, as plain JSON values.
 
-
-def table(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int | None]]:
-    """Success (share), preservation (mean dB) and distance (mean dB) for each edit kind and overall."""
-    rows: dict[str, dict[str, float | int | None]] = {}
+    {kind: {"count": n, metric: {"value", "low", "high", "count"}}}. nearest, strict: shares. sharpness: the
+    sum of the outputs' edges over that of the exact answers'. gain: mean. preservation, distance: mean dB,
+    each at most 60. A metric is None where no output has it.
+    """
+    rows: dict[str, dict[str, Any]] = {}
     for kind in (*EDIT_KINDS, "overall"):
-        own = [v for v in verdicts if kind in (v.kind, "overall")]
-        if own:
-            rows[kind] = {
-                "count": len(own),
-                "success": sum(v.success for v in own) / len(own),
-                "preservation": mean([v.preservation for v in own if v.preservation is not None]),
-                "distance": mean([v.distance for v in own]),
-            }
+        some = [v for v in verdicts if kind in (v.kind, "overall")]
+        if not some:
+            continue
+        found = {
+            "nearest": metrics.share([v.nearest for v in some]),
+            "strict": metrics.share([v.strict for v in some]),
+            "sharpness": metrics.ratio([v.edges for v in some], [v.exact_edges for v in some]),
+            "gain": metrics.mean([v.gain for v in some]),
+            "preservation": _mean_psnr([v.preservation for v in some if v.preservation is not None]),
+            "distance": _mean_psnr([v.distance for v in some]),
+        }
+        rows[kind] = {"count": len(some)} | {n: None if e is None else asdict(e) for n, e in found.items()}
     return rows
+
+
+def _mean_psnr(values: Sequence[float]) -> metrics.Estimate | None:
+    return metrics.mean([min(value, metrics.MAX_PSNR) for value in values])
 
 
 def edit_pages(
@@ -152,6 +198,7 @@ def edit_pages(
     seeds: Sequence[int],
     steps: int,
     sampler: str,
+    spacing: str,
     text_cfg: float,
     image_cfg: float,
 ) -> list[NDArray[np.uint8]]:
@@ -170,7 +217,7 @@ def edit_pages(
         text_cfg=text_cfg,
         image_cfg=image_cfg,
         sampler=sampler,
-        sigmas=SPACINGS["linspace"](editor.schedule, steps),
+        sigmas=SPACINGS[spacing](editor.schedule, steps),
     )
     for last in latents:
         final = last
@@ -197,98 +244,124 @@ def score(
     *,
     count: int,
     seed: int = 0,
-    steps: int = 20,
-    sampler: str = "euler_ancestral",
+    steps: int | None = None,
+    sampler: str | None = None,
+    spacing: str | None = None,
     text_cfg: float | None = None,
     image_cfg: float | None = None,
     size: int | None = None,
     batch_size: int = 16,
     splits: Sequence[str] = SPLITS,
+    baselines: Sequence[str] = BASELINES,
     advance: Callable[[], None] | None = None,
     rows: list[tuple[Case, NDArray[np.uint8]]] | None = None,
     keep_rows: int = 0,
 ) -> dict[str, Any]:
-    """Score an editor on `count` edits of each split; returns the tables as plain numbers.
+    """Score an editor on `count` edits of each split; returns the tables as plain JSON values.
 
-    `rows` receives the first `keep_rows` (case, output) of the test split, for a picture of them.
+    The result has the settings, and under "splits" for each split: "model" and each baseline (`summarize`),
+    "edits", the model's numbers edit by edit, and, with the ceiling, "reconstruction", the mean PSNR in dB of
+    the autoencoder on the exact answers. `rows` receives the first `keep_rows` (case, output) of the first
+    split, for a picture of them.
     """
     size = size or editor.bundle.card.native_size
-    text_cfg, image_cfg = editor.scales(text_cfg, image_cfg)
-    result: dict[str, Any] = {
-        "count": count,
-        "seed": seed,
-        "size": size,
-        "steps": steps,
-        "sampler": sampler,
-        "text_cfg": text_cfg,
-        "image_cfg": image_cfg,
-    }
+    sampling = editor.resolve(
+        steps=steps, sampler=sampler, spacing=spacing, text_cfg=text_cfg, image_cfg=image_cfg
+    )
+    result: dict[str, Any] = {"count": count, "seed": seed, "size": size, **sampling, "splits": {}}
     for split in splits:
-        verdicts: dict[str, list[Verdict]] = {"model": [], "copy": [], "ceiling": []}
-        reconstruction: list[float] = []
+        found: list[tuple[Case, Verdict]] = []
+        verdicts: dict[str, list[Verdict]] = {name: [] for name in baselines}
         remaining = cases(count, seed, size, split)
         while batch := list(islice(remaining, batch_size)):
-            first = len(verdicts["model"])
+            first = len(found)
             outputs = edit_pages(
                 editor,
                 np.stack([case.page for case in batch]),
                 [case.edit.instruction for case in batch],
                 seeds=[seed * 1_000_003 + first + i for i in range(len(batch))],
-                steps=steps,
-                sampler=sampler,
-                text_cfg=text_cfg,
-                image_cfg=image_cfg,
+                **sampling,
             )
-            rebuilt = reconstruct_pages(editor, np.stack([case.exact for case in batch]))
-            for case, output, again in zip(batch, outputs, rebuilt, strict=True):
-                verdicts["model"].append(judge(case, output))
-                verdicts["copy"].append(judge(case, case.page))
-                verdicts["ceiling"].append(judge(case, again))
-                reconstruction.append(psnr(again, case.exact))
-                if rows is not None and split == "test" and len(rows) < keep_rows:
+            for case, output in zip(batch, outputs, strict=True):
+                found.append((case, judge(case, output)))
+                if rows is not None and split == splits[0] and len(rows) < keep_rows:
                     rows.append((case, output))
+            for name in baselines:
+                answers = _answer_all(editor, name, batch)
+                verdicts[name] += [judge(case, answer) for case, answer in zip(batch, answers, strict=True)]
+            for _ in batch:
                 if advance:
                     advance()
-        result[split] = {name: table(v) for name, v in verdicts.items()}
-        result[split]["reconstruction"] = mean(reconstruction)
+        tables = {"model": summarize([verdict for _, verdict in found])}
+        tables |= {name: summarize(some) for name, some in verdicts.items()}
+        if "ceiling" in tables:
+            tables["reconstruction"] = tables["ceiling"]["overall"]["distance"]
+        result["splits"][split] = tables | {"edits": [_as_record(*each) for each in found]}
     return result
 
 
+def _answer_all(editor: Editor, baseline: str, batch: Sequence[Case]) -> list[NDArray[np.uint8]]:
+    """A baseline's outputs for a batch of cases."""
+    if baseline == "ceiling":
+        return reconstruct_pages(editor, np.stack([case.exact for case in batch]))
+    answer: Callable[[Case], NDArray[np.uint8]] = {
+        "copy": lambda case: case.page,
+        "hedger": hedged_answer,
+        "blurred answer": blurred_answer,
+    }[baseline]
+    return [answer(case) for case in batch]
+
+
+def _as_record(case: Case, verdict: Verdict) -> dict[str, Any]:
+    """One edit of the JSON; a page that is kept to the byte has a preservation of 60 dB."""
+    numbers = asdict(verdict) | {"strict": verdict.strict}
+    for name in ("preservation", "distance"):
+        if numbers[name] is not None:
+            numbers[name] = min(numbers[name], metrics.MAX_PSNR)
+    return {"instruction": case.edit.instruction, **numbers}
+
+
 def as_text(result: dict[str, Any]) -> str:
-    """The score as a table for people."""
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
+    """The score as tables of at most 100 columns, one for each split."""
     lines = [
-        f"{result['count']} edits a split at {result['size']} px, seed {result['seed']}, "
-        f"{result['steps']} steps of {result['sampler']}, "
+        f"{result['count']} edits per split at {result['size']} px, seed {result['seed']}",
+        f"{result['steps']} steps of {result['sampler']} ({result['spacing']}), "
         f"text CFG {result['text_cfg']:g}, image CFG {result['image_cfg']:g}",
-        "",
+        "number right of all, percent, and in brackets the 95% interval",
     ]
-    splits = [s for s in SPLITS if s in result]
-    head = f"{'edit':<12}" + "".join(f"{s.replace('_', ' '):>21}" for s in splits)
-    lines += [
-        head + f"{'preservation':>15}{'ceiling':>10}{'copy':>10}",
-        "-" * (len(head) + 35),
-    ]
-    first = splits[0]
-    for kind in (*EDIT_KINDS, "overall"):
-        if kind not in result[first]["model"]:
-            continue
-        line = f"{kind:<12}"
-        for split in splits:
-            row = result[split]["model"].get(kind)
-            line += f"{number(row and row['success'], '.1%'):>21}"
-        kept = result[first]["model"][kind]["preservation"]
-        line += f"{number(kept, '.1f') + (' dB' if kept is not None else ''):>15}"
-        line += "".join(f"{result[first][row][kind]['success']:>10.1%}" for row in ("ceiling", "copy"))
-        lines.append(line)
-    lines += [
-        "",
-        f"autoencoder: {number(result[first]['reconstruction'], '.1f')} dB on the exact answers",
-    ]
+    for split, tables in result["splits"].items():
+        head = f"{split:<20}{'nearest':>20}{'strict':>26}{'sharpness':>17}{'preservation, dB':>17}"
+        lines += ["", head, "-" * len(head)]
+        named = list(tables["model"].items())
+        named += [(name, tables[name]["overall"]) for name in BASELINES if name in tables]
+        for name, row in named:
+            if name == BASELINES[0]:
+                lines.append("-" * len(head))
+            lines.append(
+                f"{name:<14}{_share_text(row['nearest']):>26}{_share_text(row['strict']):>26}"
+                f"{_mean_text(row['sharpness'], '.2f'):>17}{_mean_text(row['preservation'], '.1f'):>17}"
+            )
+        if "reconstruction" in tables:
+            rebuilt = _mean_text(tables["reconstruction"], ".1f")
+            lines.append(f"autoencoder on the exact answers: {rebuilt} dB")
     return "\n".join(lines)
+
+
+def _share_text(share: dict[str, float]) -> str:
+    """7/10 70% (40-89); percents without decimals, which the interval would not bear out."""
+    right = round(share["value"] * share["count"])
+    low, high = (f"{100 * share[end]:.0f}" for end in ("low", "high"))
+    return f"{right}/{share['count']} {share['value']:4.0%} {f'({low}-{high})':>8}"
+
+
+def _mean_text(mean: dict[str, float | None] | None, form: str) -> str:
+    """24.8 (23.1-26.5); - for a metric that no output has."""
+    if mean is None:
+        return "-"
+    ends = [mean[end] for end in ("low", "high")]
+    if None in ends:
+        return f"{mean['value']:{form}} (1 edit)"
+    return f"{mean['value']:{form}} ({ends[0]:{form}}-{ends[1]:{form}})"
 
 
 def rows_picture(rows: Sequence[tuple[Case, NDArray[np.uint8]]], columns: int = 2) -> Any:
@@ -323,7 +396,7 @@ def rows_picture(rows: Sequence[tuple[Case, NDArray[np.uint8]]], columns: int = 
             fill="black",
             font=font,
         )
-        right = judge(case, output).success
+        right = judge(case, output).nearest
         pen.text(
             (x + size + 4, y + height - 24),
             "right" if right else "wrong",
@@ -334,27 +407,33 @@ def rows_picture(rows: Sequence[tuple[Case, NDArray[np.uint8]]], columns: int = 
 
 
 def run(config: ScoreConfig) -> None:
-    """The command `ip2p storybook score`: print the table, and write what the config asks for."""
+    """The command `ip2p storybook score`: print the tables, and write what the config asks for."""
     from ip2p.base.files import check_output, replacing, write_text
     from ip2p.base.terminal import progress
     from ip2p.editing.editor import Editor
 
+    for split in config.split:
+        if split not in edits.SPLITS:
+            raise InputError(f"--split is {split!r}; choose one of: {', '.join(edits.SPLITS)}.")
+    splits = tuple(dict.fromkeys(config.split)) or SPLITS
     for path in (config.out, config.sheet):
         if path is not None:
             check_output(path, overwrite=config.overwrite)
     editor = Editor.load(config.model, device=config.device, dtype=config.dtype)
     rows: list[tuple[Case, NDArray[np.uint8]]] = []
-    with progress("scoring", config.count * len(SPLITS)) as advance:
+    with progress("scoring", config.count * len(splits)) as advance:
         result = score(
             editor,
             count=config.count,
             seed=config.seed,
             steps=config.steps,
             sampler=config.sampler,
+            spacing=config.spacing,
             text_cfg=config.text_cfg,
             image_cfg=config.image_cfg,
             size=config.size,
             batch_size=config.batch_size,
+            splits=splits,
             advance=advance,
             rows=rows,
             keep_rows=ROWS_SHOWN if config.sheet else 0,

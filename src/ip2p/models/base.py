@@ -31,9 +31,9 @@ def load_base(
 ) -> Bundle:
     """Open what `bundle.load_bundle` opens, and Stable Diffusion itself, to be trained.
 
-    A UNet of 4 channels is widened to 8 (`widened` says so). All is fp32. The UNet takes gradients and
-    its weights are copies of its own: no change reaches a file. The other networks are frozen. Raises
-    ModelError, also for what cannot be trained: a UNet of other channels, CosXL.
+    A UNet that takes noise alone is widened to take a picture too (`widened` says so). All is fp32. The UNet
+    takes gradients and its weights are copies of its own: no change reaches a file. The other networks are
+    frozen. Raises ModelError, also for what cannot be trained: a UNet of other channels, CosXL.
     """
     stored = open_model(find_model(base, revision=revision), weights=weights, parts=open_parts(parts_from))
     _check_noise(stored)

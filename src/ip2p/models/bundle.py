@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from ip2p.base.errors import InputError, ModelError, hub_error
+from ip2p.config import SamplerName, Spacing, check_guidance
 from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.families import unet_refusal
@@ -72,15 +73,27 @@ class Card:
     """What a model says of itself in `ip2p.json`; every field may be missing there.
 
     native_size: the side in pixels that it was trained at. known_psnr: below this reconstruction
-    PSNR in dB of its autoencoder, a picture is far from what it knows. text_cfg, image_cfg: the
-    scales to use unless others are asked for (the paper's, if the model names none).
+    PSNR in dB of its autoencoder, a picture is far from what it knows. The other fields are the settings
+    that it recommends, or the defaults of every model (`resolve_settings`).
     """
 
     name: str
     native_size: int
     known_psnr: float | None = None
+    steps: int = 20
+    sampler: str = "euler_ancestral"
+    spacing: str = "linspace"
     text_cfg: float = 7.5
     image_cfg: float = 1.5
+
+
+RECOMMENDED = ("steps", "sampler", "spacing", "text_cfg", "image_cfg")
+
+
+def resolve_settings(card: Card, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an edit, each of `RECOMMENDED` that is None or missing with the model's own value."""
+    own = {name: getattr(card, name) for name in RECOMMENDED if settings.get(name) is None}
+    return {**settings, **own}
 
 
 @dataclass(frozen=True)
@@ -550,8 +563,25 @@ def _card(stored: Stored, name: str, native_size: int) -> Card:
         name=str(said.get("name") or own),
         native_size=int(said.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
-        **{k: float(said[k]) for k in ("text_cfg", "image_cfg") if said.get(k) is not None},
+        **_recommended(said, stored.path),
     )
+
+
+def _recommended(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The settings that a card names. Raises ModelError for one that no edit can have."""
+    found = {name: said[name] for name in RECOMMENDED if said.get(name) is not None}
+    for name, known in (("sampler", get_args(SamplerName)), ("spacing", get_args(Spacing))):
+        if found.get(name, known[0]) not in known:
+            raise ModelError(
+                f"{path}: its ip2p.json recommends the {name} {found[name]!r}; known are {', '.join(known)}. "
+                "Correct it there, or update ip2p."
+            )
+    try:
+        found |= {name: float(found[name]) for name in ("text_cfg", "image_cfg") if name in found}
+        check_guidance(found.get("steps", 1), found.get("text_cfg"), found.get("image_cfg"))
+    except (InputError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: its ip2p.json cannot be used ({error}). Correct it there.") from None
+    return found
 
 
 def _square(size: int | list[int] | tuple[int, int] | None) -> int:

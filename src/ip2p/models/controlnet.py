@@ -36,7 +36,7 @@ class Control:
     scale: float = 1.0
 
     def __call__(self, noisy: Tensor, time: Tensor, told: Mapping[str, Tensor]) -> dict[str, Any]:
-        """From the noisy channels [batch, 4, h, w], the time [batch] and the text: arguments of the UNet."""
+        """From noisy latents [batch, channels, h, w], the time [batch] and the text: the UNet's arguments."""
         picture = self.picture.to(noisy).repeat(len(noisy) // len(self.picture), 1, 1, 1)
         down, middle = self.network(
             noisy,

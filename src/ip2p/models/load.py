@@ -184,7 +184,7 @@ class Stored:
 
     @property
     def channels(self) -> tuple[int, int]:
-        """How many channels the UNet takes, and how many an editor's does."""
+        """How many channels the UNet takes, and how many an editor's does: twice those of the latents."""
         latent = int(self.configs["vae"].get("latent_channels", 4))
         return int(self.configs["unet"].get("in_channels", 4)), 2 * latent
 

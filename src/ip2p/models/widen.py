@@ -10,7 +10,7 @@ from torch import nn
 from ip2p.base.errors import ModelError
 
 
-def widen_conv_in(unet: Any, channels: int = 8) -> None:
+def widen_conv_in(unet: Any, channels: int) -> None:
     """Let a UNet take `channels` input channels, in place: those that it had, then new ones of weight zero.
 
     The bias is copied, so that before any step the UNet answers as it did whatever the new channels hold

@@ -16,7 +16,8 @@ from ip2p.base.errors import InputError
 from ip2p.pictures.images import EXIF_IFD, USER_COMMENT, missing_file
 
 SAMPLER_NAMES = {"euler_ancestral": "Euler a", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
-SCHEDULE_NAMES = {"linspace": "Automatic", "karras": "Karras"}
+# A1111's "SGM Uniform" takes the times of trailing before they are rounded.
+SCHEDULE_NAMES = {"linspace": "Automatic", "karras": "Karras", "trailing": "SGM Uniform"}
 # A name, a colon, and a value that is JSON-quoted where it holds a comma, a colon or a newline.
 FIELD = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 

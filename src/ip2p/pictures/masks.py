@@ -174,11 +174,11 @@ def held(denoise: Denoiser, known: Tensor, free: Tensor) -> Denoiser:
 def found(said: Tensor, done: Tensor, threshold: float, size: tuple[int, int]) -> list[Image.Image]:
     """What an instruction is about: a mask of `size` (width, height) for each row.
 
-    said: [batch, draws, 4, h, w], the model's predictions with the instruction less those without it, from
-    noised latents of the picture. done: [batch, 4, h, w], the latents of the result less the picture's.
-    A place counts as far as both stand out there: the first alone ("Watch Your Steps", Mirzaei et al. 2023,
-    section 3.2) also points at what the instruction merely mentions, the second alone at every stain.
-    A change without a background, of the light or the whole scene, gives a mask of everything.
+    said: [batch, draws, channels, h, w], the model's predictions with the instruction less those without it,
+    from noised latents of the picture. done: [batch, channels, h, w], the latents of the result less the
+    picture's. A place counts as far as both stand out there: the first alone ("Watch Your Steps", Mirzaei et
+    al. 2023, section 3.2) also points at what the instruction merely mentions, the second alone at every
+    stain. A change without a background, of the light or the whole scene, gives a mask of everything.
     """
     import torch
 

@@ -50,7 +50,7 @@ class Img2Img(BaseModel):
     negative_prompt: str | None = Field(None, description="what to stay away from")
     cfg_scale: float | None = Field(7.0, description="how strongly to follow the prompt")
     image_cfg_scale: float | None = Field(None, description="how strongly to keep the picture; null is 1.0")
-    steps: int | None = Field(None, description="sampling steps; 20 unless given")
+    steps: int | None = Field(None, description="sampling steps; unless given the model's own, else 20")
     seed: int | None = Field(-1, description="the first result's; -1: drawn")
     batch_size: int | None = Field(1, description="results, times n_iter")
     n_iter: int | None = Field(1, description="results, times batch_size")
@@ -173,7 +173,7 @@ def router(desk: Desk) -> APIRouter:
     async def schedulers() -> list[dict[str, Any]]:
         return [
             {
-                "name": label.lower(),
+                "name": label.lower().replace(" ", "_"),
                 "label": label,
                 "aliases": [name],
                 "default_rho": 7.0 if name == "karras" else -1.0,
@@ -276,7 +276,7 @@ async def _edit_of(desk: Desk, body: Img2Img, given: Pictures, model: str) -> se
         image=picture,
         instruction=body.prompt,
         seeds=seeds_of(body.seed, batches * each, desk.service.limits.count, "batch_size"),
-        steps=20 if body.steps is None else body.steps,
+        steps=body.steps,
         sampler=sampler,
         spacing=spacing,
         text_cfg=7.0 if body.cfg_scale is None else body.cfg_scale,
@@ -301,17 +301,20 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _sampler(body: Img2Img) -> tuple[str, str]:
-    """Our names of the sampler and the spacing, of which older clients write both into one name."""
+def _sampler(body: Img2Img) -> tuple[str | None, str | None]:
+    """Our names of the sampler and the spacing, of which older clients write both into one name.
+
+    None is the model's own: no sampler, and no schedule or "Automatic".
+    """
     samplers = {label.lower(): name for name, label in SAMPLER_NAMES.items()}
     samplers |= {name: name for name in SAMPLER_NAMES}
     spacings = {label.lower(): name for name, label in SCHEDULE_NAMES.items()}
-    spacings |= {name: name for name in SCHEDULE_NAMES}
-    wanted = (body.sampler_name or body.sampler_index or "Euler a").strip().lower()
-    spacing = (body.scheduler or "automatic").strip().lower()
+    spacings |= {name: name for name in SCHEDULE_NAMES} | {"uniform": "linspace"}
+    wanted = (body.sampler_name or body.sampler_index or "").strip().lower()
+    spacing = (body.scheduler or "automatic").strip().lower().replace("_", " ")
     if wanted not in samplers and wanted.endswith(" karras"):
         wanted, spacing = wanted.removesuffix(" karras"), "karras"
-    if wanted not in samplers:
+    if wanted and wanted not in samplers:
         raise FieldError(
             f"sampler_name is {wanted[:60]!r}; use one of {', '.join(SAMPLER_NAMES.values())}.",
             field="sampler_name",
@@ -321,13 +324,14 @@ def _sampler(body: Img2Img) -> tuple[str, str]:
             f"scheduler is {spacing[:60]!r}; use one of {', '.join(SCHEDULE_NAMES.values())}.",
             field="scheduler",
         )
-    return samplers[wanted], spacings[spacing]
+    return samplers.get(wanted), None if spacing == "automatic" else spacings[spacing]
 
 
 def _info(body: Img2Img, edit: services.Request, job: Job, model: str) -> dict[str, Any]:
     """What stands beside the pictures as JSON in a string."""
     width, height = edit.image.size
     seeds = list(edit.seeds)
+    made = job.results[0].settings if job.results else None
     return {
         "prompt": edit.instruction,
         "all_prompts": [edit.instruction] * len(seeds),
@@ -340,10 +344,10 @@ def _info(body: Img2Img, edit: services.Request, job: Job, model: str) -> dict[s
         "subseed_strength": 0,
         "width": width,
         "height": height,
-        "sampler_name": SAMPLER_NAMES[edit.sampler],
+        "sampler_name": SAMPLER_NAMES.get(made.sampler if made else edit.sampler or ""),
         "cfg_scale": edit.text_cfg,
         "image_cfg_scale": edit.image_cfg,
-        "steps": edit.steps,
+        "steps": made.steps if made else edit.steps,
         "batch_size": body.batch_size or 1,
         "restore_faces": False,
         "face_restoration_model": None,

@@ -26,6 +26,7 @@ from PIL import Image
 from ip2p.base.errors import InputError, Ip2pError, ResourceError
 from ip2p.config import MAX_SCALE
 from ip2p.editing import grid
+from ip2p.models.bundle import RECOMMENDED
 from ip2p.pictures.images import load_image, resized, save_image
 from ip2p.pictures.infotext import Settings, parse_infotext, read_infotext
 from ip2p.serve.run import Controls, duration, from_settings, progress, run, surprise
@@ -247,23 +248,23 @@ class Actions:
         return text
 
     def own(self, model: str | None) -> Values:
-        """The scales that a model recommends."""
-        text_cfg, image_cfg = self.service.scales(model or None)
-        return {"text_cfg": text_cfg, "image_cfg": image_cfg}
+        """The settings that a model recommends."""
+        card = self.service.card(model or None)
+        own = {name: getattr(card, name) for name in RECOMMENDED}
+        return own | {"steps": min(card.steps, self.service.limits.steps)}
 
     def surprise(self, model: str | None) -> Values:
         """Scales around the model's own ones, and a random seed."""
-        text_cfg, image_cfg = surprise(self.service.scales(model or None))
+        card = self.service.card(model or None)
+        text_cfg, image_cfg = surprise((card.text_cfg, card.image_cfg))
         return {"text_cfg": text_cfg, "image_cfg": image_cfg, "seed": -1}
 
     def axes(self, model: str | None) -> Values:
         """The values of the matrix around the model's own scales, as `ip2p grid` takes them."""
-        text_cfg, image_cfg = self.service.scales(model or None)
+        card = self.service.card(model or None)
+        scales = {"text_cfg": card.text_cfg, "image_cfg": card.image_cfg}
         return {
-            name: " ".join(
-                f"{value:g}"
-                for value in grid.default_values(setting, text_cfg=text_cfg, image_cfg=image_cfg, seed=0)
-            )
+            name: " ".join(f"{value:g}" for value in grid.default_values(setting, **scales, seed=0))
             for name, setting in (("columns", "text-cfg"), ("rows", "image-cfg"))
         }
 

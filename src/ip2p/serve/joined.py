@@ -46,7 +46,7 @@ class Lane:
     def __init__(self, engine: _Engine) -> None:
         self._engine = engine
         self.pictures: int | None = None  # how many of an edit's results to make at once; None: what fits
-        self.x0: Tensor | None = None  # the newest prediction of the result, [batch, 4, h, w]
+        self.x0: Tensor | None = None  # the newest prediction of the result, [batch, channels, h, w]
         self.most = PASSES  # rows of a call that fit in memory
         self.sampling = False
         self.stopped = False

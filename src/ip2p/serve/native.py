@@ -52,9 +52,14 @@ class EditBody(BaseModel):
     )
     count: int = Field(1, description="how many results")
     seed: int = Field(0, description="the first result's seed, the next ones count up; -1: drawn")
-    steps: int = Field(20, description="sampling steps")
-    sampler: str = Field("euler_ancestral", description="euler_ancestral, euler or dpmpp_2m")
-    spacing: str = Field("linspace", description="how the noise levels lie: linspace or karras")
+    steps: int | None = Field(None, description="sampling steps; unless given the model's own, else 20")
+    sampler: str | None = Field(
+        None, description="euler_ancestral, euler or dpmpp_2m; unless given the model's own, else the first"
+    )
+    spacing: str | None = Field(
+        None,
+        description="linspace, karras or trailing; unless given the model's own, else linspace",
+    )
     text_cfg: float | None = Field(None, description="how strongly to follow the instruction")
     image_cfg: float | None = Field(None, description="how strongly to keep the picture")
     negative: str = Field("", description="what to stay away from")

@@ -66,7 +66,9 @@ class ImagesEdit(BaseModel):
         None, ge=0, le=3, description="with stream: at most so many before the end"
     )
     seed: int | None = Field(None, description="the first result's seed; drawn unless given")
-    num_inference_steps: int | None = Field(None, description="sampling steps; 20 unless given")
+    num_inference_steps: int | None = Field(
+        None, description="sampling steps; unless given the model's own, else 20"
+    )
     guidance_scale: float | None = Field(None, description="how strongly to follow the prompt")
     image_guidance_scale: float | None = Field(None, description="how strongly to keep the picture")
     negative_prompt: str | None = Field(None, description="what to stay away from")
@@ -141,7 +143,7 @@ async def _edit_of(desk: Desk, body: ImagesEdit, given: Pictures) -> services.Re
         size = _result_size(body.size, desk.config.max_pixels)
         picture = await desk.by_hand(sized, picture, size, "crop")
         mask = mask and await desk.by_hand(sized, mask, size, "crop")
-    steps = 20 if body.num_inference_steps is None else body.num_inference_steps
+    steps = body.num_inference_steps
     partial = (body.partial_images or 0) if body.stream else 0
     return services.Request(
         image=picture,
@@ -153,7 +155,7 @@ async def _edit_of(desk: Desk, body: ImagesEdit, given: Pictures) -> services.Re
         negative=body.negative_prompt or "",
         mask=mask,
         model=body.model,
-        previews=max(1, steps // (partial + 1)) if partial else 0,
+        previews=max(1, (steps or service.expected_steps(body.model)) // (partial + 1)) if partial else 0,
     )
 
 

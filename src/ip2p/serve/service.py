@@ -33,6 +33,7 @@ from ip2p.config import MAX_SCALE, MAX_SEED, MAX_SIZE, MIN_SIZE
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editing.editor import Editor
+from ip2p.models.bundle import RECOMMENDED, Card, resolve_settings
 from ip2p.pictures import masks
 from ip2p.pictures.images import load_image, to_bytes, to_pil
 from ip2p.pictures.infotext import Settings, amend, parse_infotext
@@ -106,9 +107,9 @@ class Request:
     image: Image.Image
     instruction: str
     seeds: tuple[int, ...] = (0,)
-    steps: int = 20
-    sampler: str = "euler_ancestral"
-    spacing: str = "linspace"
+    steps: int | None = None
+    sampler: str | None = None
+    spacing: str | None = None
     text_cfg: float | None = None
     image_cfg: float | None = None
     negative: str = ""
@@ -197,7 +198,7 @@ class Job:
         self.count = len(request.seeds)
         self.state: State = "waiting"
         self.step = 0
-        self.steps = request.steps * self.count
+        self.steps = (request.steps or service.expected_steps(model)) * self.count
         self.results: list[Result] = []
         self.masks: list[Image.Image] | None = None
         self.kept: list[Kept] | None = None
@@ -572,10 +573,27 @@ class Service:
                     self._heavy_bytes -= self._heavy.pop(job.id, 0)
             return job.kept
 
-    def scales(self, model: str | None = None) -> tuple[float, float]:
-        """The text and image CFG that a model itself recommends. Loads it."""
+    def card(self, model: str | None = None) -> Card:
+        """What a model says of itself, with the settings that it recommends. Loads it."""
         with self._held(self._known[model or self.models[0]]) as editor:
-            return editor.scales(None, None)
+            return editor.bundle.card
+
+    def expected_steps(self, model: str | None = None) -> int:
+        """The steps of an edit that names none: known once the model is loaded, until then a guess."""
+        known = self._known[model or self.models[0]]
+        editor = known.given or known.editor
+        return min(Card.steps if editor is None else editor.bundle.card.steps, self.limits.steps)
+
+    def _resolve(self, job: Job, card: Card) -> Request:
+        """The job's request, from now on with the model's own values for the settings that it left open."""
+        request = job._request
+        assert request is not None
+        own = resolve_settings(card, {name: getattr(request, name) for name in RECOMMENDED})
+        if request.steps is None:
+            own["steps"] = min(own["steps"], self.limits.steps)
+        job._request = dataclasses.replace(request, **own)
+        job.steps = own["steps"] * job.count
+        return job._request
 
     def warm(self) -> None:
         """Load the first model. Raises as it does."""
@@ -905,8 +923,7 @@ class Service:
 
     def _edit(self, job: Job, editor: JoinedEditor, lane: Lane) -> None:
         """Make all results of a job, as many at once as it has places."""
-        request = job._request
-        assert request is not None
+        request = self._resolve(job, editor.bundle.card)
         working = self._working_size(editor, request)
         lane.pictures = job._places
         at_once = editor.fitting_batch(working)
@@ -1075,7 +1092,8 @@ def _checked(request: Request, limits: Limits, models: list[str]) -> Request:
         )
     for seed in request.seeds:
         _whole("seeds", seed, 0, MAX_SEED)
-    _whole("steps", request.steps, 1, limits.steps)
+    if request.steps is not None:
+        _whole("steps", request.steps, 1, limits.steps)
     _whole("previews", request.previews, 0, limits.steps)
     _whole("mask_padding", request.mask_padding, 0, MAX_SIZE)
     for name, most in (
@@ -1086,7 +1104,8 @@ def _checked(request: Request, limits: Limits, models: list[str]) -> Request:
     ):
         _number(name, getattr(request, name), most)
     for name, known in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("fit", ("original", "model"))):
-        _one_of(name, getattr(request, name), list(known))
+        if (value := getattr(request, name)) is not None:
+            _one_of(name, value, list(known))
     if request.model is not None:
         _one_of("model", request.model, models)
     sides = () if request.size is None else (request.size,) if isinstance(request.size, int) else request.size

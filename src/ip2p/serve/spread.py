@@ -26,6 +26,7 @@ from PIL import Image
 from ip2p.base.cluster import Cluster, fitting, ray_of
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
 from ip2p.config import ServeConfig
+from ip2p.models.bundle import Card
 from ip2p.serve.joined import Stopped
 from ip2p.serve.service import FieldError, Job, Request, Result, Service, _small
 
@@ -33,7 +34,7 @@ log = logging.getLogger("ip2p.serve")
 
 Build = Callable[[contextlib.ExitStack], Service]
 TRIES = 2  # an edit whose replica is lost begins again on another one
-START_SECONDS, SCALES_SECONDS = 60, 600  # Ray's part of the start; what a model may take to load
+START_SECONDS, CARD_SECONDS = 60, 600  # Ray's part of the start; what a model may take to load
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Replicas(Protocol):
 
     def edit(self, request: Request) -> Answer: ...
 
-    def scales(self, model: str) -> tuple[float, float]: ...
+    def card(self, model: str) -> Card: ...
 
 
 class Replica:
@@ -106,9 +107,9 @@ class Replica:
         """Why it cannot edit."""
         return self._failure
 
-    async def scales(self, model: str) -> tuple[float, float] | Failure:
+    async def card(self, model: str) -> Card | Failure:
         try:
-            return await asyncio.to_thread(self.service.scales, model)
+            return await asyncio.to_thread(self.service.card, model)
         except Ip2pError as error:
             return Failure.of(error)
 
@@ -148,25 +149,29 @@ class Spread(Service):
     ) -> None:
         super().__init__(dict.fromkeys(models, _elsewhere), join=count * each, loaded=len(models), **how)
         self._replicas = replicas
-        self._scales: dict[str, tuple[float, float]] = {}
+        self._cards: dict[str, Card] = {}
 
-    def scales(self, model: str | None = None) -> tuple[float, float]:
+    def card(self, model: str | None = None) -> Card:
         name = model or self.models[0]
-        if name not in self._scales:
-            self._scales[name] = self._replicas.scales(name)
-        return self._scales[name]
+        if name not in self._cards:
+            self._cards[name] = self._replicas.card(name)
+        return self._cards[name]
+
+    def expected_steps(self, model: str | None = None) -> int:
+        card = self._cards.get(model or self.models[0])
+        return min(Card.steps if card is None else card.steps, self.limits.steps)
 
     def warm(self) -> None:
-        self.scales()
+        self.card()
 
     @property
     def ready(self) -> bool:
-        return not self.stats().draining and self.models[0] in self._scales
+        return not self.stats().draining and self.models[0] in self._cards
 
     def _make(self, job: Job) -> None:
-        assert job._request is not None
+        request = self._resolve(job, self.card(job.model))
         for _ in range(TRIES):
-            answer = self._replicas.edit(job._request)
+            answer = self._replicas.edit(request)
             try:
                 with self._stoppable(job, answer):
                     return self._listen(job, answer)
@@ -304,12 +309,11 @@ class _OnRay:
     def edit(self, request: Request) -> _Stream:
         return _Stream(self.handle.options(stream=True).edit.remote(request), self.lost)
 
-    def scales(self, model: str) -> tuple[float, float]:
-        told = self.handle.scales.remote(model).result(timeout_s=SCALES_SECONDS)
-        if isinstance(told, Failure):
-            told.throw()
-        text, image = told
-        return text, image
+    def card(self, model: str) -> Card:
+        card: Card | Failure = self.handle.card.remote(model).result(timeout_s=CARD_SECONDS)
+        if isinstance(card, Failure):
+            card.throw()
+        return card
 
 
 class _Stream:

@@ -60,9 +60,9 @@ CPU_BATCH, BATCH = 4, 8  # candidates at once
 class Made:
     """What became of a candidate.
 
-    before, after: uint8 [height, width, 3], and latents, the sampler's for both, fp32 [2, 4, h, w] on the
-    CPU; all None unless it was made. evaluations: pictures that went through the UNet for it, a guided one
-    twice; a source in common counts for its first candidate.
+    before, after: uint8 [height, width, 3], and latents, the sampler's for both, fp32 [2, channels, h, w] on
+    the CPU; all None unless it was made. evaluations: pictures that went through the UNet for it, a guided
+    one twice; a source in common counts for its first candidate.
     """
 
     candidate: Candidate
@@ -206,7 +206,9 @@ class PairMaker:
         sources = list(dict.fromkeys(_source(one) for one in candidates))
         batch = _Batch(candidates, torch.tensor([sources.index(_source(one)) for one in candidates]))
         denoise = self._denoiser(batch, sources)
-        shape = (4, *(side // self.editor.bundle.latent_factor for side in reversed(self.size)))
+        bundle = self.editor.bundle
+        sides = (side // bundle.latent_factor for side in reversed(self.size))
+        shape = (bundle.vae.config.latent_channels, *sides)
         stream = NoiseStream([source.seed for source in sources], shape, self.device)
         whose = torch.cat([torch.arange(len(sources)), batch.owners]).to(self.device)
 

@@ -40,7 +40,8 @@ class Objective:
 class Draws:
     """All that is random about a batch of samples; row i depends on its seed and its place alone.
 
-    posterior, noise: [batch, 4, h, w]. timesteps: [batch]. text_null, image_null, caption_only: [batch].
+    posterior, noise: [batch, channels, h, w]. timesteps: [batch]. text_null, image_null, caption_only:
+    [batch].
     """
 
     posterior: Tensor
@@ -88,10 +89,10 @@ def draw(places: Sequence[int], seed: int, shape: Sequence[int], objective: Obje
 class EditBatch:
     """Samples of one micro-batch.
 
-    before: the image condition, unscaled modes [batch, 4, h, w]. mean, std: of the edited picture's latents.
-    text: tokens [batch, length] of an encoder that learns along, or hidden states [batch, length, features]
-    with SDXL's pooled and time_ids beside; what the dropout takes away is replaced already. changed: latent
-    cells in which the pictures differ [batch, 1, h, w]. labels: class numbers of drawn pages.
+    before: the image condition, unscaled modes [batch, channels, h, w]. mean, std: of the edited picture's
+    latents. text: tokens [batch, length] of an encoder that learns along, or hidden states [batch, length,
+    features] with SDXL's pooled and time_ids beside; what the dropout takes away is replaced already.
+    changed: latent cells in which the pictures differ [batch, 1, h, w]. labels: class numbers of drawn pages.
     """
 
     before: Tensor

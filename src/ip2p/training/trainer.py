@@ -555,8 +555,10 @@ class _Checks:
             steps=self.here.config.validate_steps,
             size=self.here.transform.size[0],
             splits=("test",),
-        )["test"]["model"]["overall"]
-        return {"success": told["success"], "kept": told["preservation"] or 0.0}
+            baselines=(),
+        )["splits"]["test"]["model"]["overall"]
+        kept = told["preservation"]
+        return {"success": told["nearest"]["value"], "kept": kept["value"] if kept else 0.0}
 
     def __call__(self, step: int) -> bool:
         self.curves.forget_after(step - 1)
