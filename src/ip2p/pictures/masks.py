@@ -172,9 +172,10 @@ def found(said: Tensor, done: Tensor, threshold: float, size: tuple[int, int]) -
 
     said: [batch, draws, channels, h, w], the model's predictions with the instruction minus those without it,
     from noised latents of the picture. done: [batch, channels, h, w], the latents of the result minus the
-    picture's. A position counts only if both stand out: the first alone ("Watch Your Steps", Mirzaei et al. 2023, section
-    3.2) also marks objects that the instruction merely mentions, the second alone marks every artifact. A
-    change without a background (of the light or the whole scene) gives a mask of the whole picture.
+    picture's. A position counts only if both stand out: the first alone ("Watch Your Steps", Mirzaei et al.
+    2023, section 3.2) also marks objects that the instruction merely mentions, the second alone marks every
+    artifact. A change without a background (of the light or the whole scene) gives a mask of the whole
+    picture.
     """
     import torch
 
