@@ -73,13 +73,15 @@ class Card:
     """What a model says of itself in `ip2p.json`; every field may be missing there.
 
     native_size: the side in pixels that it was trained at. known_psnr: below this reconstruction
-    PSNR in dB of its autoencoder, a picture is far from what it knows. The other fields are the settings
+    PSNR in dB of its autoencoder, a picture is far from what it knows. closed_vocabulary: words that are no
+    single token of its tokenizer are unknown to it (`models.text.unknown_words`). The other fields are the settings
     that it recommends, or the defaults of every model (`Settings.resolved`).
     """
 
     name: str
     native_size: int
     known_psnr: float | None = None
+    closed_vocabulary: bool = False
     steps: int = 20
     sampler: str = "euler_ancestral"
     schedule: str = "linspace"
@@ -557,6 +559,7 @@ def _card(stored: Stored, name: str, native_size: int) -> Card:
         name=str(said.get("name") or own),
         native_size=int(said.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
+        closed_vocabulary=bool(said.get("closed_vocabulary")),
         **_recommended(said, stored.path),
     )
 

@@ -136,10 +136,12 @@ def words_without_effect(bundle: Bundle, text: str) -> list[str]:
     """A warning for what a model does not read of a text: what is cut off, words of no known meaning."""
     found = _cut_text(bundle.tokenizer, text)
     unknown = []
-    if getattr(bundle.card, "closed_vocabulary", False):
+    if bundle.card.closed_vocabulary:
         unknown = unknown_words(text, bundle.tokenizer)
     if unknown:
-        found.append(f"{bundle.card.name} does not know these words: {', '.join(unknown)}.")
+        words = f"{bundle.card.name} does not know these words: {', '.join(unknown)}."
+        warnings.warn(words, stacklevel=2)
+        found.append(words)
     return found
 
 
