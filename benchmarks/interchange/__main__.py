@@ -57,9 +57,8 @@ def main() -> None:
 
     far = (torch.tensor(theirs["hidden"], dtype=torch.float64) - hidden).abs().max().item()
     same = ids == theirs["ids"]
-    print(
-        f"transformers {theirs['version']}: ids {'equal' if same else 'differ'}, hidden states within {far:.1e}"
-    )
+    verdict = "equal" if same else "differ"
+    print(f"transformers {theirs['version']}: ids {verdict}, hidden states within {far:.1e}")
     sys.exit(0 if same and far < 1e-4 else 1)
 
 
