@@ -730,7 +730,7 @@ def test_a_classifier_without_a_word_for_unsafe_is_refused(classifier, here, tmp
     config = json.loads((other / "config.json").read_text())
     config |= {"id2label": {"0": "cat", "1": "not nsfw"}, "label2id": {"cat": 0, "not nsfw": 1}}
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="has no label for unsafe pictures, but cat, not nsfw"):
+    with pytest.raises(ModelError, match="has no label for unsafe pictures. Its labels: cat, not nsfw"):
         Classifier(str(other))
     with pytest.raises(ModelError, match="no such model"):
         Classifier("nowhere")

@@ -82,9 +82,9 @@ def test_a_gpu_a_worker_when_the_cluster_has_them(ray, gpus, wanted):
 
 
 def test_a_cluster_that_is_too_small_is_told_at_once(ray):
-    with pytest.raises(ResourceError, match="needs 5 CPUs and the cluster has 4. Try --ray 4"):
+    with pytest.raises(ResourceError, match="needs 5 CPUs, but the cluster has 4. Try --ray 4"):
         launch(train, "settings", workers=5)
-    with pytest.raises(ResourceError, match="needs 2 GPUs and the cluster has 0"):
+    with pytest.raises(ResourceError, match="needs 2 GPUs, but the cluster has 0"):
         launch(train, "settings", workers=2, use_gpu=True)
     assert not ray.trainers
 

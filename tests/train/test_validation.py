@@ -277,5 +277,5 @@ def test_a_resumed_watch_counts_on():
 
 
 def test_a_number_that_is_not_given_is_named_with_those_that_are():
-    with pytest.raises(InputError, match="watches clip_directional.*Choose one of: psnr, l1"):
+    with pytest.raises(InputError, match="needs clip_directional.*Choose one of: psnr, l1"):
         Watch("clip_directional", 2).see(1, {"psnr": 20, "l1": 0.1})

@@ -113,8 +113,10 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A writer's text without the prompt. finished: it was not cut off. refused: the writer will never answer
-    this prompt; the text is the reason."""
+    """A writer's text without the prompt.
+
+    finished: it was not cut off. refused: the writer will never answer this prompt; the text is the reason.
+    """
 
     text: str
     finished: bool = True
