@@ -73,9 +73,9 @@ class Card:
     """What a model says of itself in `ip2p.json`; every field may be missing there.
 
     native_size: the side in pixels that it was trained at. known_psnr: below this reconstruction
-    PSNR in dB of its autoencoder, a picture is far from what it knows. closed_vocabulary: words that are no
-    single token of its tokenizer are unknown to it (`models.text.unknown_words`). The other fields are the settings
-    that it recommends, or the defaults of every model (`Settings.resolved`).
+    PSNR in dB of its autoencoder, a picture is far from what it knows. closed_vocabulary: it does not know
+    words that its tokenizer splits (`models.text.unknown_words`). The other fields are the settings that it
+    recommends, or the defaults of every model (`Settings.resolved`).
     """
 
     name: str
