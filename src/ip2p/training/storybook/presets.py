@@ -63,7 +63,7 @@ class Preset:
     latent_channels: int = 16
     crop: int = 64
     pca_pages: int = 128  # pages whose patches give the encoder's start
-    whiten_pages: int = 512
+    whiten_pages: int = 256
     kl_weight: float = 1e-4
     hue_weight: float = 1.0  # of errors in the differences between color channels
     gradient_weight: float = 1.0  # of errors in the differences between neighboring pixels
