@@ -127,7 +127,7 @@ class EditTask(nn.Module):
     alpha_bar: the base's noise schedule [1000]. latent_scale multiplies targets, condition_scale the
     image condition (1 for all editors but CosXL). text_encoder: one that is trained along, for batches that
     bring tokens. aside: a part with parameters of its own whose `loss(task, batch, context)` is added
-    (`train.recognition.Recognition`).
+    (`storybook.perception.Perception`).
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ip2p.training.objective import EditBatch
-from ip2p.training.recognition import Heads, class_loss
+from ip2p.training.storybook.heads import Heads, class_loss
 from ip2p_storybook.labels import EDIT_SIZES, IGNORED, PAGE_SIZES, THING_CLASSES, THING_SIZES
 
 FIELDS = tuple(THING_CLASSES)

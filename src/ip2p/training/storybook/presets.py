@@ -63,7 +63,7 @@ class Preset:
     latent_channels: int = 16
     crop: int = 64
     pca_pages: int = 128  # pages whose patches give the encoder's start
-    whiten_pages: int = 512
+    whiten_pages: int = 256
     kl_weight: float = 1e-4
     hue_weight: float = 1.0  # of errors in the differences between color channels
     gradient_weight: float = 1.0  # of errors in the differences between neighboring pixels
@@ -173,7 +173,7 @@ PRESETS: dict[str, Preset] = {
         vae_linear=StageConfig(minutes=8, batch=8, lr=2e-3, warmup=50),
         vae=StageConfig(minutes=120, batch=8, lr=4e-4),
         vae_pages=StageConfig(minutes=8, batch=4, lr=4e-4, warmup=0, schedule="cosine"),
-        text=StageConfig(minutes=25, batch=64, lr=1e-3, schedule="cosine"),
+        text=StageConfig(minutes=45, batch=64, lr=1e-3, schedule="cosine"),
         clip=StageConfig(minutes=8, batch=96, lr=1e-3, schedule="cosine"),
         perception=StageConfig(minutes=75, batch=32, lr=1e-3),
         unet=StageConfig(minutes=120, batch=32, lr=7e-4),

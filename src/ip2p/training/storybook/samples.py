@@ -24,6 +24,7 @@ from ip2p_storybook.edits import EDIT_KINDS
 from ip2p_storybook.labels import IGNORED
 
 FULL_NOISE = 999
+AHEAD = 50  # blocks whose shards the workers draw in turn, two shards a worker in advance
 
 
 class LatentShards:
@@ -52,7 +53,7 @@ class LatentShards:
         return self.folder / f"shard-{number:05}.pt"
 
     def make(self, numbers: list[int], then: list[int]) -> None:
-        """Draw and encode the shards that are not on disk; `then`: what the workers draw in advance."""
+        """Draw and encode the shards that are not on disk; `then`: what the workers go on with."""
         missing = [number for number in numbers if not self.path(number).exists()]
         drawn, made = self._ahead
         for number in missing:
@@ -180,20 +181,25 @@ class EditorSamples:
         self.blocks_before = -(-steps_before // self.steps_a_block)
         self.empty = shards.tokens([""]).to(device)
 
+    def fresh(self, block: int) -> range:
+        """The new shards of a block; none once `config.shards` are made."""
+        first = (self.blocks_before + block) * self.config.fresh
+        return range(min(first, self.config.shards), min(first + self.config.fresh, self.config.shards))
+
     def numbers(self, block: int) -> list[int]:
-        """The shards of a block's pool."""
-        config, start = self.config, (self.blocks_before + block) * self.config.fresh
+        """The shards of a block's pool: the new ones and some earlier ones."""
+        fresh = self.fresh(block)
         generator = torch.Generator().manual_seed(place_seed("pool", self.seed, block))
-        if start + config.fresh > config.shards:
-            return torch.randperm(config.shards, generator=generator)[: config.pool].tolist()
-        fresh = list(range(start, start + config.fresh))
-        return [*fresh, *torch.randperm(start, generator=generator)[: config.pool - config.fresh].tolist()]
+        earlier = torch.randperm(fresh.start, generator=generator)[: self.config.pool - len(fresh)]
+        return [*fresh, *earlier.tolist()]
 
     def __call__(self, first: int) -> Iterator[list[EditBatch]]:
         block, start = divmod(first, self.steps_a_block)
         while True:
             numbers = self.numbers(block)
-            self.shards.make(numbers, then=self.numbers(block + 1)[: self.config.fresh])
+            self.shards.make(
+                numbers, then=[n for later in range(1, AHEAD) for n in self.fresh(block + later)]
+            )
             pool = Pool([self.shards.read(number) for number in numbers], self.device)
             weights = pool.weights(kind_shares(self.shards.world.often))
             for k in range(start, self.steps_a_block):

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ip2p.training.recognition import Heads, class_loss
 from ip2p.training.samples import read_tokens
 from ip2p.training.storybook.data import Stream, read_ahead
+from ip2p.training.storybook.heads import Heads, class_loss
 from ip2p.training.storybook.presets import Preset
 from ip2p.training.storybook.stage import Run, train_stage
 from ip2p_storybook.edits import sample_edit
