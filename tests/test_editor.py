@@ -33,15 +33,15 @@ def test_an_edit_gives_a_picture_for_each_seed_at_the_inputs_size(tiny_editor):
 
 def test_scales_not_given_are_the_models_own(tiny_editor):
     def scales(text_cfg, image_cfg):
-        settings = tiny_editor.resolve(text_cfg=text_cfg, image_cfg=image_cfg)
-        return settings["text_cfg"], settings["image_cfg"]
+        settings = tiny_editor.resolved(changes={"text_cfg": text_cfg, "image_cfg": image_cfg})
+        return settings.text_cfg, settings.image_cfg
 
     assert scales(None, None) == (7.5, 1.5)
     assert scales(2.0, None) == (2.0, 1.5)
     assert scales(None, 0.0) == (7.5, 0.0)
 
 
-TUNED = {"steps": 3, "sampler": "euler", "spacing": "trailing", "text_cfg": 2.5, "image_cfg": 1.25}
+TUNED = {"steps": 3, "sampler": "euler", "schedule": "trailing", "text_cfg": 2.5, "image_cfg": 1.25}
 
 
 def test_an_edit_without_settings_takes_those_of_the_card_and_records_them(tiny_editor, page):

@@ -1,8 +1,6 @@
 """The verbs' functions: what they print, write and refuse."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from layouts import Rows, make_pair, make_pairs
@@ -10,29 +8,17 @@ from PIL import Image
 
 from ip2p.base.errors import InputError
 from ip2p.cli import data as command
+from ip2p.cli.data import DataCheckConfig, DataConvertConfig
 from ip2p.data.loading import open_source
 from ip2p.data.records import BrokenRow
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """The settings of `data check` that its function reads."""
-
-    sheet: Path | None = None
-    json: bool = False
-    limit: int | None = None
-    overwrite: bool = False
+def Check(**settings: object) -> DataCheckConfig:
+    return DataCheckConfig(data="rows", **settings)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Convert:
-    """The settings of `data convert` that its function reads."""
-
-    target: str = ""
-    to: str = "parquet"
-    count: int | None = None
-    shard_rows: int = 1000
-    overwrite: bool = False
+def Convert(target: str = "", **settings: object) -> DataConvertConfig:
+    return DataConvertConfig(data="rows", target=target, **settings)
 
 
 def test_a_clean_data_set_is_reported_and_shown(tmp_path, capsys):
@@ -59,7 +45,7 @@ def test_warnings_alone_are_no_error(capsys):
 
 def test_the_report_as_json(capsys):
     with pytest.raises(InputError):
-        command.check_source(Check(json=True), Rows([make_pair(0, instruction="")]))
+        command.check_source(Check(print_json=True), Rows([make_pair(0, instruction="")]))
     told = json.loads(capsys.readouterr().out)
     assert (told["rows"], told["findings"][0]["name"]) == (1, "empty instruction")
 

@@ -378,7 +378,7 @@ def test_what_cannot_draw_is_refused(tmp_path, bundle):
     with pytest.raises(ModelError, match="takes 9 channels; drawing pairs needs a UNet that takes 4"):
         PairMaker(make_model(tmp_path / "nine", in_channels=9), device="cpu")
     for settings, said in (
-        ({"steps": 0}, "--steps is 0"),
+        ({"steps": 0}, "steps is 0; it must be 1 to 1000"),
         ({"attention": "cross"}, "Attention 'cross' is not known"),
         ({"sampler": "ddim"}, "Sampler 'ddim' is not known"),
         ({"spacing": "even"}, "Spacing 'even' is not known"),

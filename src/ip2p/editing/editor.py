@@ -57,7 +57,7 @@ from ip2p.pictures.images import (
     to_pil,
     to_tensor,
 )
-from ip2p.pictures.infotext import EditRecord, format_infotext
+from ip2p.pictures.infotext import format_infotext, record_class
 from ip2p.pictures.masks import held
 from ip2p.settings import MAX_SEED, EditSettings, ModelSettings, parse_lora, picture_name
 
@@ -428,7 +428,7 @@ class Editor:
                 black.paste(region, box[:2])
                 result, region = whole, black
             info["mask"] = region
-        record = EditRecord.read(
+        record = record_class(type(settings)).read(
             {
                 **dict(self.origin),
                 **dict(settings),

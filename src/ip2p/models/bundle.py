@@ -367,8 +367,8 @@ def check_tiny(tiny: AutoencoderTiny, bundle: Bundle) -> None:
     wanted = bundle.vae.config.latent_channels, bundle.latent_factor
     if shape != wanted:
         raise ModelError(
-            f"The tiny autoencoder has latents of {shape[0]} channels and {shape[1]} pixels a cell, the "
-            f"model of {wanted[0]} and {wanted[1]}. Use one that was made for it."
+            f"The tiny autoencoder has {shape[0]} latent channels and {shape[1]} pixels per cell, the model "
+            f"has {wanted[0]} and {wanted[1]}. Use a tiny autoencoder that was made for this model."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import create_model
 from pydantic.fields import FieldInfo
 
 from ip2p.base.errors import InputError
@@ -39,6 +41,14 @@ class EditRecord(ModelSettings, EditSettings):
 
     def check_together(self) -> None:
         """A record only says what was written; whether it can be edited with is checked when it is."""
+
+
+@functools.cache
+def record_class(settings: type[EditSettings]) -> type[EditRecord]:
+    """The record of edits with these settings: an `EditRecord` that has the fields which a subclass adds."""
+    if issubclass(EditRecord, settings):
+        return EditRecord
+    return create_model("EditRecord", __base__=(EditRecord, settings))
 
 
 SAMPLER_NAMES = meta_of(EditSettings.model_fields["sampler"]).labels

@@ -201,7 +201,7 @@ class Actions:
                 raise InputError("The edit was stopped.")
             await to_thread.run_sync(session.keep, [result.image for result in job.results])
             files = [str(await to_thread.run_sync(session.download, made)) for made in session.candidates]
-            return files, [plain(made.parameters) for made in session.candidates]
+            return files, [settings_as_json(made.parameters) for made in session.candidates]
 
     async def batch_once(
         self, paths: Sequence[str], controls: Controls, client: str
@@ -218,7 +218,7 @@ class Actions:
         """What an edited file was made with, by the names of the controls."""
         if path is None:
             raise InputError("settings_file is missing. Send a picture that ip2p edited.")
-        return plain(self._read(path))
+        return settings_as_json(self._read(path))
 
     # --- settings -------------------------------------------------------------------------------------
 
@@ -662,7 +662,7 @@ def listed(failed: Mapping[int, str]) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
-def plain(parameters: str) -> dict[str, Any]:
+def settings_as_json(parameters: str) -> dict[str, Any]:
     """The settings of an infotext as JSON holds them."""
     made = dict(parse_infotext(parameters))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in made.items()}
