@@ -17,6 +17,7 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
 from ip2p.editing.editor import Editor
+from ip2p.models.bundle import Card
 from ip2p.pictures.infotext import EditRecord, format_infotext, parse_infotext
 from ip2p.serve import maker as makers
 from ip2p.serve import models as pools
