@@ -377,8 +377,8 @@ def test_without_a_cache_the_pictures_are_encoded_as_it_goes(config):
 
 
 def test_the_storybook_is_drawn_as_it_goes_and_scored(config, tiny_model_dir):
-    config = replace(
-        config, data="storybook", base=str(tiny_model_dir), validate_every=4, held_out=2, validate_steps=1
+    config = config.changed(
+        data="storybook", base=str(tiny_model_dir), validate_every=4, held_out=2, validate_steps=1
     )
     trainer.run(config)
     rows = [json.loads(x) for x in (config.output / "training" / "curves.jsonl").read_text().splitlines()]

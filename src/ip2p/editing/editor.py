@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ip2p import __version__
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
-from ip2p.base.errors import InputError, ModelError, translated_errors
+from ip2p.base.errors import InputError, ModelError, ResourceError, translated_errors
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import OWN_SPACING, sampler_for
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
