@@ -135,8 +135,8 @@ def test_resize_modes_give_the_size_asked_for(server, picture, mode):
 
 def test_the_lists_are_what_its_client_reads(api):
     assert api.util_get_model_names() == ["fake"] and api.util_get_current_model() == "fake"
-    assert api.util_get_sampler_names() == ["DPM++ 2M", "Euler", "Euler a"]
-    assert api.util_get_scheduler_names() == ["automatic", "karras", "sgm_uniform"]
+    assert api.util_get_sampler_names() == ["DPM++ 2M", "Euler", "Euler a", "LCM", "TCD"]
+    assert api.util_get_scheduler_names() == ["automatic", "karras", "lcm", "sgm_uniform"]
     assert api.get_scripts() == {"txt2img": [], "img2img": []}
     api.util_set_model("fake")
     assert api.get_options()["sd_model_checkpoint"] == "fake"

@@ -557,7 +557,7 @@ def test_a_size_that_a_lazy_model_does_not_take_fails_with_its_field(serve, edit
     service = serve({"fake": lambda: editor})
     job = service.submit(request(size=(100, 100)), client="a")
     assert job.wait(60) and isinstance(job.error, SettingError) and job.error.field == "size"
-    assert service.scales() == (7.5, 1.5)
+    assert (service.card().text_cfg, service.card().image_cfg) == (7.5, 1.5)
     with pytest.raises(SettingError):  # now it is known
         service.submit(request(size=(100, 100)), client="a")
 
@@ -583,6 +583,9 @@ class Gate:
         lane.stop = lambda: setattr(lane, "stopped", True)
         self.current = lane
         yield lane
+
+    def resolved(self, settings):
+        return settings.resolved(self.bundle.card)
 
     def working_size(self, pixels, size):
         return (64, 64)

@@ -249,19 +249,25 @@ class Actions:
         return text
 
     def own(self, model: str | None) -> Values:
-        """The scales that a model recommends."""
-        text_cfg, image_cfg = self.service.scales(model or None)
-        return {"text_cfg": text_cfg, "image_cfg": image_cfg}
+        """The settings that a model recommends."""
+        card = self.service.card(model or None)
+        return {
+            "text_cfg": card.text_cfg,
+            "image_cfg": card.image_cfg,
+            "steps": min(card.steps, self.service.limits.steps),
+            "sampler": card.sampler,
+            "spacing": card.schedule,
+        }
 
     def surprise(self, model: str | None) -> Values:
         """Scales around the model's own ones, and a random seed."""
-        text_cfg, image_cfg = surprise(self.service.scales(model or None))
+        card = self.service.card(model or None)
+        text_cfg, image_cfg = surprise((card.text_cfg, card.image_cfg))
         return {"text_cfg": text_cfg, "image_cfg": image_cfg, "seed": -1}
 
     def axes(self, model: str | None) -> Values:
         """The values of the matrix around the model's own scales, as `ip2p grid` takes them."""
-        text_cfg, image_cfg = self.service.scales(model or None)
-        settings = EditSettings(text_cfg=text_cfg, image_cfg=image_cfg)
+        settings = EditSettings().resolved(self.service.card(model or None))
         return {
             name: " ".join(f"{value:g}" for value in grid.default_values(setting, settings))
             for name, setting in (("columns", "text_cfg"), ("rows", "image_cfg"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from torch import Tensor
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.editing.editor import Editor
+from ip2p.models.bundle import Card
 from ip2p.pictures import masks
 from ip2p.pictures.images import to_pil
 from ip2p.serve.engine import JoinedEditor, Lane
@@ -47,7 +49,7 @@ class Maker(Protocol):
 
     def warm(self) -> None: ...
 
-    def scales(self, model: str) -> tuple[float, float]: ...
+    def card(self, model: str) -> Card: ...
 
     def check(self, request: EditRequest, model: str, limits: Limits) -> None: ...
 
@@ -102,10 +104,10 @@ class LocalMaker:
         with self._pool.using(self.models[0]):
             pass
 
-    def scales(self, model: str) -> tuple[float, float]:
-        """The text and image CFG that a model recommends. Loads it."""
+    def card(self, model: str) -> Card:
+        """What a model says of itself, with the settings that it recommends. Loads it."""
         with self._pool.using(model) as editor:
-            return editor.scales(None, None)
+            return editor.bundle.card
 
     def check(self, request: EditRequest, model: str, limits: Limits) -> None:
         """Raise SettingError for what a model does not do; if it is not loaded, its job says so."""
@@ -116,8 +118,7 @@ class LocalMaker:
     def make(self, job: Job, limits: Limits) -> None:
         """Make all results of a job, as many at once as it has places. Raises Stopped, and what failed."""
         editor = self._pool.open(job.model)
-        request = job.request
-        assert request is not None
+        request = resolve_request(job, editor, limits)
         size = working_size(editor, request, limits)
         with editor.lane() as lane, job.stoppable(lane):
             lane.pictures = job.places
@@ -154,6 +155,17 @@ class LocalMaker:
             picture = self.finish_result(picture)
             picture.info = {**info, **picture.info}
         job.add_result(Result(picture, seed, found), preview=request.previews > 0)
+
+
+def resolve_request(job: Job, editor: Editor, limits: Limits) -> EditRequest:
+    """The job's request with the model's own values for what it leaves open; its steps are known now."""
+    assert job.request is not None
+    settings = editor.resolved(job.request.settings)
+    assert settings.steps is not None
+    # A model's own steps stay within the server's limit, which a request's were checked against.
+    steps = min(settings.steps, limits.steps)
+    job.steps = steps * job.count
+    return dataclasses.replace(job.request, settings=settings.changed(steps=steps))
 
 
 def working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple[int, int]:

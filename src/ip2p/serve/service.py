@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ip2p.base.errors import Ip2pError, as_ip2p_error
+from ip2p.models.bundle import Card
 from ip2p.serve.jobs import Encode, Job, Kept, State, Stopped
 from ip2p.serve.maker import Maker
 from ip2p.serve.queue import Draining, FairQueue, Place
@@ -154,9 +155,9 @@ class Service:
         """Move a job's results from memory into the store (`JobShelf.keep`)."""
         return self.jobs.keep(job, encode)
 
-    def scales(self, model: str | None = None) -> tuple[float, float]:
-        """The text and image CFG that a model itself recommends. Loads it."""
-        return self.maker.scales(model or self.models[0])
+    def card(self, model: str | None = None) -> Card:
+        """What a model says of itself, with the settings that it recommends. Loads it."""
+        return self.maker.card(model or self.models[0])
 
     def warm(self) -> None:
         """Load the first model. Raises as it does."""

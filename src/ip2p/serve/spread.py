@@ -25,6 +25,7 @@ from PIL import Image
 
 from ip2p.base.cluster import Cluster, fitting, ray_of
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
+from ip2p.models.bundle import Card
 from ip2p.serve.jobs import Job, Result, Stopped
 from ip2p.serve.options import ServeConfig
 from ip2p.serve.requests import EditRequest, Limits
@@ -35,7 +36,7 @@ log = logging.getLogger("ip2p.serve")
 
 Build = Callable[[contextlib.ExitStack], Service]
 TRIES = 2  # an edit whose replica is lost begins again on another one
-START_SECONDS, SCALES_SECONDS = 60, 600  # Ray's part of the start; what a model may take to load
+START_SECONDS, CARD_SECONDS = 60, 600  # Ray's part of the start; what a model may take to load
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ class Lost(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What a replica reports of an edit: its step, with it a preview, a result, or a failure."""
+    """What a replica reports of an edit: its step of `steps`, with it a preview, a result, or a failure."""
 
     step: int
+    steps: int = 0
     number: int | None = None
     preview: Image.Image | None = None
     result: Result | None = None
@@ -88,7 +90,7 @@ class Replicas(Protocol):
 
     def edit(self, request: EditRequest) -> Answer: ...
 
-    def scales(self, model: str) -> tuple[float, float]: ...
+    def card(self, model: str) -> Card: ...
 
 
 class Replica:
@@ -107,9 +109,9 @@ class Replica:
         """Why it cannot edit."""
         return self._failure
 
-    async def scales(self, model: str) -> tuple[float, float] | Failure:
+    async def card(self, model: str) -> Card | Failure:
         try:
-            return await asyncio.to_thread(self.service.scales, model)
+            return await asyncio.to_thread(self.service.card, model)
         except Ip2pError as error:
             return Failure.of(error)
 
@@ -124,12 +126,12 @@ class Replica:
         try:
             async for event in job.aevents():
                 if event.kind == "preview":
-                    yield News(step=event.step, number=event.number, preview=event.image)
+                    yield News(step=event.step, steps=event.steps, number=event.number, preview=event.image)
                 elif event.kind == "step":
-                    yield News(step=event.step)
+                    yield News(step=event.step, steps=event.steps)
                 # Each as it is finished, for who stops the edit and takes what there is.
                 for result in job.results[sent:]:
-                    yield News(step=job.step, result=result)
+                    yield News(step=job.step, steps=job.steps, result=result)
                     sent += 1
             if job.state != "done":
                 yield News(step=job.step, failure=Failure.of(job.error or ResourceError("It was stopped.")))
@@ -150,23 +152,23 @@ class ReplicaMaker:
         self.changed = threading.Condition(threading.RLock())
         self.calls: Counter[int] = Counter()  # the replicas count their own
         self._replicas = replicas
-        self._scales: dict[str, tuple[float, float]] = {}
+        self._cards: dict[str, Card] = {}
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        return tuple(self._scales)
+        return tuple(self._cards)
 
     @property
     def ready(self) -> bool:
-        return self.models[0] in self._scales
+        return self.models[0] in self._cards
 
     def warm(self) -> None:
-        self.scales(self.models[0])
+        self.card(self.models[0])
 
-    def scales(self, model: str) -> tuple[float, float]:
-        if model not in self._scales:
-            self._scales[model] = self._replicas.scales(model)
-        return self._scales[model]
+    def card(self, model: str) -> Card:
+        if model not in self._cards:
+            self._cards[model] = self._replicas.card(model)
+        return self._cards[model]
 
     def check(self, request: EditRequest, model: str, limits: Limits) -> None:
         """The replica checks what only a model knows."""
@@ -204,6 +206,7 @@ def _follow(job: Job, request: EditRequest, answer: Answer) -> None:
         if news.failure is not None:
             news.failure.throw()
         job.step = max(job.step, news.step)
+        job.steps = news.steps or job.steps
         if news.preview is not None and news.number is not None:
             job.show(news.number, news.preview)
         if news.result is not None:
@@ -311,12 +314,11 @@ class _OnRay:
     def edit(self, request: EditRequest) -> _Stream:
         return _Stream(self.handle.options(stream=True).edit.remote(request), self.lost)
 
-    def scales(self, model: str) -> tuple[float, float]:
-        told = self.handle.scales.remote(model).result(timeout_s=SCALES_SECONDS)
-        if isinstance(told, Failure):
-            told.throw()
-        text, image = told
-        return text, image
+    def card(self, model: str) -> Card:
+        card: Card | Failure = self.handle.card.remote(model).result(timeout_s=CARD_SECONDS)
+        if isinstance(card, Failure):
+            card.throw()
+        return card
 
 
 class _Stream:

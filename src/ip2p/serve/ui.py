@@ -113,7 +113,7 @@ class _Builder:
 
     def _ask(self, examples: bool) -> None:
         limits = self.service.limits
-        text_cfg, image_cfg = self.service.scales()
+        own = self.actions.own(None)
         self._add(
             *("picture", gr.Image, "Picture"),
             type="filepath",
@@ -152,12 +152,9 @@ class _Builder:
             )
         with gr.Accordion("How much", open=True):
             with gr.Row():
-                for name, label, own in (
-                    ("text_cfg", "Text CFG", text_cfg),
-                    ("image_cfg", "Image CFG", image_cfg),
-                ):
+                for name, label in (("text_cfg", "Text CFG"), ("image_cfg", "Image CFG")):
                     self._add(
-                        name, gr.Number, label, value=own, minimum=0, maximum=config.MAX_SCALE, step=0.1
+                        name, gr.Number, label, value=own[name], minimum=0, maximum=config.MAX_SCALE, step=0.1
                     )
             self._add(
                 "count",
@@ -213,7 +210,7 @@ class _Builder:
                     minimum=1,
                     maximum=limits.steps,
                     step=1,
-                    value=min(20, limits.steps),
+                    value=own["steps"],
                 )
                 self._add("seed", gr.Number, "Seed", value=-1, minimum=-1, precision=0)
             with gr.Row():
@@ -222,14 +219,14 @@ class _Builder:
                     gr.Dropdown,
                     "Sampler",
                     choices=list(typing.get_args(config.SamplerName)),
-                    value="euler_ancestral",
+                    value=own["sampler"],
                 )
                 self._add(
                     "spacing",
                     gr.Dropdown,
                     "Noise levels",
                     choices=list(typing.get_args(config.ScheduleName)),
-                    value="linspace",
+                    value=own["spacing"],
                 )
             with gr.Row():
                 self._add("size", gr.Textbox, "Size", value="", placeholder="the model's own")
@@ -357,10 +354,10 @@ class _Builder:
         )
         on(fields["stop"].click, actions.stop, outputs=("status",))
         on(
-            fields["model"].input,  # by hand: what takes settings over brings the scales itself
+            fields["model"].input,  # by hand: what takes settings over brings these itself
             lambda session, model: actions.own(model),
             inputs=("model",),
-            outputs=("text_cfg", "image_cfg"),
+            outputs=("text_cfg", "image_cfg", "steps", "sampler", "spacing"),
         )
         self._on_select("cells", actions.cell, outputs=("text_cfg", "image_cfg", "seed"))
         on(

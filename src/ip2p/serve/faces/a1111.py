@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticUndefined
 
 from ip2p import __version__
-from ip2p.pictures.infotext import SAMPLER_NAMES, SCHEDULE_NAMES
+from ip2p.pictures.infotext import SAMPLER_NAMES, SCHEDULE_NAMES, parse_infotext
 from ip2p.serve import wire
 from ip2p.serve.errors import Refusal, declared_errors
 from ip2p.serve.faces.native import OptionalPicture
@@ -200,7 +200,7 @@ def router(desk: Desk) -> APIRouter:
     async def list_schedulers() -> list[dict[str, Any]]:
         return [
             {
-                "name": label.lower(),
+                "name": label.lower().replace(" ", "_"),
                 "label": label,
                 "aliases": [name],
                 "default_rho": 7.0 if name == "karras" else -1.0,
@@ -311,25 +311,29 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _sampler(body: Any) -> tuple[str, str]:
-    """Our names of the sampler and the schedule; older clients write both into one name."""
+def _sampler(body: Any) -> tuple[str | None, str | None]:
+    """Our names of the sampler and the schedule; older clients write both into one name.
+
+    None is the model's own: no sampler, and no schedule or "Automatic".
+    """
     samplers = {label.lower(): name for name, label in SAMPLER_NAMES.items()}
     schedules = {label.lower(): name for name, label in SCHEDULE_NAMES.items()}
     for names in (samplers, schedules):
         names |= {name: name for name in names.values()}
-    sampler = (body.sampler_name or body.sampler_index or "Euler a").strip().lower()
-    schedule = (body.scheduler or "automatic").strip().lower()
+    schedules |= {"uniform": "linspace"}
+    sampler = (body.sampler_name or body.sampler_index or "").strip().lower()
+    schedule = (body.scheduler or "automatic").strip().lower().replace("_", " ")
     if sampler not in samplers and sampler.endswith(" karras"):
         sampler, schedule = sampler.removesuffix(" karras"), "karras"
     for field, given, names, labels in (
         ("sampler_name", sampler, samplers, SAMPLER_NAMES),
         ("scheduler", schedule, schedules, SCHEDULE_NAMES),
     ):
-        if given not in names:
+        if given and given not in names:
             raise SettingError(
                 f"{field} is {given[:60]!r}; use one of {', '.join(labels.values())}.", field=field
             )
-    return samplers[sampler], schedules[schedule]
+    return samplers.get(sampler), None if schedule == "automatic" else schedules[schedule]
 
 
 def _progress(job: Job | None, picture: str | None) -> dict[str, Any]:
@@ -357,7 +361,8 @@ def _progress(job: Job | None, picture: str | None) -> dict[str, Any]:
 
 def _info(body: Any, edit: EditRequest, job: Job) -> dict[str, Any]:
     """What stands beside the pictures as JSON in a string."""
-    settings, seeds = edit.settings.resolved(), list(edit.seeds)
+    made = parse_infotext(job.results[0].parameters) if job.results else edit.settings.resolved()
+    settings, seeds = edit.settings, list(edit.seeds)
     return {
         "prompt": settings.instruction,
         "all_prompts": [settings.instruction] * len(seeds),
@@ -370,10 +375,10 @@ def _info(body: Any, edit: EditRequest, job: Job) -> dict[str, Any]:
         "subseed_strength": 0,
         "width": edit.image.width,
         "height": edit.image.height,
-        "sampler_name": SAMPLER_NAMES[str(settings.sampler)],
+        "sampler_name": SAMPLER_NAMES[str(made.sampler)],
         "cfg_scale": settings.text_cfg,
         "image_cfg_scale": settings.image_cfg,
-        "steps": settings.steps,
+        "steps": made.steps,
         "batch_size": body.batch_size or 1,
         "restore_faces": False,
         "face_restoration_model": None,
