@@ -165,7 +165,7 @@ def test_a_changed_setting_is_refused_by_name_unless_overwritten() -> None:
     save_pages(Path("pages"), ["a.png"])
     do(CONFIG)
     changed = [
-        ({"steps": 30}, "--steps 20, and now it is 30"),
+        ({"steps": 30}, "--steps not given, and now it is 30"),
         ({"instruction": "make it day"}, 'instruction "make it night", and now it is "make it day"'),
         ({"cfg_interval": (0.2, 0.9)}, "--cfg-interval [0.0, 1.0], and now it is [0.2, 0.9]"),
         ({"text_cfg": 3.0}, "--text-cfg not given, and now it is 3.0"),
