@@ -149,7 +149,7 @@ class Way:
 
     steps: int = PAIRS_STORYBOOK["steps"]
     sampler: str = PAIRS_STORYBOOK["sampler"]
-    spacing: str = PAIRS_STORYBOOK["spacing"]
+    schedule: str = PAIRS_STORYBOOK["schedule"]
     attention: str = PAIRS_STORYBOOK["attention"]
     per_source: int = PAIRS_STORYBOOK["p_per_source"]
     p: tuple[float, float] = P
@@ -280,7 +280,7 @@ class Measured:
             size=self.size,
             steps=way.steps,
             sampler=way.sampler,
-            spacing=way.spacing,
+            spacing=way.schedule,
             attention=way.attention,  # type: ignore[arg-type]
             batch_size=self.args.batch_size,
             early=look,
@@ -576,7 +576,7 @@ def paper(args: argparse.Namespace) -> None:
         way = Way(
             steps=how["steps"],
             sampler=how["sampler"],
-            spacing=how["spacing"],
+            schedule=how["schedule"],
             attention=how["attention"],
             per_source=how["p_per_source"],
             early_at=how["early_at"] or Way.early_at,
@@ -801,7 +801,7 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("--details", type=int, default=DETAILS, help="drawings of each answer")
     for name, kind in (("steps", int), ("per-source", int), ("early-at", float)):
         parser.add_argument(f"--{name}", type=kind)
-    for name in ("sampler", "spacing", "attention"):
+    for name in ("sampler", "schedule", "attention"):
         parser.add_argument(f"--{name}")
     for name in ("p", "scale"):
         parser.add_argument(f"--{name}", type=float, nargs=2)

@@ -318,8 +318,8 @@ def test_the_log_has_no_query_and_no_line_of_its_own(local, caplog):
         ({"allow_origin": ("example.org",)}, "https://example.org"),
         ({"allow_origin": ("https://example.org/",)}, "https://example.org"),
         ({"allow_host": ("https://example.org",)}, "pictures.example.org"),
-        ({"max_steps": 0}, "--max-steps"),
-        ({"keep_seconds": float("nan")}, "--keep-seconds"),
+        ({"max_steps": 0}, "max_steps is 0; it must be 1 to 1000"),
+        ({"keep_seconds": float("nan")}, "keep_seconds is nan; it must be a number from 1"),
     ],
 )
 def test_settings_that_would_not_do_are_told(here, change, words):
