@@ -200,6 +200,7 @@ def test_unet_is_extended_and_decays_again(built, tmp_path, monkeypatch):
     assert build.run("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
     second = json.loads((tmp_path / "state" / "decay.done.json").read_text())
     assert (first["steps_before"], second["steps_before"]) == (6, 8)
+    assert [path.name for path in (tmp_path / "state").glob("decay-*")] == ["decay-00000008"]
     # The rate falls on the copy; the run that can be extended keeps its state.
     assert Checkpoints(tmp_path / "state" / "unet").load()["step"] == 8
     assert build.run("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
