@@ -1,6 +1,7 @@
 # make demo   edit the example pictures with the model that ships in the package
 # make test   every test
-# make check  format, lint, types, import layering, generated docs
+# make check  format, lint, types, import layering, generated docs, links
+# make docs   the documentation as a site, in site/
 # None needs anything run before it.
 
 VENV := .venv
@@ -10,6 +11,9 @@ JOBS ?= 2
 
 # Each of pytest's workers has one core; more threads than cores slow them all.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+# Broken links fail. The variable silences advertising.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 .PHONY: help install demo test check format docs clean
 
@@ -34,6 +38,7 @@ check: $(INSTALLED)
 	$(VENV)/bin/mypy src
 	$(VENV)/bin/lint-imports
 	$(PY) scripts/make_cli_docs.py --check
+	$(MKDOCS)
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
@@ -41,6 +46,8 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(PY) scripts/make_cli_docs.py
+	$(MKDOCS)
+	$(PY) scripts/make_arguments.py
 
 clean:
-	rm -rf demo dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf demo dist build site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -15,9 +15,9 @@ from PIL import Image
 
 from ip2p.editing import advice
 from ip2p.editing.chain import chain
-from ip2p.editing.grid import Axis, default_values, sheet
-from ip2p.editing.grid import draw as draw_grid
+from ip2p.editing.grid import Axis, default_values, draw_grid, draw_sheet
 from ip2p.pictures.images import load_image, save_image
+from ip2p.settings import EditSettings
 
 if TYPE_CHECKING:
     from ip2p.editing.editor import Editor
@@ -33,7 +33,7 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
     from ip2p.editing.editor import Editor  # imports torch
 
     editor = Editor.load(model, dtype="fp32")
-    text_cfg, image_cfg = (editor.resolve()[name] for name in ("text_cfg", "image_cfg"))
+    text_cfg, image_cfg = editor.scales(None, None)
     entries = json.loads((pages / "pages.json").read_text(encoding="utf-8"))
     first, second = (load_image(pages / entries[k]["page"]) for k in (0, 2))
     thing = entries[0]["instructions"][0]
@@ -42,10 +42,8 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
         return editor.edit(picture, instruction, steps=steps, seeds=[seed], **settings)[0]
 
     scales = {"text_cfg": text_cfg, "image_cfg": image_cfg}
-    axes = [
-        Axis(setting=name, values=default_values(name, **scales, seed=SEED))
-        for name in ("text-cfg", "image-cfg")
-    ]
+    settings = EditSettings(**scales, seed=SEED)
+    axes = [Axis(setting=name, values=default_values(name, settings)) for name in ("text_cfg", "image_cfg")]
     grid = draw_grid(
         editor, first, "make it night", columns=axes[0], rows=axes[1], cell=SIDE, steps=steps, seed=SEED
     )
@@ -61,14 +59,14 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
     ]
     results = [small(edited(second, "make it snow", **told)) for told in strengths.values()]
     save_image(
-        sheet([results], columns=words, rows=[""], title="“make it snow”", picture=small(second)),
+        draw_sheet([results], columns=words, rows=[""], title="“make it snow”", picture=small(second)),
         folder / "scales.png",
     )
 
     plain, masked = edited(first, thing), edited(first, thing, auto_mask=0.5)
     region = small(masked.info["mask"])
     save_image(
-        sheet(
+        draw_sheet(
             [[small(plain), region, small(masked)]],
             columns=["without a mask", "the region found", "--auto-mask"],
             rows=[""],
@@ -93,7 +91,7 @@ def chain_sheet(editor: Editor, picture: Image.Image, steps: int) -> Image.Image
         ]
         for from_original in (False, True)
     ]
-    return sheet(
+    return draw_sheet(
         rows, columns=instructions, rows=["each on the last", "--from-original"], picture=small(picture)
     )
 

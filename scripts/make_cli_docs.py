@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 from ip2p.cli import main as cli
+from ip2p.cli.options import hidden_settings
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 HEAD = """\
 # The command line
 
-<!-- Made by scripts/make_cli_docs.py from src/ip2p/config.py; write there, then `make docs`. -->
+<!-- Made by scripts/make_cli_docs.py from the settings classes; write there, then `make docs`. -->
 
 A setting comes from the flag, else from an `IP2P_*` variable (`IP2P_STEPS=30`), else from the verb's
 table in `ip2p.toml` (in the working folder, or `--config FILE`), else from the default shown here.
@@ -62,9 +63,12 @@ folder's `manifest.jsonl` is the truth, with the checksum of each result and of 
 """
 
 
+KEYS = "| key | meaning |\n|---|---|\n"
+
+
 def page() -> str:
     """The whole page: the head, then every verb's help as the terminal shows it."""
-    os.environ["COLUMNS"] = "110"
+    os.environ["COLUMNS"] = "100"
     parts = [HEAD]
     with tempfile.TemporaryDirectory() as empty:  # no ip2p.toml there, so the defaults are the code's
         os.chdir(empty)
@@ -76,6 +80,10 @@ def page() -> str:
                 cli.parse(verb, ["--help"])
             text = "\n".join(line.rstrip() for line in shown.getvalue().strip().splitlines())
             parts.append(f"\n## ip2p {verb}\n\n```text\n{text}\n```\n")
+            hidden = list(hidden_settings(cli.config_class(verb)))
+            if hidden:
+                rows = "".join(f"| `{name}` | {words} |\n" for name, words in hidden)
+                parts.append(f"\nKeys for a settings file or an `IP2P_*` variable alone:\n\n{KEYS}{rows}")
         os.chdir(PAGE.parent)
     return "".join(parts)
 

@@ -25,6 +25,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from ip2p.editing.editor import Editor
 from ip2p.pictures.images import load_image
 from ip2p.serve import ui
+from ip2p.serve.maker import LocalMaker
 from ip2p.serve.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ PATIENCE = 300_000  # milliseconds
 @contextlib.contextmanager
 def served() -> Iterator[str]:
     """The address of the page over the storybook model."""
-    service = Service({"storybook": Editor.load("storybook", dtype="fp32")})
+    service = Service(LocalMaker({"storybook": Editor.load("storybook", dtype="fp32")}))
     app = fastapi.FastAPI()
     ui.mount(app, ui.build_page(service))
     with socket.socket() as free:

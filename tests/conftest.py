@@ -224,16 +224,24 @@ def make_scheduler(prediction: str = "epsilon"):
 
 
 def make_sd_model(
-    folder: Path, *, version: int = 1, latent_channels: int = 4, prediction: str = "epsilon"
+    folder: Path,
+    *,
+    version: int = 1,
+    latent_channels: int = 4,
+    in_channels: int | None = None,
+    prediction: str = "epsilon",
 ) -> Path:
-    """Write a small random editor built as SD 1.x or 2.x is: of the same blocks, heads and groups."""
+    """Write a small random model built as SD 1.x or 2.x is: of the same blocks, heads and groups.
+
+    in_channels: of the UNet; twice the latent channels, as of an editor, if None.
+    """
     from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 
     torch.manual_seed(version)
     tokenizer = make_tokenizer(folder / "tokenizer")
     unet = UNet2DConditionModel(
         sample_size=64,
-        in_channels=2 * latent_channels,
+        in_channels=in_channels or 2 * latent_channels,
         out_channels=latent_channels,
         block_out_channels=(64, 128),
         layers_per_block=2,

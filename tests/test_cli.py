@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import io
@@ -19,14 +18,16 @@ from conftest import make_controlnet
 from PIL import Image
 
 from ip2p import __version__
-from ip2p import config as configs
 from ip2p.base.errors import InputError
 from ip2p.cli import edit as command
 from ip2p.cli import main as cli
-from ip2p.config import DrawConfig, EditConfig, parse_lora, with_defaults
+from ip2p.cli.edit import EditConfig
+from ip2p.cli.options import read_outer
+from ip2p.cli.storybook import DrawConfig
 from ip2p.editing import advice
 from ip2p.pictures import infotext
 from ip2p.pictures.images import save_image
+from ip2p.settings import meta_of, parse_lora, run_json
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def test_help_takes_less_than_a_second() -> None:
 @pytest.mark.parametrize("words", [["--help"], ["edit", "--help"], ["storybook", "score", "-h"], ["edit"]])
 def test_help_and_refusals_import_no_torch(words: list[str]) -> None:
     code = (
-        "import sys; from ip2p import cli; cli.main(sys.argv[1:]);"
+        "import sys; from ip2p.cli import main as cli; cli.main(sys.argv[1:]);"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'skia', 'pyarrow') if m in sys.modules])"
     )
     told = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
@@ -85,6 +86,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["edti"], "did you mean ip2p edit?"),
         (["storybook", "drw"], "did you mean ip2p storybook draw?"),
         (["xyzzy"], "--help"),
+        (["eval"], "did you mean ip2p storybook score?"),
+        (["score"], "did you mean ip2p storybook score?"),
+        (["benchmark"], "did you mean ip2p storybook score?"),
     ],
 )
 def test_unknown_verb(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,17 +105,40 @@ def test_every_verb_has_a_config_a_function_and_help(verb: str, capsys: pytest.C
     assert cli.main([*verb.split(), "--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert f"usage: ip2p {verb}" in out
-    for field in dataclasses.fields(config):
-        flag, place = f"--{field.name.replace('_', '-')}", field.name.upper()
-        assert flag in out or place in out or field.name in ("more", "source")
+    for name, found in config.model_fields.items():
+        meta = meta_of(found)
+        flag = f"--{(meta.name or name).replace('_', '-')}"
+        assert meta.hidden or (meta.metavar in out if meta.positional else f"{flag} " in f"{out} "), name
 
 
-@pytest.mark.parametrize("config", [getattr(configs, row[0]) for row in cli.VERBS.values()])
-def test_every_setting_has_its_own_words_in_the_help(config: type) -> None:
-    source = inspect.getsource(config)
-    for field in dataclasses.fields(config):
-        [line] = [text for text in source.splitlines() if text.strip().startswith(f"{field.name}: ")]
-        assert "  # " in line, f"{config.__name__}.{field.name} has no comment"
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_setting_has_its_own_words_in_the_help(verb: str) -> None:
+    for name, found in cli.config_class(verb).model_fields.items():
+        assert found.description, f"{verb}: {name} has no help text"
+
+
+def test_the_help_of_edit_fits_two_screens(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["edit", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 100 and max(map(len, lines)) <= 100
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles[0] == "Common options:" and titles[-1] == "Other options:"
+
+
+def test_there_are_at_most_120_options() -> None:
+    shown = set()
+    for verb in cli.VERBS:
+        for name, found in cli.config_class(verb).model_fields.items():
+            meta = meta_of(found)
+            if not meta.hidden and not meta.positional:
+                shown.add(meta.name or name)
+    assert len(shown) <= 120, len(shown)
+
+
+def test_options_that_the_help_omits_are_still_accepted() -> None:
+    assert cli.parse("train", ["--beta1", "0.5"]).beta1 == 0.5
+    assert cli.parse("edit", ["p", "i", "--schedule", "karras"]).schedule == "karras"
 
 
 def test_the_cli_page_of_the_docs_is_up_to_date() -> None:
@@ -139,7 +166,7 @@ def test_named_settings_file_and_nested_table(empty_folder: Path) -> None:
     config = cli.parse("storybook draw", ["--config", "mine.toml"])
     assert (config.count, config.out) == (5, Path("pages"))
     assert cli.parse("storybook draw", ["--config=mine.toml", "--count", "6"]).count == 6
-    assert with_defaults(DrawConfig, "storybook draw", env={"IP2P_CONFIG": "mine.toml"}).count == 5
+    assert read_outer(DrawConfig, "storybook draw", env={"IP2P_CONFIG": "mine.toml"}).count == 5
 
 
 def test_variables_take_every_type() -> None:
@@ -151,10 +178,10 @@ def test_variables_take_every_type() -> None:
         "IP2P_OUT": "a/b.png",
         "IP2P_NEGATIVE": "",
     }
-    config = with_defaults(EditConfig, "edit", env=env)
+    config = read_outer(EditConfig, "edit", env=env)
     assert (config.overwrite, config.size, config.text_cfg) == (True, (576, 384), 3.0)
     assert (config.sampler, config.out, config.negative) == ("euler", Path("a/b.png"), "")
-    assert with_defaults(EditConfig, "edit", env={"IP2P_SIZE": "256"}).size == 256
+    assert read_outer(EditConfig, "edit", env={"IP2P_SIZE": "256"}).size == 256
 
 
 @pytest.mark.parametrize(
@@ -169,7 +196,7 @@ def test_variables_take_every_type() -> None:
 )
 def test_bad_variable(variable: str, value: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        with_defaults(EditConfig, "edit", env={variable: value})
+        read_outer(EditConfig, "edit", env={variable: value})
 
 
 @pytest.mark.parametrize(
@@ -179,13 +206,13 @@ def test_bad_variable(variable: str, value: str, said: str) -> None:
         ("[edit]\nsteps = 'x'\n", "steps in ip2p.toml is 'x'"),
         ("[edit\n", "is not TOML"),
         ("edit = 3\n", r"write \[edit\] above it"),
-        ("[storybook]\ndraw = 1\n[edit]\nzzz = 1\n", "has no such setting; known: image"),
+        ("[storybook]\ndraw = 1\n[edit]\nzzz = 1\n", "has no such setting; known: instruction"),
     ],
 )
 def test_bad_settings_file(empty_folder: Path, text: str, said: str) -> None:
     (empty_folder / "ip2p.toml").write_text(text)
     with pytest.raises(InputError, match=said):
-        with_defaults(EditConfig, "edit", env={})
+        read_outer(EditConfig, "edit", env={})
 
 
 def test_missing_settings_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +227,7 @@ def test_size_is_a_side_or_two() -> None:
 
 
 def test_run_json_holds_version_and_settings() -> None:
-    said = json.loads(configs.run_json(DrawConfig(out=Path("x"), count=3), seconds=1.5))
+    said = json.loads(run_json(DrawConfig(out=Path("x"), count=3), seconds=1.5))
     assert said["ip2p"] == __version__ and said["seconds"] == 1.5
     assert said["settings"]["out"] == "x" and said["settings"]["count"] == 3
 
@@ -231,11 +258,11 @@ def test_repeated_flags_keep_their_order_and_replace_those_of_the_file(empty_fol
 
 def test_lists_and_pairs_come_from_variables_too() -> None:
     env = {"IP2P_LORA": "C:\\a:0.5", "IP2P_THEN": '["x", "y, z"]', "IP2P_CFG_INTERVAL": "0.2 0.9"}
-    config = with_defaults(EditConfig, "edit", env=env)
+    config = read_outer(EditConfig, "edit", env=env)
     assert (config.lora, config.then, config.cfg_interval) == (("C:\\a:0.5",), ("x", "y, z"), (0.2, 0.9))
     for bad in ("0.2", "0.2 x", "[1]"):
         with pytest.raises(InputError, match="IP2P_CFG_INTERVAL"):
-            with_defaults(EditConfig, "edit", env={"IP2P_CFG_INTERVAL": bad})
+            read_outer(EditConfig, "edit", env={"IP2P_CFG_INTERVAL": bad})
 
 
 @pytest.mark.parametrize(
@@ -258,32 +285,26 @@ def test_any_number_of_pictures_come_before_the_instruction() -> None:
     words = ["a.png", "b.png", "--steps", "3", "c", "--json", "--cfg-interval", "0", "0.5", "-o", "out"]
     config = cli.parse("edit", [*words, "make it night"])
     assert (config.image, config.more, config.instruction) == ("a.png", ("b.png", "c"), "make it night")
-    assert (config.out, config.json, config.cfg_interval) == (Path("out"), True, (0.0, 0.5))
+    assert (config.out, config.print_json, config.cfg_interval) == (Path("out"), True, (0.0, 0.5))
     assert cli.parse("edit", ["--then=x", "a.png", "--seed=3", "--", "-make it night"]).then == ("x",)
     assert cli.parse("edit", ["a.png", "make it night"]).more == ()
 
 
 def test_every_setting_that_makes_a_picture_is_read_back_from_one(page: Image.Image) -> None:
     words = ["p", "make it: night", "--seed", "3", "--steps", "4", "--text-cfg", "2", "--image-cfg", "1.1"]
-    words += ["--sampler", "euler", "--spacing", "karras", "--negative", "x", "--size", "64x32"]
+    words += ["--sampler", "euler", "--schedule", "karras", "--negative", "x", "--size", "64x32"]
     words += ["--text-cfg-rescale", "0.7", "--cfg-interval", "0.2", "0.9", "--fit", "model"]
     words += ["--mask", "m.png", "--mask-padding", "5", "--feather", "2.5"]
     words += ["--lora", "a.safetensors:0.5", "--lora", "b.safetensors", "--vae", "v", "--weights", "plain"]
     words += ["--revision", "main", "--controlnet", "c", "--control-image", "e.png", "--control-scale", "0.4"]
     asked = cli.parse("edit", words)
-    names = {f.name for f in dataclasses.fields(infotext.Settings)} & set(vars(asked))
-    told = infotext.Settings(
-        **{name: getattr(asked, name) for name in names - {"mask", "control_image"}},
-        mask="m.png",
-        control_image="e.png",
-        loras=asked.lora,
-    )
+    told = infotext.EditRecord(**{name: getattr(asked, name) for name in infotext.labeled_settings()})
     page = page.copy()
     page.info["parameters"] = infotext.format_infotext(told)
     save_image(page, "made.png")
     found = cli.parse("edit", ["p", "--from-settings", "made.png"])
-    assert found == dataclasses.replace(asked, from_settings=Path("made.png"))
-    auto = dataclasses.replace(told, mask=None, auto_mask=0.35)
+    assert found == asked.changed(from_settings=Path("made.png"))
+    auto = told.changed(mask=None, auto_mask=0.35)
     page.info["parameters"] = infotext.format_infotext(auto)
     save_image(page, "auto.png")
     assert cli.parse("edit", ["p", "--from-settings", "auto.png"]).auto_mask == 0.35
@@ -350,7 +371,7 @@ def test_picture_can_be_made_again_from_its_settings(
     page.resize((96, 64)).save("page.png")
     words = ["make it night, with stars: many", "--steps", 3, "--seed", 9, "--sampler", "dpmpp_2m"]
     words += [
-        "--spacing",
+        "--schedule",
         "karras",
         "--text-cfg",
         5,
@@ -504,3 +525,70 @@ def test_build_refuses(words: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["storybook", "build", "-o", "runs", *words]) == 2
     assert words[0] in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+# --- small faults --------------------------------------------------------------------------------
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_command_silently() -> None:
+    code = "import sys; from ip2p.cli import main; sys.exit(main.main(['edit', '--examples']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_the_steps_of_a_chain_and_the_best_results_have_names_of_their_own() -> None:
+    chain = command.output_paths(EditConfig(image="page.png", then=("make it snow",)), 2)
+    best = command.output_paths(EditConfig(image="page.png", count=4, best=2), 2)
+    assert not set(chain) & set(best)
+    with pytest.raises(InputError, match="leave --best away"):
+        EditConfig(image="page.png", then=("make it snow",), best=1).check()
+
+
+def test_the_grid_takes_the_same_fit_as_an_edit() -> None:
+    words = ["page.png", "make it night", "--fit", "model"]
+    assert cli.parse("grid", words).fit == cli.parse("edit", words).fit == "model"
+    assert cli.parse("grid", words[:2]).fit == cli.parse("edit", words[:2]).fit == "original"
+
+
+def test_a_list_of_models_has_those_of_the_folder(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["model", "list", str(tiny_model_dir.parent), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert tiny_model_dir.name in [row["name"] for row in rows if row["where"] == "here"]
+
+
+def test_nothing_to_do_has_no_progress_bar(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    from ip2p.base.terminal import progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress("editing", 0) as advance:
+        advance()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_training_says_how_long_it_takes() -> None:
+    from ip2p.training.loop import time_left
+
+    assert time_left(40, None, 0) == ", about 40 s left"
+    assert time_left(1200, None, 0) == ", about 20 min left"
+    assert time_left(10**6, minutes=10, spent=300) == ", about 5 min left"
+    assert time_left(0, None, 0) == ""
+
+
+def test_a_new_setting_is_on_the_command_line_and_in_the_help() -> None:
+    from ip2p.cli.options import read_options, write_help
+    from ip2p.settings import setting
+
+    class Sharpened(EditConfig):
+        sharpness: float = setting(1.0, "how sharp the result is", ge=0, le=10, group="Mask")
+
+    found = read_options(Sharpened, "edit", ["p", "i", "--sharpness", "3"], env={"IP2P_STEPS": "4"})
+    assert (found.sharpness, found.steps) == (3.0, 4)
+    assert "--sharpness NUMBER" in write_help(Sharpened, "edit")
+    with pytest.raises(InputError, match="^--sharpness is 11; it must be a number from 0 to 10"):
+        read_options(Sharpened, "edit", ["p", "i", "--sharpness", "11"])

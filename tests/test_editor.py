@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import warnings
@@ -14,6 +15,7 @@ from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.editing.editor import Editor
 from ip2p.pictures.images import load_image, save_image, to_tensor
 from ip2p.pictures.infotext import parse_infotext, read_infotext
+from ip2p.settings import EditSettings
 
 FAST = {"steps": 3}
 
@@ -31,15 +33,15 @@ def test_an_edit_gives_a_picture_for_each_seed_at_the_inputs_size(tiny_editor):
 
 def test_scales_not_given_are_the_models_own(tiny_editor):
     def scales(text_cfg, image_cfg):
-        settings = tiny_editor.resolve(text_cfg=text_cfg, image_cfg=image_cfg)
-        return settings["text_cfg"], settings["image_cfg"]
+        settings = tiny_editor.resolved(changes={"text_cfg": text_cfg, "image_cfg": image_cfg})
+        return settings.text_cfg, settings.image_cfg
 
     assert scales(None, None) == (7.5, 1.5)
     assert scales(2.0, None) == (2.0, 1.5)
     assert scales(None, 0.0) == (7.5, 0.0)
 
 
-TUNED = {"steps": 3, "sampler": "euler", "spacing": "trailing", "text_cfg": 2.5, "image_cfg": 1.25}
+TUNED = {"steps": 3, "sampler": "euler", "schedule": "trailing", "text_cfg": 2.5, "image_cfg": 1.25}
 
 
 def test_an_edit_without_settings_takes_those_of_the_card_and_records_them(tiny_editor, page):
@@ -115,7 +117,7 @@ def test_an_edit_can_be_made_again_from_the_file(tiny_editor, tmp_path):
         image_cfg=said.image_cfg,
         steps=said.steps,
         sampler=said.sampler,
-        spacing=said.spacing,
+        schedule=said.schedule,
         seeds=[said.seed],
         size=said.size,
     )[0]
@@ -324,12 +326,12 @@ def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
         ({"batch_size": 0}, "batch"),
         ({"size": 3}, "size is 3"),
         ({"fit": "magic"}, "original, model"),
-        ({"auto_mask": 1.5}, "auto-mask is 1.5"),
+        ({"auto_mask": 1.5}, "auto_mask is 1.5"),
         ({"mask": Image.new("L", (64, 64), "white"), "auto_mask": 0.5}, "one of them"),
-        ({"mask": Image.new("L", (64, 64))}, "black all over"),
+        ({"mask": Image.new("L", (64, 64))}, "all black"),
         ({"mask": Image.new("L", (32, 64), "white")}, "mask is 32x64 pixels and the picture 64x64"),
         ({"mask": "mask-that-is-missing.png"}, "no such file"),
-        ({"mask_padding": -1}, "mask-padding is -1"),
+        ({"mask_padding": -1}, "mask_padding is -1"),
         ({"feather": float("nan")}, "feather is nan"),
         ({"text_cfg_rescale": 2.0}, "rescale is 2"),
         ({"cfg_interval": (0.9, 0.2)}, "interval 0.9 0.2 is empty"),
@@ -403,3 +405,33 @@ def test_the_one_call_edits_and_keeps_its_model(tiny_model_dir, page):
     second = ip2p.edit(page, "make it night", model=tiny_model_dir, device="cpu", dtype="fp32", **FAST)
     assert first[0].tobytes() == second[0].tobytes()
     assert ip2p.Editor is Editor
+
+
+def test_the_settings_may_be_an_object_and_arguments_come_last(tiny_editor, page):
+    settings = EditSettings(text_cfg=2.0, seed=9, **FAST)
+    (made,) = tiny_editor.edit(page, "make it night", settings=settings, image_cfg=1.0)
+    found = parse_infotext(made.info["parameters"])
+    assert (found.text_cfg, found.image_cfg, found.seed) == (2.0, 1.0, 9)
+    assert (
+        made.tobytes()
+        == tiny_editor.edit(page, "make it night", seeds=[9], text_cfg=2.0, image_cfg=1.0, **FAST)[
+            0
+        ].tobytes()
+    )
+
+
+def test_one_number_for_seeds_is_an_error_that_shows_the_list(tiny_editor, page):
+    with pytest.raises(InputError, match=r"seeds is 1; .* Try seeds=\[1\]"):
+        tiny_editor.edit(page, "make it night", seeds=1)
+
+
+def test_names_of_diffusers_are_errors_that_name_ours(tiny_editor, page):
+    with pytest.raises(InputError, match="guidance_scale is called text_cfg here"):
+        tiny_editor.edit(page, "make it night", guidance_scale=7)
+
+
+def test_an_editor_and_its_results_say_what_they_are(tiny_editor, page):
+    results = tiny_editor.edit(page, "make it night", seeds=[1, 2], **FAST)
+    assert repr(results) == "<2 edited pictures: seed 1 (64x64), seed 2 (64x64)>"
+    assert Image.open(io.BytesIO(results._repr_png_())).width > 2 * 64
+    assert "float32 on cpu" in repr(tiny_editor) and "text_cfg=7.5" in repr(tiny_editor)

@@ -94,8 +94,8 @@ def test_what_the_hub_refuses_is_a_line_with_the_next_step():
 
     assert "Accept it on its page, then: HF_TOKEN=... hf download" in str(raised(errors.GatedRepoError))
     assert "has no revision v9" in str(raised(errors.RevisionNotFoundError, revision="v9"))
-    assert "neither a folder here nor a model" in str(raised(errors.RepositoryNotFoundError))
-    assert "neither a path here nor a data set" in str(
+    assert "neither a local folder nor a Hugging Face model" in str(raised(errors.RepositoryNotFoundError))
+    assert "neither a local path nor a Hugging Face data set" in str(
         raised(errors.RepositoryNotFoundError, what="data set")
     )
     assert "cannot be reached (ConnectionError)" in str(raised(ConnectionError))

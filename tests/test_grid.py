@@ -10,8 +10,9 @@ from PIL import Image
 
 from ip2p.base.errors import InputError
 from ip2p.cli import main as cli
-from ip2p.config import parse_axis
 from ip2p.editing import grid
+from ip2p.editing.grid import parse_axis
+from ip2p.settings import EditSettings
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -19,19 +20,22 @@ pytestmark = pytest.mark.usefixtures("here")
 class Painter:
     """An editor whose results have the colour of their settings."""
 
-    def edit(self, picture, instruction, *, seeds, text_cfg, image_cfg, steps):
-        [seed] = seeds
+    def edit(self, picture, *, settings):
+        seed, steps, text_cfg, image_cfg = (
+            getattr(settings, name) for name in ("seed", "steps", "text_cfg", "image_cfg")
+        )
+        assert settings.instruction == "make it night"
         assert isinstance(seed, int) and isinstance(steps, int)
         return [Image.new("RGB", picture.size, (int(text_cfg * 10), int(image_cfg * 10), seed * 10 + steps))]
 
 
 def test_each_cell_has_the_settings_of_its_row_and_column() -> None:
     made = []
-    picture = grid.draw(
+    picture = grid.draw_grid(
         Painter(),
         Image.new("RGB", (300, 150), "red"),
         "make it night",
-        columns=grid.Axis(setting="text-cfg", values=(2.0, 7.5)),
+        columns=grid.Axis(setting="text_cfg", values=(2.0, 7.5)),
         rows=grid.Axis(setting="seed", values=(0, 1, 2)),
         cell=100,
         made=lambda: made.append(1),
@@ -52,8 +56,10 @@ def test_each_cell_has_the_settings_of_its_row_and_column() -> None:
 
 def test_labels_stand_above_the_columns_and_before_the_rows() -> None:
     cells = [[Image.new("RGB", (40, 40), "blue")] * 2] * 2
-    bare = np.asarray(grid.sheet(cells, columns=["", ""], rows=["", ""]))
-    told = np.asarray(grid.sheet(cells, columns=["text CFG 5", "text CFG 7.5"], rows=["a", "b"], title="“x”"))
+    bare = np.asarray(grid.draw_sheet(cells, columns=["", ""], rows=["", ""]))
+    told = np.asarray(
+        grid.draw_sheet(cells, columns=["text CFG 5", "text CFG 7.5"], rows=["a", "b"], title="“x”")
+    )
     dark = (told.max(axis=-1) < 100) & (told[..., 2] < 100)
     blue = (told == (0, 0, 255)).all(axis=-1)
     top, left = np.argwhere(blue).min(axis=0)
@@ -65,8 +71,8 @@ def test_labels_stand_above_the_columns_and_before_the_rows() -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("text-cfg", ("text-cfg", None)),
-        ("text_cfg=3,7.5", ("text-cfg", (3.0, 7.5))),
+        ("text-cfg", ("text_cfg", None)),
+        ("text_cfg=3,7.5", ("text_cfg", (3.0, 7.5))),
         ("seed=0, 4", ("seed", (0, 4))),
         ("steps=5", ("steps", (5,))),
     ],
@@ -78,8 +84,8 @@ def test_axis_is_a_setting_with_or_without_values(text: str, found: tuple) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--rows", "size=3"], "--rows is 'size=3'; choose one of: text-cfg, image-cfg, seed, steps"),
-        (["--columns", "steps=5,x"], "--columns: 'x' is not a whole number"),
+        (["--rows", "size=3"], "--rows is 'size=3'; choose one of: steps, text-cfg, image-cfg, seed, "),
+        (["--columns", "steps=5,x"], "--columns steps is 'x'; it must be a whole number"),
         (["--columns", "steps=0"], "--columns steps is 0; it must be 1 to 1000"),
         (["--rows", "image-cfg=nan"], "--rows image-cfg is nan"),
         (["--rows", "text-cfg"], "--columns and --rows are both text-cfg"),
@@ -112,5 +118,5 @@ def test_the_command_draws_the_scales_around_the_models_own(
     with Image.open("page-grid.png") as drawn:
         assert drawn.width > 5 * 64 and drawn.height > 2 * 64
     assert cli.main([*words, "--rows", "seed=1,2"]) == 2  # is there already
-    assert grid.default_values("text-cfg", text_cfg=7.5, image_cfg=1.5, seed=0) == [3.75, 5.62, 7.5, 11.25]
-    assert grid.default_values("seed", text_cfg=7.5, image_cfg=1.5, seed=4) == [4, 5, 6, 7]
+    assert grid.default_values("text_cfg", EditSettings(text_cfg=7.5)) == [3.75, 5.62, 7.5, 11.25]
+    assert grid.default_values("seed", EditSettings(seed=4)) == [4, 5, 6, 7]

@@ -10,6 +10,7 @@ from PIL import Image, ImageCms
 
 from ip2p.base.errors import InputError
 from ip2p.pictures.images import (
+    EditedImage,
     check_output,
     fit_size,
     grid,
@@ -115,8 +116,10 @@ def test_a_flipped_bit_in_a_png_is_an_error():
 
 
 def test_too_many_pixels_are_told_from_the_header():
-    with pytest.raises(InputError, match=r"25\.0 megapixels \(5000x5000\); the limit is 16.*--max-pixels"):
-        load_image(png_header(5000, 5000))
+    with pytest.raises(
+        InputError, match=r"144\.0 megapixels \(12000x12000\); the limit is 100.*--max-pixels"
+    ):
+        load_image(png_header(12000, 12000))
 
 
 def test_a_decompression_bomb_is_told_from_the_header():
@@ -441,3 +444,32 @@ def test_bytes_of_a_picture_carry_its_settings_and_its_xmp(kind, tmp_path):
     image.info = {}
     with Image.open(io.BytesIO(to_bytes(image, kind))) as read:
         assert "xmp" not in read.info and not read.getexif()
+
+
+def test_arrays_and_open_files_are_pictures(tmp_path):
+    page = noise_image()
+    page.save(tmp_path / "page.png")
+    with open(tmp_path / "page.png", "rb") as file:
+        assert load_image(file).tobytes() == page.tobytes()
+    assert load_image(np.asarray(page)).tobytes() == page.tobytes()
+    assert load_image(np.asarray(page) / 255).tobytes() == page.tobytes()
+    assert load_image(np.zeros((32, 48), np.uint8)).size == (48, 32)
+    with pytest.raises(InputError, match=r"the shape \[3, 32, 32\]"):
+        load_image(np.zeros((3, 32, 32), np.uint8))
+    with pytest.raises(InputError, match="floats outside of 0 to 1"):
+        load_image(np.full((32, 32, 3), 255.0))
+    with pytest.raises(InputError, match="A list is not a picture"):
+        load_image([[0, 1]])
+    with open(__file__) as file, pytest.raises(InputError, match="'rb'"):
+        load_image(file)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_pillow_itself_writes_the_settings_of_a_result(tmp_path, ending):
+    image = EditedImage.of(noise_image())
+    image.info["parameters"] = "make it snow\nSteps: 3"
+    image.save(tmp_path / f"snow.{ending}")
+    assert read_infotext(tmp_path / f"snow.{ending}") == "make it snow\nSteps: 3"
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    assert Image.open(file).info["parameters"] == "make it snow\nSteps: 3"

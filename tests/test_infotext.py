@@ -1,5 +1,3 @@
-import dataclasses
-
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as how
@@ -9,16 +7,16 @@ from PIL import Image
 from ip2p.base.errors import InputError
 from ip2p.pictures.images import EXIF_IFD, USER_COMMENT, save_image
 from ip2p.pictures.infotext import (
-    MORE,
-    Settings,
+    EditRecord,
     amend,
     decode_comment,
     format_infotext,
     parse_infotext,
     read_infotext,
 )
+from ip2p.settings import meta_of
 
-SNOW = Settings(
+SNOW = EditRecord(
     instruction="make it snow",
     negative="blurry",
     steps=50,
@@ -29,7 +27,7 @@ SNOW = Settings(
     size=(512, 512),
     model="x",
     version="ip2p 0.1",
-)
+).resolved()
 TEXT = """make it snow
 Negative prompt: blurry
 Steps: 50, Sampler: Euler a, CFG scale: 7.5, Image CFG scale: 1.5, Seed: 42, Size: 512x512, Model: x, \
@@ -42,7 +40,7 @@ def test_the_three_lines_are_those_of_a1111():
 
 
 def test_without_a_negative_prompt_there_are_two_lines():
-    bare = dataclasses.replace(SNOW, negative="")
+    bare = SNOW.changed(negative="")
     assert "Negative" not in format_infotext(bare)
     assert parse_infotext(format_infotext(bare)) == bare
 
@@ -61,25 +59,23 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40).map
     note=words,
     seed=st.integers(0, 2**63 - 1),
     text_cfg=st.floats(0, 100),
-    spacing=st.sampled_from(["linspace", "karras"]),
+    schedule=st.sampled_from(["linspace", "karras"]),
 )
-def test_whatever_is_written_is_read_back(instruction, negative, model, note, seed, text_cfg, spacing):
-    settings = dataclasses.replace(
-        SNOW,
+def test_whatever_is_written_is_read_back(instruction, negative, model, note, seed, text_cfg, schedule):
+    settings = SNOW.changed(
         instruction=instruction,
         negative=negative,
         model=model,
         seed=seed,
         text_cfg=text_cfg,
-        spacing=spacing,
+        schedule=schedule,
         others={"Mask blur": note},
     )
     assert parse_infotext(format_infotext(settings)) == settings
 
 
 def test_every_other_setting_is_read_back_and_written_only_when_it_is_not_the_default():
-    settings = dataclasses.replace(
-        SNOW,
+    settings = SNOW.changed(
         text_cfg_rescale=0.7,
         cfg_interval=(1e-5, 0.9),
         mask="C:\\masks\\sky, left.png",
@@ -90,31 +86,35 @@ def test_every_other_setting_is_read_back_and_written_only_when_it_is_not_the_de
         revision="main",
         weights="plain",
         vae="stabilityai/sd-vae-ft-mse",
-        loras=("a.safetensors:0.8", "C:\\b.safetensors"),
+        parts_from="some/base",
+        lora=("a.safetensors:0.8", "C:\\b.safetensors"),
         controlnet="canny",
         control_image="edges.png",
         control_scale=0.5,
     )
     assert parse_infotext(format_infotext(settings)) == settings
-    changed = {f.name for f in dataclasses.fields(SNOW) if getattr(SNOW, f.name) != getattr(settings, f.name)}
-    assert changed == {*MORE, "loras"}  # so that a new field is not forgotten
+    fields = EditRecord.model_fields
+    changed = {name for name in fields if getattr(SNOW, name) != getattr(settings, name)}
+    labeled = {name for name in fields if meta_of(fields[name]).label}
+    always = {name for name in labeled if meta_of(fields[name]).written != "changed"}
+    assert changed == labeled - always - {"schedule"}  # so that a new field is not forgotten
     assert format_infotext(SNOW) == TEXT
 
 
 def test_amended_text_differs_in_the_named_fields_alone():
-    text = format_infotext(dataclasses.replace(SNOW, others={"Mask blur": "4"}))
+    text = format_infotext(SNOW.changed(others={"Mask blur": "4"}))
     assert amend(text) == text
-    assert parse_infotext(amend(text, vae="x")) == dataclasses.replace(parse_infotext(text), vae="x")
+    assert parse_infotext(amend(text, vae="x")) == parse_infotext(text).changed(vae="x")
 
 
 def test_values_with_commas_colons_and_lines_are_quoted():
-    text = format_infotext(dataclasses.replace(SNOW, model='a, b: "c"\nd'))
+    text = format_infotext(SNOW.changed(model='a, b: "c"\nd'))
     assert 'Model: "a, b: \\"c\\"\\nd"' in text
     assert parse_infotext(text).model == 'a, b: "c"\nd'
 
 
 def test_an_instruction_of_several_lines_stays_one():
-    text = format_infotext(dataclasses.replace(SNOW, instruction="make it\nSteps: 3,\n night"))
+    text = format_infotext(SNOW.changed(instruction="make it\nSteps: 3,\n night"))
     assert text.splitlines()[0] == "make it Steps: 3, night"
     assert parse_infotext(text).steps == 50
 
@@ -128,7 +128,7 @@ Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 1, Size: 512x768, Model
 Image CFG scale: 1.2"""
     found = parse_infotext(text)
     assert (found.instruction, found.negative) == ("make it\nnight", "blurry,\ngrey")
-    assert (found.sampler, found.spacing, found.size) == ("dpmpp_2m", "karras", (512, 768))
+    assert (found.sampler, found.schedule, found.size) == ("dpmpp_2m", "karras", (512, 768))
     assert found.others == {"Model hash": "abc"}
 
 
@@ -143,7 +143,7 @@ def test_text_without_settings_is_an_error(text):
 @pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "webp"])
 @pytest.mark.parametrize("instruction", ["make it snow", "mach es grün, bitte: 雪"])
 def test_every_format_carries_the_settings(tmp_path, ending, instruction):
-    text = format_infotext(dataclasses.replace(SNOW, instruction=instruction))
+    text = format_infotext(SNOW.changed(instruction=instruction))
     image = Image.new("RGB", (32, 32))
     image.info["parameters"] = text
     path = save_image(image, tmp_path / f"out.{ending}")

@@ -20,7 +20,6 @@ from ip2p.base.cluster import Cluster
 from ip2p.base.errors import InputError, ModelError
 from ip2p.cli import main as cli
 from ip2p.cli import synth as maker
-from ip2p.config import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthInstructConfig, SynthPairsConfig
 from ip2p.data.loading import open_source
 from ip2p.models import bundle
 from ip2p.pictures.images import load_image
@@ -30,6 +29,7 @@ from ip2p.synth.filter import KEPT, PRESETS, SIMILARITIES, clips_of, preset_for
 from ip2p.synth.instruct import Answer, Ask, LocalWriter
 from ip2p.synth.records import Triple, read_triples, triple_id, write_triples
 from ip2p.synth.safety import Classifier
+from ip2p.synth.settings import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthInstructConfig, SynthPairsConfig
 from ip2p.synth.tune import Tuning, new_lm, tune_lm
 
 CHANGES = (("cat", "dog"), ("hill", "lake"), ("boat", "kite"), ("tree", "rock"))
@@ -167,8 +167,8 @@ def test_from_captions_to_a_data_set_that_others_read(captions, lm, painter, her
         assert ip2p("synth", "inspect", data, "-o", out, "--each", "2", "--side", "32") == 0
         page = Path(out).read_text()
         # Of what was filtered, too: what went is shown with what stays.
-        assert re.search(r"of 8 pairs stay", page) and "<img src=" in page
-    assert "enough better pairs of this edit" in Path("kept.html").read_text()
+        assert re.search(r"of 8 pairs kept", page) and "<img src=" in page
+    assert "the edit already has enough better pairs" in Path("kept.html").read_text()
 
     for folder in ("pairs", "kept", "triples.parts"):
         assert json.loads((Path(folder) / "run.json").read_text())["settings"]["out"]
@@ -563,7 +563,7 @@ def test_the_packaged_language_model_is_the_default(
     (book / "model_index.json").write_text("{}")
     words = ("synth", "instruct", captions, "-o", "t.parquet", *GREEDY, *HERE)
     assert ip2p(*words) == 3
-    assert f"{book / 'lm'} is no language model" in capsys.readouterr().err
+    assert f"{book / 'lm'} is not a language model" in capsys.readouterr().err
     shutil.copytree(lm, book / "lm")
     assert ip2p(*words) == 0
     assert {triple.source for triple in read_triples(Path("t.parquet"))} == {"storybook"}
@@ -628,13 +628,13 @@ def test_any_data_set_is_given_scores(unmeasured, tiny_clip_dir, here, capsys):
     assert all(-1 <= row[name] <= 1 for row in made for name in SIMILARITIES)
     assert ip2p("synth", "inspect", "scored", "-o", "scored.html") == 0
     page = Path("scored.html").read_text()
-    assert "of 4 pairs stay" in page and "a picture that cannot be read" in page
+    assert "of 4 pairs kept" in page and "unreadable picture" in page
     # What it filtered is gone: what stays is shown alone.
     unmeasured.unlink()
     capsys.readouterr()
     assert ip2p("synth", "inspect", "scored", "-o", "alone.html") == 0
     assert "only what stays is shown" in capsys.readouterr().err
-    assert "of 3 pairs stay" in Path("alone.html").read_text()
+    assert "of 3 pairs kept" in Path("alone.html").read_text()
 
 
 def test_a_filter_writes_beside_what_it_reads_and_says_when_nothing_stays(
@@ -651,13 +651,13 @@ def test_a_filter_writes_beside_what_it_reads_and_says_when_nothing_stays(
     # A folder of another command is not begun anew.
     words = ("synth", "filter", unmeasured, "--clip", tiny_clip_dir)
     assert ip2p(*words, "-o", "pairs", "--overwrite") == 2
-    assert "holds what another command wrote" in capsys.readouterr().err
+    assert "contains the output of another command" in capsys.readouterr().err
     assert ip2p(*words, "-o", "none", "--directional", "1") == 2
     assert "no pair of" in capsys.readouterr().err
     assert ip2p("synth", "inspect", "none", "-o", "none.html") == 0
-    assert "<b>0</b> of 4 pairs stay" in Path("none.html").read_text()
+    assert "<b>0</b> of 4 pairs kept" in Path("none.html").read_text()
     assert ip2p("synth", "inspect", "none", "-o", "two.html", "--count", "2") == 0
-    assert "<b>0</b> of 2 pairs stay" in Path("two.html").read_text()
+    assert "<b>0</b> of 2 pairs kept" in Path("two.html").read_text()
 
 
 def test_without_a_clip_the_papers_is_named_with_how_to_fetch_it(unmeasured, here, capsys):
@@ -682,7 +682,7 @@ def test_thresholds_come_from_the_preset_and_each_can_be_given(painter, triples,
         assert [row["id"] for row in rows(out)] == [row["id"] for row in made if passes(row)]
         assert ip2p("synth", "inspect", out, "-o", f"{out}.html") == 0
         # The page has the filter's own settings.
-        assert f"<b>{len(rows(out))}</b> of {len(made)} pairs stay" in Path(f"{out}.html").read_text()
+        assert f"<b>{len(rows(out))}</b> of {len(made)} pairs kept" in Path(f"{out}.html").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -730,7 +730,7 @@ def test_a_classifier_without_a_word_for_unsafe_is_refused(classifier, here, tmp
     config = json.loads((other / "config.json").read_text())
     config |= {"id2label": {"0": "cat", "1": "not nsfw"}, "label2id": {"cat": 0, "not nsfw": 1}}
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="has no label for unsafe pictures, but cat, not nsfw"):
+    with pytest.raises(ModelError, match="has no label for unsafe pictures. Its labels: cat, not nsfw"):
         Classifier(str(other))
     with pytest.raises(ModelError, match="no such model"):
         Classifier("nowhere")

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ip2p.base.errors import InputError, ResourceError, Terminated
-from ip2p.cli import main as cli
-from ip2p.config import EditConfig
+from ip2p.base.errors import InputError, ResourceError, Terminated, as_ip2p_error
+from ip2p.cli.edit import EditConfig
 from ip2p.editing import batch as many
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -166,7 +165,7 @@ def test_a_changed_setting_is_refused_by_name_unless_overwritten() -> None:
     save_pages(Path("pages"), ["a.png"])
     do(CONFIG)
     changed = [
-        ({"steps": 30}, "--steps 20, and now it is 30"),
+        ({"steps": 30}, "--steps not given, and now it is 30"),
         ({"instruction": "make it day"}, 'instruction "make it night", and now it is "make it day"'),
         ({"cfg_interval": (0.2, 0.9)}, "--cfg-interval [0.0, 1.0], and now it is [0.2, 0.9]"),
         ({"text_cfg": 3.0}, "--text-cfg not given, and now it is 3.0"),
@@ -270,7 +269,7 @@ def test_a_full_disk_stops_the_job_and_keeps_what_is_there(monkeypatch: pytest.M
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left") as told:
         patched.setattr(Image.Image, "save", full)
         do(CONFIG, batch_size=1, jobs=1)
-    assert isinstance(cli._as_ip2p_error(told.value), ResourceError)
+    assert isinstance(as_ip2p_error(told.value), ResourceError)
     before = {row["name"] for row in manifest(Path("out"))}
     assert len(before) == 2 and sorted(before | set(do(CONFIG)[0])) == [f"{k}.png" for k in range(6)]
     assert not [name for name in os.listdir("out") if name.startswith(".")]

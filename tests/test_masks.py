@@ -39,13 +39,15 @@ def test_transparency_is_not_edited():
 
 
 def test_a_mask_of_another_size_names_both_sizes():
-    with pytest.raises(InputError, match=r"mask is 96x64 pixels and the picture 64x96.*one size") as error:
+    with pytest.raises(
+        InputError, match=r"mask is 96x64 pixels and the picture 64x96.*the same size"
+    ) as error:
         load_mask(disc(), (64, 96))
     assert error.value.code == 2
 
 
 def test_a_black_mask_is_an_error():
-    with pytest.raises(InputError, match="black all over.*Paint white"):
+    with pytest.raises(InputError, match="all black.*Paint the region to edit white"):
         load_mask(Image.new("L", (96, 64)), (96, 64))
 
 

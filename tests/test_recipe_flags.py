@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from ip2p.cli import main as cli
-from ip2p.config import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK
 from ip2p.synth.filter import PRESETS
+from ip2p.synth.settings import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = '#!/usr/bin/env python3\nimport json, sys\nprint(json.dumps(sys.argv), file=open({log!r}, "a"))\n'

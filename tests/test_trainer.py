@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,9 @@ from ip2p.base.errors import InputError, ModelError, Terminated
 from ip2p.base.files import write_text
 from ip2p.base.ledger import lock_folder
 from ip2p.cli import main as cli
-from ip2p.config import TrainConfig
 from ip2p.training import loop, trainer
 from ip2p.training.checkpoints import Checkpoints
+from ip2p.training.settings import TrainConfig
 from ip2p.training.storybook.pairs import write_pairs
 from ip2p_storybook.edits import sample_edit
 from ip2p_storybook.scene import rng_for
@@ -146,10 +145,18 @@ def test_the_written_weights_are_the_averages(whole):
 
 def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
     before = {p: p.stat().st_mtime_ns for p in whole.output.rglob("*") if p.is_file() and p.name != ".lock"}
-    trainer.train(whole)
-    told = capsys.readouterr()
-    assert "is finished: 6 steps. Give more --steps" in told.err and told.out.strip() == str(whole.output)
+    assert trainer.train(whole) == whole.output
+    assert "is finished: 6 steps. Give more --steps" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_finished_run_refuses_another_setting_by_name(whole):
+    with pytest.raises(InputError, match=r"was trained with --lr .*, and now it is 0\.5; use the same again"):
+        trainer.train(whole, lr=0.5)
+
+
+def test_a_model_of_photographs_is_not_warned_off_photographs(whole):
+    assert json.loads((whole.output / "ip2p.json").read_text())["known_psnr"] is None
 
 
 def test_training_changes_every_kind_of_weight(whole, base):
@@ -189,7 +196,7 @@ def test_n_then_killed_then_n_is_2n_to_the_bit(config, whole, stop_at):
 
 
 def test_more_steps_go_on_from_a_finished_run(config, whole):
-    trainer.run(replace(config, steps=4))
+    trainer.run(config.changed(steps=4))
     assert state(config)["step"] == 4
     trainer.run(config)
     assert same(weights(config.output), weights(whole.output))
@@ -248,7 +255,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(conf
     # The same call meets it again; with patience the run steps over it and ends.
     with pytest.raises(ModelError):
         trainer.run(config)
-    assert trainer.run(replace(config, nan_steps=10)).finished
+    assert trainer.run(config.changed(nan_steps=10)).finished
     assert all(torch.isfinite(v).all() for v in state(config)["model"].values())
 
 
@@ -269,14 +276,14 @@ def test_two_runs_in_one_folder_the_second_is_refused(config):
 def test_a_changed_setting_is_refused_by_name(whole, change, named):
     before = (whole.output / "training" / "manifest.jsonl").read_bytes()
     with pytest.raises(InputError, match=named):
-        trainer.run(replace(whole, steps=8, **change))
+        trainer.run(whole.changed(steps=8, **change))
     assert before == (whole.output / "training" / "manifest.jsonl").read_bytes()
 
 
 def test_changed_data_are_refused(config, tmp_path, stop_at):
     own = tmp_path / "own.parquet"
     own.write_bytes(Path(config.data).read_bytes())
-    config = replace(config, data=str(own))
+    config = config.changed(data=str(own))
     again = stop_at(3, kill)
     with pytest.raises(Killed):
         trainer.run(config)
@@ -291,11 +298,11 @@ def test_how_a_batch_is_split_may_change_when_a_run_goes_on(config, stop_at):
     with pytest.raises(Killed):
         trainer.run(config)
     again()
-    assert trainer.run(replace(config, micro_batch=2)).finished
+    assert trainer.run(config.changed(micro_batch=2)).finished
 
 
 def test_time_up_saves_and_the_next_call_goes_on(config, whole):
-    assert not trainer.run(replace(config, seconds=0.0)).finished
+    assert not trainer.run(config.changed(seconds=0.0)).finished
     assert not (config.output / "model_index.json").exists()
     trainer.run(config)
     assert same(weights(config.output), weights(whole.output))
@@ -318,7 +325,7 @@ def test_killed_as_the_editor_is_written_the_next_call_writes_it(config, monkeyp
 def test_a_lora_of_an_editor_is_a_file_and_a_merged_model(config, tiny_model_dir, page):
     from ip2p.editing.editor import Editor
 
-    config = replace(config, base=str(tiny_model_dir), lora=2, ema=0.0)
+    config = config.changed(base=str(tiny_model_dir), lora=2, ema=0.0)
     trainer.run(config)
     trained = state(config)["model"]
     assert trained and all(".lora_" in name for name in trained)
@@ -332,7 +339,7 @@ def test_a_lora_of_an_editor_is_a_file_and_a_merged_model(config, tiny_model_dir
 
 
 def test_a_lora_of_stable_diffusion_trains_the_widened_input_too(config):
-    config = replace(config, lora=2)
+    config = config.changed(lora=2)
     trainer.run(config)
     trained = state(config)["model"]
     assert any("conv_in" in name for name in trained) and any(".lora_" in name for name in trained)
@@ -344,8 +351,8 @@ def test_a_unet_can_start_from_its_config_alone(config, tiny_model_dir, tmp_path
     own = tmp_path / "unet.json"
     own.write_text((tiny_model_dir / "unet" / "config.json").read_text())
     with pytest.raises(InputError, match="add --parts MODEL"):
-        trainer.run(replace(config, base=str(own)))
-    assert trainer.run(replace(config, base=str(own), parts=str(tiny_model_dir), steps=2)).finished
+        trainer.run(config.changed(base=str(own)))
+    assert trainer.run(config.changed(base=str(own), parts=str(tiny_model_dir), steps=2)).finished
 
 
 @pytest.mark.parametrize("kind", ["sd2", "xl"])
@@ -353,7 +360,7 @@ def test_sd2_and_sdxl_train_and_open(config, sd2_dir, xl_dir, page, kind):
     from ip2p.editing.editor import Editor
 
     folder = {"sd2": sd2_dir, "xl": xl_dir}[kind]
-    config = replace(config, base=str(folder), steps=2)
+    config = config.changed(base=str(folder), steps=2)
     trainer.run(config)
     scheduler = json.loads((config.output / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == ("v_prediction" if kind == "sd2" else "epsilon")
@@ -365,13 +372,13 @@ def test_sd2_and_sdxl_train_and_open(config, sd2_dir, xl_dir, page, kind):
 
 
 def test_without_a_cache_the_pictures_are_encoded_as_it_goes(config):
-    done = trainer.run(replace(config, no_cache=True, pool=8))
+    done = trainer.run(config.changed(no_cache=True, pool=8))
     assert done.finished
 
 
 def test_the_storybook_is_drawn_as_it_goes_and_scored(config, tiny_model_dir):
-    config = replace(
-        config, data="storybook", base=str(tiny_model_dir), validate_every=4, held_out=2, validate_steps=1
+    config = config.changed(
+        data="storybook", base=str(tiny_model_dir), validate_every=4, held_out=2, validate_steps=1
     )
     trainer.run(config)
     rows = [json.loads(x) for x in (config.output / "training" / "curves.jsonl").read_text().splitlines()]
@@ -395,10 +402,10 @@ def test_broken_rows_are_quarantined_and_beyond_one_in_a_hundred_it_stops(config
     (folder / "metadata.csv").write_text("before,after,instruction\n" + rows)
     broken = folder / "after" / "007.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    config = replace(config, data=str(folder))
+    config = config.changed(data=str(folder))
     # Without a cache it has to come by the row to see it.
     for name, more in (("cached", {"steps": 1}), ("online", {"steps": 5, "no_cache": True, "pool": 120})):
-        own = replace(config, output=config.output.with_name(name), batch=24, **more)
+        own = config.changed(output=config.output.with_name(name), batch=24, **more)
         assert trainer.run(own).finished
     told = (config.output.with_name("online") / "training" / "quarantine.jsonl").read_text()
     assert "007" in told
@@ -406,15 +413,14 @@ def test_broken_rows_are_quarantined_and_beyond_one_in_a_hundred_it_stops(config
         broken = folder / "after" / f"{k:03}.png"
         broken.write_bytes(b"no picture")
     with pytest.raises(InputError, match="broken"):
-        trainer.run(replace(config, output=config.output.with_name("other")))
+        trainer.run(config.changed(output=config.output.with_name("other")))
 
 
 # --- validations ---
 
 
 def test_validations_are_shown_logged_and_end_a_run_that_gets_worse(config, tiny_clip_dir, monkeypatch):
-    config = replace(
-        config,
+    config = config.changed(
         steps=40,
         validate_every=2,
         held_out=2,
@@ -422,7 +428,7 @@ def test_validations_are_shown_logged_and_end_a_run_that_gets_worse(config, tiny
         clip=str(tiny_clip_dir),
         stop_when_worse=3,
     )
-    config = replace(config, watch="loss")
+    config = config.changed(watch="loss")
     values = iter([0.5, 0.4, 0.45, 0.6, 0.41, 0.1])
     monkeypatch.setattr(trainer, "held_out_loss", lambda *a, **k: next(values))
     result = trainer.run(config)
@@ -445,7 +451,7 @@ def test_held_out_pairs_are_not_trained_on(config, monkeypatch):
         return batch
 
     monkeypatch.setattr(trainer.CachedSamples, "batch", note)
-    config = replace(config, steps=30, validate_every=100, held_out=2, lr=1e-5)
+    config = config.changed(steps=30, validate_every=100, held_out=2, lr=1e-5)
     trainer.run(config)
     assert len(seen) == 22
 
@@ -453,7 +459,7 @@ def test_held_out_pairs_are_not_trained_on(config, monkeypatch):
 def test_curves_go_to_tensorboard_which_is_the_default_when_it_is_there(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer.run(replace(config, steps=2, track="auto", validate_every=1, held_out=2, validate_steps=1))
+    trainer.run(config.changed(steps=2, track="auto", validate_every=1, held_out=2, validate_steps=1))
     told = set()
     for events in (config.output / "training" / "tensorboard").rglob("events*"):
         read = EventAccumulator(str(events))
@@ -475,13 +481,13 @@ def test_stopping_when_it_gets_worse_needs_pairs_to_hold_out(config, tmp_path):
     few = tmp_path / "few.parquet"
     write_pairs((sample_edit(rng_for("test", 0, k)) for k in range(6)), few, size=SIDE)
     with pytest.raises(InputError, match="has 6 rows"):
-        trainer.run(replace(config, data=str(few), validate_every=2, stop_when_worse=1))
+        trainer.run(config.changed(data=str(few), validate_every=2, stop_when_worse=1))
 
 
 def test_two_processes_share_a_run_validate_it_and_write_one_editor(config, tmp_path):
     """The command under torchrun: caches, steps, validations that may end it, one folder."""
     more = {"validate_every": 2, "held_out": 2, "validate_steps": 1, "cache": tmp_path / "cache"}
-    both = replace(config, output=tmp_path / "two", **more)
+    both = config.changed(output=tmp_path / "two", **more)
     words = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in vars(both).items()
@@ -498,7 +504,7 @@ def test_two_processes_share_a_run_validate_it_and_write_one_editor(config, tmp_
     assert made.returncode == 0, made.stderr[-3000:]
     assert made.stdout.split() == [str(both.output)]
     assert (both.output / "model_index.json").exists()
-    trainer.run(replace(config, **more))
+    trainer.run(config.changed(**more))
     curves = [
         [json.loads(line)["loss"] for line in (folder / "training" / "curves.jsonl").read_text().splitlines()]
         for folder in (both.output, config.output)

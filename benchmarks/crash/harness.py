@@ -41,7 +41,7 @@ def plain_files(output: Path) -> dict[str, str]:
     return {
         str(path.relative_to(output.parent)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(files)
-        if path.is_file() and path.name not in BOOKS and path.suffix != ".lock"
+        if path.is_file() and path.name not in BOOKS and not path.name.endswith(".lock")
     }
 
 
@@ -196,7 +196,7 @@ class Bench:
         return self.known[target.name]
 
     def compare(self, runs: Runs) -> int:
-        """Units of work. Raises Failed for another result than the undisturbed one's, or a unit listed twice."""
+        """Units of work. Raises Failed if the result differs or a unit is listed twice."""
         expected, found = self.undisturbed(runs.target).result, runs.target.result(runs.output)
         lost, new = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         must(not lost and not new, f"missing: {lost[:3]}, unexpected: {new[:3]}")
@@ -301,7 +301,7 @@ def kill_commands(bench: Bench, target: Target, way: str) -> Iterator[str]:
 
 def kill_workers(bench: Bench, target: Target, way: str) -> Iterator[str]:
     """Kill workers, of this machine or the cluster, at random times while the command goes on."""
-    from ip2p.base.jobs import RETRIES
+    from ip2p.base.work import RETRIES
 
     usual = bench.undisturbed(target)
     killed = number = repeated = made = 0
@@ -379,7 +379,7 @@ def half_written(output: Path) -> list[Path]:
     """Temporary files that should have been removed; locks are none."""
     roots = [path for path in (output, output.with_suffix(".parts")) if path.is_dir()]
     files = [path for root in roots for path in root.rglob(".*") if path.is_file()]
-    return [path for path in files if path.suffix != ".lock"]
+    return [path for path in files if not path.name.endswith(".lock")]
 
 
 def fill_disk(bench: Bench, target: Target, way: str) -> Iterator[str]:

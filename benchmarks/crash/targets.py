@@ -120,7 +120,7 @@ TARGETS = {
             name="convert",
             words=lambda root, output: [
                 *("data", "convert", "storybook", str(output), "--to", "shards", "--size", "64"),
-                *("--count", "480", "--shard-rows", "20"),
+                *("--count", "240", "--shard-rows", "10"),
             ],
             output="shards",
             ways=ANY,
@@ -154,7 +154,8 @@ def write_inputs(root: Path, names: list[str]) -> int:
     if "batch" in names:
         from ip2p.cli.main import main
 
-        must(main(["storybook", "draw", "--count", "40", "--size", "64", "-o", str(root / "pages")]) == 0, "")
+        words = ["storybook", "draw", "--count", "24", "--size", "64", "-o", str(root / "pages")]
+        must(main(words) == 0, "the pages were not drawn")
     if "train" in names:
         write_model(root / "model", part=8, blocks=2, layers=1, text_layers=1, size=32)
         draw_pairs(root / "pairs-32", count=24, size=32)

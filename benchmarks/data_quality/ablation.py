@@ -28,11 +28,11 @@ from benchmarks.common import run_ip2p, table
 from benchmarks.data_quality.stats import Share, bootstrap, share_of, signed_percent
 from ip2p.base.files import make_folder, write_text
 from ip2p.base.terminal import progress
-from ip2p.config import PAIRS_STORYBOOK
 from ip2p.editing.editor import Editor
 from ip2p.evaluation.storybook import judge, score
 from ip2p.models.save import save_editor
 from ip2p.synth.pairs import open_painter
+from ip2p.synth.settings import PAIRS_STORYBOOK
 from ip2p.training.storybook.pairs import write_pairs, write_triples
 from ip2p_storybook.triples import exact_triples
 

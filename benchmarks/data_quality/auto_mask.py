@@ -101,7 +101,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     editor = Editor.load(args.model, device=args.device, dtype=args.dtype)
-    steps = editor.resolve(steps=args.steps)["steps"]
+    steps = editor.resolved(changes={"steps": args.steps}).steps
     size = args.size or editor.bundle.card.native_size
     heads = ("threshold", "success", "PSNR outside", "mean PSNR", "area", "covered", "whole")
     tables = {}

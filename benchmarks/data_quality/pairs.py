@@ -49,7 +49,6 @@ from benchmarks.data_quality.stats import (
 from ip2p.base.files import append_row, content_key, make_folder, replacing, write_text
 from ip2p.base.terminal import progress
 from ip2p.cli.synth import PAINTER_FILES, STORYBOOK_SCALE
-from ip2p.config import PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthPairsConfig
 from ip2p.editing.rank import find_clip
 from ip2p.models.bundle import find_model
 from ip2p.models.clip import Clip
@@ -58,6 +57,7 @@ from ip2p.synth import rounds
 from ip2p.synth.filter import PRESETS, SIMILARITIES, TOP, Scored, Thresholds, measure, select
 from ip2p.synth.pairs import PairMaker, shared_candidate
 from ip2p.synth.records import Candidate, P, Triple
+from ip2p.synth.settings import PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthPairsConfig
 from ip2p_storybook.triples import ExactTriple
 
 Row = dict[str, Any]  # what is known of a candidate: a line of the file

@@ -331,9 +331,9 @@ async def joined(args: argparse.Namespace) -> list[Verdict]:
         (
             "joined",
             statistics.median(factors) > 1,
-            f"{statistics.median(rates['8']):.2f} edits/s of 8 callers, {statistics.median(rates['1']):.2f} one "
-            f"at a time: {statistics.median(factors):.2f} times as many ({min(factors):.2f} to "
-            f"{max(factors):.2f} in {args.rounds} turns; limit above 1)",
+            f"{statistics.median(rates['8']):.2f} edits/s of 8 callers, "
+            f"{statistics.median(rates['1']):.2f} one at a time: {statistics.median(factors):.2f} times as "
+            f"many ({min(factors):.2f} to {max(factors):.2f} in {args.rounds} turns; limit above 1)",
         )
     ]
 

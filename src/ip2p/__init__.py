@@ -1,25 +1,57 @@
 """Edit a picture with an instruction: InstructPix2Pix, from data to measurement.
 
-`ip2p.edit` is the one call, `ip2p.Editor` loads a model once and edits many pictures.
-Importing the package is cheap: torch is imported when one of these names is first used.
+`ip2p.edit` is the one call, `ip2p.Editor` loads a model once and edits many pictures. `ip2p.train` trains an
+editor, `ip2p.synth` makes the data for it. Importing the package is cheap: torch is imported when one of
+these names is first used.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Editor", "__version__", "edit"]
 
 if TYPE_CHECKING:
+    from ip2p import synth
+    from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
     from ip2p.editing.editor import Editor, edit
+    from ip2p.pictures.images import save_image
+    from ip2p.settings import EditSettings, ModelSettings
+    from ip2p.training.settings import TrainConfig
+    from ip2p.training.trainer import train
+
+# Each public name and the module that has it; `synth` is a package itself.
+_PLACES = {
+    **dict.fromkeys(("Editor", "edit"), "ip2p.editing.editor"),
+    **dict.fromkeys(("EditSettings", "ModelSettings"), "ip2p.settings"),
+    **dict.fromkeys(("InputError", "Ip2pError", "ModelError", "ResourceError"), "ip2p.base.errors"),
+    "TrainConfig": "ip2p.training.settings",
+    "save_image": "ip2p.pictures.images",
+    "train": "ip2p.training.trainer",
+}
+__all__ = [
+    "EditSettings",
+    "Editor",
+    "InputError",
+    "Ip2pError",
+    "ModelError",
+    "ModelSettings",
+    "ResourceError",
+    "TrainConfig",
+    "__version__",
+    "edit",
+    "save_image",
+    "synth",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Editor", "edit"):
-        from ip2p.editing import editor
-
-        return getattr(editor, name)
+    if name == "synth":
+        return importlib.import_module("ip2p.synth")
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'ip2p' has no attribute {name!r}")
 
 

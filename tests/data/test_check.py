@@ -76,15 +76,15 @@ def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
     told = {line.split("  ")[0]: " ".join(line.split()) for line in report.lines()}
     starts = {
         "broken picture": "1 row: cannot be read or decoded: cut (after: is damaged or cut short",
-        "missing picture": "1 row: a picture or the words of the row are not there: no-picture (after: ",
-        "empty instruction": "1 row: nothing tells what to change: silent",
-        "duplicate ids": "1 row: an id that stands more than once: right-3",
-        "swapped words": "1 row: the caption begins as an instruction does",
-        "swapped pictures": "1 row: in pairs that share a picture",
+        "missing picture": "1 row: a picture or the texts of the row are missing: no-picture (after: ",
+        "empty instruction": "1 row: the instruction is empty: silent",
+        "duplicate ids": "1 row: an id that occurs more than once: right-3",
+        "swapped words": "1 row: the caption starts like an instruction",
+        "swapped pictures": "1 row: pairs share the picture after rather than the picture before",
         "size mismatch": "1 row: before and after have different sizes: other-size (24x20 and 24x24)",
-        "misaligned": "2 rows: what the edit left is not where it was: shifted (shifted by +8, +0 px), "
+        "misaligned": "2 rows: unchanged parts are not in the same place: shifted (shifted by +8, +0 px), "
         "cropped (cropped by 10% and enlarged)",
-        "duplicate pairs": "1 row: the pictures and the instruction of an earlier row: again",
+        "duplicate pairs": "1 row: same pictures and instruction as an earlier row: again",
         "identical pictures": "1 row: before and after are the same: same",
     }
     for name, start in starts.items():
@@ -100,7 +100,7 @@ def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
     assert [f.name for f in report.defects] == list(starts)[:4]
     assert report.summary() == (
         f"{report.name} has defects: broken picture 1, missing picture 1, empty instruction 1, "
-        "duplicate ids 1. Mend or leave out these rows."
+        "duplicate ids 1. Fix or remove these rows."
     )
     assert json.loads(json.dumps(report.to_json()))["findings"][0]["ids"][0].startswith("cut (after")
 
@@ -108,7 +108,7 @@ def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
 def test_drawn_pairs_have_nothing_wrong():
     report = check(StorybookSource(64, seed=5, count=40))
     assert report.findings == ()
-    assert report.lines()[-1] == f"{'found':<20}nothing wrong"
+    assert report.lines()[-1] == f"{'found':<20}no problems"
     assert report.sizes == {"64x64": 40}
 
 
@@ -119,7 +119,7 @@ def test_a_source_without_end_is_looked_at_in_part():
     report = check(endless, limit=2)
     assert (report.looked_at, report.lines()[0].split(", ", 1)[1]) == (
         2,
-        "without end, of which the first 2 were looked at",
+        "endless; checked the first 2",
     )
 
 

@@ -58,8 +58,8 @@ def test_what_a_layout_cannot_hold_is_told(tmp_path):
     converted = convert(Rows(masked()), tmp_path / "a", "magicbrush")
     assert converted.left_out == {"caption": 5, "edited_caption": 5, "scores": 5}
     assert converted.lines("magicbrush") == [
-        "the layout magicbrush has no place for caption (5 rows), edited_caption (5 rows), scores (5 rows): "
-        "left out"
+        "not written, because the layout magicbrush cannot hold it: caption (5 rows), "
+        "edited_caption (5 rows), scores (5 rows)"
     ]
     assert convert(Rows(masked()), tmp_path / "b", "original").left_out == {"mask": 1}
     assert convert(Rows(masked()), tmp_path / "c", "shards").lines("shards") == []
@@ -136,7 +136,8 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
 def test_more_than_a_hundredth_broken_stops_it(tmp_path):
     rows = [BrokenRow("lost", "before: gone"), *make_pairs(4)]
     with pytest.raises(
-        InputError, match=r"1 of the first 2 rows of rows are broken; at most 1% of 5.*lost: before: gone"
+        InputError,
+        match=r"1 of the first 2 rows of rows are broken; the limit is 1% of 5.*lost: before: gone",
     ):
         convert(Rows(rows), tmp_path / "a", "shards", shard_rows=2)
 
@@ -163,7 +164,9 @@ def test_stopped_it_goes_on_with_the_missing_parts(tmp_path, to):
     pairs = masked(6)
     with pytest.raises(KeyboardInterrupt):
         convert(Counting(pairs, stop=3), tmp_path / "a", to, shard_rows=2)
-    with pytest.raises(InputError, match="was stopped. Go on with it: ip2p data convert rows .* --to"):
+    with pytest.raises(
+        InputError, match="is an unfinished conversion. Resume it: ip2p data convert rows .* --to"
+    ):
         open_source(str(tmp_path / "a"))
     again = Counting(pairs)
     convert(again, tmp_path / "a", to, shard_rows=2)
@@ -263,7 +266,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="holds something else"):
         convert(Rows(make_pairs()), tmp_path, "shards", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    with pytest.raises(InputError, match="is to be a folder; name it without .parquet"):
+    with pytest.raises(InputError, match="must be a folder; remove .parquet from its name"):
         convert(Rows(make_pairs()), tmp_path / "a.parquet", "parquet")
 
 
@@ -280,6 +283,6 @@ def test_two_conversions_do_not_write_into_one_folder(tmp_path):
 def test_a_source_without_end_needs_a_count(tmp_path):
     endless = Rows(make_pairs())
     endless.endless = True
-    with pytest.raises(InputError, match="has no end; say how many rows with --count"):
+    with pytest.raises(InputError, match="is endless; set a number of rows, such as --count"):
         convert(endless, tmp_path / "a", "shards")
     assert convert(endless, tmp_path / "a", "shards", count=2).rows == 2

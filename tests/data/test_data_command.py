@@ -1,8 +1,6 @@
 """The verbs' functions: what they print, write and refuse."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from layouts import Rows, make_pair, make_pairs
@@ -10,41 +8,29 @@ from PIL import Image
 
 from ip2p.base.errors import InputError
 from ip2p.cli import data as command
+from ip2p.cli.data import DataCheckConfig, DataConvertConfig
 from ip2p.data.loading import open_source
 from ip2p.data.records import BrokenRow
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """The settings of `data check` that its function reads."""
-
-    sheet: Path | None = None
-    json: bool = False
-    limit: int | None = None
-    overwrite: bool = False
+def Check(**settings: object) -> DataCheckConfig:
+    return DataCheckConfig(data="rows", **settings)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Convert:
-    """The settings of `data convert` that its function reads."""
-
-    target: str = ""
-    to: str = "parquet"
-    count: int | None = None
-    shard_rows: int = 1000
-    overwrite: bool = False
+def Convert(target: str = "", **settings: object) -> DataConvertConfig:
+    return DataConvertConfig(data="rows", target=target, **settings)
 
 
 def test_a_clean_data_set_is_reported_and_shown(tmp_path, capsys):
     command.check_source(Check(sheet=tmp_path / "sheet.png"), Rows(make_pairs()))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["data", "rows,", "5", "rows"] and lines[-1].endswith("nothing wrong")
+    assert lines[0].split() == ["data", "rows,", "5", "rows"] and lines[-1].endswith("no problems")
     assert Image.open(tmp_path / "sheet.png").width > 100
 
 
 def test_defects_are_reported_before_the_summary_is_raised(capsys):
     rows = [*make_pairs(2), BrokenRow("lost", "before: gone")]
-    with pytest.raises(InputError, match="rows has defects: broken picture 1. Mend or leave out") as error:
+    with pytest.raises(InputError, match="rows has defects: broken picture 1. Fix or remove") as error:
         command.check_source(Check(), Rows(rows))
     assert error.value.code == 2
     assert "lost (before: gone)" in capsys.readouterr().out
@@ -59,7 +45,7 @@ def test_warnings_alone_are_no_error(capsys):
 
 def test_the_report_as_json(capsys):
     with pytest.raises(InputError):
-        command.check_source(Check(json=True), Rows([make_pair(0, instruction="")]))
+        command.check_source(Check(print_json=True), Rows([make_pair(0, instruction="")]))
     told = json.loads(capsys.readouterr().out)
     assert (told["rows"], told["findings"][0]["name"]) == (1, "empty instruction")
 
@@ -76,7 +62,7 @@ def test_a_conversion_prints_its_folder_and_says_what_it_left_out(tmp_path, caps
     command.convert_source(Convert(target=target, to="magicbrush", count=3), Rows(make_pairs()))
     told = capsys.readouterr()
     assert told.out == f"{target}\n"
-    assert "the layout magicbrush has no place for caption (3 rows)" in told.err
+    assert "the layout magicbrush cannot hold it: caption (3 rows)" in told.err
     settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
     assert (settings["to"], settings["count"]) == ("magicbrush", 3)
     assert len(open_source(target)) == 3

@@ -100,7 +100,7 @@ def test_offline_and_cached_needs_no_hub(api, cache, monkeypatch):
 @pytest.mark.parametrize(("revision", "flag"), [(None, ""), ("v1", " --revision v1")])
 def test_offline_and_not_cached_gives_the_download_command(cache, monkeypatch, revision, flag):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    command = rf"Fetch it: hf download --repo-type dataset some/pairs{flag} --include '\*.parquet'$"
+    command = rf"Download it: hf download --repo-type dataset some/pairs{flag} --include '\*.parquet'$"
     with pytest.raises(ModelError, match=command) as error:
         open_source(NAME, revision=revision)
     assert error.value.code == 3
@@ -109,7 +109,7 @@ def test_offline_and_not_cached_gives_the_download_command(cache, monkeypatch, r
 def test_offline_with_the_other_split_in_the_cache_gives_it_too(api, cache, monkeypatch):
     open_source(NAME, split="test")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="not whole in the cache"):
+    with pytest.raises(ModelError, match="not complete in the cache"):
         open_source(NAME)
 
 
@@ -174,7 +174,7 @@ def test_a_connection_that_breaks_is_not_a_broken_row(api, monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (RepositoryNotFoundError, "neither a path here nor a data set on the hub"),
+        (RepositoryNotFoundError, "neither a local path nor a Hugging Face data set"),
         (RevisionNotFoundError, "has no revision v9"),
         (ConnectionError, r"\(ConnectionError\).*hf download --repo-type dataset some/pairs --revision v9"),
     ],

@@ -239,7 +239,7 @@ def test_a_packed_shard_or_another_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="b.tar .* is compressed; unpack it"):
         open_source(str(tmp_path / "b.tar"))
     (tmp_path / "c.tar").write_bytes(b"text" * 500)
-    with pytest.raises(InputError, match="c.tar .* is no tar file"):
+    with pytest.raises(InputError, match="c.tar .* is not a tar file"):
         open_source(str(tmp_path / "c.tar"))
 
 
@@ -273,7 +273,7 @@ def test_a_bad_line_or_picture_of_a_table_breaks_its_row(tmp_path):
     (folder / "after" / "2.png").unlink()
     source = open_source(str(folder))
     assert source[0].instruction == "make it number 0"
-    with pytest.raises(BrokenRow, match="line 2 of the table is no JSON object"):
+    with pytest.raises(BrokenRow, match="line 2 of the table is not a JSON object"):
         source[1]
     with pytest.raises(MissingPart, match="after: the picture .*2.png is missing"):
         source[2]
@@ -347,12 +347,12 @@ def test_what_is_no_data_set_is_told_in_a_line(tmp_path):
     (tmp_path / "none.jsonl").write_text("\n")
     write_hub(tmp_path / "none.parquet", [])
     told = {
-        "": "no data set is named",
+        "": "no data set given",
         "empty": "is an empty folder",
         "empty.parquet": r"is empty \(0 bytes\)",
-        "cut.parquet": "no whole parquet file",
-        "readme.txt": "is no data set that is read",
-        "other": "holds no data set",
+        "cut.parquet": "not a complete parquet file",
+        "readme.txt": "is not a supported data set",
+        "other": "contains no supported data set",
         "untold": "pictures but no table; write .*metadata.csv",
         "none.jsonl": "has no rows",
         "none.parquet": "has no rows",
@@ -367,7 +367,7 @@ def test_unknown_columns_are_named_with_those_that_are_needed(tmp_path):
     pq.write_table(pa.table({"picture": [b"x"], "edit_prompt": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(
         InputError,
-        match=r"a.parquet has the columns picture, edit_prompt; needed besides: "
+        match=r"a.parquet has the columns picture, edit_prompt; missing: "
         r"before \(original_image, source_img, before …\); after \(edited_image,.*Rename them",
     ):
         open_source(str(tmp_path / "a.parquet"))
@@ -383,9 +383,9 @@ def test_unknown_columns_are_named_with_those_that_are_needed(tmp_path):
 
 def test_hub_settings_mean_nothing_for_a_path(tmp_path):
     path = str(write_hub(tmp_path / "a.parquet", make_pairs(1)))
-    with pytest.raises(InputError, match="--revision means nothing"):
+    with pytest.raises(InputError, match="--revision does not apply"):
         open_source(path, revision="main")
-    with pytest.raises(InputError, match="--stream means nothing"):
+    with pytest.raises(InputError, match="--stream does not apply"):
         open_source(path, stream=True)
 
 

@@ -149,5 +149,5 @@ def test_cosxl_is_told_a_quarter_of_the_logarithm():
     "change", [{"sigma_data": 0.5}, {"sigma_schedule": "karras"}, {"prediction_type": "epsilon"}]
 )
 def test_edm_of_other_settings_is_refused(change):
-    with pytest.raises(ModelError, match="EDM with other settings"):
+    with pytest.raises(ModelError, match="EDM, but not with CosXL's settings"):
         schedule_from_config(COSXL | change)

@@ -123,3 +123,86 @@ def test_list_shows_packaged_and_cached_models(run, sd1_dir, tmp_path, monkeypat
     assert rows["some/editor"]["editor"]
     code, out, _ = run("model", "list")
     assert code == 0 and "some/editor" in out
+
+
+def test_info_says_which_set_is_used_and_why(run, file, tmp_path):
+    state = safetensors.torch.load_file(file)
+    torch.manual_seed(0)
+    for name, change, words in (
+        ("average", lambda value: value, "the averaged weights, 0.0% from the plain ones"),
+        ("merge", torch.randn_like, "the plain weights: the averaged weights (EMA) are 1"),
+    ):
+        twins = {keys.ema_name(k): change(v.float()) for k, v in state.items() if k.startswith(keys.UNET)}
+        safetensors.torch.save_file(state | twins, tmp_path / f"{name}.safetensors")
+        code, out, _ = run("model", "info", tmp_path / f"{name}.safetensors")
+        assert code == 0 and f"{len(twins)} averaged weights; used: {words}" in out
+
+
+def test_parts_of_a_model_are_named_and_brought(run, file, sd1_dir, tmp_path):
+    state = safetensors.torch.load_file(file)
+    alone = {key: value for key, value in state.items() if key.startswith(keys.UNET)}
+    safetensors.torch.save_file(alone, tmp_path / "unet.safetensors")
+    code, _, told = run("model", "info", "unet.safetensors")
+    assert code == 3 and "--parts-from" in told
+    code, out, _ = run("model", "info", "unet.safetensors", "--parts-from", sd1_dir, "--json")
+    said = json.loads(out)
+    assert code == 0 and said["editor"] and said["missing"] == said["unexpected"] == []
+    words = ("model", "convert", "unet.safetensors", "whole.safetensors", "--parts-from", sd1_dir)
+    assert run(*words)[0] == 0
+    assert json.loads(run("model", "info", "whole.safetensors", "--json")[1])["missing"] == []
+    bare = {key: value for key, value in state.items() if not key.startswith(keys.VAE)}
+    safetensors.torch.save_file(bare, tmp_path / "bare.safetensors")
+    assert json.loads(run("model", "info", "bare.safetensors", "--json")[1])["missing"] == ["vae"]
+
+
+def test_info_of_an_inpainting_model_advises_nothing_that_would_refuse(run, file, tmp_path):
+    state = safetensors.torch.load_file(file)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    state[first] = torch.zeros(state[first].shape[0], 9, 3, 3)
+    safetensors.torch.save_file(state, tmp_path / "inpaint.safetensors")
+    code, out, _ = run("model", "info", "inpaint.safetensors")
+    assert code == 0 and "an inpainting model" in out and "ip2p train" not in out
+
+
+def test_a_lora_is_renamed_on_the_command_line(run, tmp_path):
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = {f"{layer}.lora_A.weight": torch.ones(2, 4), f"{layer}.lora_B.weight": torch.ones(4, 2)}
+    safetensors.torch.save_file(state, tmp_path / "lora.safetensors")
+    code, out, _ = run("model", "convert", "lora.safetensors", "out.safetensors", "--names", "kohya")
+    assert (code, out) == (0, "out.safetensors\n")
+    found = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    assert set(found) == {
+        f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.{role}"
+        for role in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    code, _, told = run("model", "convert", "lora.safetensors", "folder", "--names", "kohya")
+    assert code == 2 and "ends in .safetensors" in told
+
+
+def test_distilled_samplers_a_drawn_seed_and_named_settings_over_a_files(run, sd1_dir, tmp_path):
+    from PIL import Image, PngImagePlugin
+
+    from ip2p.pictures.infotext import parse_infotext, read_infotext
+
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "page.png")
+    words = ("--model", sd1_dir, "--steps", "2", "--seed", "-1")
+    seeds = set()
+    for sampler, label in (("lcm", "LCM"), ("tcd", "TCD")):
+        assert (
+            run("edit", "page.png", "make it night", *words, "--sampler", sampler, "-o", f"{sampler}.png")[0]
+            == 0
+        )
+        text = read_infotext(tmp_path / f"{sampler}.png")
+        assert f"Sampler: {label}" in text and "Schedule type: LCM" in text and "Seed: -1" not in text
+        seeds.add(parse_infotext(text).seed)
+    assert len(seeds) == 2 and min(seeds) >= 0
+    # A file of another tool, whose sampler is not known here.
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "make it snow\nSteps: 2, Sampler: UniPC, CFG scale: 6, Seed: 3, Size: 64x64")
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.png", pnginfo=info)
+    again = ("edit", "page.png", "--from-settings", "other.png", "--model", sd1_dir, "-o", "again.png")
+    code, _, told = run(*again)
+    assert code == 2 and "other.png" in told
+    assert run(*again, "--sampler", "euler")[0] == 0
+    made = parse_infotext(read_infotext(tmp_path / "again.png"))
+    assert (made.instruction, made.sampler, made.seed, made.text_cfg) == ("make it snow", "euler", 3, 6)

@@ -75,8 +75,8 @@ def test_code_and_pickles_beside_a_controlnet_are_not_run(controlnet_dir, tmp_pa
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1, 101])
 def test_a_scale_out_of_range_is_an_error(tiny_editor, page, scale):
     editor = Editor(tiny_editor.bundle, controlnet=make_controlnet())
-    with pytest.raises(InputError, match="--control-scale"):
-        editor.control(page, (64, 64), scale)
+    with pytest.raises(InputError, match="control_scale is .*; it must be a number from 0 to 100"):
+        editor.edit(page, "make it night", control_image=page, control_scale=scale)
 
 
 def test_a_control_image_without_a_controlnet_is_an_error(tiny_editor, page):

@@ -117,7 +117,7 @@ def test_a_unet_of_8_channels_does_not_fit_these_latents(editor_dir, tmp_path):
     folder = shutil.copytree(editor_dir, tmp_path / "copy")
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 8}))
-    with pytest.raises(ModelError, match=r"takes 8 channels; an editor needs 32\. .*a base of 16 channels"):
+    with pytest.raises(ModelError, match=r"takes 8 channels; an editor needs 32"):
         load_bundle(folder)
 
 

@@ -239,9 +239,9 @@ def test_an_editor_fits_itself_to_what_is_free(tiny_model_dir, tiny_editor, page
 
 
 def test_a_memory_mode_is_checked_before_anything_is_loaded(tiny_editor):
-    with pytest.raises(InputError, match="Memory mode"):
+    with pytest.raises(InputError, match="memory is 'some'; choose one of: auto, low, high"):
         Editor.load("nothing", memory="some")
-    with pytest.raises(InputError, match="Memory mode"):
+    with pytest.raises(InputError, match="Memory mode 'some' is not known"):
         Editor(tiny_editor.bundle, memory="some")
 
 

@@ -119,9 +119,9 @@ def test_words_that_a_closed_vocabulary_lacks_are_named_once_as_they_are_typed(
 
 
 def test_the_storybook_knows_every_word_of_its_language(tmp_path):
-    from ip2p.training.build import make_tokenizer
     from transformers import CLIPTokenizer
 
+    from ip2p.training.storybook.text import make_tokenizer
     from ip2p_storybook.edits import sample_edit
     from ip2p_storybook.scene import rng_for
 
@@ -132,3 +132,16 @@ def test_the_storybook_knows_every_word_of_its_language(tmp_path):
             instruction = sample_edit(rng_for(split, k), split=split).instruction
             assert unknown_words(instruction, tokenizer) == [], instruction
     assert unknown_words("make the walrus juggle", tokenizer) == ["walrus", "juggle"]
+
+
+def test_an_edit_names_the_words_that_the_bundled_model_does_not_know():
+    from ip2p import Editor
+    from ip2p_storybook.draw import draw
+    from ip2p_storybook.scene import rng_for, sample_scene
+
+    page = draw(sample_scene(rng_for("page")), 64)
+    editor = Editor.load("storybook", device="cpu")
+    expected = "storybook does not know these words: gargantuan."
+    with pytest.warns(UserWarning, match=expected):
+        [result] = editor.edit(page, "make the cat gargantuan", steps=1)
+    assert expected in result.info["warnings"]

@@ -13,7 +13,9 @@ import fastapi
 import uvicorn
 from fakes import fake_editor
 
-from ip2p.serve.service import Limits, Service
+from ip2p.serve.maker import LocalMaker
+from ip2p.serve.requests import Limits
+from ip2p.serve.service import Service
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ def serve_page(*, seconds_a_call: float = 0.005, **limits: int) -> Iterator[Serv
     from ip2p.serve import ui
 
     editor = fake_editor(seconds_a_call)
-    service = Service({"fake": editor, "other": fake_editor(seconds_a_call)}, limits=Limits(**limits))
+    maker = LocalMaker({"fake": editor, "other": fake_editor(seconds_a_call)})
+    service = Service(maker, limits=Limits(**limits))
     app = fastapi.FastAPI()
     ui.mount(app, ui.build_page(service))
     with socket.socket() as free:

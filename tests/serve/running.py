@@ -13,11 +13,13 @@ from pathlib import Path
 import uvicorn
 from fakes import fake_editor
 
-from ip2p.config import ServeConfig
 from ip2p.editing.editor import Editor
 from ip2p.serve.app import make_app, server_config
+from ip2p.serve.maker import LocalMaker
 from ip2p.serve.mark import checker, marker
-from ip2p.serve.service import Limits, Service
+from ip2p.serve.options import ServeConfig
+from ip2p.serve.requests import Limits
+from ip2p.serve.service import Service
 
 
 @dataclasses.dataclass
@@ -51,12 +53,15 @@ def running(
         }
     )
     with tempfile.TemporaryDirectory() as folder:
-        service = Service(
+        maker = LocalMaker(
             {"fake": editor, **(models or {})},
-            limits=bounds,
             join=join,
             check=checker(config),
             finish=marker(config),
+        )
+        service = Service(
+            maker,
+            limits=bounds,
             keep_seconds=config.keep_seconds,
             store=Path(folder) / "results",
         )

@@ -13,9 +13,9 @@ import webuiapi
 from PIL import Image
 from running import running, until
 
-from ip2p.config import ServeConfig
 from ip2p.pictures.images import to_bytes
 from ip2p.pictures.infotext import parse_infotext
+from ip2p.serve.options import ServeConfig
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_unknown_fields_are_ignored(server, picture):
 def test_samplers_go_by_their_names_there(server, picture, sampler, scheduler, ours):
     told = asked(server, picture, sampler_name=sampler, scheduler=scheduler, seed=1).json()
     settings = parse_infotext(json.loads(told["info"])["infotexts"][0])
-    assert (settings.sampler, settings.spacing) == ours
+    assert (settings.sampler, settings.schedule) == ours
 
 
 @pytest.mark.parametrize("invert", [0, 1])
@@ -135,8 +135,8 @@ def test_resize_modes_give_the_size_asked_for(server, picture, mode):
 
 def test_the_lists_are_what_its_client_reads(api):
     assert api.util_get_model_names() == ["fake"] and api.util_get_current_model() == "fake"
-    assert api.util_get_sampler_names() == ["DPM++ 2M", "Euler", "Euler a"]
-    assert api.util_get_scheduler_names() == ["automatic", "karras", "sgm_uniform"]
+    assert api.util_get_sampler_names() == ["DPM++ 2M", "Euler", "Euler a", "LCM", "TCD"]
+    assert api.util_get_scheduler_names() == ["automatic", "karras", "lcm", "sgm_uniform"]
     assert api.get_scripts() == {"txt2img": [], "img2img": []}
     api.util_set_model("fake")
     assert api.get_options()["sd_model_checkpoint"] == "fake"
@@ -170,7 +170,7 @@ def test_an_interrupt_gives_what_was_finished(picture):
         told = []
         thread = threading.Thread(target=lambda: told.append(asked(slow, picture, steps=10, n_iter=4)))
         thread.start()
-        until(lambda: any(len(job.results) == 2 for job in list(slow.service._running.values())))
+        until(lambda: any(len(job.results) == 2 for job in list(slow.service.queue.running.values())))
         requests.post(f"{slow.url}/sdapi/v1/interrupt", proxies={"http": None})
         thread.join(30)
         info = json.loads(told[0].json()["info"])

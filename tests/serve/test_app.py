@@ -19,11 +19,12 @@ from running import running, until
 
 from ip2p.base.errors import InputError
 from ip2p.cli.main import main
-from ip2p.config import ServeConfig, UiConfig
 from ip2p.pictures.images import to_bytes
 from ip2p.pictures.infotext import parse_infotext
 from ip2p.serve import app as apps
 from ip2p.serve import mark
+from ip2p.serve.maker import LocalMaker
+from ip2p.serve.options import ServeConfig, UiConfig
 from ip2p.serve.service import Service
 from ip2p.synth import safety
 
@@ -41,7 +42,7 @@ def png():
 @contextlib.contextmanager
 def ending(tmp_path, seconds, drain=20.0):
     """A server that takes signals, in a thread; gives its address, its service, the server and its thread."""
-    service = Service({"fake": fake_editor(seconds)}, join=1, store=tmp_path / "results")
+    service = Service(LocalMaker({"fake": fake_editor(seconds)}, join=1), store=tmp_path / "results")
     config = ServeConfig(drain_seconds=drain)
     ready = threading.Event()
     with apps._listening("127.0.0.1", 0, tries=1) as listening:

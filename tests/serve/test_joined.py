@@ -10,7 +10,8 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.diffusion.samplers import SAMPLERS
-from ip2p.serve.joined import JoinedEditor, Stopped
+from ip2p.serve.engine import JoinedEditor
+from ip2p.serve.jobs import Stopped
 
 PICTURES = [Image.effect_noise((64, 64), 40 + 10 * k).convert("RGB") for k in range(4)]
 
@@ -78,7 +79,7 @@ def test_edits_at_different_steps_and_scales_equal_those_made_alone(editor, join
         {"seed": 1, "steps": 3, "sampler": sampler},
         {"seed": 2, "steps": 5, "sampler": sampler, "text_cfg": 2.0, "image_cfg": 1.0},
         {"seed": 3, "steps": 4, "sampler": sampler, "text_cfg": 1.0, "image_cfg": 1.0},
-        {"seed": 4, "steps": 5, "sampler": "euler", "spacing": "karras", "negative": "grey"},
+        {"seed": 4, "steps": 5, "sampler": "euler", "schedule": "karras", "negative": "grey"},
     ]
     alone = [latents(editor, picture, **how) for picture, how in zip(PICTURES, asked, strict=True)]
     editor.bundle.unet.rows.clear()

@@ -15,9 +15,10 @@ from ip2p.editing.editor import Editor
 from ip2p.pictures.images import to_bytes
 from ip2p.pictures.infotext import parse_infotext
 from ip2p.serve.actions import Actions
-from ip2p.serve.service import Request
+from ip2p.serve.requests import EditRequest
+from ip2p.settings import EditSettings
 
-TUNED = {"steps": 3, "sampler": "euler", "spacing": "trailing", "text_cfg": 2.5, "image_cfg": 1.25}
+TUNED = {"steps": 3, "sampler": "euler", "schedule": "trailing", "text_cfg": 2.5, "image_cfg": 1.25}
 PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 ENCODED = base64.b64encode(to_bytes(PICTURE)).decode()
 
@@ -50,8 +51,8 @@ def test_our_own_interface(server):
     answer = sent(server, "/v1/edits", body)
     assert [taken(result["settings"]) for result in answer["results"]] == [TUNED, TUNED]
     assert answer["step"] == answer["steps"] == 6
-    answer = sent(server, "/v1/edits", body | {"count": 1, "steps": 2, "spacing": "karras"})
-    assert taken(answer["results"][0]["settings"]) == TUNED | {"steps": 2, "spacing": "karras"}
+    answer = sent(server, "/v1/edits", body | {"count": 1, "steps": 2, "schedule": "karras"})
+    assert taken(answer["results"][0]["settings"]) == TUNED | {"steps": 2, "schedule": "karras"}
 
 
 def test_openai(server):
@@ -69,12 +70,15 @@ def test_a1111_with_its_own_scales(server):
 
 def test_the_page_shows_them(server):
     actions = Actions(server.service)
-    assert actions.own("tuned") == TUNED
+    own = actions.own("tuned")
+    assert own | {"schedule": own.pop("spacing")} == TUNED
     assert actions.own("fake")["steps"] == 20
 
 
 def test_steps_of_the_card_stay_below_the_servers_limit():
     with running(models={"tuned": tuned_editor}, steps=2) as one:
-        job = one.service.submit(Request(image=PICTURE, instruction="x", model="tuned"), client="a")
+        job = one.service.submit(
+            EditRequest(image=PICTURE, settings=EditSettings(instruction="x"), model="tuned"), client="a"
+        )
         assert job.wait(60) and job.error is None
         assert parse_infotext(job.results[0].image.info["parameters"]).steps == 2

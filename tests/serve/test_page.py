@@ -199,8 +199,8 @@ def test_settings_make_the_round_trip_through_a_file(client, photo):
     fields = from_settings(parse_infotext(read_infotext(file)), ["fake"])
     assert fields["instruction"] == "make it snow, now" and fields["model"] == "fake"
     assert (fields["text_cfg"], fields["image_cfg"], fields["seed"]) == (4.5, 1.25, 7)
-    again = Controls(**fields).request(load_image(photo))
-    assert (again.sampler, again.spacing, again.negative, again.steps) == ("dpmpp_2m", "karras", "blur", 2)
+    again = Controls(**fields).request(load_image(photo)).settings
+    assert (again.sampler, again.schedule, again.negative, again.steps) == ("dpmpp_2m", "karras", "blur", 2)
 
 
 def test_a_batch_keeps_the_names_and_lists_what_is_broken(client, page, photo, tmp_path):

@@ -22,8 +22,11 @@ from ip2p.serve import actions as acts
 from ip2p.serve import gate, mark
 from ip2p.serve import session as sessions
 from ip2p.serve.actions import Actions
+from ip2p.serve.maker import LocalMaker
+from ip2p.serve.queue import Full
+from ip2p.serve.requests import Limits
 from ip2p.serve.run import Controls
-from ip2p.serve.service import Full, Limits, Service
+from ip2p.serve.service import Service
 from ip2p.serve.session import Session, cache
 
 NIGHT = Controls(instruction="make it night", count=1, steps=2, seed=7)
@@ -33,7 +36,9 @@ NIGHT = Controls(instruction="make it night", count=1, steps=2, seed=7)
 def page_of(*, seconds: float = 0.0, session: Session | None = None, **limits: int):
     """Actions over a service of the fake model that marks as `ip2p serve` does, and a browser's session."""
     with (
-        Service({"fake": fake_editor(seconds)}, limits=Limits(**limits), finish=mark.tag) as service,
+        Service(
+            LocalMaker({"fake": fake_editor(seconds)}, finish=mark.tag), limits=Limits(**limits)
+        ) as service,
         contextlib.closing(session or Session()) as own,
     ):
         yield Actions(service), own

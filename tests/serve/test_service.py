@@ -16,16 +16,36 @@ from fakes import fake_editor
 from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
+from ip2p.editing.editor import Editor
 from ip2p.models.bundle import Card
-from ip2p.pictures.infotext import Settings, format_infotext, parse_infotext
-from ip2p.serve import service as services
-from ip2p.serve.service import Draining, FieldError, Full, Limits, Request, Service
+from ip2p.pictures.infotext import EditRecord, format_infotext, parse_infotext
+from ip2p.serve import maker as makers
+from ip2p.serve import models as pools
+from ip2p.serve.jobs import Stopped
+from ip2p.serve.maker import LocalMaker
+from ip2p.serve.queue import Draining, Full
+from ip2p.serve.requests import EditRequest, Limits, limited_settings
+from ip2p.serve.service import Service
+from ip2p.settings import EditSettings, ModelSettings, SettingError
+
+
+def settings_of(result):
+    return parse_infotext(result.parameters)
+
 
 PICTURE = Image.effect_noise((64, 64), 60).convert("RGB")
 
 
-def request(**changes):
-    return Request(**{"image": PICTURE, "instruction": "make it night", "steps": 3} | changes)
+def request(kind=EditSettings, **changes):
+    own = {name: changes.pop(name) for name in ("image", "seeds", "model", "previews") if name in changes}
+    settings = kind.read({"instruction": "make it night", "steps": 3} | changes)
+    return EditRequest(**{"image": PICTURE, "settings": settings} | own)
+
+
+def service_of(editors, *, join=4, **how):
+    makes = ("loaded", "check", "finish")
+    own = {name: how.pop(name) for name in makes if name in how}
+    return Service(LocalMaker(editors, join=join, **own), **how)
 
 
 def until(true, seconds=60):
@@ -48,7 +68,7 @@ def serve(editor):
     unet.rows.clear()
     with contextlib.ExitStack() as stack:
         yield lambda editors=None, **how: stack.enter_context(
-            Service({"fake": editor} if editors is None else editors, **{"join": 4} | how)
+            service_of({"fake": editor} if editors is None else editors, **how)
         )
 
 
@@ -57,7 +77,7 @@ def serve(editor):
 
 def test_a_job_gives_what_the_editor_gives(serve, editor):
     service = serve()
-    asked = request(seeds=(5, 6, 7), negative="grey", text_cfg=3.0, sampler="dpmpp_2m", spacing="karras")
+    asked = request(seeds=(5, 6, 7), negative="grey", text_cfg=3.0, sampler="dpmpp_2m", schedule="karras")
     job = service.submit(asked, client="a")
     assert job.wait(60) and job.state == "done"
     alone = editor.edit(
@@ -67,25 +87,26 @@ def test_a_job_gives_what_the_editor_gives(serve, editor):
         negative="grey",
         text_cfg=3.0,
         sampler="dpmpp_2m",
-        spacing="karras",
+        schedule="karras",
         steps=3,
     )
     assert [result.seed for result in job.results] == [5, 6, 7]
     for result, other in zip(job.results, alone, strict=True):
         assert abs(np.asarray(result.image).astype(int) - np.asarray(other)).max() <= 1
         assert result.image.info["parameters"] == other.info["parameters"]
-        assert result.settings == parse_infotext(other.info["parameters"])
+        assert settings_of(result) == parse_infotext(other.info["parameters"])
     assert (job.step, job.steps, job.seconds_left, job.position) == (9, 9, 0.0, 0)
 
 
 def test_a_drawn_mask_holds_to_the_byte_and_is_named_in_the_settings(serve):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
-    job = serve().submit(request(mask=mask, mask_name="sky.png"), client="a")
+    mask.filename = "sky.png"
+    job = serve().submit(request(mask=mask), client="a")
     assert job.wait(60)
     [result] = job.results
     assert (np.asarray(result.image)[:, 32:] == np.asarray(PICTURE)[:, 32:]).all()
-    assert result.settings.mask == "sky.png" and job.masks is None
+    assert settings_of(result).mask == "sky.png" and job.masks is None
 
 
 def test_the_automatic_mask_of_each_result_is_shown(serve):
@@ -94,12 +115,13 @@ def test_the_automatic_mask_of_each_result_is_shown(serve):
     assert [(mask.mode, mask.size) for mask in job.masks] == [("L", (64, 64))] * 2
 
 
-def test_what_a_model_was_made_from_stands_in_the_settings(serve):
-    service = serve(made_from={"fake": {"revision": "v2", "loras": ("style.safetensors:0.8",)}})
+def test_what_a_model_was_made_from_stands_in_the_settings(serve, editor):
+    origin = ModelSettings(revision="v2", lora=("style.safetensors:0.8",))
+    service = serve({"fake": Editor(editor.bundle, origin=origin)})
     job = service.submit(request(), client="a")
     assert job.wait(60)
     settings = parse_infotext(job.results[0].image.info["parameters"])
-    assert (settings.revision, settings.loras) == ("v2", ("style.safetensors:0.8",))
+    assert (settings.revision, settings.lora) == ("v2", ("style.safetensors:0.8",))
 
 
 def test_where_results_are_checked_there_are_no_previews(serve, editor):
@@ -156,7 +178,7 @@ def test_finishing_changes_a_result_and_may_refuse_it(serve):
     service = serve(finish=finish)
     job = service.submit(request(), client="a")
     assert job.wait(60) and job.results[0].image.getpixel((0, 0)) == (255, 255, 255)
-    assert job.results[0].settings.instruction == "make it night"
+    assert settings_of(job.results[0]).instruction == "make it night"
     finish.refuses = True
     job = service.submit(request(), client="a")
     assert job.wait(60) and (job.state, job.results) == ("failed", [])
@@ -203,7 +225,7 @@ def test_those_who_wait_hear_of_their_place(serve, editor):
 
 
 def test_previews_are_made_for_those_who_look(serve, editor, monkeypatch):
-    monkeypatch.setattr(services, "PREVIEW_SHARE", 1e9)
+    monkeypatch.setattr(makers, "PREVIEW_SHARE", 1e9)
     editor.bundle.unet.seconds = 0.01
     service = serve()
     job = service.submit(request(previews=2, steps=6, seeds=(1, 2), size=32), client="a")
@@ -215,9 +237,9 @@ def test_previews_are_made_for_those_who_look(serve, editor, monkeypatch):
 
 def test_no_preview_is_made_when_nobody_looks(serve, monkeypatch):
     decoded = []
-    decode = services.JoinedEditor.decode
+    decode = pools.JoinedEditor.decode
     monkeypatch.setattr(
-        services.JoinedEditor, "decode", lambda self, x: (decoded.append(len(x)), decode(self, x))[1]
+        pools.JoinedEditor, "decode", lambda self, x: (decoded.append(len(x)), decode(self, x))[1]
     )
     service = serve()
     job = service.submit(request(previews=1, steps=6), client="a")
@@ -228,7 +250,7 @@ def test_no_preview_is_made_when_nobody_looks(serve, monkeypatch):
 def test_previews_take_a_bounded_share_of_the_time(serve, editor, monkeypatch):
     """A decoder ten times as slow as a step may be asked only now and then."""
     took = []
-    decode = services.JoinedEditor.decode
+    decode = pools.JoinedEditor.decode
 
     def slow(self, x):
         began = time.monotonic()
@@ -238,7 +260,7 @@ def test_previews_take_a_bounded_share_of_the_time(serve, editor, monkeypatch):
         finally:
             took.append(time.monotonic() - began)
 
-    monkeypatch.setattr(services.JoinedEditor, "decode", slow)
+    monkeypatch.setattr(pools.JoinedEditor, "decode", slow)
     editor.bundle.unet.seconds = 0.02
     began = time.monotonic()
     job = serve().submit(request(previews=1, steps=20), client="a")
@@ -386,7 +408,7 @@ def test_an_unforeseen_error_names_the_job_and_the_service_goes_on(serve, editor
         ({"mask_padding": -1}, "mask_padding", "0 to 4096"),
         ({"previews": -1}, "previews", "0 to 30"),
         ({"sampler": "ddim"}, "sampler", "euler_ancestral"),
-        ({"spacing": "x" * 9000}, "spacing", "karras"),
+        ({"schedule": "x" * 9000}, "schedule", "karras"),
         ({"fit": "stretch"}, "fit", "original"),
         ({"model": "../secret"}, "model", "fake"),
         ({"size": 100_000}, "size", "4096"),
@@ -401,16 +423,16 @@ def test_an_unforeseen_error_names_the_job_and_the_service_goes_on(serve, editor
 )
 def test_every_refusal_names_the_field_and_the_limit(serve, changes, field, limit):
     service = serve(limits=Limits(pixels=100_000, working_pixels=100_000, steps=30, count=4, words=50))
-    with pytest.raises(FieldError) as refused:
-        service.submit(request(**changes), client="a")
+    with pytest.raises(SettingError) as refused:
+        service.submit(request(limited_settings(service.limits), **changes), client="a")
     assert refused.value.field == field
-    assert str(refused.value).startswith(field) and limit in str(refused.value)
+    assert field in str(refused.value) and limit in str(refused.value)
     assert len(str(refused.value)) < 400
     assert service.stats().waiting == service.stats().running == 0
 
 
 def test_a_size_is_checked_against_the_models_own_unless_a_limit_is_given(serve):
-    with pytest.raises(FieldError, match="1,048,576"):
+    with pytest.raises(SettingError, match="1,048,576"):
         serve().submit(request(size=(2048, 1024)), client="a")
 
 
@@ -480,7 +502,7 @@ def test_models_are_loaded_when_asked_for_and_put_away_when_another_needs_the_ro
     loads = []
     alive, most = set(), []
 
-    class Counted(services.JoinedEditor):
+    class Counted(pools.JoinedEditor):
         def __init__(self, *args, **how):
             super().__init__(*args, **how)
             alive.add(id(self))
@@ -494,7 +516,7 @@ def test_models_are_loaded_when_asked_for_and_put_away_when_another_needs_the_ro
         return lambda: (loads.append(name), editor)[1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(services, "JoinedEditor", Counted)
+        patch.setattr(pools, "JoinedEditor", Counted)
         service = serve({name: loader(name) for name in "xyz"}, loaded=2)
         assert service.models == ["x", "y", "z"] and not service.ready and loads == []
         service.warm()
@@ -534,9 +556,9 @@ def test_a_model_that_cannot_be_loaded_fails_its_own_jobs_and_is_tried_again(ser
 def test_a_size_that_a_lazy_model_does_not_take_fails_with_its_field(serve, editor):
     service = serve({"fake": lambda: editor})
     job = service.submit(request(size=(100, 100)), client="a")
-    assert job.wait(60) and isinstance(job.error, FieldError) and job.error.field == "size"
+    assert job.wait(60) and isinstance(job.error, SettingError) and job.error.field == "size"
     assert (service.card().text_cfg, service.card().image_cfg) == (7.5, 1.5)
-    with pytest.raises(FieldError):  # now it is known
+    with pytest.raises(SettingError):  # now it is known
         service.submit(request(size=(100, 100)), client="a")
 
 
@@ -562,6 +584,9 @@ class Gate:
         self.current = lane
         yield lane
 
+    def resolved(self, settings):
+        return settings.resolved(self.bundle.card)
+
     def working_size(self, pixels, size):
         return (64, 64)
 
@@ -571,14 +596,14 @@ class Gate:
     def close(self):
         pass
 
-    def edit(self, image, instruction, *, seeds, callback, **how):
-        self.began.append(instruction)
+    def edit(self, image, *, settings, seeds, callback, **how):
+        self.began.append(settings.instruction)
         self.go.acquire()
         if self.current.stopped:
-            raise services.Stopped
+            raise Stopped
         callback(1, 1, torch.zeros(len(seeds), 4, 1, 1))
-        settings = Settings(
-            instruction=instruction,
+        record = EditRecord(
+            instruction=settings.instruction,
             steps=1,
             sampler="euler",
             text_cfg=1.0,
@@ -589,14 +614,14 @@ class Gate:
         )
         pictures = [Image.new("RGB", (16, 16)) for _ in seeds]
         for picture in pictures:
-            picture.info["parameters"] = format_infotext(settings)
+            picture.info["parameters"] = format_infotext(record)
         return pictures
 
 
 @pytest.fixture
 def gate(monkeypatch):
     gate = Gate()
-    monkeypatch.setattr(services, "JoinedEditor", gate)
+    monkeypatch.setattr(pools, "JoinedEditor", gate)
     return gate
 
 
@@ -653,7 +678,7 @@ def test_an_edit_of_many_results_takes_the_free_places_and_no_more(serve, gate):
     many = service.submit(request(instruction="many", seeds=tuple(range(8))), client="a")
     until(lambda: len(gate.began) == 2)
     late = service.submit(request(instruction="late"), client="b")
-    assert (one._places, many._places) == (1, 3) and late.state == "waiting"
+    assert (one.places, many.places) == (1, 3) and late.state == "waiting"
     for _ in range(10):
         gate.go.release()
     assert all(job.wait(60) and job.state == "done" for job in (one, many, late))
@@ -715,12 +740,12 @@ def test_the_newest_job_is_kept_whatever_its_size_and_who_made_room_is_known(ser
     first, second = (service.submit(request(seeds=(1, 2, 3)), client="a") for _ in range(2))
     assert first.wait(60) and second.wait(60)
     assert service.job(second.id) is second and service.job(first.id) is None
-    assert service.went_early(first.id) and not service.went_early(second.id)
+    assert service.jobs.went_early(first.id) and not service.jobs.went_early(second.id)
     service = serve({"x": lambda: None}, join=1, keep_seconds=0.05)
     job = service.submit(request(), client="a")
     assert job.wait(60)
     time.sleep(0.06)
-    assert service.job(job.id) is None and not service.went_early(job.id)
+    assert service.job(job.id) is None and not service.jobs.went_early(job.id)
 
 
 def encode(picture):
@@ -730,7 +755,8 @@ def encode(picture):
 def test_results_of_one_who_comes_back_are_on_disk_and_not_in_memory(serve, tmp_path):
     service = serve(store=tmp_path / "results", keep_bytes=1)
     jobs = [
-        service.submit(request(auto_mask=0.3, seeds=(k, k + 1)), client="a", encode=encode) for k in range(5)
+        service.submit(request(auto_mask=0.3, seeds=(k, k + 1)), client="a", encode=encode, keep=True)
+        for k in range(5)
     ]
     assert all(job.wait(60) and job.state == "done" for job in jobs)
     for job in jobs:
@@ -745,7 +771,7 @@ def test_pictures_in_memory_make_no_room_on_the_cost_of_those_on_disk(serve, gat
     for _ in range(9):
         gate.go.release()
     service = serve({"x": lambda: None}, join=1, keep_bytes=1, store=tmp_path / "results")
-    kept = service.submit(request(), client="a", encode=lambda picture: (b"", ".txt"))
+    kept = service.submit(request(), client="a", encode=lambda picture: (b"", ".txt"), keep=True)
     others = [service.submit(request(), client="a") for _ in range(3)]
     assert kept.wait(60) and all(job.wait(60) for job in others)
     assert service.job(kept.id) is kept and service.job(others[0].id) is None
@@ -753,10 +779,10 @@ def test_pictures_in_memory_make_no_room_on_the_cost_of_those_on_disk(serve, gat
 
 def test_results_that_cannot_be_kept_fail_the_job_and_leave_nothing(serve, tmp_path):
     service = serve(store=tmp_path / "results", store_bytes=3)
-    job = service.submit(request(seeds=(1, 2)), client="a", encode=encode)
+    job = service.submit(request(seeds=(1, 2)), client="a", encode=encode, keep=True)
     assert job.wait(60) and job.state == "failed" and "--store-mb" in str(job.error)
     assert len(service.store) == 0 and service.stats().running == 0
-    again = service.submit(request(), client="a", encode=encode)
+    again = service.submit(request(), client="a", encode=encode, keep=True)
     assert again.wait(60) and again.state == "done"
 
 
@@ -812,7 +838,7 @@ def test_two_thousand_requests_leave_nothing_behind(serve, gate):
     after, threads_after = some(2000)
     assert threads_after == threads
     assert after - objects < 500  # a job alone is a dozen
-    assert len(service._jobs) <= 11 and not service._of_client and not service._waiting
+    assert len(service.jobs) <= 11 and not service.queue.clients and not service.queue.waiting
 
 
 def test_many_real_edits_leave_nothing_behind(serve):
@@ -845,7 +871,7 @@ def test_many_real_edits_leave_nothing_behind(serve):
 
 def test_closing_ends_every_thread(editor):
     before = set(threading.enumerate())
-    service = Service({"fake": editor}, join=3)
+    service = service_of({"fake": editor}, join=3)
     assert service.submit(request(), client="a").wait(60)
     service.submit(request(steps=100), client="a")
     service.close()
@@ -855,7 +881,7 @@ def test_closing_ends_every_thread(editor):
 def test_results_on_disk_have_a_store_of_their_own(serve, tmp_path):
     service = serve(store=tmp_path / "results", store_bytes=10, keep_seconds=60)
     name = service.store.put(b"data", ".png")
-    assert service.store.read(name) == b"data" and service.store.seconds == 60
+    assert service.store.read(name) == b"data" and service.store.shelf.seconds == 60
     service.close()
     assert not (tmp_path / "results" / name).exists()
     assert serve().store is None
@@ -863,7 +889,7 @@ def test_results_on_disk_have_a_store_of_their_own(serve, tmp_path):
 
 def test_a_service_without_a_model_is_refused():
     with pytest.raises(InputError, match="--model"):
-        Service({})
+        service_of({})
 
 
 def test_a_request_is_not_changed_by_its_job(serve):

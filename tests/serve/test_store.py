@@ -7,7 +7,7 @@ import time
 import pytest
 
 from ip2p.base.errors import InputError, ResourceError
-from ip2p.serve.store import NAME, Store
+from ip2p.serve.results import NAME, Store
 
 
 @pytest.fixture

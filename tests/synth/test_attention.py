@@ -149,7 +149,7 @@ def test_attention_of_another_kind_is_refused():
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=32,
     )
-    with pytest.raises(ModelError, match="of a kind that Prompt-to-Prompt is not made for"):
+    with pytest.raises(ModelError, match="Prompt-to-Prompt does not support the attention layer"):
         share_attention(unet)
 
 

@@ -262,13 +262,13 @@ def test_rows_that_have_their_scores_keep_them_unless_they_are_to_be_measured(
 
 
 def test_pairs_without_scores_need_a_clip(unmeasured, tmp_path):
-    with pytest.raises(InputError, match="p0 of rows has no similarities; name a CLIP"):
+    with pytest.raises(InputError, match="p0 of rows has no similarities; choose a CLIP"):
         score(unmeasured, tmp_path / "s", **quiet)
 
 
 def test_a_source_without_end_needs_a_count(measured, tmp_path):
     measured.endless = True
-    with pytest.raises(InputError, match="say how many rows"):
+    with pytest.raises(InputError, match="is endless; set a number of rows"):
         score(measured, tmp_path / "s", **quiet)
     assert len(score(measured, tmp_path / "s", count=3, **quiet)) == 3
 
@@ -304,7 +304,7 @@ def test_kept_pairs_are_a_data_set_with_scores(measured, tmp_path):
     assert list(told.reasons) == [
         *("broken", "clip_sim_image", "clip_sim_0", "clip_sim_1", "clip_sim_dir", "duplicate", "surplus"),
     ]
-    assert told.lines()[0] == "4 of 11 pairs stay (36.4%)"
+    assert told.lines()[0] == "4 of 11 pairs kept (36.4%)"
     source = open_source(str(kept))
     assert [source[row].id for row in range(len(source))] == ["p1", "p2", "p4", "p8"]
     for row in source[0], source[3]:
@@ -428,7 +428,7 @@ def test_columns_stay_though_the_first_picture_is_missing_and_what_is_lost_is_to
     pq.write_table(first, paths[0])
     filter_pairs(open_source(str(table)), tmp_path / "both", ALL, clip=tiny_clip_dir, say=said.append)
     [line] = said
-    assert line.startswith("warning: not written are the columns author of ")
+    assert line.startswith("warning: the columns author of ")
 
 
 def test_a_similarity_that_is_not_a_number_is_not_known(table, tiny_clip_dir, tmp_path):
@@ -455,7 +455,7 @@ def test_another_commands_folder_and_one_of_something_else_are_refused_before_an
     other = tmp_path / "pairs"
     jobs.run(lambda: lambda part: jobs.Made(tables={}), [[1]], other, settings={"seed": 1}, **quiet)
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="pairs holds what another command wrote"):
+        with pytest.raises(InputError, match="pairs contains the output of another command"):
             filter_pairs(measured, other, ALL, overwrite=overwrite, **quiet)
     assert jobs.is_done(other) and not (other / "scores").exists()
 

@@ -87,7 +87,7 @@ def sections(text):
     found = {}
     for part in re.split(r"<h[23]>", text)[1:]:
         heading, rest = part.split("</h", 1)
-        found.setdefault(heading, re.findall(r"(p\d+): (?:gone|stays)", rest))
+        found.setdefault(heading, re.findall(r"(p\d+): (?:removed|kept)", rest))
     return found
 
 
@@ -107,21 +107,21 @@ def test_words_of_the_data_are_text_and_never_tags(text):
     page = Page(text)
     assert "make it <b>5</b>" in page.texts
     assert any("cut <short>" in words for words in page.texts)
-    assert "pairs & <co>: what the filter keeps" in page.texts
+    assert "pairs & <co>: filter results" in page.texts
 
 
 def test_each_threshold_shows_the_pairs_nearest_to_it_on_both_sides(text):
     found = sections(text)
     # Row 5 is at 0.70, the threshold; the broken row has no place at any.
-    assert found["Passed by least (≥ 0.7)"] == ["p5", "p6"]
-    assert found["Failed by least"] == ["p3", "p2"]
-    assert found["Some that stay"] == ["p5", "p8"]
-    assert found["broken: a picture that cannot be read"] == ["p4"]
-    assert len([1 for heading in found if heading.startswith("Passed by least")]) == 2  # 0.7 and 0.2
+    assert found["Narrowly passed (≥ 0.7)"] == ["p5", "p6"]
+    assert found["Narrowly failed"] == ["p3", "p2"]
+    assert found["Kept pairs (a sample)"] == ["p5", "p8"]
+    assert found["broken: unreadable picture"] == ["p4"]
+    assert len([1 for heading in found if heading.startswith("Narrowly passed")]) == 2  # 0.7 and 0.2
 
 
 def test_the_numbers_are_those_of_the_filter(text):
-    assert "<b>7</b> of 12 pairs stay (58.3%)" in text
+    assert "<b>7</b> of 12 pairs kept (58.3%)" in text
     assert '<td>too low: picture – picture</td><td class="n">4</td>' in text
     assert '<td class="n">0.7</td><td class="n">4</td><td class="n">1</td>' in text
 
@@ -129,13 +129,13 @@ def test_the_numbers_are_those_of_the_filter(text):
 def test_bars_add_up_to_the_rows_that_are_known():
     values = np.array([0.1, 0.2, 0.2, 0.9, np.nan])
     svg = histogram(values, np.array([False, True, False, True, True]), 0.2)
-    told = re.findall(r"<title>[-\d.]+ to [-\d.]+: (\d+), of which (\d+) stay", svg)
+    told = re.findall(r"<title>[-\d.]+ to [-\d.]+: (\d+) pairs, (\d+) kept", svg)
     # A bar that is green in part is two rectangles with one title.
     assert sorted(told) == [("1", "0"), ("1", "1"), ("2", "1"), ("2", "1")]
     heights = [float(h) for h in re.findall(r'height="([\d.]+)"', svg)]
     assert sum(heights) == pytest.approx(2 * 120)  # of four values, with two in the highest bar
-    assert "median 0.200 · least 0.2" in svg
-    assert histogram(np.array([np.nan]), np.array([True]), 0.2) == "<p>Of no pair known.</p>"
+    assert "median 0.200 · minimum 0.2" in svg
+    assert histogram(np.array([np.nan]), np.array([True]), 0.2) == "<p>Unknown for all pairs.</p>"
     assert "<rect" in histogram(np.array([0.2]), np.array([True]), 0.2)
 
 

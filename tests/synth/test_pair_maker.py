@@ -330,7 +330,8 @@ class TestRefusing:
             num_encoder_blocks=(1, 1),
             num_decoder_blocks=(1, 1),
         )
-        with pytest.raises(ModelError, match="4 channels and 2 pixels a cell, the model of 4 and 4"):
+        shapes = "4 latent channels and 2 pixels per cell, the model has 4 and 4"
+        with pytest.raises(ModelError, match=shapes):
             maker(bundle, tiny_vae=tiny)
 
     def test_a_tiny_autoencoder_is_read_from_its_folder(self, bundle, tmp_path):
@@ -374,10 +375,10 @@ def test_nothing_to_draw_is_nothing(bundle):
 
 
 def test_what_cannot_draw_is_refused(tmp_path, bundle):
-    with pytest.raises(ModelError, match="takes 9 channels; pairs are drawn by one that takes 4"):
+    with pytest.raises(ModelError, match="takes 9 channels; drawing pairs needs a UNet that takes 4"):
         PairMaker(make_model(tmp_path / "nine", in_channels=9), device="cpu")
     for settings, said in (
-        ({"steps": 0}, "--steps is 0"),
+        ({"steps": 0}, "steps is 0; it must be 1 to 1000"),
         ({"attention": "cross"}, "Attention 'cross' is not known"),
         ({"sampler": "ddim"}, "Sampler 'ddim' is not known"),
         ({"spacing": "even"}, "Spacing 'even' is not known"),

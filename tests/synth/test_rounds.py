@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from ip2p.config import PAIRS, PAIRS_STORYBOOK
 from ip2p.synth.records import Triple, candidate
 from ip2p.synth.rounds import AS_PAPER, Rounds, run
+from ip2p.synth.settings import PAIRS, PAIRS_STORYBOOK
 
 
 def triple(number: int) -> Triple:

@@ -133,7 +133,7 @@ def test_triples_are_read_under_the_names_of_the_paper_and_of_the_hub_edition(tm
     ("text", "told"),
     [
         ('{"input": "a cat", "edit": "b"}', "row 1: a triple needs"),
-        ('{"id": "x", "input": "a", "edit": "b", "output": "c"}\n' * 2, "row 2: the id x comes twice"),
+        ('{"id": "x", "input": "a", "edit": "b", "output": "c"}\n' * 2, "row 2: duplicate id x"),
         ("\n", "no triples"),
     ],
 )

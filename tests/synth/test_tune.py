@@ -27,14 +27,14 @@ def base(tmp_path_factory):
 def tuned(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "lm"
     said = []
-    tuning = Tuning(epochs=50, batch=3, rate=1e-2)
+    tuning = Tuning(epochs=80, batch=3, rate=1e-2)  # 50 are too few on some processors
     result = tune_lm(base, folder, SHOWN, tuning=tuning, backend="plain", device="cpu", say=said.append)
     return folder, result, said
 
 
 def test_a_tuned_model_writes_what_it_was_shown(tuned):
     folder, result, said = tuned
-    assert result.steps == len(result.losses) == 50 and result.left_out == 0
+    assert result.steps == len(result.losses) == 80 and result.left_out == 0
     assert result.losses[0] > 4 and result.losses[-1] < 0.2 and "loss" in said[-1]
     writer = LocalWriter(folder, device="cpu", dtype="fp32", temperature=0, frequency_penalty=0)
     written = Instruct(writer, retries=0, limits=Limits(seeds=False))([seed.caption for seed in SHOWN])
@@ -149,7 +149,7 @@ def test_long_triples_are_left_out_and_said(base, tmp_path):
         device="cpu",
         say=said.append,
     )
-    assert result.left_out == 1 and "1 triples are longer" in said[0]
+    assert result.left_out == 1 and "skipping 1 triples longer than" in said[0]
 
 
 def test_settings_of_a_new_model_are_checked(tmp_path):

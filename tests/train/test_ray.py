@@ -82,9 +82,9 @@ def test_a_gpu_a_worker_when_the_cluster_has_them(ray, gpus, wanted):
 
 
 def test_a_cluster_that_is_too_small_is_told_at_once(ray):
-    with pytest.raises(ResourceError, match="needs 5 CPUs and the cluster has 4. Try --ray 4"):
+    with pytest.raises(ResourceError, match="needs 5 CPUs, but the cluster has 4. Try --ray 4"):
         launch(train, "settings", workers=5)
-    with pytest.raises(ResourceError, match="needs 2 GPUs and the cluster has 0"):
+    with pytest.raises(ResourceError, match="needs 2 GPUs, but the cluster has 0"):
         launch(train, "settings", workers=2, use_gpu=True)
     assert not ray.trainers
 
@@ -100,12 +100,12 @@ def test_a_lost_worker_begins_all_again_so_many_times(ray, caplog):
     launch(train, "settings", workers=1, retries=2)
     assert len(ray.trainers) == 3
     assert CALLS == ["settings"]
-    assert "going on from what is saved" in caplog.text
+    assert "resuming from the saved state" in caplog.text
 
 
 def test_the_retries_end(ray):
     ray.lost = 9
-    with pytest.raises(ResourceError, match="failed 2 times, the last time with: on rank 0. What was saved"):
+    with pytest.raises(ResourceError, match="failed 2 times, the last time with: on rank 0. The saved state"):
         launch(train, "settings", workers=1, retries=1)
     assert not CALLS
 

@@ -1,19 +1,19 @@
 """The written recipes, read as `ip2p train --config` reads them."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ip2p.config import TrainConfig, with_defaults
+from ip2p.cli.options import read_outer
+from ip2p.training.settings import TrainConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def read(name: str, **given: object) -> TrainConfig:
-    config = with_defaults(TrainConfig, "train", file=RECIPES / name, env={})
-    return replace(config, data="pairs", output=Path("editor"), **given)
+    config = read_outer(TrainConfig, "train", file=RECIPES / name, env={})
+    return config.changed(data="pairs", output=Path("editor"), **given)
 
 
 @pytest.mark.parametrize("name", ["paper.yaml", "code.yaml"])

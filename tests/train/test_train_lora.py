@@ -93,7 +93,7 @@ def test_a_widened_input_convolution_is_trained_whole_and_only_the_merged_model_
     assert base.unet.conv_in.weight in set(trained) and base.unet.conv_in.bias in set(trained)
     stir(trained)
     expected = run(base.unet)
-    with pytest.raises(InputError, match="cannot hold the input convolution, which was widened"):
+    with pytest.raises(InputError, match="cannot contain the input convolution, which was widened"):
         save_lora(base.unet, tmp_path / "lora.safetensors")
     assert not (tmp_path / "lora.safetensors").exists()
     one = merged(base.unet)
@@ -146,5 +146,5 @@ def test_a_lora_that_cannot_be_made_says_so(base, rank, alpha, targets, words):
 
 def test_without_peft_the_error_says_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"needs peft: pip install 'ip2p\[lora\]'"):
+    with pytest.raises(InputError, match=r"needs PEFT: pip install 'ip2p\[lora\]'"):
         add_lora(base.unet, 4)

@@ -77,7 +77,7 @@ def test_a_second_picture_of_another_size_is_brought_to_the_first_and_of_another
     larger = np.asarray(Image.fromarray(pixels).resize((128, 128), Image.Resampling.BICUBIC))
     before, after = Transform(size=(64, 64), flip=False)(pair(pixels, larger), 0)
     assert (before.int() - after.int()).abs().float().mean() < 4
-    with pytest.raises(BrokenRow, match="a: its pictures differ in shape: 64x64 before and 64x48 after"):
+    with pytest.raises(BrokenRow, match="a: its aspect ratios differ: 64x64 before and 64x48 after"):
         Transform(size=(64, 64))(pair(pixels, picture(64, 48)), 0)
 
 

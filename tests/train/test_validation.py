@@ -55,7 +55,7 @@ def test_held_out_rows_follow_their_ids_and_not_their_order():
 
 
 def test_as_many_held_out_rows_as_there_are_are_refused():
-    with pytest.raises(InputError, match="3 rows to hold out of 3 leave none"):
+    with pytest.raises(InputError, match="Holding out 3 of 3 rows leaves none"):
         held_out(["a", "b", "c"], 3)
 
 
@@ -277,5 +277,5 @@ def test_a_resumed_watch_counts_on():
 
 
 def test_a_number_that_is_not_given_is_named_with_those_that_are():
-    with pytest.raises(InputError, match="watches clip_directional.*Choose one of: psnr, l1"):
+    with pytest.raises(InputError, match="needs clip_directional.*Choose one of: psnr, l1"):
         Watch("clip_directional", 2).see(1, {"psnr": 20, "l1": 0.1})

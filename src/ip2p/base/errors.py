@@ -113,12 +113,12 @@ def hub_error(
         return known
     if "GatedRepoError" in kinds:
         accept = "Accept it on its page, then: HF_TOKEN=..."
-        return ModelError(f"{name} asks for an agreement. {accept} {command}")
+        return ModelError(f"{name} requires an agreement. {accept} {command}")
     if "RevisionNotFoundError" in kinds:
         return ModelError(f"{name} has no revision {revision}. Check it on the {what}'s page.")
     if "RepositoryNotFoundError" in kinds:
-        here = {"model": "a folder", "data set": "a path"}[what]
-        return ModelError(f"{name} is neither {here} here nor a {what} on the hub. Check the name.")
+        local = {"model": "folder", "data set": "path"}[what]
+        return ModelError(f"{name} is neither a local {local} nor a Hugging Face {what}. Check the name.")
     reason = {
         "model": f"{name} is not in the cache and the hub cannot be reached",
         "data set": f"The hub cannot be reached for the data set {name}",

@@ -144,9 +144,12 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":  # which has no such thing
+    if sys.platform == "win32":  # which cannot open a folder
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # of a folder that may be written and not read
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -19,7 +19,7 @@ from ip2p.base import terminal
 from ip2p.base.cluster import Cluster, work_on_ray
 from ip2p.base.errors import InputError
 from ip2p.base.files import make_folder
-from ip2p.base.ledger import MANIFEST, Files, Ledger, Row, check_free, is_kind, open_ledger
+from ip2p.base.ledger import MANIFEST, Files, Ledger, Line, check_free, is_kind, open_ledger
 from ip2p.base.work import work_here, work_in_processes
 
 if TYPE_CHECKING:
@@ -190,8 +190,8 @@ def _read(folder: Path) -> Ledger:
     return Ledger(folder)
 
 
-def _head(ledger: Ledger) -> Row:
-    head: Row = ledger.lines[0][KIND]
+def _head(ledger: Ledger) -> Line:
+    head: Line = ledger.lines[0][KIND]
     return head
 
 

@@ -28,7 +28,7 @@ from ip2p.base.files import append_row, checksum, remove_temporaries, replacing,
 MANIFEST, LOCK = "manifest.jsonl", ".lock"
 DONE = {"done": True}  # the last line of work that is finished
 
-Row = dict[str, Any]  # a line of a manifest
+Line = dict[str, Any]  # a line of a manifest
 Files = dict[str, tuple[int | None, str]]  # name below the folder → size in bytes, if known, and SHA-256
 Say = Callable[[str], None]
 
@@ -112,12 +112,12 @@ class Ledger:
         *,
         key: str = "part",
         shared: bool = False,
-        files_of: Callable[[Row], Files] = lambda row: row["files"],
+        files_of: Callable[[Line], Files] = lambda row: row["files"],
     ) -> None:
         self.folder, self.path = folder, folder / MANIFEST
         self.key, self.files_of = key, files_of
-        self.lines: list[Row] = []
-        self.done: dict[Any, Row] = {}
+        self.lines: list[Line] = []
+        self.done: dict[Any, Line] = {}
         self._end = 0  # of the last whole line
         self._threads = threading.Lock()
         self._others = Lock(folder / f"{LOCK}-{MANIFEST}") if shared else None
@@ -215,7 +215,7 @@ def find_damage(path: Path, size: int | None, sha256: str | None = None) -> str 
     return None
 
 
-def parse_lines(data: bytes, path: Path) -> Iterator[Row]:
+def parse_lines(data: bytes, path: Path) -> Iterator[Line]:
     """The readable lines of the manifest `path`; each of the others is a warning."""
     for text in data.splitlines():
         try:

@@ -20,7 +20,7 @@ def progress(label: str, total: int, unit: str = "steps") -> Iterator[Callable[.
     The rate is the mean since the start: rich's own looks at the last seconds only, in which a part of many
     minutes shows nothing. Silent without a terminal, and with nothing to do.
     """
-    if not sys.stderr.isatty() or not total:
+    if not sys.stderr.isatty() or total <= 0:
         yield lambda count=1: None
         return
     from rich.console import Console

@@ -4,34 +4,89 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ip2p.base.errors import InputError
 from ip2p.base.files import write_text
 from ip2p.base.terminal import progress, say
-from ip2p.config import run_json
-from ip2p.data.check import OF_ENDLESS, sheet
-from ip2p.data.check import check as check_rows
-from ip2p.data.convert import convert as convert_rows
 from ip2p.pictures import images
+from ip2p.settings import (
+    COMMON,
+    MAX_SEED,
+    HubDataSettings,
+    OverwriteSettings,
+    RunSettings,
+    run_json,
+    setting,
+)
 
 if TYPE_CHECKING:
-    from ip2p.config import DataCheckConfig, DataConvertConfig
     from ip2p.data.records import Source
 
+LayoutName = Literal["parquet", "magicbrush", "original", "shards", "folders"]
 
-def check(config: DataCheckConfig) -> None:
+
+class _AnyData(HubDataSettings):
+    """A data set of any layout, or the storybook's."""
+
+    data: str = setting(
+        "",
+        "a folder, a parquet, tar, CSV or JSONL file, a Hugging Face data set, or storybook",
+        positional=1,
+        metavar="DATA",
+    )
+    size: int = setting(256, "size of storybook pages, in pixels", ge=32, le=1024, group="Data")
+    seed: int = setting(0, "seed of storybook pages", ge=0, le=MAX_SEED, example=7, group="Data")
+
+
+class DataCheckConfig(RunSettings, OverwriteSettings, _AnyData):
+    """Report what is in a data set and what is wrong with it: ip2p data check pairs --sheet sheet.png"""
+
+    limit: int | None = setting(
+        None,
+        "check only the first N rows; default: all, or 1000 of the storybook",
+        ge=1,
+        le=10**9,
+        example=1000,
+        group=COMMON,
+    )
+    sheet: Path | None = setting(
+        None, "write a contact sheet with pairs from all over the set", group=COMMON, metavar="FILE"
+    )
+    print_json: bool = setting(False, "print the report as JSON", group=COMMON, name="json")
+
+
+class DataConvertConfig(RunSettings, OverwriteSettings, _AnyData):
+    """Write a data set in another layout: ip2p data convert pairs shards --to shards"""
+
+    target: str = setting("", "a folder; the same command resumes", positional=2, metavar="TARGET")
+    to: LayoutName = setting("parquet", "layout to write", group=COMMON)
+    count: int | None = setting(
+        None,
+        "write only the first N rows; the storybook needs it",
+        ge=1,
+        le=10**9,
+        example=1000,
+        group=COMMON,
+    )
+    shard_rows: int = setting(1000, "rows per file and per commit", ge=1, le=1_000_000, hidden=True)
+
+
+def run_data_check(config: DataCheckConfig) -> None:
     """`ip2p data check`"""
     check_source(config, _open(config))
 
 
-def convert(config: DataConvertConfig) -> None:
+def run_data_convert(config: DataConvertConfig) -> None:
     """`ip2p data convert`"""
     convert_source(config, _open(config))
 
 
 def check_source(config: DataCheckConfig, source: Source) -> None:
     """Print the report, as lines or JSON, and write the sheet. Raises InputError when there are defects."""
+    from ip2p.data.check import OF_ENDLESS, sheet  # imports pyarrow
+    from ip2p.data.check import check as check_rows
+
     if config.sheet is not None:
         images.check_output(config.sheet, overwrite=config.overwrite)
     total = min(OF_ENDLESS if source.endless else len(source), config.limit or len(source))
@@ -41,7 +96,7 @@ def check_source(config: DataCheckConfig, source: Source) -> None:
         sheet(source, config.sheet, limit=config.limit)
     print(
         json.dumps(report.to_json(), indent=2, ensure_ascii=False)
-        if config.json
+        if config.print_json
         else "\n".join(report.lines())
     )
     if report.defects:
@@ -50,6 +105,8 @@ def check_source(config: DataCheckConfig, source: Source) -> None:
 
 def convert_source(config: DataConvertConfig, source: Source) -> None:
     """Write the rows into the folder `config.target`, and print its path; say what was left out."""
+    from ip2p.data.convert import convert as convert_rows  # imports pyarrow
+
     if not config.target.strip():
         raise InputError("no folder to write is named; write: ip2p data convert DATA TARGET --to shards")
     target = Path(config.target)

@@ -1,36 +1,219 @@
-"""What the verbs do around the functions they call: files in, files out."""
+"""`ip2p edit` and `ip2p grid`: files in, files out, around the functions of `editing`."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
-import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ip2p import config as configs
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.files import check_output
 from ip2p.base.terminal import progress, say
-from ip2p.config import EditConfig, GridConfig
 from ip2p.editing import advice, chain
 from ip2p.editing import batch as many
 from ip2p.editing import grid as grids
 from ip2p.pictures import images, infotext
+from ip2p.settings import (
+    COMMON,
+    MAX_COUNT,
+    MAX_PIXELS,
+    OTHER,
+    EditSettings,
+    ModelSettings,
+    OverwriteSettings,
+    RunSettings,
+    Texts,
+    parse_lora,
+    setting,
+)
 
 if TYPE_CHECKING:
     from ip2p.editing.editor import Editor
     from ip2p.models.clip import Clip
 
 log = logging.getLogger("ip2p")
+RANKING, CHAIN, FILES = "Keep the best", "Chained edits", "Files"
 
 
-def edit(config: EditConfig) -> None:
+class EditConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
+    """Edit a picture with an instruction: ip2p edit page.png "make it night" -o night.png"""
+
+    image: str = setting(
+        "", "picture to edit; or a folder or glob of pictures", positional=1, metavar="IMAGE", same_job=False
+    )
+    more: tuple[str, ...] = setting(
+        (), "more pictures, folders or globs", positional=2, metavar="IMAGE", same_job=False
+    )
+    out: Path | None = setting(
+        None,
+        "file or folder; default: IMAGE-edited beside the picture",
+        group=COMMON,
+        flags=("-o",),
+        same_job=False,
+    )
+    count: int = setting(
+        1, "number of results; several are named out-1, out-2, …", ge=1, le=MAX_COUNT, example=4, group=COMMON
+    )
+    show_mask: Path | None = setting(
+        None, "write the edited region as a picture", group="Mask", metavar="FILE"
+    )
+    best: int | None = setting(
+        None,
+        "keep this many of the --count results, ranked by CLIP",
+        ge=1,
+        le=MAX_COUNT,
+        example=2,
+        group=RANKING,
+    )
+    clip: str | None = setting(
+        None,
+        "CLIP that ranks and measures drift; default: the model's own",
+        group=RANKING,
+        metavar="MODEL",
+    )
+    caption: str | None = setting(None, "what the picture shows", group=RANKING)
+    edited_caption: str | None = setting(
+        None, "what the result should show; default: the instruction", group=RANKING
+    )
+    then: Texts = setting(
+        (),
+        "edit the result again with this instruction; may be repeated",
+        group=CHAIN,
+        metavar="INSTRUCTION",
+    )
+    from_original: bool = setting(
+        False, "start each step from the original, with all instructions so far joined", group=CHAIN
+    )
+    animation: Path | None = setting(
+        None, "write the steps as an animated .gif or .webp", group=CHAIN, metavar="FILE"
+    )
+    frame_ms: int = setting(
+        1000, "milliseconds per step of the animation", ge=20, le=60_000, group=CHAIN, hidden=True
+    )
+    jobs: int = setting(
+        2, "threads that read and write files", ge=1, le=64, group=FILES, same_job=False, hidden=True
+    )
+    batch_size: int | None = setting(
+        None,
+        "results per batch; default: 1 on a CPU, 4 elsewhere",
+        ge=1,
+        le=MAX_COUNT,
+        example=4,
+        group="Model",
+        same_job=False,
+    )
+    from_settings: Path | None = setting(
+        None,
+        "take the settings and the instruction from this edited file",
+        group=FILES,
+        metavar="FILE",
+        same_job=False,
+    )
+    max_pixels: int = setting(
+        MAX_PIXELS, "refuse a larger picture before decoding it", ge=1, le=2**40, group=FILES, same_job=False
+    )
+    print_json: bool = setting(
+        False, "print the outputs and their settings as JSON", group=OTHER, same_job=False, name="json"
+    )
+    examples: bool = setting(False, "print instructions that work, and advice", group=OTHER, same_job=False)
+
+    @classmethod
+    def inherited(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that the edited file of --from-settings carries."""
+        source = values.get("from_settings")
+        return {} if not source else settings_of_file(Path(source), given=values)
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used together."""
+        if self.show_mask and not self.mask and self.auto_mask is None:
+            raise InputError("--show-mask has no mask to show; add --mask FILE or --auto-mask.")
+        if (self.controlnet is None) != (self.control_image is None):
+            lacks = "--control-image FILE" if self.controlnet else "--controlnet MODEL"
+            raise InputError(f"a ControlNet needs a model and a picture to read; add {lacks}.")
+        if self.best is not None and self.best > self.count:
+            raise InputError(
+                f"--best {self.best} is more than --count {self.count}. Try --count {4 * self.best}."
+            )
+        if self.edited_caption is not None and self.caption is None:
+            raise InputError(
+                "--edited-caption says where to go; add --caption to say what the picture shows."
+            )
+        if self.caption is not None and self.best is None:
+            raise InputError("--caption helps to rank results; add --count 8 --best 2.")
+        if any(not words.strip() for words in self.then):
+            raise InputError('an instruction after --then is empty; write: --then "make it snow"')
+        if self.then and self.count > 1:
+            raise InputError("--then goes on from one result; leave --count away.")
+        if self.then and self.best is not None:
+            raise InputError("--then goes on from one result, so there is none to choose; leave --best away.")
+        if self.then and self.mask and self.fit == "model":
+            raise InputError(
+                "--fit model cuts the picture to the mask, which --then needs again; leave it away."
+            )
+        if (self.from_original or self.animation) and not self.then:
+            flag = "--from-original" if self.from_original else "--animation"
+            raise InputError(f'{flag} is for edits in a row; add --then "make it snow".')
+        if self.animation and self.animation.suffix.lower() not in (".gif", ".webp"):
+            raise InputError(f"{self.animation}: animations are written as .gif or .webp. Change the ending.")
+
+
+class GridConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
+    """Draw the results over two settings as one picture: ip2p grid page.png "make it night" -o grid.png"""
+
+    image: str = setting("", "picture to edit", positional=1, metavar="IMAGE")
+    out: Path | None = setting(
+        None, "file of the grid; default: IMAGE-grid beside the picture", group=COMMON, flags=("-o",)
+    )
+    columns: str = setting(
+        "text-cfg",
+        "a setting that is a number; with values: text-cfg=3,5,7.5",
+        group=COMMON,
+        metavar="SETTING[=VALUES]",
+    )
+    rows: str = setting("image-cfg", "another setting", group=COMMON, metavar="SETTING[=VALUES]")
+    cell: int = setting(
+        256, "longer side of a picture in the grid, in pixels", ge=32, le=2048, group=FILES, hidden=True
+    )
+    max_pixels: int = setting(
+        MAX_PIXELS, "refuse a larger picture before decoding it", ge=1, le=2**40, group=FILES
+    )
+
+    def check(self) -> None:
+        """Raise InputError for axes that cannot be drawn."""
+        columns, rows = (grids.parse_axis(f"--{name}", getattr(self, name)) for name in ("columns", "rows"))
+        if columns[0] == rows[0]:
+            shown = rows[0].replace("_", "-")
+            raise InputError(f"--columns and --rows are both {shown}; choose another, as in: --rows seed")
+        if len(columns[1] or ()) * len(rows[1] or ()) > MAX_COUNT:
+            raise InputError(
+                f"a grid has at most {MAX_COUNT} pictures; give --columns and --rows fewer values."
+            )
+
+
+def settings_of_file(source: Path, given: Collection[str] = ()) -> dict[str, Any]:
+    """The settings that an edited file carries, by their names in EditConfig.
+
+    given: settings that are named elsewhere; the file's values of these are not read, so that they may be
+    ones that ip2p does not know. Raises InputError.
+    """
+    text = infotext.read_infotext(source)
+    if text is None:
+        raise InputError(f"{source} carries no settings; give a picture that ip2p edit wrote.")
+    try:
+        record = infotext.parse_infotext(text, without=given)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    names = [name for name in infotext.labeled_settings() if name not in given]
+    carried = {name: getattr(record, name) for name in names}
+    return carried if record.model else {name: value for name, value in carried.items() if name != "model"}
+
+
+def run_edit(config: EditConfig) -> None:
     """Edit one picture or many; the paths of the results go to stdout.
 
     All that can be wrong with the input, the output and the numbers is told before a model is loaded.
@@ -54,7 +237,7 @@ def edit(config: EditConfig) -> None:
 
 def edit_one(config: EditConfig) -> None:
     """Edit a picture `config.count` times, and keep all results or the `config.best` of them."""
-    picture = open_picture(config)
+    picture = open_input(config)
     paths = output_paths(config, config.best or config.count)
     shown = numbered(config.show_mask, len(paths)) if config.show_mask else []
     check_outputs([*paths, *shown], config)
@@ -69,24 +252,23 @@ def edit_one(config: EditConfig) -> None:
         if shown:
             images.save_image(result.info["mask"], shown[len(made)], overwrite=config.overwrite)
         made.append({"file": str(path), "seed": seed, "parameters": result.info.get("parameters", "")})
-        if not config.json:
+        if not config.print_json:
             print(path, flush=True)
 
     at_once = config.batch_size or editor.batch_size
-    settings = editor.resolve(**edit_settings(config))
-    with progress("editing", settings["steps"] * -(-config.count // at_once)) as advance:
+    settings = editor.resolved(config.part(EditSettings))
+    with progress("editing", (settings.steps or 0) * -(-config.count // at_once)) as advance:
         for start in range(0, config.count, at_once):
             seeds = [config.seed + k for k in range(start, min(start + at_once, config.count))]
             some = editor.edit(
                 picture,
-                config.instruction,
                 seeds=seeds,
+                settings=settings,
                 batch_size=len(seeds),
+                max_pixels=config.max_pixels,
                 callback=lambda step, steps, latents: advance(),
-                **settings,
             )
             for seed, result in zip(seeds, some, strict=True):
-                sign(result, config)
                 if clip is None:
                     keep(seed, result)
                 else:
@@ -128,7 +310,7 @@ def best_first(
 
 def edit_in_a_row(config: EditConfig) -> None:
     """Edit a picture by one instruction after the other; every step is saved, and its drift told."""
-    picture = open_picture(config)
+    picture = open_input(config)
     instructions = [config.instruction, *config.then]
     paths = output_paths(config, len(instructions))
     shown = numbered(config.show_mask, len(paths)) if config.show_mask else []
@@ -138,19 +320,18 @@ def edit_in_a_row(config: EditConfig) -> None:
     clip = load_clip(config, optional=True)
     editor = load_editor(config)
     frames, drifts, made = [picture], [], []
-    settings = editor.resolve(**edit_settings(config))
-    with progress("editing", settings["steps"] * len(instructions)) as advance:
+    settings = editor.resolved(config.part(EditSettings))
+    with progress("editing", (settings.steps or 0) * len(instructions)) as advance:
         steps = chain.chain(
             editor,
             picture,
             instructions,
-            seed=config.seed,
+            settings=settings,
             from_original=config.from_original,
+            max_pixels=config.max_pixels,
             callback=lambda step, steps, latents: advance(),
-            **settings,
         )
         for k, step in enumerate(steps):
-            sign(step.image, config)
             images.save_image(step.image, paths[k], overwrite=config.overwrite)
             if shown:
                 images.save_image(step.image.info["mask"], shown[k], overwrite=config.overwrite)
@@ -165,13 +346,13 @@ def edit_in_a_row(config: EditConfig) -> None:
                     "parameters": step.image.info.get("parameters", ""),
                 }
             )
-            if not config.json:
+            if not config.print_json:
                 print(paths[k], flush=True)
     for line in chain.report(drifts, [path.name for path in paths]):
         say(line)
     if config.animation:
         chain.save_animation(frames, config.animation, frame_ms=config.frame_ms)
-        if not config.json:
+        if not config.print_json:
             print(config.animation, flush=True)
     animation = {"animation": str(config.animation)} if config.animation else {}
     print_json(config, outputs=made, **animation)
@@ -209,16 +390,17 @@ def edit_many(config: EditConfig) -> None:
                 def told(task: many.Task, path: Path) -> None:
                     made.append((task, False))
                     advance()
-                    if not config.json:
+                    if not config.print_json:
                         print(path, flush=True)
 
                 def edit_some(some: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
-                    results = editor.edit_batch(
-                        some, config.instruction, seeds=seeds, **edit_settings(config)
+                    return editor.edit_batch(
+                        some,
+                        config.instruction,
+                        seeds=seeds,
+                        settings=config.part(EditSettings),
+                        max_pixels=config.max_pixels,
                     )
-                    for result in results:
-                        sign(result, config)
-                    return results
 
                 failed = many.run(
                     job,
@@ -252,7 +434,7 @@ def edit_many(config: EditConfig) -> None:
         )
 
 
-def grid(config: GridConfig) -> None:
+def run_grid(config: GridConfig) -> None:
     """Draw the results over two settings as one picture; its path goes to stdout."""
     check_words(config, "grid")
     picture = images.load_image(config.image, max_pixels=config.max_pixels)
@@ -261,30 +443,17 @@ def grid(config: GridConfig) -> None:
     images.check_output(out, overwrite=config.overwrite)
     check_models(config)
     editor = load_editor(config)
-    settings = editor.resolve(**edit_settings(config))
-    scales = {name: settings[name] for name in ("text_cfg", "image_cfg")}
-    axes = []
-    for flag, text in (("--columns", config.columns), ("--rows", config.rows)):
-        setting, values = configs.parse_axis(flag, text)
-        axes.append(
-            grids.Axis(
-                setting=setting,
-                values=values or grids.default_values(setting, **scales, seed=config.seed),
-            )
+    settings = editor.resolved(config.part(EditSettings))
+    columns, rows = (
+        grids.Axis(setting=name, values=values or grids.default_values(name, settings))
+        for name, values in (
+            grids.parse_axis("--columns", config.columns),
+            grids.parse_axis("--rows", config.rows),
         )
-    columns, rows = axes
+    )
     with progress("editing", len(columns.values) * len(rows.values)) as advance:
-        sheet = grids.draw(
-            editor,
-            picture,
-            config.instruction,
-            columns=columns,
-            rows=rows,
-            cell=config.cell,
-            made=advance,
-            seed=config.seed,
-            # Its cells are small: the photograph's own pixels would not be seen.
-            **settings | {"fit": "model"},
+        sheet = grids.draw_grid(
+            editor, picture, columns=columns, rows=rows, cell=config.cell, made=advance, settings=settings
         )
     images.save_image(sheet, out, overwrite=config.overwrite)
     print(out)
@@ -302,7 +471,7 @@ def check_words(config: EditConfig | GridConfig, verb: str) -> None:
         raise InputError(f"the instruction is empty; say what to change, as in: {example}")
 
 
-def open_picture(config: EditConfig) -> Image.Image:
+def open_input(config: EditConfig) -> Image.Image:
     """The picture to edit, when it and every file that goes with it can be used. Raises as the files do."""
     picture = images.load_image(config.image, max_pixels=config.max_pixels)
     if config.mask:
@@ -320,7 +489,7 @@ def check_models(config: EditConfig | GridConfig) -> None:
     if config.lora:
         from ip2p.models.lora import check_loras  # imports torch
 
-        check_loras([configs.parse_lora(text) for text in config.lora])
+        check_loras([parse_lora(text) for text in config.lora])
 
 
 def load_editor(config: EditConfig | GridConfig) -> Editor:
@@ -333,33 +502,10 @@ def load_editor(config: EditConfig | GridConfig) -> Editor:
         revision=config.revision,
         weights=config.weights,
         vae=config.vae,
-        loras=[configs.parse_lora(text) for text in config.lora],
-        controlnet=getattr(config, "controlnet", None),
-        memory=config.memory,
-    )
-
-
-def edit_settings(config: EditConfig | GridConfig) -> dict[str, Any]:
-    """What `Editor.edit` is told beside the picture, the instruction and the seeds."""
-    names = [
-        *("text_cfg", "image_cfg", "steps", "sampler", "spacing", "negative", "size", "max_pixels"),
-        *("text_cfg_rescale", "cfg_interval", "auto_mask"),
-        *("mask", "mask_padding", "feather", "fit", "control_image", "control_scale"),
-    ]
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
-
-
-def sign(result: Image.Image, config: EditConfig) -> None:
-    """Add to the settings in a result what the editor was made from and the names of files that went in."""
-    result.info["parameters"] = infotext.amend(
-        result.info["parameters"],
-        revision=config.revision,
-        weights=config.weights,
-        vae=config.vae,
+        parts_from=config.parts_from,
         loras=config.lora,
         controlnet=config.controlnet,
-        mask=_name(config.mask),
-        control_image=_name(config.control_image),
+        memory=config.memory,
     )
 
 
@@ -388,7 +534,9 @@ def output_paths(config: EditConfig, count: int | None = None) -> list[Path]:
     """`out`, or out-1, out-2, … for several; IMAGE-edited where `out` is a folder or not given."""
     source = Path(config.image)
     suffix = source.suffix if source.suffix.lower() in images.WRITES else ".png"
-    out = place(config.out, source, f"{source.stem}-edited{suffix}")
+    # The steps of a chain have a name of their own: they are no choice of results.
+    name = "chain" if config.then else "edited"
+    out = place(config.out, source, f"{source.stem}-{name}{suffix}")
     return numbered(out, config.count if count is None else count)
 
 
@@ -407,57 +555,5 @@ def numbered(path: Path, count: int) -> list[Path]:
 
 
 def print_json(config: EditConfig, **said: object) -> None:
-    if config.json:
-        print(json.dumps({**said, "settings": configs.as_dict(config)}, indent=2, ensure_ascii=False))
-
-
-def _name(path: Path | None) -> str | None:
-    return None if path is None else path.as_posix()
-
-
-def with_settings(config: EditConfig, source: Path) -> EditConfig:
-    """The config with the settings that the edited file `source` carries."""
-    text = infotext.read_infotext(source)
-    if text is None:
-        raise InputError(f"{source} carries no settings; give a picture that ip2p edit wrote.")
-    found = infotext.parse_infotext(text)
-    samplers = typing.get_args(configs.SamplerName)
-    if found.sampler not in samplers:
-        raise InputError(
-            f"{source} names the sampler {found.sampler!r}; --sampler takes {', '.join(samplers)}."
-        )
-    if found.fit not in typing.get_args(configs.Fit) or found.weights not in typing.get_args(configs.Weights):
-        raise InputError(
-            f"{source} has settings of another version of ip2p ({found.version}); write them out."
-        )
-    return dataclasses.replace(
-        config,
-        instruction=found.instruction,
-        negative=found.negative,
-        steps=found.steps,
-        sampler=typing.cast(configs.SamplerName, found.sampler),
-        text_cfg=found.text_cfg,
-        image_cfg=found.image_cfg,
-        seed=found.seed,
-        size=found.size,
-        spacing=typing.cast(configs.Spacing, found.spacing),
-        model=found.model or config.model,
-        text_cfg_rescale=found.text_cfg_rescale,
-        cfg_interval=found.cfg_interval,
-        mask=_path(found.mask),
-        mask_padding=found.mask_padding,
-        feather=found.feather,
-        auto_mask=found.auto_mask,
-        fit=typing.cast(configs.Fit, found.fit),
-        revision=found.revision,
-        weights=typing.cast(configs.Weights, found.weights),
-        vae=found.vae,
-        lora=found.loras,
-        controlnet=found.controlnet,
-        control_image=_path(found.control_image),
-        control_scale=found.control_scale,
-    )
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
+    if config.print_json:
+        print(json.dumps({**said, "settings": config.as_dict()}, indent=2, ensure_ascii=False))

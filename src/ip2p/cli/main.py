@@ -1,4 +1,4 @@
-"""The command line: verb → (config, function), and what happens around every verb.
+"""The command line: verb → (settings, function), and what happens around every verb.
 
 Errors become one line on stderr and an exit code: 2 input, 3 model or network, 4 resources,
 130 Ctrl-C, 143 SIGTERM, 1 a fault of ours. Nothing heavy is imported before a verb runs.
@@ -7,58 +7,119 @@ Errors become one line on stderr and an exit code: 2 input, 3 model or network, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import importlib
-import io
 import logging
 import os
-import re
 import signal
 import sys
 import types
-import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ip2p import __version__
-from ip2p.base.errors import InputError, Ip2pError, Terminated, as_ip2p_error
+from ip2p.base.errors import InputError, Terminated, as_ip2p_error
 from ip2p.base.terminal import say
 
-# verb: (its config in ip2p.config, the function that runs it, what it does in a few words)
+# verb: (its settings class, the function that runs it, what it does in a few words)
 VERBS = {
-    "edit": ("EditConfig", "ip2p.cli.edit:edit", "edit a picture, or many, with an instruction"),
-    "grid": ("GridConfig", "ip2p.cli.edit:grid", "draw the results over two settings as one picture"),
-    "ui": ("UiConfig", "ip2p.serve.app:ui", "edit in the browser"),
-    "serve": ("ServeConfig", "ip2p.serve.app:serve", "serve edits over HTTP, with the page"),
-    "train": ("TrainConfig", "ip2p.training.trainer:train", "train an editor on pairs of pictures"),
-    "synth instruct": ("SynthInstructConfig", "ip2p.cli.synth:instruct", "write edits of captions in words"),
-    "synth tune-lm": ("SynthTuneConfig", "ip2p.cli.synth:tune_lm", "tune a language model that writes edits"),
-    "synth pairs": ("SynthPairsConfig", "ip2p.cli.synth:pairs", "draw pairs of pictures for edits in words"),
-    "synth filter": ("SynthFilterConfig", "ip2p.cli.synth:filter_pairs", "keep the good pairs, by CLIP"),
-    "synth inspect": ("SynthInspectConfig", "ip2p.cli.synth:inspect", "a page of what is kept and rejected"),
+    "edit": (
+        "ip2p.cli.edit:EditConfig",
+        "ip2p.cli.edit:run_edit",
+        "edit a picture, or many, with an instruction",
+    ),
+    "grid": (
+        "ip2p.cli.edit:GridConfig",
+        "ip2p.cli.edit:run_grid",
+        "draw the results over two settings as one picture",
+    ),
+    "ui": ("ip2p.serve.options:UiConfig", "ip2p.cli.serve:run_ui", "edit in the browser"),
+    "serve": (
+        "ip2p.serve.options:ServeConfig",
+        "ip2p.cli.serve:run_serve",
+        "serve edits over HTTP, with the page",
+    ),
+    "train": (
+        "ip2p.training.settings:TrainConfig",
+        "ip2p.cli.train:run_train",
+        "train an editor on pairs of pictures",
+    ),
+    "synth instruct": (
+        "ip2p.synth.settings:SynthInstructConfig",
+        "ip2p.cli.synth:run_instruct",
+        "write edits of captions in words",
+    ),
+    "synth tune-lm": (
+        "ip2p.synth.settings:SynthTuneConfig",
+        "ip2p.cli.synth:run_tune_lm",
+        "tune a language model that writes edits",
+    ),
+    "synth pairs": (
+        "ip2p.synth.settings:SynthPairsConfig",
+        "ip2p.cli.synth:run_pairs",
+        "draw pairs of pictures for edits in words",
+    ),
+    "synth filter": (
+        "ip2p.synth.settings:SynthFilterConfig",
+        "ip2p.cli.synth:run_filter_pairs",
+        "keep the good pairs, by CLIP",
+    ),
+    "synth inspect": (
+        "ip2p.synth.settings:SynthInspectConfig",
+        "ip2p.cli.synth:run_inspect",
+        "show on a page what is kept and rejected",
+    ),
     "data check": (
-        "DataCheckConfig",
-        "ip2p.cli.data:check",
-        "say what is wrong with a data set",
+        "ip2p.cli.data:DataCheckConfig",
+        "ip2p.cli.data:run_data_check",
+        "report what is wrong with a data set",
     ),
     "data convert": (
-        "DataConvertConfig",
-        "ip2p.cli.data:convert",
+        "ip2p.cli.data:DataConvertConfig",
+        "ip2p.cli.data:run_data_convert",
         "write a data set in another layout",
     ),
-    "model info": ("InfoConfig", "ip2p.cli.model:info", "say what a model is and whether it is whole"),
-    "model convert": (
-        "ConvertConfig",
-        "ip2p.cli.model:convert",
-        "diffusers folder from and to one file",
+    "model info": (
+        "ip2p.cli.model:InfoConfig",
+        "ip2p.cli.model:run_model_info",
+        "describe a model, and what is missing in it",
     ),
-    "model list": ("ListConfig", "ip2p.cli.model:list_models", "list the models that are here"),
-    "storybook draw": ("DrawConfig", "ip2p.cli.storybook:draw", "draw pages, edit pairs, captions"),
-    "storybook build": ("BuildConfig", "ip2p.cli.storybook:build", "train the storybook model"),
-    "storybook score": ("ScoreConfig", "ip2p.evaluation.storybook:run", "score a model on exact answers"),
+    "model convert": (
+        "ip2p.cli.model:ConvertConfig",
+        "ip2p.cli.model:run_model_convert",
+        "convert a diffusers folder to one file, or back",
+    ),
+    "model list": (
+        "ip2p.cli.model:ListConfig",
+        "ip2p.cli.model:run_model_list",
+        "list the models on this machine",
+    ),
+    "storybook draw": (
+        "ip2p.cli.storybook:DrawConfig",
+        "ip2p.cli.storybook:run_draw",
+        "draw pages, edit pairs, captions",
+    ),
+    "storybook build": (
+        "ip2p.cli.storybook:BuildConfig",
+        "ip2p.cli.storybook:run_build",
+        "train the storybook model",
+    ),
+    "storybook score": (
+        "ip2p.cli.storybook:ScoreConfig",
+        "ip2p.cli.storybook:run_score",
+        "score a model on exact answers",
+    ),
+}
+# What people type for a verb that is called otherwise here.
+MEANT = {
+    **dict.fromkeys(("eval", "evaluate", "score", "benchmark", "test", "metrics"), "storybook score"),
+    **dict.fromkeys(("infer", "inference", "run", "generate", "sample"), "edit"),
+    **dict.fromkeys(("web", "gui", "app", "gradio"), "ui"),
+    **dict.fromkeys(("finetune", "fine-tune"), "train"),
+    **dict.fromkeys(("convert", "info", "models"), "model"),
+    **dict.fromkeys(("matrix", "plot"), "grid"),
 }
 
 
@@ -73,8 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words or os.environ.get("IP2P_DEBUG", "").lower() in ("1", "true", "yes")
     try:
         with _sigterm_raises(), _messages_to_stderr(debug):
-            return _run(words)
-    except (Ip2pError, Exception) as error:
+            code = _run(words)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        # Who read the output has closed it, as `| head` does. Nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
         known = as_ip2p_error(error)
         if debug:
             import traceback
@@ -110,6 +177,8 @@ def _run(words: list[str]) -> int:
         print(overview(group))
         return 0
     known = [v.removeprefix(f"{group} ") for v in VERBS if v.startswith(group)]
+    if not group and rest[0] in MEANT:
+        raise InputError(f"ip2p has no verb {rest[0]!r}; did you mean ip2p {MEANT[rest[0]]}?")
     near = difflib.get_close_matches(rest[0], [k.split()[0] for k in known], n=1)
     name = " ".join(filter(None, ("ip2p", group)))
     hint = f"did you mean {name} {near[0]}?" if near else f"{name} --help lists the verbs."
@@ -135,7 +204,9 @@ def overview(group: str = "") -> str:
 
 
 def config_class(verb: str) -> type[Any]:
-    return getattr(importlib.import_module("ip2p.config"), VERBS[verb][0])  # type: ignore[no-any-return]
+    """The settings class of a verb."""
+    module, name = VERBS[verb][0].split(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def _run_verb(verb: str, words: list[str]) -> int:
@@ -150,113 +221,15 @@ def _run_verb(verb: str, words: list[str]) -> int:
 
 
 def parse(verb: str, words: Sequence[str]) -> Any:
-    """The verb's config from its words, None when they ask for help (which is then printed)."""
-    import tyro
+    """The verb's settings from its words, None when they ask for help (which is then printed)."""
+    from ip2p.cli.options import read_options, write_help
 
-    from ip2p.config import AUTO_MASK, with_defaults
-
-    file = _peek(words, "--config")
     kind = config_class(verb)
-    defaults = with_defaults(kind, verb, file=Path(file) if file else None)
-    settings = _peek(words, "--from-settings")
-    if settings and verb == "edit":
-        from ip2p.cli.edit import with_settings
-
-        defaults = with_settings(defaults, Path(settings))
-    # The parser adds a repeated flag's values to the defaults; a flag takes their place.
-    repeated = {
-        f"--{name.replace('_', '-')}": name
-        for name in ("lora", "then", "model", "allow_host", "allow_origin")
-        if isinstance(getattr(defaults, name, 0), tuple)
-    }
-    given = {name: () for flag, name in repeated.items() if _peek(words, flag) is not None}
-    defaults = dataclasses.replace(defaults, **given)
-    given_words = _with_value(words, "--auto-mask", str(AUTO_MASK), is_number)
-    if typing.get_type_hints(kind).get("ray") == str | None:
-        given_words = _with_value(given_words, "--ray", "", is_address)
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            config = tyro.cli(
-                kind,
-                prog=f"ip2p {verb}",
-                args=_together(kind, given_words),
-                default=defaults,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        raise InputError(_one_line(told.getvalue())) from None
-    if verb == "edit" and config.more:
-        # Any number of pictures, and the instruction last.
-        config = dataclasses.replace(config, more=config.more[:-1], instruction=config.more[-1])
-    return config
-
-
-def _together(kind: type[Any], words: Sequence[str]) -> list[str]:
-    """The words with those of no flag together: the parser takes only one run of them as a list."""
-    from ip2p.config import values_of
-
-    takes = {f"--{name.replace('_', '-')}": count for name, count in values_of(kind).items()} | {"-o": 1}
-    places: list[str] = []
-    flags: list[str] = []
-    left = iter(words)
-    for word in left:
-        if word == "--":
-            places += left
-        elif word.startswith("-") and len(word) > 1:
-            flags.append(word)
-            # A value that is missing is the parser's to tell.
-            flags += [value for _, value in zip(range(takes.get(word, 0)), left, strict=False)]
-        else:
-            places.append(word)
-    # The parser blames more words than it has to when they follow.
-    return [*flags, "--", *places] if any(word.startswith("-") for word in places) else [*places, *flags]
-
-
-def _with_value(words: Sequence[str], flag: str, value: str, is_one: Callable[[str], bool]) -> list[str]:
-    """The words with `value` after each `flag` that no value of its own follows."""
-    told: list[str] = []
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        told += [word, value] if word == flag and not is_one(following) else [word]
-    return told
-
-
-def is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def is_address(word: str) -> bool:
-    """Whether a word after --ray is where a cluster is, and not the file that the verb reads."""
-    return re.fullmatch(r"auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", word) is not None
-
-
-def _peek(words: Sequence[str], flag: str) -> str | None:
-    """The value of `flag`, which must be known before the other words are parsed."""
-    for i, word in enumerate(words):
-        if word == flag and i + 1 < len(words):
-            return words[i + 1]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
-
-
-def _one_line(box: str) -> str:
-    """The parser's framed complaint as one line, less the help that it repeats."""
-    box = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    rows = [row.strip("│╭╮╰╯ \t") for row in box.splitlines()[1:]]
-    parts = [" ".join(part.split()) for part in "\n".join(rows).split("─" * 8)]
-    parts = [part.strip("─ ") for part in parts]
-    kept = [part.rstrip(".") for part in parts if part and not part.startswith("Argument helptext")]
-    line = ". ".join(kept)
-    line = re.sub(r"invalid literal for int\(\) with base 10: ('[^']*')", r"\1 is not a whole number", line)
-    line = re.sub(r"could not convert string to float: ('[^']*')", r"\1 is not a number", line)
-    return line.removeprefix("Error parsing ") + "."
+    before = list(words)[: list(words).index("--")] if "--" in words else list(words)
+    if "--help" in before or "-h" in before:
+        print(write_help(kind, verb))
+        return None
+    return read_options(kind, verb, words)
 
 
 @contextlib.contextmanager

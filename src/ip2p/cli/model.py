@@ -7,27 +7,73 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ip2p.base.errors import InputError, ModelError
-from ip2p.config import ConvertConfig, InfoConfig, ListConfig
+from ip2p.settings import OTHER, OverwriteSettings, RunSettings, WeightSet, setting
 
 if TYPE_CHECKING:
     from ip2p.models.load import Stored
 
 SHOWN = 5  # names of a list; --json has all
+COMPONENTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "image_encoder",
+    "safety_checker",
+)  # of a folder
 NUMBERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def info(config: InfoConfig) -> None:
+ANY_MODEL = "a Hugging Face model id, a diffusers folder, a .safetensors or .ckpt file"
+
+
+class InfoConfig(RunSettings):
+    """Describe a model and report what is missing in it: ip2p model info editor.safetensors"""
+
+    model: str = setting("", f"storybook, {ANY_MODEL}", positional=1, metavar="MODEL")
+    parts_from: str | None = setting(
+        None, "model that brings what a file of a UNet alone lacks", metavar="MODEL"
+    )
+    print_json: bool = setting(False, "print it as JSON", group=OTHER, name="json")
+
+
+class ConvertConfig(RunSettings, OverwriteSettings):
+    """Convert a diffusers folder to one file, or back: ip2p model convert editor.ckpt editor"""
+
+    source: str = setting("", ANY_MODEL, positional=1, metavar="MODEL")
+    target: str = setting("", "a .safetensors file, or a folder", positional=2, metavar="TARGET")
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = setting("keep", "number format of the written weights")
+    weights: WeightSet = setting(
+        "auto", "of a file that holds both: ema or plain weights; auto takes ema unless it is another model's"
+    )
+    parts_from: str | None = setting(
+        None, "model that brings what a file of a UNet alone lacks", metavar="MODEL"
+    )
+    names: Literal["kohya"] | None = setting(
+        None, "rename a LoRA file's layers as ComfyUI and A1111's tools read them: kohya"
+    )
+
+
+class ListConfig(RunSettings):
+    """List the models in the package, in a folder, and in the Hugging Face cache: ip2p model list"""
+
+    folder: Path = setting(Path("."), "folder whose models are listed too", positional=1, metavar="FOLDER")
+    print_json: bool = setting(False, "print it as JSON", group=OTHER, name="json")
+
+
+def run_model_info(config: InfoConfig) -> None:
     """Print what a model is; no weights are read. Raises ModelError for what is no model."""
     if not config.model:
         raise InputError("no model is named; write: ip2p model info editor.safetensors")
-    from ip2p.models.bundle import find_model  # imports torch
+    from ip2p.models.bundle import find_model, not_an_editor, open_parts  # imports torch
     from ip2p.models.load import open_model
 
-    said = describe(open_model(find_model(config.model)))
-    if config.json:
+    stored = open_model(find_model(config.model), parts=open_parts(config.parts_from))
+    said = describe(stored)
+    if config.print_json:
         print(json.dumps(said, indent=2, ensure_ascii=False))
         return
     rows = {
@@ -49,7 +95,7 @@ def info(config: InfoConfig) -> None:
     for name, text in rows.items():
         print(f"{name:<{width}}{text}")
     if not said["editor"]:
-        print(f"{'next':<{width}}ip2p train --base {said['model']}")
+        print(f"{'next':<{width}}{not_an_editor(stored)}")
 
 
 def describe(stored: Stored) -> dict[str, Any]:
@@ -59,6 +105,9 @@ def describe(stored: Stored) -> dict[str, Any]:
 
     parameters, dtypes, absent, more = {}, {}, [], []
     for part in stored.networks:
+        if part in stored.lacking:
+            absent.append(part)
+            continue
         network = empty_network(part, stored.configs[part])
         table, weights = table_of(stored, part, network), stored.weights[part]
         names = network.state_dict()
@@ -87,6 +136,7 @@ def describe(stored: Stored) -> dict[str, Any]:
         "parameters": parameters,
         "dtype": dtypes,
         "ema": stored.ema,
+        "weights": stored.choice,
         "plain": any(key.startswith(keys.UNET) for key in stored.weights["unet"].shapes),
         "tokenizer": bool(stored.tokenizers),
         "missing": absent,
@@ -97,7 +147,7 @@ def describe(stored: Stored) -> dict[str, Any]:
 def _ema(said: dict[str, Any]) -> str:
     if not said["ema"]:
         return "none" if said["layout"] == "file" else "none (a folder holds one set)"
-    return f"{said['ema']} averaged weights, which are taken unless --weights plain"
+    return f"{said['ema']} averaged weights; used: {said['weights'] or 'the plain weights'}"
 
 
 def _names(names: list[str]) -> str:
@@ -107,7 +157,7 @@ def _names(names: list[str]) -> str:
     return f"{len(names)}: {', '.join(names[:SHOWN])}{rest}"
 
 
-def convert(config: ConvertConfig) -> None:
+def run_model_convert(config: ConvertConfig) -> None:
     """Write `config.source` in the other layout: a name that ends in .safetensors is a file, else a folder.
 
     Raises InputError for a target that cannot be written, ModelError for a source that is not whole.
@@ -115,28 +165,43 @@ def convert(config: ConvertConfig) -> None:
     if not config.source or not config.target:
         raise InputError("name a model and a target; write: ip2p model convert editor.ckpt editor")
     from ip2p.base.devices import DTYPE_ALIASES, DTYPES  # imports torch
-    from ip2p.models.bundle import find_model
+    from ip2p.models.bundle import find_model, open_parts
     from ip2p.models.export import check_target, export_file, export_folder
     from ip2p.models.load import open_model
 
     target = Path(config.target).expanduser()
     check_target(target, overwrite=config.overwrite)
+    if config.names == "kohya":
+        rename_lora(Path(config.source).expanduser(), target)
+        return
     source = find_model(config.source)
     if source.resolve() == target.resolve():
         raise InputError(f"{target} is the source itself; choose another name.")
-    stored = open_model(source, weights=config.weights)
+    stored = open_model(source, weights=config.weights, parts=open_parts(config.parts_from))
     dtype = None if config.dtype == "keep" else DTYPES[DTYPE_ALIASES[config.dtype]]
     (export_file if target.suffix == ".safetensors" else export_folder)(stored, target, dtype=dtype)
     print(target)
 
 
-def list_models(config: ListConfig) -> None:
-    """Print the models in the package and the editors and bases in the hub's cache."""
+def rename_lora(source: Path, target: Path) -> None:
+    """Write a LoRA file under Kohya's names. Raises InputError, and ModelError for what these cannot say."""
+    from ip2p.models.lora import check_loras, write_kohya
+
+    check_loras([(source, 1.0)])
+    if target.suffix != ".safetensors" or source.resolve() == target.resolve():
+        raise InputError(f"{target}: name another file that ends in .safetensors for the renamed LoRA.")
+    write_kohya(source, target)
+    print(target)
+
+
+def run_model_list(config: ListConfig) -> None:
+    """Print the models in the package, in a folder, and in the Hugging Face cache."""
     from ip2p.models.bundle import PACKAGED, packaged_models
 
     rows = [_row(name, "package", PACKAGED / name) for name in packaged_models()]
+    rows += list(_local(config.folder))
     rows += list(_cached())
-    if config.json:
+    if config.print_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     if not rows:
@@ -147,6 +212,35 @@ def list_models(config: ListConfig) -> None:
         kind = "editor" if row["editor"] else "no editor"
         known = f"{row['name']:<{width}}{row['architecture']:<8}{kind:<11}{_giga(row['bytes'])}"
         print(known, row["where"], row["revision"][:7], sep="  ")
+
+
+def _local(folder: Path) -> Iterator[dict[str, Any]]:
+    """The models in a folder and one level below it: diffusers folders, and files of whole models."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; write: ip2p model list FOLDER")
+    from ip2p.models.load import open_model  # imports torch
+
+    for path in sorted([folder, *folder.iterdir(), *folder.glob("*/*")]):
+        name = path.name if path == folder else path.relative_to(folder).as_posix()
+        if path.is_dir() and (path / "unet" / "config.json").is_file():
+            yield _row(name or str(path.resolve()), "here", path)
+        elif (
+            path.is_file() and path.suffix in (".safetensors", ".ckpt") and path.parent.name not in COMPONENTS
+        ):
+            try:
+                stored = open_model(path)
+                channels, needed = stored.channels
+            except Exception:  # an optimizer's state, a LoRA, a network alone: no model
+                continue
+            yield {
+                "name": name,
+                "where": "here",
+                "revision": "",
+                "folder": str(path),
+                "architecture": stored.architecture,
+                "editor": channels == needed,
+                "bytes": path.stat().st_size,
+            }
 
 
 def _cached() -> Iterator[dict[str, Any]]:

@@ -4,28 +4,160 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from PIL import Image
 
 from ip2p.base.errors import InputError
 from ip2p.base.files import check_output, make_folder, replacing, write_text
 from ip2p.base.terminal import progress
-from ip2p.config import BuildConfig, DrawConfig, run_json
 from ip2p.pictures.images import grid
-from ip2p.training.storybook.pairs import write_pairs, write_triples
-from ip2p_storybook.captions import caption
-from ip2p_storybook.draw import draw as draw_scene
-from ip2p_storybook.edits import Edit, sample_edit
-from ip2p_storybook.scene import rng_for
-from ip2p_storybook.triples import exact_triples
+from ip2p.settings import (
+    COMMON,
+    MAX_SCALE,
+    MAX_SEED,
+    MAX_STEPS,
+    DeviceSettings,
+    DTypeSettings,
+    OverwriteSettings,
+    RunSettings,
+    SamplerName,
+    ScheduleName,
+    Size,
+    Split,
+    Texts,
+    run_json,
+    setting,
+)
+
+if TYPE_CHECKING:
+    from ip2p_storybook.edits import Edit
+
+
+class DrawConfig(RunSettings, OverwriteSettings):
+    """Draw pages of the storybook: ip2p storybook draw --count 16 -o pages"""
+
+    out: Path | None = setting(None, "folder for the pictures", group=COMMON, flags=("-o",))
+    count: int = setting(
+        16, "number of pages; a pair edits the page of its number", ge=1, le=10_000_000, group=COMMON
+    )
+    seed: int = setting(
+        0, "page k of a seed is the same whatever the count", ge=0, le=MAX_SEED, example=7, group=COMMON
+    )
+    size: int = setting(256, "side of a picture, in pixels", ge=32, le=1024, group=COMMON)
+    split: Split = setting("train", "pages and phrasings of training, or a held-out set", group=COMMON)
+    pairs: Path | None = setting(
+        None,
+        "write edit pairs as parquet, in the columns of the published data set",
+        group=COMMON,
+        metavar="FILE",
+    )
+    captions: Path | None = setting(None, "write the captions, one a line", group=COMMON, metavar="FILE")
+    varied: bool = setting(False, "write captions in many forms, as training does", hidden=True)
+    triples: Path | None = setting(
+        None,
+        "write exact edits in words as parquet: caption, instruction, edited_caption",
+        group=COMMON,
+        metavar="FILE",
+    )
+    sheet: Path | None = setting(
+        None, "write a contact sheet of the first 64 pages", group=COMMON, metavar="FILE"
+    )
+
+
+class BuildConfig(RunSettings, DeviceSettings):
+    """Train the storybook model: ip2p storybook build --preset smoke -o model"""
+
+    preset: Literal["smoke", "cpu", "h100"] = setting(
+        "smoke", "smoke takes seconds, cpu hours, h100 one GPU", group=COMMON
+    )
+    out: Path = setting(
+        Path("storybook-model"), "folder; the same command resumes", group=COMMON, flags=("-o",)
+    )
+    bundle: Path | None = setting(
+        None, "folder of the half-precision model; default: OUT/bundle", hidden=True
+    )
+    start: str | None = setting(
+        None, "train the UNet of this model further; it was made by this verb", group=COMMON, metavar="MODEL"
+    )
+    stage: Literal["all", "vae", "text", "clip", "perception", "unet", "decay", "lm"] = setting(
+        "all", "train only this part", group=COMMON
+    )
+    seconds: float | None = setting(
+        None, "save and stop after this many seconds", ge=0, le=1e9, example=540.0, group=COMMON
+    )
+    minutes: float | None = setting(
+        None,
+        "training time of the stage in total; extends a finished perception or unet",
+        ge=0,
+        le=1e6,
+        example=120.0,
+        group=COMMON,
+    )
+    steps: int | None = setting(
+        None,
+        "optimizer steps of every stage, instead of the preset's",
+        ge=1,
+        le=10**9,
+        example=100,
+        group=COMMON,
+    )
+
+
+class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings):
+    """Score a model on storybook edits whose answer is known: ip2p storybook score --count 500"""
+
+    model: str = setting("storybook", "a name, or a diffusers folder", group=COMMON)
+    split: Texts = setting(
+        (),
+        "test, unseen_phrasings, …; may be repeated; default: all but train",
+        group=COMMON,
+        metavar="SPLIT",
+    )
+    count: int = setting(500, "number of edits per split", ge=1, le=1_000_000, group=COMMON)
+    seed: int = setting(0, "seed of the edits and the noise", ge=0, le=MAX_SEED, example=7, group=COMMON)
+    out: Path | None = setting(None, "write every number as JSON", group=COMMON, flags=("-o",))
+    sheet: Path | None = setting(
+        None,
+        "write a picture of pages, instructions, results and exact answers",
+        group=COMMON,
+        metavar="FILE",
+    )
+    steps: int | None = setting(None, "sampling steps", ge=1, le=MAX_STEPS, fallback=20, group=COMMON)
+    sampler: SamplerName | None = setting(None, "sampler", fallback="euler_ancestral", group=COMMON)
+    schedule: ScheduleName | None = setting(
+        None, "noise schedule", fallback="linspace", group=COMMON, aliases=("spacing",)
+    )
+    text_cfg: float | None = setting(
+        None,
+        "how strongly to follow the instruction",
+        ge=0,
+        le=MAX_SCALE,
+        fallback=7.5,
+        group=COMMON,
+    )
+    image_cfg: float | None = setting(
+        None, "how strongly to keep the input picture", ge=0, le=MAX_SCALE, fallback=1.5, group=COMMON
+    )
+    size: Size = setting(
+        None,
+        "side of a picture; default: the model's training size",
+        example=256,
+        group=COMMON,
+        metavar="SIDE",
+    )
+    batch_size: int = setting(16, "edits per batch", ge=1, le=4096, group=COMMON)
+
 
 T = TypeVar("T")
 ON_SHEET, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 160
 
 
-def draw(config: DrawConfig) -> None:
+def run_draw(config: DrawConfig) -> None:
     """Write what the config asks for; the paths of the outputs go to stdout."""
+    from ip2p.training.storybook.pairs import write_pairs, write_triples  # imports pyarrow
+    from ip2p_storybook.triples import exact_triples
+
     asked = (config.pairs, config.captions, config.triples, config.sheet)
     files = [path for path in asked if path is not None]
     if config.out is None and not files:
@@ -59,16 +191,24 @@ def draw(config: DrawConfig) -> None:
 
 def edits(config: DrawConfig) -> Iterator[Edit]:
     """The edits of the config's seed; their pages are the pages that are drawn."""
+    from ip2p_storybook.edits import sample_edit
+    from ip2p_storybook.scene import rng_for
+
     for number in range(config.count):
         yield sample_edit(rng_for("storybook draw", config.seed, number), split=config.split)
 
 
 def _captions(config: DrawConfig) -> Iterator[str]:
+    from ip2p_storybook.captions import caption
+    from ip2p_storybook.scene import rng_for
+
     for number, edit in enumerate(edits(config)):
         yield caption(edit.before, rng_for("captions", config.seed, number) if config.varied else None)
 
 
 def _pictures(config: DrawConfig) -> None:
+    from ip2p_storybook.draw import draw as draw_scene  # imports skia
+
     shown: list[Image.Image] = []
     count = config.count if config.out is not None else min(config.count, ON_SHEET)
     with progress("pages", count) as advance:
@@ -98,23 +238,32 @@ def _each(items: Iterator[T], advance: Callable[[], None]) -> Iterator[T]:
         advance()
 
 
-def build(config: BuildConfig) -> None:
+def run_build(config: BuildConfig) -> None:
     """Train into `config.out`, or go on there; `run.json` beside the model says with what."""
     make_folder(config.out)
     write_text(config.out / "run.json", run_json(config))
     bundle = config.bundle or config.out / "bundle"
 
-    from ip2p.training.storybook.build import run  # imports torch
+    from ip2p.models.load import quiet  # imports torch
+    from ip2p.training.storybook.build import run
 
-    run(
-        config.preset,
-        config.out,
-        seconds=config.seconds,
-        stage=config.stage,
-        device=config.device,
-        steps=config.steps,
-        minutes=config.minutes,
-        start=config.start,
-        bundle=bundle,
-    )
+    with quiet():
+        run(
+            config.preset,
+            config.out,
+            seconds=config.seconds,
+            stage=config.stage,
+            device=config.device,
+            steps=config.steps,
+            minutes=config.minutes,
+            start=config.start,
+            bundle=bundle,
+        )
     print(bundle)
+
+
+def run_score(config: ScoreConfig) -> None:
+    """Score a model on edits whose answer is known; the numbers go to stdout."""
+    from ip2p.evaluation.storybook import run  # imports torch
+
+    run(config)

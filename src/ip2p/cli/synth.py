@@ -20,19 +20,12 @@ from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.files import check_output, content_key, make_folder, write_text
 from ip2p.base.terminal import say
-from ip2p.config import (
-    SynthFilterConfig,
-    SynthInspectConfig,
-    SynthInstructConfig,
-    SynthPairsConfig,
-    SynthTuneConfig,
-    run_json,
-)
 from ip2p.data.loading import open_source
 from ip2p.data.records import Source
 from ip2p.editing.rank import CLIP_MODEL, find_clip
 from ip2p.models.bundle import called, find_model, packaged_models
 from ip2p.models.load import read_json
+from ip2p.settings import Settings, run_json
 from ip2p.synth.captions import BLOCK_LIST, Rules, read_block_list, read_captions
 from ip2p.synth.filter import (
     PRESETS,
@@ -41,19 +34,25 @@ from ip2p.synth.filter import (
     Scored,
     Thresholds,
     clips_of,
+    filter_pairs,
     known_scores,
     preset_for,
     read_scores,
 )
-from ip2p.synth.filter import filter_pairs as run_filter
 from ip2p.synth.inspect import inspect as write_page
 from ip2p.synth.instruct import Limits, LocalWriter, Writer, find_lm
 from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
 from ip2p.synth.safety import Classifier
 from ip2p.synth.server import KEY, ServerWriter, clean_key
+from ip2p.synth.settings import (
+    SynthFilterConfig,
+    SynthInspectConfig,
+    SynthInstructConfig,
+    SynthPairsConfig,
+    SynthTuneConfig,
+)
 from ip2p.synth.stages import REFUSED, REJECTED, InstructStage, PairStage
-from ip2p.synth.tune import Tuning
-from ip2p.synth.tune import tune_lm as tune
+from ip2p.synth.tune import Tuning, tune_lm
 
 RUN = "run.json"
 CAPTIONS_A_PART = 8, 64  # fewest and most
@@ -70,7 +69,7 @@ OUR_KEY = "IP2P_API_KEY"
 # --- captions to triples --------------------------------------------------------------------------
 
 
-def instruct(config: SynthInstructConfig) -> None:
+def run_instruct(config: SynthInstructConfig) -> None:
     """Write edits of captions; the path of the triples goes to stdout.
 
     Raises InputError also when no answer at all was taken: there is nothing to go on with then.
@@ -235,12 +234,12 @@ def _write_whole(file: Path, triples: Sequence[Triple]) -> None:
 # --- a language model of one's own ----------------------------------------------------------------
 
 
-def tune_lm(config: SynthTuneConfig) -> None:
+def run_tune_lm(config: SynthTuneConfig) -> None:
     """Tune a language model on triples; its folder goes to stdout."""
     assert config.out is not None, "SynthTuneConfig.check was called"
     if config.out.is_file() or (config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite):
         raise InputError(f"{config.out} is there already; add --overwrite, or choose another folder.")
-    tuned = tune(
+    tuned = tune_lm(
         config.base,
         config.out,
         None if config.triples is None else read_triples(config.triples),
@@ -268,7 +267,7 @@ def tune_lm(config: SynthTuneConfig) -> None:
 # --- triples to pairs -----------------------------------------------------------------------------
 
 
-def pairs(config: SynthPairsConfig) -> None:
+def run_pairs(config: SynthPairsConfig) -> None:
     """Draw pairs for triples; their folder goes to stdout. Raises InputError also when none was kept."""
     assert config.out is not None, "SynthPairsConfig.check was called"
     triples = read_triples(Path(config.triples).expanduser())[: config.count]
@@ -344,7 +343,7 @@ def _pair_lines(told: jobs.Summary) -> list[str]:
 # --- keep the good ones ---------------------------------------------------------------------------
 
 
-def filter_pairs(config: SynthFilterConfig) -> None:
+def run_filter_pairs(config: SynthFilterConfig) -> None:
     """Filter a data set; the folder of what stays goes to stdout."""
     assert config.out is not None, "SynthFilterConfig.check was called"
     _apart(config.data, config.out)
@@ -362,7 +361,7 @@ def filter_pairs(config: SynthFilterConfig) -> None:
     safety = None
     if config.safety is not None:
         safety = partial(Classifier, config.safety, device=config.device, batch=config.batch)
-    filtered = run_filter(
+    filtered = filter_pairs(
         source,
         config.out,
         thresholds,
@@ -400,7 +399,7 @@ def _apart(data: str, out: Path) -> None:
         raise InputError(f"{out} and {data} are one in the other; write what stays into a folder beside it.")
 
 
-def inspect(config: SynthInspectConfig) -> None:
+def run_inspect(config: SynthInspectConfig) -> None:
     """Write the page; its path goes to stdout."""
     check_output(config.out, overwrite=config.overwrite)
     top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
@@ -543,6 +542,6 @@ def _hash(value: object) -> str:
     return sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _write_run(folder: Path, config: object, told: jobs.Summary, **also: object) -> None:
+def _write_run(folder: Path, config: Settings, told: jobs.Summary, **also: object) -> None:
     if told.made or not (folder / RUN).exists():
         write_text(folder / RUN, run_json(config, **also))

@@ -1,1 +1,1 @@
-"""Edit pairs in: records, readers of every layout they are published in, checks, and conversion."""
+"""Edit pairs: records, readers for all published layouts, checks and conversion."""

@@ -1,4 +1,4 @@
-"""Whether the picture after lies where the picture before does, or was shifted or cropped on its way."""
+"""Detects whether the picture after is aligned with the picture before, or was shifted or cropped."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from PIL import Image
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SIDE = 256  # pictures are compared with this longer side
+SIDE = 256  # pictures are compared at this longer side
 BLOCK = 16
-CORNERS = 0.15  # a block counts when it has this share of the strongest structure in both directions
-ALIKE = 0.8  # correlation above which a block shows the same
-# Measured on drawn pairs: of 450 true ones 420 have more than a fifth of their blocks in place, and of the
-# others at most a third agree on another place, all on one thing that was moved or enlarged.
-ALIGNED = 0.2  # share of blocks that are alike in place, above which nothing was moved
-MOVED = 0.3  # share of blocks that must be alike after moving, and twice as many as in place
-SPREAD = 0.5  # the part of the picture's width and height that these must span
+CORNERS = 0.15  # a block counts if it has this fraction of the strongest structure in both directions
+ALIKE = 0.8  # blocks with a higher correlation match
+# Measured on drawn pairs: 420 of 450 aligned pairs have more than a fifth of their blocks in place. In the
+# others, at most a third of the blocks agree on another position, all on one object that was moved or
+# enlarged.
+ALIGNED = 0.2  # a pair with more matching blocks (fraction) in place was not moved
+MOVED = 0.3  # minimum fraction of matching blocks after the move, and twice as many as in place
+SPREAD = 0.5  # fraction of the width and height that these must span
 MIN_BLOCKS = 8
-MIN_SHIFT = 2.5  # pixels at SIDE; less cannot be told from the drift of a model that drew both
-# Of the picture after against the one before: cropped and enlarged, or the other way round.
+MIN_SHIFT = 2.5  # pixels at SIDE; less is indistinguishable from the drift of a generative model
+# Scale of the picture after relative to before: above 1 is cropped and enlarged, below 1 is shrunk.
 SCALES = tuple(float(scale) for scale in np.geomspace(0.76, 1.32, 34))
 PROPOSALS = 6
 
@@ -45,16 +46,16 @@ class Move:
 
 
 def find_move(before: Image.Image, after: Image.Image) -> Move | None:
-    """How the picture after was moved as a whole against the one before, or None when it was not.
+    """How the picture after was moved as a whole relative to the picture before; None if it was not.
 
-    Phase correlation proposes a shift at each of `SCALES`; it counts only if blocks of the picture with
-    corners in them, which an edit left as they were, agree with it, and hardly any agree in place. So an
-    edit that moves or changes a part does not count, nor one after which nothing is left to compare.
-    Found are shifts of more than 1% of the longer side, and crops of 2 to 24%.
+    Phase correlation proposes a shift at each of `SCALES`. A proposal counts only if blocks with corners that
+    the edit left unchanged agree with it and hardly any agree in place. So edits that move or change a part
+    do not count, nor do edits that leave nothing to compare. Detects shifts of more than 1% of the longer
+    side and crops of 2 to 24%.
     """
     factor = SIDE / max(before.size)
     size = tuple(max(BLOCK, round(side * factor)) for side in before.size)
-    one, two = _grey(before, size), _grey(after, size)
+    one, two = _gray(before, size), _gray(after, size)
     blocks = _corner_blocks(two)
     if len(blocks) < MIN_BLOCKS or (in_place := float(_alike(one, two, blocks).mean())) > ALIGNED:
         return None
@@ -75,7 +76,7 @@ def find_move(before: Image.Image, after: Image.Image) -> Move | None:
 
 
 def _spread(blocks: list[tuple[slice, slice]], alike: NDArray[np.bool_], size: tuple[int, ...]) -> bool:
-    """Whether the blocks that are alike are enough, and lie all over the page and not on one thing."""
+    """Whether there are enough matching blocks, spread over the page rather than on one object."""
     places = [block for block, same in zip(blocks, alike, strict=True) if same]
     if len(places) < MIN_BLOCKS:
         return False
@@ -87,7 +88,7 @@ def _spread(blocks: list[tuple[slice, slice]], alike: NDArray[np.bool_], size: t
 
 
 def _displacement(move: Move, size: tuple[int, int]) -> float:
-    """The farthest that a corner of the picture went."""
+    """The largest displacement of a corner of the picture."""
     return max(
         abs(side * far * (move.scale - 1) + by)
         for side, by in zip(size, move.shift, strict=True)
@@ -95,15 +96,15 @@ def _displacement(move: Move, size: tuple[int, int]) -> float:
     )
 
 
-def _grey(image: Image.Image, size: tuple[int, ...]) -> NDArray[np.float32]:
+def _gray(image: Image.Image, size: tuple[int, ...]) -> NDArray[np.float32]:
     shown = image.convert("L").resize((size[0], size[1]), Image.Resampling.BILINEAR, reducing_gap=2)
     return np.asarray(shown, dtype=np.float32)
 
 
-def _corner_blocks(grey: NDArray[np.float32]) -> list[tuple[slice, slice]]:
-    """The blocks with structure in both directions: along an edge alone a shift cannot be seen."""
-    down, across = np.gradient(grey)
-    rows, columns = grey.shape[0] // BLOCK, grey.shape[1] // BLOCK
+def _corner_blocks(gray: NDArray[np.float32]) -> list[tuple[slice, slice]]:
+    """The blocks with structure in both directions: a shift along an edge is invisible."""
+    down, across = np.gradient(gray)
+    rows, columns = gray.shape[0] // BLOCK, gray.shape[1] // BLOCK
 
     def summed(values: Any) -> NDArray[np.float32]:
         whole = values[: rows * BLOCK, : columns * BLOCK]
@@ -121,7 +122,7 @@ def _corner_blocks(grey: NDArray[np.float32]) -> list[tuple[slice, slice]]:
 def _alike(
     one: NDArray[np.float32], two: NDArray[np.float32], blocks: list[tuple[slice, slice]]
 ) -> NDArray[np.bool_]:
-    """Of each block whether both pictures show the same there, whatever the brightness."""
+    """Whether each block matches in both pictures, regardless of brightness."""
     a = np.stack([one[block].ravel() for block in blocks])
     b = np.stack([two[block].ravel() for block in blocks])
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
@@ -130,28 +131,28 @@ def _alike(
 
 
 def _proposals(one: NDArray[np.float32], two: NDArray[np.float32]) -> list[tuple[float, tuple[float, float]]]:
-    """The likeliest scales and shifts in pixels, by phase correlation at half size."""
+    """The most likely scales and shifts in pixels, by phase correlation at half size."""
     side = SIDE // 2
     target = np.conj(_spectrum(two, 1.0, side))
     found = []
     for scale in (1.0, *SCALES):
         cross = _spectrum(one, scale, side) * target
         peaks = np.fft.irfft2(cross / (np.abs(cross) + 1e-6), (side, side))
-        for _ in range(2):  # the highest peak may be of a thing that the edit moved, and not of the page
+        for _ in range(2):  # the highest peak may belong to an object that the edit moved
             down, across = divmod(int(peaks.argmax()), side)
             shift = [-(v - side if v > side // 2 else v) * 2.0 for v in (across, down)]
             found.append((float(peaks[down, across]), scale, shift[0], shift[1]))
             around = np.arange(-2, 3)
             peaks[np.ix_((down + around) % side, (across + around) % side)] = 0
     found.sort(reverse=True)
-    near = (-1.0, 0.0, 1.0)  # what is found at half size is right to a pixel or so
+    near = (-1.0, 0.0, 1.0)  # the result at half size is accurate to about one pixel
     return [(scale, (x + u, y + v)) for _, scale, x, y in found[:PROPOSALS] for u in near for v in near]
 
 
-def _spectrum(grey: NDArray[np.float32], scale: float, side: int) -> NDArray[np.complex64]:
-    """Of the picture at half size times `scale`, faded out at its edges."""
-    image = Image.fromarray(grey)
-    size = tuple(max(8, round(length * scale / 2)) for length in reversed(grey.shape))
+def _spectrum(gray: NDArray[np.float32], scale: float, side: int) -> NDArray[np.complex64]:
+    """The spectrum of the picture at half size times `scale`, tapered at its edges."""
+    image = Image.fromarray(gray)
+    size = tuple(max(8, round(length * scale / 2)) for length in reversed(gray.shape))
     small = np.asarray(image.resize((size[0], size[1]), Image.Resampling.BILINEAR, reducing_gap=2))[
         :side, :side
     ]
@@ -162,18 +163,18 @@ def _spectrum(grey: NDArray[np.float32], scale: float, side: int) -> NDArray[np.
 
 @lru_cache(maxsize=64)
 def _fade(rows: int, columns: int) -> NDArray[np.float32]:
-    # Flatter than Hann's: structure near the edge counts too.
+    # Flatter than a Hann window, so that structure near the edge counts, too.
     down, across = (np.sqrt(np.hanning(n + 2)[1:-1]) for n in (rows, columns))
     return np.outer(down, across).astype(np.float32)
 
 
 def _moved(
-    grey: NDArray[np.float32], scale: float, shift: tuple[float, float]
+    gray: NDArray[np.float32], scale: float, shift: tuple[float, float]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The picture moved, and where it covers the page."""
-    image = Image.fromarray(grey)
-    rows, columns = grey.shape
-    # Pillow's affine form works on pixel corners, as the scales here do.
+    image = Image.fromarray(gray)
+    rows, columns = gray.shape
+    # Pillow's affine transform uses pixel corners, as the scales here do.
     back = (1 / scale, 0, -shift[0] / scale, 0, 1 / scale, -shift[1] / scale)
     moved = image.transform((columns, rows), Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
     x = (np.arange(columns) + 0.5 - shift[0]) / scale

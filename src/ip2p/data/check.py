@@ -1,7 +1,7 @@
-"""What is wrong with a data set, row by row and over all rows; and a sheet of some of its pairs.
+"""Checks a data set, row by row and as a whole, and draws a contact sheet of pairs.
 
-A defect is certain: a broken or missing picture, no instruction, an id that stands twice. A warning is what
-looks wrong by a rule of thumb, which its line states, and what is to be known before training.
+A defect is certain: a broken or missing picture, no instruction, a duplicate id. A warning comes from a rule
+of thumb, which its line states, or is a fact worth knowing before training.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ip2p.data.align import find_move
 from ip2p.data.records import BrokenRow, MissingPart, Pair, Source, open_picture
 from ip2p.pictures import images
 
-SHOWN = 5  # ids of a finding
-OF_ENDLESS = 1000  # rows looked at when a source has no end
-MAX_TOKENS = 77  # of CLIP, with its two ends
+SHOWN = 5  # ids listed per finding
+OF_ENDLESS = 1000  # rows checked in an endless source
+MAX_TOKENS = 77  # of CLIP, including start and end tokens
 ON_SHEET, SHEET_COLUMNS, SHEET_SIDE = 24, 3, 160
 
-# How an instruction begins, and a caption hardly ever.
+# First words of instructions that are rare in captions.
 _VERBS = """
     add adjust apply attach become blur bring brighten can change clear color colour convert could cover
     crop cut darken decorate delete do dress draw enlarge erase exchange expand extend fill flip get give
@@ -42,13 +42,13 @@ IMPERATIVES = frozenset(_VERBS.split())
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of thing that was found: in how many rows, of which the first are named, and why."""
+    """One kind of problem: its rule, the number of rows, and the first ids."""
 
     name: str
     kind: Literal["defect", "warning"]
-    rule: str  # what the name means here
+    rule: str  # what the name means
     count: int
-    ids: tuple[str, ...]  # the first SHOWN, each with its reason where reasons differ
+    ids: tuple[str, ...]  # the first SHOWN, with reasons where they differ
 
     def line(self) -> str:
         more = ", …" if self.count > len(self.ids) else ""
@@ -58,13 +58,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found. looked_at: of `rows` so many from the first on."""
+    """The result of `check`. looked_at: the number of rows checked, from the first row."""
 
     name: str
     rows: int
     looked_at: int
     findings: tuple[Finding, ...]
-    sizes: dict[str, int]  # width x height of the picture before: how many rows
+    sizes: dict[str, int]  # width x height of the picture before: number of rows
     lengths: dict[
         str, dict[str, Any]
     ]  # instruction, caption, edited_caption: min, median, max words, over 77
@@ -74,33 +74,32 @@ class Report:
         return [finding for finding in self.findings if finding.kind == "defect"]
 
     def lines(self) -> list[str]:
-        """The report for a person, a line a fact."""
-        part = (
-            "" if self.looked_at == self.rows else f", of which the first {self.looked_at:,} were looked at"
-        )
-        rows = f"{self.rows:,} rows" if self.rows < 2**31 else "without end"
+        """The report for display, one fact per line."""
+        part = "" if self.looked_at == self.rows else f"; checked the first {self.looked_at:,}"
+        rows = f"{self.rows:,} rows" if self.rows < 2**31 else "endless"
         lines = [f"{'data':<20}{self.name}, {rows}{part}"]
         if self.sizes:
             common = sorted(self.sizes.items(), key=lambda size: -size[1])
             shown = ", ".join(f"{size} ({count:,})" for size, count in common[:3])
             more = f" and {len(common) - 3} more" if len(common) > 3 else ""
             lines.append(f"{'sizes':<20}{shown}{more}")
-        for name, told in self.lengths.items():
-            if not told["rows"]:
+        for name, lengths in self.lengths.items():
+            if not lengths["rows"]:
                 lines.append(f"{name:<20}none")
                 continue
             lines.append(
-                f"{name:<20}{told['min']} / {told['median']:g} / {told['max']} words (min / median / max), "
-                f"about {told['long']:,} over {MAX_TOKENS} tokens"
-                + (f", {told['empty']:,} empty" if told["empty"] else "")
+                f"{name:<20}{lengths['min']} / {lengths['median']:g} / {lengths['max']} words "
+                f"(min / median / max), "
+                f"about {lengths['long']:,} over {MAX_TOKENS} tokens"
+                + (f", {lengths['empty']:,} empty" if lengths["empty"] else "")
             )
         lines += [finding.line() for finding in self.findings]
-        return lines if self.findings else [*lines, f"{'found':<20}nothing wrong"]
+        return lines if self.findings else [*lines, f"{'found':<20}no problems"]
 
     def summary(self) -> str:
-        """The defects in a line."""
+        """The defects in one line."""
         found = ", ".join(f"{finding.name} {finding.count:,}" for finding in self.defects)
-        return f"{self.name} has defects: {found}. Mend or leave out these rows."
+        return f"{self.name} has defects: {found}. Fix or remove these rows."
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -121,7 +120,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Row:
-    """What is kept of a row: its words, the hashes of its pictures, and what was found in it alone."""
+    """The facts kept about a row: its texts, the hashes of its pictures, and its own findings."""
 
     id: str
     words: tuple[str, str, str] = ("", "", "")  # instruction, caption, edited caption
@@ -161,7 +160,7 @@ def _look(pair: Pair | BrokenRow) -> _Row:
 
 
 def imperative(words: str) -> bool:
-    """Whether a sentence begins as an instruction does: "make it …", "please turn …", "now add …"."""
+    """Whether a sentence starts like an instruction: "make it …", "please turn …", "now add …"."""
     first = re.findall(r"[a-z']+", words.lower())[:2]
     if len(first) == 2 and first[0] in ("now", "then", "just", "and", "also"):
         first = first[1:]
@@ -169,7 +168,7 @@ def imperative(words: str) -> bool:
 
 
 def tokens(words: str) -> int:
-    """About how many tokens CLIP's tokenizer makes: a word up to 8 letters is one, and so is a sign."""
+    """The estimated number of CLIP tokens: one per sign, and one per 8 letters of a word."""
     return 2 + sum(math.ceil(len(part) / 8) for part in re.findall(r"\w+|[^\w\s]", words))
 
 
@@ -181,18 +180,18 @@ def _hash(image: Image.Image) -> bytes:
 
 _DEFECTS = {
     "broken picture": "cannot be read or decoded",
-    "missing picture": "a picture or the words of the row are not there",
-    "empty instruction": "nothing tells what to change",
-    "duplicate ids": "an id that stands more than once",
+    "missing picture": "a picture or the texts of the row are missing",
+    "empty instruction": "the instruction is empty",
+    "duplicate ids": "an id that occurs more than once",
 }
 _WARNINGS = {
-    "swapped words": "the caption begins as an instruction does and the instruction does not, so the columns "
+    "swapped words": "the caption starts like an instruction and the instruction does not; the columns "
     "may be swapped",
-    "swapped pictures": "in pairs that share a picture, it is the one after that is shared, so before and "
-    "after may be swapped",
+    "swapped pictures": "pairs share the picture after rather than the picture before; before and after may "
+    "be swapped",
     "size mismatch": "before and after have different sizes",
-    "misaligned": "what the edit left is not where it was",
-    "duplicate pairs": "the pictures and the instruction of an earlier row",
+    "misaligned": "unchanged parts are not in the same place",
+    "duplicate pairs": "same pictures and instruction as an earlier row",
     "identical pictures": "before and after are the same",
 }
 
@@ -204,9 +203,9 @@ def check(
     jobs: int | None = None,
     done: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Read every row, or the first `limit`, and report what is wrong.
+    """Read every row, or the first `limit`, and report the problems.
 
-    Pictures are decoded in `jobs` threads; `done` is called once a row.
+    Pictures are decoded in `jobs` threads; `done` is called once per row.
     """
     count = len(source) if not source.endless else OF_ENDLESS
     count = min(count, limit) if limit is not None else count
@@ -253,7 +252,7 @@ def check(
 
 
 def _looked_at(source: Source, count: int, jobs: int) -> Iterator[_Row]:
-    """The rows in order; read here, since a source is for one thread, and looked at by others."""
+    """The checked rows in order: this thread reads the source (it is not thread-safe), others decode."""
     waiting: deque[Future[_Row]] = deque()
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -303,13 +302,13 @@ def _duplicates(rows: Sequence[_Row]) -> list[str]:
 
 
 def _swapped_pictures(rows: Sequence[_Row]) -> list[str]:
-    """The rows whose picture after is what other rows start from, or end at where they should start.
+    """The rows whose pictures before and after may be swapped, judged by how rows share pictures.
 
-    Edits of one picture share it as `before`, with its caption. So a row is suspect when its `after` is the
-    `before` of others of the same caption (without captions: of at least two others), and its own
-    `before` stands nowhere else; and so are all rows that end at one picture from different ones
-    though their captions say that they start at the same (without captions: three rows or more).
-    An edit of an edit (A to B, B to C) is not suspect by this.
+    Edits of one picture share it as `before`, with its caption. A row is suspect if its `after` is the
+    `before` of other rows with the same caption (without captions: of at least two others) and its own
+    `before` occurs nowhere else. Rows are also suspect if they end at the same picture from different ones
+    although their captions say that they start from the same one (without captions: three rows or more).
+    Chained edits (A to B, B to C) are not.
     """
     starts, ends = defaultdict(list), defaultdict(list)
     for row in rows:
@@ -340,13 +339,13 @@ def _swapped_pictures(rows: Sequence[_Row]) -> list[str]:
     return suspect
 
 
-# --- a look at it ---------------------------------------------------------------------------------
+# --- contact sheet --------------------------------------------------------------------------------
 
 
 def sheet(source: Source, path: Path, *, count: int = ON_SHEET, limit: int | None = None) -> None:
-    """Write a picture of up to `count` pairs with their instructions, spread evenly over the rows.
+    """Write a contact sheet of up to `count` pairs with their instructions, evenly spaced over the rows.
 
-    Of a source without end, and with `limit`, over the first rows. Broken rows are named in their place.
+    For an endless source, or with `limit`, only the first rows are used. A broken row is shown as its error.
     Raises InputError as `images.check_output` does.
     """
     total = min(len(source) if not source.endless else OF_ENDLESS, limit or len(source))
@@ -363,7 +362,7 @@ def sheet(source: Source, path: Path, *, count: int = ON_SHEET, limit: int | Non
             rows.append([Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), "lightgrey")] * 2)
             labels.append(f"{error.id}: {error.reason}")
     high = -(-len(rows) // SHEET_COLUMNS)
-    # A label must not run into its neighbour; Pillow's own letters are about 6 pixels wide at this size.
+    # Labels must not overlap; the letters of Pillow's font are about 6 pixels wide at this size.
     labels = [label if len(label) <= 52 else label[:51] + "…" for label in labels]
     parts = [
         images.grid(

@@ -1,4 +1,4 @@
-"""By which names the parts of a row are known: columns of tables, keys of JSON, members of tar shards."""
+"""The known names of the fields of a row: table columns, JSON keys, members of tar shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ip2p.base.errors import InputError
 from ip2p.data.records import BrokenRow, MissingPart
 
-# The first name is the hub edition's where it has one; MagicBrush's and the obvious ones follow.
+# First the name in the Hugging Face version (if any), then MagicBrush's, then other obvious names.
 PICTURES: dict[str, tuple[str, ...]] = {
     "before": (
         *("original_image", "source_img", "before", "source_image", "input_image", "before_image"),
@@ -37,7 +37,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     ),
     "id": ("id", "key", "pair_id"),
 }
-# The original's prompt.json calls its words by these too; beside pictures they would be pictures.
+# Additional names in the original's prompt.json; in other layouts these names are pictures.
 ORIGINAL_WORDS = {
     "instruction": ("edit",),
     "caption": ("caption", "input"),
@@ -53,11 +53,10 @@ _PATH_ENDING = re.compile(r"_?(file_?name|path|file)$")
 
 
 def find_columns(names: Iterable[str], *, of: str, paths: bool = False) -> dict[str, str]:
-    """Part of a row → the column that holds it, for the parts that are there.
+    """Maps the fields of a row to the columns that hold them.
 
-    `paths`: the pictures are given by the paths of files, so that `before_path` stands for before too.
-    Raises InputError, naming the columns of `of` and the missing ones, without both pictures and an
-    instruction.
+    `paths`: pictures are given as file paths, so `before_path` also names before. Raises InputError, with the
+    columns of `of` and the missing fields, unless both pictures and an instruction are present.
     """
     seen = list(names)
     folded: dict[str, str] = {}
@@ -77,14 +76,14 @@ def find_columns(names: Iterable[str], *, of: str, paths: bool = False) -> dict[
 def unknown_columns(
     of: str, seen: Sequence[str], lacking: Sequence[str], *, what: str = "columns"
 ) -> InputError:
-    """The error for a table without a part that every row needs."""
+    """The error for a table that lacks a required field."""
     needs = "; ".join(f"{part} ({', '.join((PICTURES | WORDS)[part][:3])} …)" for part in lacking)
     shown = ", ".join(seen[:12]) + (" …" if len(seen) > 12 else "")
-    return InputError(f"{of} has the {what} {shown or '(none)'}; needed besides: {needs}. Rename them.")
+    return InputError(f"{of} has the {what} {shown or '(none)'}; missing: {needs}. Rename them.")
 
 
 def words_of(row: Mapping[str, Any], names: Mapping[str, Sequence[str]] = WORDS) -> dict[str, str]:
-    """The words among the keys of a row: instruction, caption, edited_caption and id, "" when absent."""
+    """The texts of a row: instruction, caption, edited_caption and id; "" if absent."""
     folded = {str(key).lower(): value for key, value in row.items()}
     found = {}
     for part in WORDS:
@@ -94,12 +93,12 @@ def words_of(row: Mapping[str, Any], names: Mapping[str, Sequence[str]] = WORDS)
 
 
 def text(value: object) -> str:
-    """A cell as words: nothing for null, without the blanks around."""
+    """A cell as text, stripped; "" for null."""
     return "" if value is None else str(value).strip()
 
 
 def scores_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """The scores among the keys of a row, and those in its `scores`: a mapping, or one as JSON."""
+    """The scores of a row: its score columns, and those in `scores` (a mapping, or its JSON)."""
     inner = row.get("scores")
     if isinstance(inner, str):
         try:
@@ -120,14 +119,14 @@ def _number(value: object) -> float | None:
             number = value if isinstance(value, int | float) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
-    return None if number != number else number  # not a number: pandas writes it for what is not known
+    return None if number != number else number  # NaN: pandas writes it for missing values
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 def stamp(paths: Iterable[Path], *more: object) -> str:
-    """A short hash of the names, sizes and modification times of files; a missing one counts as such."""
+    """A short hash of the names, sizes and modification times of files, including which are missing."""
     digest = hashlib.blake2b(repr(more).encode(), digest_size=12)
     for path in paths:
         try:
@@ -139,9 +138,9 @@ def stamp(paths: Iterable[Path], *more: object) -> str:
 
 
 def read_picture(path: Path | None, part: str, id: str) -> bytes:
-    """The bytes of a picture's file, None if none is named. Raises MissingPart, BrokenRow."""
+    """The bytes of a picture file. Raises MissingPart (also if `path` is None) and BrokenRow."""
     if path is None:
-        raise MissingPart(id, f"{part}: no picture is named")
+        raise MissingPart(id, f"{part}: no picture is given")
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -154,10 +153,10 @@ _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val",
 
 
 def of_split(names: Sequence[str], split: str, *, of: str) -> list[str]:
-    """Those of the names of files (with `/`) that belong to a split; all if no name tells of one.
+    """The file names (with `/`) that belong to a split; all of them if no name contains a split.
 
-    A file's own name or a folder of it tells: train-00000-of-00009.parquet, data/train/0000.parquet.
-    Raises InputError when other splits are there and this one is not.
+    The split is in the file name or a folder name: train-00000-of-00009.parquet, data/train/0000.parquet.
+    Raises InputError if there are only other splits.
     """
     splits = {name: {word for word in re.split(r"[^A-Za-z]+", name.lower()) if word} for name in names}
     chosen = [name for name in names if split.lower() in splits[name]]

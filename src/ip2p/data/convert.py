@@ -1,7 +1,7 @@
-"""Any source into any of the layouts that are read, part by part. It can be killed at any point and resumed.
+"""Converts any source to any supported layout, in parts. It can be killed at any point and resumed.
 
-A part is a run of rows, whose files the `ledger` commits. The tables that make the whole readable
-(`seeds.json`, `metadata.jsonl`) come last, from the manifest alone.
+A part is a range of rows; the `ledger` commits its files. The index files (`seeds.json`, `metadata.jsonl`)
+are written last, from the manifest alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image
 
 from ip2p.base.errors import InputError
 from ip2p.base.files import make_folder, replacing, write_text
-from ip2p.base.ledger import Files, Ledger, Row, open_ledger, parse_lines
+from ip2p.base.ledger import Files, Ledger, Line, open_ledger, parse_lines
 from ip2p.data.original import METADATA, PROMPT, SEEDS
 from ip2p.data.records import BrokenRow, Pair, Source, open_picture
 
@@ -36,7 +36,7 @@ KIND = "convert"
 QUARANTINE = "quarantine.jsonl"
 ROWS_A_GROUP = 100
 MAX_BROKEN = 0.01
-# What a layout has no place for. Class numbers (`Pair.labels`) are drawn anew and never written.
+# Fields that a layout cannot hold. Class labels (`Pair.labels`) are generated on the fly and never written.
 HOLDS_NO: dict[Layout, tuple[str, ...]] = {
     "parquet": ("mask", "labels"),
     "magicbrush": ("caption", "edited_caption", "scores", "labels"),
@@ -44,7 +44,7 @@ HOLDS_NO: dict[Layout, tuple[str, ...]] = {
     "shards": ("labels",),
     "folders": ("labels",),
 }
-# What the layouts write into a folder, and so may remove from it.
+# Files that the layouts write to a folder and may therefore remove.
 _OURS = (
     "data/*.parquet",
     "*.tar",
@@ -60,20 +60,20 @@ _OURS = (
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` wrote. left_out: how many rows had what the layout cannot hold."""
+    """The result of `convert`. left_out: the number of rows with a field that the layout cannot hold."""
 
     rows: int
     broken: tuple[tuple[str, str], ...]  # id, reason
     left_out: dict[str, int]
 
     def lines(self, to: Layout) -> list[str]:
-        """What a person should know of it."""
+        """Warnings for display."""
         lines = []
         if self.left_out:
             lost = ", ".join(f"{name} ({rows:,} rows)" for name, rows in self.left_out.items())
-            lines.append(f"the layout {to} has no place for {lost}: left out")
+            lines.append(f"not written, because the layout {to} cannot hold it: {lost}")
         if self.broken:
-            lines.append(f"{len(self.broken):,} broken rows are left out, and named in {QUARANTINE}")
+            lines.append(f"{len(self.broken):,} broken rows were skipped and are listed in {QUARANTINE}")
         return lines
 
 
@@ -88,20 +88,20 @@ def convert(
     max_broken: float = MAX_BROKEN,
     done: Callable[[int], None] = lambda rows: None,
 ) -> Converted:
-    """Write the rows of `source`, or the first `count`, into the folder `target` in the layout `to`.
+    """Write the rows of `source`, or the first `count`, to the folder `target` in the layout `to`.
 
-    Encoded pictures are copied byte for byte; pixels become PNG. Called again after it was stopped, it makes
-    the parts that are missing. Broken rows are left out and listed in quarantine.jsonl. `done` is called with
-    the number of rows of each part. Raises InputError for a source without end and without a count, for a
-    folder that holds something else, was begun with other settings or is locked by another process, and when
-    more than the share `max_broken` of the rows are broken.
+    Encoded pictures are copied byte for byte; pixels are encoded as PNG. A call after an interruption writes
+    the missing parts. Broken rows are skipped and listed in quarantine.jsonl. `done` is called with the
+    number of rows of each part. Raises InputError for an endless source without a count; for a folder that
+    holds something else, was started with other settings or is locked by another process; and if more than
+    the fraction `max_broken` of the rows are broken.
     """
     if source.endless and count is None:
-        raise InputError(f"{source.name} has no end; say how many rows with --count 10000.")
+        raise InputError(f"{source.name} is endless; set a number of rows, such as --count 10000.")
     total = len(source) if count is None else min(count, len(source))
     header = {"source": source.name, "key": source.key, "to": to, "rows": total, "shard_rows": shard_rows}
     if target.suffix in (".parquet", ".tar", ".csv", ".jsonl"):
-        raise InputError(f"{target} is to be a folder; name it without {target.suffix}.")
+        raise InputError(f"{target} must be a folder; remove {target.suffix} from its name.")
     make_folder(target)
     with open_ledger(
         target, KIND, header, remove=_remove_written, overwrite=overwrite, phrase=_phrase
@@ -115,8 +115,8 @@ def convert(
             if len(broken) > max_broken * total:
                 first = "; ".join(f"{id}: {reason}" for id, reason in broken[:3])
                 raise InputError(
-                    f"{len(broken):,} of the first {rows.stop:,} rows of {source.name} are broken; at most "
-                    f"{max_broken:.0%} of {total:,} may be. {first}. Look at all: ip2p data check"
+                    f"{len(broken):,} of the first {rows.stop:,} rows of {source.name} are broken; the "
+                    f"limit is {max_broken:.0%} of {total:,}. {first}. Check the data: ip2p data check"
                 )
             done(len(rows))
         broken = [row for _, line in sorted(ledger.done.items()) for row in line["broken"]]
@@ -131,8 +131,8 @@ def convert(
     return Converted(total - len(broken), tuple((id, why) for id, why in broken), dict(lost))
 
 
-def _write_part(source: Source, rows: range, writer: _Writer, part: int, holds_no: Sequence[str]) -> Row:
-    """Write the rows of a part; what its line of the manifest says."""
+def _write_part(source: Source, rows: range, writer: _Writer, part: int, holds_no: Sequence[str]) -> Line:
+    """Write the rows of a part and return its manifest line."""
     broken: list[tuple[str, str]] = []
     lost: Counter[str] = Counter()
 
@@ -153,17 +153,17 @@ def _write_part(source: Source, rows: range, writer: _Writer, part: int, holds_n
 
 
 def encoded(picture: bytes | NDArray[np.uint8]) -> bytes:
-    """A picture's file: itself when it is one, else its pixels as PNG."""
+    """The file bytes of a picture; pixels are encoded as PNG."""
     if isinstance(picture, bytes):
         return picture
     buffer = io.BytesIO()
-    # The highest levels cost several times the drawing and save a tenth.
+    # Higher levels take several times as long as drawing the picture and save only 10%.
     Image.fromarray(picture).save(buffer, "PNG", compress_level=2)
     return buffer.getvalue()
 
 
 def _remove_written(folder: Path) -> None:
-    """Remove what a conversion wrote, in whichever layout."""
+    """Remove the output of a conversion in any layout."""
     for pattern in _OURS:
         for path in list(folder.glob(pattern)):
             if path.name == PROMPT:
@@ -182,7 +182,7 @@ def _phrase(name: str, before: object, now: object) -> tuple[str, str]:
 
 
 class _Writer:
-    """Writes a part's rows; gives back its files, and what `finish` needs of each row."""
+    """Writes the rows of a part; returns its files and the index entries that `finish` needs."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.folder, self.ledger = ledger.folder, ledger
@@ -191,22 +191,23 @@ class _Writer:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Write what makes the whole readable."""
+        """Write the index files."""
 
     def index(self) -> Iterator[Any]:
-        """What the parts noted of their rows, in order."""
+        """The index entries of all parts, in order."""
         for _, line in sorted(self.ledger.done.items()):
             yield from line["index"]
 
     def put(self, files: Files, name: str, data: bytes) -> str:
-        # Not synced: there are thousands. One that a power cut emptied has another size than its line says.
+        # Not synced, since there are thousands. A file lost in a power failure has another size than in the
+        # manifest.
         with self.ledger.write(name, files, sync=False) as temporary:
             temporary.write_bytes(data)
         return name
 
 
 class _Parquet(_Writer):
-    """The hub edition's five columns, and the ids and scores beside them."""
+    """The five columns of the Hugging Face version, plus ids and scores."""
 
     def schema(self) -> Any:
         return hub_schema(
@@ -236,7 +237,7 @@ class _Parquet(_Writer):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        # Apart from the manifest: Arrow and the hub's tools take a folder's files for parquet, all of them.
+        # Not next to the manifest: Arrow and the Hugging Face tools treat every file in a folder as parquet.
         files: Files = {}
         schema = self.schema()
         with (
@@ -255,7 +256,7 @@ class _Parquet(_Writer):
 
 
 class _MagicBrush(_Parquet):
-    """MagicBrush's columns, and the ids beside them."""
+    """MagicBrush's columns, plus ids."""
 
     def schema(self) -> Any:
         return hub_schema(
@@ -305,7 +306,7 @@ class _Shards(_Writer):
 
 
 class _Folders(_Writer):
-    """before/, after/ and mask/, and metadata.jsonl, which comes last."""
+    """before/, after/ and mask/, then metadata.jsonl."""
 
     def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
         files: Files = {}
@@ -325,13 +326,13 @@ class _Folders(_Writer):
 class _Original(_Writer):
     """The layout of the paper's code; rows of one prompt share a folder if their ids are NAME/SEED.
 
-    Pictures are called .jpg whatever they hold, for so that code opens them. A row whose seed is not known
-    takes its number for one.
+    Pictures are named .jpg regardless of their format, because that code opens them by this name. A row
+    without a seed uses its row number.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger)
-        self.taken: dict[str, tuple[str, set[int]]] = {}  # folder: the prompt in it, the seeds
+        self.taken: dict[str, tuple[str, set[int]]] = {}  # folder: its prompt and seeds
         for name, seed, prompt in self.index():
             self.taken.setdefault(name, (prompt, set()))[1].add(seed)
 
@@ -347,7 +348,7 @@ class _Original(_Writer):
             index.append((name, seed, digest))
             inner = self.folder / name
             inner.mkdir(exist_ok=True)
-            # The scores of other seeds are in this file already, and may be of another part.
+            # This file may already contain scores of other seeds, possibly from another part.
             scores = [line for line in _lines_of(inner / METADATA) if line.get("seed") != seed]
             scores.append({"seed": seed} | {k: v for k, v in pair.scores.items() if k != "seed"})
             if pair.id != f"{name}/{seed}":
@@ -388,7 +389,7 @@ _WRITERS: dict[Layout, type[_Writer]] = {
 
 
 def hub_schema(kinds: dict[str, str]) -> Any:
-    """Columns with the note by which the hub's tools know pictures. kinds: Image, or a type of Arrow."""
+    """A schema with the Hugging Face metadata for images. kinds: Image, string or int32 by column."""
     import pyarrow as pa
 
     types = {"Image": pa.struct([("bytes", pa.binary()), ("path", pa.string())])}
@@ -407,7 +408,7 @@ def _image(picture: bytes | NDArray[np.uint8], stem: str) -> dict[str, object]:
 
 
 def ending(data: bytes) -> str:
-    """What the name of a picture's file should end in, by its first bytes."""
+    """The file name extension of a picture, from its first bytes."""
     heads = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif"}
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return ".webp"
@@ -426,8 +427,8 @@ def _words(pair: Pair) -> dict[str, Any]:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, default=float).encode()  # NumPy's numbers too
+    return json.dumps(value, ensure_ascii=False, default=float).encode()  # also for NumPy numbers
 
 
-def _lines_of(path: Path) -> list[Row]:
+def _lines_of(path: Path) -> list[Line]:
     return list(parse_lines(path.read_bytes(), path)) if path.exists() else []

@@ -1,4 +1,4 @@
-"""Pictures in folders, and a table that names them: before/ and after/ beside metadata.csv or .jsonl."""
+"""Pictures in folders with a table of file names: before/ and after/ next to metadata.csv or .jsonl."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ip2p.data.records import BrokenRow, Pair
 
 TABLES = (".jsonl", ".csv", ".tsv")
 _STEMS = ("metadata", "captions", "pairs", "edits")
-_NOT_TABLES = {"manifest", "quarantine"}  # ours, beside other outputs
-# Where the pictures of a table with one file name a row lie.
+_NOT_TABLES = {"manifest", "quarantine"}  # files that our jobs write
+# Picture folders for tables with one file name per row.
 FOLDERS = (
     *(("before", "after"), ("input", "output"), ("source", "target"), ("original", "edited")),
     *(("inputs", "outputs"), ("sources", "targets"), ("originals", "edits")),
@@ -23,7 +23,7 @@ FOLDERS = (
 
 
 def find_table(folder: Path) -> Path | None:
-    """The table of a folder: metadata.jsonl or .csv, captions.*, or else the only one that lies in it."""
+    """The table of a folder: metadata.jsonl or .csv, captions.*, …, or else its only table."""
     tables = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in TABLES and path.stem not in _NOT_TABLES
     )
@@ -35,7 +35,7 @@ def find_table(folder: Path) -> Path | None:
 
 
 def picture_folders(folder: Path) -> tuple[Path, Path] | None:
-    """The two folders of pictures in a folder, before and after, or None."""
+    """The picture folders (before, after) inside a folder, or None."""
     for names in FOLDERS:
         before, after = (folder / name for name in names)
         if before.is_dir() and after.is_dir():
@@ -44,10 +44,10 @@ def picture_folders(folder: Path) -> tuple[Path, Path] | None:
 
 
 class FolderSource:
-    """The rows of a CSV, TSV or JSONL file whose columns name pictures, relative to the file.
+    """The rows of a CSV, TSV or JSONL file with columns of picture paths, relative to the file.
 
-    With one column of file names (`file_name`, `name`, `image`), these lie in both folders beside it.
-    An id is the table's, else the row's number. Raises InputError for a table that cannot be read,
+    With a single column of file names (`file_name`, `name`, `image`), the files are in two folders next to
+    the table. The id is the table's id, or else the row number. Raises InputError for an unreadable table,
     unknown columns, or no rows.
     """
 
@@ -57,7 +57,7 @@ class FolderSource:
         self.name, self.table = name, table
         self._rows = _read_table(table)
         if not self._rows:
-            raise InputError(f"{table} has no rows. Name another data set.")
+            raise InputError(f"{table} has no rows. Choose another data set.")
         seen = list(dict.fromkeys(key for row in self._rows if isinstance(row, dict) for key in row))
         self._folders: tuple[Path, Path] | None = None
         self._columns = self._find(seen)
@@ -84,7 +84,7 @@ class FolderSource:
         return columns.stamp([self.table, *files], "folders")
 
     def _paths(self, row: int) -> list[Path | None]:
-        """Where the pictures of a row lie: before, after, mask."""
+        """The paths of the pictures of a row: before, after, mask."""
         cells = self._rows[row]
         found: list[Path | None] = []
         for number, part in enumerate(("before", "after", "mask")):
@@ -121,7 +121,7 @@ class FolderSource:
 
 
 def _read_table(path: Path) -> list[dict[str, Any] | str]:
-    """The rows by column; in place of a row that cannot be read, why."""
+    """The rows by column; an unreadable row is replaced by the reason."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() != ".jsonl":
@@ -129,9 +129,9 @@ def _read_table(path: Path) -> list[dict[str, Any] | str]:
                 return [dict(row) for row in csv.DictReader(file, delimiter="\t" if tab else ",")]
             return [_object(line, number) for number, line in enumerate(file, 1) if line.strip()]
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no UTF-8 text. Save it as UTF-8.") from None
+        raise InputError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
     except csv.Error as error:
-        raise InputError(f"{path} cannot be read as a table ({error}). Mend it, or write JSONL.") from None
+        raise InputError(f"{path} cannot be read as a table ({error}). Fix it, or use JSONL.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
 
@@ -141,4 +141,4 @@ def _object(line: str, number: int) -> dict[str, Any] | str:
         row = json.loads(line)
     except ValueError:
         row = None
-    return row if isinstance(row, dict) else f"line {number} of the table is no JSON object"
+    return row if isinstance(row, dict) else f"line {number} of the table is not a JSON object"

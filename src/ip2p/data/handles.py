@@ -1,4 +1,4 @@
-"""Open files that a process keeps for itself: neither pickled nor shared with a forked worker."""
+"""Per-process caches of open files: neither pickled nor shared with forked workers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Value = TypeVar("Value")
 
 
 class Lately(Generic[Value]):
-    """The last `most` values asked for, made when first needed, by this process alone.
+    """An LRU cache of `most` values for one process.
 
-    A forked worker would share the position in its parent's open files, so it makes its own.
+    A forked worker starts empty: it would share file positions with its parent.
     """
 
     def __init__(self, most: int) -> None:

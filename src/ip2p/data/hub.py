@@ -1,4 +1,4 @@
-"""Data sets of the hub: their parquet files in the cache, or read where they lie without being fetched."""
+"""Hugging Face data sets: parquet files from the cache, or streamed without a download."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from ip2p.base.errors import InputError, Ip2pError, ModelError, hub_error
 from ip2p.data.columns import of_split
 
-CONVERTED = "refs/convert/parquet"  # where the hub keeps a parquet edition of most data sets
+CONVERTED = "refs/convert/parquet"  # the parquet version that the Hub keeps of most data sets
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name that is no path here can be one of the hub: owner/name."""
+    """Whether a name that is not a local path can be a Hugging Face name: owner/name."""
     local = name.startswith((".", "~", "/", "\\")) or Path(name).parent.is_dir()
     return not local and re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None
 
@@ -26,10 +26,10 @@ def download_command(name: str, revision: str | None) -> str:
 
 
 def cached_files(name: str, split: str, revision: str | None = None) -> tuple[list[Path], str]:
-    """The parquet files of a split in the cache, fetched if they are not there; and their commit.
+    """The cached parquet files of a split, downloaded if needed, and their commit.
 
-    Raises ModelError when the hub is needed and cannot be reached, or has no such data set or revision;
-    InputError for a split that it lacks.
+    Raises ModelError if the Hub is needed and cannot be reached, or has no such data set or revision, and
+    InputError for a missing split.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -49,13 +49,13 @@ def cached_files(name: str, split: str, revision: str | None = None) -> tuple[li
     with contextlib.suppress(LocalEntryNotFoundError):
         folder = fetch(["*.parquet"], local=True)
         there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet"))
-        # A fetch of some files alone, or one that was stopped, leaves a part of them.
+        # The cache may be incomplete after a partial or interrupted download.
         if there and (chosen := _chosen(there, split, name, offline)):
             return [folder / file for file in chosen], folder.name
     if offline:
         raise ModelError(
-            f"The data set {name} is not whole in the cache and HF_HUB_OFFLINE is set. "
-            f"Fetch it: {download_command(name, revision)}"
+            f"The data set {name} is not complete in the cache and HF_HUB_OFFLINE is set. "
+            f"Download it: {download_command(name, revision)}"
         )
     files, _ = _listed(name, split, revision)
     try:
@@ -66,28 +66,28 @@ def cached_files(name: str, split: str, revision: str | None = None) -> tuple[li
 
 
 def _chosen(there: Sequence[str], split: str, name: str, offline: bool) -> list[str]:
-    """Those of the split if they are whole, as far as their names tell; else none."""
+    """The files of a split, if they are complete according to their names; else none."""
     try:
         chosen = of_split(there, split, of=name)
     except InputError:
-        return []  # the other split was fetched
+        return []  # only another split is cached
     parts = [re.search(r"-(\d+)-of-(\d+)\.parquet$", file) for file in chosen]
     if all(parts):
         wholes = {
             (file[: part.start()], int(part[2])) for file, part in zip(chosen, parts, strict=True) if part
         }
         return chosen if sum(count for _, count in wholes) == len(chosen) else []
-    return chosen if offline else []  # these names do not tell how many there are
+    return chosen if offline else []  # these names do not contain the number of files
 
 
 def remote_files(name: str, split: str, revision: str | None = None) -> tuple[list[str], str]:
-    """The paths of a split's parquet files in the hub's file system, at the commit that comes with them."""
+    """The paths of a split's parquet files in the Hub's file system, and their commit."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise ModelError(
             f"The data set {name} cannot be streamed: HF_HUB_OFFLINE is set. "
-            f"Fetch it where there is a network, then go without --stream: {download_command(name, revision)}"
+            f"Download it with network access, then omit --stream: {download_command(name, revision)}"
         )
     files, commit = _listed(name, split, revision)
     return [f"datasets/{name}@{commit}/{file}" for file in files], commit
@@ -104,13 +104,13 @@ def _listed(name: str, split: str, revision: str | None) -> tuple[list[str], str
     if not files:
         raise InputError(
             f"The data set {name} has no parquet files"
-            + (f" at {revision}." if revision else f"; try the hub's own edition: --revision {CONVERTED}")
+            + (f" at {revision}." if revision else f"; try the Hub's parquet version: --revision {CONVERTED}")
         )
     return of_split(files, split, of=name), str(known.sha)
 
 
 def filesystem() -> Any:
-    """The hub as an fsspec file system."""
+    """The Hugging Face Hub as an fsspec file system."""
     from huggingface_hub import HfFileSystem
 
     return HfFileSystem()

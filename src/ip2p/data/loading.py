@@ -1,4 +1,4 @@
-"""`open_source`: what lies at a path, or under a hub's name, as rows."""
+"""`open_source` opens a local path or a Hugging Face data set as rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ip2p.data.original import OriginalSource, is_original
 from ip2p.data.records import Source
 from ip2p.pictures import images
 
-MANIFEST = "manifest.jsonl"  # of a conversion (`data.convert`)
+MANIFEST = "manifest.jsonl"  # written by conversions (`data.convert`) and jobs
 _READS = (
     "a parquet file or a folder of them, tar shards, the paper's folders, or a .csv or .jsonl of pictures"
 )
@@ -22,14 +22,14 @@ _READS = (
 def open_source(
     path: str, *, stream: bool = False, revision: str | None = None, split: str = "train"
 ) -> Source:
-    """The rows of a data set: of a file or folder here, or of a hub's data set, owner/name.
+    """Open the rows of a data set: a local file or folder, or a Hugging Face data set, owner/name.
 
-    `stream`: read a hub's data set where it lies, a row group at a time, without fetching it whole.
-    `revision`: of a hub's data set. `split`: which files, where names tell of several. Raises InputError for
-    what is missing, empty or of another kind, ModelError when the hub is needed and cannot be reached.
+    `stream`: read a Hugging Face data set one row group at a time, without downloading it. `revision`: of a
+    Hugging Face data set. `split`: which files to read, if their names contain splits. Raises InputError for
+    a missing, empty or unsupported input, and ModelError if the Hub is needed and cannot be reached.
     """
     if not path.strip():
-        raise InputError(f"no data set is named; name {_READS}, or a hub's owner/name.")
+        raise InputError(f"no data set given; choose {_READS}, or a Hugging Face owner/name.")
     here = Path(path).expanduser()
     if not here.exists():
         if hub.is_hub_name(path):
@@ -37,7 +37,7 @@ def open_source(
         raise images.missing_file(here)
     for flag, given in (("--revision", revision is not None), ("--stream", stream)):
         if given:
-            raise InputError(f"{path} lies here, so {flag} means nothing for it; leave it out.")
+            raise InputError(f"{path} is a local path, so {flag} does not apply; remove it.")
     return _file(here, path) if here.is_file() else _folder(here, path, split)
 
 
@@ -54,7 +54,7 @@ def _from_hub(name: str, *, stream: bool, revision: str | None, split: str) -> S
 def _file(path: Path, name: str) -> Source:
     ending = path.suffix.lower()
     if path.stat().st_size == 0:
-        raise InputError(f"{name} is empty (0 bytes). Fetch or write it again.")
+        raise InputError(f"{name} is empty (0 bytes). Download or write it again.")
     if ending == ".parquet":
         from ip2p.data.parquet import ParquetSource
 
@@ -65,7 +65,7 @@ def _file(path: Path, name: str) -> Source:
         return ShardSource([path], name=name)
     if ending in TABLES:
         return FolderSource(path, name=name)
-    raise InputError(f"{name} is no data set that is read: {_READS}.")
+    raise InputError(f"{name} is not a supported data set: {_READS}.")
 
 
 def _folder(folder: Path, name: str, split: str) -> Source:
@@ -84,17 +84,17 @@ def _folder(folder: Path, name: str, split: str) -> Source:
     if table := find_table(folder):
         return FolderSource(table, name=name)
     if not any(folder.iterdir()):
-        raise InputError(f"{name} is an empty folder. Name {_READS}.")
+        raise InputError(f"{name} is an empty folder. Choose {_READS}.")
     if picture_folders(folder):
         raise InputError(
             f"{name} has pictures but no table; write {folder / 'metadata.csv'} "
             "with the columns file_name and instruction."
         )
-    raise InputError(f"{name} holds no data set that is read: {_READS}.")
+    raise InputError(f"{name} contains no supported data set: {_READS}.")
 
 
 def _files(folder: Path, ending: str, split: str) -> list[Path]:
-    # In the folder, in data/ as the hub has it, or in a folder a split; not in whatever lies deeper.
+    # In the folder, in data/ (as on the Hub), or in one folder per split; not deeper.
     there = sorted(
         path.relative_to(folder).as_posix()
         for pattern in (f"*{ending}", f"*/*{ending}", f"data/*/*{ending}")
@@ -105,7 +105,7 @@ def _files(folder: Path, ending: str, split: str) -> list[Path]:
 
 
 def _check_finished(folder: Path) -> None:
-    """Raise InputError for a conversion or a job that was stopped: it lacks rows, and nothing else tells."""
+    """Raise InputError for an unfinished conversion or job, whose rows are incomplete."""
     try:
         with open(folder / MANIFEST, encoding="utf-8") as file:
             first = json.loads(file.readline())
@@ -113,14 +113,14 @@ def _check_finished(folder: Path) -> None:
                 return
             if "job" in first:
                 raise InputError(
-                    f"{folder} is not finished: what makes it was stopped, or is at work. "
-                    "Run the command that makes it again."
+                    f"{folder} is not finished: its job was stopped or is still running. "
+                    "Run the same command again."
                 )
             if "convert" in first:
                 source, to = first["convert"]["source"], first["convert"]["to"]
                 raise InputError(
-                    f"{folder} is a conversion that was stopped. "
-                    f"Go on with it: ip2p data convert {source} {folder} --to {to}"
+                    f"{folder} is an unfinished conversion. "
+                    f"Resume it: ip2p data convert {source} {folder} --to {to}"
                 )
     except (OSError, ValueError, KeyError, TypeError):
-        return  # another tool's
+        return  # a manifest of another tool

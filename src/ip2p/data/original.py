@@ -1,4 +1,4 @@
-"""The folder layout of the paper's code: a folder a prompt, with the pictures of each seed that was kept."""
+"""The folder layout of the paper's code: one folder per prompt, with the pictures of each kept seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PICTURE = re.compile(r"(\d+)_[01]\.(jpg|jpeg|png|webp)")
 
 
 def is_original(folder: Path) -> bool:
-    """Whether a folder has this layout: its seeds.json, or a folder with a prompt.json among the first."""
+    """Whether a folder has this layout: a seeds.json, or a prompt.json in one of its first entries."""
     if (folder / SEEDS).is_file():
         return True
     with os.scandir(folder) as entries:
@@ -30,10 +30,10 @@ def is_original(folder: Path) -> bool:
 
 
 class OriginalSource:
-    """One row a seed pair, in the order of seeds.json; without that file, the folders are searched.
+    """One row per seed pair, in the order of seeds.json; without that file, the folders are searched.
 
-    An id is NAME/SEED, unless metadata.jsonl gives one. Raises InputError for a seeds.json that cannot be
-    read, and for a folder without pairs.
+    The id is NAME/SEED, unless metadata.jsonl contains one. Raises InputError for an unreadable seeds.json
+    and for a folder without pairs.
     """
 
     endless = False
@@ -48,12 +48,12 @@ class OriginalSource:
     def _listed(self) -> list[tuple[str, int]]:
         path = self.folder / SEEDS
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            return [(str(name), int(seed)) for name, seeds in told for seed in seeds]
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            return [(str(name), int(seed)) for name, seeds in entries for seed in seeds]
         except (OSError, ValueError, TypeError):
             raise InputError(
                 f"{path} cannot be read as [[name, [seed, ...]], ...]. "
-                "Remove it, and the folders are searched instead."
+                "Remove it to search the folders instead."
             ) from None
 
     def _found(self) -> list[tuple[str, int]]:
@@ -61,7 +61,7 @@ class OriginalSource:
         for name in sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir()):
             files = os.listdir(self.folder / name)
             if PROMPT in files:
-                # Of either picture, so that a lost one is told and not passed over.
+                # Match either picture, so that a missing one is reported rather than skipped.
                 found = {int(match[1]) for file in files if (match := _PICTURE.fullmatch(file))}
                 rows += [(name, seed) for seed in sorted(found)]
         return rows
@@ -86,8 +86,8 @@ class OriginalSource:
     def __getitem__(self, row: int) -> Pair:
         name, seed = self._rows[row]
         id = f"{name}/{seed}"
-        words, told = self._prompts.get(name, lambda: _prompt(self.folder / name))
-        line = told.get(seed, {})
+        words, metadata = self._prompts.get(name, lambda: _prompt(self.folder / name))
+        line = metadata.get(seed, {})
         id = columns.text(line.get("id")) or id
         if isinstance(words, str):
             raise MissingPart(id, words)
@@ -111,19 +111,19 @@ class OriginalSource:
 
 
 def _prompt(folder: Path) -> tuple[dict[str, str] | str, dict[int, dict[str, Any]]]:
-    """The words of a prompt, or why there are none; and by seed what its metadata say."""
-    told: dict[int, dict[str, Any]] = {}
+    """The texts of a prompt (or why they are missing), and its metadata by seed."""
+    metadata: dict[int, dict[str, Any]] = {}
     try:
         for line in (folder / METADATA).read_text(encoding="utf-8").splitlines():
             try:
                 values = json.loads(line)
-                told[int(values["seed"])] = values
+                metadata[int(values["seed"])] = values
             except (ValueError, KeyError, TypeError):
-                continue  # what is said of the scores may be lost; the pictures are not
+                continue  # a bad line loses only scores
     except (OSError, ValueError):
         pass
     try:
         prompt = json.loads((folder / PROMPT).read_text(encoding="utf-8"))
-        return columns.words_of(prompt, columns.ORIGINAL_WORDS), told
+        return columns.words_of(prompt, columns.ORIGINAL_WORDS), metadata
     except (OSError, ValueError, AttributeError) as error:
-        return f"{folder / PROMPT} is missing or cannot be read ({type(error).__name__})", told
+        return f"{folder / PROMPT} is missing or cannot be read ({type(error).__name__})", metadata

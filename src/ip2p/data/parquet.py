@@ -1,4 +1,4 @@
-"""Parquet tables of pairs: the hub edition's columns, MagicBrush's, and others that are plainly named."""
+"""Parquet tables of pairs with the columns of the Hugging Face version, of MagicBrush, or similar names."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from ip2p.data.records import BrokenRow, MissingPart, Pair
 
 GROUPS_KEPT = 2  # row groups in memory; one may be half a gigabyte
 FILES_KEPT = 8
-READ_AT_ONCE = 16  # footers over the network
+READ_AT_ONCE = 16  # footers read in parallel over the network
 
 
 class ParquetSource:
-    """The rows of parquet files, one after the other; a row group is read whole and kept a while.
+    """The rows of parquet files, in file order; a row group is read whole and cached.
 
-    Rows that follow each other are cheap; a row from elsewhere costs the reading of its group.
-    `files`: paths, or with `remote` paths of the hub's file system. A row without an id of its own is
-    named by its number, MagicBrush's by its picture and turn. Raises InputError for a file that cannot
-    be read, unknown columns, or no rows.
+    Sequential reads are cheap; a random read loads a row group. `files`: paths, or with `remote` paths in the
+    Hub's file system. A row without an id is named by its number, a MagicBrush row by its picture and turn.
+    Raises InputError for an unreadable file, unknown columns, or no rows.
     """
 
     endless = False
@@ -43,13 +42,13 @@ class ParquetSource:
     ) -> None:
         self.name, self.remote = name, remote
         self.files = [str(path) for path in files]
-        self.root = root  # of pictures that a table names by path
+        self.root = root  # base folder of pictures given by path
         self.key = key or columns.stamp((Path(path) for path in self.files), "parquet")
         self._open: Lately[Any] = Lately(FILES_KEPT)
         self._groups: Lately[Any] = Lately(GROUPS_KEPT)
         with ThreadPoolExecutor(READ_AT_ONCE if remote else 1) as pool:
             footers = list(pool.map(self._footer, self.files))
-        # Of each row group: its file, its number there, and its first row in the whole.
+        # For each row group: its file, its number in the file, and its first row overall.
         self._where: list[tuple[int, int]] = []
         self._starts = [0]
         self._columns: list[dict[str, str]] = []
@@ -62,7 +61,7 @@ class ParquetSource:
                     self._where.append((number, group))
                     self._starts.append(self._starts[-1] + rows)
         if not len(self):
-            raise InputError(f"{name} has no rows. Name another data set.")
+            raise InputError(f"{name} has no rows. Choose another data set.")
 
     def _footer(self, path: str) -> tuple[list[str], list[int]]:
         try:
@@ -71,9 +70,7 @@ class ParquetSource:
                 groups = [footer.row_group(g).num_rows for g in range(footer.num_row_groups)]
                 return list(file.schema_arrow.names), groups
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, EOFError):
-            raise InputError(
-                f"{path} is no whole parquet file, or is cut short. Fetch or write it again."
-            ) from None
+            raise InputError(f"{path} is not a complete parquet file. Download or write it again.") from None
         except OSError as error:
             raise self._unread(path, error) from None
 
@@ -83,7 +80,7 @@ class ParquetSource:
         return InputError(f"{path} cannot be read ({error}). Check the file and its permissions.")
 
     def _opened(self, path: str) -> Any:
-        # Ranges are fetched as they are asked for; what a row group needs is known at once.
+        # Read exact ranges: all ranges of a row group are known in advance.
         file = hub.filesystem().open(path, "rb", cache_type="none") if self.remote else path
         return pq.ParquetFile(file, pre_buffer=self.remote)
 
@@ -100,11 +97,11 @@ class ParquetSource:
         number, group = self._where[place]
         table = self._groups.get(place, lambda: self._read(number, group))
         id = f"{row:07}"
-        if isinstance(table, str):  # why the group cannot be read
+        if isinstance(table, str):  # the error of an unreadable group
             raise BrokenRow(id, table)
         try:
             cells = table.slice(row - self._starts[place], 1).to_pylist()[0]
-        except (pa.ArrowException, ValueError) as error:  # a string that is no UTF-8
+        except (pa.ArrowException, ValueError) as error:  # a string that is not UTF-8
             raise BrokenRow(id, f"the row cannot be read ({error})") from None
         return self._pair(cells, self._columns[number], id)
 
@@ -113,7 +110,7 @@ class ParquetSource:
         try:
             file = self._open.get(path, lambda: self._opened(path))
             wanted = list(dict.fromkeys(self._columns[number].values()))
-            # Without threads: they do not live on in a forked worker, and workers are many already.
+            # Without threads: they do not survive a fork, and there are many workers already.
             return file.read_row_group(group, columns=wanted, use_threads=False)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, EOFError) as error:
             return f"row group {group} of {path} is damaged ({_first_line(error)})"

@@ -1,4 +1,4 @@
-"""What a row of training data is: two pictures, the words of the edit, and what else is known of it."""
+"""A row of training data: two pictures, the texts of the edit, and metadata."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class BrokenRow(Exception):
-    """A row that cannot be used: its `id`, and the `reason` in a few words."""
+    """An unusable row: its `id` and a short `reason`."""
 
     def __init__(self, id: str, reason: str) -> None:
-        super().__init__(id, reason)  # both, so that it crosses a process border whole
+        super().__init__(id, reason)  # both arguments, so that it can be pickled
         self.id = id
         self.reason = reason
 
@@ -30,34 +30,34 @@ class BrokenRow(Exception):
 
 
 class MissingPart(BrokenRow):
-    """A row that lacks a picture, or its words."""
+    """A row without a picture or without its texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One edit: the pictures before and after, and the instruction that leads from one to the other.
+    """One edit: the pictures before and after, and the instruction.
 
     `before`, `after`: the bytes of a picture file, or pixels, uint8 [height, width, 3], sRGB.
     """
 
-    id: str  # unique in its data set, and the same at every read
+    id: str  # unique in its data set and stable
     before: bytes | NDArray[np.uint8]
     after: bytes | NDArray[np.uint8]
     instruction: str
     caption: str = ""  # of before
     edited_caption: str = ""  # of after
-    mask: bytes | None = None  # MagicBrush's: the region that was edited is transparent
+    mask: bytes | None = None  # as in MagicBrush: the edited region is transparent
     # clip_sim_0, clip_sim_1, clip_sim_dir, clip_sim_image, p2p_threshold, cfg_scale, seed …, if known
     scores: Mapping[str, float] = field(default_factory=dict)
-    # class numbers that only drawn pages have: before, after, edit
+    # class numbers, only for drawn pages: before, after, edit
     labels: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
 def open_picture(data: bytes | NDArray[np.uint8], id: str) -> Image.Image:
-    """A row's picture as upright RGB, decoded whole.
+    """A row's picture as upright RGB, fully decoded.
 
-    Raises BrokenRow, naming the row `id`, for what `images.load_image` refuses: a truncated, unreadable,
-    oversized or tiny picture.
+    Raises BrokenRow with the row's `id` for pictures that `images.load_image` rejects: truncated, unreadable,
+    oversized or tiny ones.
     """
     if not isinstance(data, bytes):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
@@ -65,7 +65,7 @@ def open_picture(data: bytes | NDArray[np.uint8], id: str) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(data))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of thousands of pictures nobody reads that one is transparent
+            warnings.simplefilter("ignore")  # a warning per transparent picture would be noise
             return images.load_image(data)
     except InputError as error:
         raise BrokenRow(id, str(error).removeprefix("The picture ")) from None
@@ -74,16 +74,15 @@ def open_picture(data: bytes | NDArray[np.uint8], id: str) -> Image.Image:
 class Source(Protocol):
     """Rows of edit pairs with random access.
 
-    A source can be pickled: it opens its files when they are first read, so that every worker process
-    can have a copy with handles of its own.
+    A source can be pickled: it opens files on first use, so each worker process has its own handles.
     """
 
-    name: str  # as the user gave it
+    name: str  # as given by the user
     endless: bool  # only the storybook drawn on the fly, whose len is 2**31
 
     @property
     def key(self) -> str:
-        """Changes when the data change: a hash of names, sizes, modification times; or the hub's revision."""
+        """Changes with the data: a hash of names, sizes and modification times, or the Hub's revision."""
         ...
 
     def __len__(self) -> int: ...
@@ -93,5 +92,5 @@ class Source(Protocol):
         ...
 
     def blocks(self) -> list[range]:
-        """All rows, in runs that are cheap to read one after the other (row groups, tar shards)."""
+        """All rows, in ranges that are cheap to read sequentially (row groups, tar shards)."""
         ...

@@ -1,4 +1,4 @@
-"""WebDataset's tar shards: files of one key are one row. The headers are read once, then rows by offset."""
+"""WebDataset tar shards: the files of one key are one row. Headers are read once, rows by offset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ip2p.data.handles import Lately
 from ip2p.data.records import BrokenRow, MissingPart, Pair
 
 FILES_KEPT = 8
-# What a row may consist of, each with an offset and a size in its shard.
+# The possible files of a row, each with an offset and a size in its shard.
 _PARTS = ("before", "after", "mask", "json", "instruction", "caption", "edited_caption")
 _NAMES = {
     name: part
@@ -28,11 +28,12 @@ _NAMES = {
 
 
 class ShardSource:
-    """The rows of tar files, one file after the other: `0001.before.png 0001.after.jpg 0001.json`.
+    """The rows of tar files, in file order: `0001.before.png 0001.after.jpg 0001.json`.
 
-    Words come from `.json` (under the names of `columns`), or from `.txt` (the instruction) and
-    `.caption.txt`. An id is the json's, else the key; with the shard's name before it when shards repeat
-    keys. Raises InputError for a file that is no tar, and for shards without pairs.
+    Texts come from `.json` (with the names of `columns`), or from `.txt` (the instruction) and
+    `.caption.txt`. The id is the one in the JSON file, or else the key, prefixed with the shard's name if
+    keys repeat across shards. Raises InputError for a file that is not a tar file, and for shards without
+    pairs.
     """
 
     endless = False
@@ -43,7 +44,7 @@ class ShardSource:
         self._open: Lately[Any] = Lately(FILES_KEPT)
         self._keys: list[str] = []
         self._shards: list[int] = []
-        self._broken: dict[int, str] = {}  # row: why the shard ends there
+        self._broken: dict[int, str] = {}  # row: why the shard is truncated there
         places: list[list[int]] = []
         seen: dict[str, None] = {}
         self._blocks: list[range] = []
@@ -67,7 +68,7 @@ class ShardSource:
             if not (self._places[:, _PARTS.index(part), 0] >= 0).any() and not self._broken
         ]
         if not self._keys:
-            raise InputError(f"{name} has no rows. Name another data set.")
+            raise InputError(f"{name} has no rows. Choose another data set.")
         if lacking:
             raise columns.unknown_columns(name, list(seen), lacking, what="files of a key")
         self._repeated = len(set(self._keys)) < len(self._keys)
@@ -86,15 +87,15 @@ class ShardSource:
             id = f"{self.files[self._shards[row]].stem}/{id}"
         if row in self._broken:
             raise BrokenRow(id, self._broken[row])
-        told: Any = {}
+        metadata: Any = {}
         if (data := self._read(row, "json", id)) is not None:
             try:
-                told = json.loads(data)
+                metadata = json.loads(data)
             except ValueError as error:
-                raise BrokenRow(id, f"its json cannot be read ({error})") from None
-            if not isinstance(told, dict):
-                raise BrokenRow(id, "its json is no object")
-        words = columns.words_of(told)
+                raise BrokenRow(id, f"its JSON cannot be read ({error})") from None
+            if not isinstance(metadata, dict):
+                raise BrokenRow(id, "its JSON is not an object")
+        words = columns.words_of(metadata)
         id = words.pop("id") or id
         for part in words:
             if not words[part] and (data := self._read(row, part, id)) is not None:
@@ -111,7 +112,7 @@ class ShardSource:
             caption=words["caption"],
             edited_caption=words["edited_caption"],
             mask=pictures["mask"],
-            scores=columns.scores_of(told),
+            scores=columns.scores_of(metadata),
         )
 
     def _read(self, row: int, part: str, id: str) -> bytes | None:
@@ -131,9 +132,9 @@ class ShardSource:
 
 
 def _index(path: Path, seen: dict[str, None]) -> tuple[dict[str, dict[str, tuple[int, int]]], str]:
-    """Key → part → offset and size, in the order of the file; and why it ends early, if it does.
+    """Key → field → offset and size, in file order; and why the file is truncated, if it is.
 
-    `seen` gathers what the files of a key are called, known or not.
+    `seen` collects the name endings of all files, known or not.
     """
     rows: dict[str, dict[str, tuple[int, int]]] = {}
     size = path.stat().st_size
@@ -153,7 +154,7 @@ def _index(path: Path, seen: dict[str, None]) -> tuple[dict[str, dict[str, tuple
             except tarfile.TarError as error:
                 return rows, f"{path} is damaged or cut short ({error})"
     except tarfile.TarError:
-        kind = "compressed; unpack it to .tar first" if _is_packed(path) else "no tar file"
+        kind = "compressed; unpack it to .tar first" if _is_packed(path) else "not a tar file"
         raise InputError(f"{path} ({size:,} bytes) is {kind}. Shards are read by offset.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
@@ -165,7 +166,7 @@ def _is_packed(path: Path) -> bool:
 
 
 def _part(ending: str) -> str | None:
-    """What the file of a key with this ending is: before.png → before, json → json, txt → instruction."""
+    """The field of a file name ending: before.png → before, json → json, txt → instruction."""
     stem, _, kind = ending.lower().rpartition(".")
     if f".{kind}" in columns.PICTURE_ENDINGS:
         part = _NAMES.get(stem)

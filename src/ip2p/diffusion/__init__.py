@@ -1,7 +1,7 @@
-"""The mathematics of sampling, as plain functions.
+"""The mathematics of sampling as plain functions.
 
-A denoiser is `denoise(x, sigma) -> x0` for x = x0 + sigma · noise (the variance-exploding form);
-a sampler is a generator over sigmas that yields x after each step.
+A denoiser is a function `denoise(x, sigma) -> x0` for x = x0 + sigma · noise (the variance-exploding form).
+A sampler is a generator over sigmas that yields x after each step.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""From a UNet's prediction to the denoiser contract, `denoise(x, sigma) -> x0`, with and without guidance."""
+"""Wraps a UNet as a denoiser, `denoise(x, sigma) -> x0`, with and without guidance."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ip2p.diffusion.schedule import Schedule
 
 @runtime_checkable
 class Words(Protocol):
-    """A text as a network reads it: `models.text.Prompt`. A plain tensor is its hidden states alone."""
+    """An encoded text, such as `models.text.Prompt`. A plain tensor is its hidden states only."""
 
     @property
     def hidden(self) -> Float[Tensor, "text_batch tokens features"]: ...
@@ -29,10 +29,10 @@ class Words(Protocol):
 
 Text = Float[Tensor, "text_batch tokens features"] | Words
 NullText = Float[Tensor, "null_batch tokens features"] | Words
-# What a network is told besides the latents, by the names that diffusers has for it.
+# The conditioning of a network besides the latents, by diffusers' argument names.
 Told = Mapping[str, Tensor]
-# From noisy latents [batch, channels, h, w], the time [batch] and what it is told: arguments to add to the
-# UNet's call. A ControlNet with its picture is one (`models.controlnet.Control`).
+# Maps noisy latents [batch, channels, h, w], the time [batch] and the conditioning to additional UNet
+# arguments. A ControlNet with its picture is one (`models.controlnet.Control`).
 Control = Callable[[Tensor, Tensor, Told], dict[str, Any]]
 
 
@@ -51,10 +51,11 @@ X0 = {"epsilon": x0_from_epsilon, "v_prediction": x0_from_velocity}
 
 @dataclass(frozen=True)
 class UNetDenoiser:
-    """A diffusers UNet that takes noise and picture; called, it is the denoiser of one text and one image.
+    """A diffusers UNet that takes noise and picture, as the denoiser of one text and one image.
 
-    x and image are latents [batch, channels, h, w], text is [batch, tokens, features] or a Prompt; sigma is
-    one number. The network runs in its own dtype, x stays in fp32. condition_scale multiplies image.
+    x and image are latents [batch, channels, h, w]; text is [batch, tokens, features] or a Prompt; sigma is a
+    scalar. The network runs in its own dtype; x stays in fp32. The image latents are multiplied by
+    condition_scale.
     """
 
     unet: nn.Module
@@ -67,19 +68,19 @@ class UNetDenoiser:
         return self.x0(x, self.predict(x, sigma, text, image), sigma)
 
     def predict(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
-        """What the UNet was trained to predict, noise or velocity, at x / sqrt(sigma² + 1)."""
+        """The UNet's prediction (noise or velocity) at x / sqrt(sigma² + 1)."""
         return self.tell(x, sigma, told(text, len(x)), image)
 
     def tell(self, x: Latent, sigma: Sigma, told: Told, image: Latent) -> Latent:
-        """`predict`, with the text as the arguments of the network."""
+        """`predict` with the text given as network arguments."""
         dtype = next(self.unet.parameters()).dtype
-        # Sizes are numbers up to the thousands, which half precision rounds.
+        # Sizes go up to thousands, which half precision would round.
         told = {
             name: value.to(x.device, torch.float32 if name == "time_ids" else dtype)
             for name, value in told.items()
         }
         scaled = (x / (sigma**2 + 1).sqrt()).to(dtype)
-        # Most editors saw the input image's latents unscaled in training: then condition_scale is 1.
+        # Most editors are trained on unscaled image latents; condition_scale is then 1.
         channels = torch.cat([scaled, (image * self.condition_scale).to(dtype)], dim=1)
         time = self.schedule.told(sigma).to(x.device, torch.float32).expand(len(x))
         more = {} if self.control is None else self.control(scaled, time, told)
@@ -96,12 +97,12 @@ class UNetDenoiser:
 
 
 def told(text: Text, count: int) -> Told:
-    """A text of [1 or count, …] as what the network is told: each [count, …]."""
+    """The network arguments of a text [1 or count, …], each expanded to [count, …]."""
     if isinstance(text, Tensor):
         named = {"encoder_hidden_states": text}
     else:
-        every = {"encoder_hidden_states": text.hidden, "text_embeds": text.pooled, "time_ids": text.time_ids}
-        named = {name: value for name, value in every.items() if value is not None}
+        fields = {"encoder_hidden_states": text.hidden, "text_embeds": text.pooled, "time_ids": text.time_ids}
+        named = {name: value for name, value in fields.items() if value is not None}
     return {name: value.expand(count, *value.shape[1:]) for name, value in named.items()}
 
 
@@ -117,13 +118,13 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     in_turn: bool = False,
 ) -> Denoiser:
-    """Equation 3 around an edit model: a denoiser that makes its one to three passes in one call.
+    """Classifier-free guidance (equation 3) for an edit model: a denoiser with one to three passes per call.
 
-    text and null_text: [1 or batch, tokens, features] or Prompts; image: [1 or batch, channel, h, w], or None
-    to draw from the text alone, where the two null branches are one. rescale: the share by which the
-    spread is brought back (`guidance.rescale`). interval: the shares of the noise levels, 1 the
-    noisiest, between which there is guidance; elsewhere the full prediction alone is made
-    (Kynkäänniemi et al. 2024). in_turn: the passes one after the other, for less memory.
+    text and null_text: [1 or batch, tokens, features] or Prompts. image: [1 or batch, channel, h, w], or None
+    to draw from the text alone; the two null branches are then the same. rescale: the strength of
+    `guidance.rescale`. interval: the range of noise levels with guidance, as fractions (1 is the noisiest);
+    outside it, only the full prediction is used (Kynkäänniemi et al. 2024). in_turn: run the passes one by
+    one to save memory.
     """
     low, high = interval
 
@@ -131,10 +132,10 @@ def guided(
         count = len(x)
         inside = low <= model.schedule.share(sigma) <= high
         s_text, s_image = (text_cfg, image_cfg) if inside else (1.0, 1.0)
-        # Without a picture e0I = e00, so the image scale has no part: any value gives the same mix.
+        # Without a picture, e0I = e00, so the image scale has no effect.
         need = passes(text=s_text, image=s_image if image is not None else 1.0)
         if rescale:
-            need = need._replace(full=True)  # its spread is the measure
+            need = need._replace(full=True)  # the reference for its spread
         nothing = torch.zeros_like(x)
         shown = nothing if image is None else image.to(x).expand(count, -1, -1, -1)
         wanted, null = told(text, count), told(null_text, count)
@@ -148,14 +149,14 @@ def guided(
         if in_turn:
             out = [model.tell(x, sigma, words, picture) for words, picture in branches]
         else:
-            every = model.tell(
+            batched = model.tell(
                 x.repeat(len(branches), 1, 1, 1),
                 sigma,
                 {name: torch.cat([words[name] for words, _ in branches]) for name in branches[0][0]},
                 torch.cat([picture for _, picture in branches]),
             )
-            out = list(every.chunk(len(branches)))
-        # A pass left out has weight zero; its neighbour stands in, so that their difference is exactly zero.
+            out = list(batched.chunk(len(branches)))
+        # A skipped pass has weight zero; its neighbor replaces it, so that their difference is exactly zero.
         full = out[0]
         neither = out[-1]
         image_only = out[int(need.full)] if need.image_only else neither
@@ -163,7 +164,7 @@ def guided(
             full = image_only
         if not need.neither:
             neither = image_only
-        # Mixing predictions equals mixing x0s, without the rounding of x, which is far larger at first.
+        # Equal to mixing x0s, but without the rounding of x, which is far larger at high noise.
         mixed = guide(full, image_only, neither, text=s_text, image=s_image)
         if rescale and len(branches) > 1:
             mixed = guidance.rescale(mixed, full, rescale)

@@ -1,8 +1,8 @@
-"""Samplers: generators over falling sigmas that yield x after each step.
+"""Samplers: generators over descending sigmas that yield x after each step.
 
-Each takes a denoiser, x at sigmas[0] (that is noise · sigmas[0], plus x0 where one starts from a
-picture), the sigmas with their final zero, and a source of noise. Progress, previews and
-cancelling come from iterating.
+Each takes a denoiser, x at sigmas[0] (noise · sigmas[0], plus x0 when starting from a picture), the sigmas
+including the final zero, and a source of noise. The caller iterates, which allows progress, previews and
+cancellation.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def euler(denoise: Denoiser, x: Latent, sigmas: Float[Tensor, "steps"], noise: N
 def euler_ancestral(
     denoise: Denoiser, x: Latent, sigmas: Float[Tensor, "steps"], noise: Noise | None = None
 ) -> Steps:
-    """Euler down to sigma_down, then fresh noise up to the next sigma (the paper's sampler, η = 1).
+    """An Euler step down to sigma_down, then new noise up to the next sigma (the paper's sampler, η = 1).
 
     sigma_up² = s'² (s² - s'²) / s², sigma_down² = s'² - sigma_up², for a step from s to s'.
     """
@@ -48,7 +48,7 @@ def dpmpp_2m(
 ) -> Steps:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), in λ = -log sigma.
 
-    The first step has no history and the last one ends at sigma = 0 (λ = ∞): both are first order.
+    The first step has no history and the last one ends at sigma = 0 (λ = ∞); both are first order.
     """
     previous: Latent | None = None
     width_before: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Noise levels: the training schedule read from a scheduler's config, and the sigmas to sample at."""
+"""Noise levels: the training schedule from a scheduler's config, and the sigmas for sampling."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from ip2p.base.errors import ModelError
 
 @dataclass(frozen=True)
 class Schedule:
-    """sigma(t) of training, for t = 0 … T-1, and what the network predicts.
+    """The training noise levels sigma(t), t = 0 … T-1, and the type of prediction.
 
-    `levels`: [T] fp64, rising. sigma = sqrt((1 - ᾱ) / ᾱ), so that x = x0 + sigma · noise. On the
-    CPU, as sigmas stay too; fp64 makes the way back from sigma to t exact to fp32. logarithmic: the
-    network is told ln(sigma) / 4 in place of t (Karras et al. 2022; CosXL).
+    `levels`: [T] fp64, ascending, on the CPU (as are all sigmas). sigma = sqrt((1 - ᾱ) / ᾱ), so that
+    x = x0 + sigma · noise. With fp64, the inverse from sigma to t is exact to fp32. logarithmic: the network
+    gets ln(sigma) / 4 instead of t (Karras et al. 2022; CosXL).
     """
 
     levels: Float[Tensor, "train_steps"]
@@ -25,15 +25,15 @@ class Schedule:
     logarithmic: bool = False
 
     def sigma(self, t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """sigma at a (fractional) time t in [0, T-1], linear in between as diffusers has it.
+        """sigma at a (fractional) time t in [0, T-1], interpolated linearly as in diffusers.
 
-        The original is linear in log sigma; at the spacings in use the two agree to 1e-4.
+        The original interpolates log sigma; for the spacings in use, both agree to 1e-4.
         """
         low = t.floor().clamp(0, len(self.levels) - 2).long()
         return torch.lerp(self.levels[low], self.levels[low + 1], t - low)
 
     def time(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """The (fractional) time in [0, T-1] at which training had this sigma: the inverse of `sigma`."""
+        """The (fractional) training time in [0, T-1] of a sigma: the inverse of `sigma`."""
         low = (torch.searchsorted(self.levels, sigma.contiguous(), right=True) - 1).clamp(
             0, len(self.levels) - 2
         )
@@ -41,40 +41,40 @@ class Schedule:
         return low + part.clamp(0, 1)
 
     def share(self, sigma: Float[Tensor, ""]) -> float:
-        """How far up the noise levels a sigma is by its time, from 0 to 1, the noisiest."""
+        """The position of a sigma in the schedule by its time, from 0 to 1 (the noisiest)."""
         return float(self.time(sigma)) / (len(self.levels) - 1)
 
     def told(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """What the network is told of the noise."""
+        """The noise level as the network's time input."""
         return sigma.log() / 4 if self.logarithmic else self.time(sigma)
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """Read a diffusers `scheduler_config.json`, of betas (`alpha_bar_from_config`) or CosXL's EDM.
+    """Read a diffusers `scheduler_config.json` with betas (`alpha_bar_from_config`) or CosXL's EDM.
 
-    Raises ModelError for a beta schedule or a prediction type that this package does not sample.
+    Raises ModelError for an unsupported beta schedule or prediction type.
     """
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise ModelError(
-            f"The scheduler's prediction_type is {prediction!r}; epsilon and v_prediction can be sampled. "
-            "Use a model of one of these kinds."
+            f"The scheduler's prediction_type is {prediction!r}; only epsilon and v_prediction are "
+            "supported. Use another model."
         )
     if "sigma_data" in config:
         return _edm_schedule(config, prediction)
     kept = alpha_bar_from_config(config)
     if config.get("rescale_betas_zero_snr"):
-        # No signal at all would be an infinite sigma: diffusers, too, begins at 4096.
+        # Zero signal would mean an infinite sigma; diffusers also starts at 4096.
         kept[-1] = 2**-24
     return Schedule((((1 - kept) / kept) ** 0.5).double(), prediction)
 
 
 def alpha_bar_from_config(config: Mapping[str, Any]) -> Float[Tensor, "train_steps"]:
-    """ᾱ(t) of training for t = 0 … T-1, falling, from a diffusers `scheduler_config.json`.
+    """ᾱ(t) of training for t = 0 … T-1, descending, from a diffusers `scheduler_config.json`.
 
-    scaled_linear, linear, squaredcos_cap_v2 (Nichol and Dhariwal 2021, eq. 17) or trained betas, with
-    the last ᾱ moved to zero where `rescale_betas_zero_snr` says so (Lin et al. 2024, algorithm 1). Raises
-    ModelError for another schedule.
+    Supports scaled_linear, linear, squaredcos_cap_v2 (Nichol and Dhariwal 2021, eq. 17) and trained betas;
+    with `rescale_betas_zero_snr`, the last ᾱ becomes zero (Lin et al. 2024, algorithm 1). Raises ModelError
+    for any other schedule.
     """
     kind = config.get("beta_schedule", "linear")
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
@@ -90,10 +90,10 @@ def alpha_bar_from_config(config: Mapping[str, Any]) -> Float[Tensor, "train_ste
         betas = (1 - (cosine[1:] / cosine[:-1]).square()).clamp(max=0.999).float()
     else:
         raise ModelError(
-            f"The scheduler's beta_schedule is {kind!r}; scaled_linear, linear and squaredcos_cap_v2 are "
-            "known. Use a model of one of these kinds."
+            f"The scheduler's beta_schedule is {kind!r}; only scaled_linear, linear and squaredcos_cap_v2 "
+            "are supported. Use another model."
         )
-    # The product in fp32, as diffusers has it: in fp64 sigma would differ by 3 parts in a million.
+    # The product is in fp32, as in diffusers; in fp64, sigma would differ by 3e-6 (relative).
     kept = torch.cumprod(1 - betas, dim=0)
     if config.get("rescale_betas_zero_snr"):
         root = kept.sqrt()
@@ -102,15 +102,15 @@ def alpha_bar_from_config(config: Mapping[str, Any]) -> Float[Tensor, "train_ste
 
 
 def _edm_schedule(config: Mapping[str, Any], prediction: str) -> Schedule:
-    """diffusers' EDMEulerScheduler with sigma_data 1, where its x0 of a velocity is ours: CosXL."""
+    """diffusers' EDMEulerScheduler with sigma_data 1, where its x0 from a velocity equals ours: CosXL."""
     if (config.get("sigma_data"), config.get("sigma_schedule"), prediction) != (
         1.0,
         "exponential",
         "v_prediction",
     ):
         raise ModelError(
-            "The scheduler is EDM with other settings than sigma_data 1, exponential and v_prediction, which "
-            "CosXL has. Use a model of this kind."
+            "The scheduler is EDM, but not with CosXL's settings: sigma_data 1, exponential and "
+            "v_prediction. Use another model."
         )
     ends = torch.tensor([config.get("sigma_min", 0.002), config.get("sigma_max", 80.0)], dtype=torch.float64)
     low, high = ends.log()
@@ -119,13 +119,13 @@ def _edm_schedule(config: Mapping[str, Any], prediction: str) -> Schedule:
 
 
 def linspace_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
-    """sigma at times evenly spaced from T-1 down to 0, then a zero: the original's spacing."""
+    """sigma at evenly spaced times from T-1 down to 0, then a zero: the original's spacing."""
     times = torch.linspace(len(schedule.levels) - 1, 0, steps, dtype=torch.float64)
     return torch.cat([schedule.sigma(times), torch.zeros(1)]).float()
 
 
 def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Float[Tensor, "steps_and_zero"]:
-    """sigmas of Karras et al. 2022 (eq. 5) between the schedule's largest and smallest, then a zero."""
+    """The sigmas of Karras et al. 2022 (eq. 5) from the schedule's largest to its smallest, then a zero."""
     low, high = schedule.levels[0] ** (1 / rho), schedule.levels[-1] ** (1 / rho)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)]).float()

@@ -91,7 +91,7 @@ BESIDE = {
     "seed": "−1 is a random one. The same seed and settings give the same picture again.",
     "count": "Another seed is the cheapest second try.",
     "sampler": "How the noise is taken away.",
-    "spacing": "The noise schedule; linspace is that of the paper's code.",
+    "schedule": "The noise schedule; linspace is that of the paper's code.",
     "size": "The side at which the model works, or 576x384; empty: near what it was trained at.",
     "negative": "What to stay away from, for example: blurry.",
     "region": "It changes what was not named? No scale cures that, a mask does: outside, nothing changes.",

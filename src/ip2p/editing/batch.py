@@ -14,16 +14,16 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError
 from ip2p.base.files import checksum, make_folder, remove_temporaries, write_text
-from ip2p.base.ledger import MANIFEST, Ledger, check_same, find_damage, lock_folder
-from ip2p.config import EditConfig, run_json
+from ip2p.base.ledger import MANIFEST, Ledger, find_damage, lock_folder
 from ip2p.pictures import images
+from ip2p.settings import OverwriteSettings, first_difference, run_json
 
 RUN = "run.json"
 log = logging.getLogger("ip2p")
@@ -42,11 +42,6 @@ ENDINGS = {
     ".pgm",
     ".heic",
     ".heif",
-}
-# Settings that may change while a job goes on: they say where and how fast, not what.
-FREE = {
-    *("image", "more", "out", "jobs", "batch_size", "device", "memory", "max_pixels", "from_settings"),
-    *("overwrite", "json", "examples", "config", "debug"),
 }
 
 
@@ -175,7 +170,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(config: EditConfig, folder: Path) -> Iterator[Job]:
+def open_job(config: OverwriteSettings, folder: Path) -> Iterator[Job]:
     """Begin a job in `folder`, or resume the one in it.
 
     Raises InputError when another process is at it, when its settings were others (naming the first that
@@ -199,27 +194,20 @@ def open_job(config: EditConfig, folder: Path) -> Iterator[Job]:
         yield job
 
 
-def _same_settings(config: EditConfig, run: Path) -> None:
+def _same_settings(config: OverwriteSettings, run: Path) -> None:
     try:
         before = json.loads(run.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{run} cannot be read; choose another folder with -o, or add --overwrite."
         ) from None
-    now = json.loads(run_json(config))["settings"]
-    defaults = json.loads(run_json(EditConfig()))["settings"]
-    flags = {f.name: f"--{f.name.replace('_', '-')}" for f in fields(config) if f.name not in FREE}
-    flags["instruction"] = "instruction"
-    check_same(
-        run.parent,
-        {flag: before.get(name, defaults[name]) for name, flag in flags.items()},
-        {flag: now[name] for name, flag in flags.items()},
-        lambda flag, old, new: (f"with {flag} {_shown(old)}", _shown(new)),
-    )
-
-
-def _shown(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if value is not None else "not given"
+    difference = first_difference(config, before)
+    if difference is not None:
+        flag, old, new = difference
+        raise InputError(
+            f"{run.parent} was begun with {flag} {old}, and now it is {new}; "
+            "use the same again, choose another folder with -o, or add --overwrite."
+        )
 
 
 def split(job: Job, tasks: Sequence[Task], jobs: int, *, overwrite: bool) -> tuple[list[Task], list[Task]]:

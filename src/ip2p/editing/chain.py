@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ip2p.base.files import replacing
-from ip2p.pictures.images import resized, signed_psnr, to_tensor
+from ip2p.pictures.images import MAX_PIXELS, resized, signed_psnr, to_tensor
+from ip2p.settings import EditSettings
 
 if TYPE_CHECKING:
-    from ip2p.editing.editor import Editor
+    from typing_extensions import Unpack
+
+    from ip2p.editing.arguments import EditArguments
+    from ip2p.editing.editor import Callback, Editor
     from ip2p.models.clip import Clip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One edit of a chain; `instruction` is what the model was told, `seed` its noise."""
+class ChainStep:
+    """One edit of a chain; `instruction` is the model's input, `seed` its noise."""
 
     instruction: str
     seed: int
@@ -39,23 +43,33 @@ def chain(
     picture: Image.Image,
     instructions: Sequence[str],
     *,
-    seed: int,
+    settings: EditSettings | None = None,
     from_original: bool = False,
-    **settings: Any,
-) -> Iterator[Step]:
+    max_pixels: int | None = MAX_PIXELS,
+    callback: Callback | None = None,
+    **changes: Unpack[EditArguments],
+) -> Iterator[ChainStep]:
     """Edit `picture` by each instruction, each step beginning where the last one ended.
 
-    The seeds count up from `seed`: the same noise on top of itself would print its pattern in. With
-    `from_original` each step edits the first picture by all instructions so far, joined by commas, with
-    `seed`: what earlier steps lost comes back, and what they drew may come out otherwise. `settings` are
-    `Editor.edit`'s.
+    The seeds count up from the settings' seed: the same noise on top of itself would print its pattern in.
+    With `from_original` each step edits the first picture by all instructions so far, joined by commas, with
+    one seed: what earlier steps lost comes back, and what they drew may come out otherwise. `settings` and
+    `changes` are `Editor.edit`'s.
     """
     shown = picture
+    chosen = (settings or EditSettings()).changed(**changes)
     for k, instruction in enumerate(instructions):
-        told = ", ".join(instructions[: k + 1]) if from_original else instruction
-        own_seed = seed if from_original else seed + k
-        [result] = editor.edit(picture if from_original else shown, told, seeds=[own_seed], **settings)
-        yield Step(instruction=told, seed=own_seed, image=result)
+        words = ", ".join(instructions[: k + 1]) if from_original else instruction
+        seed = chosen.seed if from_original else chosen.seed + k
+        [result] = editor.edit(
+            picture if from_original else shown,
+            words,
+            seeds=[seed],
+            settings=chosen,
+            max_pixels=max_pixels,
+            callback=callback,
+        )
+        yield ChainStep(instruction=words, seed=seed, image=result)
         shown = result
 
 

@@ -5,31 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ip2p import __version__
-from ip2p.base.devices import MAX_SEED, NoiseStream, pick_device, pick_dtype
-from ip2p.base.errors import InputError, ModelError, translated_errors
-from ip2p.config import (
-    MAX_SCALE,
-    check_float,
-    check_guidance,
-    check_int,
-    check_masking,
-    check_more_guidance,
-    check_size,
-)
+from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
+from ip2p.base.errors import InputError, ModelError, ResourceError, translated_errors
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
-from ip2p.diffusion.samplers import SAMPLERS, sampler_for
+from ip2p.diffusion.samplers import OWN_SPACING, sampler_for
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
-from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle, resolve_settings
+from ip2p.editing.results import EditResults
+from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle, open_parts
 from ip2p.models.controlnet import EXAMPLE as CONTROLNET
 from ip2p.models.controlnet import (
     Control,
@@ -51,17 +43,30 @@ from ip2p.models.memory import (
     free_bytes,
     offload,
 )
-from ip2p.models.text import Prompt, encode_prompt, join_prompts
+from ip2p.models.text import Prompt, encode_prompt, join_prompts, words_without_effect
 from ip2p.pictures import masks
 from ip2p.pictures.carry import carry
-from ip2p.pictures.images import MAX_PIXELS, fit_size, load_image, resized, signed_psnr, to_pil, to_tensor
-from ip2p.pictures.infotext import Settings, format_infotext
+from ip2p.pictures.images import (
+    MAX_PIXELS,
+    EditedImage,
+    Picture,
+    fit_size,
+    load_image,
+    resized,
+    signed_psnr,
+    to_pil,
+    to_tensor,
+)
+from ip2p.pictures.infotext import format_infotext, record_class
 from ip2p.pictures.masks import held
+from ip2p.settings import MAX_SEED, EditSettings, ModelSettings, parse_lora, picture_name
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel
+    from typing_extensions import Unpack
 
-Picture = str | Path | bytes | Image.Image
+    from ip2p.editing.arguments import EditArguments
+
 # Called after each step with its number, their count, and the latents so far [batch, channels, h, w].
 Callback = Callable[[int, int, Tensor], object]
 
@@ -70,7 +75,8 @@ class Editor:
     """A model, ready to edit. `Editor.load(...)` makes one.
 
     memory: "low", "auto" or "high", the thrift that an edit takes (`models.memory.choose_memory`).
-    device: where the parts work; if they do not lie there, each is brought when it is needed.
+    device: where the parts work; if they do not lie there, each is brought when it is needed. origin: what
+    the model was loaded from, for the settings in the results.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Editor:
         controlnet: ControlNetModel | None = None,
         memory: MemoryMode = "auto",
         device: torch.device | None = None,
+        origin: ModelSettings | None = None,
     ) -> None:
         check_memory(memory)
         if controlnet is not None:
@@ -87,6 +94,7 @@ class Editor:
         self.bundle = bundle
         self.controlnet = controlnet
         self.memory = memory
+        self.origin = origin or ModelSettings()
         home = bundle.unet.device
         self._offloads = device is not None and device.type != home.type
         self.device = device if device is not None and self._offloads else home
@@ -95,6 +103,7 @@ class Editor:
         # On a CPU a batch saves little, and half-precision kernels round by its size: alone, an image that is
         # made again is equal to the byte.
         self.batch_size = 1 if self.device.type == "cpu" or memory == "low" else 4
+        self.warn_once = True  # of pictures that are far from what the model knows: to look costs a decoding
         self._said_far = False
         self._footprint = footprint(bundle, controlnet)
         # What works together lies on the device together.
@@ -102,6 +111,15 @@ class Editor:
         self._parts = [[part for part in group if part is not None] for group in groups]
         if self._offloads:
             offload(self._parts, self.device)
+
+    def __repr__(self) -> str:
+        card = self.bundle.card
+        kind = "SDXL" if self.bundle.kind == "sdxl" else "Stable Diffusion"
+        number = str(self.bundle.unet.dtype).removeprefix("torch.")
+        return (
+            f"<Editor {card.name}: {kind}, {card.native_size} pixels, text_cfg={card.text_cfg:g}, "
+            f"image_cfg={card.image_cfg:g}, {number} on {self.device}>"
+        )
 
     @classmethod
     def load(
@@ -113,23 +131,38 @@ class Editor:
         revision: str | None = None,
         weights: Choice = "auto",
         vae: str | Path | None = None,
-        loras: Sequence[tuple[str | Path, float]] = (),
+        parts_from: str | Path | None = None,
+        loras: Sequence[str | tuple[str | Path, float]] = (),
         controlnet: str | Path | None = None,
         memory: MemoryMode = "auto",
     ) -> Editor:
         """Load an editor: `storybook`, a hub name, a diffusers folder or a single file (`load_bundle`).
 
         revision: of a hub name. weights: which of a single file's two sets. vae: another autoencoder.
-        loras: files, each with its weight. controlnet: a ControlNet's folder or hub name. memory: as in
-        the class. Raises ModelError, InputError, and ResourceError for more than the device can hold.
+        parts_from: a model that brings what a file of a UNet alone lacks.
+        loras: files, each with its weight, or "FILE:WEIGHT". controlnet: a ControlNet's folder or hub name.
+        memory: as in the class. Raises ModelError, InputError, and ResourceError for more than the device
+        can hold.
         """
         place, number = pick_device(device), pick_dtype(pick_device(device), dtype)
-        check_loras(loras)
-        check_memory(memory)
+        origin = ModelSettings.read(
+            {
+                "model": str(model),
+                "revision": revision,
+                "weights": weights,
+                "vae": None if vae is None else str(vae),
+                "parts_from": None if parts_from is None else str(parts_from),
+                "lora": loras,
+                "controlnet": None if controlnet is None else str(controlnet),
+                "memory": memory,
+            }
+        )
+        weighted = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
+        check_loras(weighted)
         control_folder = None if controlnet is None else find_controlnet(controlnet)
         found = find_model(model, revision=revision)
         shapes = None if control_folder is None else part_weights(control_folder).shapes
-        stored = open_model(found, weights=weights)
+        stored = open_model(found, weights=weights, parts=open_parts(parts_from))
         need = footprint_of_stored(stored, number, shapes)
         # The autoencoder's own size is the one that the model was made for.
         plan = choose_memory(need, memory, free_bytes(place), (need.tile, need.tile), device=place.type)
@@ -137,79 +170,48 @@ class Editor:
         bundle = load_bundle(
             model, device=home, dtype=number, revision=revision, weights=weights, vae=vae, stored=stored
         )
-        apply_loras(bundle, loras)
+        apply_loras(bundle, weighted)
         control = None
         if control_folder is not None:
             control = load_controlnet(control_folder, device=home, dtype=number)
-        return cls(bundle, controlnet=control, memory=memory, device=place)
+        return cls(bundle, controlnet=control, memory=memory, device=place, origin=origin)
 
     # --- the whole edit --------------------------------------------------------------------------
 
     def edit(
         self,
         image: Picture,
-        instruction: str,
+        instruction: str = "",
         *,
-        seeds: Sequence[int] = (0,),
-        text_cfg: float | None = None,
-        image_cfg: float | None = None,
-        steps: int | None = None,
-        sampler: str | None = None,
-        spacing: str | None = None,
-        negative: str = "",
-        size: int | tuple[int, int] | None = None,
-        fit: Literal["original", "model"] = "original",
-        mask: Picture | None = None,
-        mask_padding: int = 32,
-        feather: float | None = None,
-        auto_mask: float | None = None,
-        text_cfg_rescale: float = 0.0,
-        cfg_interval: tuple[float, float] = (0.0, 1.0),
-        control_image: Picture | None = None,
-        control_scale: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        settings: EditSettings | None = None,
         batch_size: int | None = None,
         max_pixels: int | None = MAX_PIXELS,
         callback: Callback | None = None,
-    ) -> list[Image.Image]:
+        **changes: Unpack[EditArguments],
+    ) -> EditResults:
         """Edit a picture, once for each seed; the results have the picture's own size.
 
-        text_cfg: how strongly to follow the instruction; image_cfg: how strongly to keep the picture
-        (equation 3). steps, sampler, spacing: the sampling, with the noise schedule. None takes the model's
-        own value (`models.bundle.Card`). negative: what to stay away from. size: the side the model works at
-        instead of its native one, or its exact width and height. fit: "original" carries the change to the
-        picture's own pixels (`photos.carry`), "model" gives the result at the size at which the model works.
+        image: a path, the bytes of a file, an open file, a PIL image or an array. instruction: what to
+        change, in words. seeds: one result each; the settings' seed if None. settings and changes: what
+        `EditSettings` has; changes come last, so `edit(page, "make it night", text_cfg=5)` is enough.
+        batch_size: how many seeds run at once, `self.batch_size` if None. max_pixels: refuse a larger
+        picture.
 
-        mask: a picture of the same size, white where the edit may go; nothing else changes by a byte.
-        The model sees it with mask_padding pixels around, at its full size. feather: pixels over which the
-        edit fades inside the mask, by its size if None. auto_mask: the region is found from the model
-        itself, with this threshold from 0 (everything) to 1; 0.5 is a good one.
+        fit="original" carries the change to the picture's own pixels (`pictures.carry`), "model" gives the
+        result at the working size. mask: a picture of the same size, white where the edit may go; nothing
+        else changes by a byte. The model sees it with mask_padding pixels around, at its full size.
+        auto_mask: the region is found from the model itself. text_cfg_rescale, cfg_interval:
+        `diffusion.denoiser.guided` has them.
 
-        text_cfg_rescale, cfg_interval: `diffusion.denoiser.guided` has them. control_image: what the
-        ControlNet reads, at control_scale. batch_size: how many seeds run at once, `self.batch_size`
-        if None. Each result's `info` has the settings as "parameters", the picture's exif and ICC
-        profile, which `images.save_image` writes, and the "mask" if there was one, a picture in "L".
-        Raises InputError, or ResourceError out of memory.
+        Each result's `info` has the settings as "parameters", the picture's exif and ICC profile, which
+        `save_image` writes, the "mask" if there was one, a picture in "L", and "warnings", a list of texts:
+        what is outside of what the model knows. Raises InputError, or ResourceError out of memory.
         """
-        how = _How(
-            **self.resolve(
-                steps=steps, sampler=sampler, spacing=spacing, text_cfg=text_cfg, image_cfg=image_cfg
-            ),
-            negative=negative,
-            size=size,
-            fit=fit,
-            mask=mask,
-            mask_padding=mask_padding,
-            feather=feather,
-            auto_mask=auto_mask,
-            text_cfg_rescale=text_cfg_rescale,
-            cfg_interval=cfg_interval,
-            control_image=control_image,
-            control_scale=control_scale,
-            max_pixels=max_pixels,
-        )
-        seeds = _checked_seeds(seeds)
-        sheet = self._open(image, instruction, how)
-        return self._results([sheet] * len(seeds), seeds, how, batch_size, callback)
+        chosen = self.resolved(settings, instruction, changes)
+        seeds = check_seeds([chosen.seed] if seeds is None else seeds)
+        sheet = self._open(image, chosen, max_pixels)
+        return EditResults(self._results([sheet] * len(seeds), seeds, chosen, batch_size, callback))
 
     def edit_batch(
         self,
@@ -217,68 +219,85 @@ class Editor:
         instructions: str | Sequence[str],
         *,
         seeds: Sequence[int],
+        settings: EditSettings | None = None,
         batch_size: int | None = None,
+        max_pixels: int | None = MAX_PIXELS,
         callback: Callback | None = None,
-        **settings: Any,
-    ) -> list[Image.Image]:
+        **changes: Unpack[EditArguments],
+    ) -> EditResults:
         """Edit several pictures, each once, with a seed and an instruction each (or one for all).
 
         Those of one working size go through the network together, all of them if batch_size is None.
-        In fp32 each result is what the picture alone would give, but for the rounding of sums. settings:
-        those of `edit`, the same for all. Raises as `edit` does.
+        In fp32 each result is what the picture alone would give, but for the rounding of sums. settings,
+        changes: those of `edit`, the same for all. Raises as `edit` does.
         """
-        how = _How(**self.resolve(**settings))
-        seeds = _checked_seeds(seeds)
+        seeds = check_seeds(seeds)
         texts = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
         if not len(images) == len(texts) == len(seeds):
             raise InputError(
                 f"There are {len(images)} pictures, {len(texts)} instructions and {len(seeds)} seeds. "
                 "Give one of each for every picture."
             )
-        sheets = [self._open(image, text, how) for image, text in zip(images, texts, strict=True)]
+        chosen = self.resolved(settings, "", changes)
+        sheets = [
+            self._open(image, chosen.changed(instruction=text), max_pixels)
+            for image, text in zip(images, texts, strict=True)
+        ]
         groups: dict[tuple[int, int], list[int]] = {}
         for number, sheet in enumerate(sheets):
             groups.setdefault(sheet.shown.size, []).append(number)
         results: dict[int, Image.Image] = {}
         for numbers in groups.values():
             some, own = [sheets[k] for k in numbers], [seeds[k] for k in numbers]
-            made = self._results(some, own, how, batch_size or len(numbers), callback)
+            made = self._results(some, own, chosen, batch_size or len(numbers), callback)
             results |= dict(zip(numbers, made, strict=True))
-        return [results[number] for number in range(len(sheets))]
+        return EditResults(results[number] for number in range(len(sheets)))
+
+    def resolved(
+        self, settings: EditSettings | None = None, instruction: str = "", changes: Mapping[str, Any] = {}
+    ) -> EditSettings:
+        """The settings with `changes`, and the model's own values in place of None."""
+        settings = settings or EditSettings()
+        given = {"instruction": instruction, **changes} if instruction else dict(changes)
+        asked = settings.changed(**given)
+        if asked.schedule is None and asked.sampler in OWN_SPACING:
+            asked = asked.changed(schedule=OWN_SPACING[asked.sampler])
+        return asked.resolved(self.bundle.card)
 
     @torch.inference_mode()
-    def _open(self, image: Picture, instruction: str, how: _How) -> _Sheet:
+    def _open(self, image: Picture, settings: EditSettings, max_pixels: int | None) -> _Sheet:
         """The picture, the part of it to edit, and that part as the model sees it."""
-        if not instruction.strip():
+        if not settings.instruction.strip():
             raise InputError('The instruction is empty. Say what to change, for example "make it night".')
-        picture = load_image(image, max_pixels=how.max_pixels)
+        picture = load_image(image, max_pixels=max_pixels)
         box, part, mask = (0, 0, *picture.size), picture, None
-        if how.mask is not None:
-            mask = masks.load_mask(how.mask, picture.size, max_pixels=how.max_pixels)
-            box = masks.padded(mask, how.mask_padding)
-        working = self.working_size((box[2] - box[0], box[3] - box[1]), how.size)
+        if settings.mask is not None:
+            mask = masks.load_mask(settings.mask, picture.size, max_pixels=max_pixels)
+            box = masks.padded(mask, settings.mask_padding)
+        working = self.working_size((box[2] - box[0], box[3] - box[1]), settings.size)
         if mask is not None:
             box = masks.widened(box, working, picture.size)
             part = picture.crop(box)
-            mask = masks.cut(mask, box, how.feather_of(part.size))
+            mask = masks.cut(mask, box, feather_of(settings, part.size))
         # All of it is resized, not cropped to fit: the result lies on the input pixel for pixel.
         shown = resized(part, working)
         control = None
-        if how.control_image is not None:
-            drawing = load_image(how.control_image, max_pixels=how.max_pixels)
+        if settings.control_image is not None:
+            drawing = load_image(settings.control_image, max_pixels=max_pixels)
             if mask is not None:
                 drawing = resized(drawing, picture.size).crop(box)
-            control = self.control(drawing, working, how.control_scale)
+            control = self.control(drawing, working, settings.control_scale)
         with _memory_error(*working):
             latent = self.encode_image(to_tensor(shown))
             rebuilt = None
-            far = self.bundle.card.known_psnr is not None and not self._said_far
-            if far or (part is not shown and how.fit == "original"):
+            said = self.words_without_effect(settings.instruction)
+            look = self.bundle.card.known_psnr is not None and not (self.warn_once and self._said_far)
+            if look or (part is not shown and settings.fit == "original"):
                 # The condition's latents are not scaled and the decoder's input is.
                 rebuilt = self.decode(latent * self.bundle.latent_scale)
-                self._say_if_far(shown, rebuilt)
+                said += self._far_from_known(shown, rebuilt)
         return _Sheet(
-            instruction=instruction,
+            instruction=settings.instruction,
             picture=picture,
             box=box,
             part=part,
@@ -287,6 +306,7 @@ class Editor:
             rebuilt=None if rebuilt is None else to_pil(_finite(rebuilt)),
             latent=latent,
             control=control,
+            warnings=tuple(said),
         )
 
     @torch.inference_mode()
@@ -294,17 +314,19 @@ class Editor:
         self,
         sheets: Sequence[_Sheet],
         seeds: Sequence[int],
-        how: _How,
+        settings: EditSettings,
         batch_size: int | None,
         callback: Callback | None,
     ) -> list[Image.Image]:
         """One result for each sheet and seed; the sheets are of one working size."""
         size = sheets[0].shown.size
         batch_size = self.fitting_batch(size) if batch_size is None else batch_size
-        check_int("--batch-size", batch_size, 1, 10**6, "--batch-size 4")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1. Try batch_size=4.")
+        steps = settings.steps or 0
         results = []
         with _memory_error(*size):
-            null_text = self.encode_text(how.negative, size)
+            null_text = self.encode_text(settings.negative, size)
             texts = {sheet.instruction: self.encode_text(sheet.instruction, size) for sheet in sheets}
             for start in range(0, len(sheets), batch_size):
                 some, own = sheets[start : start + batch_size], seeds[start : start + batch_size]
@@ -319,31 +341,34 @@ class Editor:
                         text,
                         null_text,
                         noise=NoiseStream(own, latents.shape[1:], self.device),
-                        **self._sampling(how),
+                        **self._sampling(settings),
                         control=some[0].control,
                         hold=self._hold(latents, regions, size),
                     ),
                     1,
                 ):
                     if callback is not None:
-                        callback(step, how.steps, x)
-                if how.auto_mask is not None:
+                        callback(step, steps, x)
+                if settings.auto_mask is not None:
                     said = self._said(latents, text, null_text, own)
-                    regions = masks.found(said, x - latents * self.bundle.latent_scale, how.auto_mask, size)
+                    regions = masks.found(
+                        said, x - latents * self.bundle.latent_scale, settings.auto_mask, size
+                    )
                 for sheet, seed, region, row in zip(some, own, regions, x, strict=True):
                     # One at a time: a decoder's largest maps are far larger than the UNet's.
                     edited = to_pil(_finite(self.decode(row[None])))
-                    results.append(self._finished(sheet, edited, region, seed, how))
+                    results.append(self._finished(sheet, edited, region, seed, settings))
         return results
 
-    def _sampling(self, how: _How) -> dict[str, Any]:
+    def _sampling(self, settings: EditSettings) -> dict[str, Any]:
+        assert settings.schedule is not None and settings.steps is not None
         return {
-            "text_cfg": how.text_cfg,
-            "image_cfg": how.image_cfg,
-            "sampler": how.sampler,
-            "sigmas": SPACINGS[how.spacing](self.schedule, how.steps),
-            "rescale": how.text_cfg_rescale,
-            "interval": how.cfg_interval,
+            "text_cfg": settings.text_cfg,
+            "image_cfg": settings.image_cfg,
+            "sampler": settings.sampler,
+            "sigmas": SPACINGS[settings.schedule](self.schedule, settings.steps),
+            "rescale": settings.text_cfg_rescale,
+            "interval": settings.cfg_interval,
         }
 
     def _hold(
@@ -378,11 +403,16 @@ class Editor:
         return torch.stack(differences, dim=1)
 
     def _finished(
-        self, sheet: _Sheet, edited: Image.Image, region: Image.Image | None, seed: int, how: _How
+        self,
+        sheet: _Sheet,
+        edited: Image.Image,
+        region: Image.Image | None,
+        seed: int,
+        settings: EditSettings,
     ) -> Image.Image:
         """The result of one row: at its size, within its mask, with what belongs to it."""
         original, box = sheet.part, sheet.box
-        if how.fit == "model":
+        if settings.fit == "model":
             original, box = sheet.shown, (0, 0, *edited.size)
         elif edited.size != original.size:
             edited = carry(original, sheet.rebuilt or sheet.shown, edited)
@@ -391,39 +421,38 @@ class Editor:
         if region is not None:
             region = region.resize(original.size, Image.Resampling.BILINEAR)
             result = masks.paste(original, edited, region)
-            if how.fit == "original" and result.size != sheet.picture.size:
+            if settings.fit == "original" and result.size != sheet.picture.size:
                 whole = sheet.picture.copy()
                 whole.paste(result, box[:2])
                 black = Image.new("L", whole.size)
                 black.paste(region, box[:2])
                 result, region = whole, black
             info["mask"] = region
-        settings = Settings(
-            instruction=sheet.instruction,
-            negative=how.negative,
-            steps=how.steps,
-            sampler=how.sampler,
-            text_cfg=how.text_cfg,
-            image_cfg=how.image_cfg,
-            seed=seed,
-            size=sheet.shown.size,
-            model=self.bundle.card.name,
-            spacing=how.spacing,
-            text_cfg_rescale=how.text_cfg_rescale,
-            cfg_interval=how.cfg_interval,
-            mask_padding=how.mask_padding if how.mask is not None else Settings.mask_padding,
-            feather=how.feather if how.mask is not None else None,
-            auto_mask=how.auto_mask,
-            fit=how.fit,
-            control_scale=how.control_scale if how.control_image is not None else Settings.control_scale,
-            version=f"ip2p {__version__}",
+        record = record_class(type(settings)).read(
+            {
+                **dict(self.origin),
+                **dict(settings),
+                "instruction": sheet.instruction,
+                "seed": seed,
+                "size": sheet.shown.size,
+                "model": self.bundle.card.name,
+                "mask": picture_name(settings.mask),
+                "control_image": picture_name(settings.control_image),
+                # What belongs to a mask or a ControlNet is written only with one.
+                **({} if settings.mask is not None else {"mask_padding": 32, "feather": None}),
+                **({} if settings.control_image is not None else {"control_scale": 1.0}),
+                "version": f"ip2p {__version__}",
+            }
         )
-        result.info = info | {"parameters": format_infotext(settings)}
+        result = EditedImage.of(result)
+        result.info = info | {"parameters": format_infotext(record), "warnings": list(sheet.warnings)}
         return result
 
-    def resolve(self, **settings: Any) -> dict[str, Any]:
-        """Settings of `edit`, with this model's own values where they are None or missing."""
-        return resolve_settings(self.bundle.card, settings)
+    def scales(self, text_cfg: float | None, image_cfg: float | None) -> tuple[float, float]:
+        """The scales given; for None those that the model's card recommends, else the paper's 7.5 and 1.5."""
+        chosen = self.resolved(EditSettings(text_cfg=text_cfg, image_cfg=image_cfg))
+        assert chosen.text_cfg is not None and chosen.image_cfg is not None
+        return chosen.text_cfg, chosen.image_cfg
 
     def working_size(
         self, pixels: tuple[int, int], size: int | tuple[int, int] | None = None
@@ -441,7 +470,8 @@ class Editor:
                     f"Try {near}."
                 )
             return size
-        check_size(size)
+        size = EditSettings(size=size).size
+        assert not isinstance(size, tuple)
         return fit_size(*pixels, native=size or self.bundle.card.native_size, multiple=multiple)
 
     # --- its parts -------------------------------------------------------------------------------
@@ -476,9 +506,8 @@ class Editor:
     def control(self, picture: Image.Image, size: tuple[int, int], scale: float = 1.0) -> Control:
         """A picture for the ControlNet, upright RGB, at the working size (width, height).
 
-        Raises InputError without a ControlNet, or for a scale out of range.
+        Raises InputError without a ControlNet.
         """
-        check_float("--control-scale", scale, 0, MAX_SCALE, "--control-scale 1")
         if self.controlnet is None:
             raise InputError(
                 f"A control image needs a ControlNet. Name one, for example --controlnet {CONTROLNET}."
@@ -570,59 +599,35 @@ class Editor:
         vae.use_slicing = plan != Memory()  # one picture at a time, with the same result
         return vae
 
-    def _say_if_far(self, shown: Image.Image, rebuilt: Tensor) -> None:
-        """Warn once when the autoencoder keeps a picture worse than those that it was trained on."""
+    def words_without_effect(self, text: str) -> list[str]:
+        """A warning for what the model does not read of a text (`models.text`)."""
+        return words_without_effect(self.bundle, text)
+
+    def _far_from_known(self, shown: Image.Image, rebuilt: Tensor) -> list[str]:
+        """A warning when the autoencoder keeps a picture worse than those that it was trained on.
+
+        The first is Python's warning too.
+        """
         known = self.bundle.card.known_psnr
-        if known is None or self._said_far:
-            return
+        if known is None:
+            return []
         error = (rebuilt.clamp(-1, 1).cpu() - to_tensor(shown)).square().mean()
         psnr = signed_psnr(error).item()
-        if psnr < known:
+        if psnr >= known:
+            return []
+        words = (
+            f"This picture is far from what {self.bundle.card.name} knows (it keeps it to {psnr:.1f} dB, "
+            f"and its own pages to {known:.1f} or more). For photographs: --model {PHOTO_MODEL}"
+        )
+        if not self._said_far:
             self._said_far = True
-            warnings.warn(
-                f"This picture is far from what {self.bundle.card.name} knows (it keeps it to {psnr:.1f} dB, "
-                f"and its own pages to {known:.1f} or more). For photographs: --model {PHOTO_MODEL}",
-                stacklevel=1,
-            )
+            warnings.warn(words, stacklevel=1)
+        return [words]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _How:
-    """What an edit is told beside the picture, the instruction and the seeds; `Editor.edit` explains it."""
-
-    text_cfg: float
-    image_cfg: float
-    steps: int
-    sampler: str
-    spacing: str
-    negative: str = ""
-    size: int | tuple[int, int] | None = None
-    fit: Literal["original", "model"] = "original"
-    mask: Picture | None = None
-    mask_padding: int = 32
-    feather: float | None = None
-    auto_mask: float | None = None
-    text_cfg_rescale: float = 0.0
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    control_image: Picture | None = None
-    control_scale: float = 1.0
-    max_pixels: int | None = MAX_PIXELS
-
-    def __post_init__(self) -> None:
-        check_guidance(self.steps, self.text_cfg, self.image_cfg)
-        check_more_guidance(self.text_cfg_rescale, self.cfg_interval)
-        check_masking(self.mask, self.auto_mask, self.mask_padding, self.feather)
-        for name, value, known in (
-            ("Sampler", self.sampler, SAMPLERS),
-            ("Spacing", self.spacing, SPACINGS),
-            ("Fit", self.fit, ("original", "model")),
-        ):
-            if value not in known:
-                raise InputError(f"{name} {value!r} is not known; use one of {', '.join(known)}.")
-
-    def feather_of(self, size: tuple[int, int]) -> float:
-        """The feather in pixels of a part of `size`; unless given, what is 4 pixels at 512."""
-        return max(size) / 128 if self.feather is None else self.feather
+def feather_of(settings: EditSettings, size: tuple[int, int]) -> float:
+    """The feather in pixels for a part of `size`; unless given, what is 4 pixels at 512."""
+    return max(size) / 128 if settings.feather is None else settings.feather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -641,6 +646,7 @@ class _Sheet:
     rebuilt: Image.Image | None
     latent: Tensor
     control: Control | None
+    warnings: tuple[str, ...] = ()
 
 
 @functools.lru_cache(maxsize=1)
@@ -650,18 +656,26 @@ def _loaded(model: str | Path, device: str | torch.device, dtype: str | torch.dt
 
 def edit(
     image: Picture,
-    instruction: str,
+    instruction: str = "",
     *,
     model: str | Path = "storybook",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    **settings: Any,
-) -> list[Image.Image]:
-    """Edit a picture in one call; `settings` are those of `Editor.edit`. The last model used stays loaded."""
-    return _loaded(model, device, dtype).edit(image, instruction, **settings)
+    seeds: Sequence[int] | None = None,
+    settings: EditSettings | None = None,
+    **changes: Unpack[EditArguments],
+) -> EditResults:
+    """Edit a picture in one call, as `Editor.edit` does. The last model used stays loaded."""
+    editor = _loaded(model, device, dtype)
+    return editor.edit(image, instruction, seeds=seeds, settings=settings, **changes)
 
 
-def _checked_seeds(seeds: Sequence[int]) -> list[int]:
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """The seeds as a list. Raises InputError for none, a single number, or one out of range."""
+    if not isinstance(seeds, Iterable):
+        raise InputError(
+            f"seeds is {seeds}; it must be a list with one seed per result. Try seeds=[{seeds}]."
+        )
     seeds = [int(seed) for seed in seeds]
     if not seeds:
         raise InputError("No seed was given. Give one for each result, for example seeds=[1, 2].")

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ip2p.config import ScoreConfig
     from ip2p.editing.editor import Editor
 
 SPLITS = tuple(split for split in edits.SPLITS if split != "train")
@@ -198,7 +197,7 @@ def edit_pages(
     seeds: Sequence[int],
     steps: int,
     sampler: str,
-    spacing: str,
+    schedule: str,
     text_cfg: float,
     image_cfg: float,
 ) -> list[NDArray[np.uint8]]:
@@ -217,7 +216,7 @@ def edit_pages(
         text_cfg=text_cfg,
         image_cfg=image_cfg,
         sampler=sampler,
-        sigmas=SPACINGS[spacing](editor.schedule, steps),
+        sigmas=SPACINGS[schedule](editor.schedule, steps),
     )
     for last in latents:
         final = last
@@ -246,7 +245,7 @@ def score(
     seed: int = 0,
     steps: int | None = None,
     sampler: str | None = None,
-    spacing: str | None = None,
+    schedule: str | None = None,
     text_cfg: float | None = None,
     image_cfg: float | None = None,
     size: int | None = None,
@@ -265,9 +264,15 @@ def score(
     split, for a picture of them.
     """
     size = size or editor.bundle.card.native_size
-    sampling = editor.resolve(
-        steps=steps, sampler=sampler, spacing=spacing, text_cfg=text_cfg, image_cfg=image_cfg
-    )
+    given = {
+        "steps": steps,
+        "sampler": sampler,
+        "schedule": schedule,
+        "text_cfg": text_cfg,
+        "image_cfg": image_cfg,
+    }
+    settings = editor.resolved(changes=given)
+    sampling = {name: getattr(settings, name) for name in given}
     result: dict[str, Any] = {"count": count, "seed": seed, "size": size, **sampling, "splits": {}}
     for split in splits:
         found: list[tuple[Case, Verdict]] = []
@@ -325,7 +330,7 @@ def as_text(result: dict[str, Any]) -> str:
     """The score as tables of at most 100 columns, one for each split."""
     lines = [
         f"{result['count']} edits per split at {result['size']} px, seed {result['seed']}",
-        f"{result['steps']} steps of {result['sampler']} ({result['spacing']}), "
+        f"{result['steps']} steps of {result['sampler']} ({result['schedule']}), "
         f"text CFG {result['text_cfg']:g}, image CFG {result['image_cfg']:g}",
         "number right of all, percent, and in brackets the 95% interval",
     ]
@@ -406,8 +411,8 @@ def rows_picture(rows: Sequence[tuple[Case, NDArray[np.uint8]]], columns: int = 
     return sheet
 
 
-def run(config: ScoreConfig) -> None:
-    """The command `ip2p storybook score`: print the tables, and write what the config asks for."""
+def run(config: Any) -> None:
+    """The command `ip2p storybook score`: print the table, and write what the config asks for."""
     from ip2p.base.files import check_output, replacing, write_text
     from ip2p.base.terminal import progress
     from ip2p.editing.editor import Editor
@@ -428,7 +433,7 @@ def run(config: ScoreConfig) -> None:
             seed=config.seed,
             steps=config.steps,
             sampler=config.sampler,
-            spacing=config.spacing,
+            schedule=config.schedule,
             text_cfg=config.text_cfg,
             image_cfg=config.image_cfg,
             size=config.size,

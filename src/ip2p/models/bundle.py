@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from ip2p.base.errors import InputError, ModelError, hub_error
-from ip2p.config import SamplerName, Spacing, check_guidance
 from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.families import unet_refusal
@@ -41,6 +40,7 @@ from ip2p.models.load import (
     tokenizer_texts,
 )
 from ip2p.pictures.images import close_file, nearest
+from ip2p.settings import EditSettings
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -73,27 +73,23 @@ class Card:
     """What a model says of itself in `ip2p.json`; every field may be missing there.
 
     native_size: the side in pixels that it was trained at. known_psnr: below this reconstruction
-    PSNR in dB of its autoencoder, a picture is far from what it knows. The other fields are the settings
-    that it recommends, or the defaults of every model (`resolve_settings`).
+    PSNR in dB of its autoencoder, a picture is far from what it knows. closed_vocabulary: it does not know
+    words that its tokenizer splits (`models.text.unknown_words`). The other fields are the settings that it
+    recommends, or the defaults of every model (`Settings.resolved`).
     """
 
     name: str
     native_size: int
     known_psnr: float | None = None
+    closed_vocabulary: bool = False
     steps: int = 20
     sampler: str = "euler_ancestral"
-    spacing: str = "linspace"
+    schedule: str = "linspace"
     text_cfg: float = 7.5
     image_cfg: float = 1.5
 
 
-RECOMMENDED = ("steps", "sampler", "spacing", "text_cfg", "image_cfg")
-
-
-def resolve_settings(card: Card, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an edit, each of `RECOMMENDED` that is None or missing with the model's own value."""
-    own = {name: getattr(card, name) for name in RECOMMENDED if settings.get(name) is None}
-    return {**settings, **own}
+RECOMMENDED = ("steps", "sampler", "schedule", "text_cfg", "image_cfg")
 
 
 @dataclass(frozen=True)
@@ -230,7 +226,10 @@ def not_an_editor(stored: Stored) -> str:
         return f"{stored.path}: {known}"
     line = f"This UNet takes {channels} channels; an editor needs {needed}. "
     if channels != needed // 2:
-        return line + f"Use an editor such as {PHOTO_MODEL}."
+        return line + (
+            f"Use an editor such as {PHOTO_MODEL}, or train one from a base of {needed // 2} channels with "
+            "ip2p train."
+        )
     config = stored.configs["scheduler"]
     if stored.cosxl or str(config.get("_class_name", "")).startswith(("EDM", "FlowMatch")):
         return (
@@ -371,8 +370,8 @@ def check_tiny(tiny: AutoencoderTiny, bundle: Bundle) -> None:
     wanted = bundle.vae.config.latent_channels, bundle.latent_factor
     if shape != wanted:
         raise ModelError(
-            f"The tiny autoencoder has latents of {shape[0]} channels and {shape[1]} pixels a cell, the "
-            f"model of {wanted[0]} and {wanted[1]}. Use one that was made for it."
+            f"The tiny autoencoder has {shape[0]} latent channels and {shape[1]} pixels per cell, the model "
+            f"has {wanted[0]} and {wanted[1]}. Use a tiny autoencoder that was made for this model."
         )
 
 
@@ -563,6 +562,7 @@ def _card(stored: Stored, name: str, native_size: int) -> Card:
         name=str(said.get("name") or own),
         native_size=int(said.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
+        closed_vocabulary=bool(said.get("closed_vocabulary")),
         **_recommended(said, stored.path),
     )
 
@@ -570,18 +570,13 @@ def _card(stored: Stored, name: str, native_size: int) -> Card:
 def _recommended(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The settings that a card names. Raises ModelError for one that no edit can have."""
     found = {name: said[name] for name in RECOMMENDED if said.get(name) is not None}
-    for name, known in (("sampler", get_args(SamplerName)), ("spacing", get_args(Spacing))):
-        if found.get(name, known[0]) not in known:
-            raise ModelError(
-                f"{path}: its ip2p.json recommends the {name} {found[name]!r}; known are {', '.join(known)}. "
-                "Correct it there, or update ip2p."
-            )
     try:
-        found |= {name: float(found[name]) for name in ("text_cfg", "image_cfg") if name in found}
-        check_guidance(found.get("steps", 1), found.get("text_cfg"), found.get("image_cfg"))
-    except (InputError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: its ip2p.json cannot be used ({error}). Correct it there.") from None
-    return found
+        settings = EditSettings.read(found)
+    except InputError as error:
+        raise ModelError(
+            f"{path}: its ip2p.json cannot be used: {error} Correct it there, or update ip2p."
+        ) from None
+    return {name: getattr(settings, name) for name in found}
 
 
 def _square(size: int | list[int] | tuple[int, int] | None) -> int:

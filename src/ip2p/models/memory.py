@@ -1,7 +1,7 @@
 """What an edit needs of memory, against what the device has free, and how to make it fit.
 
 The need is an estimate: the weights by their count, and the largest maps that are alive at once.
-Those are counted in maps of a network's first width (`tools/trace_memory.py` counts them), with
+Those are counted in maps of a network's first width (`python -m benchmarks.speed memory` counts them), with
 attention that keeps no matrix; half as much again is for the kernels' own workspace.
 """
 

@@ -272,7 +272,7 @@ def model_card(
         "## Use",
         f'```sh\nip2p edit photo.jpg "make it snow" --model {name}\n```',
         "With diffusers:",
-        f"```python\n{_snippet(name, kind, text_cfg, image_cfg)}```",
+        f"```python\n{_snippet(name, kind, native_size, text_cfg, image_cfg)}```",
         f"It was trained at {native_size} pixels; pictures near that size come out best.",
         *([f"`{lora}` is the LoRA alone, for {start}: `--lora {lora}`."] if lora else []),
         "## Data",
@@ -303,13 +303,14 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _snippet(name: str, kind: str, text_cfg: float, image_cfg: float) -> str:
+def _snippet(name: str, kind: str, native_size: int, text_cfg: float, image_cfg: float) -> str:
     pipeline = f"StableDiffusion{'XL' if kind == 'sdxl' else ''}InstructPix2PixPipeline"
     return (
         f"from diffusers import {pipeline}\n"
         "from PIL import Image\n\n"
         f'editor = {pipeline}.from_pretrained("{name}")\n'
         'picture = Image.open("photo.jpg").convert("RGB")\n'
+        f"picture.thumbnail(({native_size}, {native_size}))  # larger takes far more time and memory\n"
         "edited = editor(\n"
         '    "make it snow", image=picture,\n'
         f"    guidance_scale={text_cfg:g}, image_guidance_scale={image_cfg:g},\n"

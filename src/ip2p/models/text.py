@@ -132,17 +132,36 @@ def _time_ids(unet: Any, projected: int, size: tuple[int, int]) -> Tensor:
     return torch.tensor([numbers], dtype=torch.float32)
 
 
+def words_without_effect(bundle: Bundle, text: str) -> list[str]:
+    """A warning for what a model does not read of a text: what is cut off, words of no known meaning."""
+    found = _cut_text(bundle.tokenizer, text)
+    unknown = []
+    if bundle.card.closed_vocabulary:
+        unknown = unknown_words(text, bundle.tokenizer)
+    if unknown:
+        words = f"{bundle.card.name} does not know these words: {', '.join(unknown)}."
+        warnings.warn(words, stacklevel=2)
+        found.append(words)
+    return found
+
+
+def _cut_text(tokenizer: Any, text: str) -> list[str]:
+    """A warning that names what is beyond the last token, if something is."""
+    limit = tokenizer.model_max_length
+    whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    if len(whole["input_ids"]) <= limit:
+        return []
+    # The last place is the end token's.
+    cut = text[whole["offset_mapping"][limit - 1][0] :].strip()
+    return [f"The text is longer than {limit} tokens; this part has no effect: {cut!r}"]
+
+
 def _tokens(tokenizer: Any, texts: Sequence[str], device: torch.device) -> Tensor:
     """[batch, limit] token ids. A warning names the text cut off."""
     limit = tokenizer.model_max_length
     for text in texts:
-        whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        if len(whole["input_ids"]) > limit:
-            # The last place is the end token's.
-            cut = text[whole["offset_mapping"][limit - 1][0] :].strip()
-            warnings.warn(
-                f"The text is longer than {limit} tokens; this part has no effect: {cut!r}", stacklevel=1
-            )
+        for words in _cut_text(tokenizer, text):
+            warnings.warn(words, stacklevel=1)
     padded = tokenizer(
         list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
     )

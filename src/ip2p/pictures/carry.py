@@ -1,17 +1,16 @@
-"""From the size at which a model works back to the photograph: the change is carried, the detail stays.
+"""Transfers an edit from the model's size to the full-size photograph and keeps the photograph's detail.
 
-A model sees a photograph small and through its autoencoder. Both lose detail that nobody asked to lose, so
-its result is not enlarged and handed out. With o the photograph, r what the model's path makes of it
-when nothing is asked, and e the edited result (both small), the photograph becomes
+A model sees a downscaled photograph through its autoencoder. Both steps lose detail, so the result is not
+simply enlarged. With o the photograph, r the model's reconstruction of it without an edit, and e the edited
+result (both small), the output is
 
     up(e) + K · (o - up(r))
 
-where K, a 3x3 matrix at each place, says how much of what the path lost is put back, and how. It is the
-local linear model e ≈ K r + b of the guided filter (He et al. 2013, with the joint upsampling of its
-section 3.4), fitted where things are small and applied where they are large:
-- nothing changed: e = r and K = 1, so the photograph comes out as it went in;
-- light, colour or weather changed: the detail follows, dimmed or tinted as its surroundings are;
-- the content is another: e has nothing of r, K falls to 0, and the enlarged result is what is left.
+where K, a 3x3 matrix at each position, controls how much of the lost detail is restored, and how. It is the
+local linear model e ≈ K r + b of the guided filter (He et al. 2013, with the joint upsampling of section
+3.4), fitted at the small size and applied at the full size: - no change: e = r and K = 1, so the photograph
+is unchanged; - new light, color or weather: the detail is dimmed or tinted like its surroundings; - new
+content: e is unrelated to r, K falls to 0, and only the enlarged result remains.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ if TYPE_CHECKING:
 
     Field = NDArray[np.floating[Any]]
 
-# In levels of 255. Below QUIET (root mean square over 3x3) a change is the model's own unrest and not
-# carried; from LOUD on it is carried whole.
+# In levels of 255, RMS over 3x3. A change below QUIET is treated as model noise and ignored; a change above
+# LOUD is transferred fully.
 QUIET, LOUD = 1.5, 4.0
-# Texture weaker than this, in levels, does not tell what became of the detail: K stays near 1 there.
+# Texture weaker than this (in levels) gives no evidence about the detail: K stays near 1.
 FLAT = 5.0
-# The share of the result's texture that r does not explain: from the first on detail is withheld, from the
-# second on the content counts as another.
+# Fraction of the result's texture that r does not explain: above the first value, detail is reduced; above
+# the second, the content is considered new.
 FOREIGN = 0.3, 0.7
-STRIP = 2**20  # pixels worked on at a time: about 100 MB, whatever the size of the photograph
+STRIP = 2**20  # pixels processed at a time: about 100 MB for any size of photograph
 
 
 def carry(original: Image.Image, shown: Image.Image, edited: Image.Image) -> Image.Image:
-    """The edit of `original`, an RGB picture of any size, that `edited` shows at the model's size.
+    """Apply the edit that `edited` shows at the model's size to `original`, an RGB picture of any size.
 
-    shown: RGB of the size of `edited`, what the model's path makes of the original when nothing is
-    asked: scaled, and best also through the autoencoder, whose losses are then put back.
+    shown: RGB of the same size as `edited`; the original without an edit, downscaled and preferably also
+    passed through the autoencoder, so that its losses are restored.
     """
     assert shown.size == edited.size, (shown.size, edited.size)
     before, after = _levels(shown), _levels(edited)
@@ -70,13 +69,13 @@ def carry(original: Image.Image, shown: Image.Image, edited: Image.Image) -> Ima
 
 
 def _fit(before: Field, after: Field, radius: int) -> tuple[Field, Field]:
-    """K [h, w, 3, 3] and the share of the change that counts, [h, w], from pictures [h, w, 3] in levels."""
+    """K [h, w, 3, 3] and the weight of the change [h, w], from pictures [h, w, 3] in levels."""
     change = after - before
     mean_before, mean_change = _box(before, radius), _box(change, radius)
     spread = _covariance(before, mean_before, before, mean_before, radius)  # [h, w, 3, 3]
     joint = _covariance(before, mean_before, change, mean_change, radius)
     solid = spread + FLAT**2 * np.eye(3)
-    # change ≈ slope · before + b; the ridge draws the slope to 0 and so K = 1 + slope to 1.
+    # change ≈ slope · before + b; the ridge term pulls the slope to 0, so K = 1 + slope to 1.
     slope = np.linalg.solve(solid, joint).swapaxes(-1, -2).clip(-2, 2)
     change_spread = _box((change**2).sum(axis=-1), radius) - (mean_change**2).sum(axis=-1)
     trace = np.einsum("...ij,...ji->...", slope, joint)
@@ -89,18 +88,18 @@ def _fit(before: Field, after: Field, radius: int) -> tuple[Field, Field]:
 
 
 def _levels(image: Image.Image) -> Field:
-    # In 64 bits: variances are differences of large numbers.
+    # fp64, because variances are differences of large numbers.
     return np.asarray(image.convert("RGB"), dtype=np.float64)
 
 
 def _covariance(a: Field, mean_a: Field, b: Field, mean_b: Field, radius: int) -> Field:
-    """[h, w, 3, 3] over windows: rows go with the channels of a, columns with those of b."""
+    """Windowed covariance [h, w, 3, 3]: rows are the channels of a, columns those of b."""
     product = _box(a[..., :, None] * b[..., None, :], radius)
     return product - mean_a[..., :, None] * mean_b[..., None, :]
 
 
 def _box(values: Field, radius: int) -> Field:
-    """The mean over a square of 2·radius + 1 in the first two axes, cut off at the borders."""
+    """The box mean over 2·radius + 1 in the first two axes, truncated at the borders."""
     for axis in (0, 1):
         size = values.shape[axis]
         sums = np.cumsum(values, axis=axis)
@@ -121,9 +120,9 @@ def _smoothstep(x: Field, low: float, high: float) -> Field:
 def _resized(
     field: Field, size: tuple[int, int], box: tuple[float, float, float, float], how: Image.Resampling
 ) -> Field:
-    """A strip of `field`, [h, w] or [h, w, channels], at another size, in fp32: `box` is its place."""
+    """The region `box` of `field`, [h, w] or [h, w, channels], resized to `size`, in fp32."""
     if field.ndim == 2:
         layer = Image.fromarray(np.ascontiguousarray(field, dtype=np.float32))
-        # Pillow looks beyond the box where there is picture, so strips meet without a seam.
+        # Pillow also samples outside the box, so strips have no seams.
         return np.asarray(layer.resize(size, how, box))
     return np.stack([_resized(field[..., k], size, box, how) for k in range(field.shape[-1])], axis=-1)

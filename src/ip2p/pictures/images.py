@@ -6,21 +6,25 @@ import contextlib
 import difflib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.base.files import check_output as check_file
 from ip2p.base.files import replacing
+from ip2p.settings import MAX_PIXELS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_PIXELS = 16_000_000
+# A path, the bytes of a file, an open file, a PIL image, or an array [height, width(, channels)].
+Picture = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any]
+
 MIN_SIDE = 16
 MAX_ASPECT = 8
 # Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.
@@ -94,25 +98,40 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image,
+    source: Picture,
     *,
     max_pixels: int | None = MAX_PIXELS,
-    background: Literal["white", "black"] = "white",
+    background: Literal["white", "black"] | None = "white",
+    warn: Callable[[str], object] | None = None,
 ) -> Image.Image:
     """Read a picture as upright 8-bit RGB; `info` keeps what belongs to it (exif, icc_profile).
 
-    `source`: a path, the bytes of a file, or a PIL image (which `max_pixels` does not concern: its
-    pixels are there already). Sizes are checked from the header, before anything is decoded.
-    Transparency is laid on `background`, and a warning says so. Raises InputError for whatever cannot
-    be edited.
+    `source`: a path, the bytes of a file, an open file, a PIL image, or an array [height, width] or
+    [height, width, 1, 3 or 4] of uint8, or of floats from 0 to 1. `max_pixels` does not concern images and
+    arrays: their pixels are in memory already. Sizes are checked from the header, before anything is
+    decoded. Transparency is laid on `background`, and a warning says so; without a background the picture
+    is RGBA if it has transparent parts. warn: is called with each warning in place of Python's. Raises
+    InputError for whatever cannot be edited.
     """
+    warn = warn or (lambda words: warnings.warn(words, stacklevel=3))
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or "The picture"
-        return _upright_rgb(_checked(source, str(name), None), str(name), background)
+        return _upright_rgb(_checked(source, str(name), None), str(name), background, warn)
     if isinstance(source, bytes):
         name, data = "The picture", source
-    else:
+    elif isinstance(source, str | Path):
         name, data = str(source), _read(Path(source))
+    elif hasattr(source, "read"):
+        name, data = str(getattr(source, "name", "") or "The picture"), source.read()
+        if not isinstance(data, bytes):
+            raise InputError(f"{name} is open as text. Open it with mode 'rb'.")
+    else:
+        raise InputError(
+            f"A {type(source).__name__} is not a picture. Give a path, bytes, an open file, a PIL image or "
+            "a NumPy array."
+        )
     if not data:
         raise InputError(f"{name} is empty (0 bytes). Give a picture, or fetch this one again.")
     try:
@@ -126,7 +145,7 @@ def load_image(
                         for folder in {EXIF_IFD, GPS_IFD} & set(image.getexif()):
                             image.getexif().get_ifd(folder)
                 image.load()
-                return _upright_rgb(image, name, background)
+                return _upright_rgb(image, name, background, warn)
     except InputError:
         raise
     except MemoryError:
@@ -140,6 +159,22 @@ def load_image(
             f"{name} is damaged or cut short ({str(error).rstrip('.') or type(error).__name__}). "
             "Fetch it again, or save it anew from a viewer."
         ) from None
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    """A PIL image of an array [height, width(, 1, 3 or 4)]: uint8, or floats from 0 to 1."""
+    values = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+        raise InputError(
+            f"The array has the shape {list(array.shape)}. Give [height, width] or [height, width, 3 or 4]."
+        )
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > 1:
+            raise InputError("The array has floats outside of 0 to 1. Scale it, or give uint8.")
+        values = (values * 255).round().astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise InputError(f"The array has the type {values.dtype}. Give uint8, or floats from 0 to 1.")
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
 def _read(path: Path) -> bytes:
@@ -194,19 +229,35 @@ def _checked(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
     return image
 
 
-def _upright_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
+def flattened(image: Image.Image, background: Literal["white", "black"]) -> Image.Image:
+    """An RGBA picture of `load_image` as RGB on a background; itself if it is RGB already."""
+    if image.mode != "RGBA":
+        return image
+    rgb = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    rgb.info = dict(image.info)
+    return rgb
+
+
+def _upright_rgb(
+    image: Image.Image,
+    name: str,
+    background: Literal["white", "black"] | None,
+    warn: Callable[[str], object],
+) -> Image.Image:
     """8-bit RGB, turned as EXIF says, on a background; exif and a fitting ICC profile stay in `info`."""
     info: dict[str | tuple[int, int], Any] = {}
-    if exif := _exif(image, name):
+    if exif := _exif(image, name, warn):
         info["exif"] = exif
     upright = ImageOps.exif_transpose(image)
     profile = upright.info.get("icc_profile")
     rgb = upright
     if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        if np.asarray(layer.getchannel("A")).min() < 255:
-            warnings.warn(f"{name} has transparent parts: they are laid on {background}.", stacklevel=1)
-        rgb = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
+        rgb = layer = upright.convert("RGBA")
+        opaque = np.asarray(layer.getchannel("A")).min() == 255
+        if background is not None and not opaque:
+            warn(f"{name} has transparent parts: they are laid on {background}.")
+        if background is not None or opaque:
+            rgb = flattened(layer, background or "white")
         # A palette or RGBA profile is an RGB profile; a grey one does not fit the result.
         profile = profile if upright.mode not in ("LA", "La", "L") else None
     elif upright.mode in ("CMYK", "L"):
@@ -225,7 +276,7 @@ def _upright_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
     return rgb
 
 
-def _exif(image: Image.Image, name: str) -> bytes | None:
+def _exif(image: Image.Image, name: str, warn: Callable[[str], object]) -> bytes | None:
     """The EXIF that still holds once the picture stands upright, or None."""
     try:
         exif = Image.Exif()
@@ -234,7 +285,7 @@ def _exif(image: Image.Image, name: str) -> bytes | None:
             exif.pop(tag, None)
         return exif.tobytes() if len(exif) else None
     except Exception as error:  # whatever a camera wrote wrongly, the pixels are not to blame
-        warnings.warn(f"{name} has EXIF that cannot be kept ({error}); it is left out.", stacklevel=1)
+        warn(f"{name} has EXIF that cannot be kept ({error}); it is left out.")
         return None
 
 
@@ -305,6 +356,30 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 # --- saving ------------------------------------------------------------------------------------
+
+
+class EditedImage(Image.Image):
+    """A picture whose settings and profile go into the file when Pillow saves it, as with `save_image`."""
+
+    @classmethod
+    def of(cls, image: Image.Image) -> EditedImage:
+        """The same pixels, which both share, and the same `info`."""
+        made = cls()
+        made.__dict__.update(image.__dict__)
+        return made
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As `PIL.Image.Image.save`; what the picture's `info` holds is written unless `params` has it."""
+        name = fp if isinstance(fp, str | Path) else getattr(fp, "name", "")
+        kind = format.upper() if format else WRITES.get(Path(str(name)).suffix.lower(), "")
+        kind = {"JPG": "JPEG"}.get(kind, kind)
+        if kind in WRITES.values():
+            ours = _write_options(self, kind)
+            kept: dict[str, Any] = {
+                key: ours[key] for key in ("pnginfo", "exif", "icc_profile", "xmp") if key in ours
+            }
+            params = kept | params
+        super().save(fp, format, **params)
 
 
 def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) -> Path:

@@ -2,95 +2,94 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import create_model
+from pydantic.fields import FieldInfo
 
 from ip2p.base.errors import InputError
 from ip2p.pictures.images import EXIF_IFD, USER_COMMENT, missing_file
+from ip2p.settings import (
+    EditSettings,
+    ModelSettings,
+    SettingError,
+    Voice,
+    flat_types,
+    meta_of,
+    picture_name,
+    setting,
+)
 
-SAMPLER_NAMES = {"euler_ancestral": "Euler a", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
-# A1111's "SGM Uniform" takes the times of trailing before they are rounded.
-SCHEDULE_NAMES = {"linspace": "Automatic", "karras": "Karras", "trailing": "SGM Uniform"}
 # A name, a colon, and a value that is JSON-quoted where it holds a comma, a colon or a newline.
 FIELD = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
+class EditRecord(ModelSettings, EditSettings):
     """All that an edit was made with; `size` is the width and height at which the model worked.
 
-    What is at its default here is not written. mask and control_image are the files' names; mask_padding
-    and feather belong to a mask, control_scale to a ControlNet.
+    `mask` and `control_image` are the names of files. others: what A1111 and its like wrote beside it.
     """
 
-    instruction: str
-    negative: str = ""
-    steps: int
-    sampler: str
-    text_cfg: float
-    image_cfg: float
-    seed: int
-    size: tuple[int, int]
-    model: str
-    spacing: str = "linspace"
-    text_cfg_rescale: float = 0.0
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    mask: str | None = None
-    mask_padding: int = 32
-    feather: float | None = None
-    auto_mask: float | None = None
-    fit: str = "original"
-    revision: str | None = None
-    weights: str = "ema"
-    vae: str | None = None
-    loras: tuple[str, ...] = ()  # FILE:WEIGHT, in the order in which they were added
-    controlnet: str | None = None
-    control_image: str | None = None
-    control_scale: float = 1.0
-    version: str = ""
-    others: Mapping[str, str] = field(default_factory=dict)
+    version: str = setting("", "the version of ip2p")
+    others: Mapping[str, str] = setting({}, "fields that ip2p does not know")
+
+    def check_together(self) -> None:
+        """A record only says what was written; whether it can be edited with is checked when it is."""
 
 
-def format_infotext(settings: Settings) -> str:
+@functools.cache
+def record_class(settings: type[EditSettings]) -> type[EditRecord]:
+    """The record of edits with these settings: an `EditRecord` that has the fields which a subclass adds."""
+    if issubclass(EditRecord, settings):
+        return EditRecord
+    return create_model("EditRecord", __base__=(EditRecord, settings))
+
+
+SAMPLER_NAMES = meta_of(EditSettings.model_fields["sampler"]).labels
+SCHEDULE_NAMES = meta_of(EditSettings.model_fields["schedule"]).labels
+
+
+def format_infotext(record: EditRecord) -> str:
     """The three lines of A1111 (two without a negative prompt).
 
     White space in the texts becomes single blanks: the tokenizer reads it so, and the lines stay lines.
+    Settings with a label are written, those of `Meta.written` always and the others when they were changed.
     """
-    values = {
-        "Steps": str(settings.steps),
-        "Sampler": SAMPLER_NAMES.get(settings.sampler, settings.sampler),
-        "CFG scale": _number(settings.text_cfg),
-        "Image CFG scale": _number(settings.image_cfg),
-        "Seed": str(settings.seed),
-        "Size": f"{settings.size[0]}x{settings.size[1]}",
-        "Model": settings.model,
-    }
-    if settings.spacing != "linspace":
-        values["Schedule type"] = SCHEDULE_NAMES.get(settings.spacing, settings.spacing)
-    for name, (label, write, _) in MORE.items():
-        value = getattr(settings, name)
-        if value != getattr(Settings, name):
-            values[label] = write(value)
-    values |= {f"LoRA {k}": lora for k, lora in enumerate(settings.loras, 1)}
-    values |= dict(settings.others)
-    if settings.version:
-        values["Version"] = settings.version
-    lines = [" ".join(settings.instruction.split())]
-    if settings.negative.strip():
-        lines.append("Negative prompt: " + " ".join(settings.negative.split()))
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in values.items()))
+    first: dict[str, str] = {}
+    changed: dict[str, str] = {}
+    for name, found in type(record).model_fields.items():
+        label, value = meta_of(found).label, getattr(record, name)
+        if not label:
+            continue
+        if isinstance(value, tuple) and value and isinstance(value[0], str):
+            changed |= {f"{label} {k}": text for k, text in enumerate(value, 1)}
+        elif meta_of(found).written != "changed":
+            first[label] = _written(found, value)
+        elif value is not None and value not in (found.default, meta_of(found).fallback):
+            changed[label] = _written(found, value)
+    values = first | changed | dict(record.others)
+    if record.version:
+        values["Version"] = record.version
+    lines = [" ".join(record.instruction.split())]
+    if record.negative.strip():
+        lines.append("Negative prompt: " + " ".join(record.negative.split()))
+    lines.append(", ".join(f"{label}: {_quoted(value)}" for label, value in values.items()))
     return "\n".join(lines)
 
 
-def parse_infotext(text: str) -> Settings:
-    """Read what `format_infotext` or A1111 wrote. Raises InputError where a setting is missing or bad."""
+def parse_infotext(
+    text: str, kind: type[EditRecord] = EditRecord, *, without: Collection[str] = ()
+) -> EditRecord:
+    """Read what `format_infotext` or A1111 wrote. Raises InputError where a setting is missing or bad.
+
+    without: names of settings whose values are not read, whatever they are.
+    """
     lines = text.strip().split("\n")
     found = {name: _unquoted(value.strip()) for name, value in FIELD.findall(lines[-1])}
     if len(lines) < 2 or "Steps" not in found:
@@ -100,43 +99,54 @@ def parse_infotext(text: str) -> Settings:
     start = next((i for i, line in enumerate(lines[:-1]) if i and line.startswith("Negative prompt:")), None)
     negative = "" if start is None else "\n".join(lines[start:-1]).removeprefix("Negative prompt:").strip()
     instruction = "\n".join(lines[: start if start is not None else -1]).strip()
-    samplers = {label: name for name, label in SAMPLER_NAMES.items()}
-    spacings = {label: name for name, label in SCHEDULE_NAMES.items()}
-    sampler, spacing = found.pop("Sampler", "Euler a"), found.pop("Schedule type", "Automatic")
     # A1111 before 1.9 has the schedule in the sampler's name: "DPM++ 2M Karras".
-    if sampler not in samplers and sampler.endswith(" Karras"):
-        sampler, spacing = sampler.removesuffix(" Karras"), "Karras"
+    sampler = found.get("Sampler", "")
+    if sampler.endswith(" Karras") and sampler not in SAMPLER_NAMES.values():
+        found |= {"Sampler": sampler.removesuffix(" Karras"), "Schedule type": "Karras"}
+    values: dict[str, Any] = {"instruction": instruction, "negative": negative}
+    for name, field in kind.model_fields.items():
+        meta = meta_of(field)
+        if not meta.label:
+            continue
+        if name in without:
+            found.pop(meta.label, None)
+            continue
+        if flat_types(field.annotation) == [tuple[str, ...]]:
+            texts: list[str] = []
+            while (numbered := f"{meta.label} {len(texts) + 1}") in found:
+                texts.append(found.pop(numbered))
+            values[name] = tuple(texts)
+        elif meta.label in found:
+            words = {label: value for value, label in meta.labels.items()}
+            value = found.pop(meta.label)
+            values[name] = words.get(value, value)
+        elif meta.written == "required":
+            raise InputError(f"The settings lack {meta.label!r}. Give a picture made by ip2p.")
+        elif name == "model":
+            values[name] = ""
+        elif meta.fallback is not None:
+            values[name] = meta.fallback
+    version = found.pop("Version", "")
+    labels = {name: meta_of(field).label or name for name, field in kind.model_fields.items()}
+    voice = Voice(
+        lambda name: labels.get(name, name), lambda name, value: f"{labels.get(name, name)}: {value}"
+    )
     try:
-        width, height = (int(side) for side in found.pop("Size").split("x"))
-        more = {name: read(found.pop(label)) for name, (label, _, read) in MORE.items() if label in found}
-        loras: list[str] = []
-        while f"LoRA {len(loras) + 1}" in found:
-            loras.append(found.pop(f"LoRA {len(loras) + 1}"))
-        return Settings(
-            instruction=instruction,
-            negative=negative,
-            steps=int(found.pop("Steps")),
-            sampler=samplers.get(sampler, sampler),
-            text_cfg=float(found.pop("CFG scale")),
-            image_cfg=float(found.pop("Image CFG scale", "1.5")),
-            seed=int(found.pop("Seed")),
-            size=(width, height),
-            model=found.pop("Model", ""),
-            spacing=spacings.get(spacing, spacing),
-            version=found.pop("Version", ""),
-            loras=tuple(loras),
-            others=found,
-            **more,
-        )
-    except KeyError as error:
-        raise InputError(f"The settings lack {error.args[0]!r}. Give a picture made by ip2p.") from None
-    except ValueError as error:
-        raise InputError(f"The settings cannot be read ({error}). Give a picture made by ip2p.") from None
+        return kind.read(values | {"version": version, "others": found}, voice)
+    except SettingError as error:
+        reason = str(error).split(" Try ")[0].rstrip(".")
+        raise InputError(f"The settings cannot be read ({reason}). Give a picture made by ip2p.") from None
+
+
+def labeled_settings() -> list[str]:
+    """The settings that an infotext holds."""
+    fields = EditRecord.model_fields
+    return [name for name in fields if meta_of(fields[name]).label or name in ("instruction", "negative")]
 
 
 def amend(text: str, **fields: Any) -> str:
-    """The infotext with other values in some fields of its Settings."""
-    return format_infotext(dataclasses.replace(parse_infotext(text), **fields))
+    """The infotext with other values in some fields of its record."""
+    return format_infotext(parse_infotext(text).changed(**fields))
 
 
 def read_infotext(path: str | Path) -> str | None:
@@ -170,9 +180,16 @@ def decode_comment(comment: bytes | str | None) -> str | None:
     return comment.decode("utf-8", "replace").strip("\0")
 
 
-def _interval(text: str) -> tuple[float, float]:
-    low, high = (float(end) for end in text.split(" to "))
-    return low, high
+def _written(found: FieldInfo, value: Any) -> str:
+    """A value as the infotext has it: 7.5, 512x512, "0.2 to 0.9", a file's name, A1111's word for it."""
+    if isinstance(value, tuple):
+        whole = all(isinstance(part, int) for part in value)
+        return "x".join(map(str, value)) if whole else " to ".join(map(_number, value))
+    if isinstance(value, float):
+        return _number(value)
+    if isinstance(value, str):
+        return meta_of(found).labels.get(value, value)
+    return picture_name(value) or str(value)
 
 
 def _number(value: float) -> str:
@@ -190,21 +207,3 @@ def _unquoted(value: str) -> str:
         return str(json.loads(value))
     except json.JSONDecodeError:
         return value
-
-
-# Field of Settings: its name in the infotext, how its value is written, how it is read.
-MORE: dict[str, tuple[str, Callable[[Any], str], Callable[[str], Any]]] = {
-    "text_cfg_rescale": ("CFG rescale", _number, float),
-    "cfg_interval": ("CFG interval", lambda ends: " to ".join(map(_number, ends)), _interval),
-    "mask": ("Mask", str, str),
-    "mask_padding": ("Mask padding", str, int),
-    "feather": ("Mask feather", _number, float),
-    "auto_mask": ("Auto mask", _number, float),
-    "fit": ("Fit", str, str),
-    "revision": ("Model revision", str, str),
-    "weights": ("Model weights", str, str),
-    "vae": ("VAE model", str, str),  # A1111's VAE is a file's name in its own folder
-    "controlnet": ("ControlNet", str, str),
-    "control_image": ("Control image", str, str),
-    "control_scale": ("Control scale", _number, float),
-}

@@ -1,18 +1,17 @@
-"""Limit an edit to a region: a mask that was drawn, or one found from what the model itself would change.
+"""Limits an edit to a region: a mask given by the user, or one detected from the model's own changes.
 
-A mask is a picture in "L": 255 where the edit may go, 0 where not a byte may change, a blend in between.
+A mask is a picture in mode "L": 255 is edited, 0 stays byte-identical, values in between are blended.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from ip2p.base.errors import InputError
-from ip2p.pictures.images import MAX_PIXELS, MIN_SIDE, load_image
+from ip2p.pictures.images import MAX_PIXELS, MIN_SIDE, Picture, load_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,41 +20,39 @@ if TYPE_CHECKING:
     from ip2p.diffusion import Denoiser
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow crops
-# Where the model is asked what an instruction is about: at which share of the training times, and with
-# how many draws of noise. One time and two draws told as much as three levels and four draws each.
+# For mask detection: the noise level (as a fraction of the training times) and the number of noise draws. One
+# level and two draws work as well as three levels with four draws each.
 LEVEL, DRAWS = 0.65, 2
-# From this share of its largest on, the middle of a change is no background: the whole picture is meant.
+# If the median of a change exceeds this fraction of its maximum, the edit concerns the whole picture.
 WHOLE = 0.17
-GROW, RIM = 1.5, 0.75  # in latents: how far a found region is grown, and its soft rim inside that
+GROW, RIM = 1.5, 0.75  # in latent cells: dilation of a detected region, and the soft rim inside it
 
 
-# --- a mask that was drawn -----------------------------------------------------------------------
+# --- user masks ----------------------------------------------------------------------------------
 
 
-def load_mask(
-    source: str | Path | bytes | Image.Image, size: tuple[int, int], *, max_pixels: int | None = MAX_PIXELS
-) -> Image.Image:
+def load_mask(source: Picture, size: tuple[int, int], *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """Read a mask for a picture of `size`, in "L". Transparency is black: what is edited is white.
 
-    Raises InputError for a mask of another size, one that is black all over, and as `load_image` does.
+    Raises InputError for a mask of another size, for an all-black mask, and as `load_image` does.
     """
     mask = load_image(source, max_pixels=max_pixels, background="black").convert("L")
     if mask.size != size:
         raise InputError(
-            f"The mask is {_times(mask.size)} pixels and the picture {_times(size)}; they must be of one "
-            f"size. Draw the mask on the picture, upright, or scale it to {_times(size)}."
+            f"The mask is {_times(mask.size)} pixels and the picture {_times(size)}; they must have the same "
+            f"size. Draw the mask on the upright picture, or scale it to {_times(size)}."
         )
     if mask.getbbox() is None:
-        raise InputError("The mask is black all over, so nothing would change. Paint white what to edit.")
+        raise InputError("The mask is all black, so nothing would change. Paint the region to edit white.")
     mask.info = {}
     return mask
 
 
 def feather(mask: Image.Image, width: float) -> Image.Image:
-    """`mask` with a soft rim of `width` pixels that lies inside it: what was black stays black.
+    """`mask` with a soft rim of `width` pixels inside it: black pixels stay black.
 
-    The value rises with the distance to the nearest black pixel, as far as `width`; a mask that is
-    thinner than that all over has a narrower rim, so that its middle is still white.
+    The value rises with the distance to the nearest black pixel, up to `width`. A mask that is thinner
+    everywhere gets a narrower rim, so that its middle is still white.
     """
     values = np.asarray(mask)
     if width < 0.5:
@@ -67,20 +64,20 @@ def feather(mask: Image.Image, width: float) -> Image.Image:
 
 
 def cut(mask: Image.Image, box: Box, width: float) -> Image.Image:
-    """What `box` cuts out of the mask, feathered. The box holds all that is not black."""
-    # With a pixel around it: there the mask ends, but not where the picture does.
+    """The feathered part of the mask inside `box`, which contains all nonblack pixels."""
+    # Include one pixel around the box: the mask ends there, except at the picture's border.
     left, top = max(0, box[0] - 1), max(0, box[1] - 1)
     around = mask.crop((left, top, min(mask.width, box[2] + 1), min(mask.height, box[3] + 1)))
     return feather(around, width).crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
 
 
 def _depth(inside: NDArray[np.bool_], limit: int) -> NDArray[np.float32]:
-    """The Euclidean distance of every pixel to the nearest one outside, at most `limit`; [h, w].
+    """The Euclidean distance of every pixel to the nearest outside pixel, at most `limit`; [h, w].
 
-    The picture's own border is no edge: what touches it goes on behind it.
+    The picture's border is not an edge: a region that touches it is assumed to continue beyond it.
     """
-    # Along the rows first, then the columns: a distance transform as a lower envelope (Felzenszwalb &
-    # Huttenlocher 2012), brute force over the few rows within reach.
+    # Rows first, then columns: a distance transform as a lower envelope (Felzenszwalb & Huttenlocher 2012),
+    # by brute force over the few rows within reach.
     height, width = inside.shape
     place = np.arange(width, dtype=np.int32)
     far = np.int32(-2 * limit)
@@ -95,10 +92,10 @@ def _depth(inside: NDArray[np.bool_], limit: int) -> NDArray[np.float32]:
 
 
 def padded(mask: Image.Image, padding: int) -> Box:
-    """The box around what is not black, `padding` pixels wider on every side, within the picture.
+    """The bounding box of the nonblack pixels, `padding` pixels larger on every side, within the picture.
 
-    Neither side is under 16 pixels or half of the other, where the picture has room: a sliver says too
-    little of what it is part of.
+    If the picture has room, each side is at least 16 pixels and half of the other side: a sliver shows too
+    little context.
     """
     box = mask.getbbox()
     assert box is not None, "the mask is black"
@@ -115,7 +112,7 @@ def padded(mask: Image.Image, padding: int) -> Box:
 
 
 def widened(box: Box, shape: tuple[int, int], picture: tuple[int, int]) -> Box:
-    """`box` made higher or wider to the aspect of `shape`, as far as the picture has room."""
+    """`box` made higher or wider to match the aspect ratio of `shape`, as far as the picture has room."""
     width, height = box[2] - box[0], box[3] - box[1]
     wide, tall = shape
     if width * tall < height * wide:
@@ -126,7 +123,7 @@ def widened(box: Box, shape: tuple[int, int], picture: tuple[int, int]) -> Box:
 
 
 def _grown(box: Box, width: int, height: int, picture: tuple[int, int]) -> Box:
-    """A box of width x height about the middle of `box`, moved and at last cut to lie in the picture."""
+    """A box of width x height centered on `box`, moved and, if necessary, cut to fit into the picture."""
     width, height = min(width, picture[0]), min(height, picture[1])
     left = min(max(0, (box[0] + box[2] - width) // 2), picture[0] - width)
     top = min(max(0, (box[1] + box[3] - height) // 2), picture[1] - height)
@@ -134,32 +131,31 @@ def _grown(box: Box, width: int, height: int, picture: tuple[int, int]) -> Box:
 
 
 def paste(original: Image.Image, edited: Image.Image, mask: Image.Image) -> Image.Image:
-    """`edited` where the mask is white, `original` to the byte where it is black; all RGB of one size."""
+    """`edited` where the mask is white, exactly `original` where it is black; all RGB of the same size."""
     return Image.composite(edited, original, mask)
 
 
-# --- holding the latents -------------------------------------------------------------------------
+# --- fixed latents -------------------------------------------------------------------------------
 
 
 def cells(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
-    """Which latents may change, 1 or 0, [1, 1, h, w]: those of which any pixel is not black.
+    """Which latent cells may change, 1 or 0, [1, 1, h, w]: those with any nonblack pixel.
 
-    size: the pixels at which the model works; factor: pixels a latent.
+    size: the working size in pixels; factor: pixels per latent cell.
     """
     import torch
 
-    some = Image.fromarray((np.asarray(mask) > 0).astype(np.float32)).resize(size, Image.Resampling.BOX)
-    free = torch.from_numpy((np.asarray(some) > 0).astype(np.float32))
+    coverage = Image.fromarray((np.asarray(mask) > 0).astype(np.float32)).resize(size, Image.Resampling.BOX)
+    free = torch.from_numpy((np.asarray(coverage) > 0).astype(np.float32))
     return torch.nn.functional.max_pool2d(free[None, None], factor)
 
 
 def held(denoise: Denoiser, known: Tensor, free: Tensor) -> Denoiser:
-    """A denoiser whose answer is `known` wherever `free` is 0.
+    """A denoiser that predicts `known` wherever `free` is 0.
 
-    Every sampler then walks there from noise straight to `known`: at each step the latents are known +
-    sigma · noise, which is what the rest of the picture has to join on to.
+    There, every sampler goes straight from noise to `known`: at each step the latents are known + sigma ·
+    noise, so the rest of the picture blends with it.
     """
-
     import torch
 
     def denoise_inside(x: Tensor, sigma: Tensor) -> Tensor:
@@ -168,17 +164,18 @@ def held(denoise: Denoiser, known: Tensor, free: Tensor) -> Denoiser:
     return denoise_inside
 
 
-# --- a mask from the model -----------------------------------------------------------------------
+# --- detected masks ------------------------------------------------------------------------------
 
 
 def found(said: Tensor, done: Tensor, threshold: float, size: tuple[int, int]) -> list[Image.Image]:
-    """What an instruction is about: a mask of `size` (width, height) for each row.
+    """Detect the region of an instruction: a mask of `size` (width, height) for each row.
 
-    said: [batch, draws, channels, h, w], the model's predictions with the instruction less those without it,
-    from noised latents of the picture. done: [batch, channels, h, w], the latents of the result less the
-    picture's. A place counts as far as both stand out there: the first alone ("Watch Your Steps", Mirzaei et
-    al. 2023, section 3.2) also points at what the instruction merely mentions, the second alone at every
-    stain. A change without a background, of the light or the whole scene, gives a mask of everything.
+    said: [batch, draws, channels, h, w], the model's predictions with the instruction minus those without it,
+    from noised latents of the picture. done: [batch, channels, h, w], the latents of the result minus the
+    picture's. A position counts only if both stand out: the first alone ("Watch Your Steps", Mirzaei et al.
+    2023, section 3.2) also marks objects that the instruction merely mentions, the second alone marks every
+    artifact. A change without a background (of the light or the whole scene) gives a mask of the whole
+    picture.
     """
     import torch
 
@@ -193,21 +190,21 @@ def found(said: Tensor, done: Tensor, threshold: float, size: tuple[int, int]) -
             continue
         outcome = standing_out(change)
         both = outcome.minimum(standing_out(strength))
-        if both.max() < threshold:  # they point at different places: then what was done counts
+        if both.max() < threshold:  # they disagree: use the actual change
             both = outcome
         fine = torch.nn.functional.interpolate(both[None, None], size[::-1], mode="bilinear")
         inside = (fine >= min(threshold, float(fine.max()))).float()
-        # Edges lie in between the cells, and the shadow or the outline of a thing belongs to it.
+        # Grow the region: edges fall between cells, and an object includes its shadow and outline.
         grown = torch.nn.functional.max_pool2d(inside, 2 * reach + 1, 1, reach)[0, 0]
         masks.append(feather(Image.fromarray((grown * 255).byte().cpu().numpy()), rim))
     return masks
 
 
 def standing_out(strength: Tensor) -> Tensor:
-    """[h, w] in [0, 1]: 0 up to the median, 1 at the greatest value that is no outlier (1.5 spreads).
+    """[h, w] in [0, 1]: 0 up to the median, 1 from the largest value that is not an outlier (1.5 IQR).
 
-    Over a background that hardly stirs, all of a change would be outliers: the limit is a quarter of its
-    largest value at least.
+    The limit is at least a quarter of the maximum: with a static background, the whole change would be
+    outliers.
     """
     values = strength.flatten()
     low, high = values.quantile(0.25), values.quantile(0.75)
@@ -217,7 +214,7 @@ def standing_out(strength: Tensor) -> Tensor:
 
 
 def _smooth(maps: Tensor) -> Tensor:
-    """[batch, h, w], each place the mean of the 3x3 around it."""
+    """The 3x3 box mean of maps [batch, h, w]."""
     import torch
 
     wide = torch.nn.functional.pad(maps.float()[:, None], (1, 1, 1, 1), mode="replicate")

@@ -24,17 +24,18 @@ from anyio import to_thread
 from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ResourceError
-from ip2p.config import MAX_SCALE
 from ip2p.editing import grid
-from ip2p.models.bundle import RECOMMENDED
 from ip2p.pictures.images import load_image, resized, save_image
-from ip2p.pictures.infotext import Settings, parse_infotext, read_infotext
+from ip2p.pictures.infotext import EditRecord, parse_infotext, read_infotext
+from ip2p.serve.queue import Full
 from ip2p.serve.run import Controls, duration, from_settings, progress, run, surprise
-from ip2p.serve.service import FieldError, Full
 from ip2p.serve.session import Session, for_browser, kept_ending, show, store, uploaded
+from ip2p.settings import MAX_SCALE, EditSettings, SettingError
 
 if TYPE_CHECKING:
-    from ip2p.serve.service import Job, Request, Service
+    from ip2p.serve.jobs import Job
+    from ip2p.serve.requests import EditRequest
+    from ip2p.serve.service import Service
 
 Values = dict[str, Any]
 OFTEN = 0.2  # seconds between two signs of life: more would be work for every browser and nobody's gain
@@ -51,7 +52,7 @@ LABELS = {
     "seeds": "Candidates or seed",
     "steps": "Steps",
     "sampler": "Sampler",
-    "spacing": "Noise levels",
+    "schedule": "Noise levels",
     "text_cfg": "Text CFG",
     "image_cfg": "Image CFG",
     "size": "Size",
@@ -191,7 +192,7 @@ class Actions:
             raise InputError("picture is missing. Send one.")
         with contextlib.closing(Session()) as session:
 
-            def request() -> Request:
+            def request() -> EditRequest:
                 session.open(path, max_pixels=self.service.limits.pixels)
                 return controls.request(session.picture(), previews=0)
 
@@ -200,7 +201,7 @@ class Actions:
                 raise InputError("The edit was stopped.")
             await to_thread.run_sync(session.keep, [result.image for result in job.results])
             files = [str(await to_thread.run_sync(session.download, made)) for made in session.candidates]
-            return files, [plain(made.parameters) for made in session.candidates]
+            return files, [settings_as_json(made.parameters) for made in session.candidates]
 
     async def batch_once(
         self, paths: Sequence[str], controls: Controls, client: str
@@ -217,7 +218,7 @@ class Actions:
         """What an edited file was made with, by the names of the controls."""
         if path is None:
             raise InputError("settings_file is missing. Send a picture that ip2p edited.")
-        return plain(self._read(path))
+        return settings_as_json(self._read(path))
 
     # --- settings -------------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class Actions:
         """The settings that an edited file carries."""
         return self._taken(parse_infotext(self._read(path)))
 
-    def _taken(self, settings: Settings) -> Values:
+    def _taken(self, settings: EditRecord) -> Values:
         words = "Settings loaded."
         if settings.mask is not None and settings.auto_mask is None:
             words += " The mask is not in the file: paint it below “Where”, or give its file there."
@@ -250,8 +251,13 @@ class Actions:
     def own(self, model: str | None) -> Values:
         """The settings that a model recommends."""
         card = self.service.card(model or None)
-        own = {name: getattr(card, name) for name in RECOMMENDED}
-        return own | {"steps": min(card.steps, self.service.limits.steps)}
+        return {
+            "text_cfg": card.text_cfg,
+            "image_cfg": card.image_cfg,
+            "steps": min(card.steps, self.service.limits.steps),
+            "sampler": card.sampler,
+            "spacing": card.schedule,
+        }
 
     def surprise(self, model: str | None) -> Values:
         """Scales around the model's own ones, and a random seed."""
@@ -261,11 +267,10 @@ class Actions:
 
     def axes(self, model: str | None) -> Values:
         """The values of the matrix around the model's own scales, as `ip2p grid` takes them."""
-        card = self.service.card(model or None)
-        scales = {"text_cfg": card.text_cfg, "image_cfg": card.image_cfg}
+        settings = EditSettings().resolved(self.service.card(model or None))
         return {
-            name: " ".join(f"{value:g}" for value in grid.default_values(setting, **scales, seed=0))
-            for name, setting in (("columns", "text-cfg"), ("rows", "image-cfg"))
+            name: " ".join(f"{value:g}" for value in grid.default_values(setting, settings))
+            for name, setting in (("columns", "text_cfg"), ("rows", "image_cfg"))
         }
 
     # --- editing --------------------------------------------------------------------------------------
@@ -288,7 +293,7 @@ class Actions:
                 async for job in news:
                     self._mine(session, job, stops)
                     now = time.monotonic()
-                    if job.state not in ("waiting", "running") or now - told < OFTEN:
+                    if not job.active or now - told < OFTEN:
                         continue
                     told = now
                     values: Values = {"status": bar(job)}
@@ -302,7 +307,7 @@ class Actions:
             if job.state == "cancelled":
                 yield {"status": say("Stopped."), "candidates": []}
                 return
-            keep = functools.partial(session.keep, drawn=request.mask, of=step)
+            keep = functools.partial(session.keep, drawn=request.settings.mask, of=step)
             if not await to_thread.run_sync(keep, [result.image for result in job.results]):
                 yield {"status": say("The picture was changed meanwhile. Run the edit again.")}
                 return
@@ -340,7 +345,9 @@ class Actions:
             base = await to_thread.run_sync(lambda: first.request(picture, previews=0))
             # Its cells are small: the photograph's own pixels would not be seen.
             requests = [
-                dataclasses.replace(base, text_cfg=text, image_cfg=image, fit="model")
+                dataclasses.replace(
+                    base, settings=base.settings.changed(text_cfg=text, image_cfg=image, fit="model")
+                )
                 for text, image in pairs
             ]
             labels = [f"text {text:g} · image {image:g}" for text, image in pairs]
@@ -378,11 +385,11 @@ class Actions:
                 return
 
             def draw() -> str:
-                whole = grid.sheet(
+                whole = grid.draw_sheet(
                     [[cells[y * len(across) + x] for x in range(len(across))] for y in range(len(down))],
                     columns=[f"text CFG {value:g}" for value in across],
                     rows=[f"image CFG {value:g}" for value in down],
-                    title=f"“{base.instruction}”",
+                    title=f"“{base.settings.instruction}”",
                     picture=resized(picture, size),
                 )
                 whole.info["xmp"] = mark
@@ -435,7 +442,7 @@ class Actions:
         first = controls.seeds()[0]
         sources = await to_thread.run_sync(held, paths, folder)
 
-        def request(number: int) -> Request:
+        def request(number: int) -> EditRequest:
             picture = load_image(uploaded(sources[number]), max_pixels=self.service.limits.pixels)
             return dataclasses.replace(controls, seed=first + number).request(picture, previews=0)
 
@@ -503,7 +510,7 @@ class Actions:
             self._long -= Counter([client])
 
     async def _all(
-        self, session: Session, requests: Sequence[Request | Callable[[], Request]], client: str
+        self, session: Session, requests: Sequence[EditRequest | Callable[[], EditRequest]], client: str
     ) -> AsyncGenerator[tuple[int, Job | Ip2pError], None]:
         """The job of each request with its number, as they end, until they are stopped."""
         stops, numbers = session.stops, iter(range(len(requests)))
@@ -533,7 +540,7 @@ class Actions:
                 task.cancel()
 
     async def _in_turn(
-        self, session: Session, request: Request | Callable[[], Request], client: str, stops: int
+        self, session: Session, request: EditRequest | Callable[[], EditRequest], client: str, stops: int
     ) -> Job | None:
         """`_one`, which waits where the service is full."""
         while session.stops == stops:
@@ -545,7 +552,7 @@ class Actions:
         return None
 
     async def _one(
-        self, session: Session, request: Request | Callable[[], Request], client: str, stops: int
+        self, session: Session, request: EditRequest | Callable[[], EditRequest], client: str, stops: int
     ) -> Job | None:
         """The ended job of a request; None where it was stopped before that.
 
@@ -584,7 +591,7 @@ def complain(error: Ip2pError) -> str:
 def worded(error: Ip2pError) -> str:
     """An error that names a field by what stands above it on the page."""
     words = str(error)
-    if isinstance(error, FieldError) and words.startswith(error.field) and error.field in LABELS:
+    if isinstance(error, SettingError) and error.field in LABELS and words.startswith(error.field):
         return LABELS[error.field] + words.removeprefix(error.field)
     return words
 
@@ -661,9 +668,9 @@ def listed(failed: Mapping[int, str]) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
-def plain(parameters: str) -> dict[str, Any]:
+def settings_as_json(parameters: str) -> dict[str, Any]:
     """The settings of an infotext as JSON holds them."""
-    made = dataclasses.asdict(parse_infotext(parameters))
+    made = dict(parse_infotext(parameters))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in made.items()}
 
 

@@ -1,4 +1,4 @@
-"""The server: an application with the page and three interfaces over one service; how it begins and ends."""
+"""`ip2p serve` and `ip2p ui`: how the server starts, listens, and stops."""
 
 from __future__ import annotations
 
@@ -17,144 +17,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ip2p import __version__
 from ip2p.base.devices import pick_device
-from ip2p.base.errors import InputError, Ip2pError
+from ip2p.base.errors import InputError
 from ip2p.base.terminal import say
-from ip2p.config import ServeConfig, UiConfig
+from ip2p.serve.options import ServeConfig, UiConfig
 
 try:
     import h11
+    import prometheus_client  # noqa: F401 - missed only when the numbers are asked for
     import python_multipart  # noqa: F401 - FastAPI misses it only when a form comes
     import uvicorn
-    from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
+    from fastapi import FastAPI
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise InputError(
         f"the server needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
     ) from None
 
-from ip2p.serve import a1111, metrics, native, openai, reference
-from ip2p.serve.errors import Refusal, body_of, refusal_of
-from ip2p.serve.guard import Guard
+from ip2p.serve.asgi import make_app
+from ip2p.serve.maker import LocalMaker, default_join
 from ip2p.serve.mark import checker, marker
-from ip2p.serve.service import Limits, Service, default_join
-from ip2p.serve.wire import Desk, client_of
+from ip2p.serve.requests import Limits
+from ip2p.serve.service import Service
 
 if TYPE_CHECKING:
-    import gradio
-
     from ip2p.editing.editor import Editor
 
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 HEADER_SECONDS = 20.0  # for a request line and its headers to come
 OVER_BYTES = 16_000_000  # of a body that is let in after its answer
 FLUSH_SECONDS = 5  # after the last edit: for its answer to go out
-
-
-def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> FastAPI:
-    """The application over a service, whose `store` keeps the results that are asked for by address.
-
-    page: with the page at `/`. The guard is its outermost layer.
-    """
-    desk = Desk(service, config)
-    app = FastAPI(
-        title="ip2p",
-        version=__version__,
-        summary="Edit pictures by instruction",
-        # FastAPI's own pages fetch their viewer from another server.
-        docs_url=None,
-        redoc_url=None,
-    )
-    for face in (native, openai, a1111):
-        app.include_router(face.router(desk))
-
-    @app.get("/healthz", tags=["server"], summary="Whether the server lives")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/readyz", tags=["server"], summary="Whether it takes requests")
-    async def readyz() -> Response:
-        ready = service.ready
-        return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
-
-    @app.get("/metrics", tags=["server"], summary="Numbers for Prometheus")
-    async def numbers() -> Response:
-        return PlainTextResponse(metrics.prometheus(service.stats()), media_type=metrics.MEDIA_TYPE)
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return HTMLResponse(reference.page(app.openapi()))
-
-    # Before the page, which would answer in its own way what no interface knows.
-    for prefix in ("/v1", "/sdapi"):
-        app.add_api_route(prefix + "/{rest:path}", _nothing, methods=METHODS, include_in_schema=False)
-    answer_errors(app)
-    if page:
-        try:
-            from ip2p.serve import ui
-        except ModuleNotFoundError as error:
-            raise InputError(
-                f"the page needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
-            ) from None
-
-        def caller(request: gradio.Request) -> str:
-            assert request.request is not None, "the page's events come from requests"
-            return client_of(request.request)
-
-        built = ui.build_page(service, client=caller)
-        app = ui.mount(app, built, path="/", max_file_size=config.max_mb * 1_000_000)
-    # Last, and so around everything, the page too.
-    app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
-    return app
-
-
-async def _nothing(request: Request) -> Response:
-    raise Refusal(f"{request.method} does nothing at this address. See /docs.", status=404)
-
-
-def answer_errors(app: FastAPI) -> None:
-    """Every error in the form of the interface that was called."""
-
-    def answer(request: Request, refusal: Refusal) -> Response:
-        return JSONResponse(
-            body_of(request.url.path, refusal), status_code=refusal.status, headers=refusal.headers
-        )
-
-    async def ours(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Ip2pError)
-        return answer(request, refusal_of(error, request.url.path))
-
-    async def by_status(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        words = {
-            404: "There is nothing at this address. See /docs.",
-            405: "This address takes another method.",
-        }
-        message = words.get(error.status_code, str(error.detail))
-        refusal = Refusal(message, status=error.status_code, headers=error.headers)
-        return answer(request, refusal)
-
-    async def by_field(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        name = str(first["loc"][-1])
-        return answer(request, Refusal(f"{name} cannot be used: {first['msg']}.", status=422, field=name))
-
-    async def gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it; the log tells it from an answer
-
-    app.add_exception_handler(Ip2pError, ours)
-    app.add_exception_handler(HTTPException, by_status)
-    app.add_exception_handler(RequestValidationError, by_field)
-    app.add_exception_handler(ClientDisconnect, gone)
-
-
-# --- the verbs -------------------------------------------------------------------------------------
 
 
 def serve(config: ServeConfig) -> None:
@@ -233,14 +124,14 @@ def make_service(config: ServeConfig, stack: contextlib.ExitStack) -> Service:
 
 def local_service(config: ServeConfig, **how: Any) -> Service:
     """The service whose models are in this process; how: further words for `Service`."""
-    return Service(
+    maker = LocalMaker(
         {name: _loader(model, config) for name, model in config.models().items()},
         join=config.join or default_join(pick_device(config.device)),
         loaded=len(config.models()),
         check=checker(config),
         finish=marker(config),
-        **how,
     )
+    return Service(maker, **how)
 
 
 def _replica(config: ServeConfig, limits: Limits, stack: contextlib.ExitStack) -> Service:

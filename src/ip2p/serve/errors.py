@@ -1,35 +1,24 @@
-"""Errors as each interface's clients know them: OpenAI's body, AUTOMATIC1111's, and our own."""
+"""Errors as each interface's clients know them, and as OpenAPI declares them for every route."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
 
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
+from ip2p.settings import voice_of
 
-# What a field of an edit is called by the clients of each interface; those not named are called the same.
+Face = Literal["native", "openai", "a1111"]
+# What a field of a request that is no setting is called by the clients of an interface.
 NATIVE_NAMES = {"seeds": "seed"}
-OPENAI_NAMES = {
-    "instruction": "prompt",
-    "negative": "negative_prompt",
-    "seeds": "seed",
-    "steps": "num_inference_steps",
-    "text_cfg": "guidance_scale",
-    "image_cfg": "image_guidance_scale",
-}
+OPENAI_NAMES = {"seeds": "seed"}
 A1111_NAMES = {
     "image": "init_images",
-    "instruction": "prompt",
-    "negative": "negative_prompt",
     "seeds": "seed",
-    "text_cfg": "cfg_scale",
-    "image_cfg": "image_cfg_scale",
-    "sampler": "sampler_name",
-    "spacing": "scheduler",
-    "feather": "mask_blur",
-    "mask_padding": "inpaint_full_res_padding",
     "model": "override_settings.sd_model_checkpoint",
 }
 
@@ -49,21 +38,90 @@ class Refusal(Ip2pError):
         self.status, self.field, self.headers = status, field, dict(headers or {})
 
 
+# --- the bodies ------------------------------------------------------------------------------------
+
+
+class Fault(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="one line: what is wrong, the limit, what to do")
+    type: str = Field(description="invalid_request_error, rate_limit_error or server_error")
+    param: str | None = Field(description="the field of the request that is to blame")
+    code: str = Field(description="a word for the status, such as too_large")
+
+
+class ErrorBody(BaseModel):
+    """An error of our own interface and of OpenAI's."""
+
+    error: Fault
+
+
+class A1111Detail(BaseModel):
+    loc: list[str]
+    msg: str
+    type: str
+
+
+class A1111ErrorBody(BaseModel):
+    """An error of AUTOMATIC1111's interface; detail is a list for status 422."""
+
+    error: str
+    detail: str | list[A1111Detail]
+    body: str
+    errors: str
+
+
+# Status: OpenAI's type and code of it, and what OpenAPI says of it.
+KINDS = {
+    400: ("invalid_request_error", "invalid_value", "A field cannot be used"),
+    401: ("invalid_request_error", "invalid_api_key", "The API key is missing or wrong"),
+    403: ("invalid_request_error", "forbidden", "A page of another origin may not post"),
+    404: ("invalid_request_error", "not_found", "There is no such thing"),
+    405: ("invalid_request_error", "method_not_allowed", "The address takes another method"),
+    408: ("invalid_request_error", "timeout", "The body came too slowly"),
+    409: ("invalid_request_error", "cancelled", "The edit was cancelled, or is not done"),
+    410: ("invalid_request_error", "gone", "It was dropped early, to make room"),
+    413: ("invalid_request_error", "too_large", "The body is too large"),
+    415: ("invalid_request_error", "invalid_value", "The body is neither a form nor JSON"),
+    421: ("invalid_request_error", "wrong_host", "The Host is not this server's name"),
+    422: ("invalid_request_error", "invalid_value", "A field cannot be used"),
+    429: ("rate_limit_error", "too_many_requests", "Too many requests of this caller; see Retry-After"),
+    500: ("server_error", "server_error", "The server failed"),
+    503: ("server_error", "busy", "No room, or the server is shutting down; see Retry-After"),
+}
+
+
+def declared_errors(face: Face) -> dict[int | str, dict[str, Any]]:
+    """The errors that the routes of an interface answer with, as FastAPI's `responses` takes them."""
+    kind = A1111ErrorBody if face == "a1111" else ErrorBody
+    return {status: {"model": kind, "description": words} for status, (_, _, words) in KINDS.items()}
+
+
+# --- from errors to answers -------------------------------------------------------------------------
+
+
+def face_of(path: str) -> Face:
+    """The interface that has an address; our own has all that no other has."""
+    if path.startswith("/sdapi/"):
+        return "a1111"
+    return "openai" if path.startswith(("/v1/images", "/v1/models")) else "native"
+
+
 def refusal_of(error: Ip2pError, path: str) -> Refusal:
     """The answer to a request that ended in an error of ours."""
+    bad = 400 if face_of(path) == "openai" else 422  # OpenAI's clients know it as 400
     if isinstance(error, Refusal):
-        if error.status == 422 and is_openai(path):  # which OpenAI's clients know as 400
-            return Refusal(str(error), status=400, field=error.field, headers=error.headers)
-        return error
-    message, field = " ".join(str(error).split()), getattr(error, "field", None)
+        if error.status != 422 or bad == 422:
+            return error
+        return Refusal(str(error), status=bad, field=error.field, headers=error.headers)
+    message, field = " ".join(str(error).split()), getattr(error, "field", None) or None
     wait = getattr(error, "retry_after", None)
     if wait is not None:
         status = 429 if getattr(error, "scope", None) == "client" else 503
-        return Refusal(
-            message, status=status, field=field, headers={"Retry-After": str(max(1, math.ceil(wait)))}
-        )
+        headers = {"Retry-After": str(max(1, math.ceil(wait)))}
+        return Refusal(message, status=status, field=field, headers=headers)
     if isinstance(error, InputError):
-        return Refusal(message, status=400 if is_openai(path) else 422, field=field)
+        return Refusal(message, status=bad, field=field)
     if isinstance(error, ResourceError):
         return Refusal(message, status=503, field=field)
     assert isinstance(error, ModelError) or type(error) is Ip2pError, f"an error without an answer: {error!r}"
@@ -72,42 +130,24 @@ def refusal_of(error: Ip2pError, path: str) -> Refusal:
 
 def body_of(path: str, refusal: Refusal) -> dict[str, Any]:
     """The body of an error, in the form of the interface at `path`."""
-    if path.startswith("/sdapi/"):
-        field, message = _called(refusal, A1111_NAMES)
-        if refusal.status != 422:
-            return {"error": "HTTPException", "detail": message, "body": "", "errors": message}
-        detail = [{"loc": ["body", *([field] if field else [])], "msg": message, "type": "value_error"}]
+    face = face_of(path)
+    field, message = _in_names_of(face, refusal)
+    if face == "a1111":
+        detail: Any = message
+        if refusal.status == 422:
+            detail = [{"loc": ["body", *([field] if field else [])], "msg": message, "type": "value_error"}]
         return {"error": "HTTPException", "detail": detail, "body": "", "errors": message}
-    field, message = _called(refusal, OPENAI_NAMES if is_openai(path) else NATIVE_NAMES)
-    kind, code = KINDS.get(refusal.status, ("server_error", "server_error"))
+    kind, code, _ = KINDS.get(refusal.status, ("server_error", "server_error", ""))
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
-def is_openai(path: str) -> bool:
-    return path.startswith(("/v1/images", "/v1/models"))
-
-
-def _called(refusal: Refusal, names: Mapping[str, str]) -> tuple[str | None, str]:
+def _in_names_of(face: Face, refusal: Refusal) -> tuple[str | None, str]:
     """The field and the message, with the interface's own name of the field in both."""
     message, field = str(refusal), refusal.field
-    if field is None or field not in names:
-        return field, message
-    return names[field], re.sub(rf"\b{re.escape(field)}\b", names[field], message, count=1)
-
-
-# Status: OpenAI's type and code of it.
-KINDS = {
-    400: ("invalid_request_error", "invalid_value"),
-    401: ("invalid_request_error", "invalid_api_key"),
-    403: ("invalid_request_error", "forbidden"),
-    404: ("invalid_request_error", "not_found"),
-    405: ("invalid_request_error", "method_not_allowed"),
-    408: ("invalid_request_error", "timeout"),
-    409: ("invalid_request_error", "cancelled"),
-    410: ("invalid_request_error", "gone"),
-    413: ("invalid_request_error", "too_large"),
-    421: ("invalid_request_error", "wrong_host"),
-    422: ("invalid_request_error", "invalid_value"),
-    429: ("rate_limit_error", "too_many_requests"),
-    503: ("server_error", "busy"),
-}
+    if field is None:
+        return None, message
+    own = {"native": NATIVE_NAMES, "openai": OPENAI_NAMES, "a1111": A1111_NAMES}[face]
+    name = own.get(field) or (field if face == "native" else voice_of(face).name(field))
+    if not re.search(rf"\b{re.escape(name)}\b", message):
+        message = re.sub(rf"\b{re.escape(field)}\b", lambda _: name, message, count=1)
+    return name, message

@@ -21,8 +21,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ip2p.config import ServeConfig, is_address, is_loopback
+from starlette.middleware.cors import CORSMiddleware
+
 from ip2p.serve.errors import Refusal, body_of, refusal_of
+from ip2p.serve.options import ServeConfig, is_address, is_loopback
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -59,14 +61,13 @@ OWN_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-EXPOSED = "Location, Retry-After"  # of an answer's headers, to a page of an allowed origin
 API_PATHS = ("/v1/", "/sdapi/", "/metrics", *OPEN_PATHS)
 
 
 class Guard:
     """ASGI middleware around the whole app, the page included.
 
-    `scope["state"]` has for what lies within: client, the caller's name (`client_of`), and let_go, to call
+    `scope["state"]` has for what is within: client, the caller's name (`caller_name`), and let_go, to call
     once nothing of the body is held any more: else it counts until the answer is out.
     """
 
@@ -81,6 +82,14 @@ class Guard:
         self.structure = STRUCTURE + 2 * config.max_words  # an instruction, and what to stay away from
         self.held = 0
         self.salt = secrets.token_bytes(16)
+        # A preflight comes without a key, so that it is answered before one is asked for.
+        self.shared = CORSMiddleware(
+            self._answer,
+            allow_origins=config.allow_origin,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("Authorization", "Content-Type", "X-API-Key"),
+            expose_headers=("Location", "Retry-After"),
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -89,28 +98,34 @@ class Guard:
         if scope["type"] != "http":  # nothing here speaks over web sockets
             await send({"type": "websocket.close", "code": 1008})
             return
-        headers, client = headers_of(scope), "-"
-        began = time.perf_counter()
-        told = _Told(send, {**OWN_HEADERS, "content-security-policy": policy_of(scope["path"])})
+        headers, began = headers_of(scope), time.perf_counter()
+        scope.setdefault("state", {})["client"] = "-"
+        reply = _Reply(send, {**OWN_HEADERS, "content-security-policy": policy_of(scope["path"])})
+        if self.origins:
+            reply.headers["vary"] = "Origin"
         try:
             self.check_host(scope["path"], headers.get("host", ""))
-            told.headers |= self.sharing(headers)
-            if scope["method"] == "OPTIONS" and "access-control-allow-methods" in told.headers:
-                await told({"type": "http.response.start", "status": 204, "headers": []})
-                await told({"type": "http.response.body", "body": b""})
-                return
-            client = self.check(scope["method"], scope["path"], headers, scope.get("client"))
-            scope.setdefault("state", {})["client"] = client
-            await self._let_in(scope, receive, told, headers)
+            answer = self.shared if headers.get("origin", "") in self.origins else self._answer
+            await answer(scope, receive, reply)
         except Refusal as refusal:
-            await self._refuse(refusal, scope["path"], told)
+            await _refuse(refusal, scope["path"], reply)
+        finally:
+            if scope["path"] not in OPEN_PATHS:
+                self._note(scope, reply.status, began)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The app's answer, or a refusal; it says nothing of what pages elsewhere may read."""
+        headers, reply = headers_of(scope), _Reply(send, {})
+        try:
+            client = self.check(scope["method"], scope["path"], headers, scope.get("client"))
+            scope["state"]["client"] = client
+            await self._let_in(scope, receive, reply, headers)
+        except Refusal as refusal:
+            await _refuse(refusal, scope["path"], reply)
         except Exception:
             faults.exception("%s %s", scope["method"], shown(scope["path"]))
             fault = Refusal("The server failed at this; its log says how.", status=500)
-            await self._refuse(fault, scope["path"], told)
-        finally:
-            if scope["path"] not in OPEN_PATHS:
-                self._note(scope, told, client, began)
+            await _refuse(fault, scope["path"], reply)
 
     def check_host(self, path: str, host: str) -> None:
         """Raise Refusal for a Host that is not this server, and an address that cannot be one."""
@@ -126,24 +141,6 @@ class Guard:
                 status=421,
                 field="Host",
             )
-
-    def sharing(self, headers: Mapping[str, str]) -> dict[str, str]:
-        """The headers by which a browser lets a page of an allowed origin read the answer; none for others.
-
-        A preflight comes without a key, so that this is told before one is asked for.
-        """
-        if not self.origins:
-            return {}
-        told = {"vary": "Origin"}
-        if (origin := headers.get("origin", "")) in self.origins:
-            told |= {"access-control-allow-origin": origin, "access-control-expose-headers": EXPOSED}
-            if "access-control-request-method" in headers:
-                told |= {
-                    "access-control-allow-methods": "GET, POST, DELETE",
-                    "access-control-allow-headers": "Authorization, Content-Type, X-API-Key",
-                    "access-control-max-age": "600",
-                }
-        return told
 
     def check(self, method: str, path: str, headers: Mapping[str, str], peer: Sequence[object] | None) -> str:
         """Who calls. Raises Refusal for an Origin or a key that is not to be let in."""
@@ -170,7 +167,7 @@ class Guard:
                     field="Authorization",
                     headers={"WWW-Authenticate": 'Basic realm="ip2p", charset="UTF-8"'},
                 )
-        return client_of(named if len(self.keys) > 1 else None, peer, self.salt)
+        return caller_name(named if len(self.keys) > 1 else None, peer, self.salt)
 
     def _knows(self, host: str) -> bool:
         name = host_name(host)
@@ -194,14 +191,16 @@ class Guard:
         fits = [key for key in self.keys if hmac.compare_digest(key, digest)]
         return fits[0] if fits else None
 
-    async def _let_in(self, scope: Scope, receive: Receive, told: _Told, headers: Mapping[str, str]) -> None:
+    async def _let_in(
+        self, scope: Scope, receive: Receive, reply: _Reply, headers: Mapping[str, str]
+    ) -> None:
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self.most:
             raise too_large(self.most)
         body = _Body(self, receive, headers.get("content-type", ""))
         scope["state"]["let_go"] = body.let_go
         try:
-            await self.app(scope, body.receive, told.send_unless(body))
+            await self.app(scope, body.receive, reply.send_unless(body))
         except Exception:
             # It was told that its client had gone, which is not what happened.
             if body.refusal is None:
@@ -211,31 +210,28 @@ class Guard:
         if body.refusal is not None:
             raise body.refusal
 
-    async def _refuse(self, refusal: Refusal, path: str, told: _Told) -> None:
-        if told.status:  # too late to say anything: the answer had begun
-            return
-        refusal = refusal_of(refusal, path)
-        body = json.dumps(body_of(path, refusal)).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            **refusal.headers,
-        }
-        pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-        await told({"type": "http.response.start", "status": refusal.status, "headers": pairs})
-        await told({"type": "http.response.body", "body": body})
-
-    def _note(self, scope: Scope, told: _Told, client: str, began: float) -> None:
+    def _note(self, scope: Scope, status: int, began: float) -> None:
         """A line of JSON; no query, no body, no instruction, and of the caller a hash."""
         record = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "method": scope["method"],
             "path": shown(scope["path"]).strip("'"),
-            "status": told.status,
+            "status": status,
             "ms": round((time.perf_counter() - began) * 1000, 1),
-            "client": client,
+            "client": scope["state"]["client"],
         }
         log.info("%s", json.dumps(record, ensure_ascii=True))
+
+
+async def _refuse(refusal: Refusal, path: str, reply: _Reply) -> None:
+    if reply.status:  # too late to say anything: the answer had begun
+        return
+    refusal = refusal_of(refusal, path)
+    body = json.dumps(body_of(path, refusal)).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
+    pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await reply({"type": "http.response.start", "status": refusal.status, "headers": pairs})
+    await reply({"type": "http.response.body", "body": body})
 
 
 class _Body:
@@ -300,8 +296,8 @@ class _Body:
         self.held = 0
 
 
-class _Told:
-    """What goes out, with the headers that every answer has."""
+class _Reply:
+    """What goes out, with the headers that every answer has; status is 0 before it begins."""
 
     def __init__(self, send: Send, headers: dict[str, str]) -> None:
         self._send, self.headers = send, headers
@@ -311,20 +307,18 @@ class _Told:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             own = {name.encode(): value.encode("latin-1") for name, value in self.headers.items()}
-            # What other origins may is said here alone, whatever a library within would allow them.
-            kept = [
-                (name, value)
-                for name, value in message.get("headers", [])
-                if (name.lower() not in own or name.lower() == b"vary")
-                and not name.lower().startswith(b"access-control-")
-            ]
+            kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in own]
             message = {**message, "headers": [*kept, *own.items()]}
         await self._send(message)
 
     def send_unless(self, body: _Body) -> Send:
-        """`send` for what lies within: silent once its body was refused."""
+        """`send` for what is within: silent once its body was refused, without headers for other origins."""
 
         async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message.get("headers", [])
+                kept = [pair for pair in headers if not pair[0].lower().startswith(b"access-control-")]
+                message = {**message, "headers": kept}
             if body.refusal is None or self.status:
                 await self(message)
 
@@ -372,7 +366,7 @@ def same_place(origin: str, host: str) -> bool:
     return place.removesuffix(default) == host.strip().lower().removesuffix(default)
 
 
-def client_of(key: bytes | None, peer: Sequence[object] | None, salt: bytes) -> str:
+def caller_name(key: bytes | None, peer: Sequence[object] | None, salt: bytes) -> str:
     """A short name of the caller, that does not say who it is: by its key, else by its address."""
     if key is None:
         address = str(peer[0]) if peer else ""

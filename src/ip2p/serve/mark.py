@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ip2p.config import ServeConfig
-from ip2p.serve.service import FieldError
+from ip2p.serve.options import ServeConfig
+from ip2p.settings import SettingError
 
 # IPTC's digital source type of a picture that a trained model changed.
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
@@ -57,7 +57,7 @@ def checker(config: ServeConfig) -> Check | None:
         with one_at_a_time:
             (good,) = safe([picture])
         if not good:
-            raise FieldError(
+            raise SettingError(
                 "instruction: this server's safety checker refused the result. Ask for something else.",
                 field="instruction",
             )

@@ -90,7 +90,7 @@ def _type(field: Mapping[str, Any]) -> str:
         return " or ".join(map(str, field.get("enum", [field.get("const")])))
     if field.get("type") == "array":
         return f"several: {_type(field.get('items', {}))}"
-    if field.get("format") == "binary":
+    if field.get("format") in ("binary", "picture"):
         return "file"
     return str(field.get("type", ""))
 

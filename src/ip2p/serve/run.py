@@ -11,14 +11,16 @@ from anyio import to_thread
 from PIL import Image
 
 from ip2p.base.errors import InputError
-from ip2p.config import AUTO_MASK, MAX_COUNT, MAX_SEED, parse_size
-from ip2p.pictures.infotext import Settings
+from ip2p.pictures.infotext import EditRecord
 from ip2p.pictures.masks import load_mask
-from ip2p.serve.service import Request
+from ip2p.serve.requests import EditRequest
 from ip2p.serve.session import uploaded
+from ip2p.settings import AUTO_MASK, MAX_COUNT, MAX_SEED, EditSettings, parse_size
 
 if TYPE_CHECKING:
-    from ip2p.serve.service import Job, Place, Service
+    from ip2p.serve.jobs import Job
+    from ip2p.serve.queue import Place
+    from ip2p.serve.service import Service
 
 RANDOM_SEEDS = 1_000_000  # a random seed is below this: short enough to be read out
 SURPRISE = 0.8, 1.2  # the released app's 6 to 9 and 1.2 to 1.8, as shares of its 7.5 and 1.5
@@ -63,24 +65,29 @@ class Controls:
             raise InputError(f"Seed {first} is out of range; use −1 (random) or 0 to {MAX_SEED}.")
         return tuple(range(first, first + count))
 
-    def request(self, picture: Image.Image, *, previews: int | None = None) -> Request:
+    def request(self, picture: Image.Image, *, previews: int | None = None) -> EditRequest:
         """The request for these fields. Raises InputError for what cannot be read as a number or a mask."""
         if not (self.instruction or "").strip():
             raise InputError('The instruction is empty. Say what to change, for example "make it night".')
         steps = _whole("Steps", self.steps)
-        return Request(
+        settings = EditSettings.read(
+            {
+                "instruction": self.instruction.strip(),
+                "steps": steps,
+                "sampler": self.sampler,
+                "schedule": self.spacing,
+                "text_cfg": self.text_cfg,
+                "image_cfg": self.image_cfg,
+                "negative": (self.negative or "").strip(),
+                "size": read_size(self.size or ""),
+                "mask": self._mask(picture.size),
+                "auto_mask": self.auto_mask if self.region == "found" else None,
+            }
+        )
+        return EditRequest(
             image=picture,
-            instruction=self.instruction.strip(),
+            settings=settings,
             seeds=self.seeds(),
-            steps=steps,
-            sampler=self.sampler,
-            spacing=self.spacing,
-            text_cfg=self.text_cfg,
-            image_cfg=self.image_cfg,
-            negative=(self.negative or "").strip(),
-            size=read_size(self.size or ""),
-            mask=self._mask(picture.size),
-            auto_mask=self.auto_mask if self.region == "found" else None,
             model=self.model or None,
             # Ten pictures on the way say as much as a hundred, and cost a tenth.
             previews=max(1, steps // 10) if previews is None else previews,
@@ -126,7 +133,7 @@ def _whole(name: str, value: float | None) -> int:
     return int(value)
 
 
-def from_settings(settings: Settings, models: list[str]) -> dict[str, Any]:
+def from_settings(settings: EditRecord, models: list[str]) -> dict[str, Any]:
     """The fields that make an edited file again; a model that is not served here is left as it stands.
 
     A mask is not in the file: for such an edit the fields ask for one that is painted.
@@ -141,8 +148,8 @@ def from_settings(settings: Settings, models: list[str]) -> dict[str, Any]:
         "steps": settings.steps,
         "seed": settings.seed,
         "sampler": settings.sampler,
-        "spacing": settings.spacing,
-        "size": "x".join(map(str, settings.size)),
+        "spacing": settings.schedule,
+        "size": "x".join(map(str, settings.size)) if isinstance(settings.size, tuple) else "",
         "region": region if settings.auto_mask is None else "found",
     }
     if settings.auto_mask is not None:
@@ -162,7 +169,7 @@ def surprise(own: tuple[float, float]) -> tuple[float, float]:
 
 
 async def run(
-    service: Service, request: Request, *, client: str, place: Place | None = None
+    service: Service, request: EditRequest, *, client: str, place: Place | None = None
 ) -> AsyncGenerator[Job, None]:
     """Hand in a request and yield its job at every change; a reader that goes away cancels it.
 
@@ -174,7 +181,7 @@ async def run(
         async for _ in job.aevents():
             yield job
     finally:
-        if job.state in ("waiting", "running"):
+        if job.active:
             service.cancel(job.id)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.pictures.images import WRITES, load_image, resized, save_image
-from ip2p.pictures.infotext import Settings, parse_infotext, read_infotext
+from ip2p.pictures.infotext import EditRecord, parse_infotext, read_infotext
 from ip2p.serve.history import History, Step
 
 SHOWN = 1024  # the longer side of what the page shows; files for download have every pixel
@@ -39,7 +39,7 @@ class Candidate:
     drawn: Path | None = None
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> EditRecord:
         return parse_infotext(self.parameters)
 
 

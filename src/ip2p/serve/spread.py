@@ -15,7 +15,7 @@ import logging
 import re
 import socket
 import threading
-import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,12 @@ from PIL import Image
 
 from ip2p.base.cluster import Cluster, fitting, ray_of
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
-from ip2p.config import ServeConfig
 from ip2p.models.bundle import Card
-from ip2p.serve.joined import Stopped
-from ip2p.serve.service import FieldError, Job, Request, Result, Service, _small
+from ip2p.serve.jobs import Job, Result, Stopped
+from ip2p.serve.options import ServeConfig
+from ip2p.serve.requests import EditRequest, Limits
+from ip2p.serve.service import Service
+from ip2p.settings import SettingError
 
 log = logging.getLogger("ip2p.serve")
 
@@ -54,7 +56,7 @@ class Failure:
         if self.kind == "Draining":
             raise Lost(self.message)
         if self.field is not None:
-            raise FieldError(self.message, field=self.field)
+            raise SettingError(self.message, field=self.field)
         known = {kind.__name__: kind for kind in (InputError, ModelError, ResourceError)}
         raise known.get(self.kind, Ip2pError)(self.message)
 
@@ -65,13 +67,13 @@ class Lost(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What a replica tells of an edit: its step, with it a preview, a result and its mask, or a failure."""
+    """What a replica reports of an edit: its step of `steps`, with it a preview, a result, or a failure."""
 
     step: int
+    steps: int = 0
     number: int | None = None
     preview: Image.Image | None = None
     result: Result | None = None
-    mask: Image.Image | None = None
     failure: Failure | None = None
 
 
@@ -86,7 +88,7 @@ class Answer(Protocol):
 class Replicas(Protocol):
     """Where edits are made."""
 
-    def edit(self, request: Request) -> Answer: ...
+    def edit(self, request: EditRequest) -> Answer: ...
 
     def card(self, model: str) -> Card: ...
 
@@ -113,109 +115,113 @@ class Replica:
         except Ip2pError as error:
             return Failure.of(error)
 
-    async def edit(self, request: Request) -> AsyncIterator[News]:
+    async def edit(self, request: EditRequest) -> AsyncIterator[News]:
         """Edit, and tell of it. Stopped when nobody listens any more."""
         try:
             job = await asyncio.to_thread(self.service.submit, request, client="front")
         except Ip2pError as error:
             yield News(step=0, failure=Failure.of(error))
             return
-        told = 0
+        sent = 0
         try:
             async for event in job.aevents():
                 if event.kind == "preview":
-                    yield News(step=event.step, number=event.number, preview=event.image)
+                    yield News(step=event.step, steps=event.steps, number=event.number, preview=event.image)
                 elif event.kind == "step":
-                    yield News(step=event.step)
+                    yield News(step=event.step, steps=event.steps)
                 # Each as it is finished, for who stops the edit and takes what there is.
-                for result in job.results[told:]:
-                    yield News(step=job.step, result=result, mask=job.masks[told] if job.masks else None)
-                    told += 1
+                for result in job.results[sent:]:
+                    yield News(step=job.step, steps=job.steps, result=result)
+                    sent += 1
             if job.state != "done":
                 yield News(step=job.step, failure=Failure.of(job.error or ResourceError("It was stopped.")))
         finally:
-            if job.state in ("waiting", "running"):
+            if job.active:
                 self.service.cancel(job.id)
 
 
-class Spread(Service):
-    """A service whose edits are made by replicas; all else, above all the queue, is its own.
+class ReplicaMaker:
+    """Has replicas make the edits; the queue and all else is the service's.
 
     each: how many pictures one replica samples at once, of `count` replicas.
     """
 
-    def __init__(
-        self, replicas: Replicas, models: Sequence[str], *, count: int, each: int, **how: Any
-    ) -> None:
-        super().__init__(dict.fromkeys(models, _elsewhere), join=count * each, loaded=len(models), **how)
+    def __init__(self, replicas: Replicas, models: Sequence[str], *, count: int, each: int) -> None:
+        self.models = list(models)
+        self.slots = count * each
+        self.changed = threading.Condition(threading.RLock())
+        self.calls: Counter[int] = Counter()  # the replicas count their own
         self._replicas = replicas
         self._cards: dict[str, Card] = {}
 
-    def card(self, model: str | None = None) -> Card:
-        name = model or self.models[0]
-        if name not in self._cards:
-            self._cards[name] = self._replicas.card(name)
-        return self._cards[name]
-
-    def expected_steps(self, model: str | None = None) -> int:
-        card = self._cards.get(model or self.models[0])
-        return min(Card.steps if card is None else card.steps, self.limits.steps)
-
-    def warm(self) -> None:
-        self.card()
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        return tuple(self._cards)
 
     @property
     def ready(self) -> bool:
-        return not self.stats().draining and self.models[0] in self._cards
+        return self.models[0] in self._cards
 
-    def _make(self, job: Job) -> None:
-        request = self._resolve(job, self.card(job.model))
+    def warm(self) -> None:
+        self.card(self.models[0])
+
+    def card(self, model: str) -> Card:
+        if model not in self._cards:
+            self._cards[model] = self._replicas.card(model)
+        return self._cards[model]
+
+    def check(self, request: EditRequest, model: str, limits: Limits) -> None:
+        """The replica checks what only a model knows."""
+
+    def reserve(self, model: str) -> bool:
+        """Every replica has every model."""
+        return True
+
+    def release(self, model: str) -> None:
+        """See `reserve`."""
+
+    def close(self) -> None:
+        """The replicas are not this maker's."""
+
+    def make(self, job: Job, limits: Limits) -> None:
+        request = job.request
+        assert request is not None
         for _ in range(TRIES):
             answer = self._replicas.edit(request)
             try:
-                with self._stoppable(job, answer):
-                    return self._listen(job, answer)
+                with job.stoppable(answer):
+                    return _follow(job, request, answer)
             except Lost as lost:
                 log.warning("job=%s replica lost: %s", job.id, " ".join(str(lost).split())[:200])
         raise ResourceError(
             f"{TRIES} replicas were lost at this edit. Ask for a smaller size or fewer results, or later."
         )
 
-    def _listen(self, job: Job, answer: Answer) -> None:
-        """Make the news of an edit the job's."""
-        assert job._request is not None
-        job.step, job._sampled = 0, time.monotonic()
-        job.results, job.masks = [], None  # of a replica that was lost
-        for news in answer:
-            if job._stopped:
-                raise Stopped
-            if news.failure is not None:
-                news.failure.throw()
-            job.step = max(job.step, news.step)
-            if news.preview is not None and news.number is not None:
-                job._previews[news.number] = news.preview
-            if news.result is not None:
-                if news.mask is not None:
-                    job.masks = [*(job.masks or []), news.mask]
-                job.results = [*job.results, news.result]
-                if job._request.previews:
-                    job._previews[len(job.results) - 1] = _small(news.result.image)
-            job._tell()
-        if job._stopped:
-            raise Stopped
-        if len(job.results) < job.count:
-            raise Lost("the answer ended before the results")
 
-
-def _elsewhere() -> NoReturn:
-    raise AssertionError("models are loaded by the replicas")
+def _follow(job: Job, request: EditRequest, answer: Answer) -> None:
+    """Make the news of an edit the job's."""
+    job.restart()  # without the results of a replica that was lost
+    for news in answer:
+        job.check_stopped()
+        if news.failure is not None:
+            news.failure.throw()
+        job.step = max(job.step, news.step)
+        job.steps = news.steps or job.steps
+        if news.preview is not None and news.number is not None:
+            job.show(news.number, news.preview)
+        if news.result is not None:
+            job.add_result(news.result, preview=request.previews > 0)
+        job.notify()
+    job.check_stopped()
+    if len(job.results) < job.count:
+        raise Lost("the answer ended before the results")
 
 
 # --- Ray ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Iterator[Spread]:
+def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Iterator[Service]:
     """A service over as many replicas as the config asks for, which are taken down at the end.
 
     build: makes the service of a replica, there; each: its `join`; how: of `Service`, for the one here.
@@ -266,10 +272,10 @@ def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Itera
             failure = handle.failure.remote().result()
             if failure is not None:
                 failure.throw()
-            service = Spread(
-                _OnRay(handle, _lost_errors(ray, serve)), list(config.models()), count=count, each=each, **how
+            maker = ReplicaMaker(
+                _OnRay(handle, _lost_errors(ray, serve)), list(config.models()), count=count, each=each
             )
-            with service:
+            with Service(maker, **how) as service:
                 yield service
         finally:
             with contextlib.suppress(Exception):
@@ -282,8 +288,7 @@ def portable(config: ServeConfig) -> ServeConfig:
     def whole(place: str) -> str:
         return str(Path(place).resolve()) if Path(place).exists() else place
 
-    return dataclasses.replace(
-        config,
+    return config.changed(
         model=tuple(f"{name}={whole(place)}" for name, place in config.models().items()),
         safety=None if config.safety is None else whole(config.safety),
         ray=None,
@@ -306,7 +311,7 @@ class _OnRay:
     handle: Any
     lost: tuple[type[BaseException], ...]
 
-    def edit(self, request: Request) -> _Stream:
+    def edit(self, request: EditRequest) -> _Stream:
         return _Stream(self.handle.options(stream=True).edit.remote(request), self.lost)
 
     def card(self, model: str) -> Card:

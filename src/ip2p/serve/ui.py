@@ -27,10 +27,9 @@ os.environ["GRADIO_TEMP_DIR"] = str(cache())
 
 import gradio as gr
 
-from ip2p import config
+from ip2p import settings as config
 from ip2p.base.errors import Ip2pError
 from ip2p.editing import advice
-from ip2p.models.bundle import RECOMMENDED
 from ip2p.serve import look
 from ip2p.serve.actions import Actions, Values, complain, say, worded
 from ip2p.serve.gate import Gate, Page
@@ -226,7 +225,7 @@ class _Builder:
                     "spacing",
                     gr.Dropdown,
                     "Noise levels",
-                    choices=list(typing.get_args(config.Spacing)),
+                    choices=list(typing.get_args(config.ScheduleName)),
                     value=own["spacing"],
                 )
             with gr.Row():
@@ -358,7 +357,7 @@ class _Builder:
             fields["model"].input,  # by hand: what takes settings over brings these itself
             lambda session, model: actions.own(model),
             inputs=("model",),
-            outputs=RECOMMENDED,
+            outputs=("text_cfg", "image_cfg", "steps", "sampler", "spacing"),
         )
         self._on_select("cells", actions.cell, outputs=("text_cfg", "image_cfg", "seed"))
         on(

@@ -1,4 +1,4 @@
-"""Between requests and edits: bodies, pictures in and out, and waiting for a job while its client waits."""
+"""The border between HTTP and edits: bodies, pictures in and out, and waiting while the client waits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import io
 import json
 import math
 import re
-from collections import Counter
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 from fastapi.responses import StreamingResponse
@@ -24,14 +24,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from ip2p.base.errors import InputError
-from ip2p.config import ServeConfig
-from ip2p.pictures.images import load_image, nearest, to_bytes
+from ip2p.pictures.images import flattened, load_image, to_bytes
 from ip2p.serve.errors import Refusal
-from ip2p.serve.service import NO_TEXT, FieldError, Job, Service, is_text
-
-if TYPE_CHECKING:
-    from ip2p.serve import service as services
+from ip2p.serve.jobs import Job
+from ip2p.serve.options import ServeConfig
+from ip2p.serve.requests import NOT_TEXT, EditRequest, is_text, naming
+from ip2p.serve.service import Service
+from ip2p.settings import PYTHON, EditSettings, SettingError, Voice, explained
 
 Body = TypeVar("Body", bound=BaseModel)
 T = TypeVar("T")
@@ -40,8 +39,10 @@ KINDS: dict[str, Literal["PNG", "JPEG", "WEBP"]] = {"png": "PNG", "jpeg": "JPEG"
 # Fields of a form that is no file: a picture may come in one as base64.
 MAX_FIELDS, MAX_FILES = 100, 16
 DEEPEST = 20  # lists and objects within each other in a field
-FETCHES, FETCHES_EACH = 8, 2  # requests whose pictures are fetched at once: of all callers, of one
 QUALITY = 95
+RANDOM_SEEDS = 2**32
+# What OpenAPI says of a picture in a body.
+PICTURE_SCHEMA = {"type": "string", "format": "picture"}
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,13 @@ class Desk:
     """What every interface works with.
 
     hands: bounds how many pictures are decoded or encoded at once. opening: how many requests have pictures
-    that are decoded and do not yet count in the queue. fetching: the requests that fetch, by their client.
+    that are decoded and do not yet count in the queue.
     """
 
     service: Service
     config: ServeConfig
     hands: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
     opening: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
-    fetching: Counter[str] = field(default_factory=Counter)
 
     async def by_hand(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
         """Run it in a thread, so that the server answers others meanwhile."""
@@ -66,17 +66,13 @@ class Desk:
 # --- bodies --------------------------------------------------------------------------------------
 
 
-def _content(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
+async def read_body(request: Request, kind: type[Body], desk: Desk, voice: Voice = PYTHON) -> Body:
     """The body of a request, a form or JSON, as `kind`; what is a file in a form comes as its bytes.
 
     Of a field that came several times, as `image` or as `image[]`, there is a list if `kind` has one.
-    Raises FieldError for a field that cannot be read, and Refusal for another type of body.
+    Raises SettingError for a field that cannot be read, and Refusal for another type of body.
     """
-    content = _content(request)
+    content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     # A request of its own: the one that is answered would hold the whole body until then.
     read = Request(request.scope, request.receive)
     if content in ("multipart/form-data", "application/x-www-form-urlencoded"):
@@ -85,7 +81,7 @@ async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
         try:
             values = await desk.by_hand(json.loads, await read.body())
         except (ValueError, RecursionError) as error:
-            raise FieldError(f"body is not JSON: {error}", field="body") from None
+            raise SettingError(f"body is not JSON: {error}", field="body") from None
     else:
         raise Refusal(
             f"Content-Type is {content[:80]!r}; send multipart/form-data or application/json.",
@@ -93,12 +89,16 @@ async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
             field="Content-Type",
         )
     if not isinstance(values, dict):
-        raise FieldError(
+        raise SettingError(
             'body is no object. Send JSON such as {"instruction": "make it snow"}.', field="body"
         )
     for name, value in values.items():
         _check_value(name, value)
-    return validated(kind, values)
+    earlier = {name: now for name, now in EditSettings.field_names().items() if now in kind.model_fields}
+    try:
+        return kind.model_validate({earlier.get(name, name): value for name, value in values.items()})
+    except ValidationError as error:
+        raise explained(error, kind, voice) from None
 
 
 async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> dict[str, Any]:
@@ -110,183 +110,140 @@ async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> d
         for name, value in form.multi_items():
             name = name.removesuffix("[]")
             content = await value.read() if isinstance(value, UploadFile) else value
+            values.setdefault(name, []).append(content)
+        for name, several in values.items():
             info = kind.model_fields.get(name)
-            if info is not None and "list" in str(info.annotation).lower():
-                values.setdefault(name, []).append(content)
-            elif name in values:
-                raise FieldError(f"{name} came twice. Send it once.", field=name)
-            else:
-                values[name] = content
+            kinds = "" if info is None else str(info.annotation).lower()
+            if len(several) > 1 and "list" not in kinds and "tuple" not in kinds:
+                raise SettingError(f"{name} came twice. Send it once.", field=name)
+            if len(several) == 1 and "list" not in kinds:
+                [values[name]] = several
     except HTTPException as error:
-        raise FieldError(f"body cannot be read: {error.detail}", field="body") from None
+        raise SettingError(f"body cannot be read: {error.detail}", field="body") from None
     finally:
         await request.close()
     return values
 
 
 def _check_value(name: str, value: object) -> None:
-    """Raise FieldError for what JSON can say and no answer can repeat."""
+    """Raise SettingError for what JSON can say and no answer can repeat."""
     inner = [(name, 0), (value, 0)]
     name = name[:40].encode("ascii", "backslashreplace").decode()
     while inner:
         value, depth = inner.pop()
         if isinstance(value, str) and not is_text(value):
-            raise FieldError(f"{name} {NO_TEXT}", field=name)
+            raise SettingError(f"{name} {NOT_TEXT}", field=name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise FieldError(f"{name} holds {value}; send a finite number.", field=name)
+            raise SettingError(f"{name} holds {value}; send a finite number.", field=name)
         if isinstance(value, list | dict):
             if depth == DEEPEST:
-                raise FieldError(f"{name} is nested deeper than {DEEPEST}. Send a flatter one.", field=name)
+                raise SettingError(f"{name} is nested deeper than {DEEPEST}. Send a flatter one.", field=name)
             parts = [*value, *value.values()] if isinstance(value, dict) else value
             inner += [(part, depth + 1) for part in parts]
 
 
-def let_go(request: Request) -> None:
-    """Tell the guard that nothing holds the request's body any more: others may send theirs."""
+def request_body(kind: type[BaseModel], *, forms: bool = True) -> dict[str, Any]:
+    """What OpenAPI says of a body."""
+    schema = kind.model_json_schema()
+    types = ["application/json", *(["multipart/form-data"] if forms else [])]
+    return {"requestBody": {"required": True, "content": {name: {"schema": schema} for name in types}}}
+
+
+def let_go(request: Request, body: BaseModel) -> None:
+    """Drop a body's pictures and tell the guard so: others may send theirs."""
+    for name in {"image", "init_images", "mask", "control_image"} & set(type(body).model_fields):
+        setattr(body, name, None)
     request.scope["state"]["let_go"]()
 
 
-def validated(kind: type[Body], values: Mapping[str, Any]) -> Body:
-    """The values as `kind`. Raises FieldError for the first that is wrong."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else "body"
-        if first["type"] == "extra_forbidden":
-            near = nearest(name, list(kind.model_fields))
-            hint = f"Did you mean {near}?" if near else f"Known: {', '.join(kind.model_fields)}."
-            name = name if len(name) <= 40 else name[:37] + "..."
-            raise FieldError(f"{name!a} is no field of this request. {hint}", field=name) from None
-        if first["type"] == "missing":
-            raise FieldError(f"{name} is missing. Send it.", field=name) from None
-        raise FieldError(f"{name} cannot be used: {first['msg']}.", field=name) from None
+def seeds_of(seed: int | None, count: int, most: int, name: str) -> tuple[int, ...]:
+    """`count` seeds from `seed` on, drawn for None and -1. Raises SettingError for a count out of range."""
+    if not 1 <= count <= most:
+        raise SettingError(f"{name} is {count}; it must be 1 to {most}.", field=name)
+    first = secrets.randbelow(RANDOM_SEEDS) if seed is None or seed == -1 else seed
+    return tuple(first + k for k in range(count))
 
 
 # --- pictures ------------------------------------------------------------------------------------
 
 
-Pictures = Mapping[str, bytes | str | None]  # by their fields' names: a file's bytes, base64, or an address
+class Opened:
+    """The pictures of a request, each decoded once. warnings: what its client should know of them."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self.warnings: list[str] = []
+
+    async def picture(self, value: bytes | str, name: str) -> Image.Image:
+        """The picture of a field, upright RGB: a file's bytes, base64 or a data URL. Raises SettingError."""
+        layer = await self._layer(value, name)
+        if layer.mode == "RGBA":
+            self.warnings.append(f"{name} has transparent parts: they are laid on white.")
+        return flattened(layer, "white")
+
+    async def mask(
+        self, value: bytes | str, name: str, *, edit: Literal["white", "transparent"] = "white"
+    ) -> Image.Image:
+        """The mask of a field in "L", white where the edit may go.
+
+        edit: what says so in the file: white (what is transparent there is black), or OpenAI's transparency.
+        """
+        layer = await self._layer(value, name)
+        if edit == "white":
+            return flattened(layer, "black").convert("L")
+        if layer.mode != "RGBA":
+            return Image.new("L", layer.size)
+        return layer.getchannel("A").point(lambda level: 255 - level)
+
+    async def _layer(self, value: bytes | str, name: str) -> Image.Image:
+        def decode() -> Image.Image:
+            data = value if isinstance(value, bytes) else from_base64(value, name)
+            with naming(name):
+                return load_image(
+                    data, max_pixels=self._desk.config.max_pixels, background=None, warn=self.warnings.append
+                )
+
+        return await self._desk.by_hand(decode)
 
 
-@contextlib.asynccontextmanager
-async def placed(
-    desk: Desk, client: str, pictures: Pictures
-) -> AsyncIterator[tuple[Pictures, services.Place]]:
-    """The pictures of fields, fetched, and a place in the queue to open and submit them with.
+async def submitted(
+    desk: Desk,
+    client: str,
+    edit_of: Callable[[Opened], Awaitable[EditRequest]],
+    *,
+    encode: Encoding | None = None,
+    keep: bool = False,
+) -> tuple[EditRequest, Job]:
+    """The edit that `edit_of` makes of a body's pictures, and its job.
 
-    First what is fetched, since who answers slowly would keep others out of the queue; then the place, so
-    that nothing is decoded for what is refused; then a turn among those that decode. Raises FieldError, and
-    Refusal for what is not fetched or has no room.
+    First a place in the queue, so that nothing is decoded for what is refused; then a turn among those that
+    decode. Raises SettingError, Full and Draining.
     """
-    async with _fetched(desk, client, pictures) as given:
-        with desk.service.room(client) as place:
-            async with desk.opening:
-                yield given, place
-
-
-@contextlib.asynccontextmanager
-async def _fetched(desk: Desk, client: str, pictures: Pictures) -> AsyncIterator[Pictures]:
-    """The pictures, with what lies there in the place of each address.
-
-    What was fetched counts against the limit while the block runs.
-    """
-    found = dict(pictures)
-    addresses = {
-        name: value for name, value in found.items() if isinstance(value, str) and _is_address(value)
-    }
-    if not addresses:
-        yield found
-        return
-    if not desk.config.urls:
-        name = next(iter(addresses))
-        raise FieldError(
-            f"{name} is an address, and this server fetches none (--urls). Send the picture itself.",
-            field=name,
-        )
-    own = desk.fetching[client] >= FETCHES_EACH
-    if own or desk.fetching.total() >= FETCHES:
-        whose = f"{FETCHES_EACH} of your requests" if own else f"{FETCHES} requests"
-        raise Refusal(
-            f"The pictures of {whose} are being fetched, which is the limit. Ask again in 5 seconds.",
-            status=429 if own else 503,
-            headers={"Retry-After": "5"},
-        )
-    from ip2p.serve.fetch import fetch
-
-    desk.fetching[client] += 1
-    try:
-        for name, value in addresses.items():
-            found[name] = await fetch(value, name=name, most=desk.config.max_mb * 1_000_000)
-        yield found
-    finally:
-        desk.fetching[client] -= 1
-        if not desk.fetching[client]:
-            del desk.fetching[client]
-
-
-def _is_address(text: str) -> bool:
-    return re.match(r"https?:", text, re.IGNORECASE) is not None
-
-
-async def open_picture(desk: Desk, value: bytes | str, name: str) -> Image.Image:
-    """The picture of a field, upright RGB: a file's bytes, base64 or a data URL (`placed` gives bytes).
-
-    Raises FieldError, which names the field.
-    """
-    data = await picture_data(desk, value, name)
-    return await desk.by_hand(_loaded, data, name, desk.config.max_pixels, "white")
-
-
-async def open_mask(
-    desk: Desk, value: bytes | str, name: str, *, edit: Literal["white", "transparent"]
-) -> Image.Image:
-    """The mask of a field in "L", white where the edit may go.
-
-    edit: what says so in the file: white (what is transparent there is black), or OpenAI's transparency.
-    """
-    data = await picture_data(desk, value, name)
-    on_black = await desk.by_hand(_loaded, data, name, desk.config.max_pixels, "black")
-    if edit == "white":
-        return on_black.convert("L")
-    on_white = await desk.by_hand(_loaded, data, name, desk.config.max_pixels, "white")
-    return _transparency(on_white, on_black)
-
-
-def _transparency(on_white: Image.Image, on_black: Image.Image) -> Image.Image:
-    """255 where a picture is transparent, from how it looks on white and on black: white shows through."""
-    from PIL import ImageChops
-
-    return ImageChops.subtract(on_white, on_black).getchannel("G")
-
-
-async def picture_data(desk: Desk, value: bytes | str, name: str) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    return await desk.by_hand(from_base64, value, name)
+    with desk.service.room(client) as place:
+        async with desk.opening:
+            edit = await edit_of(Opened(desk))
+            submit = functools.partial(desk.service.submit, edit, client=client, place=place)
+            return edit, await desk.by_hand(submit, encode=encode, keep=keep)
 
 
 def from_base64(text: str, name: str) -> bytes:
-    """The bytes of base64, or of a data URL. Raises FieldError."""
+    """The bytes of base64, or of a data URL. Raises SettingError."""
+    if re.match(r"https?:", text, re.IGNORECASE):
+        raise SettingError(
+            f"{name} is an address; this server fetches nothing. Send the picture itself.", field=name
+        )
     if text[:5].lower() == "data:":
         kind, comma, text = text.partition(",")
         if not comma or not kind.endswith(";base64"):
-            raise FieldError(
+            raise SettingError(
                 f"{name} is a data URL without base64. Write data:image/png;base64,…", field=name
             )
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise FieldError(
+        raise SettingError(
             f"{name} is neither base64 nor a data URL. Encode the picture's file.", field=name
         ) from None
-
-
-def _loaded(data: bytes, name: str, max_pixels: int, background: Literal["white", "black"]) -> Image.Image:
-    try:
-        return load_image(data, max_pixels=max_pixels, background=background)
-    except InputError as error:
-        raise FieldError(f"{name}: {error}", field=name) from None
 
 
 def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "crop", "pad"]) -> Image.Image:
@@ -299,7 +256,7 @@ def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "
         scaled = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
     else:
         inner = ImageOps.contain(picture, size, Image.Resampling.LANCZOS)
-        # What is beyond the border is a blurred stretch of all: a plain colour would be edited as a thing.
+        # What is beyond the border is a blurred stretch of all: a plain color would be edited as a thing.
         stretched = Image.Resampling.BOX
         scaled = Image.new("L", size) if picture.mode == "L" else picture.resize(size, stretched)
         scaled.paste(inner, ((size[0] - inner.width) // 2, (size[1] - inner.height) // 2))
@@ -307,19 +264,26 @@ def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "
     return scaled
 
 
-def written(image: Image.Image, kind: str, quality: int | None = None) -> bytes:
-    """A picture's file: made anew from its pixels, with the settings in it."""
-    options = {} if quality is None or kind == "png" else {"quality": quality}
-    return to_bytes(image, KINDS[kind], **options)
+@dataclass(frozen=True)
+class Encoding:
+    """How results are written; called with a picture, it gives a file and its ending."""
+
+    format: Format = "png"
+    quality: int = QUALITY
+
+    def __call__(self, image: Image.Image) -> tuple[bytes, str]:
+        options = {} if self.format == "png" else {"quality": self.quality}
+        return to_bytes(image, KINDS[self.format], **options), f".{self.format}"
+
+    def base64(self, image: Image.Image) -> str:
+        return base64_of(self(image)[0])
 
 
-def encoded(image: Image.Image, kind: str, quality: int | None = None) -> tuple[bytes, str]:
-    """A picture's file and its ending, as `Service.keep` asks for them."""
-    return written(image, kind, quality), f".{kind}"
+PNG = Encoding()
 
 
 def reopened(data: bytes, parameters: str) -> Image.Image:
-    """A result from its file, with its settings where `written` looks for them."""
+    """A result from its file, with its settings where `to_bytes` looks for them."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
     image.info["parameters"] = parameters
@@ -333,7 +297,7 @@ def base64_of(data: bytes) -> str:
 # --- jobs ----------------------------------------------------------------------------------------
 
 
-def client_of(request: Request) -> str:
+def caller_of(request: Request) -> str:
     """The caller's name, as the guard has given it."""
     return str(request.scope["state"]["client"])
 
@@ -343,7 +307,7 @@ async def finished(desk: Desk, request: Request, job: Job) -> Job:
     try:
         await _unless_gone(request, job.aend())
     finally:
-        if job.state in ("waiting", "running"):
+        if job.active:
             desk.service.cancel(job.id)
     return check_done(job)
 
@@ -383,18 +347,13 @@ def event_stream(
 ) -> StreamingResponse:
     """Named events with JSON as server-sent events. `job` is cancelled when their reader goes, if given."""
 
-    async def told() -> AsyncIterator[str]:
+    async def sent() -> AsyncIterator[str]:
         try:
             async for name, record in lines:
                 yield f"event: {name}\ndata: {json.dumps(record)}\n\n"
         finally:
-            if job is not None and job.state in ("waiting", "running"):
+            if job is not None and job.active:
                 desk.service.cancel(job.id)
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(told(), media_type="text/event-stream", headers=headers)
-
-
-def settings_of(result: services.Result) -> str:
-    """The infotext of a result."""
-    return str(result.image.info.get("parameters", ""))
+    return StreamingResponse(sent(), media_type="text/event-stream", headers=headers)

@@ -1,9 +1,9 @@
-"""Prompt-to-Prompt: pictures of one noise and two texts that share attention maps (Hertz et al. 2022).
+"""Prompt-to-Prompt: pictures of the same noise and two texts share attention maps (Hertz et al. 2022).
 
-The rows of a batch are pictures, and a row may take the maps of another row, its source. No map is ever
-built. A map is softmax(q kᵀ), so who takes a row's map takes its queries and keys, with values of his own;
-and a change to a map's columns, which are the words in cross-attention, can be made to the values instead:
-(M A) v = M (A v).
+Each row of a batch is a picture, and a row may use the attention map of another row, its source. No map is
+ever materialized. A map is softmax(q kᵀ), so a row that takes another row's map takes its queries and keys
+and keeps its own values. A change to the map's columns (the words, in cross-attention) is applied to the
+values instead: (M A) v = M (A v).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ip2p.base.errors import ModelError
 
-# What attention in other networks has besides.
+# Features of attention layers that `SharedAttention` does not implement.
 _OTHERS = (
     *("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim"),
     *("residual_connection", "fused_projections"),
@@ -30,10 +30,10 @@ Heads = Float[Tensor, "batch heads tokens features"]
 
 @dataclass(frozen=True)
 class WordSharing:
-    """What some rows of a batch take of other rows' cross-attention: M[source] · moved + M[row] · kept.
+    """How rows mix their cross-attention with that of other rows: M[source] · moved + M[row] · kept.
 
-    rows, sources: their places in the batch. moved: from the source's words to the row's own. kept: how much
-    of its own map a word keeps.
+    rows, sources: positions in the batch. moved: maps the source's words to the row's words. kept: the weight
+    of each word's own map.
     """
 
     rows: Int[Tensor, "edits"]
@@ -44,9 +44,10 @@ class WordSharing:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What the rows of one call of the network share.
+    """What the rows of one network call share.
 
-    maps: whose self-attention each row of the batch has, its own number for itself; None: each its own.
+    maps: for each row, the row whose self-attention map it uses (its own index for its own map); None: no
+    sharing. words: cross-attention sharing; None: no sharing.
     words: cross-attention; None: each its own.
     """
 
@@ -54,23 +55,23 @@ class Sharing:
     words: WordSharing | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """What to call a UNet with, after `share_attention`."""
+        """Keyword arguments for a UNet prepared by `share_attention`."""
         return {"cross_attention_kwargs": {"sharing": self}}
 
 
 def self_attention(
     query: Heads, key: Heads, value: Heads, maps: Int[Tensor, "batch"], scale: float | None = None
 ) -> Heads:
-    """Attention in which row b has the map of row maps[b] and its own values (the paper's code)."""
+    """Attention where row b uses the map of row maps[b] and its own values (the paper's code)."""
     return F.scaled_dot_product_attention(query[maps], key[maps], value, scale=scale)
 
 
 def cross_attention(
     query: Heads, key: Heads, value: Heads, words: WordSharing, scale: float | None = None
 ) -> Heads:
-    """Attention to words in which some rows mix their maps with those of others (Hertz et al., section 3)."""
+    """Cross-attention where some rows mix their maps with those of others (Hertz et al., section 3)."""
     rows, sources = words.rows, words.sources
-    # Summed in place of the rows' own: out = M[source] (moved v) + M[row] (kept v).
+    # For these rows: out = M[source] (moved v) + M[row] (kept v).
     moved = words.moved.to(value)[:, None] @ value[rows]
     taken = F.scaled_dot_product_attention(query[sources], key[sources], moved, scale=scale)
     weights = torch.ones_like(value[:, :1, :, :1]).index_copy(0, rows, words.kept.to(value)[:, None, :, None])
@@ -79,21 +80,21 @@ def cross_attention(
 
 
 class SharedAttention:
-    """A diffusers attention processor that is told by each call of the UNet what its rows share.
+    """A diffusers attention processor; each UNet call passes what its rows share.
 
-    Told nothing it does what diffusers' own does, to the bit.
+    Without sharing, its output is bit-identical to the default processor of diffusers.
     """
 
     def __call__(
         self,
         attn: Any,
         hidden_states: Float[Tensor, "batch pixels features"],
-        encoder_hidden_states: Float[Tensor, "batch words told"] | None = None,
+        encoder_hidden_states: Float[Tensor, "batch words text_features"] | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         sharing: Sharing | None = None,
     ) -> Float[Tensor, "batch pixels features"]:
-        assert attention_mask is None, "nothing here masks words or pixels"
+        assert attention_mask is None, "attention masks are not supported"
         seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
             layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -111,47 +112,47 @@ class SharedAttention:
 
 
 def share_attention(unet: Any) -> None:
-    """Give a UNet of Stable Diffusion processors that can share, in place; its results stay what they were.
+    """Replace the attention processors of a Stable Diffusion UNet in place; its output does not change.
 
-    Raises ModelError for attention of another kind than that of SD 1.x, 2.x, SDXL and the storybook model.
+    Raises ModelError for attention other than that of SD 1.x, SD 2.x, SDXL and the storybook model.
     """
     from diffusers.models.attention_processor import Attention
 
     for name, layer in unet.named_modules():
         if isinstance(layer, Attention) and any(getattr(layer, part, None) for part in _OTHERS):
             raise ModelError(
-                f"This UNet's {name} is attention of a kind that Prompt-to-Prompt is not made for. Use a "
-                "model of the kind of SD 1.x, SD 2.x or SDXL."
+                f"Prompt-to-Prompt does not support the attention layer {name} of this UNet. Use a model "
+                "with the architecture of SD 1.x, SD 2.x or SDXL."
             )
     unet.set_attn_processor(SharedAttention())
 
 
-# --- when ----------------------------------------------------------------------------------------
+# --- which steps share ------------------------------------------------------------------------------
 
 
 def shares(p: Float[Tensor, "edits"], step: int, steps: int) -> Bool[Tensor, "edits"]:
-    """Whether attention is shared in a step from 0 to steps - 1: in the first share p (the paper's code).
+    """Whether attention is shared in step 0 … steps - 1: in the first fraction p of the steps (paper's code).
 
-    p > step / (steps - 1), so that p = 1 leaves out the last step.
+    Shared while p > step / (steps - 1), so p = 1 excludes the last step.
     """
     return p > step / max(steps - 1, 1)
 
 
-# --- which words are which -----------------------------------------------------------------------
+# --- word alignment ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How an edited caption's tokens lie on its source's; `WordSharing` says what moved and kept are."""
+    """Maps the tokens of an edited caption to those of its source; `moved` and `kept` as in `WordSharing`."""
 
     moved: Float[Tensor, "words words"]
     kept: Float[Tensor, "words"]
 
 
 def refinement(tokenizer: Any, source: str, edited: str) -> Alignment:
-    """Tokens that both captions have, in their order, take the source's maps; new ones keep their own.
+    """Common tokens use the source's maps; new tokens keep their own.
 
-    The most tokens that can be paired are (a longest common subsequence, as Hertz et al. align them).
+    The tokens are aligned by a longest common subsequence, as in Hertz et al.
     """
     before, _ = _read(tokenizer, source)
     after, _ = _read(tokenizer, edited)
@@ -159,10 +160,10 @@ def refinement(tokenizer: Any, source: str, edited: str) -> Alignment:
 
 
 def replacement(tokenizer: Any, source: str, edited: str) -> Alignment | None:
-    """Each word takes the map of the source's word at its place; None for captions of unlike word counts.
+    """Each word uses the map of the source word at its position; None if the word counts differ.
 
-    A word of other tokens than its place had shares theirs evenly. The words after one that has more or
-    fewer tokens keep to their places; in the code of Hertz et al. they slip.
+    If two words have different numbers of tokens, the old word's maps are shared evenly among the new word's
+    tokens. The words after it stay aligned; in the code of Hertz et al. they are misaligned.
     """
     before, words_before = _read(tokenizer, source)
     after, words_after = _read(tokenizer, edited)
@@ -181,7 +182,7 @@ def _aligned(
     tokenizer: Any, before: list[int], after: list[int], pairs: Sequence[tuple[list[int], list[int]]]
 ) -> Alignment:
     limit = tokenizer.model_max_length
-    # Padding, which these encoders attend to as to words, is paired from its beginning.
+    # Padding tokens are paired in order: the UNet attends to them as to words.
     padding = range(limit - max(len(before), len(after)))
     pairs = [*pairs, *(([len(before) + n], [len(after) + n]) for n in padding)]
     moved, kept = torch.zeros(limit, limit), torch.ones(limit)
@@ -193,7 +194,7 @@ def _aligned(
 
 
 def _read(tokenizer: Any, text: str) -> tuple[list[int], list[list[int]]]:
-    """The tokens of a text with begin and end, and the places of each word's tokens; cut at the limit."""
+    """The truncated token ids of a text with start and end tokens, and each word's token positions."""
     read = tokenizer(
         text, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True
     )
@@ -204,7 +205,7 @@ def _read(tokenizer: Any, text: str) -> tuple[list[int], list[list[int]]]:
 
 
 def _common(before: list[int], after: list[int]) -> list[tuple[int, int]]:
-    """The places of a longest common subsequence in both; of several, the earliest in `after`."""
+    """The positions of a longest common subsequence; of several, the earliest in `after`."""
     best = [[0] * (len(after) + 1) for _ in range(len(before) + 1)]
     for i, old in enumerate(before):
         for j, new in enumerate(after):

@@ -1,4 +1,4 @@
-"""Captions in: read from any table or a hub's data set, cleaned, limited, deduplicated, sampled by a seed."""
+"""Reads captions from a table or a Hugging Face data set; cleans, filters, deduplicates and samples them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ip2p.base.errors import InputError
 from ip2p.data import columns, hub
+from ip2p.synth.settings import Language
 from ip2p.synth.tables import ENDINGS, LINE, parquet_rows, read_rows
 
-Language = Literal["english", "latin", "any"]
-
-# Lower case; the first that a row fills. LAION's are TEXT, URL, AESTHETIC_SCORE, NSFW, punsafe, LANGUAGE.
+# Column names in lower case; the first non-empty one is used. LAION: TEXT, URL, AESTHETIC_SCORE, NSFW,
+# punsafe, LANGUAGE.
 NAMES = {
     "text": ("text", "caption", "captions", "prompt", "original_prompt", "input", "description", LINE),
     "url": ("url", "image_url", "caption_url", "source_url"),
@@ -29,10 +29,10 @@ NAMES = {
     "unsafe": ("punsafe", "unsafe"),
     "language": ("language", "lang"),
 }
-UNSAFE = 0.5  # LAION's own advice for punsafe
-LOOK = 100_000  # rows that are read in search of a known column: a stream may have billions
+UNSAFE = 0.5  # the threshold that LAION recommends for punsafe
+LOOK = 100_000  # rows searched for a known column: a stream may have billions
 
-# Sexual, gory and hateful words. Whole words, case ignored; a word also stands for its plural in s.
+# Sexual, gory and hateful words. They match whole words, ignoring case, and their plurals in s or es.
 BLOCK_LIST = (
     *("nude", "nudity", "naked", "topless", "nsfw", "porn", "porno", "pornographic", "pornstar", "hentai"),
     *("xxx", "erotic", "erotica", "sex", "sexy", "sexual", "sexually", "blowjob", "handjob", "cum", "orgasm"),
@@ -46,7 +46,7 @@ BLOCK_LIST = (
     *("white power", "ku klux klan", "nigger", "nigga", "faggot", "fag", "kike", "chink", "spic", "gook"),
     *("wetback", "raghead", "tranny", "retard", "retarded"),
 )
-# The commonest short words of texts in some languages, which tell them from English ones.
+# The most common short words of English and of some other languages, to tell the languages apart.
 _ENGLISH = (
     *("the", "of", "and", "in", "with", "on", "at", "for", "by", "from", "to", "is", "an", "over", "under"),
     *("her", "his", "its", "their", "this", "that", "into", "near", "through", "as", "are"),
@@ -64,39 +64,39 @@ _OTHERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """A caption, and what its table says of it."""
+    """A caption, with its metadata from the table."""
 
     text: str
     url: str = ""
-    score: float | None = None  # how beautiful the picture is, by LAION's predictor: 1 to 10
+    score: float | None = None  # aesthetic score by LAION's predictor, 1 to 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Which captions are taken."""
+    """Which captions are accepted."""
 
     min_words: int = 2
     max_words: int = 50  # CLIP reads 75 tokens
     max_characters: int = 300
-    min_score: float | None = None  # of those with an aesthetic score; those without one are then left out
+    min_score: float | None = None  # minimum aesthetic score; captions without a score are then skipped
     language: Language = "english"
     block: Sequence[str] = BLOCK_LIST
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """What was read. rows: how many there were; left_out: why not all of them are here, by reason."""
+    """Captions that were read. rows: rows in the input; left_out: skipped rows by reason."""
 
     captions: list[Caption]
     rows: int
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """What a person should know of it."""
+        """A summary of what was skipped, for display."""
         if not self.left_out:
             return []
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
-        return [f"of {self.rows:,} rows {len(self.captions):,} captions are taken; left out: {reasons}"]
+        return [f"{len(self.captions):,} captions from {self.rows:,} rows; skipped: {reasons}"]
 
 
 def read_captions(
@@ -110,13 +110,14 @@ def read_captions(
     revision: str | None = None,
     stream: bool = False,
 ) -> Captions:
-    """The captions of a .txt, .jsonl, .csv, .tsv or .parquet file, a folder of them, or a hub's data set.
+    """Read captions from a .txt, .jsonl, .csv, .tsv or .parquet file, a folder, or a Hugging Face data set.
 
-    column: where they are; by default the first of `NAMES` with a text, or a list of them: then its first. A
-    row without one is counted as empty. sample: so many of them, drawn with `seed`: those
-    whose hash with the seed is lowest, in the order of the hash. So the draw does not depend on the order of
-    the rows, and a larger one begins with the smaller. split, revision, stream: of a hub's data set.
-    Raises InputError for what cannot be read, an unknown column or nothing left; ModelError for the hub.
+    column: the caption column; by default the first of `NAMES` with a text. If a cell holds a list, its first
+    text is used. A row without a caption counts as empty. sample: the number of captions to draw with `seed`:
+    those with the lowest hash of seed and caption, in hash order. The sample does not depend on the order of
+    the rows, and a larger sample starts with the smaller one. split, revision, stream: for a Hugging Face
+    data set. Raises InputError for an unreadable input, an unknown column or no captions left, and ModelError
+    for errors of the Hugging Face Hub.
     """
     if sample is not None and sample < 1:
         raise InputError(f"--sample is {sample}; use 1 or more, or leave it out for all captions.")
@@ -139,11 +140,11 @@ def take(
     sample: int | None = None,
     seed: int = 0,
 ) -> Captions:
-    """Those of the rows of a table that the rules let through, each caption and each url once."""
+    """The captions of a table's rows that satisfy the rules; each caption and each URL once."""
     left_out: Counter[str] = Counter()
     blocked = blocker(rules.block)
     seen: set[bytes] = set()
-    heap: list[tuple[int, int, Caption]] = []  # the sample, its highest hash first
+    heap: list[tuple[int, int, Caption]] = []  # the sample; the highest hash is at the top
     taken: list[Caption] = []
     names = NAMES["text"] if column is None else (column.strip().lower(),)
     known, seen_columns = False, dict[str, None]()
@@ -161,7 +162,7 @@ def take(
             score=_number(_cell(cells, "score")),
         )
         reason = _left_out(caption, cells, rules, blocked)
-        # The same caption at two places, or two captions of one picture, teach the same edit twice.
+        # A repeated caption or a second caption of the same picture adds no new edit.
         keys = [_hash(key_of(caption.text))] + ([_hash(caption.url)] if caption.url else [])
         if reason is None and any(key in seen for key in keys):
             reason = "doubled"
@@ -179,12 +180,12 @@ def take(
         raise _no_column(of, column, list(seen_columns))
     if sample is not None:
         taken = [caption for _, _, caption in sorted(heap, reverse=True)]
-        if spare := number - sum(left_out.values()) - len(taken):
-            left_out["not drawn"] = spare
+        if undrawn := number - sum(left_out.values()) - len(taken):
+            left_out["not drawn"] = undrawn
     if not taken:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "no rows"
         raise InputError(
-            f"{of} has no captions that can be used: {reasons}. Widen the limits, or name another."
+            f"{of} has no usable captions: {reasons}. Relax the limits, or choose another input."
         )
     return Captions(captions=taken, rows=number, left_out=dict(left_out))
 
@@ -194,7 +195,7 @@ def _rows(path: str, *, split: str, revision: str | None, stream: bool) -> Itera
     if here.exists() or not hub.is_hub_name(path):
         for flag, given in (("--revision", revision is not None), ("--stream", stream)):
             if given and here.exists():
-                raise InputError(f"{path} lies here, so {flag} means nothing for it; leave it out.")
+                raise InputError(f"{path} is a local path, so {flag} does not apply; remove it.")
         return read_rows(here)
     if stream:
         names, _ = hub.remote_files(path, split, revision)
@@ -205,7 +206,7 @@ def _rows(path: str, *, split: str, revision: str | None, stream: bool) -> Itera
 
 
 def _text(value: object) -> str:
-    """The text of a cell, of a list its first; "" for what is none, as a number or a dict of languages."""
+    """The text of a cell, or the first text of a list; "" for anything else (a number, a mapping)."""
     if isinstance(value, list):
         return next(filter(None, map(_text, value)), "")
     return value.strip() if isinstance(value, str) else ""
@@ -213,14 +214,14 @@ def _text(value: object) -> str:
 
 def _no_column(of: str, column: str | None, seen: Sequence[str]) -> InputError:
     shown = ", ".join(seen[:12]) or "(none)"
-    # `tables` leaves lists and structs of parquet away.
+    # `tables` skips list and struct columns of parquet files.
     parquet = Path(of).suffix.lower() not in set(ENDINGS) - {".parquet"}
-    flat = " (of parquet only columns of plain values are read)" if parquet else ""
+    flat = " (in parquet, only columns of plain values are read)" if parquet else ""
     if column is None:
         return InputError(
-            f"{of} has no column that is known to hold captions, but {shown}{flat}; name one: --column."
+            f"{of} has no known caption column. Its columns: {shown}{flat}. Choose one with --column."
         )
-    return InputError(f"{of} has no column {column}, but {shown}{flat}; name one of these: --column.")
+    return InputError(f"{of} has no column {column}. Its columns: {shown}{flat}. Choose one with --column.")
 
 
 def _cell(cells: Mapping[str, Any], part: str) -> Any:
@@ -228,7 +229,7 @@ def _cell(cells: Mapping[str, Any], part: str) -> Any:
 
 
 def _number(value: object) -> float | None:
-    """A cell as a finite number; None for what is none, so that NaN is unknown."""
+    """A cell as a finite number; None if it is not one (NaN counts as unknown)."""
     try:
         number = math.nan if value is None or isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -239,7 +240,7 @@ def _number(value: object) -> float | None:
 def _left_out(
     caption: Caption, cells: Mapping[str, Any], rules: Rules, blocked: Callable[[str], str | None]
 ) -> str | None:
-    """Why a caption is not taken, in words that follow a number; None if it is."""
+    """Why a caption is skipped, phrased to follow a count; None if it is accepted."""
     words = caption.text.split()
     if not words:
         return "empty"
@@ -254,8 +255,8 @@ def _left_out(
         return "unsafe by their table"
     if blocked(caption.text):
         return "on the block-list"
-    said = columns.text(_cell(cells, "language")).lower()
-    if rules.language == "english" and (said or "en") not in ("en", "eng", "english"):
+    declared = columns.text(_cell(cells, "language")).lower()
+    if rules.language == "english" and (declared or "en") not in ("en", "eng", "english"):
         return "in another language"
     if not is_in(caption.text, rules.language):
         return "in another language"
@@ -266,7 +267,7 @@ def _left_out(
 
 
 def clean(text: str) -> str:
-    """One line without markup's leftovers: entities read, control characters and outer quotes away."""
+    """One clean line: no markup, entities decoded, no control characters, no enclosing quotes."""
     text = re.sub(r"<[^<>]{1,200}>", " ", html.unescape(text))
     text = "".join(" " if unicodedata.category(letter).startswith("C") else letter for letter in text)
     text = " ".join(text.split())
@@ -276,15 +277,16 @@ def clean(text: str) -> str:
 
 
 def key_of(text: str) -> str:
-    """What two texts share that are the same but for case, blanks and punctuation at the end."""
+    """A normalized text for comparison: case, whitespace and outer punctuation are ignored."""
     return " ".join(text.casefold().split()).strip(" .!?,;:")
 
 
 def is_in(text: str, language: Language) -> bool:
-    """Whether a text may be in a language, by its letters, and for English by its commonest words.
+    """Whether a text may be in a language, judged by its letters and, for English, by common words.
 
-    latin: nine of ten letters are. english: and at most one in ten carries an accent, and there are not
-    two or more small words of other languages and as many as of English.
+    latin: at least 90% of the letters are Latin. english: in addition, at most 10% of the letters are
+    non-ASCII (two are always allowed), and the text does not have two or more common words of other languages
+    and at least as many as English ones.
     """
     if language == "any":
         return True
@@ -304,7 +306,7 @@ def is_in(text: str, language: Language) -> bool:
 
 
 def blocker(words: Sequence[str]) -> Callable[[str], str | None]:
-    """A function that finds the first blocked word of a text, None if there is none."""
+    """A function that returns the first blocked word of a text, or None."""
     kept = sorted({" ".join(word.casefold().split()) for word in words} - {""}, key=len, reverse=True)
     if not kept:
         return lambda text: None
@@ -318,11 +320,11 @@ def blocker(words: Sequence[str]) -> Callable[[str], str | None]:
 
 
 def read_block_list(path: Path) -> tuple[str, ...]:
-    """The words of a file, one a line, with # before a remark. Raises InputError."""
+    """The words of a file, one per line; # starts a comment. Raises InputError."""
     lines = (str(row.get(LINE, "")).split("#")[0].strip() for row in read_rows(path))
     return tuple(dict.fromkeys(line for line in lines if line))
 
 
 def _hash(text: str) -> bytes:
-    # An address in JSON can hold half of a surrogate pair.
+    # A URL from JSON can contain half of a surrogate pair.
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()

@@ -1,8 +1,7 @@
-"""Keep the good pairs: by the four CLIP similarities, the best of each edit, and none twice.
+"""Filters pairs by their four CLIP similarities, keeps the best pairs of each edit, and removes duplicates.
 
-Three steps. Every row is scored (a job: the slow part); which rows stay is decided from all scores at once,
-in memory; those rows are written (a job again). The scores stay beside what is kept, so that other
-thresholds cost no scoring.
+Three steps: a job scores every row (the slow part); the rows to keep are selected in memory from all scores;
+a second job writes them. The scores are saved next to the kept pairs, so other thresholds need no rescoring.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from ip2p.pictures.images import to_tensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Column: which of the similarities it holds; the names are those of the paper's code.
+# Column (named as in the paper's code): the similarity that it holds.
 SIMILARITIES = {
     "clip_sim_image": "image_image",
     "clip_sim_0": "text_image_before",
@@ -51,13 +50,13 @@ SIMILARITIES = {
 }
 KEPT, SCORED = "data/train", "scores/scores"  # tables of the two jobs
 SCORES_FOLDER = "scores"
-TOP = 4  # pairs of an edit, as the paper keeps
+TOP = 4  # pairs kept per edit, as in the paper
 NEAR_BITS = 4
 PART_ROWS = 1000
 CLIP_SIDE = 512
-DECIMALS = 6  # so that a similarity's last bits, which follow the batch, do not show
+DECIMALS = 6  # hides the last bits of a similarity, which depend on the batch
 
-STORYBOOK = "storybook"  # what the drawn world, its model and its CLIP are called
+STORYBOOK = "storybook"  # the name of the drawn world, its model and its CLIP
 
 Safety = Callable[[Sequence[Image.Image]], Sequence[bool]]  # which pictures are safe
 
@@ -67,14 +66,14 @@ Safety = Callable[[Sequence[Image.Image]], Sequence[bool]]  # which pictures are
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """The least similarity of the two pictures, of each picture and its caption, and of the two changes."""
+    """Minimum similarities: picture-picture, picture-caption (both), and directional (change-change)."""
 
     image: float
     caption: float
     directional: float
 
     def least(self) -> dict[str, float]:
-        """By column."""
+        """The thresholds by column."""
         return {
             "clip_sim_image": self.image,
             "clip_sim_0": self.caption,
@@ -83,7 +82,7 @@ class Thresholds:
         }
 
     def passes(self, scores: Mapping[str, float]) -> bool:
-        """Whether a pair is good enough; a similarity that is not known (no captions) is not asked for."""
+        """Whether a pair passes; unknown similarities (pairs without captions) are ignored."""
         return not any(scores.get(name, math.nan) < least for name, least in self.least().items())
 
 
@@ -97,17 +96,17 @@ PRESETS = {
 
 
 def preset_for(clips: Collection[str]) -> str:
-    """The name of the preset that fits scores measured with these CLIPs, as the column `clip` names them.
+    """The preset for scores measured with these CLIPs (values of the column `clip`).
 
-    Cosines of one CLIP say nothing of another's: those of the storybook's have thresholds of their own. For
-    any other, and for a mixture, it is the paper's.
+    Cosines of different CLIPs are not comparable, so the storybook's CLIP has its own thresholds. Any other
+    CLIP, or a mixture, gets the paper's.
     """
     named = {clip for clip in clips if clip}
     return STORYBOOK if named == {STORYBOOK} else "paper"
 
 
 def clips_of(source: Source) -> set[str]:
-    """The CLIPs that measured the rows of a data set: what a parquet table here has in its column `clip`."""
+    """The CLIPs that scored the rows of a data set: the values of `clip` in local parquet files."""
     if not isinstance(source, ParquetSource):
         return {STORYBOOK} if source.name == STORYBOOK else set()
     if source.remote:
@@ -133,7 +132,7 @@ def measure(
 ) -> dict[str, NDArray[np.float64]]:
     """The four similarities of each pair of RGB pictures and captions, by column, [pairs] each.
 
-    NaN where a caption is needed and empty. Pictures may have any sizes; beyond 512 they are made smaller.
+    NaN where a required caption is empty. Pictures may have any size; those above 512 pixels are downscaled.
     """
     words = list(dict.fromkeys(word for word in chain(captions, edited_captions)))
     place = {word: number for number, word in enumerate(words)}
@@ -161,7 +160,7 @@ def measure(
 
 
 def _embedded(clip: Clip, pictures: Sequence[Image.Image], batch: int) -> torch.Tensor:
-    """Embeddings [pictures, features]; pictures of one size go together."""
+    """Embeddings [pictures, features]; pictures of the same size are batched together."""
     sizes: dict[tuple[int, int], list[int]] = defaultdict(list)
     small = [_small(picture) for picture in pictures]
     for number, picture in enumerate(small):
@@ -176,7 +175,7 @@ def _embedded(clip: Clip, pictures: Sequence[Image.Image], batch: int) -> torch.
 
 
 def _small(picture: Image.Image) -> Image.Image:
-    # CLIP's bicubic does not smooth: of a photograph's full size it would see single pixels.
+    # CLIP's bicubic resize has no antialiasing: a full-size photograph would be sampled at single pixels.
     if max(picture.size) <= CLIP_SIDE:
         return picture
     picture = picture.copy()
@@ -193,12 +192,12 @@ def picture_hash(picture: Image.Image) -> int:
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known of each row of a data set, all in its order, [rows] each.
+    """Facts about each row of a data set, in row order, [rows] each.
 
-    edits: a hash of the caption, the instruction and the edited caption, which candidates of one edit
-    share. instructions: of a broken row, what is wrong with it. hashes: of both pictures, uint64 [rows, 2],
-    zeros where they were not looked at. flaws: "broken" or "unsafe" or "". clips: which CLIP measured, "" for
-    scores that the row had. scores: by column, NaN where unknown.
+    edits: a hash of caption, instruction and edited caption, equal for all candidates of an edit.
+    instructions: for a broken row, the error. hashes: perceptual hashes of both pictures, uint64 [rows, 2],
+    zeros if not computed. flaws: "broken", "unsafe" or "". clips: the CLIP that measured the row, "" for
+    scores that the row already had. scores: by column, NaN where unknown.
     """
 
     ids: list[str]
@@ -213,13 +212,13 @@ class Scored:
         return len(self.ids)
 
     def first(self, count: int | None) -> Scored:
-        """The first so many rows, None for all."""
+        """The first `count` rows; None for all."""
         scores = {name: values[:count] for name, values in self.scores.items()}
         rest = {name: values[:count] for name, values in vars(self).items() if name != "scores"}
         return Scored(**rest, scores=scores)
 
     def of(self, row: int) -> dict[str, float]:
-        """The scores of a row that are known."""
+        """The known scores of a row."""
         return {n: float(v[row]) for n, v in self.scores.items() if not np.isnan(v[row])}
 
 
@@ -233,11 +232,11 @@ _SCORE_FIELDS = pa.schema(
 
 
 class Scorer:
-    """The stage that scores rows of a source; it maps a range of them to a table of scores.
+    """The stage that scores rows of a source: it maps a range of rows to a table of scores.
 
-    Rows that have all four similarities keep them unless `rescore`; so CLIP is found and loaded when it is
-    first needed. clip: its folder, or what finds it; clip_name: what the table calls it. safety: makes a
-    function that tells which pictures are safe; a pair with an unsafe one is flawed.
+    Rows that have all four similarities keep them unless `rescore` is set, so CLIP is loaded on first use.
+    clip: its folder, or a function that returns it; clip_name: its name in the table. safety: makes a
+    function that says which pictures are safe; a pair with an unsafe picture gets the flaw "unsafe".
     """
 
     def __init__(
@@ -260,7 +259,7 @@ class Scorer:
     def __call__(self, part: range) -> Made:
         rows: list[dict[str, Any]] = []
         counts: Counter[str] = Counter(scored=0, broken=0)
-        # In pieces: a thousand decoded pairs do not fit in memory.
+        # In batches: a thousand decoded pairs do not fit in memory.
         for start in range(0, len(part), self.batch):
             rows += self._scored(part[start : start + self.batch], counts)
         return Made(tables={SCORED: pa.Table.from_pylist(rows, _SCORE_FIELDS)}, counts=counts)
@@ -298,8 +297,8 @@ class Scorer:
         if self.clip is None:
             if self.find is None:
                 raise InputError(
-                    f"{pairs[0].id} of {self.source.name} has no similarities; name a CLIP that judges it: "
-                    "--clip openai/clip-vit-large-patch14"
+                    f"{pairs[0].id} of {self.source.name} has no similarities; choose a CLIP to measure "
+                    "them: --clip openai/clip-vit-large-patch14"
                 )
             folder = self.find() if callable(self.find) else self.find
             self.clip = Clip.load(folder, pick_device(self.device))
@@ -315,7 +314,7 @@ def _broken(error: BrokenRow) -> dict[str, Any]:
 def _facts(pair: Pair, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
     words = repr((pair.caption, pair.instruction, pair.edited_caption))
     hashes = [picture_hash(picture) for picture in pictures] or [0, 0]
-    if not pair.caption:  # the instruction alone may be said of many pictures
+    if not pair.caption:  # many pictures may share an instruction
         words += str(hashes[0] or pair.id)
     facts: dict[str, Any] = {"id": pair.id, "instruction": pair.instruction, "flaw": "", "clip": ""}
     facts["edit"] = hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
@@ -346,13 +345,13 @@ def score(
     overwrite: bool = False,
     say: Callable[[str], None] = terminal.say,
 ) -> Scored:
-    """Score every row of `source`, or the first `count`, as a job in `folder`; scores that fit stay.
+    """Score every row of `source`, or the first `count`, as a job in `folder`; existing scores are kept.
 
-    clip_key: changes with the weights of the CLIP, when that is to be noticed.
-    Raises InputError for a source without end and without a count, and as `jobs.run` does.
+    clip_key: identifies the weights of the CLIP, if a change of weights should be detected.
+    Raises InputError for an endless source without a count, and as `jobs.run` does.
     """
     if source.endless and count is None:
-        raise InputError(f"{source.name} has no end; say how many rows with --count 10000.")
+        raise InputError(f"{source.name} is endless; set a number of rows, such as --count 10000.")
     total = len(source) if count is None else min(count, len(source))
     settings = {"source": source.name, "key": source.key, "rows": total, "part_rows": part_rows}
     name = clip_name or _named(clip)
@@ -375,7 +374,7 @@ def score(
 
 
 def read_scores(folder: Path) -> Scored:
-    """What a scoring job left in its folder. Raises InputError for a folder that is none."""
+    """Read the scores that a job wrote to a folder. Raises InputError for any other folder."""
     files = jobs.committed(folder, SCORED)
     table = (
         pa.concat_tables([pq.read_table(path) for path in files]) if files else _SCORE_FIELDS.empty_table()
@@ -384,7 +383,7 @@ def read_scores(folder: Path) -> Scored:
 
 
 def known_scores(source: Source, count: int | None = None) -> Scored:
-    """The scores that the rows of `source` have of themselves; pictures are neither decoded nor compared."""
+    """The scores stored in the rows of `source`; pictures are neither decoded nor compared."""
     total = len(source) if count is None else min(count, len(source))
     rows = []
     for row in range(total):
@@ -415,7 +414,7 @@ def _named(clip: Path | Callable[[], Path] | None) -> str:
 
 
 def _name_of(safety: Callable[[], Safety] | None) -> str | None:
-    """Of a function or a class, also under `functools.partial`, with what it was given."""
+    """The name of a function or class; for a `functools.partial`, with its arguments."""
     if safety is None:
         return None
     if isinstance(safety, partial):
@@ -423,9 +422,9 @@ def _name_of(safety: Callable[[], Safety] | None) -> str | None:
     return getattr(safety, "__qualname__", type(safety).__qualname__)
 
 
-# --- which stay -----------------------------------------------------------------------------------
+# --- selection -----------------------------------------------------------------------------------
 
-# Why a row does not stay: the first of these that holds.
+# Why a row is removed: the first of these that applies.
 REASONS = (
     *("broken", "unsafe", "clip_sim_image", "clip_sim_0", "clip_sim_1", "clip_sim_dir"),
     *("duplicate", "surplus"),
@@ -439,12 +438,12 @@ def select(
     top: int | None = TOP,
     near_bits: int | None = NEAR_BITS,
 ) -> list[str]:
-    """Of each row, why it goes: one of `REASONS`, or "" if it stays.
+    """For each row, why it is removed: one of `REASONS`, or "" if it is kept.
 
-    A similarity below its threshold goes. Of pairs with the same instruction (in letters and digits, case
-    ignored) and both pictures the same but for `near_bits` of the 64 bits of their hashes each, all but the
-    best are duplicates; None finds none. Of the rest, the `top` best of each edit stay; None keeps all. Best
-    is the directional similarity, then the image similarity, then the earlier row.
+    A row with a similarity below its threshold is removed. Pairs with the same instruction (letters and
+    digits, ignoring case) whose pictures' hashes both differ by at most `near_bits` of 64 bits are
+    duplicates; the best is kept. None skips this check. Of the rest, the `top` best pairs of each edit are
+    kept; None keeps all. Pairs are ranked by directional similarity, then image similarity, then row number.
     """
     reasons = list(scored.flaws)
     for name, least in thresholds.least().items():
@@ -468,10 +467,10 @@ def select(
 
 
 def _repeated(scored: Scored, rows: Sequence[int], bits: int) -> Iterator[int]:
-    """Those of the rows, best first, that are near one before them that stays."""
+    """The rows (best first) that nearly repeat an earlier row that is kept."""
     groups: dict[str, list[int]] = defaultdict(list)
     for row in rows:
-        if scored.hashes[row].any():  # else not looked at
+        if scored.hashes[row].any():  # zero: not computed
             words = "".join(letter for letter in scored.instructions[row].lower() if letter.isalnum())
             groups[words].append(row)
     for group in groups.values():
@@ -485,12 +484,12 @@ def _repeated(scored: Scored, rows: Sequence[int], bits: int) -> Iterator[int]:
                 kept[count], count = own, count + 1
 
 
-# --- what stays -----------------------------------------------------------------------------------
+# --- writing the kept pairs --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Filtered:
-    """What a filter did. reasons: rows that went, by the first reason; unknown: rows without captions."""
+    """The result of a filter. reasons: removed rows by first reason; unknown: rows without captions."""
 
     rows: int
     kept: int
@@ -498,13 +497,13 @@ class Filtered:
     unknown: int
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """A summary for display."""
         share = f" ({self.kept / self.rows:.1%})" if self.rows else ""
-        lines = [f"{self.kept:,} of {self.rows:,} pairs stay{share}"]
+        lines = [f"{self.kept:,} of {self.rows:,} pairs kept{share}"]
         if self.reasons:
-            lines.append("gone: " + ", ".join(f"{name} {count:,}" for name, count in self.reasons.items()))
+            lines.append("removed: " + ", ".join(f"{name} {count:,}" for name, count in self.reasons.items()))
         if self.unknown:
-            lines.append(f"{self.unknown:,} pairs lack captions and were judged by what is known of them")
+            lines.append(f"{self.unknown:,} pairs have no captions and were judged by the other scores")
         return lines
 
 
@@ -520,17 +519,17 @@ def filter_pairs(
     say: Callable[[str], None] = terminal.say,
     **scoring: Any,
 ) -> Filtered:
-    """Score `source` into `folder`/scores, and write the rows that stay into `folder`, with their scores.
+    """Score `source` into `folder`/scores and write the rows to keep, with their scores, into `folder`.
 
-    They are written as parquet in the hub edition's columns, or with all the columns that a parquet source
-    on this disk has, its pictures byte for byte. scoring: as of `score`. Called again after it was stopped
-    it goes on; `overwrite` with other thresholds keeps the scores. Raises InputError as `jobs.run` does, and
-    for the folder of another stage, which `overwrite` does not make free.
+    The rows are written as parquet with the columns of the Hugging Face version; for a local parquet source,
+    with all its columns and its pictures byte for byte. scoring: arguments of `score`. A call after an
+    interruption resumes; `overwrite` with other thresholds keeps the scores. Raises InputError as `jobs.run`
+    does, and for the folder of another stage, which `overwrite` does not replace.
     """
     beside = ("run.json", SCORES_FOLDER)
     jobs.check_folder(folder, beside=beside)  # before the scoring, which may take days
     if jobs.is_job(folder) and "near_bits" not in jobs.settings(folder):
-        raise InputError(f"{folder} holds what another command wrote; choose another folder.")
+        raise InputError(f"{folder} contains the output of another command; choose another folder.")
     scored = score(
         source, folder / SCORES_FOLDER, part_rows=part_rows, overwrite=overwrite, say=say, **scoring
     )
@@ -557,36 +556,36 @@ def filter_pairs(
         for row, flaw in enumerate(scored.flaws)
         if not flaw
     )
-    told = {name: counts[name] for name in REASONS if counts[name]}
-    return Filtered(len(reasons), len(kept), told, unknown)
+    removed = {name: counts[name] for name in REASONS if counts[name]}
+    return Filtered(len(reasons), len(kept), removed, unknown)
 
 
 def _lost(source: Source, kept: Sequence[int]) -> Iterator[str]:
-    """What a data set has that the table of what stays has not, as warnings, unless its rows are copied."""
+    """Warnings for data that the written table cannot hold; only used when rows are not copied whole."""
     if not kept:
         return
     if isinstance(source, ParquetSource) and not source.remote:
         names = {name for path in source.files for name in pq.read_schema(path).names}
         written = set(columns.find_columns(sorted(names), of=source.name).values()) | set(PAIR_SCHEMA.names)
         if more := sorted(names - written):
-            why = "its files differ in their columns, or its pictures lie elsewhere"
-            yield f"warning: not written are the columns {', '.join(more)} of {source.name}: {why}"
+            why = "its files have different columns, or its pictures are separate files"
+            yield f"warning: the columns {', '.join(more)} of {source.name} are not written: {why}"
     if source[kept[0]].mask is not None:
         yield f"warning: the masks of {source.name} are not written; ip2p data convert writes masks"
 
 
 def _hash_of(scored: Scored, kept: Sequence[int]) -> str:
-    """Which rows stay, with which scores."""
-    said = [[row, scored.ids[row], scored.of(row)] for row in kept]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    """A hash of the kept rows and their scores."""
+    facts = [[row, scored.ids[row], scored.of(row)] for row in kept]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 class Writer:
-    """The stage that writes rows of a source with their scores; it maps row numbers to a table."""
+    """The stage that writes rows with their scores: it maps row numbers to a table."""
 
     def __init__(self, source: Source, scored: Scored, table: _Rows | None) -> None:
         self.source, self.scored, self.table = source, scored, table
-        self.measured = any(scored.clips)  # of all parts, which have the same columns
+        self.measured = any(scored.clips)  # over all parts, so that they have the same columns
 
     def __call__(self, part: Sequence[int]) -> Made:
         if self.table is not None:
@@ -599,7 +598,7 @@ class Writer:
         return Made(tables={KEPT: pair_table(rows)})
 
     def _with_scores(self, table: Any, part: Sequence[int]) -> Any:
-        """A table of a parquet source with its scores put in their columns, and an id where it has none."""
+        """A table of a parquet source with the scores in their columns, and an id column if it has none."""
         new: dict[str, tuple[str, list[Any]]] = {
             name: ("float64", [self.scored.of(row).get(name) for row in part]) for name in SIMILARITIES
         }
@@ -612,11 +611,11 @@ class Writer:
                 "string",
                 [self.scored.clips[row] or old for row, old in zip(part, before, strict=True)],
             )
-        if "scores" in table.column_names:  # which readers take before the columns, where it holds them
+        if "scores" in table.column_names:  # readers prefer it to the separate columns
             kind = table.schema.field("scores").type
             if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_struct(kind):
                 cells = zip(table["scores"].to_pylist(), part, strict=True)
-                new["scores"] = ("string", [_told(cell, self.scored.of(row)) for cell, row in cells])
+                new["scores"] = ("string", [_merged(cell, self.scored.of(row)) for cell, row in cells])
         schema = with_columns(table.schema, {name: kind for name, (kind, _) in new.items()})
         arrays = [
             pa.array(new[field.name][1], field.type) if field.name in new else table[field.name]
@@ -625,8 +624,8 @@ class Writer:
         return pa.table(arrays, schema=schema)
 
 
-def _told(cell: object, scores: Mapping[str, float]) -> str:
-    """A cell of `scores`, a mapping or one as JSON, with these; one that is neither stays as it is."""
+def _merged(cell: object, scores: Mapping[str, float]) -> str:
+    """A cell of the column `scores` (a mapping or its JSON), updated; any other cell is unchanged."""
     old = cell or {}
     if isinstance(old, str):
         try:
@@ -637,7 +636,7 @@ def _told(cell: object, scores: Mapping[str, float]) -> str:
 
 
 class _Rows:
-    """The rows of parquet files on this disk, with all their columns."""
+    """The rows of local parquet files, with all their columns."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self.files = list(files)
@@ -651,21 +650,21 @@ class _Rows:
 
     @classmethod
     def of(cls, source: Source) -> _Rows | None:
-        """None for another source, for files that differ in their columns, and for pictures elsewhere."""
+        """None for other sources, for files with different columns, and for pictures in separate files."""
         if not isinstance(source, ParquetSource) or source.remote:
             return None
         schemas = [pq.read_schema(path) for path in source.files]
         if not all(each.equals(schemas[0]) for each in schemas):
             return None
         rows = cls(source.files)
-        # Pictures that are named by their paths would not be found from another folder.
+        # Relative picture paths would not resolve from another folder.
         places = columns.find_columns(schemas[0].names, of=source.name)
         held = [rows.first(places[part]) for part in ("before", "after")]
         held = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in held]
         return rows if all(isinstance(data, bytes) for data in held) else None
 
     def first(self, name: str) -> Any:
-        """The first cell of a column that holds something, None if none does."""
+        """The first non-empty cell of a column, or None."""
         for path in self.files:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=1, columns=[name]):
@@ -674,7 +673,7 @@ class _Rows:
         return None
 
     def take(self, rows: Sequence[int]) -> Any:
-        """Rows, given in rising order."""
+        """The given rows; their numbers must be ascending."""
         tables: dict[int, list[int]] = defaultdict(list)
         for row in rows:
             place = bisect_right(self.starts, row) - 1
@@ -693,7 +692,7 @@ _TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
 
 
 def with_columns(schema: Any, kinds: Mapping[str, str]) -> Any:
-    """A schema with more columns, or with these kinds for those it has, also in the hub's note of them."""
+    """A schema with columns added or retyped, also in the Hugging Face metadata."""
     for name, kind in kinds.items():
         field = pa.field(name, _TYPES[kind])
         place = schema.get_field_index(name)
@@ -708,7 +707,7 @@ def with_columns(schema: Any, kinds: Mapping[str, str]) -> Any:
     return schema
 
 
-# The hub edition's columns, what the pair came from, and its scores.
+# The columns of the Hugging Face version, the pair's provenance, and its scores.
 PAIR_SCHEMA = with_columns(
     hub_schema(
         {
@@ -729,9 +728,9 @@ PAIR_SCHEMA = with_columns(
 
 
 def pair_row(pair: Pair, stem: str = "", **more: object) -> dict[str, Any]:
-    """A pair as a row of `PAIR_SCHEMA`, with what else is known: triple_id, candidate, model, clip, license.
+    """A pair as a row of `PAIR_SCHEMA`. more: triple_id, candidate, model, clip, license and other columns.
 
-    stem: what the names of its pictures begin with, its id unless given. Pixels become PNG.
+    stem: prefix of the picture names, by default the pair's id. Pixels are encoded as PNG.
     """
     return {
         "original_image": picture_cell(pair.before, f"{stem or pair.id}_0"),
@@ -746,11 +745,11 @@ def pair_row(pair: Pair, stem: str = "", **more: object) -> dict[str, Any]:
 
 
 def pair_table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Rows of `pair_row` as a table, for a stage to return."""
+    """Rows of `pair_row` as a table that a stage can return."""
     return pa.Table.from_pylist(list(rows), PAIR_SCHEMA)
 
 
 def picture_cell(picture: bytes | NDArray[np.uint8], stem: str) -> dict[str, object]:
-    """A picture as the hub's columns hold it; pixels become PNG."""
+    """A picture as a Hugging Face image cell; pixels are encoded as PNG."""
     data = encoded(picture)
     return {"bytes": data, "path": stem + ending(data)}

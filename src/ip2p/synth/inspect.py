@@ -1,7 +1,6 @@
-"""A page to look at what a filter keeps and what it does not: histograms, and pairs at each threshold.
+"""Writes an HTML page that shows what a filter keeps and removes: histograms, and pairs near each threshold.
 
-One static HTML file with its pictures inside and without scripts, so that it opens in any browser from any
-place.
+The page is one static file with embedded pictures and no scripts, so it opens in any browser.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from ip2p.synth.filter import NEAR_BITS, REASONS, SIMILARITIES, TOP, Scored, Thr
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SIDE = 128  # of a picture on the page
-AT_EACH = 6  # pairs kept and pairs gone, of each threshold
+SIDE = 128  # pixels of a picture on the page
+AT_EACH = 6  # kept pairs and removed pairs shown at each threshold
 BARS = 50
-WIDTH, HEIGHT, FOOT = 640, 120, 18  # of a histogram, in its own units
+WIDTH, HEIGHT, FOOT = 640, 120, 18  # of a histogram, in SVG units
 
 TITLES = {
     "clip_sim_image": "picture – picture",
     "clip_sim_0": "picture before – caption",
     "clip_sim_1": "picture after – edited caption",
-    "clip_sim_dir": "change of the pictures – change of the captions (directional)",
+    "clip_sim_dir": "change of pictures – change of captions (directional)",
 }
 WORDS = {
-    "broken": "a picture that cannot be read",
-    "unsafe": "a picture that the safety check refused",
-    "duplicate": "nearly the same pictures as a better pair with this instruction",
-    "surplus": "enough better pairs of this edit",
+    "broken": "unreadable picture",
+    "unsafe": "picture rejected by the safety check",
+    "duplicate": "nearly the same pictures as a better pair with the same instruction",
+    "surplus": "the edit already has enough better pairs",
 } | {name: f"too low: {title}" for name, title in TITLES.items()}
 
 STYLE = """
@@ -71,21 +70,21 @@ def inspect(
     side: int = SIDE,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Write the page for `source` as `scored` (by `filter.score`) and filtered; how many went, by reason.
+    """Write the page for `source`, scored by `filter.score`, and return the number of removed rows by reason.
 
-    At each threshold it shows the `count` pairs that passed it by least and the `count` that failed it by
-    least; of those that went for another reason, and of those that stay, `count` spread over all.
-    Raises InputError, before any work, when the file cannot be written.
+    For each threshold, the page shows the `count` pairs that narrowly pass and the `count` that narrowly
+    fail. For each other reason, and for the kept pairs, it shows `count` evenly spaced pairs. Raises
+    InputError, before any work, if the file cannot be written.
     """
     check_output(path, overwrite=overwrite)
     reasons = select(scored, thresholds, top=top, near_bits=near_bits)
     stays = np.array([not reason for reason in reasons], dtype=bool)
     gone = Counter(reasons)
-    told = {name: gone[name] for name in REASONS if gone[name]}
+    removed = {name: gone[name] for name in REASONS if gone[name]}
     sheet = _Sheet(source, scored, reasons, side)
     parts = [
-        _head(source.name, len(scored), int(stays.sum()), told, scored, thresholds),
-        "<h2>Some that stay</h2>",
+        _head(source.name, len(scored), int(stays.sum()), removed, scored, thresholds),
+        "<h2>Kept pairs (a sample)</h2>",
         sheet.of(_spread(np.flatnonzero(stays), count)),
     ]
     for name, least in thresholds.least().items():
@@ -94,36 +93,36 @@ def inspect(
         parts += [
             f"<h2>{html.escape(TITLES[name])}</h2>",
             histogram(values, stays, least),
-            f"<h3>Passed by least (≥ {least:g})</h3>",
+            f"<h3>Narrowly passed (≥ {least:g})</h3>",
             sheet.of(above),
-            "<h3>Failed by least</h3>",
+            "<h3>Narrowly failed</h3>",
             sheet.of(below),
         ]
     for name in ("duplicate", "surplus", "unsafe", "broken"):
         if rows := [row for row, reason in enumerate(reasons) if reason == name]:
             parts += [f"<h2>{name}: {html.escape(WORDS[name])}</h2>", sheet.of(_spread(rows, count))]
-    title = html.escape(f"{source.name}: what the filter keeps")
+    title = html.escape(f"{source.name}: filter results")
     write_text(
         path,
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{title}</h1>\n" + "\n".join(parts) + "\n</html>\n",
     )
-    return told
+    return removed
 
 
 def _head(
     name: str, rows: int, kept: int, gone: dict[str, int], scored: Scored, thresholds: Thresholds
 ) -> str:
-    """The numbers: what stays, what goes for which reason first, and what each threshold would take alone."""
+    """The counts: kept pairs, removed pairs by first reason, and pairs below each threshold."""
     share = f" ({kept / rows:.1%})" if rows else ""
-    lines = [f"<p><b>{kept:,}</b> of {rows:,} pairs stay{share}.</p>"]
+    lines = [f"<p><b>{kept:,}</b> of {rows:,} pairs kept{share}.</p>"]
     if gone:
         cells = (
             f'<tr><td>{html.escape(WORDS[reason])}</td><td class="n">{number:,}</td></tr>'
             for reason, number in gone.items()
         )
-        lines.append(f"<table><tr><th>gone, by the first reason</th><th></th></tr>{''.join(cells)}</table>")
+        lines.append(f"<table><tr><th>removed, by first reason</th><th></th></tr>{''.join(cells)}</table>")
     cells = (
         f'<tr><td>{html.escape(TITLES[of])}</td><td class="n">{least:g}</td>'
         f'<td class="n">{int((scored.scores[of] < least).sum()):,}</td>'
@@ -131,7 +130,7 @@ def _head(
         for of, least in thresholds.least().items()
     )
     lines.append(
-        "<table><tr><th>similarity</th><th>least</th><th>below it</th><th>not known</th></tr>"
+        "<table><tr><th>similarity</th><th>minimum</th><th>below</th><th>unknown</th></tr>"
         + "".join(cells)
         + "</table>"
     )
@@ -139,10 +138,10 @@ def _head(
 
 
 def histogram(values: NDArray[np.float64], stays: NDArray[np.bool_], least: float) -> str:
-    """An SVG of how often each value occurs, those that stay in green, and the threshold as a line."""
+    """An SVG histogram with the kept pairs in green and the threshold as a line."""
     known = ~np.isnan(values)
     if not known.any():
-        return "<p>Of no pair known.</p>"
+        return "<p>Unknown for all pairs.</p>"
     low, high = min(values[known].min(), least), max(values[known].max(), least)
     high = high if high > low else low + 0.01
     edges = np.linspace(low, high, BARS + 1)
@@ -151,16 +150,16 @@ def histogram(values: NDArray[np.float64], stays: NDArray[np.bool_], least: floa
     bars = []
     for number, (all_of, green) in enumerate(zip(every.tolist(), kept.tolist(), strict=True)):
         span = f"{edges[number]:.3f} to {edges[number + 1]:.3f}"
-        told = f"<title>{span}: {all_of:,}, of which {green:,} stay</title>"
+        tooltip = f"<title>{span}: {all_of:,} pairs, {green:,} kept</title>"
         for kind, first, last in (("kept", 0, green), ("rest", green, all_of)):
             if last > first:
                 bars.append(
                     f'<rect class="{kind}" x="{number * wide:.2f}" y="{HEIGHT - last * scale:.2f}" '
-                    f'width="{wide - 1:.2f}" height="{(last - first) * scale:.2f}">{told}</rect>'
+                    f'width="{wide - 1:.2f}" height="{(last - first) * scale:.2f}">{tooltip}</rect>'
                 )
     x = (least - low) / (high - low) * WIDTH
     side = "end" if x > WIDTH / 2 else "start"
-    label = f"median {np.median(values[known]):.3f} · least {least:g}"
+    label = f"median {np.median(values[known]):.3f} · minimum {least:g}"
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT + FOOT}" role="img" aria-label="{label}">{"".join(bars)}'
         f'<line class="least" x1="{x:.2f}" x2="{x:.2f}" y1="0" y2="{HEIGHT}"/>'
@@ -173,7 +172,7 @@ def histogram(values: NDArray[np.float64], stays: NDArray[np.bool_], least: floa
 def _nearest(
     values: NDArray[np.float64], least: float, flaws: Sequence[str], count: int
 ) -> tuple[list[int], list[int]]:
-    """Rows just below a threshold and just above it, the nearest first."""
+    """The rows just below a threshold and just above it, nearest first."""
     order = [row for row in np.argsort(values, kind="stable").tolist() if not flaws[row]]
     known = [row for row in order if not math.isnan(values[row])]
     below = [row for row in known if values[row] < least]
@@ -181,13 +180,13 @@ def _nearest(
 
 
 def _spread(rows: Sequence[int] | NDArray[np.int64], count: int) -> list[int]:
-    """Some of the rows, evenly spread."""
+    """Up to `count` evenly spaced rows."""
     few = min(count, len(rows))
     return [int(rows[k * len(rows) // few]) for k in range(few)]
 
 
 class _Sheet:
-    """Figures of rows: both pictures, the words, the scores."""
+    """Renders rows as figures: both pictures, the texts, the scores."""
 
     def __init__(self, source: Source, scored: Scored, reasons: Sequence[str], side: int) -> None:
         self.source, self.scored, self.reasons, self.side = source, scored, reasons, side
@@ -204,12 +203,12 @@ class _Sheet:
                 pair = self.source[row]
                 both = [open_picture(data, pair.id) for data in (pair.before, pair.after)]
                 words = [pair.instruction, pair.caption, pair.edited_caption]
-                told = "".join(
+                shown = "".join(
                     _picture(picture, text or of, self.side)
                     for picture, text, of in zip(both, words[1:], ("before", "after"), strict=True)
                 )
             except BrokenRow as error:
-                words, told = ["", error.reason, ""], ""
+                words, shown = ["", error.reason, ""], ""
             arrow = (
                 f"{html.escape(words[1])} → {html.escape(words[2])}" if words[2] else html.escape(words[1])
             )
@@ -218,9 +217,9 @@ class _Sheet:
                 for name in SIMILARITIES
                 if name in self.scored.of(row)
             )
-            verdict = f"gone: {WORDS[reason]}" if reason else "stays"
+            verdict = f"removed: {WORDS[reason]}" if reason else "kept"
             yield (
-                f"<figure{' class=gone' if reason else ''}>{told}<figcaption>"
+                f"<figure{' class=gone' if reason else ''}>{shown}<figcaption>"
                 f"<b>{html.escape(words[0])}</b><br>{arrow}<br>{scores}<br>"
                 f"{html.escape(self.scored.ids[row])}: {html.escape(verdict)}</figcaption></figure>"
             )

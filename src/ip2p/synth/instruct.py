@@ -1,7 +1,7 @@
-"""Edits in words: a caption goes to a writer, its answer is parsed, and refused with a reason or taken.
+"""Text edits: a writer gets captions; its answers are parsed, then accepted or rejected with a reason.
 
-A writer is anything that answers many asks with texts in the delimiters of the paper's code: a language
-model here (`LocalWriter`), a server elsewhere (`server.ServerWriter`), or a function.
+A writer is anything that answers prompts in the format of the paper's code: a local language model
+(`LocalWriter`), a server (`server.ServerWriter`), or a function.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from ip2p.synth.captions import BLOCK_LIST, Caption, blocker, key_of
 from ip2p.synth.records import Rejected, Triple, place_seed, triple_id
 from ip2p.synth.triples import examples, seed_triples
 
-# The paper's code: what ends the caption, what parts the answer, and what ends it.
+# Delimiters of the paper's code: after the caption, between the parts of the answer, after the answer.
 SEPARATOR, MIDDLE, STOP = "\n##\n", "\n%%\n", "\nEND"
-# The paper's code: how its tuned model is sampled.
+# Sampling settings of the paper's code.
 TEMPERATURE, FREQUENCY_PENALTY, MAX_TOKENS = 0.7, 0.1, 256
-RETRIES = 3  # the paper's code asks so often again
+RETRIES = 3  # as in the paper's code
 
-# Why an answer is refused. The order is that in which they are looked for.
+# Why an answer is rejected, in the order of the checks.
 REASONS = {
-    "refused": "the server would not answer the prompt; it is not asked for again",
-    "too_long": "it was cut off, or has too many words",
-    "unparsable": "it is not an instruction and a caption",
-    "unchanged": "the edited caption is the caption",
-    "seed": "the edited caption is that of a seed triple",
-    "block_list": "a word of it is on the block-list",
-    "spatial": "it moves, turns or crops, or asks for another view, which Prompt-to-Prompt cannot do",
-    "duplicate": "another edit of the caption says the same",
+    "refused": "the server rejected the prompt; it is not retried",
+    "too_long": "the answer was cut off or has too many words",
+    "unparsable": "the answer is not an instruction and a caption",
+    "unchanged": "the edited caption equals the caption",
+    "seed": "the edited caption repeats a seed triple",
+    "block_list": "the answer contains a word on the block list",
+    "spatial": "the edit moves, turns or crops, or changes the view, which Prompt-to-Prompt cannot do",
+    "duplicate": "the caption already has the same edit",
 }
 
-# Not that of "the WEST END".
+# "END" on the caption's line, but not the END of "the WEST END".
 _INLINE_END = re.compile(r"(?:(?<![A-Z\s])[ \t]+|(?<=[.!?]))END(?=\n|$)")
 
-# Prompt-to-Prompt keeps the layout: it changes what is there and not where. To move somebody to the desert
-# is no such edit, to move somebody to the left is. To put the lamp in the corner is none, to put a lamp there
-# adds one, which can be tried; but no picture is told left from right.
+# Prompt-to-Prompt keeps the layout: it changes what is in the picture, not where it is. "Move him to the
+# desert" is not spatial, "move him to the left" is. "Put the lamp in the corner" is spatial; "put a lamp in
+# the corner" adds one and may work. Sides are always rejected: the model does not know left from right.
 _SIDES = r"(?:far |top |bottom |upper |lower )*(?:left|right)"
 _PLACES = rf"(?:{_SIDES}|centre|center|middle|top|bottom|edge|side|corner|foreground|background|front|back)"
 _PICTURE = r"(?:the |this |that )?(?:picture|image|photo|photograph|frame|painting|drawing|scene|canvas|shot)"
 _VIEWS = r"(?:above|below|behind|(?:the |a )?(?:front|back|side|air|top|distance))"
 _POSSESSIVES = r"(?:the|this|that|these|those|its|his|her|their|my|your|our)"
 _MOVE = r"(?:move|shift|slide|push|pull|nudge|send)s?\b"
-# What is there already.
+# Objects that are already in the picture.
 _PUT = rf"(?:put|place|bring|set|stand)s? (?:both|(?:all (?:of )?)?(?:{_POSSESSIVES}|it|him|them))\b"
 _AT = (
     rf"(?:the |its |his |her |their )?{_PLACES}"
@@ -59,13 +59,13 @@ _BESIDE = (
     r"(?:next to|beside|alongside|behind|between|beneath|under(?:neath)?"
     r"|(?:in front|on top|(?:to|on) the (?:left|right|(?:other|far|opposite) side)) of)"
 )
-# A name with a capital, such as the Eiffel Tower, is a place to be in, and so are these.
+# Capitalized names, such as the Eiffel Tower, are scenes rather than objects; so are these.
 _SOMEWHERE = (
     r"(?:stars|sky|sun|moon|clouds|rain|sea|ocean|waves|water|surface|ground|world|wheel|counter|bar)\b"
 )
 _SPATIAL = re.compile(
     r"\b(?:"
-    # turn the whole or cut it
+    # rotate or crop the whole picture
     r"(?:rotate|flip|mirror|crop|re-?cent(?:er|re)|re-?position)(?:d|ped)? "
     rf"(?:the|it|him|her|them|this|that|his|its|everything|{_PICTURE})\b"
     r"|(?:rotate|flip|mirror|turn|tilt|spin)s?\b[^.;]*?(?<! to) (?:"
@@ -74,7 +74,7 @@ _SPATIAL = re.compile(
     rf"|(?:rotate|flip)s?(?: (?:to |towards? )?(?:the )?{_SIDES})?(?=$|[.,;!?])"
     r"|zoom(?:s|ed|ing)? (?:in|out)\b"
     r"|upside[ -]down\b|back to front\b"
-    # move somebody or something
+    # move a person or a thing
     rf"|(?:{_MOVE}|{_PUT})[^.;]*? (?:to|towards?|into|in|on|at) {_AT}"
     rf"|turns?\b[^.;]*? (?:to|towards?) {_AT}"
     rf"|(?:{_MOVE}|{_PUT}|turns?\b)[^.;]*? (?:(?:closer|nearer|farther|further|apart)\b"
@@ -99,7 +99,7 @@ _SPATIAL = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One question to a writer: edit `number` of a caption, for the `attempt`th time."""
+    """A request to a writer: edit `number` of a caption, attempt `attempt`."""
 
     caption: str
     number: int = 0
@@ -107,14 +107,16 @@ class Ask:
 
     @property
     def seed(self) -> int:
-        """32 bits, from the question alone, so that it is answered alike wherever it is asked."""
+        """A 32-bit seed that depends only on the request, so answers are reproducible."""
         return place_seed("instruct", self.caption, self.number, self.attempt)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a writer said, without the prompt. finished: it came to its end, and was not cut off. refused: it
-    will never answer this prompt, and the text says why."""
+    """A writer's text without the prompt.
+
+    finished: it was not cut off. refused: the writer will never answer this prompt; the text is the reason.
+    """
 
     text: str
     finished: bool = True
@@ -122,7 +124,7 @@ class Answer:
 
 
 class Writer(Protocol):
-    """Answers questions, in their order. `name` goes into the source of the triples."""
+    """Answers requests in order. `name` becomes the source of the triples."""
 
     name: str
 
@@ -131,7 +133,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """An answer in its two parts."""
+    """A parsed answer."""
 
     instruction: str
     edited_caption: str
@@ -139,18 +141,18 @@ class Edit:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is refused."""
+    """Limits on accepted edits."""
 
     max_instruction_words: int = 40
     max_caption_words: int = 60  # CLIP reads 75 tokens
     block: Sequence[str] = BLOCK_LIST
-    spatial: bool = True  # refuse what Prompt-to-Prompt cannot do
-    seeds: bool = True  # refuse the edited captions of the seed triples
+    spatial: bool = True  # reject edits that Prompt-to-Prompt cannot do
+    seeds: bool = True  # reject edited captions of the seed triples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What came of one caption: its triples, and the answers that were refused."""
+    """The result for one caption: its triples and the rejected answers."""
 
     caption: str
     triples: tuple[Triple, ...] = ()
@@ -158,25 +160,25 @@ class Written:
 
 
 def prompt_of(caption: str, shots: Iterable[Triple] = ()) -> str:
-    """What a model reads: caption and separator; before them finished examples, for one that is not tuned."""
-    told = "".join(shot.caption + SEPARATOR + completion_of(shot) + "\n\n" for shot in shots)
-    return told + caption + SEPARATOR
+    """The prompt: optional examples (for an untuned model), the caption and the separator."""
+    shown = "".join(shot.caption + SEPARATOR + completion_of(shot) + "\n\n" for shot in shots)
+    return shown + caption + SEPARATOR
 
 
 def completion_of(triple: Triple) -> str:
-    """What a model is to answer to `prompt_of` the caption."""
+    """The expected answer to `prompt_of` the caption."""
     return triple.instruction + MIDDLE + triple.edited_caption + STOP
 
 
 def parse(completion: str) -> Edit | None:
-    """The parts of an answer; None unless there are just two of a line each."""
-    # Begun anew behind the end is none of it.
+    """The parts of an answer; None unless there are exactly two, of one line each."""
+    # Text after the end marker is ignored.
     text = "\n".join(line.strip(" \t") for line in re.split(r"\r\n|\r|\n", completion))
     parts = text.split(STOP)[0].strip().split(MIDDLE)
     if len(parts) != 2:
         return None
     instruction, edited = (part.strip() for part in parts)
-    # Some models write the END behind the caption, on its line. That of a sign may be meant.
+    # Some models write END on the caption's line. Keep it if the instruction has an END, too (e.g. a sign).
     if not re.search(r"\bEND\b", instruction):
         edited = _INLINE_END.split(edited)[0]
     if not instruction or not edited or "\n" in instruction or "\n" in edited:
@@ -187,12 +189,12 @@ def parse(completion: str) -> Edit | None:
 
 
 def is_spatial(instruction: str) -> bool:
-    """Whether an instruction moves, turns or crops, or asks for another view: Prompt-to-Prompt cannot."""
+    """Whether an edit moves, turns or crops, or changes the view, which Prompt-to-Prompt cannot do."""
     return _SPATIAL.search(instruction) is not None
 
 
 def reject(triple: Triple, limits: Limits | None = None) -> str | None:
-    """Why a parsed triple is refused, a code of REASONS; None if it is not."""
+    """Why a parsed triple is rejected (a key of REASONS); None if it is accepted."""
     limits = limits or Limits()
     instruction, edited = triple.instruction, triple.edited_caption
     if (
@@ -225,10 +227,10 @@ def _blocker(words: tuple[str, ...]) -> Callable[[str], str | None]:
 class Instruct:
     """The stage from captions to triples.
 
-    writer: or what makes one, when the stage is to be made elsewhere. edits: how many of each caption.
-    An answer that is refused is asked for again, `retries` times, each with another seed, unless the writer
-    itself refuses the prompt. What comes of a
-    caption depends on nothing but the caption, as long as the writer's answers depend on the ask alone.
+    writer: a writer, or a function that makes one (for other processes). edits: edits per caption. A rejected
+    answer is retried up to `retries` times, each with another seed, unless the writer refuses the prompt. The
+    result for a caption depends only on the caption, provided that the writer's answers depend only on the
+    request.
     """
 
     def __init__(
@@ -248,7 +250,7 @@ class Instruct:
         self.limits = limits or Limits()
 
     def __call__(self, captions: Sequence[Caption | str]) -> list[Written]:
-        """The edits of each caption, in order; a caption of which all answers were refused has none."""
+        """The edits of each caption, in order; a caption with only rejected answers has no triples."""
         texts = [caption if isinstance(caption, str) else caption.text for caption in captions]
         work = [_Work(text) for text in texts]
         open_asks = [(w, Ask(caption=w.caption, number=n)) for w in work for n in range(self.edits)]
@@ -315,25 +317,24 @@ class _Work:
 
 
 def reasons(written: Iterable[Written]) -> dict[str, int]:
-    """How many answers were refused for each reason, in the order of REASONS."""
+    """The number of rejected answers by reason, in the order of REASONS."""
     counted = Counter(rejected.reason for each in written for rejected in each.rejected)
     return {reason: counted[reason] for reason in REASONS if counted[reason]}
 
 
-# --- a model here ---------------------------------------------------------------------------------
+# --- local models ---------------------------------------------------------------------------------
 
-PACKAGED_LM = "lm"  # folder inside a packaged model's
+PACKAGED_LM = "lm"  # subfolder of a packaged model
 LM_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 class LocalWriter:
-    """A causal language model of transformers, sampled in batches.
+    """A causal language model (transformers), sampled in batches.
 
-    model: a folder or a hub's name. shots: how many seed triples it is shown first; 0 for a tuned model.
-    Every question is drawn with a generator of its own, seeded by the question, so that an answer does not
-    depend on the others of the batch (in fp32, up to rounding in the product of matrices, which moves a
-    probability by a millionth). The frequency penalty counts the tokens of the answer. temperature 0 takes
-    the likeliest. Raises ModelError for what is no language model.
+    model: a folder or a Hugging Face name. shots: seed triples in the prompt; 0 for a tuned model. Each
+    request has its own random generator, so an answer does not depend on the rest of the batch (in fp32, up
+    to rounding in matrix products, which changes a probability by about 1e-6). The frequency penalty counts
+    the tokens of the answer. temperature 0 is greedy. Raises ModelError if the model is not a language model.
     """
 
     def __init__(
@@ -364,11 +365,11 @@ class LocalWriter:
         self.tokenizer.padding_side = "left"
         self.max_tokens = max_tokens
         self.context: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        self.tokens = 0  # that were written
+        self.tokens = 0  # generated so far
 
     def __call__(self, asks: Sequence[Ask]) -> list[Answer]:
         prompts = [prompt_of(ask.caption, examples(self.shots, ask.caption, ask.number)) for ask in asks]
-        # Alike in length, so that little is padded.
+        # Sort by length to reduce padding.
         order = sorted(range(len(asks)), key=lambda place: len(prompts[place]))
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), self.batch):
@@ -388,7 +389,8 @@ class LocalWriter:
         room = self.max_tokens if self.context is None else min(self.max_tokens, self.context - length)
         if room < 1:
             raise InputError(
-                f"{self.name} reads {self.context} tokens and a prompt has {length}; use fewer --shots."
+                f"{self.name} has a context of {self.context} tokens, but a prompt has {length}; "
+                "use fewer --shots."
             )
         draw = _Draw(seeds, length, self.temperature, self.frequency_penalty)
         ended = _Ended(self.tokenizer, length)
@@ -429,9 +431,9 @@ def check_sampling(temperature: float, frequency_penalty: float, max_tokens: int
 
 
 def load_lm(model: str | Path, *, revision: str | None = None) -> tuple[Any, Any]:
-    """A causal language model in fp32 on the CPU, and its tokenizer: `find_lm` says from where.
+    """Load a causal language model in fp32 on the CPU, and its tokenizer; `find_lm` resolves the name.
 
-    Only safetensors are read, and no code of the folder is run. Raises ModelError.
+    Only safetensors are loaded, and no code from the folder is executed. Raises ModelError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -449,13 +451,13 @@ def load_lm(model: str | Path, *, revision: str | None = None) -> tuple[Any, Any
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
         raise ModelError(unreadable(folder, error)) from None
     if tokenizer.pad_token_id is None:
-        # What is padded is masked, so that any token will do.
+        # Padding is masked, so any token works.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return network, tokenizer
 
 
 def find_lm(model: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a language model: one here, that of a model in the package, or one of the hub.
+    """The folder of a language model: a local folder, a packaged model's, or one from the Hugging Face Hub.
 
     Raises ModelError.
     """
@@ -468,14 +470,14 @@ def find_lm(model: str | Path, *, revision: str | None = None) -> Path:
     elif not folder.exists():
         if not is_hub_name(str(model), folder):
             close = close_file(folder)
-            hint = f"Did you mean {close}?" if close else "Name a folder, or a hub's OWNER/NAME."
+            hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
             raise ModelError(f"{model}: no such language model. {hint}")
         folder = from_hub(str(model), LM_FILES, _is_lm, revision=revision)
     elif revision is not None:
-        raise InputError(f"{model} lies here, so it has no --revision {revision}; leave it out.")
+        raise InputError(f"{model} is a local folder, so --revision {revision} does not apply; remove it.")
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"{folder} is no language model: config.json is missing. Name the folder that holds it."
+            f"{folder} is not a language model: config.json is missing. Use the folder that contains it."
         )
     return folder
 
@@ -485,7 +487,7 @@ def _is_lm(folder: Path) -> bool:
 
 
 class _Draw:
-    """A LogitsProcessor that draws each row's next token with the row's own generator, and leaves only it."""
+    """A LogitsProcessor that draws each row's next token with its own generator and masks all others."""
 
     def __init__(self, seeds: Sequence[int], start: int, temperature: float, penalty: float) -> None:
         import torch
@@ -504,7 +506,7 @@ class _Draw:
             scores = scores - self.penalty * counts
         if self.temperature == 0:
             return scores
-        # One uniform number a step, looked up in the distribution.
+        # Inverse transform sampling: one uniform number per step.
         line = torch.softmax(scores / self.temperature, dim=1, dtype=torch.float64).cumsum(1)
         uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
         chosen = torch.searchsorted(line, uniform.to(line) * line[:, -1:], right=True)
@@ -513,9 +515,9 @@ class _Draw:
 
 
 class _Ended:
-    """A StoppingCriteria: which rows have written STOP."""
+    """A StoppingCriteria: which rows have generated STOP."""
 
-    TAIL = 8  # tokens that surely hold it, also when it is written in letters
+    TAIL = 8  # enough tokens for STOP, even one token per character
 
     def __init__(self, tokenizer: Any, start: int) -> None:
         self.tokenizer, self.start = tokenizer, start

@@ -1,7 +1,7 @@
-"""Pairs of pictures for edits in words: Stable Diffusion draws both captions at once (paper, section 3.1.2).
+"""Image pairs for text edits: Stable Diffusion draws both captions together (paper, section 3.1.2).
 
-Both pictures come from one noise and share attention for a share p of the steps (`synth.attention`). A source
-picture that several candidates have in common is drawn once.
+Both pictures start from the same noise and share attention for a fraction p of the steps (`synth.attention`).
+A source picture that several candidates share is drawn once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
 from ip2p.base.errors import InputError, ModelError, translated_errors
-from ip2p.config import MAX_STEPS, check_float, check_int, check_size
 from ip2p.data.records import Pair
 from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import Told, UNetDenoiser, told
@@ -30,6 +29,7 @@ from ip2p.models.bundle import Bundle, check_tiny, find_model, load_tiny, make_b
 from ip2p.models.load import Choice, open_model
 from ip2p.models.text import encode_prompts
 from ip2p.pictures.images import to_pil
+from ip2p.settings import EditSettings
 from ip2p.synth.attention import (
     Alignment,
     Sharing,
@@ -40,29 +40,29 @@ from ip2p.synth.attention import (
     shares,
 )
 from ip2p.synth.records import SCALE, Candidate, P, Triple, candidate
+from ip2p.synth.settings import Attention, SynthPairsConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from numpy.typing import NDArray
 
-# What a pair shares: the maps of self-attention (the paper's code), those of cross-attention, of words at the
-# same place or of words in common (Hertz et al. 2022), or of both.
-Attention = Literal["self", "replace", "refine", "self+replace", "self+refine"]
-# Why a candidate has its pictures or has none: drawn; refused half-way or at the end; not a number.
+# What a pair shares: self-attention maps (the paper's code), cross-attention maps of words at the same
+# position ("replace") or of common words ("refine"; Hertz et al. 2022), or both.
+# What became of a candidate: drawn; rejected half-way; rejected at the end; not finite.
 Fate = Literal["made", "early", "judged", "overflow"]
 Pictures = Float[Tensor, "batch 3 height width"]
-# From candidates and their pictures before and after, in [0, 1]: which to keep.
+# From candidates and their pictures before and after, in [0, 1], to which of them to keep.
 Judge = Callable[[Sequence[Candidate], Tensor, Tensor], "Sequence[bool] | Tensor"]
 CPU_BATCH, BATCH = 4, 8  # candidates at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What became of a candidate.
+    """The result for one candidate.
 
-    before, after: uint8 [height, width, 3], and latents, the sampler's for both, fp32 [2, channels, h, w] on
-    the CPU; all None unless it was made. evaluations: pictures that went through the UNet for it, a guided
-    one twice; a source in common counts for its first candidate.
+    before, after: uint8 [height, width, 3]. latents: the sampler's latents of both, fp32 [2, channels, h, w]
+    on the CPU. All three are None unless `fate` is "made". evaluations: UNet evaluations spent on it, two for
+    each guided step; a shared source picture is counted for its first candidate.
     """
 
     candidate: Candidate
@@ -73,7 +73,7 @@ class Made:
     latents: Tensor | None = None
 
     def pair(self, **scores: float) -> Pair:
-        """A row of training data, with what is known of it and more `scores`."""
+        """A row of training data with the seed, p, guidance scale and the given `scores`."""
         assert self.before is not None and self.after is not None, f"it was not made: {self.fate}"
         one, triple = self.candidate, self.candidate.triple
         known: dict[str, float] = {"seed": one.seed, "p2p_threshold": one.p, "cfg_scale": one.scale}
@@ -96,10 +96,10 @@ def shared_candidate(
     p: tuple[float, float] = P,
     scale: tuple[float, float] = SCALE,
 ) -> Candidate:
-    """Candidate `number` with the seed and the guidance scale of the first of its block of `per_source`.
+    """Candidate `number` with the seed and guidance scale of the first candidate in its `per_source` block.
 
-    It keeps its own p. `PairMaker` draws the source picture of such a block once, which takes
-    (1 + n) / (2 n) of the work for n candidates; the price is that they are n tries at one source picture.
+    It keeps its own p. `PairMaker` draws the source picture of a block once, which reduces the work for n
+    candidates to (1 + n) / (2 n). In return, all n candidates start from the same source picture.
     """
     one = candidate(triple, number, p=p, scale=scale)
     first = candidate(triple, number - number % per_source, p=p, scale=scale)
@@ -107,22 +107,22 @@ def shared_candidate(
 
 
 class PairMaker:
-    """Draws the pairs of candidates; a stage: it opens the model when it is made, and is then called.
+    """Draws image pairs for candidates. This is a stage: it loads the model once and is called on batches.
 
-    model: anything that `models.load.open_model` reads, Stable Diffusion or an editor, which is then
-    shown no picture; or a Bundle. steps, sampler, spacing: as the paper's code has them. size: the side
-    in pixels, the model's own if None, or width and height. attention: what a pair shares. batch_size:
-    candidates at once, 4 on a CPU and else 8 if None; in fp32 nothing but the rounding of sums
-    depends on it.
+    model: anything that `models.load.open_model` reads (Stable Diffusion, or an editor, which gets no input
+    picture), or a Bundle. steps, sampler, spacing: the defaults are those of the paper's code. size: the side
+    in pixels, or (width, height); None is the model's native size. attention: what a pair shares. batch_size:
+    candidates per batch; None is 4 on a CPU and 8 elsewhere. In fp32 the result depends on it only through
+    rounding.
 
-    early: refuses candidates at `early_at` of the steps by the pictures that the network expects then;
-    judge: at the end. Both see pictures decoded by tiny_vae if there is one, an AutoencoderTiny, its folder
-    or hub name; what is kept is decoded by the model's own. Candidates that were refused take no more work,
-    and the others come out as without them.
+    early: rejects candidates after the fraction `early_at` of the steps, from the predicted clean pictures.
+    judge: rejects candidates at the end. Both look at pictures decoded by tiny_vae if it is given (an
+    AutoencoderTiny, its folder or its hub name); kept pictures are decoded by the model's own autoencoder.
+    Rejected candidates cost no further work and do not change the others.
 
-    evaluations counts the pictures that went through the UNet; decoded and previewed those that were decoded
-    in full and by tiny_vae. Raises ModelError for a UNet that takes neither noise alone nor noise and a
-    picture, and InputError for settings out of range.
+    Attributes: evaluations counts pictures that went through the UNet, decoded and previewed those decoded by
+    the model's autoencoder and by tiny_vae. Raises ModelError for a UNet that takes neither noise alone nor
+    noise and a picture, and InputError for settings out of range.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class PairMaker:
         judge: Judge | None = None,
         tiny_vae: AutoencoderTiny | str | Path | None = None,
     ) -> None:
-        check_int("--steps", steps, 1, MAX_STEPS, "--steps 100")
-        check_float("--early-at", early_at, 0, 1, "--early-at 0.5")
+        EditSettings.read({"steps": steps, "size": size})
+        SynthPairsConfig.read({"early_at": early_at, "batch_size": batch_size})
         for name, value, known in (
             ("Sampler", sampler, SAMPLERS),
             ("Spacing", spacing, SPACINGS),
@@ -154,9 +154,6 @@ class PairMaker:
         ):
             if value not in known:
                 raise InputError(f"{name} {value!r} is not known; use one of {', '.join(known)}.")
-        if batch_size is not None:
-            check_int("--batch-size", batch_size, 1, 10**6, "--batch-size 8")
-        check_size(size)
         if not isinstance(model, Bundle):
             model = open_painter(
                 model, device=device, dtype=dtype, revision=revision, weights=weights, vae=vae
@@ -166,7 +163,7 @@ class PairMaker:
         if taken not in (latent, 2 * latent):
             raise _not_a_painter(model.folder, taken, latent)
         share_attention(unet)
-        # It encodes no picture and edits none here; it decodes, at the size that memory allows.
+        # Used only to encode texts and to decode latents within the available memory.
         self.editor = Editor(model)
         self.device = self.editor.device
         self.network = UNetDenoiser(
@@ -178,14 +175,14 @@ class PairMaker:
         self.size = self.editor.working_size((native, native), size)
         self.batch_size = batch_size or (CPU_BATCH if self.device.type == "cpu" else BATCH)
         self.early, self.judge = early, judge
-        # Of the first step nothing is known before it, and after the last one the picture is done.
+        # There is no prediction before the first step, and no work left to save after the last one.
         self.early_step = min(max(1, math.ceil(early_at * steps)), steps - 1)
         self.tiny_vae = None if tiny_vae is None else _open_tiny(tiny_vae, model)
         self.evaluations = self.decoded = self.previewed = 0
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Made]:
-        """Draw the pairs, in the order of the candidates. Raises ResourceError out of memory."""
-        # Those of one source picture lie side by side.
+        """Draw the pairs in the order of the candidates. Raises ResourceError when memory runs out."""
+        # Candidates with the same source picture go into the same batch.
         first: dict[_Source, int] = {}
         for place, one in enumerate(candidates):
             first.setdefault(_source(one), place)
@@ -202,7 +199,7 @@ class PairMaker:
 
     @torch.inference_mode()
     def _draw(self, candidates: Sequence[Candidate]) -> list[Made]:
-        """The pairs of one batch: rows of sources, each once, then the rows of the edits."""
+        """Draw one batch: first one row for each source picture, then one row for each edit."""
         sources = list(dict.fromkeys(_source(one) for one in candidates))
         batch = _Batch(candidates, torch.tensor([sources.index(_source(one)) for one in candidates]))
         denoise = self._denoiser(batch, sources)
@@ -239,14 +236,14 @@ class PairMaker:
         return [batch.result(place, last, shown.get(place)) for place in range(len(candidates))]
 
     def _ask(self, judge: Judge, latents: Latent, batch: _Batch, fate: Fate) -> None:
-        """Let a judge see what is still drawn, and drop what it refuses."""
+        """Show the remaining candidates to a judge and drop those that it rejects."""
         batch.drop_overflown(latents)
         places = batch.made()
         if not places:
             return
         before, after = self._pictures(latents, batch, places, preview=True)
         answer = [bool(yes) for yes in judge([batch.candidates[place] for place in places], before, after)]
-        assert len(answer) == len(places), "a judge answers for each candidate"
+        assert len(answer) == len(places), "a judge must return one answer for each candidate"
         batch.drop([place for place, yes in zip(places, answer, strict=True) if not yes], fate)
 
     def _denoiser(self, batch: _Batch, sources: Sequence[_Source]) -> _PairDenoiser:
@@ -272,13 +269,13 @@ class PairMaker:
         tokenizer, triple = self.editor.bundle.tokenizer, one.triple
         caption, edited = triple.caption, triple.edited_caption
         found = replacement(tokenizer, caption, edited) if "replace" in self.attention else None
-        # Captions of unlike word counts have no words at the same places.
+        # Captions of different lengths have no word-by-word alignment.
         return found or refinement(tokenizer, caption, edited)
 
     def _pictures(
         self, latents: Latent, batch: _Batch, kept: Sequence[int], *, preview: bool
     ) -> tuple[Pictures, Pictures]:
-        """Pictures before and after in [0, 1] of some candidates; each picture is decoded once."""
+        """The pictures before and after, in [0, 1], of the candidates `kept`; each is decoded once."""
         both = torch.cat([batch.owners[kept], batch.edits[kept]])
         rows, places = both.unique(return_inverse=True)
         tiny = self.tiny_vae if preview else None
@@ -298,7 +295,7 @@ class PairMaker:
 
 @dataclass(frozen=True)
 class _Source:
-    """What makes a source picture; candidates that agree in it have the same."""
+    """What determines a source picture; candidates with equal sources share it."""
 
     caption: str
     seed: int
@@ -310,10 +307,10 @@ def _source(one: Candidate) -> _Source:
 
 
 class _Batch:
-    """The candidates of a batch, what becomes of them, and their rows: sources, each once, then edits.
+    """The candidates of a batch, their fates, and their rows: one for each source, then one for each edit.
 
-    owners, edits: of each candidate, the rows of its source and of its edit. alive: rows that are still
-    drawn. evaluations: how often each row went through the network.
+    owners, edits: the rows of each candidate's source and edit. alive: rows that are still being drawn.
+    evaluations: how often each row went through the network.
     """
 
     def __init__(self, candidates: Sequence[Candidate], owners: Int[Tensor, "edits"]) -> None:
@@ -326,11 +323,11 @@ class _Batch:
         self.evaluations: Int[Tensor, rows] = torch.zeros(rows, dtype=torch.long)
 
     def made(self) -> list[int]:
-        """The candidates that were not dropped."""
+        """The positions of the candidates that were not dropped."""
         return [place for place, fate in enumerate(self.fates) if fate == "made"]
 
     def drop(self, places: Sequence[int], fate: Fate) -> None:
-        """End some candidates, and the sources that only they have."""
+        """Stop drawing some candidates, and the sources that no other candidate needs."""
         for place in places:
             self.fates[place] = fate
         kept = self.made()
@@ -359,9 +356,10 @@ class _Batch:
 
 
 class _PairDenoiser:
-    """The denoiser of a batch of pairs, with plain guidance: rows that are not alive stay as they are.
+    """The denoiser of a batch of pairs, with classifier-free guidance; rows that are not alive do not change.
 
-    told, null: the texts of all rows, and the empty one. scale: [rows]. x0: the last answer.
+    told, null: network inputs for the texts of all rows, and for the empty text. scale: guidance scales
+    [rows]. x0: the last prediction.
     """
 
     def __init__(
@@ -397,14 +395,14 @@ class _PairDenoiser:
             for name, value in self.told.items()
         }
         both = some.repeat(2, 1, 1, 1)
-        # An editor is shown no picture.
+        # An editor gets a zero image latent: no input picture.
         full, neither = network.tell(both, sigma, words, torch.zeros_like(both)).chunk(2)
         mixed = neither + self.scale[place].view(-1, 1, 1, 1) * (full - neither)
         self.x0 = x.index_copy(0, place, network.x0(some, mixed, sigma))
         return self.x0
 
     def _sharing(self, rows: Int[Tensor, "alive"], step: int) -> Sharing:
-        """What a step's batch shares: first the rows with their text, then the same without."""
+        """What the rows share in a step: first the rows with their text, then the same rows without text."""
         batch = self.batch
         shared = shares(self.p, step, len(self.sigmas) - 1) & batch.alive[batch.edits]
         some = shared.nonzero()[:, 0]
@@ -419,14 +417,14 @@ class _PairDenoiser:
             half = place[whose[rows]]
             maps = torch.cat([half, half + len(rows)]).to(device)
         if self.moved is not None and self.kept is not None:
-            # Without a text there are no words to share: Hertz et al. leave that half alone.
+            # The rows without text have no words to share; Hertz et al. leave that half unchanged, too.
             moved, kept = (each[some.to(device)] for each in (self.moved, self.kept))
             words = WordSharing(place[edits].to(device), place[owners].to(device), moved, kept)
         return Sharing(maps, words)
 
 
 class _WithoutPicture(nn.Module):
-    """A UNet of noise alone as one that is given a picture besides, and does not look."""
+    """A text-to-image UNet behind an editor's interface: it ignores the image channels."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -445,9 +443,9 @@ def open_painter(
     weights: Choice = "auto",
     vae: str | Path | None = None,
 ) -> Bundle:
-    """Open a model that can draw from a caption: what `load_bundle` opens, and Stable Diffusion itself.
+    """Open a model that draws from a caption: Stable Diffusion, or any editor that `load_bundle` opens.
 
-    Raises ModelError for a UNet of other channels, before its weights are read.
+    Raises ModelError for a UNet with another number of input channels, before its weights are read.
     """
     stored = open_model(find_model(model, revision=revision), weights=weights)
     channels, needed = stored.channels
@@ -459,8 +457,8 @@ def open_painter(
 
 def _not_a_painter(path: Path, channels: int, latent: int) -> ModelError:
     return ModelError(
-        f"{path}: its UNet takes {channels} channels; pairs are drawn by one that takes {latent} (Stable "
-        f"Diffusion) or {2 * latent} (an editor). Name another --model."
+        f"{path}: its UNet takes {channels} channels; drawing pairs needs a UNet that takes {latent} (Stable "
+        f"Diffusion) or {2 * latent} (an editor). Choose another --model."
     )
 
 

@@ -1,8 +1,8 @@
-"""What crosses the borders of `synth`: a written edit, one that was refused, and a candidate for its pair.
+"""Records of `synth`: a text edit (triple), a rejected answer, and a candidate for an image pair.
 
-A triple is a caption, an instruction and the caption after it (paper, section 3.1). On disk triples are a
-parquet file with the columns of `COLUMNS`; JSONL and CSV files are read too, by the names that the paper's
-code and the hub edition give the three.
+A triple is a caption, an instruction and the edited caption (paper, section 3.1). Triples are stored as
+parquet with the columns `COLUMNS`. JSONL and CSV files can also be read, with the column names of the paper's
+code or of the Hugging Face version.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ip2p.base.files import replacing
 from ip2p.data import columns
 from ip2p.synth.tables import read_rows
 
-TABLE = "data/train"  # of a job that makes triples
+TABLE = "data/train"  # table of a job that writes triples
 COLUMNS = ("id", "caption", "instruction", "edited_caption", "source")
-P = (0.1, 0.9)  # paper, section 3.1.2: how large a share of the steps the pair shares its attention
-SCALE = (7.5, 15.0)  # the paper's code: the guidance scale of a candidate
-# The paper's human-written triples call their parts input, edit, output; these are no pictures here.
+P = (0.1, 0.9)  # paper, section 3.1.2: fraction of the steps with shared attention
+SCALE = (7.5, 15.0)  # guidance scale of a candidate (the paper's code)
+# The paper's human-written triples use input, edit, output; here, input and output are texts, not pictures.
 _NAMES = {
     "caption": (*columns.WORDS["caption"], "input"),
     "instruction": columns.WORDS["instruction"],
@@ -35,48 +35,48 @@ _NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Triple:
-    """An edit in words."""
+    """A text edit."""
 
     id: str  # `triple_id` of the caption and the number of its edit; unique in its file
     caption: str
     instruction: str
     edited_caption: str
-    source: str = ""  # who wrote it: a model's name, "human", "storybook"
+    source: str = ""  # the author: a model name, "human", "storybook"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """What a writer answered and was not taken, and why: a code of `instruct.REASONS`."""
+    """A rejected answer of a writer, and why: a key of `instruct.REASONS`."""
 
     id: str
     caption: str
-    text: str  # the answer as it came
+    text: str  # the raw answer
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One try at a pair of pictures; seed, p and scale all come from the id of the triple and the number."""
+    """One attempt at an image pair; seed, p and scale are derived from the triple's id and the number."""
 
     triple: Triple
     number: int  # 0, 1, …
-    seed: int  # of the noise that both pictures share, 32 bits
-    p: float  # share of the steps in which the attention is shared
+    seed: int  # 32-bit seed of the noise that both pictures share
+    p: float  # fraction of the steps with shared attention
     scale: float  # guidance scale
 
     @property
     def id(self) -> str:
-        """Unique among all candidates, and the same at every run: the triple's id and the number."""
+        """The triple's id and the number: unique, and the same in every run."""
         return f"{self.triple.id}-{self.number:03}"
 
 
 def triple_id(caption: str, number: int) -> str:
-    """The id of edit `number` of a caption: 16 hex digits, the same wherever it is written."""
+    """The id of edit `number` of a caption: 16 hex digits, the same on every machine."""
     return _digest("triple", caption, number)[:8].hex()
 
 
 def place_seed(*parts: object) -> int:
-    """A seed of 32 bits from numbers and words, the same on every machine."""
+    """A 32-bit seed derived from numbers and texts, the same on every machine."""
     return int.from_bytes(_digest(*parts)[:4], "big")
 
 
@@ -89,13 +89,12 @@ def candidate(
 ) -> Candidate:
     """Candidate `number` of a triple; p and the guidance scale are uniform in [low, high).
 
-    What is drawn depends on the id of the triple and the number alone, so that a rerun gives the same pair
-    wherever it is made.
+    All values depend only on the triple's id and the number, so a rerun gives the same pair on any machine.
     """
     digest = _digest("candidate", triple.id, number)
 
     def uniform(place: int, low: float, high: float) -> float:
-        bits = int.from_bytes(digest[place : place + 8], "big") >> 11  # 53, as a float holds
+        bits = int.from_bytes(digest[place : place + 8], "big") >> 11  # 53 bits, the precision of a float
         return low + (high - low) * (bits / 2**53)
 
     return Candidate(
@@ -112,7 +111,7 @@ def _digest(*parts: object) -> bytes:
 
 
 def triple_of(row: Mapping[str, Any], *, source: str = "", number: int = 0) -> Triple | None:
-    """A row of a table as a triple, None without all three texts; an id is made where it has none."""
+    """A table row as a triple; None if one of the three texts is missing. A missing id is generated."""
     words = columns.words_of(row, _NAMES)
     if not all(words[name] for name in ("caption", "instruction", "edited_caption")):
         return None
@@ -134,7 +133,7 @@ def triple_table(triples: Iterable[Triple]) -> Any:
 
 
 def write_triples(path: Path, triples: Iterable[Triple]) -> None:
-    """Write triples as parquet, whole or not at all."""
+    """Write triples as parquet, atomically."""
     import pyarrow.parquet as pq
 
     table = triple_table(triples)
@@ -146,16 +145,15 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if not jobs.is_job(path):
         return read_rows(path)
     if not jobs.is_done(path):
-        raise InputError(f"{path} is not finished. Run the command that makes it again.")
+        raise InputError(f"{path} is not finished. Run the command that writes it again.")
     return chain.from_iterable(map(read_rows, jobs.committed(path, TABLE)))
 
 
 def read_triples(path: Path) -> list[Triple]:
-    """The triples of a parquet, JSONL or CSV file, or of a job's folder, in their order.
+    """Read the triples of a parquet, JSONL or CSV file, or of a job folder, in order.
 
-    Two edits of a caption in a file without ids are numbered. Raises InputError for a file that is missing
-    or cannot be read, a job that was stopped, for rows that lack one of the texts, for an id that comes
-    twice, and for no rows.
+    In a file without ids, the edits of a caption are numbered. Raises InputError for a missing or unreadable
+    file, an unfinished job, a row without one of the three texts, a duplicate id, and an empty file.
     """
     triples: list[Triple] = []
     edits: dict[str, int] = {}
@@ -166,13 +164,13 @@ def read_triples(path: Path) -> list[Triple]:
         if triple is None:
             raise InputError(
                 f"{path}, row {place}: a triple needs a caption, an instruction and an edited_caption; "
-                f"it has {', '.join(str(key) for key in row) or 'nothing'}."
+                f"this row has {', '.join(str(key) for key in row) or 'nothing'}."
             )
         if triple.id in seen:
-            raise InputError(f"{path}, row {place}: the id {triple.id} comes twice; leave one of them out.")
+            raise InputError(f"{path}, row {place}: duplicate id {triple.id}; remove one of the rows.")
         edits[caption] = edits.get(caption, 0) + 1
         seen.add(triple.id)
         triples.append(triple)
     if not triples:
-        raise InputError(f"{path} has no triples. Name another file.")
+        raise InputError(f"{path} has no triples. Choose another file.")
     return triples

@@ -1,8 +1,7 @@
-"""Candidates in rounds: a prompt ends when enough of its pairs pass, or early when it is hopeless.
+"""Draws candidates in rounds: a prompt ends when enough pairs pass, or early when success is unlikely.
 
-The paper makes 100 candidates of every prompt, and 31% of its prompts keep none of them. Here a prompt is
-given up when it had no pass in so many tries that a prompt worth going on with would be unlucky: see
-`Rounds.patience`.
+The paper draws 100 candidates for every prompt; 31% of its prompts keep none. Here a prompt is abandoned
+after so many failures that a prompt worth continuing is unlikely to have them: see `Rounds.patience`.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ T = TypeVar("T")
 class Rounds:
     """How many candidates a prompt gets.
 
-    A prompt of which at least the share `worth` of the tries would pass is given up with a probability of
-    at most `risk`. A try is a candidate, or all of those that share a trajectory. Prompts below that are the
-    ones meant to be given up, though some of those would have had a pass in the end. One that had a pass
-    goes on to `most`.
+    A prompt whose pass rate is at least `worth` is abandoned with a probability of at most `risk`. Prompts
+    with a lower rate are meant to be abandoned, although some of them would pass eventually. A prompt with
+    one pass continues up to `most` candidates. A try is one candidate, or all candidates that share a
+    trajectory.
 
-    Stopping at enough passes has a price too: the best `enough` of all candidates are better, by the
-    directional similarity, than the first.
+    Stopping at enough passes also has a cost: the best `enough` of all candidates have a higher directional
+    similarity than the first `enough` that pass.
     """
 
-    most: int = 100  # candidates, the paper's number
-    enough: int | None = 4  # passes; None: all candidates are made
-    size: int = 8  # candidates a round and prompt, at most
+    most: int = 100  # candidates, as in the paper
+    enough: int | None = 4  # passes; None: all candidates are drawn
+    size: int = 8  # maximum candidates per round and prompt
     worth: float = 0.1
-    risk: float = 0.05  # 0: no prompt is given up
-    shared: int = 1  # candidates with one source trajectory, which do not pass independently: one try
+    risk: float = 0.05  # 0: no prompt is abandoned
+    shared: int = 1  # candidates per source trajectory; they are not independent, so they count as one try
 
     @classmethod
     def of(cls, how: Mapping[str, Any]) -> Rounds:
-        """From settings by the names of `synth pairs`, where enough 0 has all candidates made."""
+        """Rounds from the settings of `synth pairs`, where `enough=0` draws all candidates."""
         return cls(
             most=how["most"],
             enough=how["enough"] or None,
@@ -51,16 +50,16 @@ class Rounds:
 
     @property
     def patience(self) -> int | None:
-        """Tries without a pass after which a prompt is given up, None for never.
+        """Tries without a pass after which a prompt is abandoned; None for never.
 
-        The least n with (1 - worth)^n ≤ risk. A prompt of pass rate q ≥ worth has no pass in its first n
-        tries with probability (1 - q)^n ≤ risk; later passes cannot be taken back, and a round only puts the
-        verdict off, so that this is all that it risks, whatever the rounds.
+        The smallest n with (1 - worth)^n ≤ risk. A prompt with pass rate q ≥ worth has no pass in its first n
+        tries with probability (1 - q)^n ≤ risk. Passes are final and a round can only delay the verdict, so
+        this bound holds for any round size.
         """
         return math.ceil(math.log(self.risk) / math.log1p(-self.worth)) if self.risk else None
 
     def verdict(self, tried: int, passes: int) -> Literal["enough", "hopeless", "most"] | None:
-        """Why a prompt ends after `tried` candidates of which `passes` passed, None when it goes on."""
+        """Why a prompt ends after `tried` candidates with `passes` passes; None if it continues."""
         if self.enough is not None and passes >= self.enough:
             return "enough"
         if tried >= self.most:
@@ -70,17 +69,17 @@ class Rounds:
         return None
 
     def next(self, tried: int, passes: int) -> int:
-        """How many candidates the next round has: those by which enough should pass, `size` at most.
+        """The number of candidates in the next round: enough to expect `enough` passes, at most `size`.
 
-        By the mean of the pass rate after what was seen, (passes + 1) / (tried + 2). None is made beyond the
-        tries after which a prompt without a pass is given up.
+        The expected pass rate is the posterior mean (passes + 1) / (tried + 2). A prompt without a pass never
+        gets more than `patience` tries.
         """
         size = self.size
         if self.enough is not None:
             size = min(size, math.ceil((self.enough - passes) * (tried + 2) / (passes + 1)))
         if self.patience and not passes:
             size = min(size, max(1, self.patience * self.shared - tried))
-        size = -(-size // self.shared) * self.shared  # trajectories are begun only to be used whole
+        size = -(-size // self.shared) * self.shared  # whole trajectories only
         return min(size, self.most - tried)
 
 
@@ -89,7 +88,7 @@ AS_PAPER = Rounds(enough=None, risk=0.0, size=100)
 
 @dataclass
 class Prompt(Generic[T]):
-    """What became of a triple: its candidates that passed, and why no more were made."""
+    """The result for a triple: the candidates that passed, and why it ended."""
 
     triple: Triple
     tried: int = 0
@@ -104,24 +103,24 @@ def run(
     *,
     new: Callable[[Triple, int], Candidate] = candidate,
 ) -> list[Prompt[T]]:
-    """Make candidates of all triples, a round of all that go on at a time, and judge them.
+    """Draw candidates for all triples, one round of all active triples at a time, and judge them.
 
-    `judge` makes and judges a list of candidates, of several triples, and gives for each what is to be
-    kept of it, or None when it does not pass. A triple's rounds depend on its own candidates alone, so
-    that the result is the same whatever triples stand beside it.
+    `judge` draws and judges candidates of several triples. For each it returns what to keep, or None if it
+    does not pass. The rounds of a triple depend only on its own candidates, so other triples do not change
+    its result.
     """
     prompts = [Prompt[T](triple) for triple in triples]
-    while going := [prompt for prompt in prompts if prompt.ended is None]:
-        sizes = [rounds.next(prompt.tried, len(prompt.passed)) for prompt in going]
+    while active := [prompt for prompt in prompts if prompt.ended is None]:
+        sizes = [rounds.next(prompt.tried, len(prompt.passed)) for prompt in active]
         tries = [
             [new(prompt.triple, prompt.tried + k) for k in range(size)]
-            for prompt, size in zip(going, sizes, strict=True)
+            for prompt, size in zip(active, sizes, strict=True)
         ]
         together = [each for one in tries for each in one]
         judged = judge(together)
         assert len(judged) == len(together), "a candidate was not judged"
         answers = iter(judged)
-        for prompt, made in zip(going, tries, strict=True):
+        for prompt, made in zip(active, tries, strict=True):
             for each in made:
                 if (kept := next(answers)) is not None:
                     prompt.passed.append((each, kept))

@@ -1,4 +1,4 @@
-"""Which pictures are safe, asked of a picture classifier of transformers: a hook of `synth filter`."""
+"""A safety check with an image classifier of transformers: a hook of `synth filter`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ip2p.pictures.images import close_file
 UNSAFE = re.compile(r"nsfw|unsafe|porn|hentai|sexy|explicit|nudity|gore", re.IGNORECASE)
 SAFE = re.compile(r"\b(?:not|non|no)\b", re.IGNORECASE)  # as in "not nsfw"
 FILES = ("*.json", "*.safetensors")
-MOST = 0.5  # probability
+MOST = 0.5  # maximum probability of a safe picture
 
 
 class Classifier:
-    """Calls a picture unsafe when the labels that say so have a probability above `MOST` together.
+    """A picture is unsafe if the unsafe labels have a total probability above `MOST`.
 
-    model: a folder or a hub's name. Only safetensors are read, and no code of the folder is run. Raises
-    ModelError for what is no picture classifier, or has no label that says so.
+    model: a folder or a Hugging Face name. Only safetensors are loaded, and no code from the folder is
+    executed. Raises ModelError if the model is not an image classifier or has no unsafe label.
     """
 
     def __init__(self, model: str, *, device: str = "cpu", batch: int = 32) -> None:
@@ -35,7 +35,7 @@ class Classifier:
         if not folder.exists():
             if not is_hub_name(model, folder):
                 close = close_file(folder)
-                hint = f"Did you mean {close}?" if close else "Name a folder, or a hub's OWNER/NAME."
+                hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
                 raise ModelError(f"--safety {model}: no such model. {hint}")
             folder = from_hub(model, FILES, lambda found: any(found.glob("*.safetensors")))
         try:
@@ -50,8 +50,8 @@ class Classifier:
         self.unsafe = {label for label in labels if UNSAFE.search(label) and not SAFE.search(label)}
         if not self.unsafe:
             raise ModelError(
-                f"--safety {model} has no label for unsafe pictures, but {', '.join(labels[:8])}; name a "
-                "classifier with one that is called nsfw, unsafe or porn."
+                f"--safety {model} has no label for unsafe pictures. Its labels: {', '.join(labels[:8])}. "
+                "Choose a classifier with a label such as nsfw, unsafe or porn."
             )
         self.ask: Any = pipeline(
             "image-classification",
@@ -66,5 +66,5 @@ class Classifier:
         """Which of the pictures are safe."""
         if not pictures:
             return []
-        told = self.ask(list(pictures), top_k=self.labels, function_to_apply="softmax")
-        return [sum(one["score"] for one in each if one["label"] in self.unsafe) <= MOST for each in told]
+        found = self.ask(list(pictures), top_k=self.labels, function_to_apply="softmax")
+        return [sum(one["score"] for one in each if one["label"] in self.unsafe) <= MOST for each in found]

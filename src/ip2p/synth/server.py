@@ -18,7 +18,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ip2p.base import terminal
 from ip2p.base.errors import InputError, ModelError
@@ -34,12 +34,12 @@ from ip2p.synth.instruct import (
     prompt_of,
 )
 from ip2p.synth.records import Triple
-from ip2p.synth.triples import examples
+from ip2p.synth.settings import Way
 
 if TYPE_CHECKING:
     from openai import OpenAI
+from ip2p.synth.triples import examples
 
-Way = Literal["completion", "chat"]
 KEY = "OPENAI_API_KEY"
 SHOTS = 8  # triples that a general model is shown
 PATIENCE = 300.0  # seconds for which a server may be away

@@ -1,7 +1,6 @@
-"""The stages of `jobs` that make training data: captions to triples, triples to pairs.
+"""The job stages that generate training data: captions to triples, and triples to pairs.
 
-A stage is made once in each process that works, here or on Ray, and what it makes of a part follows from the
-part alone.
+Each worker process (local or on Ray) creates a stage once. Its output for a part depends only on the part.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import torch
 from PIL import Image
 
 from ip2p.base.jobs import Made
-from ip2p.config import SynthPairsConfig
 from ip2p.data.records import open_picture
 from ip2p.models.bundle import called
 from ip2p.models.clip import Clip
@@ -28,17 +26,18 @@ from ip2p.synth.instruct import Instruct, Limits, Writer, reasons
 from ip2p.synth.pairs import PairMaker, shared_candidate
 from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, triple_table
 from ip2p.synth.rounds import Rounds, run
+from ip2p.synth.settings import SynthPairsConfig
 
-REJECTED = "rejected/rejected"  # the table of answers that were refused
+REJECTED = "rejected/rejected"  # the table of rejected answers
 FATES = ("candidates", "made", "passed", "early", "judged", "overflow")
-REFUSED = "refused: "  # what the counts of the reasons begin with
+REFUSED = "refused: "  # prefix of the counts by reason
 
 
 class InstructStage:
-    """Captions to triples; the answers that were refused go into a table of their own, with the reasons.
+    """Captions to triples; rejected answers go into a separate table with the reasons.
 
-    writer: makes the writer. Counts captions, those without a triple, triples, the refused by reason, and
-    what the writer counts of itself: tokens, and of a server what it cost.
+    writer: makes the writer. Counts captions, captions without a triple, triples, rejected answers by reason,
+    and the writer's usage: tokens, and the cost of a server.
     """
 
     def __init__(self, writer: Callable[[], Writer], *, edits: int, retries: int, limits: Limits) -> None:
@@ -70,15 +69,15 @@ class InstructStage:
 
 
 class PairStage:
-    """Triples to pairs: candidates in rounds, drawn, measured, judged (paper, section 3.1.2).
+    """Triples to pairs: draws, measures and judges candidates in rounds (paper, section 3.1.2).
 
-    clip: finds the folder of the CLIP that judges; clip_name: what the table calls it. scale: from which
-    interval the guidance is drawn. Of the config, what concerns drawing and judging is read. All triples of a
-    part are drawn together.
+    clip: returns the folder of the CLIP that judges; clip_name: its name in the table. scale: the interval of
+    the guidance scale. Only the drawing and judging settings of the config are used. All triples of a part
+    are drawn together.
 
-    Counts candidates, what became of them (made, passed, early, judged, overflow), pictures through the UNet
-    (evaluations), decoded and previewed; triples, how each ended (enough, hopeless, most), those without a
-    pair, and those with a text that the painter reads only in part (cut).
+    Counts candidates and their fates (made, passed, early, judged, overflow), UNet evaluations, decoded and
+    previewed pictures, triples and how each ended (enough, hopeless, most), triples without a pair, and
+    triples with a text that exceeds the painter's token limit (cut).
     """
 
     def __init__(
@@ -107,13 +106,13 @@ class PairStage:
             vae=config.vae,
             steps=how["steps"],
             sampler=how["sampler"],
-            spacing=how["spacing"],
+            spacing=how["schedule"],
             size=config.size,
             attention=how["attention"],
             batch_size=config.batch_size,
             early=self._early if how["early_at"] else None,
             early_at=how["early_at"],
-            # Of what fails on the small pictures none is decoded in full, unless all are to be kept.
+            # Candidates that fail on the previews are not decoded in full, unless all are kept.
             judge=self._previewed if tiny is not None and not self.keep_all else None,
             tiny_vae=tiny,
         )
@@ -152,11 +151,11 @@ class PairStage:
     def _judged(
         self, candidates: list[Candidate], counts: Counter[str]
     ) -> tuple[list[bool | None], list[dict[str, Any]]]:
-        """Of each candidate whether it passes, True or None; and the rows of those that are kept."""
-        every = self.painter(candidates)
-        counts["candidates"] += len(every)
-        counts.update(each.fate for each in every)
-        made = [each for each in every if each.fate == "made"]
+        """Whether each candidate passes (True or None), and the rows of the kept ones."""
+        results = self.painter(candidates)
+        counts["candidates"] += len(results)
+        counts.update(each.fate for each in results)
+        made = [each for each in results if each.fate == "made"]
         drawn = [each.pair() for each in made]
         scores = self._scores(
             [each.candidate for each in made],
@@ -186,7 +185,7 @@ class PairStage:
     def _pass(
         self, least: Thresholds, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor
     ) -> list[bool]:
-        """Which candidates pass by pictures that are not the last ones, in [0, 1]."""
+        """Which candidates pass, judged by intermediate pictures in [0, 1]."""
         one, two = ([to_pil(picture * 2 - 1) for picture in both] for both in (before, after))
         return [least.passes(own) for own in self._scores(candidates, one, two)]
 
@@ -215,5 +214,5 @@ class PairStage:
 
 
 def lowered(thresholds: Thresholds, margin: float) -> Thresholds:
-    """Thresholds that are less by a margin."""
+    """Thresholds reduced by a margin."""
     return Thresholds(**{name: value - margin for name, value in asdict(thresholds).items()})

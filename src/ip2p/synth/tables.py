@@ -1,5 +1,4 @@
-"""Tables of words read a row at a time: JSONL, CSV, TSV, parquet, and plain text; a file may be larger than
-memory."""
+"""Streams text tables row by row: JSONL, CSV, TSV, parquet, plain text. Files may exceed the memory."""
 
 from __future__ import annotations
 
@@ -12,16 +11,16 @@ from typing import Any
 from ip2p.base.errors import InputError
 from ip2p.pictures import images
 
-LINE = "line"  # the column of a plain text
+LINE = "line"  # the column of a plain text file
 ENDINGS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 _BATCH = 4096
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a table by column; a plain text's lines are its column `LINE`.
+    """The rows of a table, by column; lines of a plain text file are in the column `LINE`.
 
-    In a folder, the rows of all its tables, in the order of their names. Raises InputError for what is
-    missing, empty, of another kind, no UTF-8, or cut short.
+    For a folder: the rows of all its tables, sorted by name. Raises InputError for a file that is missing,
+    empty, of an unsupported type, truncated, or not UTF-8.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -34,19 +33,19 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
             if file.suffix.lower() in ENDINGS and file.is_file() and not file.name.startswith(".")
         )
         if not files:
-            raise InputError(f"{path} holds no table; name a folder with {', '.join(ENDINGS)} files.")
+            raise InputError(f"{path} contains no tables; choose a folder with {', '.join(ENDINGS)} files.")
     else:
         files = [path]
     for file in files:
         if file.stat().st_size == 0:
-            raise InputError(f"{file} is empty (0 bytes). Fetch or write it again.")
+            raise InputError(f"{file} is empty (0 bytes). Download or write it again.")
         yield from _parquet(str(file), file) if file.suffix.lower() == ".parquet" else _text(file)
 
 
 def _text(path: Path) -> Iterator[dict[str, Any]]:
     ending = path.suffix.lower()
     if ending not in ENDINGS:
-        raise InputError(f"{path} is no table that is read: {', '.join(ENDINGS)}. Rename or convert it.")
+        raise InputError(f"{path} is not a supported table: {', '.join(ENDINGS)}. Rename or convert it.")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if ending in (".csv", ".tsv"):
@@ -58,9 +57,9 @@ def _text(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 yield _object(path, line, number) if ending == ".jsonl" else {LINE: line.strip()}
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no UTF-8 text. Save it as UTF-8.") from None
+        raise InputError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
     except csv.Error as error:
-        raise InputError(f"{path} cannot be read as a table ({error}). Mend it, or write JSONL.") from None
+        raise InputError(f"{path} cannot be read as a table ({error}). Fix it, or use JSONL.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
 
@@ -73,12 +72,12 @@ def _object(path: Path, line: str, number: int) -> dict[str, Any]:
     if isinstance(row, str):  # a file of quoted captions
         return {LINE: row}
     if not isinstance(row, dict):
-        raise InputError(f"{path}, line {number} is no JSON object. Mend or remove the line.")
+        raise InputError(f"{path}, line {number} is not a JSON object. Fix or remove the line.")
     return row
 
 
 def parquet_rows(files: list[Any]) -> Iterator[dict[str, Any]]:
-    """The rows of parquet files that are open already or named by paths."""
+    """The rows of parquet files, given as paths or open files."""
     for file in files:
         yield from _parquet(str(file), file)
 
@@ -89,7 +88,7 @@ def _parquet(name: str, file: Any) -> Iterator[dict[str, Any]]:
 
     try:
         table = pq.ParquetFile(file)
-        # Pictures, which the words' neighbours may be, would take gigabytes a batch.
+        # Skip picture columns: a batch of them could take gigabytes.
         wanted = [
             field.name
             for field in table.schema_arrow
@@ -98,8 +97,6 @@ def _parquet(name: str, file: Any) -> Iterator[dict[str, Any]]:
         for batch in table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False):
             yield from batch.to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, EOFError):
-        raise InputError(
-            f"{name} is no whole parquet file, or is cut short. Fetch or write it again."
-        ) from None
+        raise InputError(f"{name} is not a complete parquet file. Download or write it again.") from None
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error}). Check the file and its permissions.") from None

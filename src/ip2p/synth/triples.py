@@ -1,7 +1,7 @@
-"""The project's own seed triples, and how varied a set of triples is.
+"""The seed triples of the project, and measures of a set's diversity.
 
-`seeds.jsonl` was written for this project, sentence by sentence and not from templates; a
-`kind` says what each edit is about. A model that is to write edits learns from it, or is shown some of it.
+`seeds.jsonl` was written for this project, sentence by sentence, without templates; `kind` is the type of
+edit. It is used to tune a language model that writes edits, or as examples in its prompt.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ip2p.synth.captions import key_of
 from ip2p.synth.records import Triple, place_seed, triple_id
 
 SEEDS = Path(__file__).with_name("seeds.jsonl")
-SOURCE = "seeds/"  # what the source of a seed begins with; its kind follows
-NEAR = 0.5  # the Jaccard index from which on two triples say the same
-OVERLAP_OF = 1000  # so many triples are compared with all to tell how alike the set is
+SOURCE = "seeds/"  # prefix of a seed's source; its kind follows
+NEAR = 0.5  # triples with this Jaccard index or more are near duplicates
+OVERLAP_OF = 1000  # triples that are compared with all others to estimate the overlap
 
 Grams = frozenset[str]
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-# What comes before the verb of a polite instruction.
+# Words that may precede the verb of a polite instruction.
 _OPENINGS = frozenset(
     ("please", "now", "just", "then", "could", "can", "would", "we", "you", "i", "it", "the", "let's", "to")
 )
@@ -35,7 +35,7 @@ _OPENINGS = frozenset(
 
 @dataclass(frozen=True)
 class Near:
-    """Two triples that are alike: their places, and the Jaccard index of their words and pairs of words."""
+    """Two similar triples: their positions, and the Jaccard index of their words and word pairs."""
 
     first: int
     second: int
@@ -44,22 +44,22 @@ class Near:
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """How varied a set of triples is; see `measure`."""
+    """The diversity of a set of triples; see `measure`."""
 
     count: int
-    kinds: dict[str, int]  # how many of each, where the source tells the kind
-    captions: int  # different ones
-    instructions: int  # different ones
-    words: int  # different ones in all the texts
-    first_words: dict[str, int]  # of the instructions, the commonest first: mostly their verbs
+    kinds: dict[str, int]  # triples of each kind, where the source gives it
+    captions: int  # distinct
+    instructions: int  # distinct
+    words: int  # distinct, in all texts
+    first_words: dict[str, int]  # of the instructions (mostly verbs), most common first
     first_word_entropy: float  # bits
-    kept: float  # mean share of a caption's words that its edited caption keeps
-    changed: float  # share of the triples whose edited caption differs from the caption
-    overlap: float  # mean likeness of a triple to the one most like it
-    near: tuple[Near, ...]  # pairs of likeness NEAR or more
+    kept: float  # mean fraction of a caption's words that its edited caption keeps
+    changed: float  # fraction of the triples whose edited caption differs from the caption
+    overlap: float  # mean similarity of a triple to its nearest neighbor
+    near: tuple[Near, ...]  # pairs with a similarity of NEAR or more
 
     def lines(self) -> list[str]:
-        """The figures for a person."""
+        """A summary for display."""
         few = ", ".join(f"{word} {count}" for word, count in list(self.first_words.items())[:8])
         lines = [
             f"{self.count:,} triples, {self.captions:,} captions, {self.instructions:,} instructions, "
@@ -67,8 +67,8 @@ class Diversity:
             f"{len(self.first_words):,} first words of instructions, "
             f"{self.first_word_entropy:.1f} bits: {few}",
             f"edited captions keep {self.kept:.0%} of the words; {1 - self.changed:.1%} are unchanged",
-            f"the nearest other triple is {self.overlap:.0%} alike on average; {len(self.near):,} pairs are "
-            f"{NEAR:.0%} alike or more",
+            f"mean similarity to the nearest other triple: {self.overlap:.0%}; {len(self.near):,} pairs are "
+            f"at least {NEAR:.0%} similar",
         ]
         if self.kinds:
             kinds = ", ".join(f"{kind} {count}" for kind, count in self.kinds.items())
@@ -88,14 +88,16 @@ def seed_triples() -> tuple[Triple, ...]:
 
 
 def examples(count: int, *parts: object, of: Sequence[Triple] | None = None) -> list[Triple]:
-    """`count` different seeds, drawn by a hash of `parts`: the same wherever they are asked for."""
+    """`count` distinct seed triples, drawn by a hash of `parts`: reproducible on any machine."""
     pool = seed_triples() if of is None else of
     return random.Random(place_seed("examples", *parts)).sample(pool, min(count, len(pool)))
 
 
 def measure(triples: Sequence[Triple]) -> Diversity:
-    """Kinds, verbs, words, and how alike triples are: the Jaccard index of the words and pairs of words of
-    caption and instruction. The overlap is that of OVERLAP_OF triples, evenly spread, if there are more."""
+    """Kinds, verbs, words and similarity: the Jaccard index of words and word pairs (caption, instruction).
+
+    If there are more than OVERLAP_OF triples, the overlap is estimated from OVERLAP_OF evenly spaced ones.
+    """
     grams = [grams_of(triple) for triple in triples]
     openings = Counter(first_word(triple.instruction) for triple in triples)
     kept, changed = [], 0
@@ -122,18 +124,18 @@ def measure(triples: Sequence[Triple]) -> Diversity:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in small letters."""
+    """The words of a text in lower case."""
     return _WORD.findall(text.casefold())
 
 
 def first_word(instruction: str) -> str:
-    """The word that an instruction begins with, after what is only polite: mostly its verb."""
+    """The first word of an instruction after polite openings: usually its verb."""
     words = words_of(instruction)
     return next((word for word in words if word not in _OPENINGS), words[0] if words else "")
 
 
 def grams_of(triple: Triple) -> Grams:
-    """The words and the pairs of neighbouring words of the caption and the instruction."""
+    """The words and the adjacent word pairs of the caption and the instruction."""
     grams: set[str] = set()
     for mark, text in (("c", triple.caption), ("i", triple.instruction)):
         words = words_of(text)
@@ -143,18 +145,17 @@ def grams_of(triple: Triple) -> Grams:
 
 
 def jaccard(one: Grams, other: Grams) -> float:
-    """|A ∩ B| / |A ∪ B|, 0 to 1; of two empty sets 1."""
+    """|A ∩ B| / |A ∪ B|, 0 to 1; 1 for two empty sets."""
     shared = len(one & other)
     union = len(one) + len(other) - shared
     return shared / union if union else 1.0
 
 
 def near_duplicates(grams: Sequence[Grams], threshold: float = NEAR) -> list[Near]:
-    """All pairs with a Jaccard index of `threshold` or more, of the range (0, 1].
+    """All pairs with a Jaccard index of at least `threshold`, in (0, 1].
 
-    Exact, and far from comparing all with all: two sets that are alike share one of the rarest
-    |A| − ⌈t |A|⌉ + 1 members of each (Chaudhuri et al. 2006), so only those with such a one in common are
-    compared.
+    Exact without comparing all pairs: two similar sets have at least one of the |A| − ⌈t |A|⌉ + 1 rarest
+    members of each in common (Chaudhuri et al. 2006), so only sets that share a rare member are compared.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"the threshold is {threshold}, not in (0, 1]")

@@ -1,4 +1,4 @@
-"""A language model that writes edits: tuned on triples, whole or as a LoRA, or made small from nothing."""
+"""Tunes a language model to write edits (all weights or a LoRA), or creates a small untrained one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ip2p.synth.records import Triple, place_seed
 from ip2p.synth.triples import seed_triples
 
 Backend = Literal["auto", "plain", "trl"]
-IGNORED = -100  # the label of a token that is not learnt, in transformers' models
+IGNORED = -100  # the label that the loss of transformers ignores
 END = "<|end|>"
 UNKNOWN = "<|unknown|>"
 CARD = "ip2p.json"
@@ -40,16 +40,16 @@ CARD = "ip2p.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How a language model is tuned. The paper tuned GPT-3 for one epoch."""
+    """Tuning settings. The paper tuned GPT-3 for one epoch."""
 
-    lora: int | None = None  # rank of a LoRA, which is merged at the end; None trains the whole model
+    lora: int | None = None  # rank of a LoRA, which is merged at the end; None trains all weights
     epochs: float = 3.0
     batch: int = 16
-    rate: float | None = None  # learning rate; by default 5e-5 for the whole model, 2e-4 for a LoRA
-    warm_up: float = 0.03  # share of the steps; then the rate falls to zero along a cosine
+    rate: float | None = None  # learning rate; default 5e-5 for all weights, 2e-4 for a LoRA
+    warm_up: float = 0.03  # fraction of the steps; then cosine decay to zero
     weight_decay: float = 0.01
-    clip: float = 1.0  # the most that the norm of the gradient may be
-    max_length: int = 512  # tokens of caption and edit together; longer triples are left out
+    clip: float = 1.0  # maximum gradient norm
+    max_length: int = 512  # tokens of caption and edit together; longer triples are skipped
     seed: int = 0
 
     def learning_rate(self) -> float:
@@ -58,7 +58,7 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What came of a tuning. losses: the mean of each step, in nats a token of the answers."""
+    """The result of a tuning. losses: the mean loss of each step, in nats per answer token."""
 
     steps: int
     losses: tuple[float, ...]
@@ -76,22 +76,22 @@ def tune_lm(
     revision: str | None = None,
     say: Callable[[str], None] = terminal.say,
 ) -> Tuned:
-    """Tune a causal language model on triples, the seeds by default, and write it into the folder `output`.
+    """Tune a causal language model on triples (by default the seeds) and write it to the folder `output`.
 
-    It learns the answers and not the captions before them. backend: TRL's SFTTrainer, which spreads over the
-    devices of `accelerate launch`; the loop here, which needs nothing besides torch; or TRL where it is
-    installed. What is written is a whole model in fp32, with the paper's sampling values in its generation
-    config, which every server of language models opens; it takes the place of `output` in one step. Raises
-    InputError for settings out of range, a missing package, or no triple that fits; ModelError for `base`.
+    The loss covers the answers, not the captions. backend: "trl" is TRL's SFTTrainer, which can use several
+    devices with `accelerate launch`; "plain" is the loop here, which needs only torch; "auto" uses TRL if it
+    is installed. The output is a complete model in fp32 that any language model server can load, with the
+    paper's sampling values in its generation config. It replaces `output` atomically. Raises InputError for
+    settings out of range, a missing package, or triples that are all too long, and ModelError for `base`.
     """
     tuning = tuning or Tuning()
     _check(tuning)
     triples = seed_triples() if triples is None else triples
     if not triples:
-        raise InputError("there are no triples to tune on; name a file with some.")
+        raise InputError("there are no triples to tune on; choose a file with triples.")
     use_trl = _has_trl() if backend == "auto" else backend == "trl"
     if use_trl and not _has_trl():
-        raise InputError("--backend trl needs TRL, which is missing; install it: pip install 'ip2p[llm]'")
+        raise InputError("--backend trl needs TRL, which is not installed: pip install 'ip2p[llm]'")
     make_folder(output.parent)
     model, tokenizer = load_lm(base, revision=revision)
     rows = [row for triple in triples if len(row := row_of(triple, tokenizer)) <= tuning.max_length]
@@ -101,14 +101,14 @@ def tune_lm(
         )
     left_out = len(triples) - len(rows)
     if left_out:
-        say(f"{left_out:,} triples are longer than {tuning.max_length} tokens and are left out")
+        say(f"skipping {left_out:,} triples longer than {tuning.max_length} tokens")
     if tuning.lora is not None:
         model = _with_lora(model, tuning)
     train = _train_trl if use_trl else _train
     losses = train(model, rows, tokenizer, tuning, pick_device(device), say)
     if tuning.lora is not None:
         model = model.merge_and_unload()
-    told = {
+    card = {
         "made_by": "ip2p synth tune-lm",
         "base": Path(base).name if Path(base).is_dir() else str(base),
         "triples": len(rows),
@@ -116,13 +116,13 @@ def tune_lm(
         "tuning": asdict(tuning) | {"rate": tuning.learning_rate()},
         "loss": losses[-1] if losses else None,
     }
-    save_lm(model, tokenizer, output, told)
+    save_lm(model, tokenizer, output, card)
     return Tuned(steps=len(losses), losses=tuple(losses), left_out=left_out)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A triple in tokens; the model is to learn those from `start` on."""
+    """A tokenized triple; the loss covers the tokens from `start` on."""
 
     tokens: tuple[int, ...]
     start: int
@@ -132,8 +132,8 @@ class Row:
 
 
 def row_of(triple: Triple, tokenizer: Any) -> Row:
-    """The tokens of a triple as a model meets them: the prompt's, then the answer's, then the end."""
-    # Apart, for so they are when it writes: joined, a token might span the border.
+    """The tokens of a triple: prompt, answer and end token."""
+    # Tokenized separately, as in generation: in the joined text, a token could span the boundary.
     prompt = tokenizer(prompt_of(triple.caption))["input_ids"]
     end = tokenizer.eos_token_id
     if end is not None and prompt and prompt[-1] == end:
@@ -161,7 +161,7 @@ def _with_lora(model: Any, tuning: Tuning) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise InputError("tuning a LoRA needs peft: pip install 'ip2p[llm]'") from None
+        raise InputError("tuning a LoRA needs PEFT: pip install 'ip2p[llm]'") from None
     assert tuning.lora is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(tuning.seed)
@@ -174,25 +174,25 @@ def _with_lora(model: Any, tuning: Tuning) -> Any:
             )
             return get_peft_model(model, config)
         except ValueError as error:
-            raise ModelError(f"this language model takes no LoRA ({error}); tune it whole.") from None
+            raise ModelError(f"this model does not support LoRA ({error}); tune all weights.") from None
 
 
 def order(count: int, tuning: Tuning) -> list[list[int]]:
-    """The rows of each step: shuffled anew each epoch, the last step of all may be shorter."""
+    """The rows of each step, shuffled in each epoch; the last step may be smaller."""
     places: list[int] = []
     wanted = max(1, round(count * tuning.epochs))
     epoch = 0
     while len(places) < wanted:
-        turn = list(range(count))
-        random.Random(place_seed("tune", tuning.seed, epoch)).shuffle(turn)
-        places += turn
+        shuffled = list(range(count))
+        random.Random(place_seed("tune", tuning.seed, epoch)).shuffle(shuffled)
+        places += shuffled
         epoch += 1
     places = places[:wanted]
     return [places[start : start + tuning.batch] for start in range(0, wanted, tuning.batch)]
 
 
 def rate_at(step: int, steps: int, tuning: Tuning) -> float:
-    """The share of the learning rate at step 0 … steps - 1: a line up, then half a cosine down."""
+    """The learning rate factor at step 0 … steps - 1: linear warm-up, then cosine decay."""
     warm = math.ceil(tuning.warm_up * steps)
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -214,11 +214,11 @@ def batch_of(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _groups(model: Any, tuning: Tuning) -> list[dict[str, Any]]:
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Biases and the scales of norms are not shrunk.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # No weight decay for biases and norm scales.
     return [
-        {"params": [p for p in learnt if p.ndim > 1], "weight_decay": tuning.weight_decay},
-        {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": tuning.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
 
 
@@ -230,8 +230,8 @@ def _train(
     device: torch.device,
     say: Callable[[str], None],
 ) -> list[float]:
-    """The plain loop: AdamW on the mean loss a token of the answers of a batch."""
-    torch.manual_seed(tuning.seed)  # of dropout, where the model has it
+    """The plain loop: AdamW on the mean loss per answer token of a batch."""
+    torch.manual_seed(tuning.seed)  # for dropout, if the model has it
     model.to(device).train()
     optimizer = torch.optim.AdamW(_groups(model, tuning), lr=tuning.learning_rate())
     steps = order(len(rows), tuning)
@@ -273,7 +273,7 @@ def _train_trl(
     device: torch.device,
     say: Callable[[str], None],
 ) -> list[float]:
-    """The same by TRL: the same rows, labels, optimizer and rates; its own order of rows."""
+    """Training with TRL: the same rows, labels, optimizer and learning rates, but TRL's row order."""
     import tempfile
 
     from datasets import Dataset  # type: ignore[import-not-found]
@@ -286,7 +286,7 @@ def _train_trl(
             "completion_mask": [[int(n >= row.start) for n in range(len(row))] for row in rows],
         }
     )
-    with tempfile.TemporaryDirectory() as scratch:  # it insists on a place for checkpoints
+    with tempfile.TemporaryDirectory() as scratch:  # TRL requires a checkpoint folder
         config = SFTConfig(
             output_dir=scratch,
             num_train_epochs=tuning.epochs,
@@ -309,7 +309,7 @@ def _train_trl(
             log_level="error",
         )
         trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
-        trainer.remove_callback(PrinterCallback)  # it prints each step on stdout
+        trainer.remove_callback(PrinterCallback)  # it prints each step to stdout
         trainer.train()
         losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
@@ -318,15 +318,15 @@ def _train_trl(
     return losses
 
 
-def save_lm(model: Any, tokenizer: Any, folder: Path, told: dict[str, Any] | None = None) -> None:
-    """Write a language model in the place of all that `folder` holds; a kill leaves the old or the new."""
+def save_lm(model: Any, tokenizer: Any, folder: Path, card: dict[str, Any] | None = None) -> None:
+    """Write a language model, replacing `folder` atomically: a kill leaves the old or the new model."""
     import json
 
     from transformers import GenerationConfig
 
     from ip2p.models.load import quiet
 
-    # `transformers serve` takes what a request does not say from here, and draws only if this says so.
+    # `transformers serve` uses these values as defaults, and samples only if `do_sample` is set here.
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=TEMPERATURE,
@@ -338,7 +338,7 @@ def save_lm(model: Any, tokenizer: Any, folder: Path, told: dict[str, Any] | Non
     with replacing_folder(folder) as temporary, quiet():
         model.to("cpu").save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_text(temporary / CARD, json.dumps(told or {}, indent=1) + "\n")
+        write_text(temporary / CARD, json.dumps(card or {}, indent=1) + "\n")
 
 
 def new_lm(
@@ -354,13 +354,13 @@ def new_lm(
     phrases: Sequence[str] | None = None,
     seed: int = 0,
 ) -> None:
-    """Write a small untrained model of Llama's kind, with a tokenizer of byte pairs learnt from `texts`.
+    """Write a small untrained Llama model, with a byte-pair tokenizer trained on `texts`.
 
-    It is a base for `tune_lm` where no other is at hand: a small language is learnt from nothing.
-    width: of the residual stream, a multiple of twice `heads`. inner: of the layers between, by default
-    8/3 of it. phrases: where given, a token is one of these, of whatever length, or a word of the texts, the
-    commonest first; other words are spelt in the letters, digits and signs of ASCII, and letters beyond
-    them are lost. Raises InputError.
+    It is a base for `tune_lm` when no pretrained model is available; a small language can be learned from
+    scratch. width: of the residual stream, a multiple of 2 * heads. inner: of the MLP layers, by default 8/3
+    of the width. phrases: if given, each token is one of these phrases (of any length) or a word of the
+    texts, most common first; other words are spelled in ASCII letters, digits and signs, and other characters
+    are lost. Raises InputError.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -414,13 +414,13 @@ def _pair_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 
 
 def _word_tokenizer(texts: Iterable[str], vocabulary: int, phrases: Sequence[str]) -> Any:
-    """Byte pairs without a pair: what is no phrase and no word falls into letters."""
+    """A BPE tokenizer without merges: any text that is not a phrase or word is split into characters."""
     from collections import Counter
 
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # As the splitter writes them: a space is a letter of the word behind it.
+    # In the splitter's notation: a space is the first character of the next word.
     letters = [split.pre_tokenize_str(chr(code))[0][0] for code in (10, *range(32, 127))]
     raw = Tokenizer(models.BPE())
     raw.add_special_tokens([AddedToken(token, special=True) for token in (END, UNKNOWN)])
@@ -438,7 +438,7 @@ def _word_tokenizer(texts: Iterable[str], vocabulary: int, phrases: Sequence[str
         vocab={token: number for number, token in enumerate(tokens)},
         merges=[],
         unk_token=UNKNOWN,
-        ignore_merges=True,  # a word that is a token is one
+        ignore_merges=True,  # a word in the vocabulary is one token
     )
     raw.decoder = decoders.ByteLevel()
     return raw

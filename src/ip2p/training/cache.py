@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ip2p.base import terminal
 from ip2p.base.errors import InputError, ModelError, ResourceError
 from ip2p.base.files import make_folder, remove_temporaries, write_text
-from ip2p.base.ledger import LOCK, Files, Ledger, Lock, Row
+from ip2p.base.ledger import LOCK, Files, Ledger, Line, Lock, Say
 from ip2p.data.records import BrokenRow, Source
 from ip2p.models.text import Prompt
 from ip2p.training.transform import Transform
@@ -42,8 +42,6 @@ CHUNK_BYTES, CHUNK_ROWS = 16 * 2**20, 32  # decoded pixels that travel from a wo
 BYTES = {"fp16": 2, "fp32": 4}
 TENSORS = {"fp16": torch.float16, "fp32": torch.float32}
 TEXTS = ("ids", "instructions", "captions", "edited_captions")
-
-Say = Callable[[str], None]
 
 
 class Stopped(Exception):
@@ -129,7 +127,7 @@ class Parts:
     def path(self, part: int) -> Path:
         return self.folder / f"{part:06}{self.suffix}"
 
-    def _files_of(self, line: Row) -> Files:
+    def _files_of(self, line: Line) -> Files:
         return {self.path(line["part"]).name: (line["bytes"], line["sha256"])}
 
     def claims(self, rank: int, world: int) -> Iterator[int]:

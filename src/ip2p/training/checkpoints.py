@@ -12,7 +12,7 @@ import torch
 
 from ip2p.base.errors import InputError
 from ip2p.base.files import remove_temporaries, replacing
-from ip2p.base.ledger import Ledger, Row, find_damage
+from ip2p.base.ledger import Ledger, Line, find_damage
 
 log = logging.getLogger("ip2p")
 
@@ -53,7 +53,7 @@ class Checkpoints:
                 old.unlink(missing_ok=True)
         return path
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Line]:
         """The manifest's lines, the oldest first; none if there is no manifest."""
         return Ledger(self.folder, key="step").lines
 

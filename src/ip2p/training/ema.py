@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Ema:
     """Keeps `decay * average + (1 - decay) * weights`, with decay min(max_decay, (1 + n) / (10 + n)).
 
-    The warm-up of the decay is the released code's: early averages forget the random start. Only trained
-    weights have an average; frozen ones are equal to theirs.
+    The decay warm-up is that of the released code, so that early averages forget the random initialization.
+    Only trained weights are averaged; frozen weights equal their average.
     """
 
     def __init__(self, model: nn.Module, max_decay: float = 0.9999) -> None:
@@ -23,11 +23,11 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, times: int = 1) -> None:
-        """Take the weights in, `times` times: the released code does so after every micro-batch."""
+        """Update the average `times` times; the released code updates after every micro-batch."""
         weights = _trained(model)
         average = list(self.average.values())
         new = [weights[k].detach().float() for k in self.average]
-        keep = 1.0  # what is left of the old average: one pass over the weights does for all updates
+        keep = 1.0  # remaining weight of the old average: all updates need only one pass
         for _ in range(times):
             self.updates += 1
             keep *= min(self.max_decay, (1 + self.updates) / (10 + self.updates))
@@ -41,7 +41,7 @@ class Ema:
 
     @contextlib.contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """The averages as the model's weights while the block runs."""
+        """Use the averages as the model's weights inside the block."""
         weights = _trained(model)
         own = {k: weights[k].detach().clone() for k in self.average}
         self.copy_to(model)

@@ -297,7 +297,9 @@ def fit(
                 if main:
                     _log(accelerator, folder, curve[-1])
                     text = " ".join(f"{k} {v:.5g}" for k, v in means.items())
-                    say(f"{name}: step {step} {min(now_done(), 1):.1%} {text} {rate:.3g} samples/s")
+                    pace = (now - shown) / max(step - shown_step, 1)
+                    left = time_left(pace * (config.steps - step), config.minutes, clock.seconds())
+                    say(f"{name}: step {step} {min(now_done(), 1):.1%} {text} {rate:.3g} samples/s{left}")
                 shown, shown_step, totals, count = now, step, {}, 0
             if config.check_every and check and step % config.check_every == 0 and step < config.steps:
                 ended_early = _checked(check, step, task, ema, accelerator)
@@ -320,6 +322,19 @@ def fit(
         ema.copy_to(task)
     task.eval()
     return result(True, ended_early)
+
+
+def time_left(seconds: float, minutes: float | None, spent: float) -> str:
+    """The words for what is left of a run: by its pace, and by its limit of time if it has one."""
+    if minutes:
+        seconds = min(seconds, 60 * minutes - spent)
+    if seconds < 1:
+        return ""
+    if seconds < 100:
+        return f", about {seconds:.0f} s left"
+    return (
+        f", about {seconds / 60:.0f} min left" if seconds < 6000 else f", about {seconds / 3600:.1f} h left"
+    )
 
 
 def _groups(trained: Sequence[nn.Parameter], config: LoopConfig) -> list[dict[str, Any]]:

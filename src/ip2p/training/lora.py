@@ -1,4 +1,4 @@
-"""LoRA training: two small matrices beside each chosen layer of the UNet, W + alpha / rank · up · down."""
+"""LoRA training: two low-rank matrices for each chosen layer of the UNet, W + alpha / rank · up · down."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-NAME = "ip2p"  # of the adapter, which no file says
+NAME = "ip2p"  # adapter name; not stored in files
 
 
 def add_lora(
@@ -29,12 +29,12 @@ def add_lora(
     conv_in: bool = False,
     seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Freeze a UNet, put a LoRA beside some of its layers, and return what is then trained.
+    """Freeze a UNet, add a LoRA to some of its layers, and return the trainable parameters.
 
-    It answers as before until a step is made. targets: the projections of attention, all linear and
-    convolutional layers, or the ends of the names of those wanted. alpha: `rank` unless given. conv_in:
-    train the input convolution whole, as one that was widened must be (`Bundle.widened`). The down
-    matrices are drawn with `seed`. Raises InputError, also when peft is not installed.
+    The output does not change until the first step. targets: "attention" (the attention projections), "all"
+    (all linear and convolutional layers), or suffixes of layer names. alpha: default `rank`. conv_in: also
+    train the input convolution fully, which a widened one needs (`Bundle.widened`). The down matrices are
+    initialized with `seed`. Raises InputError for bad values, and if PEFT is not installed.
     """
     if rank < 1:
         raise InputError(f"The rank of the LoRA is {rank}; use 1 or more, for example --lora 16")
@@ -52,9 +52,9 @@ def add_lora(
 
 
 def lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The LoRA under diffusers' names, fp32 on the CPU, with alpha / rank multiplied into the up matrices.
+    """The LoRA under diffusers' names, fp32 on the CPU, with alpha / rank folded into the up matrices.
 
-    So every reader applies it alike: some take no alpha from a file with these names.
+    All readers then apply it in the same way: some ignore alpha in files with these names.
     """
     state = {}
     for name, layer in _layers(unet):
@@ -65,14 +65,14 @@ def lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
 
 
 def save_lora(unet: UNet2DConditionModel, path: Path) -> None:
-    """Write the LoRA as a file that `ip2p edit --lora` and diffusers' `load_lora_weights` open.
+    """Write the LoRA as a file for `ip2p edit --lora` and diffusers' `load_lora_weights`.
 
-    It fits the editor that training started from. Raises InputError where the input convolution was
-    trained whole: no such file holds it, and the merged model is the only output.
+    It applies to the editor that training started from. Raises InputError if the input convolution was
+    trained fully: a LoRA file cannot contain it, and the merged model is the only output.
     """
     if unet.conv_in.weight.requires_grad:
         raise InputError(
-            "A LoRA file cannot hold the input convolution, which was widened and trained whole; "
+            "A LoRA file cannot contain the input convolution, which was widened and fully trained; "
             "use the merged model."
         )
     from safetensors.torch import save_file
@@ -82,9 +82,9 @@ def save_lora(unet: UNet2DConditionModel, path: Path) -> None:
 
 
 def merged(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A UNet with the LoRA added to its weights, in eval mode and without gradients.
+    """A UNet with the LoRA merged into its weights, in eval mode and without gradients.
 
-    Weights that are frozen and have no LoRA are shared with `unet`; the others are copies.
+    Frozen weights without a LoRA are shared with `unet`; the others are copies.
     """
     from ip2p.models.load import empty_network
 
@@ -119,8 +119,8 @@ def _names(unet: nn.Module, targets: str | Sequence[str], *, skip_input: bool) -
     for end in ends:
         if not any(name == end or name.endswith(f".{end}") for name in chosen):
             raise InputError(
-                f"No linear or convolutional layer of the UNet is named {end!r}; use attention, all, or the "
-                "ends of names, for example to_q"
+                f"No linear or convolutional layer of the UNet is named {end!r}; use attention, all, or "
+                "suffixes of layer names, for example to_q"
             )
     return chosen
 
@@ -129,7 +129,7 @@ def _config(rank: int, alpha: float, names: list[str]) -> Any:
     try:
         from peft import LoraConfig
     except ImportError:
-        raise InputError("training a LoRA needs peft: pip install 'ip2p[lora]'") from None
+        raise InputError("training a LoRA needs PEFT: pip install 'ip2p[lora]'") from None
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type] # it takes any number

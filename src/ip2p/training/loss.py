@@ -14,7 +14,7 @@ TIMESTEPS, BETA_START, BETA_END = 1000, 0.00085, 0.012
 
 @dataclass(frozen=True)
 class Shares:
-    """How many samples lose only their text, only their image, both; the paper's 5% each (section 3.2.1)."""
+    """Fractions of samples that drop only the text, only the image, or both (paper, section 3.2.1: 5%)."""
 
     text: float = 0.05
     image: float = 0.05
@@ -24,10 +24,10 @@ class Shares:
 def null_conditions(
     draw: Float[Tensor, " batch"], shares: Shares | None = None
 ) -> tuple[Bool[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Which samples lose their text, and which their image, from one uniform draw in [0, 1) each.
+    """Which samples drop their text, and which their image, from one uniform draw in [0, 1) per sample.
 
-    One draw decides both, as in the released code: below `text` the text goes, in the next `both` both go,
-    in the next `image` the image.
+    One draw decides both, as in the released code: below `text`, the text is dropped; in the next `both`,
+    both; in the next `image`, the image.
     """
     shares = shares or Shares()
     text_end = shares.text + shares.both
@@ -57,12 +57,12 @@ def velocity(
 def snr_weight(
     alpha_bar: Float[Tensor, " batch"], clip: tuple[float, float] | None, prediction: str = "epsilon"
 ) -> Float[Tensor, " batch"]:
-    """Weight of the loss that makes the weight of the x0 loss `clamp(SNR, low, high)`.
+    """The loss weight that makes the weight of the x0 loss `clamp(SNR, low, high)`.
 
-    In terms of x0 the squared error of the noise weighs SNR, that of the velocity SNR + 1. The upper
-    limit is Min-SNR (Hang et al. 2023), the lower one the truncated SNR of Salimans and Ho (2022):
-    without it a small model hardly learns at the noise levels where an edit is decided. None is the
-    plain loss of the prediction (the paper's, for noise).
+    In terms of x0, the squared error of the noise has weight SNR, that of the velocity SNR + 1. The upper
+    limit is Min-SNR (Hang et al. 2023), the lower one the truncated SNR of Salimans and Ho (2022): without
+    it, a small model hardly learns at the noise levels that determine the edit. None is the plain loss of the
+    prediction (the paper's, for noise).
     """
     if clip is None:
         return torch.ones_like(alpha_bar)
@@ -78,8 +78,8 @@ def noise_loss(
 ) -> Float[Tensor, ""]:
     """Weighted mean squared error of the predicted noise (or velocity).
 
-    `cell_weight` weighs latent cells (for example those that the edit changes). It is positive
-    everywhere, so the minimum stays the conditional mean that plain training seeks.
+    `cell_weight` weights latent cells (for example those that the edit changes). It is positive everywhere,
+    so the minimum is still the conditional mean, as in plain training.
     """
     error = (predicted.float() - noise.float()).square()
     if cell_weight is not None:
@@ -98,9 +98,10 @@ def scaled_linear_alpha_bar(
 def random_timesteps(
     uniform: Float[Tensor, " count"], power: float = 1.0, steps: int = TIMESTEPS
 ) -> Int[Tensor, " count"]:
-    """Timesteps `floor(steps u^power)` from uniform draws in [0, 1).
+    """Timesteps `floor(steps u^power)` from uniform draws u in [0, 1).
 
-    They are uniform for power 1 (the paper's), else of density proportional to t^(1 / power - 1).
+    They are uniform for power 1 (as in the paper); otherwise the density is proportional to t^(1 / power -
+    1).
     """
     return (uniform.pow(power) * steps).long().clamp(max=steps - 1)
 
@@ -108,9 +109,10 @@ def random_timesteps(
 def change_weights(
     changed: Float[Tensor, "batch 1 h w"], share: float, most: float
 ) -> Float[Tensor, "batch 1 h w"]:
-    """Weights of latent cells: 1, and for changed ones 1 more than lets them make up `share` of all.
+    """Weights of latent cells: 1, plus a bonus for changed cells.
 
-    The addition is `share` times the number of cells over the number of changed ones, at most `most`.
+    The bonus is `share` times the number of cells divided by the number of changed cells, at most `most`:
+    without that limit, the bonuses add up to `share` of the number of cells.
     """
     cells = changed[0].numel()
     count = changed.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)

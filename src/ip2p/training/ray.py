@@ -1,4 +1,4 @@
-"""A training run on the workers of a Ray cluster, in the same function as on one machine."""
+"""Runs training on the workers of a Ray cluster, with the same function as on one machine."""
 
 from __future__ import annotations
 
@@ -26,25 +26,24 @@ def launch(
     retries: int = 3,
     storage: Path | None = None,
 ) -> None:
-    """Call `train(config)` in each of `workers` processes that Ray places, as one process group.
+    """Call `train(config)` in each of `workers` Ray processes, as one process group.
 
-    Ray sets RANK, WORLD_SIZE, MASTER_ADDR and the device of each process, where accelerate looks for
-    them; nothing else differs from `accelerate launch`. `train` must be a module's own function, for it
-    is found by name on every machine. use_gpu: a GPU a worker; None: when the cluster has that many.
-    retries: how often all begin again, from the newest checkpoint, after a worker or its machine is
-    lost; an error of ours (Ip2pError) ends the run at once and is raised here. storage: a folder for
-    Ray's own notes, which all machines must see. It joins the cluster that RAY_ADDRESS names, else
-    starts one on this machine.
+    Ray sets RANK, WORLD_SIZE, MASTER_ADDR and the device of each process, which accelerate reads; otherwise
+    this equals `accelerate launch`. `train` must be a module-level function, because it is imported by name
+    on each machine. use_gpu: one GPU per worker; None uses GPUs if the cluster has enough. retries: restarts
+    of all workers from the newest checkpoint after a worker or machine is lost; an Ip2pError ends the run
+    immediately and is raised here. storage: a folder for Ray's state that all machines can access. Joins the
+    cluster in RAY_ADDRESS, or else starts one on this machine.
 
-    Raises InputError without Ray, ResourceError when the cluster is too small or the retries are spent.
+    Raises InputError without Ray, and ResourceError if the cluster is too small or the retries are exhausted.
     """
     try:
         import ray
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
     except ImportError:
-        raise InputError("--ray needs Ray, which is missing; install it: pip install 'ip2p[ray]'") from None
-    # Otherwise Ray moves each worker into a folder of its own once more, after ours.
+        raise InputError("--ray needs Ray, which is not installed: pip install 'ip2p[ray]'") from None
+    # Otherwise Ray changes each worker's folder again, after `_worker` has set it.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     if not ray.is_initialized():
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
@@ -53,10 +52,10 @@ def launch(
     if use_gpu is None:
         use_gpu = gpus >= workers
     kind, found = ("GPU", gpus) if use_gpu else ("CPU", int(there.get("CPU", 0)))
-    # It would wait for them without end.
+    # Ray would wait forever for missing resources.
     if found < workers:
         raise ResourceError(
-            f"--ray {workers} needs {workers} {kind}s and the cluster has {found}. "
+            f"--ray {workers} needs {workers} {kind}s, but the cluster has {found}. "
             f"Try --ray {max(found, 1)}, or add machines: ray start --address HEAD:6379"
         )
     for attempt in range(retries + 1):
@@ -68,7 +67,7 @@ def launch(
         try:
             trainer.fit()
             return
-        # Ray's own class of this error has moved between its versions, and its cause with it.
+        # Ray's class for this error, and the place of its cause, differ between versions.
         except Exception as error:
             ours = next((each for each in _causes(error) if isinstance(each, Ip2pError)), None)
             if ours is not None:
@@ -76,25 +75,25 @@ def launch(
             if attempt == retries:
                 raise ResourceError(
                     f"training on Ray failed {retries + 1} times, the last time with: {_last_line(error)}. "
-                    "What was saved is whole; mend that, and the same command goes on."
+                    "The saved state is intact; fix the problem and run the same command to resume."
                 ) from error
-            log.warning("training on Ray failed (%s); going on from what is saved", _last_line(error))
+            log.warning("training on Ray failed (%s); resuming from the saved state", _last_line(error))
 
 
 def _worker(train: Callable[[Any], object], config: Any, folder: str) -> None:
-    """What runs on each worker: from the folder of the command, so that relative paths mean the same."""
+    """Run `train` on a worker, in the folder of the command, so that relative paths are valid."""
     try:
         os.chdir(folder)
     except OSError:
         raise InputError(
-            f"the folder {folder} of the command is not on the machine {platform.node()}; start from one "
-            "on a disk that all machines share."
+            f"the folder {folder} of the command does not exist on the machine {platform.node()}; run it in "
+            "a folder on a disk that all machines share."
         ) from None
     train(config)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and all that lies behind it: causes, and the failures of the single workers."""
+    """The error, its causes, and the failures of the individual workers, recursively."""
     waiting, seen = [error], set()
     while waiting:
         each = waiting.pop()

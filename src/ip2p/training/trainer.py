@@ -27,7 +27,6 @@ from ip2p.base.errors import InputError, translated_errors
 from ip2p.base.files import make_folder, write_text
 from ip2p.base.ledger import lock_folder
 from ip2p.base.terminal import say
-from ip2p.config import Split, TrainConfig, as_dict, run_json
 from ip2p.data.loading import open_source
 from ip2p.data.records import Pair, Source
 from ip2p.diffusion.schedule import alpha_bar_from_config
@@ -38,19 +37,23 @@ from ip2p.models.bundle import Bundle
 from ip2p.models.clip import Clip
 from ip2p.models.save import Data, model_card, save_editor
 from ip2p.models.text import encode_prompts
+from ip2p.settings import Split, first_difference, meta_of, run_json
 from ip2p.training.cache import Latents, TextCache, build_cache, encode_pictures, text_key, weights_key
 from ip2p.training.loop import LoopConfig, Result, fit, new_accelerator
 from ip2p.training.loss import Shares
 from ip2p.training.objective import Draws, EditBatch, EditTask, Objective
 from ip2p.training.samples import CachedSamples, PooledSamples, Reader, Share, Words, read_cached
+from ip2p.training.settings import TrainConfig
 from ip2p.training.storybook.source import StorybookSource
 from ip2p.training.transform import Transform
 from ip2p.training.validation import Curves, HeldOut, Watch, held_out, held_out_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from typing_extensions import Unpack
 
     from ip2p.editing.editor import Editor
+    from ip2p.training.arguments import TrainArguments
 
 log = logging.getLogger("ip2p")
 
@@ -58,65 +61,32 @@ STORYBOOK = "storybook"
 TRAINING = "training"  # the folder inside the output
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DONE = "done.json"
-# What may differ when a run goes on: how long, how fast, where, and what is said of it.
-FREE = (
-    *(
-        "output",
-        "steps",
-        "keep",
-        "save_every",
-        "validate_every",
-        "validate_steps",
-        "stop_when_worse",
-        "watch",
-    ),
-    *(
-        "clip",
-        "nan_steps",
-        "track",
-        "profile",
-        "seconds",
-        "micro_batch",
-        "workers",
-        "compile",
-        "checkpointing",
-    ),
-    *(
-        "cache",
-        "license",
-        "base_license",
-        "data_license",
-        "dtype",
-        "ray",
-        "device",
-        "config",
-        "debug",
-        "stream",
-    ),
-)
-
-
 # Of the settings, what a model's card does not tell.
 UNTOLD = ("output", "base", "data", "config", "debug", "cache", "track", "profile", "ray", "seconds", "keep")
 
 
-def train(config: TrainConfig) -> None:
-    """Train, or go on training; the editor's folder goes to stdout."""
+def train(config: TrainConfig | None = None, **changes: Unpack[TrainArguments]) -> Path:
+    """Train an editor, or resume, and return its folder. config and changes: what `TrainConfig` has.
+
+    `train(data="pairs", base="timbrooks/instruct-pix2pix", output="editor", steps=1000)`. Raises InputError,
+    ModelError and ResourceError.
+    """
+    config = (config or TrainConfig()).changed(**changes)
+    config.check()
     if config.ray is not None:
         from ip2p.training.ray import launch
 
         make_folder(Path(str(config.output)))
         launch(
             run,
-            replace(config, ray=None),
+            config.changed(ray=None),
             workers=config.ray,
             storage=Path(str(config.output)) / TRAINING / "ray",
             use_gpu=False if config.device == "cpu" else None,
         )
     else:
         run(config)
-    if _main():
-        print(config.output)
+    return Path(str(config.output))
 
 
 def run(config: TrainConfig) -> Result | None:
@@ -127,9 +97,9 @@ def run(config: TrainConfig) -> Result | None:
     assert config.output is not None, "TrainConfig.check was called"
     folder = Path(config.output)
     make_folder(folder)
-    with lock_folder(folder) if _main() else contextlib.nullcontext():
+    with lock_folder(folder) if is_main_process() else contextlib.nullcontext():
         if (ended := _finished(config, folder)) is not None:
-            if _main():
+            if is_main_process():
                 say(ended)
             return None
         half = max(1, (config.micro_batch or config.batch) // 2)
@@ -138,7 +108,8 @@ def run(config: TrainConfig) -> Result | None:
             return _run(config, folder)
 
 
-def _main() -> bool:
+def is_main_process() -> bool:
+    """Whether this is the first of a training's processes, which writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -150,11 +121,27 @@ def _finished(config: TrainConfig, folder: Path) -> str | None:
         return None
     if not (folder / "model_index.json").exists():
         return None
+    _check_same(config, folder)
     if done["step"] >= config.steps:
         return f"{folder} is finished: {done['step']} steps. Give more --steps to go on."
     if done["stopped_early"] and done["asked"] == config.steps:
         return f"{folder} is finished: it was no longer getting better at step {done['step']}."
     return None
+
+
+def _check_same(config: TrainConfig, folder: Path) -> None:
+    """Raise InputError when a finished run had other settings that decide its numbers."""
+    try:
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    difference = first_difference(config, before)
+    if difference is not None:
+        flag, old, new = difference
+        raise InputError(
+            f"{folder} was trained with {flag} {old}, and now it is {new}; use the same again, or choose "
+            "another folder with --output."
+        )
 
 
 @dataclass
@@ -268,7 +255,8 @@ def _run(config: TrainConfig, output: Path) -> Result:
 
 def fingerprint(config: TrainConfig, source: Source, start: str) -> dict[str, Any]:
     """What must be the same when a run goes on: the settings that decide its numbers, data and base."""
-    kept = {name: value for name, value in as_dict(config).items() if name not in FREE}
+    fields = TrainConfig.model_fields
+    kept = {name: value for name, value in config.as_dict().items() if meta_of(fields[name]).same_job}
     if config.schedule == "cosine":
         kept["steps"] = config.steps  # the learning rate's way down follows from it
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
@@ -292,7 +280,7 @@ def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     if tracker is None:
         return new_accelerator(device, number)
     accelerator = new_accelerator(device, number, log_with=tracker, project_dir=str(folder))
-    told = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in as_dict(config).items()}
+    told = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.as_dict().items()}
     accelerator.init_trackers(tracker, config=told)
     return accelerator
 
@@ -609,12 +597,17 @@ def _write(here: _Setting, output: Path, task: EditTask, data: Data, checks: _Ch
     curves = checks.curves if checks is not None else None
     picture = curves.draw() if curves is not None else None
     size = here.transform.size
-    card = {"native_size": min(size), "base": None if bundle.card.name == "new" else _told(config.base)}
+    card = {
+        "native_size": min(size),
+        "base": None if bundle.card.name == "new" else _told(config.base),
+        # The drawn pages alone are what the autoencoder of a drawn base keeps that well.
+        "known_psnr": bundle.card.known_psnr if here.source.endless else None,
+    }
     readme = model_card(
         name=output.resolve().name,
         base=None if bundle.card.name == "new" else config.base,
         data=[data],
-        recipe={k: v for k, v in as_dict(config).items() if k not in UNTOLD and v is not None},
+        recipe={k: v for k, v in config.as_dict().items() if k not in UNTOLD and v is not None},
         kind=bundle.kind,
         native_size=min(size),
         text_cfg=bundle.card.text_cfg,

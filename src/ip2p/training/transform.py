@@ -1,4 +1,4 @@
-"""From a row's pictures to those that the network sees: resized, cropped and flipped, both alike."""
+"""Transforms a row's pictures for training: both are resized, cropped and flipped in the same way."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from ip2p.base.errors import InputError
 from ip2p.data.records import BrokenRow, Pair, open_picture
 from ip2p.pictures.images import resized
 
-# By how much the shapes (width / height) of a row's two pictures may differ: sizes are whole numbers.
+# Tolerance for the aspect ratios of a row's two pictures, since sizes are integers.
 SHAPE_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """Makes each version of a row from its pictures; what it does follows from the row's id alone.
+    """Makes the variants of a row's pictures; the result depends only on the row's id.
 
-    size: width and height in pixels. resize_to: None resizes both pictures to cover `size` and cuts out the
-    middle. A number draws crops: the shorter side is resized to a whole number drawn from
-    min(size) to resize_to, and a box of `size` is cut out where the draw says. flip: odd variants are
-    mirrored.
-    crops: how many variants a row has when crops are drawn.
+    size: width and height in pixels. resize_to: None resizes both pictures to cover `size` and crops the
+    center. A number draws random crops: the shorter side is resized to a random integer from min(size) to
+    resize_to, and a random box of `size` is cropped. flip: mirror odd variants. crops: the number of variants
+    with random crops.
     """
 
     size: tuple[int, int]
@@ -44,7 +43,7 @@ class Transform:
 
     @property
     def variants(self) -> int:
-        """How many versions of a row there are."""
+        """The number of variants of a row."""
         if self.resize_to is not None:
             return self.crops
         return 2 if self.flip else 1
@@ -52,7 +51,7 @@ class Transform:
     def __call__(self, pair: Pair, variant: int) -> tuple[Tensor, Tensor]:
         """The pictures before and after in one variant, 0 to variants - 1: uint8 [3, height, width] each.
 
-        Raises BrokenRow for a picture that cannot be read, and for two of different shapes.
+        Raises BrokenRow for an unreadable picture, and for pictures of different aspect ratios.
         """
         before, after = self.versions(pair, [variant])[0]
         return torch.from_numpy(before), torch.from_numpy(after)
@@ -63,7 +62,7 @@ class Transform:
         before, after = (open_picture(data, pair.id) for data in (pair.before, pair.after))
         (a, b), (c, d) = before.size, after.size
         if abs(a * d - b * c) > SHAPE_TOLERANCE * a * d:
-            raise BrokenRow(pair.id, f"its pictures differ in shape: {a}x{b} before and {c}x{d} after")
+            raise BrokenRow(pair.id, f"its aspect ratios differ: {a}x{b} before and {c}x{d} after")
         made = np.empty((len(chosen), 2, 3, self.size[1], self.size[0]), np.uint8)
         kept: dict[tuple[int, int], tuple[Image.Image, Image.Image]] = {}
         for version, variant in zip(made, chosen, strict=True):
@@ -78,11 +77,11 @@ class Transform:
     def _place(
         self, pixels: tuple[int, int], id: str, variant: int
     ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-        """The size to which a picture of `pixels` is resized, and the box cut out of that."""
+        """The size to which a picture of size `pixels` is resized, and the crop box in it."""
         rng = random.Random(f"crop {variant} of {id}")
         short = min(self.size)
         to = short if self.resize_to is None else rng.randint(short, self.resize_to)
-        # What `size` becomes when its shorter side is `to`; the resized picture covers it.
+        # `size` scaled to the shorter side `to`; the resized picture covers it.
         least = [-(-side * to // short) for side in self.size]
         (width, height), (over, high) = pixels, least
         if width * high >= height * over:

@@ -1,7 +1,7 @@
-"""What happens every K steps: held-out pictures are edited, judged and shown, and curves go on.
+"""Validation every K steps: edits held-out pictures, scores and shows them, and updates curves.
 
-Everything here is the same at every step and in every run but for the weights: the rows, seeds, noise and
-timesteps follow from the rows' ids.
+Only the weights differ between steps and runs: the rows, seeds, noise and timesteps are derived from the
+rows' ids.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle
 
 CURVES, PICTURE, GRIDS = "curves.jsonl", "curves.png", "held-out"
-DRAWS = 4  # noise levels at which each held-out row's loss is measured
-# Of the drawn curves: pixels of a panel, panels side by side, and points that are told apart in it.
+DRAWS = 4  # noise levels for the loss of each held-out row
+# Of the plot: panel size in pixels, panels per row, and maximum points per curve.
 PANEL, ACROSS, POINTS = (480, 240), 2, 1000
 
 
 def held_out(ids: Sequence[str], count: int, seed: int = 0) -> list[int]:
-    """Places of the `count` rows to hold out of training, ascending: those of the smallest hashes of the ids.
+    """The positions of the `count` rows to hold out, ascending: those with the smallest id hashes.
 
-    So a row is held out wherever it stands, and stays so when others are added behind it, unless theirs are
-    smaller. `LatentCache.ids` has the ids without a look at the pictures. Raises InputError when nothing is
-    left to train on.
+    The choice does not depend on the order of the rows, and a row stays held out when rows are added, unless
+    theirs have smaller hashes. `LatentCache.ids` has the ids without decoding pictures. Raises InputError if
+    no rows are left for training.
     """
     if count >= len(ids):
         raise InputError(
-            f"{count} rows to hold out of {len(ids)} leave none to train on. "
-            "Hold out fewer, or give more data."
+            f"Holding out {count} of {len(ids)} rows leaves none for training. "
+            "Hold out fewer rows, or use more data."
         )
     order = sorted(range(len(ids)), key=lambda place: place_seed("held out", seed, ids[place]))
     return sorted(order[:count])
@@ -71,19 +71,19 @@ def held_out_loss(
 ) -> float:
     """The mean denoising loss of the rows at `places` of a cache, each at `draws` fixed noise levels.
 
-    loss: (latents, places, noise [b, channels, h, w], timesteps [b]) → each row's loss [b]. The latents are
-    the plain variant's, and their deviation is zero, so that a target sampled from them is their mean. Noise
-    comes from the row's id. A row's timesteps lie `steps / draws` apart from a random start, so that every
-    row tells of high noise and of low. The batch changes nothing but the rounding.
+    loss: (latents, places, noise [b, channels, h, w], timesteps [b]) → the loss of each row [b]. The latents
+    are those of the unaugmented variant with zero deviation, so that a sampled target is the mean. The noise
+    is derived from the row's id. A row's timesteps are `steps / draws` apart from a random start, so every
+    row covers high and low noise. The batch size affects only rounding.
     """
-    turns = [(place, draw) for place in places for draw in range(draws)]
+    tasks = [(place, draw) for place in places for draw in range(draws)]
     total = 0.0
-    for first in range(0, len(turns), batch):
-        some = turns[first : first + batch]
-        rows = [place for place, _ in some]
+    for first in range(0, len(tasks), batch):
+        chunk = tasks[first : first + batch]
+        rows = [place for place, _ in chunk]
         latents = cache.read(rows, [0] * len(rows))
         noise, times = [], []
-        for place, draw in some:
+        for place, draw in chunk:
             begin = torch.Generator().manual_seed(place_seed("held-out loss", seed, cache.ids[place]))
             start = torch.rand((), generator=begin).item()
             times.append(min(steps - 1, int((start + draw) / draws * steps)))
@@ -94,9 +94,9 @@ def held_out_loss(
         still = replace(latents, std=torch.zeros_like(latents.std))
         with torch.no_grad():
             losses = loss(still, rows, torch.stack(noise), torch.tensor(times))
-        assert losses.shape == (len(rows),), "a loss for each row"
+        assert losses.shape == (len(rows),), "one loss for each row"
         total += float(losses.double().sum())
-    return total / len(turns)
+    return total / len(tasks)
 
 
 # --- edits -------------------------------------------------------------------------------------
@@ -104,12 +104,12 @@ def held_out_loss(
 
 @dataclass
 class HeldOut:
-    """Edits the same pictures with the same seeds whenever it is called, judges the results and shows them.
+    """Edits the same pictures with the same seeds in every validation, scores the results and shows them.
 
-    pairs: held-out rows; those without an instruction or with a broken picture are passed over. folder: of
-    the run; grids go to `held-out/step-00000500.png` in it. size: width and height to edit at. settings: of
-    `Editor.edit` (steps, text_cfg, …). clip: adds CLIP's judgement. score: adds numbers of its own, such as
-    the storybook's. shown: how many of the pairs a grid shows. batch: how many are edited at once.
+    pairs: held-out rows; rows without an instruction or with a broken picture are skipped. folder: of the
+    run; grids are written to `held-out/step-00000500.png` in it. size: width and height for editing.
+    settings: of `Editor.edit` (steps, text_cfg, …). clip: adds CLIP scores. score: adds its own numbers, such
+    as the storybook score. shown: pairs per grid. batch: pairs edited at once.
     """
 
     pairs: Sequence[Pair]
@@ -130,15 +130,15 @@ class HeldOut:
             with contextlib.suppress(BrokenRow):
                 if pair.instruction.strip():
                     pictures.append(transform(pair, 0))
-                    # The pictures lie in the tensors, smaller than in the files.
+                    # Drop the encoded pictures: the tensors hold smaller ones.
                     kept.append(replace(pair, before=b"", after=b"", mask=None))
         if not kept:
             raise InputError("No held-out row can be edited: each needs two pictures and an instruction.")
         self.pairs = kept
-        self.before, self.after = (torch.stack(some) for some in zip(*pictures, strict=True))
+        self.before, self.after = (torch.stack(column) for column in zip(*pictures, strict=True))
 
     def __call__(self, step: int, bundle: Bundle) -> dict[str, float]:
-        """Edit with the networks of `bundle`, write the grid; the numbers of `judged` and of `score`."""
+        """Edit with the networks of `bundle`, write the grid; returns the numbers of `judged` and `score`."""
         networks = [bundle.unet, bundle.vae, bundle.text_encoder, bundle.text_encoder_2]
         learning = [network for network in networks if network is not None and network.training]
         for network in learning:
@@ -157,19 +157,19 @@ class HeldOut:
         """The results, uint8 [pairs, 3, height, width]; pair k has seed k."""
         results: list[Image.Image] = []
         for first in range(0, len(self.pairs), self.batch):
-            some = range(first, min(first + self.batch, len(self.pairs)))
+            chunk = range(first, min(first + self.batch, len(self.pairs)))
             results += editor.edit_batch(
-                [_picture(self.before[k]) for k in some],
-                [self.pairs[k].instruction for k in some],
-                seeds=list(some),
+                [_picture(self.before[k]) for k in chunk],
+                [self.pairs[k].instruction for k in chunk],
+                seeds=list(chunk),
                 **({"size": self.size, "fit": "model"} | dict(self.settings)),
             )
         return torch.stack([_levels(result) for result in results])
 
     def show(self, step: int, results: Tensor) -> Path:
-        """Write the grid of a step: a row a pair, before, result and after, with the instruction below."""
+        """Write the grid of a step: one row per pair (before, result, after) with its instruction."""
         shown = range(min(self.shown, len(self.pairs)))
-        rows = [[_picture(some[k]) for some in (self.before, results, self.after)] for k in shown]
+        rows = [[_picture(column[k]) for column in (self.before, results, self.after)] for k in shown]
         sheet = grid(
             rows,
             [" ".join(self.pairs[k].instruction.split()) for k in shown],
@@ -181,24 +181,24 @@ class HeldOut:
 def judged(
     before: Tensor, results: Tensor, after: Tensor, pairs: Sequence[Pair], clip: Clip | None = None
 ) -> dict[str, float]:
-    """How near the results are to the pictures wanted; pictures uint8 [batch, 3, h, w]. Means over the batch.
+    """Score results against their targets; pictures are uint8 [batch, 3, h, w]. Returns means over the batch.
 
-    psnr in dB and l1 in 0..1 are against `after`. With CLIP: clip_image, the similarity of result and input;
-    and clip_directional, that of the change from input to result with the change from caption to edited
-    caption, or, where a pair lacks one or they are equal, with the change from input to `after`.
+    psnr (dB) and l1 (0..1) compare with `after`. With CLIP: clip_image is the similarity of result and input;
+    clip_directional is the similarity of the change from input to result and the change from caption to
+    edited caption, or, if any pair lacks a caption or has two equal ones, the change from input to `after`.
     """
-    was, got, wanted = (pictures.float() / 255 for pictures in (before, results, after))
-    error = (got - wanted).square().mean(dim=(1, 2, 3)) * 4  # of pictures in [-1, 1]
-    numbers = {"psnr": float(signed_psnr(error).mean()), "l1": float((got - wanted).abs().mean())}
+    source, result, target = (pictures.float() / 255 for pictures in (before, results, after))
+    error = (result - target).square().mean(dim=(1, 2, 3)) * 4  # of pictures in [-1, 1]
+    numbers = {"psnr": float(signed_psnr(error).mean()), "l1": float((result - target).abs().mean())}
     if clip is None:
         return numbers
-    start, end = clip.images(was), clip.images(got)
+    start, end = clip.images(source), clip.images(result)
     numbers["clip_image"] = float(F.cosine_similarity(start, end).mean())
-    told = [(pair.caption.strip(), pair.edited_caption.strip()) for pair in pairs]
-    if all(a and b and a != b for a, b in told):
-        change = clip.texts([b for _, b in told]) - clip.texts([a for a, _ in told])
+    captions = [(pair.caption.strip(), pair.edited_caption.strip()) for pair in pairs]
+    if all(a and b and a != b for a, b in captions):
+        change = clip.texts([b for _, b in captions]) - clip.texts([a for a, _ in captions])
     else:
-        change = clip.images(wanted) - start
+        change = clip.images(target) - start
     numbers["clip_directional"] = float(F.cosine_similarity(end - start, change).mean())
     return numbers
 
@@ -215,7 +215,7 @@ def _levels(image: Image.Image) -> Tensor:
 
 
 class Curves:
-    """Numbers by step: a line each in `curves.jsonl` of a folder, and the picture `curves.png` of them."""
+    """Numbers by step: one line per step in `curves.jsonl`, and a plot of them, `curves.png`."""
 
     def __init__(self, folder: Path) -> None:
         make_folder(folder)
@@ -224,35 +224,35 @@ class Curves:
         self.rows: list[dict[str, Any]] = []
         with contextlib.suppress(FileNotFoundError):
             for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError):  # a line that a kill or a full disk cut short
+                with contextlib.suppress(ValueError):  # a line truncated by a kill or a full disk
                     row = json.loads(line)
                     if isinstance(row, dict) and isinstance(row.get("step"), int):
                         self.rows.append(row)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the numbers of a step, on the disk before this returns; what is not finite becomes null."""
-        told = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
-        row: dict[str, Any] = {"step": step, **told}
+        """Append the numbers of a step and sync them to disk; nonfinite values become null."""
+        finite = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+        row: dict[str, Any] = {"step": step, **finite}
         append_row(self.path, row)
         self.rows.append(row)
 
     def forget_after(self, step: int) -> None:
-        """Drop what came after `step`, from which a run is resumed: it comes again."""
+        """Drop the rows after `step`, from which a run resumes: they will be written again."""
         kept = [row for row in self.rows if row["step"] <= step]
         if len(kept) < len(self.rows):
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.rows = kept
 
     def keys(self) -> list[str]:
-        """The names of the numbers, in the order in which they came first."""
+        """The names of the numbers, in order of first appearance."""
         return list(dict.fromkeys(key for row in self.rows for key in row if key != "step"))
 
     def series(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of one number, where it is finite."""
+        """The finite values of one number as (step, value)."""
         return [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
 
     def draw(self) -> Path | None:
-        """Draw all curves, a panel each; None when there is nothing to draw yet."""
+        """Draw each curve in its own panel; None if there is nothing to draw yet."""
         series = {key: points for key in self.keys() if (points := self.series(key))}
         if not series:
             return None
@@ -267,7 +267,7 @@ class Curves:
 
 
 def _panel(key: str, points: Sequence[tuple[int, float]], last: int) -> Image.Image:
-    """One curve from step 0 to `last`, with its range beside it and its newest value above."""
+    """The panel of one curve from step 0 to `last`, with its range and its latest value."""
     width, height = PANEL
     left, top, right, bottom = 72, 32, width - 16, height - 28
     low, high = min(v for _, v in points), max(v for _, v in points)
@@ -280,11 +280,11 @@ def _panel(key: str, points: Sequence[tuple[int, float]], last: int) -> Image.Im
         pen.text((left - 6, at), f"{bound:.4g}", "#555555", font, anchor="rm")
     pen.text((left, bottom + 6), "0", "#555555", font)
     pen.text((right, bottom + 6), str(last), "#555555", font, anchor="ra")
-    every = -(-len(points) // POINTS)
-    # Counted from the newest, so that it is always there.
+    stride = -(-len(points) // POINTS)
+    # Subsampled from the end, so that the latest point is always included.
     drawn = [
         (left + (right - left) * step / max(last, 1), bottom - (bottom - top) * (value - low) / room)
-        for step, value in points[::-1][::every]
+        for step, value in points[::-1][::stride]
     ]
     pen.line(drawn, "#1f6fb2", 2)
     if len(drawn) < 40:
@@ -293,11 +293,11 @@ def _panel(key: str, points: Sequence[tuple[int, float]], last: int) -> Image.Im
     return panel
 
 
-# --- stopping when it gets worse ---------------------------------------------------------------
+# --- early stopping ----------------------------------------------------------------------------
 
 
 class Watch:
-    """Says when `patience` validations in a row brought no new best of the number `key`; 0 never does."""
+    """Early stopping after `patience` validations without a new best of the number `key`; 0 disables it."""
 
     def __init__(self, key: str, patience: int, *, higher_is_better: bool = True) -> None:
         self.key, self.patience, self.higher_is_better = key, patience, higher_is_better
@@ -306,13 +306,13 @@ class Watch:
         self.worse = 0
 
     def see(self, step: int, values: Mapping[str, float]) -> bool:
-        """Take in a validation; whether to stop now. A number that is not finite is no new best.
+        """Add a validation and return whether to stop. A nonfinite number is never a new best.
 
-        Raises InputError when the validation does not give the number.
+        Raises InputError if the validation lacks the number.
         """
         if self.key not in values:
             raise InputError(
-                f"--stop-when-worse watches {self.key}, which this validation does not give. "
+                f"--stop-when-worse needs {self.key}, which this validation does not compute. "
                 f"Choose one of: {', '.join(values)}."
             )
         value = values[self.key]
@@ -325,13 +325,13 @@ class Watch:
 
     @property
     def stopped(self) -> bool:
-        """Whether the last validation was the one to stop at."""
+        """Whether training should stop after the last validation."""
         return 0 < self.patience <= self.worse
 
     def state_dict(self) -> dict[str, Any]:
         return {"key": self.key, "best": self.best, "best_step": self.best_step, "worse": self.worse}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; one of another number is passed over, for its best says nothing here."""
+        """Restore a saved state; a state of another number is ignored."""
         if state["key"] == self.key:
             self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]

@@ -1,4 +1,4 @@
-"""How a process starts that reads pictures ahead of training."""
+"""Startup of the worker processes that prefetch pictures for training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 def start_worker(number: int) -> None:
-    """For a DataLoader's `worker_init_fn`: one thread, no signals, and an end with the parent's.
+    """A DataLoader `worker_init_fn`: use one thread, ignore signals, and exit with the parent.
 
-    Ctrl-C and SIGTERM reach a whole group; the main process needs its workers until it has saved. By torch's
-    own check a worker whose parent was killed would first wait for its pictures to be read, which nobody
-    does any more.
+    Ctrl-C and SIGTERM reach the whole process group, but the main process needs its workers until it has
+    saved. With torch's own check, a worker whose parent was killed would wait forever for someone to consume
+    its pictures.
     """
     torch.set_num_threads(1)
-    os.nice(5)  # training's threads wait for each other, so reading must not hold one of them up
+    os.nice(5)  # lower priority: training threads wait for each other, so reading must not delay one of them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

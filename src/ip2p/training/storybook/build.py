@@ -313,6 +313,7 @@ def card(run: Run) -> dict[str, Any]:
         "name": "storybook",
         "native_size": run.preset.size,
         "known_psnr": run.summary("vae").get("known_psnr"),
+        "closed_vocabulary": True,
         "preset": run.name,
         "trained": made,
     }

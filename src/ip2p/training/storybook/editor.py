@@ -51,7 +51,7 @@ def new_unet(preset: Preset) -> Any:
 
 
 @dataclass
-class Parts:
+class EditorParts:
     """All that the three runs share: the task, and where its samples come from."""
 
     task: EditTask
@@ -61,7 +61,7 @@ class Parts:
     tokens: Callable[[list[str]], Tensor]
 
 
-def build_parts(run: Run) -> Parts:
+def build_parts(run: Run) -> EditorParts:
     """Load what earlier stages wrote, and build the network, as a start or of the bundle that was given."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
@@ -95,10 +95,10 @@ def build_parts(run: Run) -> Parts:
         text_encoder=text_encoder.to(device),
         aside=heads,
     ).to(device)
-    return Parts(task, heads, objective, vae, text_reader(load_tokenizer(run)))
+    return EditorParts(task, heads, objective, vae, text_reader(load_tokenizer(run)))
 
 
-def latent_shards(run: Run, parts: Parts, *, validation: bool = False) -> LatentShards:
+def latent_shards(run: Run, parts: EditorParts, *, validation: bool = False) -> LatentShards:
     """The shards of the pages that are trained on, or of others."""
     preset = run.preset
     world = World(
@@ -121,7 +121,7 @@ def latent_shards(run: Run, parts: Parts, *, validation: bool = False) -> Latent
 
 def _train(
     run: Run,
-    parts: Parts,
+    parts: EditorParts,
     stage: str,
     config: StageConfig,
     *,
@@ -186,7 +186,7 @@ def missed_gates(preset: Preset, measured: dict[str, float]) -> list[str]:
 
 
 @torch.no_grad()
-def measure_perception(run: Run, parts: Parts, count: int = 512) -> dict[str, float]:
+def measure_perception(run: Run, parts: EditorParts, count: int = 512) -> dict[str, float]:
     """On pairs of new pages: the share of things whose kind, color, … is named right, and the IoU of changes.
 
     `change` is the IoU over edits of things, `change_page` that over edits of the whole page.

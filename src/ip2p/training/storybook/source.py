@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ip2p.config import Split
 from ip2p.data.records import Pair
+from ip2p.settings import Split
 from ip2p_storybook.captions import caption
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import sample_edit

@@ -9,11 +9,12 @@ that each gets what it would get alone, but for the rounding of sums.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,8 @@ from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import UNetDenoiser
 from ip2p.editing.editor import Editor
 from ip2p.models.memory import Memory
-from ip2p.models.text import Prompt
+from ip2p.models.text import Prompt, words_without_effect
+from ip2p.serve.jobs import Stopped
 
 T = TypeVar("T")
 
@@ -36,19 +38,14 @@ LOOK = 1.0
 PASSES = 3  # rows that a picture has in a call at most (equation 3)
 
 
-class Stopped(Exception):
-    """An edit was stopped by `Lane.stop`."""
-
-
 class Lane:
     """One thread's way through a JoinedEditor. `stop` may be called from any thread."""
 
-    def __init__(self, engine: _Engine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.pictures: int | None = None  # how many of an edit's results to make at once; None: what fits
         self.x0: Tensor | None = None  # the newest prediction of the result, [batch, channels, h, w]
         self.most = PASSES  # rows of a call that fit in memory
-        self.sampling = False
         self.stopped = False
         self.kind: Kind | None = None  # of its last question
         self.work: _Work | None = None  # what it waits for
@@ -91,7 +88,7 @@ class _Work:
         self.ended.set()
 
 
-class _Engine:
+class Engine:
     """The thread in which an editor's networks work, and what waits for it."""
 
     def __init__(self, unet: nn.Module, join: int, patience: float, calls: Counter[int]) -> None:
@@ -135,12 +132,11 @@ class _Engine:
     def enter(self, lane: Lane) -> None:
         """From now on the lane asks for one step after the other: calls wait for it."""
         with self._changed:
-            lane.sampling, lane.kind = True, None
+            lane.kind = None
             self._lanes.add(lane)
 
     def leave(self, lane: Lane) -> None:
         with self._changed:
-            lane.sampling = False
             self._lanes.discard(lane)
             self._changed.notify()
 
@@ -283,7 +279,7 @@ class _Engine:
 class _JoinedUNet(nn.Module):
     """Stands where the UNet stood and hands what it is asked to the engine."""
 
-    def __init__(self, engine: _Engine) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.unet = engine.unet
         self.engine = engine
@@ -310,7 +306,7 @@ class _JoinedUNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Watched(UNetDenoiser):
+class _WatchedDenoiser(UNetDenoiser):
     """A denoiser that keeps its last prediction of the result in the thread's lane, for previews."""
 
     def x0(self, x: Latent, prediction: Latent, sigma: Sigma) -> Latent:
@@ -325,7 +321,7 @@ class JoinedEditor(Editor):
 
     join: how many threads' questions are one call at most, and how many pictures an edit makes at once
     where its lane does not say. calls: counts the calls of the network by the number of threads joined.
-    Close it when it is done with.
+    Close it at the end.
     """
 
     def __init__(
@@ -336,16 +332,22 @@ class JoinedEditor(Editor):
         patience: float = PATIENCE,
         calls: Counter[int] | None = None,
     ) -> None:
-        # The same parts where they lie: to load or to hook them anew would double them.
-        vars(self).update(vars(editor))
+        # The same networks, where they are: hooks that move them to the device are replaced, not doubled.
+        super().__init__(
+            editor.bundle,
+            controlnet=editor.controlnet,
+            memory=editor.memory,
+            device=editor.device,
+            origin=editor.origin,
+        )
         self.batch_size = join
+        self.warn_once = False  # each request has a client of its own
+        self.calls = Counter() if calls is None else calls
+        self.engine = Engine(editor.bundle.unet, join, patience, self.calls)
+        self.model = _WatchedDenoiser(_JoinedUNet(self.engine), self.schedule, self.bundle.condition_scale)
         self._plans: dict[tuple[int, int, int], tuple[float, Memory]] = {}
-        self.engine = _Engine(editor.bundle.unet, join, patience, Counter() if calls is None else calls)
-        self.model = _Watched(_JoinedUNet(self.engine), self.schedule, self.bundle.condition_scale)
-
-    @property
-    def calls(self) -> Counter[int]:
-        return self.engine.calls
+        self._reading = threading.Lock()
+        self._reader = replace(editor.bundle, tokenizer=copy.deepcopy(editor.bundle.tokenizer))
 
     def lane(self) -> contextlib.AbstractContextManager[Lane]:
         """The calling thread's way through, to be watched and stopped, while the block runs."""
@@ -361,6 +363,10 @@ class JoinedEditor(Editor):
     def encode_text(self, text: str, size: tuple[int, int] | None = None) -> Tensor | Prompt:
         encode = super().encode_text
         return self.engine.call(lambda: encode(text, size))
+
+    def words_without_effect(self, text: str) -> list[str]:
+        with self._reading:  # beside the engine: an edit would wait a step for so little
+            return words_without_effect(self._reader, text)
 
     def encode_image(self, pictures: Tensor) -> Tensor:
         encode = super().encode_image

@@ -1,0 +1,19 @@
+"""`ip2p serve` and `ip2p ui`: the HTTP server, and the page on this machine."""
+
+from __future__ import annotations
+
+from ip2p.serve.options import ServeConfig, UiConfig
+
+
+def run_serve(config: ServeConfig) -> None:
+    """Serve until a signal comes."""
+    from ip2p.serve import app
+
+    app.serve(config)
+
+
+def run_ui(config: UiConfig) -> None:
+    """Open the page in the browser, and serve it to this machine until a signal comes."""
+    from ip2p.serve import app
+
+    app.ui(config)

@@ -1,0 +1,14 @@
+"""`ip2p train`: an editor from pairs of pictures."""
+
+from __future__ import annotations
+
+from ip2p.training.settings import TrainConfig
+
+
+def run_train(config: TrainConfig) -> None:
+    """Train, or resume; the editor's folder goes to stdout."""
+    from ip2p.training.trainer import is_main_process, train  # imports torch
+
+    output = train(config)
+    if is_main_process():
+        print(output)

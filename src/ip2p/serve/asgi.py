@@ -1,0 +1,155 @@
+"""The application: three interfaces over one service, the page, and every error in its interface's form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import compile_path
+
+from ip2p import __version__
+from ip2p.base.errors import InputError, Ip2pError
+from ip2p.serve import metrics, reference
+from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
+from ip2p.serve.faces import a1111, native, openai
+from ip2p.serve.guard import Guard
+from ip2p.serve.options import ServeConfig
+from ip2p.serve.service import Service
+from ip2p.serve.wire import Desk, caller_of
+
+if TYPE_CHECKING:
+    import gradio
+
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
+
+
+def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> FastAPI:
+    """The application over a service, whose `store` keeps the results that are asked for by address.
+
+    page: with the page at `/`. The guard is its outermost layer.
+    """
+    desk = Desk(service, config)
+    app = FastAPI(
+        title="ip2p",
+        version=__version__,
+        summary="Edit pictures by instruction",
+        # FastAPI's own pages fetch their viewer from another server.
+        docs_url=None,
+        redoc_url=None,
+        responses=declared_errors("native"),
+    )
+    for face in (native, openai, a1111):
+        app.include_router(face.router(desk))
+
+    @app.get("/healthz", tags=["server"], summary="Whether the server lives")
+    async def read_health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get(
+        "/readyz",
+        tags=["server"],
+        summary="Whether it takes requests",
+        responses={503: {"description": "Not now", "content": {"application/json": {}}}},
+    )
+    async def read_ready() -> JSONResponse:
+        ready = service.ready
+        return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
+
+    @app.get(
+        "/metrics",
+        tags=["server"],
+        summary="Numbers for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def read_metrics() -> Response:
+        return Response(metrics.prometheus_text(service.stats()), media_type=metrics.MEDIA_TYPE)
+
+    @app.get("/docs", include_in_schema=False)
+    async def read_docs() -> Response:
+        return HTMLResponse(reference.page(app.openapi()))
+
+    # Before the page, which would answer in its own way what no interface knows.
+    for path in ("/v1/{rest:path}", "/sdapi/{rest:path}", "/healthz", "/readyz", "/metrics"):
+        app.add_api_route(path, _answer_nothing, methods=METHODS, include_in_schema=False)
+    answer_errors(app)
+    if page:
+        app = _with_page(app, service, config)
+    # Last, and so around everything, the page too.
+    app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
+    return app
+
+
+def _with_page(app: FastAPI, service: Service, config: ServeConfig) -> FastAPI:
+    try:
+        from ip2p.serve import ui
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the page needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
+        ) from None
+
+    def caller(request: gradio.Request) -> str:
+        assert request.request is not None, "the page's events come from requests"
+        return caller_of(request.request)
+
+    built = ui.build_page(service, client=caller)
+    return ui.mount(app, built, path="/", max_file_size=config.max_mb * 1_000_000)
+
+
+async def _answer_nothing(request: Request) -> Response:
+    """404, or 405 where the address takes other methods."""
+    found = [
+        method.upper()
+        for path, operations in request.app.openapi()["paths"].items()
+        if compile_path(path)[0].match(request.url.path)
+        for method in operations
+    ]
+    if found:
+        allowed = ", ".join(found)
+        raise Refusal(
+            f"{request.method} does nothing at this address; it takes {allowed}.",
+            status=405,
+            headers={"Allow": allowed},
+        )
+    raise Refusal(f"{request.method} does nothing at this address. See /docs.", status=404)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Every error in the form of the interface that was called."""
+
+    def answer(request: Request, refusal: Refusal) -> Response:
+        return JSONResponse(
+            body_of(request.url.path, refusal), status_code=refusal.status, headers=refusal.headers
+        )
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Ip2pError)
+        return answer(request, refusal_of(error, request.url.path))
+
+    async def by_status(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        words = {
+            404: "There is nothing at this address. See /docs.",
+            405: "This address takes another method.",
+        }
+        message = words.get(error.status_code, str(error.detail))
+        refusal = Refusal(message, status=error.status_code, headers=error.headers)
+        return answer(request, refusal)
+
+    async def by_field(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return answer(request, Refusal(f"{name} cannot be used: {first['msg']}.", status=422, field=name))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it; the log tells it from an answer
+
+    app.add_exception_handler(Ip2pError, ours)
+    app.add_exception_handler(HTTPException, by_status)
+    app.add_exception_handler(RequestValidationError, by_field)
+    app.add_exception_handler(ClientDisconnect, gone)

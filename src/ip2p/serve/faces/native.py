@@ -1,0 +1,392 @@
+"""Our own interface: `/v1/edits` with every setting, its progress as events, and jobs to come back to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticUndefined
+
+from ip2p.serve import wire
+from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
+from ip2p.serve.jobs import Job, State
+from ip2p.serve.requests import EditRequest, Limits, limited_settings
+from ip2p.serve.wire import Desk, Encoding, Format, Opened
+from ip2p.settings import MAX_SEED, SettingError, interface_body, settings_from_body
+
+MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+PictureField = Annotated[bytes | str, WithJsonSchema(wire.PICTURE_SCHEMA)]
+OptionalPicture = Annotated[
+    bytes | str | None, WithJsonSchema({"anyOf": [wire.PICTURE_SCHEMA, {"type": "null"}]})
+]
+Quality = Annotated[int, Query(ge=1, le=100, description="of JPEG and WebP")]
+
+
+class EditBody(BaseModel):
+    """An edit, as JSON or as a form; a form has pictures as files, JSON as base64 or data URLs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: PictureField = Field(description="the picture: PNG, JPEG, WebP, BMP, TIFF")
+    model: str | None = Field(
+        None, description="a name of GET /v1/models; the first of them if none is given"
+    )
+    seed: int = Field(
+        0,
+        description="the first result's seed, the next ones count up; -1: drawn",
+        json_schema_extra={"minimum": -1, "maximum": MAX_SEED},
+    )
+    mask: OptionalPicture = Field(None, description="a picture of the same size: white is edited")
+    control_image: OptionalPicture = Field(None, description="a picture for the model's ControlNet")
+    format: Format = Field("png", description="of the results")
+    quality: int = Field(wire.QUALITY, ge=1, le=100, description="of JPEG and WebP")
+    response: Literal["b64", "url"] = Field(
+        "b64", description="results as base64 in the answer, or by address"
+    )
+    stream: bool = Field(False, description="report progress as server-sent events")
+    previews: int = Field(0, description="with stream: a small picture of the state every so many steps")
+    wait: bool = Field(True, description="false: answer at once with the job's id; results by address")
+
+
+class EditResult(BaseModel):
+    """A finished picture: in the answer, or by its address."""
+
+    seed: int
+    format: Format
+    settings: str = Field(description="the infotext, which the file carries too")
+    b64: str | None = None
+    url: str | None = None
+    mask: str | None = Field(default=None, description="the region that auto_mask found, a PNG in base64")
+
+
+class EditAnswer(BaseModel):
+    """How an edit stands, with its results once it is done."""
+
+    id: str
+    state: State
+    model: str
+    position: int = Field(description="how many requests begin before it")
+    step: int
+    steps: int = Field(description="of all results together")
+    seconds_left: float | None
+    warnings: list[str] = Field(description="what to know about the picture, the words and the results")
+    url: str | None = Field(None, description="where to come back to")
+    results: list[EditResult] | None = None
+    error: dict[str, Any] | None = Field(None, description="why it failed")
+
+
+class ModelEntry(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0  # OpenAI's clients want a time; when a model was made is not known here
+    owned_by: str = "ip2p"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
+FILES: dict[str, Any] = {
+    kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()
+}
+EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+def edit_body(limits: Limits) -> type[EditBody]:
+    """The body of an edit: every setting, within a server's limits."""
+
+    class Bounded(EditBody):
+        count: int = Field(1, ge=1, le=limits.count, description="how many results")
+        previews: int = Field(
+            0,
+            ge=0,
+            le=limits.steps,
+            description="with stream: a small picture of the state every so many steps",
+        )
+
+    Bounded.__name__, Bounded.__doc__ = "EditBody", EditBody.__doc__
+    return interface_body(
+        Bounded, settings=limited_settings(limits), defaults={"instruction": PydanticUndefined}
+    )
+
+
+def router(desk: Desk) -> APIRouter:
+    """The routes of `/v1/edits`, `/v1/files`, `/v1/schema` and `/v1/models`."""
+    routes = APIRouter(tags=["edits"], responses=declared_errors("native"))
+    service, kind = desk.service, edit_body(desk.service.limits)
+    answers = _Answers(desk)
+
+    async def take(request: Request) -> tuple[Any, Job]:
+        client, accept = wire.caller_of(request), request.headers.get("accept", "")
+        service.check_room(client)  # before anything is read: a refusal costs nothing
+        body: Any = await wire.read_body(request, kind, desk)
+        body.stream = body.stream or "text/event-stream" in accept
+        if accept.startswith("image/") and not body.stream and body.wait and body.count != 1:
+            raise SettingError("count must be 1 for Accept: image/*; ask for JSON.", field="count")
+
+        async def edit_of(opened: Opened) -> EditRequest:
+            control = body.control_image and await opened.picture(body.control_image, "control_image")
+            image = await opened.picture(body.image, "image")
+            mask = body.mask and await opened.mask(body.mask, "mask")
+            bounds = limited_settings(service.limits)
+            return EditRequest(
+                image=image,
+                settings=settings_from_body(body, settings=bounds, seed=0, mask=mask, control_image=control),
+                seeds=wire.seeds_of(body.seed, body.count, service.limits.count, "count"),
+                model=body.model,
+                previews=body.previews if body.stream else 0,
+                warnings=tuple(opened.warnings),
+            )
+
+        encoding, keep = Encoding(body.format, body.quality), not body.stream and not body.wait
+        _, job = await wire.submitted(desk, client, edit_of, encode=encoding, keep=keep)
+        wire.let_go(request, body)
+        return body, job
+
+    @routes.post(
+        "/v1/edits",
+        summary="Edit a picture",
+        openapi_extra=wire.request_body(kind),
+        response_model=None,
+        responses={
+            200: {"model": EditAnswer, "content": FILES | EVENTS},
+            202: {"model": EditAnswer, "description": "Taken; come back to `url`"},
+        },
+    )
+    async def create_edit(request: Request) -> Response:
+        """Answers with the results, or with events (`stream`, or Accept: text/event-stream), or at once with
+        the job's id (`wait` false), or, for Accept: image/*, with the one result's file."""
+        body, job = await take(request)
+        if body.stream:
+            return wire.event_stream(desk, job, answers.events(job, body.response, request.url.path))
+        if not body.wait:
+            place = f"/v1/edits/{job.id}"
+            return _json(answers.state(job, url=place), status=202, headers={"Location": place})
+        await wire.finished(desk, request, job)
+        if request.headers.get("accept", "").startswith("image/"):
+            return await answers.file(job, 0)
+        return _json(await answers.whole(job, body.response))
+
+    @routes.get(
+        "/v1/edits/{id}",
+        summary="How an edit stands, with its results once it is done",
+        response_model=None,
+        responses={200: {"model": EditAnswer, "content": EVENTS}},
+    )
+    async def read_edit(request: Request, id: str) -> Response:
+        job = answers.find(id)
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return wire.event_stream(desk, None, answers.events(job, "url", request.url.path))
+        answer = await answers.whole(job, "url")
+        if job.error is not None:
+            answer = answer.model_copy(update=_fault(job, request.url.path))
+        return _json(answer)
+
+    @routes.delete(
+        "/v1/edits/{id}",
+        summary="Stop an edit, within a step",
+        response_model=None,
+        responses={200: {"model": EditAnswer}},
+    )
+    async def cancel_edit(id: str) -> Response:
+        job = answers.find(id)
+        service.cancel(job.id)
+        return _json(answers.state(job))
+
+    @routes.get(
+        "/v1/edits/{id}/results/{number}",
+        summary="A result's file",
+        response_class=Response,
+        responses={200: {"content": FILES}},
+    )
+    async def read_result(
+        id: str, number: int, format: Format | None = None, quality: Quality = wire.QUALITY
+    ) -> Response:
+        job = answers.find(id)
+        if job.state != "done":
+            wire.check_done(job)
+            raise Refusal(
+                f"id names an edit that is {job.state}; ask again when it is done.", status=409, field="id"
+            )
+        if not 0 <= number < job.count:
+            raise Refusal(f"number is {number}; it must be 0 to {job.count - 1}.", status=404, field="number")
+        return await answers.file(job, number, format, quality)
+
+    @routes.get(
+        "/v1/files/{name}",
+        summary="A result's file, by the address that an answer gave",
+        response_class=Response,
+        responses={200: {"content": FILES}},
+    )
+    async def read_file(name: str) -> Response:
+        suffix = name.rpartition(".")[2]
+        return _file_response(await answers.stored(name), suffix, f"edit.{suffix}")
+
+    @routes.get("/v1/schema", summary="The settings of an edit, with their ranges, groups and help texts")
+    async def read_schema() -> dict[str, Any]:
+        return kind.model_json_schema()
+
+    openai = APIRouter(tags=["openai"], responses=declared_errors("openai"))
+
+    @openai.get("/v1/models", summary="The models that are served")
+    async def list_models() -> ModelList:
+        return ModelList(data=[ModelEntry(id=name) for name in service.models])
+
+    @openai.get("/v1/models/{name:path}", summary="A model that is served")
+    async def read_model(name: str) -> ModelEntry:
+        check_model(name, service.models)
+        return ModelEntry(id=name)
+
+    routes.include_router(openai)
+    return routes
+
+
+class _Answers:
+    """What is answered about jobs and their files."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.service = desk, desk.service
+
+    def find(self, id: str) -> Job:
+        """The job of an id. Raises Refusal."""
+        job = self.service.job(id)
+        if job is None and self.service.jobs.went_early(id):
+            raise Refusal(
+                "id names an edit that went early, to make room for newer ones. Send it again; with "
+                "wait=false its results are kept on disk, where there is more room.",
+                status=410,
+                field="id",
+            )
+        if job is None:
+            seconds = self.service.keep_seconds
+            raise Refusal(
+                f"id names no edit that is known here. Edits are forgotten after {seconds:g} s.",
+                status=404,
+                field="id",
+            )
+        return job
+
+    def state(self, job: Job, **more: Any) -> EditAnswer:
+        return EditAnswer(
+            id=job.id,
+            state=job.state,
+            model=job.model,
+            position=job.position,
+            step=job.step,
+            steps=job.steps,
+            seconds_left=job.seconds_left,
+            warnings=job.warnings,
+            **more,
+        )
+
+    async def whole(self, job: Job, response: Literal["b64", "url"]) -> EditAnswer:
+        """How a job stands, with its results if it is done."""
+        answer = self.state(job)
+        if answer.state != "done":
+            return answer
+        by_hand, encoding = self.desk.by_hand, _encoding_of(job)
+        made = job.results  # before it is looked whether they were put away
+        results: list[EditResult] = []
+        if response == "b64" and made:
+            for result in made:
+                entry = EditResult(seed=result.seed, format=encoding.format, settings=result.parameters)
+                entry.b64 = await by_hand(encoding.base64, result.image)
+                if result.mask is not None:
+                    entry.mask = await by_hand(wire.PNG.base64, result.mask)
+                results.append(entry)
+            return answer.model_copy(update={"results": results})
+        assert self.service.store is not None
+        for kept in await by_hand(self.service.keep, job, encoding):
+            entry = EditResult(seed=kept.seed, format=encoding.format, settings=kept.parameters)
+            if response == "url":
+                entry.url = f"/v1/files/{kept.file}"
+            else:
+                entry.b64 = wire.base64_of(await self.stored(kept.file))
+            mask = None if kept.mask is None else await by_hand(self.service.store.read, kept.mask)
+            if mask is not None:
+                entry.mask = wire.base64_of(mask)
+            results.append(entry)
+        return answer.model_copy(update={"results": results})
+
+    async def events(
+        self, job: Job, response: Literal["b64", "url"], path: str
+    ) -> AsyncIterator[tuple[str, Mapping[str, Any]]]:
+        """A job's events until its end, as names and JSON."""
+        async for event in job.aevents():
+            record = _record(self.state(job))
+            if event.kind == "preview" and event.image is not None:
+                picture = await self.desk.by_hand(Encoding("jpeg", 80).base64, event.image)
+                yield "preview", {**record, "result": event.number, "b64": picture, "format": "jpeg"}
+            elif event.kind == "done":
+                yield "done", _record(await self.whole(job, response))
+            elif event.kind == "failed":
+                yield "failed", {**record, **_fault(job, path)}
+            else:
+                yield event.kind, record
+
+    async def stored(self, name: str) -> bytes:
+        """A file of the store. Raises Refusal for one that is there no more, or never was."""
+        store = self.service.store
+        assert store is not None
+        data = await self.desk.by_hand(store.read, name)
+        if data is not None:
+            return data
+        if store.went_early(name):
+            raise Refusal(
+                "name is a file that went early, to make room for newer ones. Send the edit again.",
+                status=410,
+                field="name",
+            )
+        raise Refusal(
+            f"name is no file that is kept here. Files go after {self.service.keep_seconds:g} seconds.",
+            status=404,
+            field="name",
+        )
+
+    async def file(
+        self, job: Job, number: int, format: Format | None = None, quality: int = wire.QUALITY
+    ) -> Response:
+        """One result of a job that is done, in its own format or another."""
+        own, made, by_hand = _encoding_of(job), job.results, self.desk.by_hand
+        encoding = own if format is None else Encoding(format, quality)
+        if made:
+            seed = made[number].seed
+            data, _ = await by_hand(encoding, made[number].image)
+        else:
+            kept = (await by_hand(self.service.keep, job, own))[number]
+            seed, data = kept.seed, await self.stored(kept.file)
+            if encoding.format != own.format:
+                data, _ = await by_hand(lambda: encoding(wire.reopened(data, kept.parameters)))
+        return _file_response(data, encoding.format, f"edit-{seed}.{encoding.format}")
+
+
+def check_model(name: str | None, models: list[str]) -> None:
+    """Raise Refusal for a name that is none of the models."""
+    if name is not None and name not in models:
+        raise Refusal(f"model is none of those served here: {', '.join(models)}.", status=404, field="model")
+
+
+def _encoding_of(job: Job) -> Encoding:
+    return job.encode if isinstance(job.encode, Encoding) else wire.PNG
+
+
+def _fault(job: Job, path: str) -> dict[str, Any]:
+    assert job.error is not None
+    return body_of(path, refusal_of(job.error, path))
+
+
+def _record(answer: EditAnswer) -> dict[str, Any]:
+    return answer.model_dump(mode="json", exclude_unset=True)
+
+
+def _json(answer: EditAnswer, status: int = 200, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(_record(answer), status_code=status, headers=headers)
+
+
+def _file_response(data: bytes, kind: str, name: str) -> Response:
+    headers = {"Content-Disposition": f'inline; filename="{name}"', "Cache-Control": "private, no-store"}
+    return Response(data, media_type=MEDIA_TYPES[kind], headers=headers)

@@ -1,0 +1,354 @@
+"""A job: one request on its way from the queue to its results, as its readers see it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from PIL import Image
+
+from ip2p.base.errors import Ip2pError
+
+if TYPE_CHECKING:
+    from ip2p.serve.requests import EditRequest
+
+State = Literal["waiting", "running", "done", "failed", "cancelled"]
+Kind = Literal["position", "step", "preview", "done", "failed", "cancelled"]
+ENDED = ("done", "failed", "cancelled")
+Encode = Callable[[Image.Image], tuple[bytes, str]]  # a picture's file and its ending, such as ".png"
+
+PREVIEW_SIDE = 256  # the longer side of a preview, in pixels
+WATCHED = 5.0  # seconds after which a reader of the previews counts as gone
+
+
+class Stopped(Exception):
+    """An edit was stopped."""
+
+
+class Stoppable(Protocol):
+    """What works on a job. `stop` may be called from any thread."""
+
+    def stop(self) -> None: ...
+
+
+class Estimates(Protocol):
+    """Where a job stands in the queue."""
+
+    def position(self, job: Job) -> int: ...
+
+    def estimate(self, job: Job) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished picture, with `info` as `Editor.edit` gives it, its seed and its region if one was found."""
+
+    image: Image.Image
+    seed: int
+    mask: Image.Image | None = None
+
+    @property
+    def parameters(self) -> str:
+        """Its infotext, as its file has it."""
+        return str(self.image.info.get("parameters", ""))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A result on disk: the names of its file and of its mask's, its seed, its infotext."""
+
+    file: str
+    mask: str | None
+    seed: int
+    parameters: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A change of a job. number, image: of a preview, which result's and the picture."""
+
+    kind: Kind
+    position: int
+    step: int
+    steps: int
+    seconds_left: float | None
+    number: int | None = None
+    image: Image.Image | None = None
+
+
+@dataclass
+class _Seen:
+    """What a reader of a job's events knows."""
+
+    position: int | None = None
+    step: int = 0
+    previews: dict[int, Image.Image] = field(default_factory=dict)
+    ended: bool = False
+
+
+class Job:
+    """A request on its way. Any thread may read it; only the service and what makes its results change it.
+
+    state, step, steps (of all results together), results (each as soon as it is finished, also those of a
+    cancelled job), kept (takes the place of results once they are on disk), warnings, error (of a failed
+    job), client, model, size (of the picture), places (pictures that are sampled at once), encode (how
+    results are written), keep (whether they go to disk as soon as they are made).
+    """
+
+    def __init__(
+        self,
+        request: EditRequest,
+        *,
+        client: str,
+        model: str,
+        queue: Estimates,
+        encode: Encode | None = None,
+        keep: bool = False,
+    ) -> None:
+        self.id = secrets.token_urlsafe(16)
+        self.client = client
+        self.model = model
+        self.size = request.image.size
+        self.count = len(request.seeds)
+        self.request: EditRequest | None = request  # until the job ends: its picture is large
+        self.encode = encode
+        self.keep = keep
+        self.state: State = "waiting"
+        self.step = 0
+        self.steps = (request.settings.resolved().steps or 1) * self.count
+        self.results: list[Result] = []
+        self.kept: list[Kept] | None = None
+        self.warnings: list[str] = list(request.warnings)
+        self.error: Ip2pError | None = None
+        self.places = 0
+        self.created = time.monotonic()
+        self.started: float | None = None
+        self.ended: float | None = None
+        self.keeping = threading.Lock()  # held while the results move to disk
+        self._queue = queue
+        self._lock = threading.Lock()
+        self._previews: list[Image.Image | None] = [None] * self.count
+        self._previews_read = -math.inf
+        self._sampled: float | None = None  # when its sampling began
+        self._worker: Stoppable | None = None
+        self._stopped = False
+        self._why: Ip2pError | None = None  # why it was stopped, unless its owner did
+        self._over = threading.Event()
+        self._listeners: set[Callable[[], None]] = set()
+        self._enders: set[Callable[[], None]] = set()
+
+    # --- for readers ------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        return self.state not in ENDED
+
+    @property
+    def position(self) -> int:
+        """How many requests begin before it; 0 once it runs."""
+        return self._queue.position(self)
+
+    @property
+    def masks(self) -> list[Image.Image] | None:
+        """The regions that `auto_mask` found, one for each result; None if there are none."""
+        return [result.mask for result in self.results if result.mask is not None] or None
+
+    @property
+    def previews(self) -> list[Image.Image | None]:
+        """The newest small picture of each result. They are made only while somebody looks."""
+        self._previews_read = time.monotonic()
+        return list(self._previews)
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody looks at its events or previews."""
+        return bool(self._listeners) or time.monotonic() - self._previews_read < WATCHED
+
+    @property
+    def seconds_left(self) -> float | None:
+        """An estimate until the end; None where nothing was measured yet, 0 at the end."""
+        if not self.active:
+            return 0.0
+        if self._sampled is not None and self.step:
+            # One more step for what comes after the last one.
+            each = (time.monotonic() - self._sampled) / self.step
+            return each * (self.steps - self.step + 1)
+        return self._queue.estimate(self)
+
+    @property
+    def bytes(self) -> int:
+        """About how much memory its pictures take."""
+        pictures = [result.image for result in self.results] + [image for image in self._previews if image]
+        return sum(image.width * image.height * 4 for image in pictures)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, at most so many seconds. Returns whether the job has ended."""
+        return self._over.wait(timeout)
+
+    async def aend(self) -> None:
+        """`wait` for asyncio; cheaper than events for a reader of the end alone."""
+        over = asyncio.Event()
+        with _subscribed(self._enders, _threadsafe(over.set)):
+            if not self._over.is_set():
+                await over.wait()
+
+    def events(self) -> Iterator[Event]:
+        """Changes until the end. Any number may read; a slow reader misses what is outdated."""
+        changed = threading.Event()
+        with _subscribed(self._listeners, changed.set):
+            seen = _Seen()
+            while not seen.ended:
+                changed.clear()
+                yield from self._news(seen)
+                if not seen.ended:
+                    changed.wait()
+
+    async def aevents(self) -> AsyncIterator[Event]:
+        """`events` for asyncio."""
+        changed = asyncio.Event()
+        with _subscribed(self._listeners, _threadsafe(changed.set)):
+            seen = _Seen()
+            while not seen.ended:
+                changed.clear()
+                for event in self._news(seen):
+                    yield event
+                if not seen.ended:
+                    await changed.wait()
+
+    def _news(self, seen: _Seen) -> Iterator[Event]:
+        state = self.state  # before the rest, which changes first
+        if state == "waiting" and (position := self.position) != seen.position:
+            seen.position = position
+            yield self._event("position")
+        if state != "waiting" and self.step != seen.step:
+            seen.step = self.step
+            yield self._event("step")
+        for number, image in enumerate(self._previews):
+            if image is not None and image is not seen.previews.get(number):
+                seen.previews[number] = image
+                yield self._event("preview", number, image)
+        if state in ENDED:
+            seen.ended = True
+            yield self._event(state)  # type: ignore[arg-type]
+
+    def _event(self, kind: Kind, number: int | None = None, image: Image.Image | None = None) -> Event:
+        return Event(
+            kind=kind,
+            position=self.position,
+            step=self.step,
+            steps=self.steps,
+            seconds_left=self.seconds_left,
+            number=number,
+            image=image,
+        )
+
+    # --- for what works on it -----------------------------------------------------------------------
+
+    def start(self, places: int) -> None:
+        self.places, self.started, self.state = places, time.monotonic(), "running"
+        self.notify()
+
+    def start_sampling(self) -> None:
+        """Count the time of the steps from now on, at the first call only."""
+        if self._sampled is None:
+            self._sampled = time.monotonic()
+
+    def restart(self) -> None:
+        """Begin from nothing, after what worked on it was lost."""
+        self.step, self.results, self._sampled = 0, [], time.monotonic()
+
+    def add_result(self, result: Result, *, preview: bool) -> None:
+        self.results = [*self.results, result]
+        self.warn(result.image.info.get("warnings", ()))
+        if preview:
+            self.show(len(self.results) - 1, result.image)
+
+    def show(self, number: int, picture: Image.Image) -> None:
+        """Make a picture, scaled down, the preview of a result."""
+        small = picture.copy()
+        small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        small.info = {}
+        self._previews[number] = small
+
+    def warn(self, words: Iterator[str] | list[str] | tuple[str, ...]) -> None:
+        self.warnings += [text for text in words if text not in self.warnings]
+
+    def put_away(self, kept: list[Kept]) -> None:
+        """Name the files that take the place of the results."""
+        self.kept = kept
+        self.results = []  # only now: a reader who finds them empty looks there
+
+    def notify(self) -> None:
+        """Wake all readers of the events."""
+        for wake in list(self._listeners):
+            wake()
+
+    @contextlib.contextmanager
+    def stoppable(self, worker: Stoppable) -> Iterator[None]:
+        """While the block runs, `stop` reaches the worker; at once if it was called before."""
+        with self._lock:
+            self._worker = worker
+            if self._stopped:
+                worker.stop()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._worker = None
+
+    def stop(self, why: Ip2pError | None = None) -> None:
+        """Have what works on it end within a step. why: the error that the job fails with."""
+        with self._lock:
+            self._why, self._stopped = self._why or why, True
+            if self._worker is not None:
+                self._worker.stop()
+
+    def check_stopped(self) -> None:
+        """Raise Stopped if `stop` was called."""
+        if self._stopped:
+            raise Stopped
+
+    def end_of_stopped(self) -> tuple[State, Ip2pError | None]:
+        """How a job ends that was stopped."""
+        return ("cancelled", None) if self._why is None else ("failed", self._why)
+
+    def settle(self, state: State, error: Ip2pError | None) -> None:
+        """Drop what a job that ends so does not need any more."""
+        self.ended, self.error, self.request = time.monotonic(), error, None
+        if state == "failed":
+            self.results, self._previews = [], [None] * self.count
+
+    def end(self, state: State) -> None:
+        """End it and wake everybody who waits. The last of all, for those who read without a lock."""
+        self.state = state
+        self._over.set()
+        self.notify()
+        for wake in list(self._enders):
+            wake()
+
+
+@contextlib.contextmanager
+def _subscribed(those: set[Callable[[], None]], wake: Callable[[], None]) -> Iterator[None]:
+    those.add(wake)
+    try:
+        yield
+    finally:
+        those.discard(wake)
+
+
+def _threadsafe(wake: Callable[[], None]) -> Callable[[], None]:
+    """`wake`, to be called from any thread, in the running event loop."""
+    loop = asyncio.get_running_loop()
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(wake)
+
+    return call

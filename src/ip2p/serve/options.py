@@ -1,0 +1,241 @@
+"""The settings of `ip2p serve` and `ip2p ui`, each declared once."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from ip2p.base.errors import InputError
+from ip2p.settings import (
+    COMMON,
+    MAX_COUNT,
+    MAX_STEPS,
+    MODEL,
+    SERVER_PIXELS,
+    WORKERS,
+    DeviceSettings,
+    DTypeSettings,
+    MemorySettings,
+    RaySettings,
+    RunSettings,
+    Texts,
+    setting,
+)
+
+Mark = Literal["iptc", "visible", "none"]
+MIN_KEY = 16  # characters of a server's key: what guessing cannot find
+ACCESS, LIMITS, RESULTS = "Access", "Limits", "Results"
+
+
+class _Served(RunSettings, MemorySettings, DTypeSettings, DeviceSettings):
+    """What a server and the page on this machine share."""
+
+    port: int = setting(7860, "TCP port to listen on", ge=0, le=65535, group=COMMON)
+    model: Texts = setting(
+        ("storybook",),
+        "model to serve, the default first; may be repeated",
+        group=COMMON,
+        metavar="[NAME=]MODEL",
+    )
+    max_pixels: int = setting(
+        SERVER_PIXELS, "refuse a larger picture before decoding it", ge=1, le=2**40, group=LIMITS
+    )
+    mark: Mark = setting(
+        "iptc",
+        "how results say that they were edited: iptc (a tag in the file), visible words too, or none",
+        group=RESULTS,
+    )
+
+    def models(self) -> dict[str, str]:
+        """The models by the names under which they are served. Raises InputError for a name given twice."""
+        return parse_models(self.model)
+
+
+class ServeConfig(RaySettings, _Served):
+    """Serve edits over HTTP, with a page in the browser: ip2p serve --port 7860"""
+
+    host: str = setting(
+        "127.0.0.1",
+        "address to listen on; 0.0.0.0 admits other machines, and only with a key",
+        group=COMMON,
+    )
+    api_key_file: Path | None = setting(
+        None, "file with API keys, one a line; or one key in IP2P_API_KEY", group=ACCESS, metavar="FILE"
+    )
+    public: bool = setting(False, "admit other machines without a key", group=ACCESS)
+    allow_host: Texts = setting(
+        (),
+        "another host name under which the server is reached; may be repeated",
+        group=ACCESS,
+        metavar="NAME",
+    )
+    allow_origin: Texts = setting(
+        (),
+        "origin of another page that may call it, as https://a.example; may be repeated",
+        group=ACCESS,
+        metavar="NAME",
+    )
+    max_steps: int = setting(150, "maximum sampling steps", ge=1, le=MAX_STEPS, group=LIMITS)
+    max_count: int = setting(8, "maximum results per request", ge=1, le=MAX_COUNT, group=LIMITS)
+    max_words: int = setting(
+        2000, "maximum characters of an instruction", ge=1, le=10**6, group=LIMITS, hidden=True
+    )
+    max_mb: int = setting(64, "maximum size of a request in MB", ge=1, le=4096, group=LIMITS, hidden=True)
+    queue: int = setting(64, "maximum number of waiting requests", ge=1, le=10**6, group=LIMITS)
+    per_client: int = setting(
+        16, "maximum requests of one client, waiting or running", ge=1, le=10**6, group=LIMITS, hidden=True
+    )
+    join: int | None = setting(
+        None,
+        "pictures that go through the network together; default: 4 on a CPU, else 8",
+        ge=1,
+        le=1024,
+        example=8,
+        group=MODEL,
+        hidden=True,
+    )
+    keep_seconds: float = setting(
+        600.0, "seconds for which results can be fetched", ge=1, le=1e9, group=RESULTS, hidden=True
+    )
+    store: Path | None = setting(None, "folder for results; default: a temporary one", group=RESULTS)
+    store_mb: int = setting(
+        1024,
+        "maximum size of that folder; the oldest results are removed first",
+        ge=1,
+        le=10**9,
+        group=RESULTS,
+        hidden=True,
+    )
+    safety: str | None = setting(
+        None,
+        "picture classifier that refuses unsafe results: a folder or a Hugging Face model id",
+        group=RESULTS,
+        metavar="MODEL",
+    )
+    drain_seconds: float = setting(
+        30.0, "seconds that running edits may take after SIGTERM or Ctrl-C", ge=0, le=86_400, hidden=True
+    )
+    replicas: int | None = setting(
+        None,
+        "processes on Ray, each with the models; default: one per GPU, else one",
+        ge=1,
+        le=4096,
+        example=2,
+        group=WORKERS,
+    )
+    replica_gpus: float | None = setting(
+        None,
+        "GPUs per process; default: one if the cluster has any",
+        ge=0,
+        le=64,
+        example=1.0,
+        group=WORKERS,
+    )
+    replica_cpus: int = setting(
+        1, "CPUs per process, and so its threads", ge=1, le=1024, example=4, group=WORKERS, hidden=True
+    )
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used, or that would let anybody in unasked."""
+        self.models()
+        if not is_loopback(self.host) and not self.public and not self.api_keys():
+            raise InputError(
+                f"--host {self.host} lets other machines in. Ask them for a key (set IP2P_API_KEY, or "
+                "--api-key-file FILE), or say --public."
+            )
+        for name in self.allow_host:
+            if not name or set(name) & set("/@ ") or (":" in name and not is_address(name)):
+                raise InputError(
+                    f"--allow-host {name!r} is not a name alone. Try --allow-host pictures.example.org."
+                )
+        for origin in self.allow_origin:
+            scheme, colon, name = origin.partition("://")
+            if scheme not in ("http", "https") or not colon or not name or set(name) & set("/@? "):
+                raise InputError(
+                    f"--allow-origin {origin!r} is not an origin. Try --allow-origin https://example.org."
+                )
+        for name in ("replicas", "replica_gpus", "replica_cpus"):
+            if self.ray is None and getattr(self, name) != ServeConfig.model_fields[name].default:
+                raise InputError(f"--{name.replace('_', '-')} is for Ray; add --ray.")
+
+    def api_keys(self, env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+        """The keys of `--api-key-file`, else the one in IP2P_API_KEY. Raises InputError for bad ones.
+
+        They are no setting, so that no `run.json` and no list of processes shows them.
+        """
+        if self.api_key_file is None:
+            keys, source = [env["IP2P_API_KEY"]] if env.get("IP2P_API_KEY") else [], "IP2P_API_KEY"
+        else:
+            source = f"--api-key-file {self.api_key_file}"
+            try:
+                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{source} cannot be read ({error}). Write a key a line into it.") from None
+            keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            if not keys:
+                raise InputError(f"{source} holds no key. Write one a line into it.")
+        for key in keys:
+            if len(key) < MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
+                raise InputError(
+                    f"a key of {source} cannot be used: it needs {MIN_KEY} characters or more of ASCII, "
+                    "without blanks. Try: openssl rand -hex 24"
+                )
+        return tuple(keys)
+
+
+class UiConfig(_Served):
+    """Edit in the browser: ip2p ui"""
+
+    no_browser: bool = setting(False, "print the address of the page, do not open it", group=COMMON)
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be used."""
+        self.serving().check()
+
+    def serving(self) -> ServeConfig:
+        """How the page is served: to this machine alone."""
+        shared = set(ServeConfig.model_fields)
+        return ServeConfig.read({name: value for name, value in self if name in shared})
+
+
+def parse_models(listed: Sequence[str]) -> dict[str, str]:
+    """NAME=MODEL, or MODEL alone, by the names under which they are served.
+
+    A model alone goes by its own name: a hub id whole, a folder or a file by its last part, without the
+    ending. Raises InputError for none, an empty one, or a name that stands for two.
+    """
+    models: dict[str, str] = {}
+    for text in listed:
+        name, equals, model = text.partition("=")
+        if not equals:
+            path = Path(text)
+            local = (
+                path.exists() or text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt")
+            )
+            stem = path.stem if path.suffix in (".safetensors", ".ckpt") else path.resolve().name
+            name, model = (stem if local else text), text
+        if not name.strip() or not model.strip():
+            raise InputError(f"--model {text!r} names no model. Try --model mine=./my-editor.")
+        if name in models:
+            raise InputError(f"--model {text}: two models are called {name}. Try --model other={model}.")
+        models[name] = model
+    if not models:
+        raise InputError("no model is named. Try --model storybook.")
+    return models
+
+
+def is_address(text: str) -> bool:
+    """Whether it is an IP address and not a name."""
+    try:
+        ipaddress.ip_address(text.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens at `host`."""
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)

@@ -1,0 +1,141 @@
+"""What a request asks for, and what it may ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from PIL import Image
+from pydantic import AfterValidator, Field, WithJsonSchema, create_model
+
+from ip2p.base.errors import InputError
+from ip2p.pictures import masks
+from ip2p.pictures.images import load_image
+from ip2p.settings import MAX_SEED, EditSettings, SettingError, meta_of, picture_name
+
+NOT_TEXT = "holds half of a character (a lone surrogate). Send whole ones."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may ask for, and how many may; `Service.submit` checks all of it."""
+
+    pixels: int = 16_000_000  # of a picture
+    working_pixels: int | None = None  # at which the model works; None: 4 times its own size, at least 1024²
+    steps: int = 150
+    count: int = 8  # results of one request
+    words: int = 2000  # characters of the instruction, and of the negative prompt
+    queue: int = 64  # requests waiting, of all clients
+    per_client: int = 16  # requests waiting and running, of one client
+    waiting_pixels: int = 256_000_000  # of all pictures waiting: 3 bytes of memory each
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditRequest:
+    """One edit.
+
+    image: upright RGB; its `info` may have exif and icc_profile, which go over to the results. settings:
+    its mask ("L", of the picture's size) and control image are pictures; its seed gives way to `seeds`, one
+    result each. model: a name of `Service.models`, the first if None. previews: every so many steps a small
+    picture of what is being made; 0 for none. warnings: about the pictures, for whoever asked.
+    """
+
+    image: Image.Image
+    settings: EditSettings
+    seeds: tuple[int, ...] = (0,)
+    model: str | None = None
+    previews: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@functools.lru_cache(maxsize=16)
+def limited_settings(limits: Limits) -> type[EditSettings]:
+    """The settings of an edit with a server's limits in place of the general ones."""
+    found = EditSettings.model_fields["steps"]
+    steps = Field(
+        found.default,
+        ge=1,
+        le=limits.steps,
+        description=found.description,
+        json_schema_extra=meta_of(found),  # type: ignore[arg-type]
+    )
+    fields: dict[str, Any] = {"steps": (int | None, steps)}
+    for name, least in (("instruction", 1), ("negative", 0)):
+        schema: dict[str, Any] = {"type": "string", "minLength": least, "maxLength": limits.words}
+        if least:
+            schema["pattern"] = r"\S"
+        kind = Annotated[str, AfterValidator(_word_check(limits.words, least)), WithJsonSchema(schema)]
+        fields[name] = (kind, EditSettings.model_fields[name])
+    return create_model("EditSettings", __base__=EditSettings, __doc__=EditSettings.__doc__, **fields)
+
+
+def _word_check(most: int, least: int) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if not is_text(text):
+            raise ValueError(f"it {NOT_TEXT}")
+        if len(text) > most:
+            raise ValueError(f"it has {len(text):,} characters; the limit is {most:,}")
+        if least and not text.strip():
+            raise ValueError('it is empty; say what to change, as in "make it night"')
+        return text
+
+    return check
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written: JSON can name halves of characters, which no file and no answer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_request(request: EditRequest, limits: Limits, models: list[str]) -> EditRequest:
+    """The request with its pictures as the editor takes them. Raises SettingError."""
+    width, height = request.image.size
+    if width * height > limits.pixels:
+        raise SettingError(
+            f"image is {width}x{height}, {width * height:,} pixels; the limit is {limits.pixels:,}.",
+            field="image",
+        )
+    if not 1 <= len(request.seeds) <= limits.count:
+        raise SettingError(
+            f"seeds has {len(request.seeds)} of them, one for each result; it must be 1 to {limits.count}.",
+            field="seeds",
+        )
+    for name, value, most in (
+        *(("seeds", seed, MAX_SEED) for seed in request.seeds),
+        ("previews", request.previews, limits.steps),
+    ):
+        if not 0 <= value <= most:
+            raise SettingError(f"{name} is {value}; it must be 0 to {most}.", field=name)
+    if request.model is not None and request.model not in models:
+        shown = request.model[:60] + "…" * (len(request.model) > 60)
+        raise SettingError(f"model is {shown!r}; use one of {', '.join(models)}.", field="model")
+    with naming("image"):
+        image = load_image(request.image, max_pixels=None)
+    read = dict(limited_settings(limits).read(dict(request.settings)))
+    if read["mask"] is not None:
+        with naming("mask"):
+            mask = masks.load_mask(read["mask"], image.size, max_pixels=None)
+            name = picture_name(read["mask"]) or "mask"
+            read["mask"] = mask
+            mask.filename = name  # type: ignore[attr-defined]  # as its results' settings call it
+    settings = EditSettings.model_construct(**read)
+    return dataclasses.replace(request, image=image, settings=settings)
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Name the field in an InputError of the block."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except InputError as error:
+        raise SettingError(f"{field}: {error}", field=field) from None

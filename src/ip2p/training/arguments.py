@@ -1,0 +1,131 @@
+"""The settings as keyword arguments. Written by scripts/make_arguments.py: do not edit."""
+
+from pathlib import Path
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+
+class TrainArguments(TypedDict, total=False):
+    """What `train` takes; see `TrainConfig`."""
+
+    # cuda, cuda:N, mps or cpu; auto takes the first that exists
+    device: str
+    # pairs: parquet, folders, shards or a Hugging Face data set (docs/data.md); or storybook
+    data: str
+    # Stable Diffusion or an editor: a model id, a folder, a file; or a UNet's config.json
+    base: str
+    # folder of the editor; the same command resumes
+    output: str | Path | None
+    # optimizer steps
+    steps: int
+    # with a config as --base: the model that gives autoencoder, text encoder and schedule
+    parts: str | None
+    # training size in pixels; default: the base's own
+    size: int | tuple[int, int] | None
+    # random crops: the shorter side is resized to anything from --size to this
+    resize_to: int | None
+    # do not mirror pictures (those whose words name a side never are)
+    no_flip: bool
+    # batch size, over all processes
+    batch: int
+    # samples per process and pass; the rest accumulate
+    micro_batch: int | None
+    # learning rate
+    lr: float
+    # learning rate after the warm-up
+    schedule: Literal["constant", "cosine"]
+    # steps over which the learning rate rises
+    warmup: int
+    # AdamW's weight decay
+    weight_decay: float
+    # AdamW's beta1
+    beta1: float
+    # AdamW's beta2
+    beta2: float
+    # maximum gradient norm; 0: no limit
+    clip_norm: float
+    # maximum EMA decay; the EMA weights are saved; 0: none
+    ema: float
+    # update the EMA once per step or, as the paper's code, per micro-batch
+    ema_every: Literal["step", "micro"]
+    # share of samples without their instruction
+    text_null: float
+    # share of samples without their picture
+    image_null: float
+    # share of samples without both
+    both_null: float
+    # gamma of Min-SNR weighting (its paper uses 5); default: none
+    min_snr: float | None
+    # what the network predicts; auto: as the base
+    prediction: Literal["auto", "epsilon", "v_prediction"]
+    # train a LoRA of this rank instead of all weights
+    lora: int | None
+    # strength of the LoRA; default: its rank
+    lora_alpha: float | None
+    # layers that get a LoRA
+    lora_targets: Literal["attention", "all"]
+    # number format of the passes; the weights stay fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    # compile the UNet first; pays off on a GPU in long runs
+    compile: bool
+    # gradient checkpointing: less memory, a third slower
+    checkpointing: bool
+    # folder for latents and encoded texts; default: ~/.cache/ip2p
+    cache: str | Path | None
+    # number format of the cache
+    cache_dtype: Literal["fp16", "fp32"]
+    # encode the pictures each time
+    no_cache: bool
+    # without a cache: pairs that are read and encoded at once
+    pool: int
+    # without a cache: how often each is used
+    reuse: int
+    # processes that read pictures ahead
+    workers: int
+    # checkpoints to keep
+    keep: int
+    # steps between checkpoints
+    save_every: int
+    # steps between validations; 0: none
+    validate_every: int
+    # pairs held out for validation; at most a tenth of all
+    held_out: int
+    # sampling steps of a validation's edits
+    validate_steps: int
+    # CLIP for the curves: a folder or a Hugging Face model id; default: the base's own
+    clip: str | None
+    # stop after this many validations without a new best
+    stop_when_worse: int | None
+    # the number that decides; auto: success, else directional, else loss
+    watch: str
+    # stop after this many steps in a row that are not finite
+    nan_steps: int
+    # experiment tracker: tensorboard, wandb, … as accelerate knows them, or none
+    track: str
+    # print the time of each part of a step
+    profile: bool
+    # save and stop after this many seconds
+    seconds: float | None
+    # seed of order, noise and dropout
+    seed: int
+    # branch, tag or commit of the base
+    revision: str | None
+    # another autoencoder: a folder, a Hugging Face model id, or a file
+    vae: str | None
+    # branch, tag or commit of the data set
+    data_revision: str | None
+    # split of the data set
+    split: str
+    # read a Hugging Face data set without downloading it first; nothing is cached
+    stream: bool
+    # license of the new editor
+    license: str | None
+    # license of the base
+    base_license: str | None
+    # license of the data
+    data_license: str | None
+    # number format of the saved weights
+    dtype: Literal["fp32", "bf16", "fp16"]
+    # train on this many workers of a Ray cluster
+    ray: int | None

@@ -1,0 +1,339 @@
+"""The settings of `ip2p train`, each declared once. A recipe (`recipes/*.yaml`) may set every one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from ip2p.base.errors import InputError
+from ip2p.settings import (
+    COMMON,
+    MAX_SEED,
+    MODEL,
+    Conflict,
+    DeviceSettings,
+    RunSettings,
+    Size,
+    check_needed,
+    setting,
+)
+
+OPTIMIZER, DROPOUT, MEMORY = "Optimizer", "Conditioning dropout", "Speed and memory"
+VALIDATION, RECORDS, DATA = "Checkpoints and validation", "Model card", "Data"
+
+
+class TrainConfig(RunSettings, DeviceSettings):
+    """Train an editor on pairs of pictures: ip2p train --data pairs --base MODEL --output editor --steps N"""
+
+    data: str = setting(
+        "",
+        "pairs: parquet, folders, shards or a Hugging Face data set (docs/data.md); or storybook",
+        group=COMMON,
+        metavar="DATA",
+    )
+    base: str = setting(
+        "",
+        "Stable Diffusion or an editor: a model id, a folder, a file; or a UNet's config.json",
+        group=COMMON,
+        metavar="MODEL",
+    )
+    output: Path | None = setting(
+        None,
+        "folder of the editor; the same command resumes",
+        group=COMMON,
+        flags=("-o",),
+        aliases=("out",),
+        same_job=False,
+    )
+    steps: int = setting(1000, "optimizer steps", ge=1, le=10**9, group=COMMON, same_job=False)
+    parts: str | None = setting(
+        None,
+        "with a config as --base: the model that gives autoencoder, text encoder and schedule",
+        group=MODEL,
+        metavar="MODEL",
+    )
+    size: Size = setting(
+        None,
+        "training size in pixels; default: the base's own",
+        example=256,
+        group=COMMON,
+        metavar="SIDE|WxH",
+    )
+    resize_to: int | None = setting(
+        None,
+        "random crops: the shorter side is resized to anything from --size to this",
+        ge=1,
+        le=10**5,
+        group=DATA,
+        hidden=True,
+    )
+    no_flip: bool = setting(
+        False,
+        "do not mirror pictures (those whose words name a side never are)",
+        group=DATA,
+        hidden=True,
+    )
+    batch: int = setting(32, "batch size, over all processes", ge=1, le=10**6, group=COMMON)
+    micro_batch: int | None = setting(
+        None,
+        "samples per process and pass; the rest accumulate",
+        ge=1,
+        le=10**6,
+        example=8,
+        group=MEMORY,
+        same_job=False,
+    )
+    lr: float = setting(1e-4, "learning rate", ge=0, le=1, group=COMMON)
+    schedule: Literal["constant", "cosine"] = setting(
+        "constant", "learning rate after the warm-up", group=OPTIMIZER
+    )
+    warmup: int = setting(
+        0, "steps over which the learning rate rises", ge=0, le=10**9, example=500, group=OPTIMIZER
+    )
+    weight_decay: float = setting(0.01, "AdamW's weight decay", ge=0, le=10, group=OPTIMIZER, hidden=True)
+    beta1: float = setting(0.9, "AdamW's beta1", ge=0, lt=1, group=OPTIMIZER, hidden=True)
+    beta2: float = setting(0.999, "AdamW's beta2", ge=0, lt=1, group=OPTIMIZER, hidden=True)
+    clip_norm: float = setting(
+        1.0, "maximum gradient norm; 0: no limit", ge=0, le=1e9, group=OPTIMIZER, hidden=True
+    )
+    ema: float = setting(
+        0.9999,
+        "maximum EMA decay; the EMA weights are saved; 0: none",
+        ge=0,
+        lt=1,
+        example=0.9,
+        group=OPTIMIZER,
+    )
+    ema_every: Literal["step", "micro"] = setting(
+        "step",
+        "update the EMA once per step or, as the paper's code, per micro-batch",
+        group=OPTIMIZER,
+        hidden=True,
+    )
+    text_null: float = setting(
+        0.05,
+        "share of samples without their instruction",
+        ge=0,
+        le=1,
+        group=DROPOUT,
+        hidden=True,
+    )
+    image_null: float = setting(
+        0.05, "share of samples without their picture", ge=0, le=1, group=DROPOUT, hidden=True
+    )
+    both_null: float = setting(0.05, "share of samples without both", ge=0, le=1, group=DROPOUT, hidden=True)
+    min_snr: float | None = setting(
+        None,
+        "gamma of Min-SNR weighting (its paper uses 5); default: none",
+        ge=0.01,
+        le=1e6,
+        example=5.0,
+        group=OPTIMIZER,
+        hidden=True,
+    )
+    prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
+        "auto", "what the network predicts; auto: as the base", group=MODEL, hidden=True
+    )
+    lora: int | None = setting(
+        None, "train a LoRA of this rank instead of all weights", ge=1, le=4096, example=16, group=COMMON
+    )
+    lora_alpha: float | None = setting(
+        None, "strength of the LoRA; default: its rank", group=OPTIMIZER, hidden=True
+    )
+    lora_targets: Literal["attention", "all"] = setting(
+        "attention", "layers that get a LoRA", group=OPTIMIZER, hidden=True
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "number format of the passes; the weights stay fp32", group=MEMORY, same_job=False
+    )
+    compile: bool = setting(
+        False, "compile the UNet first; pays off on a GPU in long runs", group=MEMORY, same_job=False
+    )
+    checkpointing: bool = setting(
+        False,
+        "gradient checkpointing: less memory, a third slower",
+        group=MEMORY,
+        same_job=False,
+    )
+    cache: Path | None = setting(
+        None,
+        "folder for latents and encoded texts; default: ~/.cache/ip2p",
+        group=MEMORY,
+        same_job=False,
+    )
+    cache_dtype: Literal["fp16", "fp32"] = setting(
+        "fp16", "number format of the cache", group=MEMORY, hidden=True
+    )
+    no_cache: bool = setting(False, "encode the pictures each time", group=MEMORY, hidden=True)
+    pool: int = setting(
+        1024,
+        "without a cache: pairs that are read and encoded at once",
+        ge=1,
+        le=10**9,
+        group=MEMORY,
+        hidden=True,
+    )
+    reuse: int = setting(
+        1, "without a cache: how often each is used", ge=1, le=10**9, group=MEMORY, hidden=True
+    )
+    workers: int = setting(
+        1,
+        "processes that read pictures ahead",
+        ge=0,
+        le=10**9,
+        group=MEMORY,
+        same_job=False,
+    )
+    keep: int = setting(
+        2,
+        "checkpoints to keep",
+        ge=1,
+        le=10**9,
+        group=VALIDATION,
+        same_job=False,
+        hidden=True,
+    )
+    save_every: int = setting(
+        500,
+        "steps between checkpoints",
+        ge=1,
+        le=10**9,
+        group=VALIDATION,
+        same_job=False,
+    )
+    validate_every: int = setting(
+        500, "steps between validations; 0: none", ge=0, le=10**9, group=VALIDATION, same_job=False
+    )
+    held_out: int = setting(
+        8,
+        "pairs held out for validation; at most a tenth of all",
+        ge=0,
+        le=10**9,
+        group=VALIDATION,
+        hidden=True,
+    )
+    validate_steps: int = setting(
+        20,
+        "sampling steps of a validation's edits",
+        ge=1,
+        le=10**9,
+        group=VALIDATION,
+        same_job=False,
+        hidden=True,
+    )
+    clip: str | None = setting(
+        None,
+        "CLIP for the curves: a folder or a Hugging Face model id; default: the base's own",
+        group=VALIDATION,
+        metavar="MODEL",
+        same_job=False,
+    )
+    stop_when_worse: int | None = setting(
+        None,
+        "stop after this many validations without a new best",
+        ge=1,
+        le=10**6,
+        example=5,
+        group=VALIDATION,
+        same_job=False,
+        hidden=True,
+    )
+    watch: str = setting(
+        "auto",
+        "the number that decides; auto: success, else directional, else loss",
+        group=VALIDATION,
+        same_job=False,
+        hidden=True,
+    )
+    nan_steps: int = setting(
+        1,
+        "stop after this many steps in a row that are not finite",
+        ge=1,
+        le=10**9,
+        group=VALIDATION,
+        hidden=True,
+        same_job=False,
+    )
+    track: str = setting(
+        "auto",
+        "experiment tracker: tensorboard, wandb, … as accelerate knows them, or none",
+        group=VALIDATION,
+        same_job=False,
+    )
+    profile: bool = setting(
+        False, "print the time of each part of a step", group=VALIDATION, same_job=False, hidden=True
+    )
+    seconds: float | None = setting(
+        None,
+        "save and stop after this many seconds",
+        ge=0,
+        le=1e9,
+        example=540.0,
+        group=VALIDATION,
+        same_job=False,
+    )
+    seed: int = setting(0, "seed of order, noise and dropout", ge=0, le=MAX_SEED, example=7, group=COMMON)
+    revision: str | None = setting(None, "branch, tag or commit of the base", group=MODEL)
+    vae: str | None = setting(
+        None,
+        "another autoencoder: a folder, a Hugging Face model id, or a file",
+        group=MODEL,
+        metavar="MODEL",
+    )
+    data_revision: str | None = setting(
+        None, "branch, tag or commit of the data set", group=DATA, hidden=True
+    )
+    split: str = setting("train", "split of the data set", group=DATA, hidden=True)
+    stream: bool = setting(
+        False,
+        "read a Hugging Face data set without downloading it first; nothing is cached",
+        group=DATA,
+        same_job=False,
+    )
+    license: str | None = setting(
+        None, "license of the new editor", group=RECORDS, hidden=True, same_job=False
+    )
+    base_license: str | None = setting(
+        None, "license of the base", group=RECORDS, hidden=True, same_job=False
+    )
+    data_license: str | None = setting(
+        None, "license of the data", group=RECORDS, hidden=True, same_job=False
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp16", "number format of the saved weights", group=MODEL, same_job=False
+    )
+    ray: int | None = setting(
+        None,
+        "train on this many workers of a Ray cluster",
+        ge=1,
+        le=4096,
+        example=8,
+        group=MEMORY,
+        same_job=False,
+    )
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            multiple = self.micro_batch * -(-self.batch // self.micro_batch)
+            raise Conflict(
+                f"{{batch}} {self.batch} is not a multiple of {{micro_batch}} {self.micro_batch}. "
+                f"Try {{batch}} {multiple}.",
+                field="batch",
+            )
+        if self.text_null + self.image_null + self.both_null > 1:
+            raise Conflict(
+                "{text_null}, {image_null} and {both_null} are more than 1 together. Try 0.05 each."
+            )
+        if self.lora_alpha is not None and self.lora is None:
+            raise Conflict("{lora_alpha} is a LoRA's; add {lora} 16.")
+        if self.stop_when_worse is not None and not (self.validate_every and self.held_out):
+            raise Conflict("{stop_when_worse} needs validations; set {validate_every} and {held_out}.")
+
+    def check(self) -> None:
+        """Raise InputError when something is missing without which nothing can be trained."""
+        example = "ip2p train --data pairs --base MODEL --output editor --steps 1000"
+        needed = ((name, f"--{name} is") for name in ("data", "base", "output"))
+        check_needed(self, *needed, example=example)
+        if self.output is not None and self.output.is_file():
+            raise InputError(f"--output {self.output} is a file; name a folder.")

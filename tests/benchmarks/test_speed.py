@@ -1,0 +1,35 @@
+"""The table of edits, without models; its runs are not tests."""
+
+from types import SimpleNamespace
+
+from benchmarks.speed import edit
+
+
+def contestant(name, seconds):
+    return SimpleNamespace(name=name, from_start=1.0, wall={1: seconds}, cpu={1: seconds})
+
+
+def test_a_machine_that_slows_down_falls_on_both_of_a_pair():
+    assert edit.compare_pairs([1.0, 10.0, 4.0], [2.0, 20.0, 8.0]) == (0.5, 0.5, 0.5)
+
+
+def test_the_table_compares_each_row_with_the_first():
+    rows = edit.results_table([contestant("a", [2.0, 4.0]), contestant("b", [1.0, 3.0])], [1]).splitlines()
+    assert rows[0] == "|  | from start | 1 at once: s | CPU s | × a |"
+    assert rows[2] == "| a | 1.0 s | 3 | 3 | 1.00 (1.00 to 1.00) |"
+    assert rows[3] == "| b | 1.0 s | 2 | 2 | 0.62 (0.50 to 0.75) |"
+
+
+def test_rounds_turn_the_order_round_and_leave_out_the_first():
+    calls = []
+    made = [
+        SimpleNamespace(edit=lambda count, note, name=name: calls.append((name, count, note)))
+        for name in ("a", "b")
+    ]
+    edit.run_rounds(made, [4], 2)
+    assert [name for name, _, _ in calls] == ["b", "a", "a", "b", "b", "a"]
+    assert [note for _, _, note in calls] == [False, False, True, True, True, True]
+
+
+def test_diffusers_and_ip2p_are_among_the_contestants():
+    assert {"ip2p", "diffusers", "diffusers channels-last"} == set(edit.USUAL) < set(edit.CONTESTANTS)

@@ -1,0 +1,12 @@
+"""What schemathesis sends where the interfaces' OpenAPI asks for a picture (`test_contract.py`)."""
+
+import base64
+import io
+
+import schemathesis
+from hypothesis import strategies as st
+from PIL import Image
+
+file = io.BytesIO()
+Image.new("RGB", (64, 64), "red").save(file, "PNG")
+schemathesis.openapi.format("picture", st.just(base64.b64encode(file.getvalue()).decode()))
