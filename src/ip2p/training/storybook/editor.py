@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -263,12 +264,16 @@ def train_decay(run: Run) -> None:
     steps = 0 if state is None else int(state["step"])
     samples = steps * preset.unet.batch
     del state
+    stage = f"decay-{steps:08}"
+    for older in run.state_dir.glob("decay-*"):
+        if older.is_dir() and older.name != stage:
+            shutil.rmtree(older)
     parts = build_parts(run)
     least = head_weight(preset, preset.unet.batch)(steps)
     summary = _train(
         run,
         parts,
-        f"decay-{steps:08}",
+        stage,
         preset.decay,
         full_noise=False,
         weight=lambda step: least,
