@@ -411,8 +411,9 @@ def run_inspect(config: SynthInspectConfig) -> None:
         if auto == EVERY:
             auto = PRESETS[preset_for(clips_of(source) | set(scored.clips))]
         else:
-            top = asked["top"] if config.top == SynthInspectConfig.top else top
-            near = asked["near_bits"] if config.near_bits == SynthInspectConfig.near_bits else near
+            usual = SynthInspectConfig.model_fields
+            top = asked["top"] if config.top == usual["top"].default else top
+            near = asked["near_bits"] if config.near_bits == usual["near_bits"].default else near
     else:
         source = open_source(config.data, split=config.split)
         scored, auto = known_scores(source, config.count), PRESETS[preset_for(clips_of(source))]
@@ -432,7 +433,7 @@ def run_inspect(config: SynthInspectConfig) -> None:
         side=config.side,
         overwrite=config.overwrite,
     )
-    say(f"{len(scored) - sum(gone.values()):,} of {len(scored):,} pairs stay")
+    say(f"{len(scored) - sum(gone.values()):,} of {len(scored):,} pairs kept")
     print(config.out)
 
 

@@ -48,7 +48,7 @@ def record_class(settings: type[EditSettings]) -> type[EditRecord]:
     """The record of edits with these settings: an `EditRecord` that has the fields which a subclass adds."""
     if issubclass(EditRecord, settings):
         return EditRecord
-    return create_model("EditRecord", __base__=(EditRecord, settings))
+    return create_model("EditRecord", __base__=(EditRecord, settings))  # type: ignore[arg-type]
 
 
 SAMPLER_NAMES = meta_of(EditSettings.model_fields["sampler"]).labels

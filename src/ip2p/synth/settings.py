@@ -368,9 +368,7 @@ class SynthPairsConfig(
     steps: int | None = setting(
         None, "sampling steps; default: 20, storybook 10", ge=1, le=MAX_STEPS, example=20, group=DRAWING
     )
-    sampler: SamplerName | None = setting(
-        None, "sampler; default: euler_ancestral; else euler or dpmpp_2m", group=DRAWING
-    )
+    sampler: SamplerName | None = setting(None, "sampler; default: euler_ancestral", group=DRAWING)
     schedule: ScheduleName | None = setting(
         None,
         "noise schedule: linspace, karras or trailing; default: linspace",
