@@ -138,7 +138,7 @@ def test_every_flag_that_the_guide_names_is_one(here):
     known = {
         "--" + name.replace("_", "-")
         for verb in cli.VERBS
-        for name in cli.config_class(verb).__dataclass_fields__
+        for name in cli.config_class(verb).model_fields
     }
     others = {"--host", "--port", "--head", "--address"}  # of transformers serve and ray start
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", guide()))
@@ -172,6 +172,6 @@ def test_the_check_of_the_seeds_prints_what_the_guide_shows():
 
 
 def test_the_written_recipes_name_flags_of_train():
-    known = set(cli.config_class("train").__dataclass_fields__)
+    known = set(cli.config_class("train").model_fields)
     for path in (ROOT / "recipes").glob("*.yaml"):
         assert set(yaml.safe_load(path.read_text())) <= known
