@@ -18,7 +18,7 @@ from ip2p.training.storybook.presets import PRESETS, StageConfig
 
 
 def unhurried():
-    """The smoke preset with lengths in steps only: a cosine that looked at the clock would not be the same twice."""
+    """The smoke preset with lengths in steps alone: a cosine that looks at the clock differs each time."""
     smoke = PRESETS["smoke"]
     stages = {
         key: replace(value, minutes=1e9)
