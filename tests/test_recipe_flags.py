@@ -136,9 +136,7 @@ def test_every_command_of_the_guide_is_taken(here):
 
 def test_every_flag_that_the_guide_names_is_one(here):
     known = {
-        "--" + name.replace("_", "-")
-        for verb in cli.VERBS
-        for name in cli.config_class(verb).model_fields
+        "--" + name.replace("_", "-") for verb in cli.VERBS for name in cli.config_class(verb).model_fields
     }
     others = {"--host", "--port", "--head", "--address"}  # of transformers serve and ray start
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", guide()))

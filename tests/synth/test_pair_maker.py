@@ -382,8 +382,8 @@ def test_what_cannot_draw_is_refused(tmp_path, bundle):
         ({"attention": "cross"}, "Attention 'cross' is not known"),
         ({"sampler": "ddim"}, "Sampler 'ddim' is not known"),
         ({"spacing": "even"}, "Spacing 'even' is not known"),
-        ({"batch_size": 0}, "--batch-size is 0"),
-        ({"early_at": 1.5}, "--early-at is 1.5"),
+        ({"batch_size": 0}, "batch_size is 0; it must be 1"),
+        ({"early_at": 1.5}, "early_at is 1.5; it must be"),
         ({"size": (60, 64)}, "sides are multiples of"),
     ):
         with pytest.raises(InputError, match=said):

@@ -227,8 +227,8 @@ def not_an_editor(stored: Stored) -> str:
     line = f"This UNet takes {channels} channels; an editor needs {needed}. "
     if channels != needed // 2:
         return line + (
-            f"Use an editor such as {PHOTO_MODEL}, or train one from a base of {needed // 2} channels with "
-            "ip2p train."
+            f"Use an editor such as {PHOTO_MODEL}; one can be trained only from a base of {needed // 2} "
+            "channels."
         )
     config = stored.configs["scheduler"]
     if stored.cosxl or str(config.get("_class_name", "")).startswith(("EDM", "FlowMatch")):
