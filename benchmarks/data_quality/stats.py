@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ip2p_storybook.metrics import wilson
+
 
 @dataclass(frozen=True)
 class Share:
@@ -22,16 +24,6 @@ class Share:
 
     def __str__(self) -> str:
         return "-" if not self.count else f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
-
-
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """Wilson's interval of 95% of a share of `count` independent tries (Wilson 1927)."""
-    if not count:
-        return math.nan, math.nan
-    z = 1.959964
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def share_of(flags: Sequence[bool], groups: Sequence[Any] | None = None) -> Share:

@@ -114,19 +114,27 @@ class Estimate:
     count: int
 
 
-def share(right: Sequence[bool]) -> Estimate | None:
-    """The share of True with its Wilson score interval; None without values.
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Wilson's 95% score interval of a share of `count` independent values (Wilson 1927); NaN for none.
 
-    (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n), z = 1.96: Wilson 1927. It stays within 0 and 1,
-    and is honest for few values and for shares of 0 and 1.
+    (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n), z = 1.96. It stays within 0 and 1, and is honest
+    for few values and for shares of 0 and 1.
     """
+    if not count:
+        return math.nan, math.nan
+    z2 = NORMAL_95**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share(right: Sequence[bool]) -> Estimate | None:
+    """The share of True with its Wilson score interval (`wilson`); None without values."""
     count = len(right)
     if not count:
         return None
-    p, z2 = sum(right) / count, NORMAL_95**2
-    middle = (p + z2 / (2 * count)) / (1 + z2 / count)
-    half = math.sqrt(z2 * (p * (1 - p) / count + z2 / (4 * count**2))) / (1 + z2 / count)
-    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), count)
+    p = sum(right) / count
+    return Estimate(p, *wilson(p, count), count)
 
 
 def mean(values: Sequence[float]) -> Estimate | None:
