@@ -55,15 +55,17 @@ def cell_map(pixels: NDArray[np.uint8], cells: int) -> NDArray[np.uint8]:
     return cover.argmax(-1).astype(np.uint8)
 
 
-MAX_THINGS = 4
+MAX_THINGS = 6  # of a page of four after two additions
 
 
 def scene_classes(scene: Scene) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """The classes of the things [MAX_THINGS, thing fields], -1 for none, and of the page [page fields].
 
-    Fields and classes are those of `labels.THING_CLASSES` and `labels.PAGE_CLASSES`.
+    Raises ValueError for a page of more things. Fields and classes are those of `labels.THING_CLASSES` and `labels.PAGE_CLASSES`.
     """
     things = np.full((MAX_THINGS, len(THING_CLASSES)), -1, np.int8)
+    if len(scene.things) > MAX_THINGS:
+        raise ValueError(f"a page of {len(scene.things)} things; at most {MAX_THINGS} have classes")
     for row, thing in zip(things, scene.things, strict=False):
         row[:] = [classes.index(getattr(thing, field)) for field, classes in THING_CLASSES.items()]
     page = [classes.index(getattr(scene, field)) for field, classes in PAGE_CLASSES.items()]
