@@ -61,7 +61,8 @@ MAX_THINGS = 6  # of a page of four after two additions
 def scene_classes(scene: Scene) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """The classes of the things [MAX_THINGS, thing fields], -1 for none, and of the page [page fields].
 
-    Raises ValueError for a page of more things. Fields and classes are those of `labels.THING_CLASSES` and `labels.PAGE_CLASSES`.
+    Fields and classes are those of `labels.THING_CLASSES` and `labels.PAGE_CLASSES`. Raises ValueError for a
+    page of more things.
     """
     things = np.full((MAX_THINGS, len(THING_CLASSES)), -1, np.int8)
     if len(scene.things) > MAX_THINGS:

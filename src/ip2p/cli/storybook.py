@@ -80,8 +80,8 @@ class BuildConfig(RunSettings, DeviceSettings):
     start: str | None = setting(
         None, "train the UNet of this model further; it was made by this verb", group=COMMON, metavar="MODEL"
     )
-    stage: Literal["all", "vae", "text", "clip", "perception", "unet", "decay", "lm"] = setting(
-        "all", "train only this part", group=COMMON
+    stage: Literal["all", "encoder", "decoder", "text", "clip", "perception", "unet", "decay", "lm"] = (
+        setting("all", "train only this part", group=COMMON)
     )
     seconds: float | None = setting(
         None, "save and stop after this many seconds", ge=0, le=1e9, example=540.0, group=COMMON

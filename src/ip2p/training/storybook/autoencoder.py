@@ -1,19 +1,16 @@
-"""Stage `vae`: a KL autoencoder with 8 x 8 pixels a latent cell, whose latents end up white.
+"""Stages `encoder` and `decoder`: a KL autoencoder with 8 x 8 pixels a latent cell and white latents.
 
-1. The encoder starts as the linear projection of each patch on its principal components.
-2. On crops, most of them over a thing, the decoder trains alone and without residual blocks, which are the
-   identity at first and take three quarters of a step's time.
-3. All of it trains on crops at a constant learning rate.
-4. It trains on whole pages while the learning rate falls.
-5. Its latents are rotated and scaled to unit covariance inside `quant_conv` and `post_quant_conv`. The
-   reconstruction does not change, and the scaling factor is 1.
+1. The encoder is set to the linear projection of each patch on its principal components, scaled to unit
+   variance. It is not trained: the latents of a page are the same whatever the decoder, so the editor can be
+   trained before, after or beside it.
+2. The decoder trains on crops, most of them over a thing, at a constant learning rate.
+3. It trains on whole pages while the learning rate falls.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,10 +21,8 @@ from torch import Tensor, nn
 from ip2p.pictures.images import signed_psnr
 from ip2p.training.objective import place_seed
 from ip2p.training.storybook.data import Crops, Pages, read_ahead, to_signed
-from ip2p.training.storybook.presets import Preset, StageConfig
+from ip2p.training.storybook.presets import Preset
 from ip2p.training.storybook.stage import SUMMARY, Run, train_stage
-
-Batches = Callable[[int], Iterator[list[Any]]]
 
 
 def new_autoencoder(preset: Preset) -> Any:
@@ -135,45 +130,31 @@ def _set_conv(conv: nn.Conv2d, weight: Tensor) -> None:
         conv.weight[:rows, :columns, middle, middle] = weight
 
 
-@contextlib.contextmanager
-def without_residuals(vae: Any) -> Iterator[None]:
-    """Skip the residual branch of every block while the context is open. Parallel use is not supported."""
-    from diffusers.models.resnet import ResnetBlock2D
-
-    def shortcut(block: Any) -> Callable[..., Tensor]:
-        return lambda x, temb=None: x if block.conv_shortcut is None else block.conv_shortcut(x)
-
-    blocks = [module for module in vae.modules() if isinstance(module, ResnetBlock2D)]
-    for block in blocks:
-        block.forward = shortcut(block)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
 # --- the loss ---------------------------------------------------------------------------------
 
 
-class AutoencoderTask(nn.Module):
-    """The autoencoder's loss on pictures in [-1, 1] [batch, 3, h, w], given the noise of their latents."""
+class DecoderTask(nn.Module):
+    """The decoder's loss on pictures in [-1, 1] [batch, 3, h, w], given the noise of their latents.
+
+    The noise has the standard deviation of the encoder's posterior, so that small errors of an editor's
+    latents are decoded well.
+    """
 
     def __init__(self, vae: Any, preset: Preset) -> None:
         super().__init__()
-        self.vae, self.preset = vae, preset
-        self.train_encoder = True
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+        self.preset = preset
+        self._vae = [vae]  # in a list, so that the encoder is not a part of what is trained and saved
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        x, noise = (part.to(self.vae.device) for part in batch)
-        with torch.set_grad_enabled(self.train_encoder):
-            posterior = self.vae.encode(x).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        y = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = picture_loss(y - x, self.preset.hue_weight, self.preset.gradient_weight)
-        psnr = signed_psnr((y - x).detach().square().mean())
-        return loss + self.preset.kl_weight * kl, {"kl": float(kl.detach()), "psnr": float(psnr)}
+        vae = self._vae[0]
+        x, noise = (part.to(vae.device) for part in batch)
+        with torch.no_grad():
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean.float() + posterior.std.float() * noise
+        error = vae.decode(z).sample.float() - x
+        loss = picture_loss(error, self.preset.hue_weight, self.preset.gradient_weight)
+        return loss, {"psnr": float(signed_psnr(error.detach().square().mean()))}
 
 
 def picture_loss(error: Float[Tensor, "batch 3 h w"], hue: float, gradient: float) -> Float[Tensor, ""]:
@@ -189,43 +170,7 @@ def picture_loss(error: Float[Tensor, "batch 3 h w"], hue: float, gradient: floa
     return loss + gradient * (across + down) / 2
 
 
-# --- white latents ----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def whiten(vae: Any, batches: Iterator[Float[Tensor, "batch 3 h w"]]) -> None:
-    """Rotate and scale the latents to zero mean and unit covariance over the pictures in `batches`.
-
-    z' = D^(-1/2) Q (z - m), with the rows of Q the principal axes of the latents' covariance and D their
-    variances, goes into `quant_conv`; its inverse goes into `post_quant_conv`. The posterior's variance
-    becomes one constant a channel, the mean of what it was.
-    """
-    n = vae.config.latent_channels
-    count = 0
-    total, variance = (torch.zeros(n, dtype=torch.float64, device=vae.device) for _ in range(2))
-    product = torch.zeros((n, n), dtype=torch.float64, device=vae.device)
-    for x in batches:
-        posterior = vae.encode(x).latent_dist
-        rows = posterior.mean.double().transpose(0, 1).reshape(n, -1)
-        count += rows.shape[1]
-        total = total + rows.sum(dim=1)
-        product = product + rows @ rows.T
-        variance = variance + posterior.var.double().sum(dim=(0, 2, 3))
-    mean = total / count
-    spread, axes = torch.linalg.eigh(product / count - torch.outer(mean, mean))
-    axes, spread = axes.flip(1), spread.flip(0)
-    whitening = axes.T / spread.sqrt()[:, None]
-    coloring = axes * spread.sqrt()
-    quant, back = vae.quant_conv, vae.post_quant_conv
-    weight, bias = (part.data.double() for part in (quant.weight.flatten(1), quant.bias))
-    new_variance = whitening.square() @ (variance / count)
-    quant.weight.data[:n] = (whitening @ weight[:n])[..., None, None].to(quant.weight)
-    quant.bias.data[:n] = (whitening @ (bias[:n] - mean)).to(quant.bias)
-    quant.weight.data[n:] = 0
-    quant.bias.data[n:] = new_variance.log().to(quant.bias)
-    weight = back.weight.data.double().flatten(1)
-    back.bias.data += (weight @ mean).to(back.bias)
-    back.weight.data[:] = (weight @ coloring)[..., None, None].to(back.weight)
+# --- the stages -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -247,56 +192,54 @@ def _pages(run: Run, count: int, *, seed: int, batch: int = 16) -> Iterator[Tens
     return (to_signed(pages.make(index), run.device) for index in range(max(1, count // batch)))
 
 
-# --- the stage --------------------------------------------------------------------------------
-
-
-def train_autoencoder(run: Run) -> None:
-    """Write `vae`. Raises OutOfTime."""
+def write_encoder(run: Run) -> None:
+    """Write `vae` with its final encoder and an untrained decoder."""
     preset = run.preset
     torch.manual_seed(preset.seed)
     vae = new_autoencoder(preset)
     start_from_components(vae, torch.cat(list(_pages(run, preset.pca_pages, seed=preset.seed + 2))).cpu())
+    vae.save_pretrained(run.output / "vae")
+    run.finish("encoder", {})
+
+
+def train_decoder(run: Run) -> None:
+    """Write `vae` with a trained decoder. Raises OutOfTime."""
+    from diffusers import AutoencoderKL
+
+    preset = run.preset
+    vae = AutoencoderKL.from_pretrained(run.output / "vae")
     vae = vae.to(run.device, memory_format=run.numerics.memory_format)
-    task = AutoencoderTask(vae, preset)
-    keys = (
-        "size",
-        "vae_channels",
-        "vae_layers",
-        "latent_channels",
-        "kl_weight",
-        "hue_weight",
-        "gradient_weight",
-    )
+    task = DecoderTask(vae, preset)
+    keys = ("size", "vae_channels", "vae_layers", "latent_channels", "hue_weight", "gradient_weight")
     fingerprint = {key: getattr(preset, key) for key in keys}
 
-    def crops(config: StageConfig, seed: int) -> Batches:
-        return lambda first: _with_noise(run, Crops(config.batch, preset.size, seed, first, crop=preset.crop))
+    def crops(first: int) -> Iterator[list[Any]]:
+        return _with_noise(
+            run, Crops(preset.decoder.batch, preset.size, preset.seed, first, crop=preset.crop)
+        )
 
     def pages(first: int) -> Iterator[list[Any]]:
-        return _with_noise(run, Pages(preset.vae_pages.batch, preset.size, preset.seed + 3, first))
+        return _with_noise(run, Pages(preset.decoder_pages.batch, preset.size, preset.seed + 3, first))
 
-    def train(stage: str, config: StageConfig, batches: Batches, after: str | None = None) -> dict[str, Any]:
-        return train_stage(run, stage, task, config, batches, fingerprint=fingerprint, after=after)
-
-    if not run.is_done("vae_linear"):
-        task.train_encoder = False
-        with without_residuals(vae):
-            run.finish(
-                "vae_linear", train("vae_linear", preset.vae_linear, crops(preset.vae_linear, preset.seed))
-            )
-        task.train_encoder = True
-    if not run.is_done("vae_crops"):
-        batches = crops(preset.vae, preset.seed + 5)
-        run.finish("vae_crops", train("vae_crops", preset.vae, batches, after="vae_linear"))
-    summary = train("vae", preset.vae_pages, pages, after="vae_crops")
+    if not run.is_done("decoder_crops"):
+        summary = train_stage(run, "decoder_crops", task, preset.decoder, crops, fingerprint=fingerprint)
+        run.finish("decoder_crops", summary)
+    summary = train_stage(
+        run,
+        "decoder",
+        task,
+        preset.decoder_pages,
+        pages,
+        fingerprint=fingerprint,
+        after="decoder_crops",
+    )
     vae.eval()
-    whiten(vae, _pages(run, preset.whiten_pages, seed=preset.seed + 4))
     measured = measure_autoencoder(vae, run)
-    run.log(f"vae: {measured['psnr']:.2f} dB on new pages")
+    run.log(f"decoder: {measured['psnr']:.2f} dB on new pages")
     vae.to(memory_format=torch.contiguous_format).save_pretrained(run.output / "vae")
-    for earlier in ("vae_linear", "vae_crops"):
-        summary.update({key: round(summary[key] + run.summary(earlier)[key], 1) for key in SUMMARY})
-    run.finish("vae", {**summary, **measured})
+    crops_summary = run.summary("decoder_crops")
+    summary.update({key: round(summary[key] + crops_summary[key], 1) for key in SUMMARY})
+    run.finish("decoder", {**summary, **measured})
 
 
 def _with_noise(run: Run, pictures: Crops | Pages) -> Iterator[list[Any]]:
@@ -304,7 +247,7 @@ def _with_noise(run: Run, pictures: Crops | Pages) -> Iterator[list[Any]]:
     channels, factor = run.preset.latent_channels, 2 ** (len(run.preset.vae_channels) - 1)
     kind = type(pictures).__name__
     for step, pixels in enumerate(read_ahead(pictures, run.preset.workers), pictures.start):
-        generator = torch.Generator().manual_seed(place_seed("vae", kind, run.preset.seed, step))
+        generator = torch.Generator().manual_seed(place_seed("decoder", kind, run.preset.seed, step))
         side = pixels.shape[-1] // factor
         noise = torch.randn((len(pixels), channels, side, side), generator=generator)
         yield [(to_signed(pixels, run.device), noise)]

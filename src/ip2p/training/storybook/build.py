@@ -3,10 +3,10 @@
 The stages follow one another; every preset is this one recipe with other numbers. A stage saves its state,
 stops in time, and continues from where it stopped.
 
-1. `vae`: the autoencoder (`autoencoder`).
+1. `encoder`, `decoder`: the autoencoder (`autoencoder`).
 2. `text`: the tokenizer and the text encoder (`text`).
 3. `clip`: a CLIP that ranks and filters (`clip`).
-4. `perception`, `unet`, `decay`: the editor (`editor`).
+4. `perception`, `unet`, `decay`: the editor (`editor`). It needs the encoder, not the decoder.
 5. `lm`: the language model that writes edits of captions (`language_model`).
 """
 
@@ -32,7 +32,7 @@ from ip2p.synth.instruct import PACKAGED_LM
 from ip2p.synth.tune import CARD as LM_CARD
 from ip2p.training.checkpoints import Checkpoints
 from ip2p.training.loss import BETA_END, BETA_START, TIMESTEPS
-from ip2p.training.storybook.autoencoder import train_autoencoder
+from ip2p.training.storybook.autoencoder import train_decoder, write_encoder
 from ip2p.training.storybook.clip import train_clip
 from ip2p.training.storybook.editor import new_unet, train_decay, train_perception, train_unet
 from ip2p.training.storybook.language_model import train_lm
@@ -41,7 +41,8 @@ from ip2p.training.storybook.stage import SUMMARY, OutOfTime, Run
 from ip2p.training.storybook.text import train_text
 
 TRAINERS: dict[str, Callable[[Run], None]] = {
-    "vae": train_autoencoder,
+    "encoder": write_encoder,
+    "decoder": train_decoder,
     "text": train_text,
     "clip": train_clip,
     "perception": train_perception,
@@ -89,7 +90,7 @@ def run(
         if stage == "perception":
             preset = replace(preset, perception_most=minutes)
     if steps is not None:
-        limited = ("vae_linear", "vae", "vae_pages", "text", "perception", "unet", "decay", "clip", "lm")
+        limited = ("decoder", "decoder_pages", "text", "perception", "unet", "decay", "clip", "lm")
         shorter = {name: replace(getattr(preset, name), steps=steps) for name in limited}
         # A few steps need few pages.
         pool = replace(preset.pool, fresh=1, pool=1) if steps < 64 else preset.pool
@@ -181,8 +182,8 @@ def start_from(run: Run, model: str) -> None:
         text = CLIPTextModel.from_pretrained(folder / "text_encoder").float()
         text.save_pretrained(run.output / "text_tower")
         CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(run.output / "tokenizer")
-        for stage in ("vae", "text", "clip"):
-            known = {"known_psnr": made.get("known_psnr")} if stage == "vae" else {}
+        for stage in ("encoder", "decoder", "text", "clip"):
+            known = {"known_psnr": made.get("known_psnr")} if stage == "decoder" else {}
             run.finish(stage, {**made["trained"].get(stage, {}), **known})
         run.finish("perception", {"measured": made["trained"].get("perception", {})})
         run.finish("start", {"unet": made["trained"].get("unet")})
@@ -312,7 +313,7 @@ def card(run: Run) -> dict[str, Any]:
     return {
         "name": "storybook",
         "native_size": run.preset.size,
-        "known_psnr": run.summary("vae").get("known_psnr"),
+        "known_psnr": run.summary("decoder").get("known_psnr"),
         "closed_vocabulary": True,
         "preset": run.name,
         "trained": made,

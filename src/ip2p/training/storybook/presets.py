@@ -54,17 +54,14 @@ class Preset:
 
     size: int  # side of a page
 
-    # --- the autoencoder: crops without residual blocks, crops, then whole pages as the rate falls
-    vae_linear: StageConfig
-    vae: StageConfig
-    vae_pages: StageConfig
+    # --- the autoencoder: a fixed encoder; a decoder that sees crops, then whole pages as the rate falls
+    decoder: StageConfig
+    decoder_pages: StageConfig
     vae_channels: tuple[int, ...] = (16, 32, 64, 128)
     vae_layers: int = 1
     latent_channels: int = 16
     crop: int = 64
-    pca_pages: int = 128  # pages whose patches give the encoder's start
-    whiten_pages: int = 256
-    kl_weight: float = 1e-4
+    pca_pages: int = 512  # whose patches set the encoder
     hue_weight: float = 1.0  # of errors in the differences between color channels
     gradient_weight: float = 1.0  # of errors in the differences between neighboring pixels
 
@@ -136,13 +133,11 @@ PRESETS: dict[str, Preset] = {
     # Seconds: shows that the whole path runs. Its pictures are noise.
     "smoke": Preset(
         size=64,
-        vae_linear=StageConfig(steps=2, minutes=1, batch=4, lr=1e-3, warmup=2),
-        vae=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=2),
-        vae_pages=StageConfig(steps=4, minutes=1, batch=2, lr=1e-3, warmup=0, schedule="cosine"),
+        decoder=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=2),
+        decoder_pages=StageConfig(steps=4, minutes=1, batch=2, lr=1e-3, warmup=0, schedule="cosine"),
         vae_channels=(8, 16, 16, 48),
         crop=32,
         pca_pages=16,
-        whiten_pages=16,
         text=StageConfig(steps=4, minutes=1, batch=8, lr=1e-3, warmup=2),
         clip=StageConfig(steps=4, minutes=1, batch=8, lr=1e-3, warmup=2),
         text_width=32,
@@ -170,10 +165,9 @@ PRESETS: dict[str, Preset] = {
     # Two CPU cores, in pieces of any length.
     "cpu": Preset(
         size=128,
-        vae_linear=StageConfig(minutes=8, batch=8, lr=2e-3, warmup=50),
-        vae=StageConfig(minutes=120, batch=8, lr=4e-4),
-        vae_pages=StageConfig(minutes=8, batch=4, lr=4e-4, warmup=0, schedule="cosine"),
-        text=StageConfig(minutes=45, batch=64, lr=1e-3, schedule="cosine"),
+        decoder=StageConfig(minutes=60, batch=16, lr=1e-3),
+        decoder_pages=StageConfig(minutes=8, batch=4, lr=1e-3, warmup=0, schedule="cosine"),
+        text=StageConfig(minutes=12, batch=64, lr=1e-3, schedule="cosine"),
         clip=StageConfig(minutes=8, batch=96, lr=1e-3, schedule="cosine"),
         perception=StageConfig(minutes=75, batch=32, lr=1e-3),
         unet=StageConfig(minutes=120, batch=32, lr=7e-4),
@@ -182,12 +176,11 @@ PRESETS: dict[str, Preset] = {
         lm=StageConfig(steps=8000, minutes=30, batch=64, lr=4e-3, schedule="cosine"),
         ema=0.998,
     ),
-    # One H100, in calls of some minutes. The autoencoder is the CPU's, so its latents are too.
+    # One H100, in calls of some minutes. The encoder is the CPU's, so its latents are too.
     "h100": Preset(
         size=128,
-        vae_linear=StageConfig(minutes=0.3, batch=32, lr=2e-3, warmup=50),
-        vae=StageConfig(minutes=4, batch=32, lr=6e-4),
-        vae_pages=StageConfig(minutes=0.7, batch=16, lr=6e-4, warmup=0, schedule="cosine"),
+        decoder=StageConfig(minutes=4, batch=32, lr=1e-3),
+        decoder_pages=StageConfig(minutes=0.7, batch=16, lr=1e-3, warmup=0, schedule="cosine"),
         text=StageConfig(minutes=1, batch=512, lr=1e-3, schedule="cosine"),
         clip=StageConfig(minutes=1.5, batch=512, lr=1e-3, schedule="cosine"),
         pool=PoolConfig(fresh=30, pool=90, reuse=4, shards=1500),

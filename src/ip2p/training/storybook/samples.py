@@ -30,7 +30,7 @@ AHEAD = 50  # blocks whose shards the workers draw in turn, two shards a worker 
 class LatentShards:
     """Shards of a world with their pages' latents in half precision, in `folder`, made when first asked for.
 
-    vae: the autoencoder whose modes they are; another one gets other files.
+    vae: the autoencoder whose modes they are; another encoder gets other files.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LatentShards:
     ) -> None:
         self.world, self.vae, self.tokens, self.workers = world, vae, tokens, workers
         self.autocast = torch.bfloat16 if precision == "bf16" else None
-        key = place_seed("shards", sorted(asdict(world).items(), key=str), weights_key(vae))
+        key = place_seed("shards", sorted(asdict(world).items(), key=str), weights_key(vae.encoder))
         self.folder = folder / f"{key:016x}"
         self._ahead: tuple[list[int], Iterator[dict[str, Tensor]]] = ([], iter(()))
 
