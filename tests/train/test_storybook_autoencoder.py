@@ -12,6 +12,7 @@ from ip2p.training.storybook.autoencoder import (
     components,
     new_autoencoder,
     picture_loss,
+    skip_identities,
     start_from_components,
 )
 from ip2p.training.storybook.data import Crops, Pages, to_signed
@@ -66,6 +67,21 @@ def test_latents_are_white_and_the_posterior_is_narrow(vae, pages):
     rows = posterior.mode().transpose(0, 1).reshape(16, -1)
     torch.testing.assert_close(torch.cov(rows), torch.eye(16), atol=0.15, rtol=0)
     torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, math.exp(-3)))
+
+
+@torch.no_grad()
+def test_skipping_identities_changes_no_latent(vae, pages):
+    before = vae.encode(pages).latent_dist.mode()
+    skip_identities(vae.encoder)
+    assert "forward" in vars(vae.encoder.mid_block.resnets[0])
+    torch.testing.assert_close(vae.encode(pages).latent_dist.mode(), before, atol=1e-6, rtol=0)
+
+
+def test_a_trained_block_is_not_skipped(vae):
+    torch.nn.init.ones_(vae.encoder.mid_block.resnets[0].conv2.bias)
+    skip_identities(vae.encoder)
+    assert "forward" not in vars(vae.encoder.mid_block.resnets[0])
+    assert "forward" in vars(vae.encoder.mid_block.resnets[1])
 
 
 def test_only_the_decoder_is_trained(vae, pages):

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -130,6 +130,21 @@ def _set_conv(conv: nn.Conv2d, weight: Tensor) -> None:
         conv.weight[:rows, :columns, middle, middle] = weight
 
 
+def skip_identities(encoder: nn.Module) -> None:
+    """Skip the residual branches that add exactly nothing, in place. The encoder's output does not change.
+
+    That is all of them in an encoder of `start_from_components`, and most of the time of a pass.
+    """
+    from diffusers.models.resnet import ResnetBlock2D
+
+    def shortcut(block: Any) -> Callable[..., Tensor]:
+        return lambda x, temb=None: x if block.conv_shortcut is None else block.conv_shortcut(x)
+
+    for block in encoder.modules():
+        if isinstance(block, ResnetBlock2D) and not any(p.any() for p in block.conv2.parameters()):
+            block.forward = shortcut(block)  # type: ignore[method-assign]
+
+
 # --- the loss ---------------------------------------------------------------------------------
 
 
@@ -208,6 +223,7 @@ def train_decoder(run: Run) -> None:
 
     preset = run.preset
     vae = AutoencoderKL.from_pretrained(run.output / "vae")
+    skip_identities(vae.encoder)
     vae = vae.to(run.device, memory_format=run.numerics.memory_format)
     task = DecoderTask(vae, preset)
     keys = ("size", "vae_channels", "vae_layers", "latent_channels", "hue_weight", "gradient_weight")

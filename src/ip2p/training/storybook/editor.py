@@ -18,6 +18,7 @@ from torch import Tensor
 from ip2p.training.checkpoints import Checkpoints
 from ip2p.training.loss import Shares, scaled_linear_alpha_bar
 from ip2p.training.objective import EditTask, Objective
+from ip2p.training.storybook.autoencoder import skip_identities
 from ip2p.training.storybook.data import World
 from ip2p.training.storybook.perception import FIELDS, Perception, change_iou, named_right
 from ip2p.training.storybook.presets import Preset, StageConfig
@@ -70,6 +71,7 @@ def build_parts(run: Run) -> EditorParts:
     preset, device = run.preset, run.device
     vae = AutoencoderKL.from_pretrained(run.output / "vae").to(device).eval().requires_grad_(False)
     vae.to(memory_format=torch.channels_last)
+    skip_identities(vae.encoder)
     text_encoder = CLIPTextModel.from_pretrained(run.output / "text_tower")
     use_plain_attention(text_encoder, device)
     torch.manual_seed(preset.seed)
