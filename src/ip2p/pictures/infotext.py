@@ -53,6 +53,31 @@ def record_class(settings: type[EditSettings]) -> type[EditRecord]:
 
 SAMPLER_NAMES = meta_of(EditSettings.model_fields["sampler"]).labels
 SCHEDULE_NAMES = meta_of(EditSettings.model_fields["schedule"]).labels
+# What A1111's "Automatic" means with a sampler; with the others it is the model's schedule, "Uniform".
+AUTOMATIC = {"dpmpp_2m": "karras"}
+
+
+def read_sampler(sampler: str, schedule: str) -> tuple[str, str | None]:
+    """Our names of A1111's sampler and schedule, in any case, with "_" or " "; unknown names are unchanged.
+
+    A sampler of A1111 before 1.9 may end in the schedule: "DPM++ 2M Karras". The schedule is None where it is
+    empty or "Automatic" and the sampler is not in AUTOMATIC.
+    """
+
+    def plain(text: str) -> str:
+        return text.strip().lower().replace("_", " ").removeprefix("k ")
+
+    def ours(labels: Mapping[str, str]) -> dict[str, str]:
+        return {plain(text): name for name, label in labels.items() for text in (name, label)}
+
+    samplers, schedules = ours(SAMPLER_NAMES), ours(SCHEDULE_NAMES)
+    first, _, last = plain(sampler).rpartition(" ")
+    if plain(sampler) not in samplers and first in samplers and last in schedules:
+        sampler, schedule = first, last
+    sampler = samplers.get(plain(sampler), sampler)
+    if plain(schedule) in ("", "automatic"):
+        return sampler, AUTOMATIC.get(sampler)
+    return sampler, schedules.get(plain(schedule), schedule)
 
 
 def format_infotext(record: EditRecord) -> str:
@@ -71,7 +96,10 @@ def format_infotext(record: EditRecord) -> str:
             changed |= {f"{label} {k}": text for k, text in enumerate(value, 1)}
         elif meta_of(found).written != "changed":
             first[label] = _written(found, value)
-        elif value is not None and value not in (found.default, meta_of(found).fallback):
+        elif value is not None and (
+            value not in (found.default, meta_of(found).fallback)
+            or (name == "schedule" and record.sampler in AUTOMATIC)
+        ):
             changed[label] = _written(found, value)
     values = first | changed | dict(record.others)
     if record.version:
@@ -99,10 +127,8 @@ def parse_infotext(
     start = next((i for i, line in enumerate(lines[:-1]) if i and line.startswith("Negative prompt:")), None)
     negative = "" if start is None else "\n".join(lines[start:-1]).removeprefix("Negative prompt:").strip()
     instruction = "\n".join(lines[: start if start is not None else -1]).strip()
-    # A1111 before 1.9 has the schedule in the sampler's name: "DPM++ 2M Karras".
-    sampler = found.get("Sampler", "")
-    if sampler.endswith(" Karras") and sampler not in SAMPLER_NAMES.values():
-        found |= {"Sampler": sampler.removesuffix(" Karras"), "Schedule type": "Karras"}
+    sampler, schedule = read_sampler(found.pop("Sampler", ""), found.pop("Schedule type", ""))
+    found |= {name: text for name, text in (("Sampler", sampler), ("Schedule type", schedule)) if text}
     values: dict[str, Any] = {"instruction": instruction, "negative": negative}
     for name, field in kind.model_fields.items():
         meta = meta_of(field)
@@ -117,9 +143,7 @@ def parse_infotext(
                 texts.append(found.pop(numbered))
             values[name] = tuple(texts)
         elif meta.label in found:
-            words = {label: value for value, label in meta.labels.items()}
-            value = found.pop(meta.label)
-            values[name] = words.get(value, value)
+            values[name] = found.pop(meta.label)
         elif meta.written == "required":
             raise InputError(f"The settings lack {meta.label!r}. Give a picture made by ip2p.")
         elif name == "model":
