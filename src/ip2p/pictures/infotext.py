@@ -111,13 +111,8 @@ def format_infotext(record: EditRecord) -> str:
     return "\n".join(lines)
 
 
-def parse_infotext(
-    text: str, kind: type[EditRecord] = EditRecord, *, without: Collection[str] = ()
-) -> EditRecord:
-    """Read what `format_infotext` or A1111 wrote. Raises InputError where a setting is missing or bad.
-
-    without: names of settings whose values are not read, whatever they are.
-    """
+def split_infotext(text: str) -> tuple[str, str, dict[str, str]]:
+    """The instruction, the negative prompt and the fields of the last line. Raises InputError without one."""
     lines = text.strip().split("\n")
     found = {name: _unquoted(value.strip()) for name, value in FIELD.findall(lines[-1])}
     if len(lines) < 2 or "Steps" not in found:
@@ -127,6 +122,17 @@ def parse_infotext(
     start = next((i for i, line in enumerate(lines[:-1]) if i and line.startswith("Negative prompt:")), None)
     negative = "" if start is None else "\n".join(lines[start:-1]).removeprefix("Negative prompt:").strip()
     instruction = "\n".join(lines[: start if start is not None else -1]).strip()
+    return instruction, negative, found
+
+
+def parse_infotext(
+    text: str, kind: type[EditRecord] = EditRecord, *, without: Collection[str] = ()
+) -> EditRecord:
+    """Read what `format_infotext` or A1111 wrote. Raises InputError where a setting is missing or bad.
+
+    without: names of settings whose values are not read, whatever they are.
+    """
+    instruction, negative, found = split_infotext(text)
     sampler, schedule = read_sampler(found.pop("Sampler", ""), found.pop("Schedule type", ""))
     found |= {name: text for name, text in (("Sampler", sampler), ("Schedule type", schedule)) if text}
     values: dict[str, Any] = {"instruction": instruction, "negative": negative}
@@ -178,14 +184,19 @@ def read_infotext(path: str | Path) -> str | None:
     path = Path(path)
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            text = image.info.get("parameters")
-            if isinstance(text, str):
-                return text
-            return decode_comment(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))
+            return infotext_of(image)
     except FileNotFoundError:
         raise missing_file(path) from None
     except Exception as error:  # as in images.load_image: decoders raise anything
         raise InputError(f"{path} cannot be read ({error}). Give a PNG, JPEG or WebP file.") from None
+
+
+def infotext_of(image: Image.Image) -> str | None:
+    """The infotext of an opened file, or None."""
+    text = image.info.get("parameters")
+    if isinstance(text, str):
+        return text
+    return decode_comment(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))
 
 
 def decode_comment(comment: bytes | str | None) -> str | None:
@@ -228,6 +239,6 @@ def _unquoted(value: str) -> str:
     if not value.startswith('"'):
         return value
     try:
-        return str(json.loads(value))
+        return str(json.loads(value)).encode(errors="replace").decode()  # JSON may hold lone surrogates
     except json.JSONDecodeError:
         return value
