@@ -152,7 +152,7 @@ def request_body(kind: type[BaseModel], *, forms: bool = True) -> dict[str, Any]
 
 def let_go(request: Request, body: BaseModel) -> None:
     """Drop a body's pictures and tell the guard so: others may send theirs."""
-    for name in {"image", "init_images", "mask", "control_image"} & set(type(body).model_fields):
+    for name in {"image", "images", "init_images", "mask", "control_image"} & set(type(body).model_fields):
         setattr(body, name, None)
     request.scope["state"]["let_go"]()
 
