@@ -54,7 +54,7 @@ def record_class(settings: type[EditSettings]) -> type[EditRecord]:
 SAMPLER_NAMES = meta_of(EditSettings.model_fields["sampler"]).labels
 SCHEDULE_NAMES = meta_of(EditSettings.model_fields["schedule"]).labels
 # What A1111's "Automatic" means with a sampler; with the others it is the model's schedule, "Uniform".
-AUTOMATIC = {"dpmpp_2m": "karras"}
+AUTOMATIC = {"dpmpp_2m": "karras", "lcm": "lcm", "tcd": "lcm"}
 
 
 def read_sampler(sampler: str, schedule: str) -> tuple[str, str | None]:
