@@ -63,7 +63,7 @@ HARMLESS = {
     "subseed",  # has an effect with subseed_strength only
 }
 # The values at which other fields and options mean what is done here. By default those of OFF.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "denoising_strength": (1,),
     "eta": (1,),
     "initial_noise_multiplier": (1,),
@@ -243,7 +243,9 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get("/options", summary="The model that this client has chosen")
     async def read_options(request: Request) -> dict[str, Any]:
-        fixed = {name: NEUTRAL[name][0] for name in ("CLIP_stop_at_last_layers", "samples_format", "sd_vae")}
+        fixed = {
+            name: NEUTRAL_VALUES[name][0] for name in ("CLIP_stop_at_last_layers", "samples_format", "sd_vae")
+        }
         return {"sd_model_checkpoint": model_of(wire.caller_of(request)), **fixed}
 
     @routes.post(
@@ -381,7 +383,7 @@ def _ignored(fields: Mapping[str, Any]) -> list[str]:
     named = [
         name[:60]
         for name, value in fields.items()
-        if name not in HARMLESS and value not in (None, *NEUTRAL.get(name, OFF))
+        if name not in HARMLESS and value not in (None, *NEUTRAL_VALUES.get(name, OFF))
     ]
     return [f"These fields have no effect here: {', '.join(named[:30])}."] if named else []
 
