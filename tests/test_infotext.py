@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as how
@@ -7,6 +9,8 @@ from PIL import Image
 from ip2p.base.errors import InputError
 from ip2p.pictures.images import EXIF_IFD, USER_COMMENT, save_image
 from ip2p.pictures.infotext import (
+    SAMPLER_NAMES,
+    SCHEDULE_NAMES,
     EditRecord,
     amend,
     decode_comment,
@@ -59,15 +63,19 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40).map
     note=words,
     seed=st.integers(0, 2**63 - 1),
     text_cfg=st.floats(0, 100),
-    schedule=st.sampled_from(["linspace", "karras"]),
+    sampler=st.sampled_from(list(SAMPLER_NAMES)),
+    schedule=st.sampled_from(list(SCHEDULE_NAMES)),
 )
-def test_whatever_is_written_is_read_back(instruction, negative, model, note, seed, text_cfg, schedule):
+def test_whatever_is_written_is_read_back(
+    instruction, negative, model, note, seed, text_cfg, sampler, schedule
+):
     settings = SNOW.changed(
         instruction=instruction,
         negative=negative,
         model=model,
         seed=seed,
         text_cfg=text_cfg,
+        sampler=sampler,
         schedule=schedule,
         others={"Mask blur": note},
     )
@@ -130,6 +138,30 @@ Image CFG scale: 1.2"""
     assert (found.instruction, found.negative) == ("make it\nnight", "blurry,\ngrey")
     assert (found.sampler, found.schedule, found.size) == ("dpmpp_2m", "karras", (512, 768))
     assert found.others == {"Model hash": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "written"),
+    [
+        ("DPM++ 2M, Schedule type: Automatic", ("dpmpp_2m", "karras"), "Karras"),
+        ("DPM++ 2M", ("dpmpp_2m", "karras"), "Karras"),
+        ("DPM++ 2M, Schedule type: Uniform", ("dpmpp_2m", "linspace"), "Uniform"),
+        ("DPM++ 2M, Schedule type: Karras", ("dpmpp_2m", "karras"), "Karras"),
+        ("DPM++ 2M, Schedule type: Exponential", ("dpmpp_2m", "exponential"), "Exponential"),
+        ("DPM++ 2M Exponential", ("dpmpp_2m", "exponential"), "Exponential"),  # before 1.9
+        ("Euler a, Schedule type: Automatic", ("euler_ancestral", "linspace"), None),
+        ("Euler a, Schedule type: Uniform", ("euler_ancestral", "linspace"), None),
+        ("Euler, Schedule type: Karras", ("euler", "karras"), "Karras"),
+        ("Euler Karras", ("euler", "karras"), "Karras"),
+        ("Euler, Schedule type: SGM Uniform", ("euler", "trailing"), "SGM Uniform"),
+    ],
+)
+def test_schedules_mean_what_they_mean_in_a1111_both_ways(theirs, ours, written):
+    found = parse_infotext(TEXT.replace("Euler a", theirs))
+    assert (found.sampler, found.schedule) == ours
+    text = format_infotext(found)
+    assert parse_infotext(text) == found
+    assert re.findall(r"Schedule type: ([\w ]+)", text) == ([] if written is None else [written])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ _Body = TypeVar("_Body", bound=BaseModel)
 
 DType = Literal["auto", "fp32", "bf16", "fp16"]
 SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m", "lcm", "tcd"]
-ScheduleName = Literal["linspace", "karras", "trailing", "lcm"]
+ScheduleName = Literal["linspace", "karras", "exponential", "trailing", "lcm"]
 WeightSet = Literal["auto", "ema", "plain"]
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
@@ -617,7 +617,13 @@ class EditSettings(Settings):
         group=GUIDANCE,
         label="Schedule type",
         # A1111's "SGM Uniform" takes the times of trailing before they are rounded.
-        labels={"linspace": "Automatic", "karras": "Karras", "trailing": "SGM Uniform", "lcm": "LCM"},
+        labels={
+            "linspace": "Uniform",
+            "karras": "Karras",
+            "exponential": "Exponential",
+            "trailing": "SGM Uniform",
+            "lcm": "LCM",
+        },
         names={"a1111": "scheduler"},
         aliases=("spacing",),
     )

@@ -7,6 +7,7 @@ from ip2p.base.errors import ModelError
 from ip2p.diffusion.schedule import (
     Schedule,
     alpha_bar_from_config,
+    exponential_sigmas,
     karras_sigmas,
     linspace_sigmas,
     schedule_from_config,
@@ -47,7 +48,7 @@ def test_time_stays_within_training(schedule):
     assert schedule.time(torch.tensor(0.0)).item() == 0
 
 
-@pytest.mark.parametrize("spacing", [linspace_sigmas, karras_sigmas, trailing_sigmas])
+@pytest.mark.parametrize("spacing", [linspace_sigmas, karras_sigmas, exponential_sigmas, trailing_sigmas])
 @pytest.mark.parametrize("steps", [1, 2, 20, 1000])
 def test_sigmas_fall_from_the_largest_to_zero(schedule, spacing, steps):
     sigmas = spacing(schedule, steps)
@@ -73,6 +74,16 @@ def test_trailing_is_that_of_diffusers(train_steps, steps):
     ddim.set_timesteps(steps)
     times = schedule.time(sigmas[:-1].double())
     torch.testing.assert_close(times, ddim.timesteps.double(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 20])
+def test_exponential_is_that_of_diffusers(schedule, steps):
+    """Oracle: diffusers' EulerDiscreteScheduler, whose ends are those of its own times."""
+    from diffusers import EulerDiscreteScheduler
+
+    euler = EulerDiscreteScheduler.from_config(SD, use_exponential_sigmas=True, timestep_spacing="linspace")
+    euler.set_timesteps(steps)
+    torch.testing.assert_close(exponential_sigmas(schedule, steps), euler.sigmas, rtol=1e-5, atol=0)
 
 
 def test_two_steps_of_trailing_differ_from_one_where_linspace_has_its_last_at_no_noise(schedule):

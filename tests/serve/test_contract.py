@@ -48,6 +48,7 @@ def test_every_answer_is_a_declared_one(tmp_path):
             cwd=tmp_path,
             timeout=280,
         )
+        paths = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["paths"]
         assert server.service.stats().done > 0
     assert ran.returncode == 0, ran.stdout[-6000:]
-    assert "Tested: 21" in ran.stdout
+    assert f"Tested: {sum(map(len, paths.values()))}" in ran.stdout

@@ -303,7 +303,7 @@ def test_the_log_has_no_query_and_no_line_of_its_own(local, caplog):
     ask(local, "GET", "/v1/a%0Ab%1b?secret=1")
     (line,) = [record.getMessage() for record in caplog.records if record.name == "ip2p.serve.access"]
     assert "\n" not in line and "\x1b" not in line and "secret" not in line
-    assert set(json.loads(line)) == {"time", "method", "path", "status", "ms", "client"}
+    assert set(json.loads(line)) == {"time", "method", "path", "status", "ms", "client", "request"}
 
 
 @pytest.mark.parametrize(

@@ -36,16 +36,29 @@ def png():
     return to_bytes(Image.linear_gradient("L").resize((64, 64)).convert("RGB"))
 
 
+def data_url(png):
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def post(client, **body):
+    """An edit with a JSON body, which `images.edit` does not send."""
+    return client.post(
+        "/images/edits",
+        body={"prompt": "make it night", "num_inference_steps": 2, "seed": 7, **body},
+        cast_to=openai.types.ImagesResponse,
+    )
+
+
 def opened(image):
     return Image.open(io.BytesIO(base64.b64decode(image.b64_json)))
 
 
 def test_a_plain_edit(client, png):
-    told = client.images.edit(
+    made = client.images.edit(
         image=png, prompt="make it night", extra_body={"seed": 7, "num_inference_steps": 2}
     )
-    (image,) = told.data
-    assert opened(image).size == (64, 64) and told.size == "64x64" and told.output_format == "png"
+    (image,) = made.data
+    assert opened(image).size == (64, 64) and made.size == "64x64" and made.output_format == "png"
     settings = parse_infotext(opened(image).info["parameters"])
     assert (settings.instruction, settings.seed, settings.steps) == ("make it night", 7, 2)
 
@@ -58,34 +71,34 @@ def test_further_fields_of_the_body_are_the_models_settings(client, png):
         "image_guidance_scale": 1.25,
         "negative_prompt": "blurry",
     }
-    told = client.images.edit(image=png, prompt="x", model="fake", extra_body=extra, user="somebody")
-    settings = parse_infotext(opened(told.data[0]).info["parameters"])
+    made = client.images.edit(image=png, prompt="x", model="fake", extra_body=extra, user="somebody")
+    settings = parse_infotext(opened(made.data[0]).info["parameters"])
     assert (settings.steps, settings.text_cfg, settings.image_cfg) == (3, 4.5, 1.25)
     assert settings.negative == "blurry"
 
 
 def test_n_gives_as_many_with_seeds_of_their_own(client, png):
-    told = client.images.edit(image=png, prompt="x", n=3, extra_body={"num_inference_steps": 1})
-    seeds = [parse_infotext(opened(image).info["parameters"]).seed for image in told.data]
+    made = client.images.edit(image=png, prompt="x", n=3, extra_body={"num_inference_steps": 1})
+    seeds = [parse_infotext(opened(image).info["parameters"]).seed for image in made.data]
     assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
 
 
 def test_a_mask_is_edited_where_it_is_transparent(client, png):
     mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
-    told = client.images.edit(
+    made = client.images.edit(
         image=("a.png", png),
         mask=("mask.png", to_bytes(mask)),
         prompt="x",
         extra_body={"num_inference_steps": 2},
     )
-    made, before = opened(told.data[0]), Image.open(io.BytesIO(png))
+    made, before = opened(made.data[0]), Image.open(io.BytesIO(png))
     assert made.crop((0, 0, 32, 64)).tobytes() == before.crop((0, 0, 32, 64)).tobytes()
     assert made.crop((32, 0, 64, 64)).tobytes() != before.crop((32, 0, 64, 64)).tobytes()
 
 
 def test_size_and_format_are_those_asked_for(client, png):
-    told = client.images.edit(
+    made = client.images.edit(
         image=png,
         prompt="x",
         size="96x64",
@@ -93,15 +106,15 @@ def test_size_and_format_are_those_asked_for(client, png):
         output_compression=40,
         extra_body={"num_inference_steps": 1},
     )
-    made = opened(told.data[0])
-    assert (made.format, made.size, told.size) == ("JPEG", (96, 64), "96x64")
+    image = opened(made.data[0])
+    assert (image.format, image.size, made.size) == ("JPEG", (96, 64), "96x64")
 
 
 def test_an_address_can_be_asked_for_instead(client, png):
-    told = client.images.edit(
+    made = client.images.edit(
         image=png, prompt="x", response_format="url", extra_body={"num_inference_steps": 1}
     )
-    file = httpx.get(told.data[0].url, trust_env=False)
+    file = httpx.get(made.data[0].url, trust_env=False)
     assert file.headers["content-type"] == "image/png"
     assert Image.open(io.BytesIO(file.content)).size == (64, 64)
 
@@ -121,6 +134,21 @@ def test_a_stream_has_partial_pictures_and_ends_with_the_whole_one(client, png):
     assert 1 <= len(partial) <= 2
     assert [event.partial_image_index for event in partial] == list(range(len(partial)))
     assert opened(events[-1]).size == (64, 64) and events[-1].usage.total_tokens == 0
+
+
+def test_the_size_of_an_event_is_that_of_its_picture(client, png):
+    stream = client.images.edit(
+        image=png,
+        prompt="x",
+        size="512x384",  # previews are smaller
+        stream=True,
+        partial_images=1,
+        extra_body={"num_inference_steps": 12, "seed": 1},
+    )
+    sizes = {event.type: (event.size, "{}x{}".format(*opened(event).size)) for event in stream}
+    assert sizes["image_edit.completed"] == ("512x384", "512x384")
+    said, found = sizes["image_edit.partial_image"]
+    assert said == found != "512x384"
 
 
 def test_a_stream_of_several_ends_with_each(client, png):
@@ -167,20 +195,126 @@ def test_the_models_are_listed(client):
     ],
 )
 def test_an_error_is_what_its_client_knows(client, png, asked, kind, field, words):
-    with pytest.raises(kind) as told:
+    with pytest.raises(kind) as made:
         client.images.edit(**{"image": png, "prompt": "x", **asked})
-    body = told.value.body
+    body = made.value.body
     assert set(body) == {"message", "type", "param", "code"}
     assert body["param"] == field and words in body["message"] and field in body["message"]
 
 
-def test_two_pictures_are_refused_by_name(client, png):
-    with pytest.raises(openai.BadRequestError, match="image came 2 times"):
+def test_several_pictures_are_refused_by_name(client, png):
+    with pytest.raises(openai.BadRequestError, match="image has 2 pictures"):
         client.images.edit(image=[png, png], prompt="x")
+    one = {"image_url": data_url(png)}
+    with pytest.raises(openai.BadRequestError, match="images has 2 pictures") as refused:
+        post(client, images=[one, one])
+    assert refused.value.param == "images"
+    with pytest.raises(openai.BadRequestError, match="images has 2 pictures"):
+        post(client, images=[one], image=data_url(png))
+
+
+def test_a_json_body_has_its_picture_and_mask_as_data_urls(client, png):
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
+    made = post(client, images=[{"image_url": data_url(png)}], mask={"image_url": data_url(to_bytes(mask))})
+    form = client.images.edit(
+        image=png,
+        mask=to_bytes(mask),
+        prompt="make it night",
+        extra_body={"num_inference_steps": 2, "seed": 7},
+    )
+    assert opened(made.data[0]).tobytes() == opened(form.data[0]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "image is missing"),
+        ({"images": []}, "image is missing"),
+        ({"images": [{"file_id": "file-1"}]}, "images has file_id"),
+        ({"images": [{}]}, "images has no image_url"),
+        ({"images": [{"image_url": "https://a.example/a.png"}]}, "fetches nothing"),
+        ({"images": [{"image_url": "data:image/png,x"}]}, "data URL"),
+        ({"images": ["x"]}, "images is"),
+        ({"image": "a", "mask": {"file_id": "file-1"}}, "mask has file_id"),
+    ],
+)
+def test_a_picture_that_is_not_in_the_json_body_is_an_error(client, png, body, words):
+    if body.get("image"):
+        body = body | {"image": data_url(png)}
+    with pytest.raises(openai.BadRequestError, match=words):
+        post(client, **body)
+
+
+@pytest.mark.parametrize(
+    "unknown", [{"markup": "x"}, {"frame_count": 4}, {"svg": {"model": "x"}}, {"strength": 0.5}]
+)
+def test_a_field_that_would_change_the_result_is_refused_by_name(client, png, unknown):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.edit(image=png, prompt="x", extra_body=unknown)
+    assert next(iter(unknown)) in refused.value.body["message"]
+    with pytest.raises(openai.BadRequestError, match=next(iter(unknown))):
+        post(client, images=[{"image_url": data_url(png)}], **unknown)
+
+
+def test_what_is_only_approximated_is_a_warning(client, png):
+    usual = client.images.edit(
+        image=png, prompt="x", quality="auto", user="somebody", extra_body={"num_inference_steps": 1}
+    )
+    assert not [text for text in usual.warnings if "levels" in text or "cropped" in text]
+    made = client.images.edit(
+        image=png,
+        prompt="x",
+        quality="high",
+        input_fidelity="high",
+        size="96x64",
+        extra_body={"num_inference_steps": 1},
+    )
+    assert "quality has no levels here: num_inference_steps sets the quality." in made.warnings
+    assert any(text.startswith("input_fidelity") for text in made.warnings)
+    assert "size has another shape than the picture, which is cropped to 96x64." in made.warnings
+
+
+def test_a_transparent_background_is_never_ignored(client, png):
+    with pytest.raises(openai.BadRequestError, match="the picture is opaque") as refused:
+        client.images.edit(image=png, prompt="x", background="transparent")
+    assert refused.value.param == "background"
+    with pytest.raises(openai.BadRequestError, match="jpeg cannot hold"):
+        client.images.edit(image=png, prompt="x", background="transparent", output_format="jpeg")
+    with pytest.raises(openai.BadRequestError, match="auto, opaque, transparent"):
+        client.images.edit(image=png, prompt="x", background="pink")
+
+
+def test_an_opaque_background_of_a_cut_out_is_white(client):
+    cut_out = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    keep = to_bytes(Image.new("L", (64, 64), 0).convert("RGBA"))
+    mask = Image.open(io.BytesIO(keep))
+    mask.putpixel((0, 0), (0, 0, 0, 0))  # nothing else is edited
+    made = client.images.edit(
+        image=to_bytes(cut_out),
+        mask=to_bytes(mask),
+        prompt="x",
+        background="opaque",
+        extra_body={"num_inference_steps": 1},
+    )
+    image = opened(made.data[0])
+    assert made.background == "opaque" and image.mode == "RGB" and image.getpixel((60, 60)) == (255,) * 3
+
+
+def test_every_answer_has_a_request_id(client, png, caplog):
+    caplog.set_level("INFO", logger="ip2p.serve.access")
+    made = client.images.edit(image=png, prompt="x", extra_body={"num_inference_steps": 1})
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.edit(image=png, prompt=" ")
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.images.generate(prompt="x")
+    ids = [made._request_id, refused.value.request_id, missing.value.request_id]
+    assert all(ids) and len(set(ids)) == 3
+    until(lambda: all(id in caplog.text for id in ids))
 
 
 def test_a_mask_without_transparency_is_refused(client, png):
-    with pytest.raises(openai.BadRequestError, match="nothing transparent"):
+    with pytest.raises(openai.BadRequestError, match="no transparent area"):
         client.images.edit(image=png, mask=png, prompt="x")
     small = to_bytes(Image.new("RGBA", (32, 32)))
     with pytest.raises(openai.BadRequestError, match="mask is 32x32"):
@@ -188,6 +322,6 @@ def test_a_mask_without_transparency_is_refused(client, png):
 
 
 def test_what_is_not_served_is_not_found(client):
-    with pytest.raises(openai.NotFoundError) as told:
+    with pytest.raises(openai.NotFoundError) as made:
         client.images.generate(prompt="a cat")
-    assert "/docs" in told.value.body["message"]
+    assert "/docs" in made.value.body["message"]

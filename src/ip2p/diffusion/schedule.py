@@ -131,6 +131,14 @@ def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Float[Ten
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)]).float()
 
 
+def exponential_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
+    """Sigmas evenly spaced in log sigma from the schedule's largest to its smallest, then a zero."""
+    logs = torch.linspace(1, 0, steps, dtype=torch.float64)
+    return torch.cat(
+        [torch.lerp(schedule.levels[0].log(), schedule.levels[-1].log(), logs).exp(), torch.zeros(1)]
+    ).float()
+
+
 def lcm_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
     """sigma at the times at which LCM and TCD models were distilled, every 20th of 1000, then a zero.
 
@@ -160,6 +168,7 @@ def trailing_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_
 SPACINGS = {
     "linspace": linspace_sigmas,
     "karras": karras_sigmas,
+    "exponential": exponential_sigmas,
     "trailing": trailing_sigmas,
     "lcm": lcm_sigmas,
 }

@@ -25,7 +25,7 @@ class EditArguments(TypedDict, total=False):
     # working size of the model, in pixels; default: near the size it was trained at
     size: int | tuple[int, int] | None
     # noise schedule
-    schedule: Literal["linspace", "karras", "trailing", "lcm"] | None
+    schedule: Literal["linspace", "karras", "exponential", "trailing", "lcm"] | None
     # 0 to 1: reduce the contrast that high scales add
     text_cfg_rescale: float
     # use guidance only between these noise levels; 1 is the noisiest

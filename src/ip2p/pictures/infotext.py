@@ -53,6 +53,31 @@ def record_class(settings: type[EditSettings]) -> type[EditRecord]:
 
 SAMPLER_NAMES = meta_of(EditSettings.model_fields["sampler"]).labels
 SCHEDULE_NAMES = meta_of(EditSettings.model_fields["schedule"]).labels
+# What A1111's "Automatic" means with a sampler; with the others it is the model's schedule, "Uniform".
+AUTOMATIC = {"dpmpp_2m": "karras", "lcm": "lcm", "tcd": "lcm"}
+
+
+def read_sampler(sampler: str, schedule: str) -> tuple[str, str | None]:
+    """Our names of A1111's sampler and schedule, in any case, with "_" or " "; unknown names are unchanged.
+
+    A sampler of A1111 before 1.9 may end in the schedule: "DPM++ 2M Karras". The schedule is None where it is
+    empty or "Automatic" and the sampler is not in AUTOMATIC.
+    """
+
+    def plain(text: str) -> str:
+        return text.strip().lower().replace("_", " ").removeprefix("k ")
+
+    def ours(labels: Mapping[str, str]) -> dict[str, str]:
+        return {plain(text): name for name, label in labels.items() for text in (name, label)}
+
+    samplers, schedules = ours(SAMPLER_NAMES), ours(SCHEDULE_NAMES)
+    first, _, last = plain(sampler).rpartition(" ")
+    if plain(sampler) not in samplers and first in samplers and last in schedules:
+        sampler, schedule = first, last
+    sampler = samplers.get(plain(sampler), sampler)
+    if plain(schedule) in ("", "automatic"):
+        return sampler, AUTOMATIC.get(sampler)
+    return sampler, schedules.get(plain(schedule), schedule)
 
 
 def format_infotext(record: EditRecord) -> str:
@@ -71,7 +96,10 @@ def format_infotext(record: EditRecord) -> str:
             changed |= {f"{label} {k}": text for k, text in enumerate(value, 1)}
         elif meta_of(found).written != "changed":
             first[label] = _written(found, value)
-        elif value is not None and value not in (found.default, meta_of(found).fallback):
+        elif value is not None and (
+            value not in (found.default, meta_of(found).fallback)
+            or (name == "schedule" and record.sampler in AUTOMATIC)
+        ):
             changed[label] = _written(found, value)
     values = first | changed | dict(record.others)
     if record.version:
@@ -83,13 +111,8 @@ def format_infotext(record: EditRecord) -> str:
     return "\n".join(lines)
 
 
-def parse_infotext(
-    text: str, kind: type[EditRecord] = EditRecord, *, without: Collection[str] = ()
-) -> EditRecord:
-    """Read what `format_infotext` or A1111 wrote. Raises InputError where a setting is missing or bad.
-
-    without: names of settings whose values are not read, whatever they are.
-    """
+def split_infotext(text: str) -> tuple[str, str, dict[str, str]]:
+    """The instruction, the negative prompt and the fields of the last line. Raises InputError without one."""
     lines = text.strip().split("\n")
     found = {name: _unquoted(value.strip()) for name, value in FIELD.findall(lines[-1])}
     if len(lines) < 2 or "Steps" not in found:
@@ -99,10 +122,19 @@ def parse_infotext(
     start = next((i for i, line in enumerate(lines[:-1]) if i and line.startswith("Negative prompt:")), None)
     negative = "" if start is None else "\n".join(lines[start:-1]).removeprefix("Negative prompt:").strip()
     instruction = "\n".join(lines[: start if start is not None else -1]).strip()
-    # A1111 before 1.9 has the schedule in the sampler's name: "DPM++ 2M Karras".
-    sampler = found.get("Sampler", "")
-    if sampler.endswith(" Karras") and sampler not in SAMPLER_NAMES.values():
-        found |= {"Sampler": sampler.removesuffix(" Karras"), "Schedule type": "Karras"}
+    return instruction, negative, found
+
+
+def parse_infotext(
+    text: str, kind: type[EditRecord] = EditRecord, *, without: Collection[str] = ()
+) -> EditRecord:
+    """Read what `format_infotext` or A1111 wrote. Raises InputError where a setting is missing or bad.
+
+    without: names of settings whose values are not read, whatever they are.
+    """
+    instruction, negative, found = split_infotext(text)
+    sampler, schedule = read_sampler(found.pop("Sampler", ""), found.pop("Schedule type", ""))
+    found |= {name: text for name, text in (("Sampler", sampler), ("Schedule type", schedule)) if text}
     values: dict[str, Any] = {"instruction": instruction, "negative": negative}
     for name, field in kind.model_fields.items():
         meta = meta_of(field)
@@ -117,9 +149,7 @@ def parse_infotext(
                 texts.append(found.pop(numbered))
             values[name] = tuple(texts)
         elif meta.label in found:
-            words = {label: value for value, label in meta.labels.items()}
-            value = found.pop(meta.label)
-            values[name] = words.get(value, value)
+            values[name] = found.pop(meta.label)
         elif meta.written == "required":
             raise InputError(f"The settings lack {meta.label!r}. Give a picture made by ip2p.")
         elif name == "model":
@@ -154,14 +184,19 @@ def read_infotext(path: str | Path) -> str | None:
     path = Path(path)
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            text = image.info.get("parameters")
-            if isinstance(text, str):
-                return text
-            return decode_comment(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))
+            return infotext_of(image)
     except FileNotFoundError:
         raise missing_file(path) from None
     except Exception as error:  # as in images.load_image: decoders raise anything
         raise InputError(f"{path} cannot be read ({error}). Give a PNG, JPEG or WebP file.") from None
+
+
+def infotext_of(image: Image.Image) -> str | None:
+    """The infotext of an opened file, or None."""
+    text = image.info.get("parameters")
+    if isinstance(text, str):
+        return text
+    return decode_comment(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))
 
 
 def decode_comment(comment: bytes | str | None) -> str | None:
@@ -204,6 +239,6 @@ def _unquoted(value: str) -> str:
     if not value.startswith('"'):
         return value
     try:
-        return str(json.loads(value))
+        return str(json.loads(value)).encode(errors="replace").decode()  # JSON may hold lone surrogates
     except json.JSONDecodeError:
         return value

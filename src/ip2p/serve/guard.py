@@ -88,7 +88,7 @@ class Guard:
             allow_origins=config.allow_origin,
             allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("Authorization", "Content-Type", "X-API-Key"),
-            expose_headers=("Location", "Retry-After"),
+            expose_headers=("Location", "Retry-After", "X-Request-Id"),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +100,9 @@ class Guard:
             return
         headers, began = headers_of(scope), time.perf_counter()
         scope.setdefault("state", {})["client"] = "-"
-        reply = _Reply(send, {**OWN_HEADERS, "content-security-policy": policy_of(scope["path"])})
+        scope["state"]["request"] = request = secrets.token_hex(12)
+        named = {"content-security-policy": policy_of(scope["path"]), "x-request-id": request}
+        reply = _Reply(send, OWN_HEADERS | named)
         if self.origins:
             reply.headers["vary"] = "Origin"
         try:
@@ -219,6 +221,7 @@ class Guard:
             "status": status,
             "ms": round((time.perf_counter() - began) * 1000, 1),
             "client": scope["state"]["client"],
+            "request": scope["state"]["request"],
         }
         log.info("%s", json.dumps(record, ensure_ascii=True))
 

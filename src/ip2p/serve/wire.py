@@ -41,6 +41,7 @@ MAX_FIELDS, MAX_FILES = 100, 16
 DEEPEST = 20  # lists and objects within each other in a field
 QUALITY = 95
 RANDOM_SEEDS = 2**32
+URL_SAFE = str.maketrans("-_", "+/")
 # What OpenAPI says of a picture in a body.
 PICTURE_SCHEMA = {"type": "string", "format": "picture"}
 
@@ -151,7 +152,7 @@ def request_body(kind: type[BaseModel], *, forms: bool = True) -> dict[str, Any]
 
 def let_go(request: Request, body: BaseModel) -> None:
     """Drop a body's pictures and tell the guard so: others may send theirs."""
-    for name in {"image", "init_images", "mask", "control_image"} & set(type(body).model_fields):
+    for name in {"image", "images", "init_images", "mask", "control_image"} & set(type(body).model_fields):
         setattr(body, name, None)
     request.scope["state"]["let_go"]()
 
@@ -227,7 +228,7 @@ async def submitted(
 
 
 def from_base64(text: str, name: str) -> bytes:
-    """The bytes of base64, or of a data URL. Raises SettingError."""
+    """The bytes of base64, URL-safe or not, padded or not, or of a data URL. Raises SettingError."""
     if re.match(r"https?:", text, re.IGNORECASE):
         raise SettingError(
             f"{name} is an address; this server fetches nothing. Send the picture itself.", field=name
@@ -239,7 +240,8 @@ def from_base64(text: str, name: str) -> bytes:
                 f"{name} is a data URL without base64. Write data:image/png;base64,…", field=name
             )
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        text = "".join(text.split()).translate(URL_SAFE)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise SettingError(
             f"{name} is neither base64 nor a data URL. Encode the picture's file.", field=name

@@ -1,12 +1,15 @@
-"""AUTOMATIC1111's `/sdapi/v1`, as far as it edits pictures by instruction, for the clients that speak it."""
+"""The part of AUTOMATIC1111's `/sdapi/v1` that its clients need to edit pictures by instruction."""
 
 from __future__ import annotations
 
 import datetime
 import functools
+import io
 import json
+import os
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -15,7 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticUndefined
 
 from ip2p import __version__
-from ip2p.pictures.infotext import SAMPLER_NAMES, SCHEDULE_NAMES, parse_infotext
+from ip2p.base.errors import InputError
+from ip2p.pictures.infotext import (
+    AUTOMATIC,
+    SAMPLER_NAMES,
+    SCHEDULE_NAMES,
+    infotext_of,
+    parse_infotext,
+    read_sampler,
+    split_infotext,
+)
 from ip2p.serve import wire
 from ip2p.serve.errors import Refusal, declared_errors
 from ip2p.serve.faces.native import OptionalPicture
@@ -32,7 +44,7 @@ from ip2p.settings import (
     voice_of,
 )
 
-CLIENTS = 1000  # whose choice of a model, and the id of whose last edit, is remembered
+CLIENTS = 1000  # remember the model and the last edit of so many
 RESIZE_MODES: tuple[Literal["stretch", "crop", "pad"], ...] = ("stretch", "crop", "pad")
 TEXT_CFG, IMAGE_CFG = 7.0, 1.0  # what null means to its clients
 PICTURES = ("init_images", "mask", "control_image")
@@ -40,34 +52,76 @@ InitImages = Annotated[
     list[str],
     WithJsonSchema({"type": "array", "items": wire.PICTURE_SCHEMA, "minItems": 1, "maxItems": 1}),
 ]
+# Fields without an effect on the picture, here or there.
+HARMLESS = {
+    "do_not_save_samples",
+    "do_not_save_grid",
+    "force_task_id",
+    "override_settings_restore_afterwards",
+    "save_images",
+    "script_args",  # of `script_name`, which is refused
+    "subseed",  # has an effect with subseed_strength only
+}
+# The values at which other fields and options mean what is done here. By default those of OFF.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "denoising_strength": (1,),
+    "eta": (1,),
+    "initial_noise_multiplier": (1,),
+    "inpainting_fill": (1,),  # the masked region begins as it is
+    "mask_blur_x": (4,),
+    "mask_blur_y": (4,),
+    "mask_round": (True,),
+    "s_noise": (1,),
+    "seed_resize_from_h": (0, -1),
+    "seed_resize_from_w": (0, -1),
+    "CLIP_stop_at_last_layers": (1,),
+    "samples_format": ("png",),
+    "sd_vae": ("Automatic", "None"),
+}
+OFF: tuple[Any, ...] = (0, False, "", [], {})
+# What clients ask for when they start, and there is nothing to list.
+EMPTY: dict[str, Any] = {
+    "upscalers": [dict.fromkeys(("model_name", "model_path", "model_url")) | {"name": "None", "scale": 1}],
+    "latent-upscale-modes": [],
+    "loras": [],
+    "sd-vae": [],
+    "hypernetworks": [],
+    "face-restorers": [],
+    "realesrgan-models": [],
+    "prompt-styles": [],
+    "embeddings": {"loaded": {}, "skipped": {}},
+    "script-info": [],
+    "extensions": [],
+    "cmd-flags": {"api": True},
+}
 
 
 class Img2Img(BaseModel):
-    """Its fields that have a meaning here, and the settings of an edit that it lacks. Others are ignored,
-    but for scripts, which would be missed."""
+    """Its fields that have a meaning here, and the settings of an edit that it lacks. `info.warnings` names
+    other fields that would change the picture; scripts are refused."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     init_images: InitImages = Field(description="one picture, as base64 or data URL")
     mask: OptionalPicture = Field(None, description="white is edited")
     control_image: OptionalPicture = Field(None, description="a picture for the model's ControlNet")
     seed: int | None = Field(
         -1,
-        description="the first result's; -1: drawn",
+        description="of the first result; -1: random",
         json_schema_extra={"minimum": -1, "maximum": MAX_SEED},
     )
     sampler_name: str | None = Field(None, description="a name of GET /sdapi/v1/samplers")
     sampler_index: str | None = Field(None, description="the same, in older clients")
     scheduler: str | None = Field(None, description="a name of GET /sdapi/v1/schedulers")
-    width: int | None = Field(None, description="of the results; unless given the picture's own")
-    height: int | None = Field(None, description="of the results; unless given the picture's own")
+    width: int | None = Field(None, description="of the results; default: the picture's")
+    height: int | None = Field(None, description="of the results; default: the picture's")
     resize_mode: int = Field(0, description="to width and height: 0 stretch, 1 crop, 2 fill")
     inpainting_mask_invert: int | bool = Field(0, description="1: black is edited")
-    inpaint_full_res: bool = Field(True, description="the model sees the masked part alone, at its full size")
-    inpaint_full_res_padding: int = Field(0, description="pixels around it that the model sees too")
+    inpaint_full_res: bool = Field(True, description="the model sees only the masked part, at its full size")
+    inpaint_full_res_padding: int = Field(0, description="pixels around the mask that the model sees too")
     override_settings: dict[str, Any] | None = Field(None, description="sd_model_checkpoint: the model")
-    script_name: str | None = Field(None, description="there are none")
-    alwayson_scripts: dict[str, Any] | None = Field(None, description="there are none")
+    script_name: str | None = Field(None, description="refused: there are no scripts")
+    alwayson_scripts: dict[str, Any] | None = Field(None, description="refused unless disabled or empty")
     include_init_images: bool = False
     send_images: bool = True
 
@@ -75,17 +129,27 @@ class Img2Img(BaseModel):
 class Img2ImgAnswer(BaseModel):
     images: list[str]
     parameters: dict[str, Any]
-    info: str = Field(description="JSON of what the pictures were made with; its warnings are in it")
+    info: str = Field(description="JSON of the settings, with a list of warnings")
+
+
+class PngInfo(BaseModel):
+    image: Annotated[str, WithJsonSchema(wire.PICTURE_SCHEMA)] = Field(description="a PNG, JPEG or WebP file")
+
+
+class PngInfoAnswer(BaseModel):
+    info: str = Field(description="the infotext of the file, or an empty text")
+    items: dict[str, str] = Field(description="other texts in the file")
+    parameters: dict[str, str] = Field(description="the fields of the infotext")
 
 
 class Options(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     sd_model_checkpoint: str | None = Field(None, description="a title of GET /sdapi/v1/sd-models")
 
 
 def img2img_body(limits: Limits) -> type[Img2Img]:
-    """The body of an edit: its fields and every setting, within a server's limits."""
+    """The body of an edit: the fields of `Img2Img` and every setting, within a server's limits."""
 
     class Bounded(Img2Img):
         batch_size: int | None = Field(1, ge=1, le=limits.count, description="results, times n_iter")
@@ -97,13 +161,13 @@ def img2img_body(limits: Limits) -> type[Img2Img]:
         "a1111",
         settings=limited_settings(limits),
         defaults={"instruction": PydanticUndefined, "text_cfg": TEXT_CFG},
-        leave_out=("size",),  # the picture's own is what the model sees, scaled by width and height
+        leave_out=("size",),  # width and height scale the picture, and the model works at its size
         nullable=True,
     )
 
 
 class _Memory:
-    """One text for each client: of the clients, the latest CLIENTS."""
+    """One text for each of the latest CLIENTS clients."""
 
     def __init__(self) -> None:
         self._texts: OrderedDict[str, str] = OrderedDict()
@@ -142,22 +206,23 @@ def router(desk: Desk) -> APIRouter:
     )
     async def img2img(request: Request) -> Img2ImgAnswer:
         client = wire.caller_of(request)
-        service.check_room(client)  # before anything is read: a refusal costs nothing
+        service.check_room(client)  # before the body is read, so that a refusal is cheap
         body: Any = await wire.read_body(request, kind, desk, voice_of("a1111"))
         name = (body.override_settings or {}).get("sd_model_checkpoint")
         model = model_of(client) if name is None else known_model(str(name))
         count = _check_body(body, service.limits.count)
-        edit_of = functools.partial(_edit_of, desk, body, model, count)
+        ignored = _ignored(_unknown_fields(body))
+        edit_of = functools.partial(_edit_of, desk, body, model, count, ignored)
         edit, job = await wire.submitted(desk, client, edit_of)
         latest.put(client, job.id)
         echo = body.model_dump(exclude=set(PICTURES))
-        if body.include_init_images:  # then they are held, and count
+        if body.include_init_images:  # the pictures stay in memory and count against the limit
             echo |= {field: getattr(body, field) for field in PICTURES}
         else:
             wire.let_go(request, body)
         try:
             await wire.finished(desk, request, job)
-        except Refusal:  # interrupted: its clients want what there is, and no error
+        except Refusal:  # interrupted: clients expect the finished results, not an error
             if job.state != "cancelled":
                 raise
         images = [await desk.by_hand(wire.PNG.base64, result.image) for result in job.results]
@@ -167,13 +232,21 @@ def router(desk: Desk) -> APIRouter:
             info=json.dumps(_info(body, edit, job)),
         )
 
+    @routes.post(
+        "/png-info",
+        summary="Read the settings in a picture's file",
+        openapi_extra=wire.request_body(PngInfo, forms=False),
+    )
+    async def read_png_info(request: Request) -> PngInfoAnswer:
+        body = await wire.read_body(request, PngInfo, desk)
+        return await desk.by_hand(_png_info, body.image)
+
     @routes.get("/options", summary="The model that this client has chosen")
     async def read_options(request: Request) -> dict[str, Any]:
-        return {
-            "sd_model_checkpoint": model_of(wire.caller_of(request)),
-            "samples_format": "png",
-            "CLIP_stop_at_last_layers": 1,
+        fixed = {
+            name: NEUTRAL_VALUES[name][0] for name in ("CLIP_stop_at_last_layers", "samples_format", "sd_vae")
         }
+        return {"sd_model_checkpoint": model_of(wire.caller_of(request)), **fixed}
 
     @routes.post(
         "/options",
@@ -184,7 +257,8 @@ def router(desk: Desk) -> APIRouter:
         body = await wire.read_body(request, Options, desk)
         if body.sd_model_checkpoint is not None:
             chosen.put(wire.caller_of(request), known_model(body.sd_model_checkpoint))
-        return {}
+        warnings = _ignored(body.model_extra or {})
+        return {"warnings": warnings} if warnings else {}
 
     @routes.get("/sd-models", summary="The models that are served")
     async def list_models() -> list[dict[str, Any]]:
@@ -194,7 +268,14 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get("/samplers", summary="The samplers")
     async def list_samplers() -> list[dict[str, Any]]:
-        return [{"name": label, "aliases": [name], "options": {}} for name, label in SAMPLER_NAMES.items()]
+        return [
+            {
+                "name": label,
+                "aliases": [name, f"k_{name}"],
+                "options": {"scheduler": AUTOMATIC[name]} if name in AUTOMATIC else {},
+            }
+            for name, label in SAMPLER_NAMES.items()
+        ]
 
     @routes.get("/schedulers", summary="The noise schedules")
     async def list_schedulers() -> list[dict[str, Any]]:
@@ -206,14 +287,30 @@ def router(desk: Desk) -> APIRouter:
                 "default_rho": 7.0 if name == "karras" else -1.0,
                 "need_inner_model": False,
             }
-            for name, label in SCHEDULE_NAMES.items()
+            for name, label in {"automatic": "Automatic", **SCHEDULE_NAMES}.items()
         ]
 
-    @routes.get("/scripts", summary="There are none")
+    @routes.get("/scripts", summary="No scripts")
     async def list_scripts() -> dict[str, list[str]]:
         return {"txt2img": [], "img2img": []}
 
-    @routes.get("/progress", summary="How this client's newest edit stands")
+    @routes.get("/memory", summary="Free and used memory, in bytes")
+    async def read_memory() -> dict[str, dict[str, Any]]:
+        return _memory()
+
+    def constant(value: Any) -> Callable[[], Any]:
+        return lambda: value
+
+    for name, value in EMPTY.items():
+        routes.add_api_route(
+            f"/{name}", constant(value), summary=f"No {name}", response_model=None, name=f"list {name}"
+        )
+
+    @routes.post("/refresh-checkpoints", summary="Nothing to do: the models are fixed when the server starts")
+    async def refresh_checkpoints() -> dict[str, Any]:
+        return {}
+
+    @routes.get("/progress", summary="The progress of this client's newest edit")
     async def read_progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
         job = service.job(latest.get(wire.caller_of(request)))
         picture: str | None = None
@@ -223,6 +320,8 @@ def router(desk: Desk) -> APIRouter:
                 picture = await desk.by_hand(wire.PNG.base64, preview)
         return _progress(job, picture)
 
+    # Results are made together, so that one alone cannot be skipped.
+    @routes.post("/skip", summary="The same as interrupt")
     @routes.post("/interrupt", summary="Stop this client's newest edit, within a step")
     async def interrupt(request: Request) -> dict[str, Any]:
         service.cancel(latest.get(wire.caller_of(request)))
@@ -232,15 +331,20 @@ def router(desk: Desk) -> APIRouter:
 
 
 def _check_body(body: Any, most: int) -> int:
-    """How many results are asked for. Raises SettingError for what is not done here, before any picture is
-    read; at most `most` results are."""
-    for name, scripts in (("script_name", body.script_name), ("alwayson_scripts", body.alwayson_scripts)):
-        if scripts:
-            called = scripts if isinstance(scripts, str) else ", ".join(scripts)
-            raise SettingError(f"{name} asks for {called[:80]!r}; there are no scripts here.", field=name)
+    """The number of results. Raises SettingError, before any picture is read, for what cannot be done."""
+    scripts = {name: value for name, value in (body.alwayson_scripts or {}).items() if not _is_off(value)}
+    chosen = (body.script_name or "").strip()
+    for field, name in (
+        ("script_name", "" if chosen.lower() == "none" else chosen),
+        ("alwayson_scripts", ", ".join(scripts)),
+    ):
+        if name:
+            raise SettingError(
+                f"{field} asks for {name[:80]!r}; there are no scripts here. Leave it out.", field=field
+            )
     if len(body.init_images) != 1:
         raise SettingError(
-            f"init_images has {len(body.init_images)} pictures; one is edited at a time. Send one.",
+            f"init_images has {len(body.init_images)} pictures; send one. Each request edits one picture.",
             field="init_images",
         )
     batches, each = body.n_iter or 1, body.batch_size or 1
@@ -253,7 +357,40 @@ def _check_body(body: Any, most: int) -> int:
     return int(batches * each)
 
 
-async def _edit_of(desk: Desk, body: Any, model: str, count: int, opened: Opened) -> EditRequest:
+def _is_off(script: Any) -> bool:
+    """Whether an always-on script does nothing: no arguments, a first one of false, or disabled units."""
+    units = script.get("args") if isinstance(script, dict) else script
+    if not units or not isinstance(units, list):
+        return not units
+    return units[0] is False or all(
+        not unit or (isinstance(unit, dict) and unit.get("enabled") is False) for unit in units
+    )
+
+
+def _unknown_fields(body: Any) -> dict[str, Any]:
+    """Take the fields and options that `Img2Img` lacks out of a body; they may be as large as pictures."""
+    fields = dict(body.model_extra)
+    body.model_extra.clear()
+    if not body.mask:
+        fields.pop("inpainting_fill", None)
+    options = dict(body.override_settings or {})
+    options.pop("sd_model_checkpoint", None)
+    return fields | options
+
+
+def _ignored(fields: Mapping[str, Any]) -> list[str]:
+    """A warning that names the fields that would change the picture in A1111 and do nothing here."""
+    named = [
+        name[:60]
+        for name, value in fields.items()
+        if name not in HARMLESS and value not in (None, *NEUTRAL_VALUES.get(name, OFF))
+    ]
+    return [f"These fields have no effect here: {', '.join(named[:30])}."] if named else []
+
+
+async def _edit_of(
+    desk: Desk, body: Any, model: str, count: int, ignored: list[str], opened: Opened
+) -> EditRequest:
     """The edit that a body asks for. Raises SettingError and Refusal."""
     limits = desk.service.limits
     sampler, schedule = _sampler(body)
@@ -261,7 +398,7 @@ async def _edit_of(desk: Desk, body: Any, model: str, count: int, opened: Opened
     mask = None
     if body.mask:
         mask = await opened.mask(body.mask, "mask")
-        if mask.size != picture.size:  # as there, whose clients rely on it
+        if mask.size != picture.size:  # A1111 scales it too
             mask = mask.resize(picture.size, Image.Resampling.NEAREST)
         if body.inpainting_mask_invert:
             mask = mask.point(lambda value: 255 - value)
@@ -286,7 +423,7 @@ async def _edit_of(desk: Desk, body: Any, model: str, count: int, opened: Opened
         seed=0,
         size=None,
         mask=mask,
-        # Without it the model sees the whole picture, at its own size.
+        # Without inpaint_full_res the model sees the whole picture.
         mask_padding=body.inpaint_full_res_padding if body.inpaint_full_res else MAX_SIZE,
         feather=None if mask is None else body.mask_blur,
         control_image=body.control_image and await opened.picture(body.control_image, "control_image"),
@@ -297,7 +434,7 @@ async def _edit_of(desk: Desk, body: Any, model: str, count: int, opened: Opened
         seeds=wire.seeds_of(body.seed, count, limits.count, "batch_size"),
         model=model,
         previews=min(5, limits.steps),
-        warnings=tuple(opened.warnings),
+        warnings=(*opened.warnings, *ignored),
     )
 
 
@@ -312,32 +449,54 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _sampler(body: Any) -> tuple[str | None, str | None]:
-    """Our names of the sampler and the schedule; older clients write both into one name.
-
-    None is the model's own: no sampler, and no schedule or "Automatic".
-    """
-    samplers = {label.lower(): name for name, label in SAMPLER_NAMES.items()}
-    schedules = {label.lower(): name for name, label in SCHEDULE_NAMES.items()}
-    for names in (samplers, schedules):
-        names |= {name: name for name in names.values()}
-    schedules |= {"uniform": "linspace"}
-    sampler = (body.sampler_name or body.sampler_index or "").strip().lower()
-    schedule = (body.scheduler or "automatic").strip().lower().replace("_", " ")
-    if sampler not in samplers and sampler.endswith(" karras"):
-        sampler, schedule = sampler.removesuffix(" karras"), "karras"
-    for field, given, names, labels in (
-        ("sampler_name", sampler, samplers, SAMPLER_NAMES),
-        ("scheduler", schedule, schedules, SCHEDULE_NAMES),
+    """Our names of the sampler and the schedule. None: the model's."""
+    sampler, schedule = read_sampler(body.sampler_name or body.sampler_index or "", body.scheduler or "")
+    for field, found, labels in (
+        ("sampler_name", sampler, SAMPLER_NAMES),
+        ("scheduler", schedule, SCHEDULE_NAMES),
     ):
-        if given and given not in names:
+        if found and found not in labels:
             raise SettingError(
-                f"{field} is {given[:60]!r}; use one of {', '.join(labels.values())}.", field=field
+                f"{field} is {found[:60]!r}; use one of {', '.join(labels.values())}.", field=field
             )
-    return samplers.get(sampler), None if schedule == "automatic" else schedules[schedule]
+    return sampler or None, schedule
+
+
+def _png_info(picture: str) -> PngInfoAnswer:
+    """The settings in a file. Raises SettingError for a file that is not PNG, JPEG or WebP."""
+    data = wire.from_base64(picture, "image")
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:  # reads no pixels
+            text = infotext_of(opened) or ""
+            items = {str(name): value for name, value in opened.info.items() if isinstance(value, str)}
+    except Exception:  # Pillow's decoders raise many kinds
+        raise SettingError("image is not a PNG, JPEG or WebP file. Send one.", field="image") from None
+    items.pop("parameters", None)
+    try:
+        instruction, negative, fields = split_infotext(text)
+    except InputError:
+        return PngInfoAnswer(info=text, items=items, parameters={})
+    parameters = {"Prompt": instruction, "Negative prompt": negative, **fields}
+    return PngInfoAnswer(info=text, items=items, parameters=parameters)
+
+
+def _memory() -> dict[str, dict[str, Any]]:
+    """Free and used bytes of the machine and of the first CUDA device, as A1111 reports them."""
+    import torch
+
+    from ip2p.models.memory import free_ram
+
+    def record(free: int, total: int) -> dict[str, int]:
+        return {"free": free, "used": total - free, "total": total}
+
+    unknown, free = {"error": "unavailable"}, free_ram()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is not None else 0
+    cuda = {"system": record(*torch.cuda.mem_get_info())} if torch.cuda.is_available() else unknown
+    return {"ram": unknown if free is None else record(free, total), "cuda": cuda}
 
 
 def _progress(job: Job | None, picture: str | None) -> dict[str, Any]:
-    """How an edit stands, in its clients' words."""
+    """The progress of an edit, as A1111 reports it."""
     going = job is not None and job.active
     step, steps = (job.step, job.steps) if job is not None and going else (0, 0)
     return {
@@ -360,7 +519,7 @@ def _progress(job: Job | None, picture: str | None) -> dict[str, Any]:
 
 
 def _info(body: Any, edit: EditRequest, job: Job) -> dict[str, Any]:
-    """What stands beside the pictures as JSON in a string."""
+    """The `info` of an answer, as A1111's clients read it, with our warnings."""
     made = parse_infotext(job.results[0].parameters) if job.results else edit.settings.resolved()
     settings, seeds = edit.settings, list(edit.seeds)
     return {
@@ -385,7 +544,7 @@ def _info(body: Any, edit: EditRequest, job: Job) -> dict[str, Any]:
         "sd_model_name": job.model,
         "sd_model_hash": None,
         "denoising_strength": None,
-        "extra_generation_params": {},
+        "extra_generation_params": {"Schedule type": SCHEDULE_NAMES[str(made.schedule)]},
         "index_of_first_image": 0,
         "infotexts": [result.parameters for result in job.results],
         "styles": [],

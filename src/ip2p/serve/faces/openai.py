@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/images/edits`, for the clients that speak it."""
+"""OpenAI's `/v1/images/edits`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticUndefined
 
+from ip2p.pictures.images import flattened
 from ip2p.serve import wire
 from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
 from ip2p.serve.faces.native import EVENTS, OptionalPicture, check_model
@@ -31,7 +32,7 @@ from ip2p.settings import (
 )
 
 PATH = "/v1/images/edits"
-# There are no tokens here; its clients read the numbers all the same.
+# There are no tokens here, but clients read the numbers.
 USAGE = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -43,29 +44,57 @@ IMAGE_SCHEMA = {
 }
 
 
+# A picture in a JSON body: image_url has a data URL; file_id is refused.
+REFERENCE_SCHEMA = {
+    "type": "object",
+    "properties": {"image_url": wire.PICTURE_SCHEMA},
+    "required": ["image_url"],
+    "additionalProperties": False,
+}
+Reference = dict[str, str | None]
+# Fields that are only approximated, the values that need no warning, and what sets it here.
+APPROXIMATED = {
+    "quality": (("auto", "standard"), "num_inference_steps sets the quality"),
+    "input_fidelity": ((), "image_guidance_scale sets how much of the picture is kept"),
+    "complexity": ((), "num_inference_steps sets the computation"),
+}
+
+
 class ImagesEdit(BaseModel):
-    """OpenAI's fields and, as further fields of a body, the settings of an edit. Others are ignored."""
+    """OpenAI's fields and, as further fields, the settings of an edit. Unknown fields are refused."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
 
-    image: Annotated[bytes | str | list[bytes | str], WithJsonSchema(IMAGE_SCHEMA)] = Field(
-        description="the picture; one alone"
+    image: Annotated[bytes | str | list[bytes | str] | None, WithJsonSchema(IMAGE_SCHEMA)] = Field(
+        None, description="the picture; only one"
     )
-    mask: OptionalPicture = Field(None, description="PNG of the same size: what is transparent is edited")
-    model: str | None = Field(
-        None, description="a name of GET /v1/models; the first of them if none is given"
+    images: Annotated[
+        list[Reference] | None, WithJsonSchema({"type": "array", "items": REFERENCE_SCHEMA, "maxItems": 1})
+    ] = Field(None, description="the picture in a JSON body; only one")
+    mask: Annotated[
+        bytes | str | Reference | None,
+        WithJsonSchema({"anyOf": [wire.PICTURE_SCHEMA, REFERENCE_SCHEMA, {"type": "null"}]}),
+    ] = Field(None, description="PNG of the same size: transparent areas are edited")
+    background: Literal["auto", "opaque", "transparent"] | None = Field(
+        None, description="auto keeps the picture's transparency; transparent needs a picture that has some"
     )
-    size: str | None = Field(None, description="of the results, as 512x512; auto: the picture's own")
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json unless given")
-    output_format: Format | None = Field(None, description="png unless given")
+    quality: str | None = Field(None, description="has no effect; use num_inference_steps")
+    input_fidelity: str | None = Field(None, description="has no effect; use image_guidance_scale")
+    complexity: str | None = Field(None, description="has no effect; use num_inference_steps")
+    user: str | None = Field(None, description="has no effect")
+    safety_identifier: str | None = Field(None, description="has no effect")
+    model: str | None = Field(None, description="a name of GET /v1/models; default: the first")
+    size: str | None = Field(None, description="of the results, as 512x512; auto: the picture's")
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="default: b64_json")
+    output_format: Format | None = Field(None, description="default: png")
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
     stream: bool | None = Field(None, description="report partial pictures and the results as events")
     partial_images: int | None = Field(
-        None, ge=0, le=3, description="with stream: at most so many before the end"
+        None, ge=0, le=3, description="with stream: maximum number of partial pictures"
     )
     seed: int | None = Field(
         None,
-        description="the first result's seed; drawn unless given",
+        description="seed of the first result; default: random",
         json_schema_extra={"minimum": -1, "maximum": MAX_SEED},
     )
     control_image: OptionalPicture = Field(None, description="a picture for the model's ControlNet")
@@ -77,7 +106,7 @@ class ImageData(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """OpenAI's answer, and warnings beside it."""
+    """OpenAI's answer, with warnings."""
 
     created: int
     data: list[ImageData]
@@ -86,18 +115,18 @@ class ImagesAnswer(BaseModel):
     output_format: Format
     quality: str
     size: str
-    warnings: list[str] = Field(description="what to know about the picture, the words and the results")
+    warnings: list[str] = Field(description="what was approximated, and notes on the picture and the words")
 
 
 def images_body(limits: Limits) -> type[ImagesEdit]:
-    """The body of an edit: OpenAI's fields and every setting, within a server's limits."""
+    """The body of an edit: the fields of `ImagesEdit` and every setting, within a server's limits."""
 
     class Bounded(ImagesEdit):
-        n: int | None = Field(None, ge=1, le=limits.count, description="how many results; 1 unless given")
+        n: int | None = Field(None, ge=1, le=limits.count, description="number of results; default: 1")
 
     Bounded.__name__, Bounded.__doc__ = "ImagesEdit", ImagesEdit.__doc__
     required = {"instruction": PydanticUndefined}
-    # Its `size` is that of the results.
+    # `size` is that of the results here, not the working size.
     return interface_body(
         Bounded, "openai", settings=limited_settings(limits), defaults=required, nullable=True
     )
@@ -110,14 +139,14 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.post(
         PATH,
-        summary="Edit a picture, as OpenAI's clients ask",
+        summary="Edit a picture with OpenAI's client",
         openapi_extra=wire.request_body(kind),
         response_model=None,
         responses={200: {"model": ImagesAnswer, "content": EVENTS}},
     )
     async def edit_images(request: Request) -> Response:
         client = wire.caller_of(request)
-        service.check_room(client)  # before anything is read: a refusal costs nothing
+        service.check_room(client)  # before the body is read, so that a refusal is cheap
         body: Any = await wire.read_body(request, kind, desk, voice_of("openai"))
         encoding = Encoding(body.output_format or "png", _quality(body))
         edit_of = functools.partial(_edit_of, desk, body)
@@ -127,7 +156,7 @@ def router(desk: Desk) -> APIRouter:
             return wire.event_stream(desk, job, _events(desk, job, encoding, body.partial_images or 0))
         await wire.finished(desk, request, job)
         data = []
-        about = _about(job, encoding)
+        about = _about(job.results[0].image, encoding)
         if body.response_format == "url":
             for kept in await desk.by_hand(service.keep, job, encoding):
                 data.append({"url": str(request.base_url.replace(path=f"/v1/files/{kept.file}"))})
@@ -144,18 +173,21 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
     """The edit that a body asks for. Raises SettingError and Refusal."""
     limits = desk.service.limits
     check_model(body.model, desk.service.models)
-    pictures = body.image if isinstance(body.image, list) else [body.image]
-    if len(pictures) != 1:
-        raise SettingError(
-            f"image came {len(pictures)} times; this model edits one picture at a time. Send one.",
-            field="image",
-        )
-    picture = await opened.picture(pictures[0], "image")
-    mask = None if body.mask is None else await opened.mask(body.mask, "mask", edit="transparent")
+    warnings = [
+        f"{name} has no levels here: {words}."
+        for name, (usual, words) in APPROXIMATED.items()
+        if getattr(body, name) not in (None, *usual)
+    ]
+    picture = await _picture(body, opened)
+    mask = None
+    if body.mask is not None:
+        mask = await opened.mask(_content(body.mask, "mask"), "mask", edit="transparent")
     if mask is not None:
         _check_mask(mask, picture)
     if body.size not in (None, "", "auto"):
         size = _result_size(body.size, desk.config.max_pixels)
+        if abs(picture.width * size[1] - picture.height * size[0]) > max(*size, *picture.size):
+            warnings.append(f"size has another shape than the picture, which is cropped to {body.size}.")
         picture = await desk.by_hand(wire.sized, picture, size, "crop")
         mask = mask and await desk.by_hand(wire.sized, mask, size, "crop")
     control = body.control_image and await opened.picture(body.control_image, "control_image")
@@ -176,32 +208,71 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
         seeds=wire.seeds_of(body.seed, 1 if body.n is None else body.n, limits.count, "n"),
         model=body.model,
         previews=max(1, steps // (partial + 1)) if partial else 0,
-        warnings=tuple(opened.warnings),
+        warnings=(*opened.warnings, *warnings),
     )
+
+
+async def _picture(body: Any, opened: Opened) -> Image.Image:
+    """The one picture of a body, with the background that it asks for. Raises SettingError."""
+    field = "images" if body.images else "image"
+    files = [] if body.image is None else body.image if isinstance(body.image, list) else [body.image]
+    pictures = [*files, *(body.images or ())]
+    if not pictures:
+        raise SettingError("image is missing.", field="image")
+    if len(pictures) != 1:
+        raise SettingError(
+            f"{field} has {len(pictures)} pictures; send one. Each request edits one picture.", field=field
+        )
+    picture = await opened.picture(_content(pictures[0], field), field)
+    if body.background == "transparent":
+        if body.output_format == "jpeg":
+            raise SettingError(
+                "background is 'transparent', which jpeg cannot hold. Use output_format png or webp.",
+                field="background",
+            )
+        if picture.mode != "RGBA":
+            raise SettingError(
+                "background is 'transparent', and the picture is opaque. The model keeps transparency and "
+                "cannot add it: send a picture with transparent parts, or leave background out.",
+                field="background",
+            )
+    return flattened(picture, "white") if body.background == "opaque" else picture
+
+
+def _content(value: bytes | str | Reference, field: str) -> bytes | str:
+    """A picture as a file's bytes, base64 or a data URL. Raises SettingError for a reference without one."""
+    if not isinstance(value, dict):
+        return value
+    if unknown := set(value) - {"image_url"}:
+        reason = " (this server stores no files)" if "file_id" in unknown else ""
+        raise SettingError(f"{field} has {min(unknown)[:40]}{reason}. Send only image_url.", field=field)
+    if not value.get("image_url"):
+        raise SettingError(f"{field} has no image_url. Send a data URL.", field=field)
+    return str(value["image_url"])
 
 
 def _check_mask(mask: Image.Image, picture: Image.Image) -> None:
     if mask.size != picture.size:
         raise SettingError(
             f"mask is {mask.width}x{mask.height} pixels and image {picture.width}x{picture.height}; they "
-            "must be of one size.",
+            "must have the same size.",
             field="mask",
         )
     if mask.getbbox() is None:
         raise SettingError(
-            "mask has nothing transparent, so nothing would change. Make it transparent where to edit.",
+            "mask has no transparent area, so nothing would change. Make the area to edit transparent.",
             field="mask",
         )
 
 
 def _result_size(text: str, max_pixels: int) -> tuple[int, int]:
-    words = f"size is {text[:40]!r}; write auto, or sides of {MIN_SIZE} to {MAX_SIZE} as in 576x384"
+    words = f"size is {text[:40]!r}; write auto, or two sides from {MIN_SIZE} to {MAX_SIZE}, such as 576x384"
     try:
         size = parse_size(text)
     except ValueError:
         raise SettingError(f"{words}.", field="size") from None
     if not isinstance(size, tuple) or size[0] * size[1] > max_pixels:
-        raise SettingError(f"{words}, and {max_pixels:,} pixels in all at most.", field="size")
+        raise SettingError(f"{words}, at most {max_pixels:,} pixels.", field="size")
     return size
 
 
@@ -209,25 +280,24 @@ def _quality(body: Any) -> int:
     return wire.QUALITY if body.output_compression is None else max(1, body.output_compression)
 
 
-def _about(job: Job, encoding: Encoding) -> dict[str, Any]:
-    width, height = job.results[0].image.size if job.results else job.size
+def _about(image: Image.Image, encoding: Encoding) -> dict[str, Any]:
     return {
-        "background": "opaque",
+        "background": "transparent" if image.mode == "RGBA" and encoding.format != "jpeg" else "opaque",
         "output_format": encoding.format,
         "quality": "auto",
-        "size": f"{width}x{height}",
+        "size": f"{image.width}x{image.height}",
     }
 
 
 async def _events(
     desk: Desk, job: Job, encoding: Encoding, partial: int
 ) -> AsyncIterator[tuple[str, Mapping[str, Any]]]:
-    """OpenAI's events: of one result the partial pictures, and at the end every result."""
+    """OpenAI's events: partial pictures of the first result, then every result."""
     sent = 0
 
     async def event(name: str, image: Image.Image, **more: Any) -> tuple[str, dict[str, Any]]:
         data, _ = await desk.by_hand(encoding, image)
-        about = {"b64_json": wire.base64_of(data), "created_at": int(time.time()), **_about(job, encoding)}
+        about = {"b64_json": wire.base64_of(data), "created_at": int(time.time()), **_about(image, encoding)}
         return name, {"type": name, **about, **more}
 
     async for news in job.aevents():
