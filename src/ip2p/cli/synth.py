@@ -45,6 +45,7 @@ from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
 from ip2p.synth.safety import Classifier
 from ip2p.synth.server import KEY, ServerWriter, clean_key
 from ip2p.synth.settings import (
+    KeepBestSettings,
     SynthFilterConfig,
     SynthInspectConfig,
     SynthInstructConfig,
@@ -279,9 +280,11 @@ def run_pairs(config: SynthPairsConfig) -> None:
     how = config.how(storybook=storybook)
     vaes = {"vae": config.vae, "tiny-vae": how["tiny_vae"]}
     named = ("model", "revision", "weights", "vae", "keep", "p", "size", "license", "dtype")
+    more = {"p_cross": None, "reweight": 1.0, "blend": None}  # named only where they are set
     settings: dict[str, Any] = {
         "content of the triples": _hash([asdict(triple) for triple in triples]),
         **{name: getattr(config, name) for name in named},
+        **{name: getattr(config, name) for name, usual in more.items() if getattr(config, name) != usual},
         **how,
         **({"early_margin": config.early_margin} if how["early_at"] else {}),
         **asdict(thresholds),
@@ -355,9 +358,9 @@ def run_filter_pairs(config: SynthFilterConfig) -> None:
     asked = config.clip or (STORYBOOK if own == {STORYBOOK} else CLIP_MODEL)
     clip, clip_name = _clip_of(asked, STORYBOOK, None)
     thresholds = _thresholds(config, PRESETS[preset_for({clip_name} if config.rescore or not own else own)])
-    top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
+    keeping = _keeping(config)
     if config.keep == "all":
-        thresholds, top, near = EVERY, None, None
+        thresholds, keeping = EVERY, dict.fromkeys(keeping)
     safety = None
     if config.safety is not None:
         safety = partial(Classifier, config.safety, device=config.device, batch=config.batch)
@@ -365,8 +368,7 @@ def run_filter_pairs(config: SynthFilterConfig) -> None:
         source,
         config.out,
         thresholds,
-        top=top,
-        near_bits=near,
+        **keeping,
         overwrite=config.overwrite,
         clip=clip,
         clip_name=clip_name,
@@ -389,6 +391,12 @@ def run_filter_pairs(config: SynthFilterConfig) -> None:
     print(config.out)
 
 
+def _keeping(config: KeepBestSettings) -> dict[str, Any]:
+    """The arguments of `select` besides the thresholds."""
+    near = None if config.near_bits < 0 else config.near_bits
+    return {"top": config.top or None, "top_whole": config.top_whole or None, "near_bits": near}
+
+
 def _apart(data: str, out: Path) -> None:
     """Raise InputError for an output that is in what it is made of, or has it in it."""
     here = Path(data).expanduser()
@@ -402,7 +410,7 @@ def _apart(data: str, out: Path) -> None:
 def run_inspect(config: SynthInspectConfig) -> None:
     """Write the page; its path goes to stdout."""
     check_output(config.out, overwrite=config.overwrite)
-    top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
+    keeping = _keeping(config)
     filtered = _filtered(Path(config.data).expanduser())
     if filtered is not None:
         source, scored, asked = filtered
@@ -411,9 +419,9 @@ def run_inspect(config: SynthInspectConfig) -> None:
         if auto == EVERY:
             auto = PRESETS[preset_for(clips_of(source) | set(scored.clips))]
         else:
-            usual = SynthInspectConfig.model_fields
-            top = asked["top"] if config.top == usual["top"].default else top
-            near = asked["near_bits"] if config.near_bits == usual["near_bits"].default else near
+            for name in keeping:
+                if getattr(config, name) == SynthInspectConfig.model_fields[name].default:
+                    keeping[name] = asked.get(name)
     else:
         source = open_source(config.data, split=config.split)
         scored, auto = known_scores(source, config.count), PRESETS[preset_for(clips_of(source))]
@@ -427,8 +435,7 @@ def run_inspect(config: SynthInspectConfig) -> None:
         scored,
         config.out,
         _thresholds(config, auto),
-        top=top,
-        near_bits=near,
+        **keeping,
         count=config.each,
         side=config.side,
         overwrite=config.overwrite,
@@ -456,7 +463,7 @@ def _filtered(folder: Path) -> tuple[Source, Scored, dict[str, Any]] | None:
     if source is None or source.key != asked["key"]:
         say(f"{asked['source']} is not there as it was filtered; only what stays is shown")
         return None
-    return source, read_scores(folder / SCORES_FOLDER), asked
+    return source, read_scores(folder / SCORES_FOLDER, source), asked
 
 
 # --- what they have in common ---------------------------------------------------------------------

@@ -58,12 +58,17 @@ SYSTEM = (
     "removed or replaced. Write the instruction as the person would say it, and the caption of the picture "
     "after the change. Keep all of the caption that does not change, word for word. Do not move or turn "
     "anything, and do not change the view. Vary what you ask for and how you say it. Answer with JSON "
-    "alone: an object with instruction and edited_caption."
+    "alone: an object with instruction, edited_caption and kind: whole if the edit changes the whole picture "
+    "(style, place, time, weather, season, light, mood), part if it changes something in it."
 )
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {"instruction": {"type": "string"}, "edited_caption": {"type": "string"}},
-    "required": ["instruction", "edited_caption"],
+    "properties": {
+        "instruction": {"type": "string"},
+        "edited_caption": {"type": "string"},
+        "kind": {"type": "string", "enum": ["whole", "part"]},
+    },
+    "required": ["instruction", "edited_caption", "kind"],
     "additionalProperties": False,
 }
 # How an answer's form is asked for, the strictest first; a server that refuses one is asked by the next.
@@ -498,7 +503,7 @@ def _sendable(text: str) -> str:
 def _messages(caption: str, shown: Sequence[Triple]) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": SYSTEM}]
     for triple in shown:
-        edit = {"instruction": triple.instruction, "edited_caption": triple.edited_caption}
+        edit = {name: getattr(triple, name) for name in SCHEMA["properties"]}
         messages.append({"role": "user", "content": triple.caption})
         messages.append({"role": "assistant", "content": json.dumps(edit, ensure_ascii=False)})
     return [*messages, {"role": "user", "content": caption}]
@@ -514,7 +519,8 @@ def _from_json(text: str) -> str:
         return text
     if not (isinstance(instruction, str) and isinstance(edited, str)):
         return text
-    return " ".join(instruction.split()) + MIDDLE + " ".join(edited.split())
+    kind = [edit["kind"]] if edit.get("kind") in ("whole", "part") else []
+    return MIDDLE.join(" ".join(part.split()) for part in (instruction, edited, *kind))
 
 
 def _open_client(url: str, key: str, timeout: float) -> OpenAI:
