@@ -40,6 +40,7 @@ TRIPLES = [
         instruction=f"make it a {other}",
         edited_caption=f"a red {other}",
         source="writer",
+        kind="part",
     )
     for one, other in CHANGES
 ]

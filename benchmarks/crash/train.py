@@ -103,7 +103,8 @@ def change_settings(bench: Bench, target: Target, way: str) -> Iterator[str]:
     }
     for name, words in changes.items():
         messages = runs.run(*words, code=2)
-        must(name in messages, f"{name} is not named: {messages[-400:]}")
+        flag = name.replace("_", "-")
+        must(flag in messages, f"{flag} is not named: {messages[-400:]}")
     runs.run()
     bench.compare(runs)
     yield f"train, {way}: HOLDS. {', '.join(changes)}: each refused by name with exit 2"

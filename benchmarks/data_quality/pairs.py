@@ -280,7 +280,7 @@ class Measured:
             size=self.size,
             steps=way.steps,
             sampler=way.sampler,
-            spacing=way.schedule,
+            schedule=way.schedule,
             attention=way.attention,  # type: ignore[arg-type]
             batch_size=self.args.batch_size,
             early=look,

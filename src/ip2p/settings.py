@@ -509,22 +509,8 @@ def picture_name(picture: Any) -> str | None:
 # --- an edit ------------------------------------------------------------------------------------
 
 
-class EditSettings(Settings):
-    """The settings of an edit. `None` takes the value of the model's card, else the usual one."""
-
-    foreign_names: ClassVar[Mapping[str, str]] = {
-        "guidance_scale": "text_cfg",
-        "image_guidance_scale": "image_cfg",
-        "num_inference_steps": "steps",
-        "negative_prompt": "negative",
-        "prompt": "instruction",
-        "guidance_rescale": "text_cfg_rescale",
-        "controlnet_conditioning_scale": "control_scale",
-        "mask_image": "mask",
-        "generator": "seed",
-        "cfg_scale": "text_cfg",
-        "image_cfg_scale": "image_cfg",
-    }
+class InstructionSettings(Settings):
+    """What an edit is asked for."""
 
     instruction: str = setting(
         "",
@@ -542,6 +528,11 @@ class EditSettings(Settings):
         metavar="TEXT",
         names={"openai": "negative_prompt", "a1111": "negative_prompt"},
     )
+
+
+class StepSettings(Settings):
+    """How a diffusion model is sampled."""
+
     steps: int | None = setting(
         None,
         "sampling steps",
@@ -569,6 +560,11 @@ class EditSettings(Settings):
         },
         names={"a1111": "sampler_name"},
     )
+
+
+class ScaleSettings(Settings):
+    """How strongly an edit is guided, and its noise."""
+
     text_cfg: float | None = setting(
         None,
         "how strongly to follow the instruction",
@@ -601,6 +597,11 @@ class EditSettings(Settings):
         label="Seed",
         written="required",
     )
+
+
+class PictureSettings(Settings):
+    """The working size, and the noise levels."""
+
     size: Size = setting(
         None,
         "working size of the model, in pixels; default: near the size it was trained at",
@@ -627,6 +628,28 @@ class EditSettings(Settings):
         names={"a1111": "scheduler"},
         aliases=("spacing",),
     )
+
+
+class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSettings):
+    """The settings of an edit. `None` takes the value of the model's card, else the usual one.
+
+    The order of the fields is that of the infotext: the last base comes first.
+    """
+
+    foreign_names: ClassVar[Mapping[str, str]] = {
+        "guidance_scale": "text_cfg",
+        "image_guidance_scale": "image_cfg",
+        "num_inference_steps": "steps",
+        "negative_prompt": "negative",
+        "prompt": "instruction",
+        "guidance_rescale": "text_cfg_rescale",
+        "controlnet_conditioning_scale": "control_scale",
+        "mask_image": "mask",
+        "generator": "seed",
+        "cfg_scale": "text_cfg",
+        "image_cfg_scale": "image_cfg",
+    }
+
     text_cfg_rescale: float = setting(
         0.0,
         "0 to 1: reduce the contrast that high scales add",

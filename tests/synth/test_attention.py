@@ -50,6 +50,118 @@ class TestMaps:
         torch.testing.assert_close(attention.cross_attention(query, key, value, words), wanted @ value)
 
 
+class Published:
+    """Hertz et al. on maps that are built in full, pixel by pixel and word by word, from the paper.
+
+    Maps are nested lists [pixels][words]. Section 3.2: word swap takes M of the source's word; refinement
+    (Edit)_ij = M*_ij where A(j) is none, else M_iA(j); re-weighting scales column j* by c; local blend keeps
+    the pixels where B(M(w)) ∪ B(M*(w*)), with B(x) = x > k after the code's max pooling.
+    """
+
+    @staticmethod
+    def edit(own, source, align, weights):
+        words = range(len(own[0]))
+        new = [
+            [own[i][j] if align[j] is None else source[i][align[j]] for j in words] for i in range(len(own))
+        ]
+        return [[new[i][j] * weights[j] for j in words] for i in range(len(own))]
+
+    @staticmethod
+    def binary(layers, words, side, size, threshold):
+        """B of the mean map of some words; layers: maps of every layer and head of a row."""
+        mean = [sum(maps[i][j] for maps in layers for j in words) / len(layers) for i in range(side * side)]
+
+        def pooled(y, x):
+            near = [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+            return max(mean[b * side + a] for b, a in near if 0 <= a < side and 0 <= b < side)
+
+        grid = [[pooled(y * side // size, x * side // size) for x in range(size)] for y in range(size)]
+        highest = max(map(max, grid))
+        return [[value / highest > threshold for value in line] for line in grid]
+
+
+def built_maps(query, key):
+    return (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0, -2.0])
+def test_refined_and_reweighted_maps_are_the_papers(weight):
+    query, key, value = random_heads((2, 2, 9, 8), (2, 2, 5, 8), (2, 2, 5, 8))
+    align, new = [0, 2, None, 1, None], torch.tensor([False, False, True, False, True])
+    moved, kept = torch.zeros(5, 5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    for j, i in enumerate(align):
+        if i is None:
+            kept[j] = 1
+        else:
+            moved[i, j] = 1
+    found = attention.Alignment(moved, kept).weighted(new, weight)
+    words = WordSharing(torch.tensor([1]), torch.tensor([0]), found.moved[None], found.kept[None])
+    maps = built_maps(query, key)
+    weights = [weight if one else 1.0 for one in new.tolist()]
+    edited = [
+        Published.edit(own.tolist(), source.tolist(), align, weights)
+        for own, source in zip(maps[1], maps[0], strict=True)
+    ]
+    wanted = torch.stack([maps[0], torch.tensor(edited, dtype=torch.float64)])
+    torch.testing.assert_close(attention.cross_maps(query, key, words), wanted, atol=1e-5, rtol=0)
+    out = attention.cross_attention(query, key, value, words)
+    torch.testing.assert_close(out, wanted @ value, atol=1e-5, rtol=1e-5)
+    assert weight == 1 or (wanted[1] - maps[1]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 0.9])
+def test_local_blend_keeps_the_papers_region(threshold):
+    side, size = 8, 16
+    words = torch.tensor([[False, True, True, False, False], [False, False, False, True, False]])
+    seen = attention.WordMaps(words, (side, side))
+    layers = []
+    same = (4, 2, 64, 8), (4, 2, 5, 8)  # maps of one picture resemble each other
+    for layer in range(6):  # two layers at each of three steps; the one of another size is not taken
+        query, key = (
+            a + 0.3 * b for a, b in zip(random_heads(*same), random_heads(*same, seed=layer), strict=True)
+        )
+        query = query * 4  # sharp maps
+        seen.add(query.float(), key.float(), None, None)
+        layers.append(built_maps(query, key))
+        small, small_key, _ = random_heads((4, 2, 9, 8), (4, 2, 5, 8), (1,), seed=layer)
+        seen.add(small.float(), small_key.float(), None, None)
+    region = seen.region((size, size), threshold)
+    wanted = []
+    for row, chosen in enumerate(([1, 2], [3])):
+        maps = [head.tolist() for layer in layers for head in layer[row]]
+        wanted.append(Published.binary(maps, chosen, side, size, threshold))
+    assert region[:, 0].bool().tolist() == wanted
+    assert threshold < 0.5 or 0 < region.mean() < 1
+    before, after = torch.randn(1, 3, size, size), torch.randn(1, 3, size, size)
+    union = torch.tensor(wanted[0]) | torch.tensor(wanted[1])
+    blended = attention.blend_latents(before, after, torch.maximum(region[:1], region[1:]))
+    torch.testing.assert_close(blended, torch.where(union, after, before))
+
+
+def test_maps_add_up_for_the_rows_that_are_still_drawn():
+    words = torch.eye(3, 5, dtype=torch.bool)
+    query, key, _ = random_heads((4, 2, 16, 8), (4, 2, 5, 8), (1,))
+    seen = attention.WordMaps(words, (4, 4))
+    seen.rows = torch.tensor([0, 2])
+    seen.add(query, key, None, None)
+    maps = built_maps(query, key).sum(dim=1).float()
+    torch.testing.assert_close(seen.sums[0], maps[0, :, 0])
+    torch.testing.assert_close(seen.sums[2], maps[1, :, 2])
+    assert not seen.sums[1].any()
+
+
+def test_words_that_only_one_caption_has_are_those_that_changed(tokenizer):
+    def texts(tokens, caption):
+        ids = tokenizer(caption, padding="max_length", max_length=77)["input_ids"]
+        return tokenizer.decode([id for id, yes in zip(ids, tokens.tolist(), strict=True) if yes])
+
+    before, after = "a cat at night", "A small dog at night."
+    old, new = attention.changed_tokens(tokenizer, before, after)
+    assert texts(old, before).split() == ["cat"]
+    assert texts(new, after).split() == ["small", "dog"]
+    assert not any(each.any() for each in attention.changed_tokens(tokenizer, before, "A cat at night."))
+
+
 class Explicit:
     """Attention of the released code and of Hertz et al.: every map is built, then exchanged.
 

@@ -195,7 +195,7 @@ def test_refused_answers_are_asked_for_again_and_counted():
     script = Script({(FOX, 0, 1): cut, (FOX, 0, 2): GOOD, ("a cat", 0, 0): "make it\n%%\na cat."})
     written = Instruct(script, retries=2)([Caption(text=FOX), "a cat"])
     assert [each.caption for each in written] == [FOX, "a cat"]
-    assert written[0].triples == (replace(triple(), source="script"),)
+    assert written[0].triples == (replace(triple(), source="script", kind="part"),)
     assert [each.reason for each in written[0].rejected] == ["unparsable", "too_long"]
     assert written[1].triples == ()
     first = triple_id("a cat", 0)

@@ -379,9 +379,11 @@ def test_what_cannot_draw_is_refused(tmp_path, bundle):
         PairMaker(make_model(tmp_path / "nine", in_channels=9), device="cpu")
     for settings, said in (
         ({"steps": 0}, "steps is 0; it must be 1 to 1000"),
-        ({"attention": "cross"}, "Attention 'cross' is not known"),
-        ({"sampler": "ddim"}, "Sampler 'ddim' is not known"),
-        ({"spacing": "even"}, "Spacing 'even' is not known"),
+        ({"attention": "cross"}, "attention is 'cross'; choose one of"),
+        ({"sampler": "ddim"}, "sampler is 'ddim'; choose one of"),
+        ({"schedule": "even"}, "schedule is 'even'; choose one of"),
+        ({"blend": 1.5}, "blend is 1.5; it must be a number from 0 to 1"),
+        ({"reweight": 2.0}, "reweight is for cross-attention; set attention to refine"),
         ({"batch_size": 0}, "batch_size is 0; it must be 1"),
         ({"early_at": 1.5}, "early_at is 1.5; it must be"),
         ({"size": (60, 64)}, "sides are multiples of"),
@@ -395,3 +397,56 @@ def test_the_packaged_models_card_and_size_are_used(tiny_model_dir):
     assert drawing.size == (64, 64) and drawing.batch_size == 4
     (made,) = PairMaker(tiny_model_dir, device="cpu", dtype="fp32", steps=1, size=(96, 64))([one()])
     assert made.before.shape == made.after.shape == (64, 96, 3)
+
+
+# --- cross-attention of its own share, reweighting, local blend -----------------------------------
+
+
+def test_self_and_cross_attention_have_shares_of_their_own(bundle):
+    way = {"attention": "self+refine"}
+    (only_self,) = maker(bundle)([one(p=0.8)])
+    (off,) = maker(bundle, **way)([dataclasses.replace(one(p=0.8), p_cross=0.0)])
+    close([dataclasses.replace(off, candidate=only_self.candidate)], [only_self])
+    (only_cross,) = maker(bundle, attention="refine")([one(p=0.8)])
+    (off,) = maker(bundle, **way)([dataclasses.replace(one(p=0.0), p_cross=0.8)])
+    close([dataclasses.replace(off, candidate=only_cross.candidate)], [only_cross])
+    (both,) = maker(bundle, **way)([dataclasses.replace(one(p=0.8), p_cross=0.8)])
+    (same,) = maker(bundle, **way)([one(p=0.8)])
+    torch.testing.assert_close(both.latents, same.latents)
+
+
+def test_the_share_of_cross_attention_leaves_the_other_numbers_of_a_candidate_alone():
+    plain, other = candidate(CAT, 3), candidate(CAT, 3, p_cross=(0.4, 0.6))
+    assert plain.p_cross is None and 0.4 <= other.p_cross < 0.6
+    assert dataclasses.replace(other, p_cross=None) == plain
+
+
+def test_a_weight_changes_the_edit_and_not_the_source_and_one_is_no_weight(bundle):
+    drawn = [maker(bundle, attention="refine", reweight=w)([one(p=1.0)])[0] for w in (1.0, 4.0)]
+    (usual,) = maker(bundle, attention="refine")([one(p=1.0)])
+    torch.testing.assert_close(drawn[0].latents, usual.latents)
+    torch.testing.assert_close(drawn[1].latents[0], usual.latents[0])
+    assert (drawn[1].latents[1] - usual.latents[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
+def test_local_blend_changes_a_part_alone(bundle, sampler):
+    way = {"attention": "self+refine", "sampler": sampler}
+    part = dataclasses.replace(one(p=0.3), triple=dataclasses.replace(CAT, kind="part"))
+    (free,) = maker(bundle, **way)([part])
+    (blended,) = maker(bundle, blend=0.9, **way)([part])
+    torch.testing.assert_close(blended.latents[0], free.latents[0])
+    same = (blended.latents[0] == blended.latents[1]).all(dim=0)
+    assert 0 < same.float().mean() < 1 and not (free.latents[0] == free.latents[1]).any()
+    (all_of_it,) = maker(bundle, blend=0.0, **way)([part])
+    torch.testing.assert_close(all_of_it.latents, free.latents)
+    # An edit of the whole picture is left alone.
+    whole = dataclasses.replace(part, triple=dataclasses.replace(CAT, kind="whole"))
+    torch.testing.assert_close(maker(bundle, blend=0.9, **way)([whole])[0].latents, free.latents)
+
+
+def test_local_blend_does_not_depend_on_the_batch(bundle):
+    some = [dataclasses.replace(each, triple=dataclasses.replace(each.triple, kind="part")) for each in MANY]
+    way = {"attention": "refine", "blend": 0.5}
+    alone, together = (maker(bundle, batch_size=size, **way)(some) for size in (1, 3))
+    close(together, alone)

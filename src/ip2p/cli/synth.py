@@ -1,7 +1,7 @@
-"""`ip2p synth`: from captions to a filtered set of pairs. It puts the parts of `synth` together.
+"""`ip2p synth`: from captions to a filtered set of pairs, composed of the parts of `synth`.
 
-Each verb is a job in a folder (`jobs`), which the same call goes on with; what decides its result may not
-change meanwhile.
+Each verb is a job in a folder (`jobs`). The same command resumes it; settings that affect the result must not
+change.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
 from ip2p.synth.safety import Classifier
 from ip2p.synth.server import KEY, ServerWriter, clean_key
 from ip2p.synth.settings import (
+    KeepBestSettings,
     SynthFilterConfig,
     SynthInspectConfig,
     SynthInstructConfig,
@@ -55,13 +56,13 @@ from ip2p.synth.stages import REFUSED, REJECTED, InstructStage, PairStage
 from ip2p.synth.tune import Tuning, tune_lm
 
 RUN = "run.json"
-CAPTIONS_A_PART = 8, 64  # fewest and most
-PARTS = 16  # a small job has so many, so that it can be seen to move and little is lost when it is stopped
+CAPTIONS_A_PART = 8, 64  # minimum and maximum
+PARTS = 16  # of a small job: shows progress, and a kill costs little
 TRIPLES_A_PART = 8
-STORYBOOK_SCALE = (3.0, 5.0)  # its own guidance is 4
+STORYBOOK_SCALE = (3.0, 5.0)  # around its recommended scale, 4
 # What a painter consists of: its folder may hold a CLIP and a language model besides.
 PAINTER_FILES = ("unet/*", "vae/*", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "model_index.json")
-EVERY = Thresholds(image=-2, caption=-2, directional=-2)  # of no cosine
+EVERY = Thresholds(image=-2, caption=-2, directional=-2)  # every pair passes
 SMALL = 256 << 20  # bytes of weights, of which several copies do not matter
 OUR_KEY = "IP2P_API_KEY"
 
@@ -72,7 +73,7 @@ OUR_KEY = "IP2P_API_KEY"
 def run_instruct(config: SynthInstructConfig) -> None:
     """Write edits of captions; the path of the triples goes to stdout.
 
-    Raises InputError also when no answer at all was taken: there is nothing to go on with then.
+    Raises InputError also if no answer was accepted.
     """
     assert config.out is not None, "SynthInstructConfig.check was called"
     out = config.out
@@ -137,7 +138,7 @@ def run_instruct(config: SynthInstructConfig) -> None:
 
 
 def _writer(config: SynthInstructConfig) -> Callable[[], Writer]:
-    """What makes the writer, here or on another machine."""
+    """A function that makes the writer, here or on another machine."""
     sampling: dict[str, Any] = {
         "temperature": config.temperature,
         "frequency_penalty": config.frequency_penalty,
@@ -172,7 +173,7 @@ def _writer(config: SynthInstructConfig) -> Callable[[], Writer]:
 
 @dataclass(frozen=True)
 class _Keyed:
-    """A server's writer with its key, which does not show where this is printed."""
+    """Makes a server's writer with its key, which is hidden from the repr."""
 
     make: Callable[..., Writer]
     key: str = field(repr=False)
@@ -216,7 +217,7 @@ def _instruct_lines(config: SynthInstructConfig, told: jobs.Summary) -> list[str
 
 
 def _write_whole(file: Path, triples: Sequence[Triple]) -> None:
-    """The one file, unless it is there as it should be. InputError for one that somebody changed."""
+    """Write the single file if needed. Raises InputError if somebody changed it."""
     try:
         there = read_triples(file) if file.exists() else []
     except InputError:
@@ -231,7 +232,7 @@ def _write_whole(file: Path, triples: Sequence[Triple]) -> None:
     write_triples(file, triples)
 
 
-# --- a language model of one's own ----------------------------------------------------------------
+# --- tuning a language model -----------------------------------------------------------------------
 
 
 def run_tune_lm(config: SynthTuneConfig) -> None:
@@ -279,9 +280,11 @@ def run_pairs(config: SynthPairsConfig) -> None:
     how = config.how(storybook=storybook)
     vaes = {"vae": config.vae, "tiny-vae": how["tiny_vae"]}
     named = ("model", "revision", "weights", "vae", "keep", "p", "size", "license", "dtype")
+    more = {"p_cross": None, "reweight": 1.0, "blend": None}  # named only where they are set
     settings: dict[str, Any] = {
         "content of the triples": _hash([asdict(triple) for triple in triples]),
         **{name: getattr(config, name) for name in named},
+        **{name: getattr(config, name) for name, usual in more.items() if getattr(config, name) != usual},
         **how,
         **({"early_margin": config.early_margin} if how["early_at"] else {}),
         **asdict(thresholds),
@@ -344,7 +347,7 @@ def _pair_lines(told: jobs.Summary) -> list[str]:
 
 
 def run_filter_pairs(config: SynthFilterConfig) -> None:
-    """Filter a data set; the folder of what stays goes to stdout."""
+    """Filter a data set; the folder of the kept pairs goes to stdout."""
     assert config.out is not None, "SynthFilterConfig.check was called"
     _apart(config.data, config.out)
     source = open_source(config.data, stream=config.stream, revision=config.revision, split=config.split)
@@ -355,9 +358,9 @@ def run_filter_pairs(config: SynthFilterConfig) -> None:
     asked = config.clip or (STORYBOOK if own == {STORYBOOK} else CLIP_MODEL)
     clip, clip_name = _clip_of(asked, STORYBOOK, None)
     thresholds = _thresholds(config, PRESETS[preset_for({clip_name} if config.rescore or not own else own)])
-    top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
+    keeping = _keeping(config)
     if config.keep == "all":
-        thresholds, top, near = EVERY, None, None
+        thresholds, keeping = EVERY, dict.fromkeys(keeping)
     safety = None
     if config.safety is not None:
         safety = partial(Classifier, config.safety, device=config.device, batch=config.batch)
@@ -365,8 +368,7 @@ def run_filter_pairs(config: SynthFilterConfig) -> None:
         source,
         config.out,
         thresholds,
-        top=top,
-        near_bits=near,
+        **keeping,
         overwrite=config.overwrite,
         clip=clip,
         clip_name=clip_name,
@@ -389,8 +391,14 @@ def run_filter_pairs(config: SynthFilterConfig) -> None:
     print(config.out)
 
 
+def _keeping(config: KeepBestSettings) -> dict[str, Any]:
+    """The arguments of `select` besides the thresholds."""
+    near = None if config.near_bits < 0 else config.near_bits
+    return {"top": config.top or None, "top_whole": config.top_whole or None, "near_bits": near}
+
+
 def _apart(data: str, out: Path) -> None:
-    """Raise InputError for an output that is in what it is made of, or has it in it."""
+    """Raise InputError if the output is inside the input, or the input inside the output."""
     here = Path(data).expanduser()
     if not here.exists():
         return  # of the hub
@@ -402,7 +410,7 @@ def _apart(data: str, out: Path) -> None:
 def run_inspect(config: SynthInspectConfig) -> None:
     """Write the page; its path goes to stdout."""
     check_output(config.out, overwrite=config.overwrite)
-    top, near = config.top or None, None if config.near_bits < 0 else config.near_bits
+    keeping = _keeping(config)
     filtered = _filtered(Path(config.data).expanduser())
     if filtered is not None:
         source, scored, asked = filtered
@@ -411,9 +419,9 @@ def run_inspect(config: SynthInspectConfig) -> None:
         if auto == EVERY:
             auto = PRESETS[preset_for(clips_of(source) | set(scored.clips))]
         else:
-            usual = SynthInspectConfig.model_fields
-            top = asked["top"] if config.top == usual["top"].default else top
-            near = asked["near_bits"] if config.near_bits == usual["near_bits"].default else near
+            for name in keeping:
+                if getattr(config, name) == SynthInspectConfig.model_fields[name].default:
+                    keeping[name] = asked.get(name)
     else:
         source = open_source(config.data, split=config.split)
         scored, auto = known_scores(source, config.count), PRESETS[preset_for(clips_of(source))]
@@ -427,8 +435,7 @@ def run_inspect(config: SynthInspectConfig) -> None:
         scored,
         config.out,
         _thresholds(config, auto),
-        top=top,
-        near_bits=near,
+        **keeping,
         count=config.each,
         side=config.side,
         overwrite=config.overwrite,
@@ -456,16 +463,16 @@ def _filtered(folder: Path) -> tuple[Source, Scored, dict[str, Any]] | None:
     if source is None or source.key != asked["key"]:
         say(f"{asked['source']} is not there as it was filtered; only what stays is shown")
         return None
-    return source, read_scores(folder / SCORES_FOLDER), asked
+    return source, read_scores(folder / SCORES_FOLDER, source), asked
 
 
 # --- what they have in common ---------------------------------------------------------------------
 
 
 def _clip_of(clip: str | None, model: str, revision: str | None) -> tuple[Callable[[], Path], str]:
-    """What finds the CLIP on any machine, and what tables call it.
+    """A function that finds the CLIP on any machine, and its name in tables.
 
-    Without a name it is the model's own if it has one, and is called as the model, else the paper's.
+    Without a name: the model's own CLIP, under the model's name, if it has one; else the paper's.
     """
     if clip is None:
         folder = find_model(model, revision=revision)
@@ -476,19 +483,19 @@ def _clip_of(clip: str | None, model: str, revision: str | None) -> tuple[Callab
 
 
 def _lying_here(models: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
-    """Those that are files or folders here, by the flags that name them."""
+    """The models that are local files or folders, by flag."""
     for flag, model in models.items():
         if model is not None and (path := Path(model).expanduser()).exists():
             yield flag, path
 
 
 def _lies_here(model: str) -> bool:
-    """Whether a model is a folder here or in the package, and need not be fetched."""
+    """Whether a model is a local folder or packaged, and need not be downloaded."""
     return Path(model).expanduser().is_dir() or model in packaged_models()
 
 
 def _model_name(folder: Path, model: str) -> str:
-    """What a model calls itself in its card, else what it was called."""
+    """The name in the model's card, else the given one."""
     card = folder / "ip2p.json"
     said = read_json(card).get("name") if card.is_file() else None
     return str(said or called(model))
@@ -534,7 +541,7 @@ def _cores() -> int:
 
 
 def part_size(captions: int) -> int:
-    """From their number alone, so that a job that goes on has the same parts."""
+    """Depends on the number of captions alone, so that a resumed job has the same parts."""
     fewest, most = CAPTIONS_A_PART
     return min(most, max(fewest, -(-captions // PARTS)))
 

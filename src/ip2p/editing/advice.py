@@ -1,4 +1,4 @@
-"""What to write and which scale to turn: printed by `ip2p edit --examples`, and the page docs/advice.md.
+"""How to word instructions and choose scales: printed by `ip2p edit --examples`, and the page docs/advice.md.
 
 The text is Markdown that reads well in a terminal too: commands and templates are indented.
 """
@@ -14,7 +14,7 @@ An instruction says what to change, not what the whole picture shows. One change
 
     turn the … into a …          turn the dog into a fox
     make the … …                 make the house red
-    make it …                    make it night; make it snow; make it look like a watercolour
+    make it …                    make it night; make it snow; make it look like a watercolor
     put … on …                   put a hat on the queen
     add …, remove …              add a balloon in the sky; remove the tree
     replace … with …             replace the car with a bus
@@ -22,22 +22,22 @@ An instruction says what to change, not what the whole picture shows. One change
     what if …                    what if it were autumn?
     change the background to …   change the background to a beach
 
-Where an instruction fails, say it otherwise: "turn him into a robot", "make him a robot" and "as a robot" do
-not do the same. Name the thing ("the cat on the left") where there are several.
+If an instruction fails, reword it: "turn him into a robot", "make him a robot" and "as a robot" give different
+results. If there are several things of a kind, name the one you mean ("the cat on the left").
 
 ## How much
 
-Two scales decide. Look at them side by side before anything else:
+Two scales control the strength. Compare them side by side first:
 
     ip2p grid page.png "make it night" -o grid.png
 
-`--text-cfg` is how strongly the instruction is followed, `--image-cfg` how strongly the picture is kept.
-Without them a model's own values are used: 7.5 and 1.5 for the published models, for which 5 to 10 and 1 to 2
-are the useful ranges; the storybook model has smaller ones.
+`--text-cfg` is how strongly the instruction is followed, `--image-cfg` how strongly the picture is kept. The
+defaults are the model's own: 7.5 and 1.5 for the published models, where 5 to 10 and 1 to 2 are useful; the
+storybook model has smaller ones.
 
 ### It changes too little
 
-Lower `--image-cfg` in steps of 0.1 to 0.2, or raise `--text-cfg` by a third. Then try another seed, or other
+Lower `--image-cfg` in steps of 0.1 to 0.2, or raise `--text-cfg` by a third. Then try another seed or other
 words:
 
     ip2p edit page.png "make it night" --image-cfg 1.2
@@ -46,8 +46,8 @@ words:
 
 ### It changes too much
 
-The other way round. Where high scales make colours and contrast too hard, take that back or guide only in the
-middle of the sampling:
+Raise `--image-cfg` or lower `--text-cfg`. If high scales make the colors and the contrast too hard, reduce them
+with `--text-cfg-rescale`, or use guidance only in the middle of the sampling:
 
     ip2p edit page.png "make it night" --image-cfg 1.8
     ip2p edit page.png "make it night" --text-cfg 5
@@ -56,30 +56,31 @@ middle of the sampling:
 
 ### It changes what was not named
 
-"Make the house red" turns the sky red too: no scale cures that, a mask does. Let the model find the region,
-look at it, move the threshold (lower takes more), or draw the mask yourself, white where the edit may go:
+"Make the house red" may turn the sky red, too. No scale fixes that; a mask does. Let the model find the region,
+look at it, and move the threshold (a lower one selects more), or draw the mask yourself, white where the edit
+may change the picture:
 
     ip2p edit page.png "make the house red" --auto-mask --show-mask region.png
     ip2p edit page.png "make the house red" --auto-mask 0.35
     ip2p edit page.png "make the house red" --mask house.png
 
-Outside the mask the picture stays as it is, in PNG to the byte.
+Outside the mask, every pixel stays the same (in PNG, to the byte).
 
 ## Edits in a row
 
     ip2p edit page.png "make it night" --then "make it snow" --animation chain.gif
 
-Each step begins with the result of the one before, so that what is lost adds up; the report at the end says
-how far each step is from the start. `--from-original` begins each step anew with the instructions joined:
-less is lost, but with many instructions at once some may be passed over.
+Each step starts from the result of the one before, so losses add up; the report at the end shows how far each
+step is from the start. With `--from-original`, each step starts from the original with the instructions joined:
+less is lost, but some of many instructions may be ignored.
 
-## And else
+## More advice
 
-- More steps (`--steps 50`) help with fine things, seldom with an edit that fails altogether.
-- Small faces come out badly, since the autoencoder keeps few details of them: mask them, so that the model
-  sees them large, or crop the picture first.
+- More steps (`--steps 50`) help with fine details, but seldom with an edit that fails altogether.
+- Small faces come out badly, because the autoencoder keeps few of their details. Mask them, so that the model
+  sees them enlarged, or crop the picture first.
 - The same command with the same seed gives the same picture, and every result carries its settings:
-  `ip2p edit page.png --from-settings night.png` makes it again, and any flag beside it changes one thing.
+  `ip2p edit page.png --from-settings night.png` makes it again, and any other flag changes that one setting.
 """
 
 # What the page of `ip2p ui` says beside a field, in the words of the text above.

@@ -1,16 +1,16 @@
 """Prompt-to-Prompt: pictures of the same noise and two texts share attention maps (Hertz et al. 2022).
 
-Each row of a batch is a picture, and a row may use the attention map of another row, its source. No map is
-ever materialized. A map is softmax(q kᵀ), so a row that takes another row's map takes its queries and keys
-and keeps its own values. A change to the map's columns (the words, in cross-attention) is applied to the
-values instead: (M A) v = M (A v).
+Each row of a batch is a picture, and a row may use the attention map of another row, its source. To share
+maps, none is materialized. A map is softmax(q kᵀ), so a row that takes another row's map takes its queries
+and keys and keeps its own values. A change to the map's columns (the words, in cross-attention) is applied to
+the values instead: (M A) v = M (A v). Only local blend builds maps, those of one small size.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,12 +47,12 @@ class Sharing:
     """What the rows of one network call share.
 
     maps: for each row, the row whose self-attention map it uses (its own index for its own map); None: no
-    sharing. words: cross-attention sharing; None: no sharing.
-    words: cross-attention; None: each its own.
+    sharing. words: cross-attention sharing; None: no sharing. seen: collects cross-attention maps.
     """
 
     maps: Int[Tensor, "batch"] | None = None
     words: WordSharing | None = None
+    seen: WordMaps | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for a UNet prepared by `share_attention`."""
@@ -77,6 +77,17 @@ def cross_attention(
     weights = torch.ones_like(value[:, :1, :, :1]).index_copy(0, rows, words.kept.to(value)[:, None, :, None])
     own = F.scaled_dot_product_attention(query, key, value * weights, scale=scale)
     return own.index_add(0, rows, taken)
+
+
+def cross_maps(
+    query: Heads, key: Heads, words: WordSharing | None, scale: float | None = None
+) -> Float[Tensor, "batch heads pixels words"]:
+    """The maps that `cross_attention` uses, built in full."""
+    maps = (query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1)
+    if words is None:
+        return maps
+    moved, kept = words.moved.to(maps)[:, None], words.kept.to(maps)[:, None, None]
+    return maps.index_copy(0, words.rows, maps[words.sources] @ moved + maps[words.rows] * kept)
 
 
 class SharedAttention:
@@ -107,6 +118,8 @@ class SharedAttention:
             out = cross_attention(query, key, value, sharing.words, attn.scale)
         else:
             out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+        if encoder_hidden_states is not None and sharing.seen is not None:
+            sharing.seen.add(query, key, sharing.words, attn.scale)
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))
         return attn.to_out[1](out)  # type: ignore[no-any-return]
 
@@ -138,6 +151,46 @@ def shares(p: Float[Tensor, "edits"], step: int, steps: int) -> Bool[Tensor, "ed
     return p > step / max(steps - 1, 1)
 
 
+# --- local blend ------------------------------------------------------------------------------------
+
+
+class WordMaps:
+    """Sums the cross-attention maps of chosen words over layers, heads and steps (Hertz et al., section 3.2).
+
+    words: the chosen tokens of each row. side: (height, width) of the maps that are taken; the published code
+    takes those at a quarter of the latents' sides. rows: the rows of the current network call that have a
+    text; they come first in the call.
+    """
+
+    def __init__(self, words: Bool[Tensor, "rows words"], side: tuple[int, int]) -> None:
+        self.words, self.side = words.float(), side
+        self.sums = torch.zeros(len(words), side[0] * side[1], device=words.device)
+        self.rows = torch.arange(len(words), device=words.device)
+
+    def add(self, query: Heads, key: Heads, words: WordSharing | None, scale: float | None) -> None:
+        """Add a layer's maps, as they are after sharing, if they have the right size."""
+        if query.shape[2] == self.sums.shape[1]:
+            maps = cross_maps(query, key, words, scale)[: len(self.rows)].float()
+            chosen = torch.einsum("bhpw,bw->bp", maps, self.words[self.rows])
+            self.sums.index_add_(0, self.rows, chosen)
+
+    def region(self, size: tuple[int, int], threshold: float) -> Float[Tensor, "rows 1 height width"]:
+        """1 where a row's words are: B(max-pooled mean map / its maximum > threshold); 0 elsewhere."""
+        maps = F.max_pool2d(self.sums.view(-1, 1, *self.side), 3, stride=1, padding=1)
+        maps = F.interpolate(maps, size=size)  # nearest, as in the published code
+        highest = maps.amax(dim=(2, 3), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+        return (maps / highest > threshold).float()
+
+
+def blend_latents(
+    before: Float[Tensor, "edits channels height width"],
+    after: Float[Tensor, "edits channels height width"],
+    mask: Float[Tensor, "edits 1 height width"],
+) -> Float[Tensor, "edits channels height width"]:
+    """(1 - mask) · before + mask · after: outside the mask, the edit is its source (Hertz et al.)."""
+    return before + mask * (after - before)
+
+
 # --- word alignment ---------------------------------------------------------------------------------
 
 
@@ -147,6 +200,27 @@ class Alignment:
 
     moved: Float[Tensor, "words words"]
     kept: Float[Tensor, "words"]
+
+    def weighted(self, tokens: Bool[Tensor, "words"], weight: float) -> Alignment:
+        """The same with the maps of some tokens multiplied by a weight (attention reweighting)."""
+        scale = torch.where(tokens, weight, 1.0)
+        return replace(self, moved=self.moved * scale, kept=self.kept * scale)
+
+
+def changed_tokens(
+    tokenizer: Any, source: str, edited: str
+) -> tuple[Bool[Tensor, "words"], Bool[Tensor, "words"]]:
+    """The tokens of the words that the other caption lacks: of the source, and of the edited caption."""
+    plain = [[word.casefold().strip(".,;:!?") for word in text.split()] for text in (source, edited)]
+    common = _common(*plain)
+    found = []
+    for side, text in enumerate((source, edited)):
+        _, places = _read(tokenizer, text)
+        new = set(range(len(places))) - {pair[side] for pair in common}
+        tokens = torch.zeros(tokenizer.model_max_length, dtype=torch.bool)
+        tokens[[token for word in new for token in places[word]]] = True
+        found.append(tokens)
+    return found[0], found[1]
 
 
 def refinement(tokenizer: Any, source: str, edited: str) -> Alignment:
@@ -204,7 +278,7 @@ def _read(tokenizer: Any, text: str) -> tuple[list[int], list[list[int]]]:
     return list(read["input_ids"]), [[n for n in inner if low <= starts[n] < high] for low, high in spans]
 
 
-def _common(before: list[int], after: list[int]) -> list[tuple[int, int]]:
+def _common(before: Sequence[object], after: Sequence[object]) -> list[tuple[int, int]]:
     """The positions of a longest common subsequence; of several, the earliest in `after`."""
     best = [[0] * (len(after) + 1) for _ in range(len(before) + 1)]
     for i, old in enumerate(before):

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -37,6 +37,7 @@ from ip2p.data.records import BrokenRow, Pair, Source, open_picture
 from ip2p.models.bundle import called
 from ip2p.models.clip import Clip, similarities
 from ip2p.pictures.images import to_tensor
+from ip2p.synth.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +51,7 @@ SIMILARITIES = {
 }
 KEPT, SCORED = "data/train", "scores/scores"  # tables of the two jobs
 SCORES_FOLDER = "scores"
-TOP = 4  # pairs kept per edit, as in the paper
+TOP, TOP_WHOLE = 4, 1  # pairs kept per edit: of a part, as in the paper, and of the whole picture
 NEAR_BITS = 4
 PART_ROWS = 1000
 CLIP_SIDE = 512
@@ -197,7 +198,8 @@ class Scored:
     edits: a hash of caption, instruction and edited caption, equal for all candidates of an edit.
     instructions: for a broken row, the error. hashes: perceptual hashes of both pictures, uint64 [rows, 2],
     zeros if not computed. flaws: "broken", "unsafe" or "". clips: the CLIP that measured the row, "" for
-    scores that the row already had. scores: by column, NaN where unknown.
+    scores that the row already had. scores: by column, NaN where unknown. labels: kinds of edit
+    as the data set names them; empty without them.
     """
 
     ids: list[str]
@@ -207,6 +209,13 @@ class Scored:
     flaws: list[str]
     clips: list[str]
     scores: dict[str, NDArray[np.float64]]
+    labels: Sequence[str] = ()
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kind of each row's edit, by its label or by the rule."""
+        labels = self.labels or [""] * len(self)
+        return [kind_of(words, label) for words, label in zip(self.instructions, labels, strict=True)]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -370,16 +379,16 @@ def score(
         overwrite="changed" if overwrite else False,
         say=say,
     )
-    return read_scores(folder)
+    return read_scores(folder, source)
 
 
-def read_scores(folder: Path) -> Scored:
-    """Read the scores that a job wrote to a folder. Raises InputError for any other folder."""
+def read_scores(folder: Path, source: Source) -> Scored:
+    """Read the scores of `source` that a job wrote to a folder. Raises InputError for any other folder."""
     files = jobs.committed(folder, SCORED)
     table = (
         pa.concat_tables([pq.read_table(path) for path in files]) if files else _SCORE_FIELDS.empty_table()
     )
-    return _scored(table)
+    return replace(_scored(table), labels=_labels(source)[: table.num_rows])
 
 
 def known_scores(source: Source, count: int | None = None) -> Scored:
@@ -391,7 +400,17 @@ def known_scores(source: Source, count: int | None = None) -> Scored:
             rows.append(_facts(source[row]))
         except BrokenRow as error:
             rows.append(_broken(error))
-    return _scored(pa.Table.from_pylist(rows, _SCORE_FIELDS))
+    return replace(_scored(pa.Table.from_pylist(rows, _SCORE_FIELDS)), labels=_labels(source)[:total])
+
+
+def _labels(source: Source) -> list[str]:
+    """The column `kind` of local parquet files; empty without it."""
+    if not isinstance(source, ParquetSource) or source.remote:
+        return []
+    if not all("kind" in pq.read_schema(path).names for path in source.files):
+        return []
+    tables = (pq.read_table(path, columns=["kind"])["kind"] for path in source.files)
+    return [columns.text(label) for table in tables for label in table.to_pylist()]
 
 
 def _scored(table: Any) -> Scored:
@@ -436,6 +455,7 @@ def select(
     thresholds: Thresholds,
     *,
     top: int | None = TOP,
+    top_whole: int | None = None,
     near_bits: int | None = NEAR_BITS,
 ) -> list[str]:
     """For each row, why it is removed: one of `REASONS`, or "" if it is kept.
@@ -443,7 +463,8 @@ def select(
     A row with a similarity below its threshold is removed. Pairs with the same instruction (letters and
     digits, ignoring case) whose pictures' hashes both differ by at most `near_bits` of 64 bits are
     duplicates; the best is kept. None skips this check. Of the rest, the `top` best pairs of each edit are
-    kept; None keeps all. Pairs are ranked by directional similarity, then image similarity, then row number.
+    kept, of edits of the whole picture the `top_whole` best; None: as many as of the others. top=None keeps
+    all. Pairs are ranked by directional similarity, then image similarity, then row number.
     """
     reasons = list(scored.flaws)
     for name, least in thresholds.least().items():
@@ -458,10 +479,12 @@ def select(
         for row in _repeated(scored, passing, near_bits):
             reasons[row] = "duplicate"
     taken: Counter[str] = Counter()
+    kinds = scored.kinds if top is not None and top_whole is not None else None
     for row in passing:
         if not reasons[row] and top is not None:
             taken[scored.edits[row]] += 1
-            if taken[scored.edits[row]] > top:
+            quota = top if kinds is None or top_whole is None or kinds[row] == "part" else min(top, top_whole)
+            if taken[scored.edits[row]] > quota:
                 reasons[row] = "surplus"
     return reasons
 
@@ -495,11 +518,14 @@ class Filtered:
     kept: int
     reasons: dict[str, int]
     unknown: int
+    whole: int = 0  # kept pairs of edits of the whole picture
 
     def lines(self) -> list[str]:
         """A summary for display."""
         share = f" ({self.kept / self.rows:.1%})" if self.rows else ""
         lines = [f"{self.kept:,} of {self.rows:,} pairs kept{share}"]
+        if self.kept:
+            lines.append(f"{self.whole:,} of them ({self.whole / self.kept:.0%}) change the whole picture")
         if self.reasons:
             lines.append("removed: " + ", ".join(f"{name} {count:,}" for name, count in self.reasons.items()))
         if self.unknown:
@@ -513,6 +539,7 @@ def filter_pairs(
     thresholds: Thresholds,
     *,
     top: int | None = TOP,
+    top_whole: int | None = TOP_WHOLE,
     near_bits: int | None = NEAR_BITS,
     overwrite: bool = False,
     part_rows: int = PART_ROWS,
@@ -533,10 +560,16 @@ def filter_pairs(
     scored = score(
         source, folder / SCORES_FOLDER, part_rows=part_rows, overwrite=overwrite, say=say, **scoring
     )
-    reasons = select(scored, thresholds, top=top, near_bits=near_bits)
+    reasons = select(scored, thresholds, top=top, top_whole=top_whole, near_bits=near_bits)
     kept = [row for row, reason in enumerate(reasons) if not reason]
     settings = {"source": source.name, "key": source.key, "rows": len(scored), **asdict(thresholds)}
-    settings |= {"top": top, "near_bits": near_bits, "part_rows": part_rows, "kept": _hash_of(scored, kept)}
+    settings |= {
+        "top": top,
+        "top_whole": top_whole,
+        "near_bits": near_bits,
+        "part_rows": part_rows,
+        "kept": _hash_of(scored, kept),
+    }
     table = _Rows.of(source)
     for line in _lost(source, kept) if table is None else ():
         say(line)
@@ -557,7 +590,9 @@ def filter_pairs(
         if not flaw
     )
     removed = {name: counts[name] for name in REASONS if counts[name]}
-    return Filtered(len(reasons), len(kept), removed, unknown)
+    kinds = scored.kinds
+    whole = sum(kinds[row] == "whole" for row in kept)
+    return Filtered(len(reasons), len(kept), removed, unknown, whole)
 
 
 def _lost(source: Source, kept: Sequence[int]) -> Iterator[str]:
@@ -722,7 +757,7 @@ PAIR_SCHEMA = with_columns(
     {
         **{"triple_id": "string", "candidate": "int64", "seed": "int64"},
         **{name: "float64" for name in ("p2p_threshold", "cfg_scale", *SIMILARITIES)},
-        **{name: "string" for name in ("model", "clip", "license")},
+        **{name: "string" for name in ("model", "clip", "license", "kind")},
     },
 )
 

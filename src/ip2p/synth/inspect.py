@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from ip2p.base.files import check_output, write_text
 from ip2p.data.records import BrokenRow, Source, open_picture
-from ip2p.synth.filter import NEAR_BITS, REASONS, SIMILARITIES, TOP, Scored, Thresholds, select
+from ip2p.synth.filter import NEAR_BITS, REASONS, SIMILARITIES, TOP, TOP_WHOLE, Scored, Thresholds, select
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,6 +65,7 @@ def inspect(
     thresholds: Thresholds,
     *,
     top: int | None = TOP,
+    top_whole: int | None = TOP_WHOLE,
     near_bits: int | None = NEAR_BITS,
     count: int = AT_EACH,
     side: int = SIDE,
@@ -77,7 +78,7 @@ def inspect(
     InputError, before any work, if the file cannot be written.
     """
     check_output(path, overwrite=overwrite)
-    reasons = select(scored, thresholds, top=top, near_bits=near_bits)
+    reasons = select(scored, thresholds, top=top, top_whole=top_whole, near_bits=near_bits)
     stays = np.array([not reason for reason in reasons], dtype=bool)
     gone = Counter(reasons)
     removed = {name: gone[name] for name in REASONS if gone[name]}

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from ip2p.base.errors import InputError, ModelError
 from ip2p.synth.captions import BLOCK_LIST, Caption, blocker, key_of
+from ip2p.synth.kinds import Kind, kind_of
 from ip2p.synth.records import Rejected, Triple, place_seed, triple_id
 from ip2p.synth.triples import examples, seed_triples
 
@@ -137,6 +138,7 @@ class Edit:
 
     instruction: str
     edited_caption: str
+    kind: str = ""  # "whole" or "part" if the writer said so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +173,11 @@ def completion_of(triple: Triple) -> str:
 
 
 def parse(completion: str) -> Edit | None:
-    """The parts of an answer; None unless there are exactly two, of one line each."""
+    """The parts of an answer; None unless there are exactly two, of one line each, and perhaps the kind."""
     # Text after the end marker is ignored.
     text = "\n".join(line.strip(" \t") for line in re.split(r"\r\n|\r|\n", completion))
     parts = text.split(STOP)[0].strip().split(MIDDLE)
+    kind = parts.pop() if len(parts) == 3 and parts[2] in get_args(Kind) else ""
     if len(parts) != 2:
         return None
     instruction, edited = (part.strip() for part in parts)
@@ -185,7 +188,8 @@ def parse(completion: str) -> Edit | None:
         return None
     if SEPARATOR.strip() in instruction + edited or MIDDLE.strip() in instruction + edited:
         return None
-    return Edit(instruction=" ".join(instruction.split()), edited_caption=" ".join(edited.split()))
+    instruction, edited = (" ".join(part.split()) for part in (instruction, edited))
+    return Edit(instruction=instruction, edited_caption=edited, kind=kind)
 
 
 def is_spatial(instruction: str) -> bool:
@@ -277,6 +281,7 @@ class Instruct:
                 instruction=edit.instruction,
                 edited_caption=edit.edited_caption,
                 source=self.writer.name,
+                kind=kind_of(edit.instruction, edit.kind),
             )
         reason: str | None
         if answer.refused:

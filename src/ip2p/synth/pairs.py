@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,22 +18,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
-from ip2p.base.errors import InputError, ModelError, translated_errors
+from ip2p.base.errors import ModelError, translated_errors
 from ip2p.data.records import Pair
 from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import Told, UNetDenoiser, told
-from ip2p.diffusion.samplers import SAMPLERS, sampler_for
+from ip2p.diffusion.samplers import sampler_for
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editing.editor import Editor
 from ip2p.models.bundle import Bundle, check_tiny, find_model, load_tiny, make_bundle
 from ip2p.models.load import Choice, open_model
 from ip2p.models.text import encode_prompts
 from ip2p.pictures.images import to_pil
-from ip2p.settings import EditSettings
 from ip2p.synth.attention import (
     Alignment,
     Sharing,
+    WordMaps,
     WordSharing,
+    blend_latents,
+    changed_tokens,
     refinement,
     replacement,
     share_attention,
@@ -46,14 +48,13 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from numpy.typing import NDArray
 
-# What a pair shares: self-attention maps (the paper's code), cross-attention maps of words at the same
-# position ("replace") or of common words ("refine"; Hertz et al. 2022), or both.
 # What became of a candidate: drawn; rejected half-way; rejected at the end; not finite.
 Fate = Literal["made", "early", "judged", "overflow"]
 Pictures = Float[Tensor, "batch 3 height width"]
 # From candidates and their pictures before and after, in [0, 1], to which of them to keep.
 Judge = Callable[[Sequence[Candidate], Tensor, Tensor], "Sequence[bool] | Tensor"]
 CPU_BATCH, BATCH = 4, 8  # candidates at once
+MAPS = 4  # side of the latents over side of the maps for local blend, as in the published code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +96,14 @@ def shared_candidate(
     *,
     p: tuple[float, float] = P,
     scale: tuple[float, float] = SCALE,
+    p_cross: tuple[float, float] | None = None,
 ) -> Candidate:
     """Candidate `number` with the seed and guidance scale of the first candidate in its `per_source` block.
 
     It keeps its own p. `PairMaker` draws the source picture of a block once, which reduces the work for n
     candidates to (1 + n) / (2 n). In return, all n candidates start from the same source picture.
     """
-    one = candidate(triple, number, p=p, scale=scale)
+    one = candidate(triple, number, p=p, scale=scale, p_cross=p_cross)
     first = candidate(triple, number - number % per_source, p=p, scale=scale)
     return replace(one, seed=first.seed, scale=first.scale)
 
@@ -110,10 +112,15 @@ class PairMaker:
     """Draws image pairs for candidates. This is a stage: it loads the model once and is called on batches.
 
     model: anything that `models.load.open_model` reads (Stable Diffusion, or an editor, which gets no input
-    picture), or a Bundle. steps, sampler, spacing: the defaults are those of the paper's code. size: the side
-    in pixels, or (width, height); None is the model's native size. attention: what a pair shares. batch_size:
-    candidates per batch; None is 4 on a CPU and 8 elsewhere. In fp32 the result depends on it only through
-    rounding.
+    picture), or a Bundle. steps, sampler, schedule: the defaults are those of the paper's code. size: the
+    side in pixels, or (width, height); None is the model's native size. batch_size: candidates per batch;
+    None is 4 on a CPU and 8 elsewhere. In fp32 the result depends on it only through rounding.
+
+    attention: what a pair shares: self-attention maps (the paper's code), cross-attention maps of words at
+    the same position ("replace") or of common words ("refine"; Hertz et al. 2022), or both. reweight:
+    multiplies the maps of the new words while cross-attention is shared. blend: local blend: after each step,
+    the edit is its source where the attention to the changed words is below this fraction of its maximum.
+    Edits of the whole picture are not blended.
 
     early: rejects candidates after the fraction `early_at` of the steps, from the predicted clean pictures.
     judge: rejects candidates at the end. Both look at pictures decoded by tiny_vae if it is given (an
@@ -136,24 +143,20 @@ class PairMaker:
         vae: str | Path | None = None,
         steps: int = 100,
         sampler: str = "euler_ancestral",
-        spacing: str = "linspace",
+        schedule: str = "linspace",
         size: int | tuple[int, int] | None = None,
         attention: Attention = "self",
+        reweight: float = 1.0,
+        blend: float | None = None,
         batch_size: int | None = None,
         early: Judge | None = None,
         early_at: float = 0.5,
         judge: Judge | None = None,
         tiny_vae: AutoencoderTiny | str | Path | None = None,
     ) -> None:
-        EditSettings.read({"steps": steps, "size": size})
-        SynthPairsConfig.read({"early_at": early_at, "batch_size": batch_size})
-        for name, value, known in (
-            ("Sampler", sampler, SAMPLERS),
-            ("Spacing", spacing, SPACINGS),
-            ("Attention", attention, get_args(Attention)),
-        ):
-            if value not in known:
-                raise InputError(f"{name} {value!r} is not known; use one of {', '.join(known)}.")
+        how = {"steps": steps, "sampler": sampler, "schedule": schedule, "size": size, "attention": attention}
+        how |= {"reweight": reweight, "blend": blend, "early_at": early_at, "batch_size": batch_size}
+        SynthPairsConfig.read(how)
         if not isinstance(model, Bundle):
             model = open_painter(
                 model, device=device, dtype=dtype, revision=revision, weights=weights, vae=vae
@@ -170,7 +173,8 @@ class PairMaker:
             unet if taken == 2 * latent else _WithoutPicture(unet), self.editor.schedule
         )
         self.steps, self.sampler, self.attention = steps, sampler, attention
-        self.sigmas = SPACINGS[spacing](self.editor.schedule, steps)
+        self.reweight, self.blend = reweight, blend
+        self.sigmas = SPACINGS[schedule](self.editor.schedule, steps)
         native = model.card.native_size
         self.size = self.editor.working_size((native, native), size)
         self.batch_size = batch_size or (CPU_BATCH if self.device.type == "cpu" else BATCH)
@@ -217,6 +221,8 @@ class PairMaker:
         sampling = sampler_for(self.sampler, self.editor.schedule)(denoise, start, self.sigmas, noise)
         for step, x in enumerate(sampling, 1):
             last = x
+            if self.blend is not None:
+                denoise.blend(x, self.blend)  # in place: the sampler goes on from it
             if self.early is not None and step == self.early_step:
                 assert denoise.x0 is not None
                 self._ask(self.early, denoise.x0, batch, "early")
@@ -263,6 +269,7 @@ class PairMaker:
             sigmas=self.sigmas,
             share_self="self" in self.attention,
             alignments=None if self.attention == "self" else [self._align(one) for one in candidates],
+            seen=None if self.blend is None else self._word_maps(batch, sources),
         )
 
     def _align(self, one: Candidate) -> Alignment:
@@ -270,7 +277,24 @@ class PairMaker:
         caption, edited = triple.caption, triple.edited_caption
         found = replacement(tokenizer, caption, edited) if "replace" in self.attention else None
         # Captions of different lengths have no word-by-word alignment.
-        return found or refinement(tokenizer, caption, edited)
+        found = found or refinement(tokenizer, caption, edited)
+        if self.reweight == 1:
+            return found
+        return found.weighted(changed_tokens(tokenizer, caption, edited)[1], self.reweight)
+
+    def _word_maps(self, batch: _Batch, sources: Sequence[_Source]) -> WordMaps:
+        """Collects the maps of the words in which a candidate's captions differ, for source and edit."""
+        tokenizer = self.editor.bundle.tokenizer
+        words = torch.zeros(len(batch.alive), tokenizer.model_max_length, dtype=torch.bool)
+        for place, one in enumerate(batch.candidates):
+            before, after = changed_tokens(tokenizer, one.triple.caption, one.triple.edited_caption)
+            words[batch.owners[place]] |= before
+            words[batch.edits[place]] = after
+        config: Any = self.editor.bundle.unet.config
+        levels = [2**k for k, block in enumerate(config.down_block_types) if "CrossAttn" in block]
+        factor = min(levels, key=lambda level: abs(level - MAPS))
+        height, width = (side // self.editor.bundle.latent_factor // factor for side in reversed(self.size))
+        return WordMaps(words.to(self.device), (height, width))
 
     def _pictures(
         self, latents: Latent, batch: _Batch, kept: Sequence[int], *, preview: bool
@@ -373,9 +397,13 @@ class _PairDenoiser:
         sigmas: Float[Tensor, "steps"],
         share_self: bool,
         alignments: Sequence[Alignment] | None,
+        seen: WordMaps | None,
     ) -> None:
         self.network, self.batch, self.told, self.null, self.scale = network, batch, told, null, scale
         self.p = torch.tensor([one.p for one in batch.candidates], dtype=torch.float64)
+        crossing = [one.p if one.p_cross is None else one.p_cross for one in batch.candidates]
+        self.p_cross = torch.tensor(crossing, dtype=torch.float64)
+        self.seen = seen
         self.sigmas, self.share_self = sigmas, share_self
         self.moved = self.kept = None
         if alignments is not None:
@@ -389,6 +417,8 @@ class _PairDenoiser:
         place = rows.to(x.device)
         some, count = x[place], len(rows)
         sharing = self._sharing(rows, int((self.sigmas > sigma).sum())).arguments()
+        if self.seen is not None:
+            self.seen.rows = place
         network = replace(self.network, control=lambda *_: sharing)
         words = {
             name: torch.cat([value[place], self.null[name].to(value).expand(count, *value.shape[1:])])
@@ -403,24 +433,33 @@ class _PairDenoiser:
 
     def _sharing(self, rows: Int[Tensor, "alive"], step: int) -> Sharing:
         """What the rows share in a step: first the rows with their text, then the same rows without text."""
-        batch = self.batch
-        shared = shares(self.p, step, len(self.sigmas) - 1) & batch.alive[batch.edits]
-        some = shared.nonzero()[:, 0]
-        if not len(some):
-            return Sharing()
-        owners, edits = batch.owners[some], batch.edits[some]
-        whose = torch.arange(len(batch.alive)).index_copy(0, edits, owners)
-        place = torch.zeros_like(whose).index_copy(0, rows, torch.arange(len(rows)))
-        device = self.scale.device
+        batch, device, steps = self.batch, self.scale.device, len(self.sigmas) - 1
+        place = torch.zeros(len(batch.alive), dtype=torch.long).index_copy(0, rows, torch.arange(len(rows)))
+
+        def edits_that_share(p: Float[Tensor, "edits"]) -> Int[Tensor, "some"]:
+            return (shares(p, step, steps) & batch.alive[batch.edits]).nonzero()[:, 0]
+
         maps = words = None
-        if self.share_self:
+        if self.share_self and len(some := edits_that_share(self.p)):
+            whose = torch.arange(len(batch.alive)).index_copy(0, batch.edits[some], batch.owners[some])
             half = place[whose[rows]]
             maps = torch.cat([half, half + len(rows)]).to(device)
-        if self.moved is not None and self.kept is not None:
+        if self.moved is not None and self.kept is not None and len(some := edits_that_share(self.p_cross)):
             # The rows without text have no words to share; Hertz et al. leave that half unchanged, too.
             moved, kept = (each[some.to(device)] for each in (self.moved, self.kept))
-            words = WordSharing(place[edits].to(device), place[owners].to(device), moved, kept)
-        return Sharing(maps, words)
+            edits, owners = place[batch.edits[some]], place[batch.owners[some]]
+            words = WordSharing(edits.to(device), owners.to(device), moved, kept)
+        return Sharing(maps, words, self.seen)
+
+    def blend(self, x: Latent, threshold: float) -> None:
+        """Local blend, in place: an edit of a part is its source where no changed word of either is."""
+        assert self.seen is not None, "local blend needs maps"
+        batch = self.batch
+        some = [k for k, one in enumerate(batch.candidates) if not one.triple.is_whole]
+        region = self.seen.region((x.shape[2], x.shape[3]), threshold)
+        edits, owners = (rows[some].to(x.device) for rows in (batch.edits, batch.owners))
+        mask = torch.maximum(region[edits], region[owners])
+        x[edits] = blend_latents(x[owners], x[edits], mask)
 
 
 class _WithoutPicture(nn.Module):

@@ -18,10 +18,11 @@ from ip2p.base import jobs
 from ip2p.base.errors import InputError
 from ip2p.base.files import replacing
 from ip2p.data import columns
+from ip2p.synth.kinds import kind_of
 from ip2p.synth.tables import read_rows
 
 TABLE = "data/train"  # table of a job that writes triples
-COLUMNS = ("id", "caption", "instruction", "edited_caption", "source")
+COLUMNS = ("id", "caption", "instruction", "edited_caption", "source", "kind")
 P = (0.1, 0.9)  # paper, section 3.1.2: fraction of the steps with shared attention
 SCALE = (7.5, 15.0)  # guidance scale of a candidate (the paper's code)
 # The paper's human-written triples use input, edit, output; here, input and output are texts, not pictures.
@@ -42,6 +43,12 @@ class Triple:
     instruction: str
     edited_caption: str
     source: str = ""  # the author: a model name, "human", "storybook"
+    kind: str = ""  # "whole" or "part", or another label of `kinds`; "": the rule decides
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the edit changes the whole picture."""
+        return kind_of(self.instruction, self.kind) == "whole"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ class Candidate:
     seed: int  # 32-bit seed of the noise that both pictures share
     p: float  # fraction of the steps with shared attention
     scale: float  # guidance scale
+    p_cross: float | None = None  # the same for cross-attention; None: p
 
     @property
     def id(self) -> str:
@@ -86,8 +94,9 @@ def candidate(
     *,
     p: tuple[float, float] = P,
     scale: tuple[float, float] = SCALE,
+    p_cross: tuple[float, float] | None = None,
 ) -> Candidate:
-    """Candidate `number` of a triple; p and the guidance scale are uniform in [low, high).
+    """Candidate `number` of a triple; p, p_cross and the guidance scale are uniform in [low, high).
 
     All values depend only on the triple's id and the number, so a rerun gives the same pair on any machine.
     """
@@ -103,6 +112,7 @@ def candidate(
         seed=int.from_bytes(digest[:4], "big"),
         p=uniform(8, *p),
         scale=uniform(16, *scale),
+        p_cross=None if p_cross is None else uniform(24, *p_cross),
     )
 
 
@@ -121,6 +131,7 @@ def triple_of(row: Mapping[str, Any], *, source: str = "", number: int = 0) -> T
         instruction=words["instruction"],
         edited_caption=words["edited_caption"],
         source=columns.text(row.get("source")) or source,
+        kind=columns.text(row.get("kind")),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from ip2p.synth.records import Candidate, Triple, candidate
@@ -31,6 +31,7 @@ class Rounds:
 
     most: int = 100  # candidates, as in the paper
     enough: int | None = 4  # passes; None: all candidates are drawn
+    enough_whole: int | None = None  # the same for edits of the whole picture; None: as the others
     size: int = 8  # maximum candidates per round and prompt
     worth: float = 0.1
     risk: float = 0.05  # 0: no prompt is abandoned
@@ -42,11 +43,18 @@ class Rounds:
         return cls(
             most=how["most"],
             enough=how["enough"] or None,
+            enough_whole=how["enough_whole"] or None,
             size=how["round_size"],
             worth=how["worth"],
             risk=how["risk"],
             shared=how["p_per_source"],
         )
+
+    def for_triple(self, triple: Triple) -> Rounds:
+        """The rounds of a triple: its kind has its quota, unless all candidates are drawn."""
+        if self.enough is None or self.enough_whole is None or not triple.is_whole:
+            return self
+        return replace(self, enough=min(self.enough, self.enough_whole))
 
     @property
     def patience(self) -> int | None:
@@ -110,8 +118,9 @@ def run(
     its result.
     """
     prompts = [Prompt[T](triple) for triple in triples]
+    plans = {triple.id: rounds.for_triple(triple) for triple in triples}
     while active := [prompt for prompt in prompts if prompt.ended is None]:
-        sizes = [rounds.next(prompt.tried, len(prompt.passed)) for prompt in active]
+        sizes = [plans[prompt.triple.id].next(prompt.tried, len(prompt.passed)) for prompt in active]
         tries = [
             [new(prompt.triple, prompt.tried + k) for k in range(size)]
             for prompt, size in zip(active, sizes, strict=True)
@@ -125,5 +134,5 @@ def run(
                 if (kept := next(answers)) is not None:
                     prompt.passed.append((each, kept))
             prompt.tried += len(made)
-            prompt.ended = rounds.verdict(prompt.tried, len(prompt.passed))
+            prompt.ended = plans[prompt.triple.id].verdict(prompt.tried, len(prompt.passed))
     return prompts

@@ -1,8 +1,8 @@
 """Edits written by a server of language models that speaks OpenAI's protocol: vLLM, Ollama, OpenAI, …
 
-There are two ways to ask. `completion`: the model continues the prompt, for a model tuned on triples. `chat`:
-a general model is shown some seed triples as a conversation and answers with JSON of a schema. Requests go
-through the `openai` client and are repeated by `tenacity`: both are in the extra `llm-server`.
+There are two ways. `completion`: a model tuned on triples continues the prompt. `chat`: a general model sees
+some seed triples as a conversation and answers with JSON of a schema. The `openai` client sends the requests
+and `tenacity` retries them; both are in the extra `llm-server`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 from ip2p.synth.triples import examples
 
 KEY = "OPENAI_API_KEY"
-SHOTS = 8  # triples that a general model is shown
-PATIENCE = 300.0  # seconds for which a server may be away
+SHOTS = 8  # seed triples in the prompt of a general model
+PATIENCE = 300.0  # maximum outage of a server, in seconds
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # what may pass if it is asked later
-BUSY = (408, 409, 425, 429, 529)  # of these: what says nothing of the request
-OF_PROMPT = (200, 400, 413, 422)  # what a server may answer to one prompt and not to others
-REFUSALS = 20  # one after another, until the server itself is suspected
-# What every server that can be used answers, to tell one that refuses all from one that refuses a prompt.
+AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # errors that may pass later
+BUSY = (408, 409, 425, 429, 529)  # of these: not caused by the request
+OF_PROMPT = (200, 400, 413, 422)  # statuses that may concern one prompt only
+REFUSALS = 20  # in a row, before the server itself is checked
+# A harmless request: a server that rejects it rejects everything.
 KNOWN = Ask(caption="a cat on a red sofa")
 
 SYSTEM = (
@@ -58,15 +58,20 @@ SYSTEM = (
     "removed or replaced. Write the instruction as the person would say it, and the caption of the picture "
     "after the change. Keep all of the caption that does not change, word for word. Do not move or turn "
     "anything, and do not change the view. Vary what you ask for and how you say it. Answer with JSON "
-    "alone: an object with instruction and edited_caption."
+    "alone: an object with instruction, edited_caption and kind: whole if the edit changes the whole picture "
+    "(style, place, time, weather, season, light, mood), part if it changes something in it."
 )
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {"instruction": {"type": "string"}, "edited_caption": {"type": "string"}},
-    "required": ["instruction", "edited_caption"],
+    "properties": {
+        "instruction": {"type": "string"},
+        "edited_caption": {"type": "string"},
+        "kind": {"type": "string", "enum": ["whole", "part"]},
+    },
+    "required": ["instruction", "edited_caption", "kind"],
     "additionalProperties": False,
 }
-# How an answer's form is asked for, the strictest first; a server that refuses one is asked by the next.
+# How the form of the answer is requested, the strictest first. If a server rejects one, the next is used.
 FORMS: tuple[dict[str, Any], ...] = (
     {
         "response_format": {
@@ -78,13 +83,13 @@ FORMS: tuple[dict[str, Any], ...] = (
     {},
 )
 _OF_FORMS = {"response_format", "json_schema", "json_object", "schema", "guided_json"}
-# What the filters of servers call themselves; some refuse so with 403.
+# Names of content filters; some servers reject with 403.
 _FILTERED = re.compile(r"content.?(?:filter|policy|management)|moderation|safety.?(?:filter|system)", re.I)
 
 
 @dataclass
 class Usage:
-    """What a server has counted. tokens of prompts and answers; cost in the money of the prices."""
+    """Token counts reported by a server; the cost is in the currency of the prices."""
 
     requests: int = 0
     retries: int = 0
@@ -101,25 +106,24 @@ class Usage:
 
 
 class ServerWriter:
-    """A model of a server, asked by several threads at once.
+    """A language model on a server, called by several threads.
 
     url: up to /v1, such as http://localhost:8000/v1. way: `completion` for a tuned model, `chat` for a
-    general one; shots: how many seed triples it is shown, by default none and SHOTS. together: requests under
-    way at once; rate: the most that this writer begins a second. price: of a million tokens of prompts and of
-    answers. key: sent as a bearer's token, by default that of OPENAI_API_KEY.
+    general one. shots: seed triples in the prompt, by default none and SHOTS. together: concurrent requests.
+    rate: maximum requests per second. price: per million tokens of prompts and of answers. key: the bearer
+    token, by default that of OPENAI_API_KEY.
 
-    A request that fails in a way that may pass (the server is away, busy or broken) is sent again after a
-    wait that doubles, or that the server says in Retry-After, until `patience` seconds have passed since any
-    request of all threads was answered. So a server may be killed and started again. Every question carries
-    its seed; whether equal seeds give equal answers is the server's affair.
+    A request that fails temporarily (the server is down, busy or broken) is retried after a doubling wait, or
+    after Retry-After, until no request of any thread was answered for `patience` seconds. A server can thus
+    be killed and restarted. Every request has its seed; the server may ignore it.
 
-    A prompt that is refused (by a content filter, or as too long), or that has broken the server for all of
-    the patience, gets an answer that is `refused`, but only while the server answers KNOWN: which it is
-    asked after a refusal if it has answered nothing yet, after REFUSALS in a row, and after the last one of a
-    call. So a wrong setting stops at once, and the verdict does not depend on what other threads ask.
+    A prompt that is rejected (by a content filter, or as too long), or that fails for all of the patience,
+    gets an answer that is `refused`, but only if the server answers KNOWN. KNOWN is sent after a rejection if
+    nothing was answered yet, after REFUSALS in a row, and if the last answer of a call was a rejection. A
+    wrong setting therefore stops at once, and the verdict does not depend on other threads.
 
-    Raises InputError for settings, ModelError for a server that refuses all, stays away, or does not speak
-    the protocol.
+    Raises InputError for settings, and ModelError for a server that rejects everything, stays down, or does
+    not speak the protocol.
     """
 
     def __init__(
@@ -498,7 +502,7 @@ def _sendable(text: str) -> str:
 def _messages(caption: str, shown: Sequence[Triple]) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": SYSTEM}]
     for triple in shown:
-        edit = {"instruction": triple.instruction, "edited_caption": triple.edited_caption}
+        edit = {name: getattr(triple, name) for name in SCHEMA["properties"]}
         messages.append({"role": "user", "content": triple.caption})
         messages.append({"role": "assistant", "content": json.dumps(edit, ensure_ascii=False)})
     return [*messages, {"role": "user", "content": caption}]
@@ -514,7 +518,8 @@ def _from_json(text: str) -> str:
         return text
     if not (isinstance(instruction, str) and isinstance(edited, str)):
         return text
-    return " ".join(instruction.split()) + MIDDLE + " ".join(edited.split())
+    kind = [edit["kind"]] if edit.get("kind") in ("whole", "part") else []
+    return MIDDLE.join(" ".join(part.split()) for part in (instruction, edited, *kind))
 
 
 def _open_client(url: str, key: str, timeout: float) -> OpenAI:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +14,6 @@ from ip2p.settings import (
     COMMON,
     MAX_SCALE,
     MAX_SEED,
-    MAX_STEPS,
     MODEL,
     Conflict,
     DeviceSettings,
@@ -20,14 +21,16 @@ from ip2p.settings import (
     HubDataSettings,
     ModelChoice,
     OverwriteSettings,
+    PictureSettings,
     RunSettings,
     SamplerName,
     ScheduleName,
     Settings,
     SharePair,
-    Size,
+    StepSettings,
     WorkerSettings,
     check_needed,
+    meta_of,
     read_pair,
     setting,
 )
@@ -84,6 +87,13 @@ class KeepBestSettings(Settings):
     top: int = setting(
         4,
         "keep this many of each edit, by directional similarity; 0: all",
+        ge=0,
+        le=1_000_000,
+        group=THRESHOLDS,
+    )
+    top_whole: int = setting(
+        1,
+        "the same for edits of the whole picture, which pass more often; 0: as --top",
         ge=0,
         le=1_000_000,
         group=THRESHOLDS,
@@ -261,17 +271,26 @@ class SynthTuneConfig(RunSettings, OverwriteSettings, DeviceSettings, SeedSettin
 
 # How `synth pairs` draws by default, and as the paper and its code do. 0 or None turns a way off.
 PAIRS: dict[str, Any] = {
-    **{"most": 32, "enough": 4, "round_size": 8, "worth": 0.12, "risk": 0.05, "p_per_source": 1},
+    **{"most": 32, "enough": 4, "enough_whole": 2, "round_size": 8},
+    **{"worth": 0.12, "risk": 0.05, "p_per_source": 1},
     **{"steps": 20, "sampler": "euler_ancestral", "schedule": "linspace", "attention": "self"},
     **{"early_at": 0.0, "tiny_vae": None},
 }
 # What is drawn on storybook pages, by its small model, comes out in fewer steps, and is hopeless sooner.
 PAIRS_STORYBOOK: dict[str, Any] = PAIRS | {"steps": 10, "worth": 0.32, "early_at": 0.5}
 PAIRS_AS_PAPER: dict[str, Any] = PAIRS | {
-    **{"most": 100, "enough": 0, "round_size": 100, "risk": 0.0, "p_per_source": 1},
+    **{"most": 100, "enough": 0, "enough_whole": 0, "round_size": 100, "risk": 0.0, "p_per_source": 1},
     **{"steps": 100, "sampler": "euler_ancestral", "schedule": "linspace", "attention": "self"},
     **{"early_at": 0.0, "tiny_vae": None},
 }
+
+
+def _drawing_setting(kind: type[Settings], name: str, help: str) -> Any:
+    """A setting of `kind` with the default of this stage instead of the model card's."""
+    found = copy.copy(kind.model_fields[name])
+    found.description = help
+    found.json_schema_extra = replace(meta_of(found), group=DRAWING, fallback=None)
+    return found
 
 
 class SynthPairsConfig(
@@ -281,6 +300,8 @@ class SynthPairsConfig(
     ThresholdSettings,
     DTypeSettings,
     DeviceSettings,
+    PictureSettings,
+    StepSettings,
     ModelChoice,
 ):
     """Draw pairs of pictures for edits in words: ip2p synth pairs triples.parquet -o pairs"""
@@ -310,6 +331,14 @@ class SynthPairsConfig(
         ge=0,
         le=10_000,
         example=4,
+        group=DRAWING,
+    )
+    enough_whole: int | None = setting(
+        None,
+        "the same for edits of the whole picture, which pass more often; 0: as the others; default: 2",
+        ge=0,
+        le=10_000,
+        example=2,
         group=DRAWING,
     )
     round_size: int | None = setting(
@@ -365,15 +394,12 @@ class SynthPairsConfig(
         group=DRAWING,
         hidden=True,
     )
-    steps: int | None = setting(
-        None, "sampling steps; default: 20, storybook 10", ge=1, le=MAX_STEPS, example=20, group=DRAWING
+    steps: int | None = _drawing_setting(StepSettings, "steps", "sampling steps; default: 20, storybook 10")
+    sampler: SamplerName | None = _drawing_setting(
+        StepSettings, "sampler", "sampler; default: euler_ancestral"
     )
-    sampler: SamplerName | None = setting(None, "sampler; default: euler_ancestral", group=DRAWING)
-    schedule: ScheduleName | None = setting(
-        None,
-        "noise schedule: linspace, karras or trailing; default: linspace",
-        group=DRAWING,
-        aliases=("spacing",),
+    schedule: ScheduleName | None = _drawing_setting(
+        PictureSettings, "schedule", "noise schedule; default: linspace"
     )
     tiny_vae: str | None = setting(
         None, "a tiny autoencoder for the pictures that are scored; default: none", group=DRAWING, hidden=True
@@ -381,9 +407,35 @@ class SynthPairsConfig(
     attention: Attention | None = setting(
         None, "attention that a pair shares; default: self", group=DRAWING, hidden=True
     )
+    reweight: float = setting(
+        1.0,
+        "weight of the new words' cross-attention maps; needs --attention replace or refine",
+        ge=-10,
+        le=100,
+        example=2.0,
+        group=DRAWING,
+        hidden=True,
+    )
+    blend: float | None = setting(
+        None,
+        "change only where the changed words' attention is above this share of its maximum; 0.3 is usual",
+        ge=0,
+        le=1,
+        example=0.3,
+        group=DRAWING,
+        hidden=True,
+    )
     p: SharePair = setting(
         (0.1, 0.9),
         "share of the steps with shared attention, drawn per candidate",
+        group=DRAWING,
+        metavar="LOW HIGH",
+        hidden=True,
+    )
+    p_cross: SharePair | None = setting(
+        None,
+        "the same for cross-attention alone; default: the p of the candidate",
+        example=(0.4, 0.9),
         group=DRAWING,
         metavar="LOW HIGH",
         hidden=True,
@@ -396,13 +448,6 @@ class SynthPairsConfig(
         metavar="LOW HIGH",
         hidden=True,
     )
-    size: Size = setting(
-        None,
-        "size of the pictures; default: the model's training size",
-        example=256,
-        group=DRAWING,
-        metavar="SIDE|WxH",
-    )
     batch_size: int | None = setting(
         None, "pairs per batch; default: 4 on a CPU, else 8", ge=1, le=10**9, example=8, group=DRAWING
     )
@@ -410,12 +455,20 @@ class SynthPairsConfig(
 
     def check_together(self) -> None:
         super().check_together()
-        for name, ends in (("p", self.p), ("scale", self.scale)):
+        for name, ends in (("p", self.p), ("p_cross", self.p_cross), ("scale", self.scale)):
             if ends is not None and ends[0] > ends[1]:
                 raise Conflict(
                     f"{{{name}}} {ends[0]:g} {ends[1]:g} is empty; the smaller number comes first.",
                     field=name,
                 )
+        if self.attention in (None, "self"):
+            for name, usual in (("p_cross", None), ("reweight", 1.0)):
+                if getattr(self, name) != usual:
+                    raise Conflict(
+                        f"{{{name}}} is for cross-attention; set {{attention}} to refine, replace, "
+                        "self+refine or self+replace.",
+                        field=name,
+                    )
 
     def check(self) -> None:
         """Raise InputError for settings that cannot be run with, alone or together."""

@@ -91,7 +91,8 @@ class PairStage:
         how: Mapping[str, Any] | None = None,
     ) -> None:
         how = config.how() if how is None else how
-        self.thresholds, self.scale, self.p = thresholds, scale, config.p
+        self.thresholds = thresholds
+        self.drawn: dict[str, Any] = {"p": config.p, "p_cross": config.p_cross, "scale": scale}
         self.early_thresholds = lowered(thresholds, config.early_margin)
         self.per_source: int = how["p_per_source"]
         self.keep_all = config.keep == "all"
@@ -106,9 +107,11 @@ class PairStage:
             vae=config.vae,
             steps=how["steps"],
             sampler=how["sampler"],
-            spacing=how["schedule"],
+            schedule=how["schedule"],
             size=config.size,
             attention=how["attention"],
+            reweight=config.reweight,
+            blend=config.blend,
             batch_size=config.batch_size,
             early=self._early if how["early_at"] else None,
             early_at=how["early_at"],
@@ -146,7 +149,7 @@ class PairStage:
         return Made(tables={KEPT: pair_table(drawn)}, counts=counts)
 
     def _candidate(self, triple: Triple, number: int) -> Candidate:
-        return shared_candidate(triple, number, self.per_source, p=self.p, scale=self.scale)
+        return shared_candidate(triple, number, self.per_source, **self.drawn)
 
     def _judged(
         self, candidates: list[Candidate], counts: Counter[str]
@@ -168,7 +171,8 @@ class PairStage:
             passes[each.candidate.id] = passed = self.thresholds.passes(own)
             if passed or self.keep_all:
                 one, row = each.candidate, pair_row(each.pair(**own))
-                rows.append(row | self.known | {"triple_id": one.triple.id, "candidate": one.number})
+                row |= {"triple_id": one.triple.id, "candidate": one.number}
+                rows.append(row | self.known | {"kind": "whole" if one.triple.is_whole else "part"})
         counts["passed"] += sum(passes.values())
         return [passes.get(one.id) or None for one in candidates], rows
 

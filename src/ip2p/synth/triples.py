@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ip2p.synth.captions import key_of
+from ip2p.synth.kinds import kind_of
 from ip2p.synth.records import Triple, place_seed, triple_id
 
 SEEDS = Path(__file__).with_name("seeds.jsonl")
@@ -83,7 +84,9 @@ def seed_triples() -> tuple[Triple, ...]:
     for line in SEEDS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         kind = row.pop("kind")
-        triples.append(Triple(id=triple_id(row["caption"], 0), source=SOURCE + kind, **row))
+        triples.append(
+            Triple(id=triple_id(row["caption"], 0), source=SOURCE + kind, kind=kind_of("", kind), **row)
+        )
     return tuple(triples)
 
 

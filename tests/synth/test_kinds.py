@@ -1,0 +1,126 @@
+"""Kinds of edit, and the quota of edits of the whole picture in pairs and filter."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ip2p.synth.filter import SIMILARITIES, Scored, Thresholds, select
+from ip2p.synth.instruct import Answer, Edit, Instruct, parse
+from ip2p.synth.kinds import kind_of
+from ip2p.synth.records import COLUMNS, Triple, read_triples, write_triples
+from ip2p.synth.rounds import Rounds, run
+from ip2p.synth.triples import seed_triples
+from ip2p_storybook.edits import GLOBAL_KINDS
+from ip2p_storybook.triples import exact_triples
+
+ALL = Thresholds(image=-1, caption=-1, directional=-1)
+
+
+@pytest.mark.parametrize(
+    "instruction, kind",
+    [
+        ("make it night", "whole"),
+        ("turn it into a watercolour", "whole"),
+        ("what if it were autumn?", "whole"),
+        ("put them in the desert", "whole"),
+        ("let it rain", "whole"),
+        ("make the dog red", "part"),
+        ("add a snowman", "part"),
+        ("remove the tree in the park", "part"),
+        ("replace the moon with a lamp", "part"),
+        ("swap the fox for a cat", "part"),
+    ],
+)
+def test_the_rule_reads_instructions(instruction, kind):
+    assert kind_of(instruction) == kind
+
+
+def test_a_label_is_above_the_rule():
+    assert kind_of("add a snowman", "weather") == kind_of("add a snowman", "Whole") == "whole"
+    assert kind_of("make it night", "part") == kind_of("make it night", "color") == "part"
+
+
+def test_the_rule_agrees_with_the_exact_kinds_and_the_written_ones():
+    exact = [triple for triple in exact_triples(400, 3) if triple.edit.kind != "two"]
+    right = [(kind_of(t.instruction) == "whole") == (t.edit.kind in GLOBAL_KINDS) for t in exact]
+    assert sum(right) / len(right) > 0.88
+    seeds = seed_triples()
+    right = [kind_of(t.instruction) == t.kind for t in seeds]
+    assert sum(right) / len(right) > 0.70
+    assert 0.3 < sum(t.is_whole for t in seeds) / len(seeds) < 0.5
+
+
+def test_a_triple_carries_its_kind_through_a_file(tmp_path):
+    some = [
+        Triple(id="1", caption="a", instruction="add a hat", edited_caption="b", kind="whole"),
+        Triple(id="2", caption="c", instruction="make it night", edited_caption="d"),
+    ]
+    write_triples(tmp_path / "t.parquet", some)
+    assert read_triples(tmp_path / "t.parquet") == some
+    assert [triple.is_whole for triple in some] == [True, True]
+    assert COLUMNS[-1] == "kind"
+
+
+def test_a_writers_kind_is_taken_and_else_the_rules(tmp_path):
+    assert parse("make it glow\n%%\na glowing cat\n%%\nwhole") == Edit(
+        instruction="make it glow", edited_caption="a glowing cat", kind="whole"
+    )
+    assert parse("make it glow\n%%\na glowing cat\n%%\nand a dog") is None
+
+    def writer(asks):
+        texts = {"a cat": "make it glow\n%%\na glowing cat\n%%\nwhole", "a dog": "add fur\n%%\na furry dog"}
+        return [Answer(text=texts[ask.caption]) for ask in asks]
+
+    writer.name = "test"
+    written = Instruct(writer)(["a cat", "a dog"])
+    assert [each.triples[0].kind for each in written] == ["whole", "part"]
+
+
+def test_an_edit_of_the_whole_picture_is_done_sooner():
+    part = Triple(id="p", caption="a cat", instruction="make the cat red", edited_caption="a red cat")
+    whole = Triple(id="w", caption="a cat", instruction="make it night", edited_caption="a cat at night")
+    rounds = Rounds(enough=4, enough_whole=2, size=1)
+    found = run([part, whole], rounds, lambda some: [True] * len(some))
+    assert [(len(one.passed), one.ended) for one in found] == [(4, "enough"), (2, "enough")]
+    assert rounds.for_triple(dataclasses.replace(whole, kind="part")) == rounds
+    every = Rounds(most=6, enough=None, enough_whole=2, risk=0.0)
+    assert [len(one.passed) for one in run([whole], every, lambda some: [True] * len(some))] == [6]
+
+
+def scored(instructions, labels=()):
+    count = len(instructions)
+    return Scored(
+        ids=[str(k) for k in range(count)],
+        edits=list(instructions),
+        instructions=list(instructions),
+        hashes=np.zeros((count, 2), np.uint64),
+        flaws=[""] * count,
+        clips=[""] * count,
+        scores={name: np.linspace(0.5, 0.9, count) for name in SIMILARITIES},
+        labels=labels,
+    )
+
+
+def kept(rows, **how):
+    return [row for row, why in enumerate(select(rows, ALL, **how)) if not why]
+
+
+def test_the_best_of_an_edit_stay_within_the_quota_of_its_kind():
+    rows = scored(["make it night"] * 5 + ["make the cat red"] * 5)
+    assert kept(rows, top=4, top_whole=1) == [4, 6, 7, 8, 9]
+    assert kept(rows, top=4, top_whole=2) == [3, 4, 6, 7, 8, 9]
+    assert kept(rows, top=4) == kept(rows, top=4, top_whole=4) == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert kept(rows, top=None, top_whole=1) == list(range(10))
+    reasons = select(rows, ALL, top=4, top_whole=1)
+    assert [why for why in reasons if why] == ["surplus"] * 5
+
+
+def test_the_quota_never_takes_an_edits_only_pair():
+    rows = scored(["make it night", "let it rain", "make it day"])
+    assert kept(rows, top=4, top_whole=1) == [0, 1, 2]
+
+
+def test_labels_of_the_data_set_decide():
+    rows = scored(["make it shine"] * 4 + ["make it night"] * 4, ["weather"] * 4 + ["part"] * 4)
+    assert kept(rows, top=3, top_whole=1) == [3, 5, 6, 7]
