@@ -230,10 +230,10 @@ def test_transparency_can_be_laid_on_black():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_laid_on_white_and_said(mode):
+def test_transparency_can_be_laid_on_white_which_is_said(mode):
     image = Image.new(mode, (32, 32), (0,) * (len(mode) - 1) + (0,))
     with pytest.warns(UserWarning, match="transparent parts: they are laid on white"):
-        loaded = load_image(encoded(image, "PNG"))
+        loaded = load_image(encoded(image, "PNG"), background="white")
     assert loaded.getpixel((5, 5)) == (255, 255, 255)
 
 
@@ -241,7 +241,7 @@ def test_a_transparent_colour_of_a_palette_is_laid_on_white():
     image = noise_image().convert("P")
     index = image.getpixel((0, 0))
     with pytest.warns(UserWarning, match="white"):
-        loaded = load_image(encoded(image, "PNG", transparency=index))
+        loaded = load_image(encoded(image, "PNG", transparency=index), background="white")
     assert loaded.getpixel((0, 0)) == (255, 255, 255)
 
 

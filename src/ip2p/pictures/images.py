@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Picture = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any]
 
 MIN_SIDE = 16
+NEUTRAL = "#808080"  # what a model sees behind transparent parts; 0 in [-1, 1]
 MAX_ASPECT = 8
 # Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.
 READS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -101,17 +102,17 @@ def load_image(
     source: Picture,
     *,
     max_pixels: int | None = MAX_PIXELS,
-    background: Literal["white", "black"] | None = "white",
+    background: str | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Image.Image:
-    """Read a picture as upright 8-bit RGB; `info` keeps what belongs to it (exif, icc_profile).
+    """Read a picture as upright 8-bit RGB or RGBA; `info` keeps what belongs to it (exif, icc_profile).
 
     `source`: a path, the bytes of a file, an open file, a PIL image, or an array [height, width] or
     [height, width, 1, 3 or 4] of uint8, or of floats from 0 to 1. `max_pixels` does not concern images and
     arrays: their pixels are in memory already. Sizes are checked from the header, before anything is
-    decoded. Transparency is laid on `background`, and a warning says so; without a background the picture
-    is RGBA if it has transparent parts. warn: is called with each warning in place of Python's. Raises
-    InputError for whatever cannot be edited.
+    decoded. background: a color that transparent parts are laid on, with a warning; without one, a picture
+    that has some is RGBA. warn: is called with each warning in place of Python's. Raises InputError for
+    whatever cannot be edited.
     """
     warn = warn or (lambda words: warnings.warn(words, stacklevel=3))
     if isinstance(source, np.ndarray):
@@ -229,8 +230,8 @@ def _checked(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
     return image
 
 
-def flattened(image: Image.Image, background: Literal["white", "black"]) -> Image.Image:
-    """An RGBA picture of `load_image` as RGB on a background; itself if it is RGB already."""
+def flattened(image: Image.Image, background: str = NEUTRAL) -> Image.Image:
+    """An RGBA picture as RGB on a background, a color's name or #rrggbb; itself if it is RGB already."""
     if image.mode != "RGBA":
         return image
     rgb = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
@@ -238,13 +239,31 @@ def flattened(image: Image.Image, background: Literal["white", "black"]) -> Imag
     return rgb
 
 
+def with_alpha(edited: Image.Image, original: Image.Image) -> Image.Image:
+    """`edited`, RGB, with the transparency of `original`, RGBA of its size, which the model saw `flattened`.
+
+    A partly transparent pixel gets the change of its flattened color; where nothing changed, and where
+    nothing is visible, all four bytes are the original's.
+    """
+    result = np.array(original)
+    rows = max(1, 2**20 // original.width)  # in strips: of 100 megapixels the differences fill gigabytes
+    for top in range(0, original.height, rows):
+        box = (0, top, original.width, min(top + rows, original.height))
+        before = original.crop(box)
+        change = np.asarray(edited.crop(box), np.int16) - np.asarray(flattened(before), np.int16)
+        strip = result[top : top + rows]
+        visible = strip[..., 3:] > 0
+        strip[..., :3] = (strip[..., :3] + change * visible).clip(0, 255)
+    return Image.fromarray(result)
+
+
 def _upright_rgb(
     image: Image.Image,
     name: str,
-    background: Literal["white", "black"] | None,
+    background: str | None,
     warn: Callable[[str], object],
 ) -> Image.Image:
-    """8-bit RGB, turned as EXIF says, on a background; exif and a fitting ICC profile stay in `info`."""
+    """8-bit RGB or RGBA, upright, on a background; exif and a fitting ICC profile stay in `info`."""
     info: dict[str | tuple[int, int], Any] = {}
     if exif := _exif(image, name, warn):
         info["exif"] = exif
@@ -317,10 +336,10 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture → fp32 [1, 3, height, width] in [-1, 1]."""
+    """RGB (or RGBA, `flattened`) picture → fp32 [1, 3, height, width] in [-1, 1]."""
     import torch
 
-    values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
+    values = torch.from_numpy(np.array(flattened(image).convert("RGB"), dtype=np.float32))
     # The order of operations and of memory is diffusers': to the last bit, so are the latents.
     return 2 * (values[None].permute(0, 3, 1, 2) / 255) - 1
 
@@ -358,6 +377,20 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 # --- saving ------------------------------------------------------------------------------------
 
 
+# Formats that hold transparency, of those in WRITES.
+TRANSPARENT = ("PNG", "WEBP", "TIFF")
+
+
+def opaque(image: Image.Image, kind: str) -> Image.Image:
+    """The picture as a format can hold it: on white, with a warning, where that is without transparency."""
+    if image.mode != "RGBA" or kind in TRANSPARENT:
+        return image
+    warnings.warn(
+        f"{kind} holds no transparency: the result is laid on white. Write a .png to keep it.", stacklevel=3
+    )
+    return flattened(image, "white")
+
+
 class EditedImage(Image.Image):
     """A picture whose settings and profile go into the file when Pillow saves it, as with `save_image`."""
 
@@ -379,7 +412,7 @@ class EditedImage(Image.Image):
                 key: ours[key] for key in ("pnginfo", "exif", "icc_profile", "xmp") if key in ours
             }
             params = kept | params
-        super().save(fp, format, **params)
+        Image.Image.save(opaque(self, kind), fp, format, **params)
 
 
 def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) -> Path:
@@ -392,14 +425,14 @@ def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) 
     path = check_output(path, overwrite=overwrite)
     kind = WRITES[path.suffix.lower()]
     with replacing(path) as partial:
-        image.save(partial, kind, **_write_options(image, kind))
+        opaque(image, kind).save(partial, kind, **_write_options(image, kind))
     return path
 
 
 def to_bytes(image: Image.Image, kind: Literal["PNG", "JPEG", "WEBP"] = "PNG", **options: object) -> bytes:
     """The bytes of a picture's file, its `info` in it as `save_image` has it; `options` are Pillow's own."""
     file = io.BytesIO()
-    image.save(file, kind, **{**_write_options(image, kind), **options})
+    opaque(image, kind).save(file, kind, **{**_write_options(image, kind), **options})
     return file.getvalue()
 
 
@@ -469,7 +502,7 @@ def grid(
     for number, row in enumerate(rows):
         y = top + number * step
         for column, image in enumerate(row):
-            shown = resized(image.convert("RGB"), (width, height))
+            shown = resized(flattened(image, "white").convert("RGB"), (width, height))
             sheet.paste(shown, (gap + column * (width + gap), y))
         if labels:
             pen.text((gap, y + height + 2), labels[number], "black", font)
