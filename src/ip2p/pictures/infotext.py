@@ -14,7 +14,8 @@ from pydantic import create_model
 from pydantic.fields import FieldInfo
 
 from ip2p.base.errors import InputError
-from ip2p.pictures.images import EXIF_IFD, USER_COMMENT, missing_file
+from ip2p.pictures.exif import EXIF, USER_COMMENT
+from ip2p.pictures.images import missing_file
 from ip2p.settings import (
     EditSettings,
     ModelSettings,
@@ -157,7 +158,7 @@ def read_infotext(path: str | Path) -> str | None:
             text = image.info.get("parameters")
             if isinstance(text, str):
                 return text
-            return decode_comment(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))
+            return decode_comment(image.getexif().get_ifd(EXIF).get(USER_COMMENT))
     except FileNotFoundError:
         raise missing_file(path) from None
     except Exception as error:  # as in images.load_image: decoders raise anything
