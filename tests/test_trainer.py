@@ -521,7 +521,7 @@ def test_min_snr_without_a_last_signal_is_refused_for_noise(config, tmp_path):
     told = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
     path.write_text(json.dumps(told))
     with pytest.raises(InputError, match="--min-snr divides by"):
-        train(config, base=str(base), min_snr=5.0, prediction="epsilon")
+        trainer.train(config, base=str(base), min_snr=5.0, prediction="epsilon")
 
 
 # --- the command line ---
