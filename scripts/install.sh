@@ -58,5 +58,8 @@ else
   pip install --quiet -e '.[dev]'
 fi
 
+# A reader of settings that tests use; it asks for an old Pillow and a GUI.
+pip install --quiet --no-deps sd-prompt-reader==1.3.5
+
 "$py" -c 'import skia' ||
   fail "skia, which draws the storybook, misses a system library. On Debian or Ubuntu: apt-get install libgl1 libegl1 libfontconfig1"

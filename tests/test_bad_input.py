@@ -160,8 +160,8 @@ class TestPicture:
 class TestPicturesThatAreFine:
     """What is only unusual is converted, and comes out upright."""
 
-    def edited(self, run, model: Path, name: str) -> tuple[Told, Image.Image]:
-        told = run("edit", name, "make it night", "-o", "out.png", "--steps", 1, "--model", model)
+    def edited(self, run, model: Path, name: str, *more: str) -> tuple[Told, Image.Image]:
+        told = run("edit", name, "make it night", "-o", "out.png", "--steps", 1, "--model", model, *more)
         assert told.code == 0, told.err
         return told, Image.open("out.png")
 
@@ -186,10 +186,12 @@ class TestPicturesThatAreFine:
         assert result.size == (48, 64)
         assert result.getexif().get(0x0112, 1) == 1
 
-    def test_transparency_is_laid_on_white_and_said(self, run, tiny_model_dir: Path) -> None:
-        Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save("glass.png")
-        assert images.load_image("glass.png").getpixel((5, 5)) == (255, 255, 255)
-        told, _ = self.edited(run, tiny_model_dir, "glass.png")
+    def test_transparency_is_kept_or_laid_on_a_color_which_is_said(self, run, tiny_model_dir: Path) -> None:
+        Image.new("RGBA", (64, 64), (255, 0, 0, 90)).save("glass.png")
+        _, result = self.edited(run, tiny_model_dir, "glass.png")
+        assert result.mode == "RGBA" and result.getchannel("A").getextrema() == (90, 90)
+        told, result = self.edited(run, tiny_model_dir, "glass.png", "--background", "white", "--overwrite")
+        assert result.mode == "RGB"
         assert "ip2p: warning: glass.png has transparent parts: they are laid on white." in told.err
 
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ip2p.base.errors import InputError
-from ip2p.pictures.images import EXIF_IFD, USER_COMMENT, save_image
+from ip2p.pictures.exif import EXIF, USER_COMMENT
+from ip2p.pictures.images import save_image
 from ip2p.pictures.infotext import (
     SAMPLER_NAMES,
     SCHEDULE_NAMES,
@@ -91,6 +92,7 @@ def test_every_other_setting_is_read_back_and_written_only_when_it_is_not_the_de
         feather=2.5,
         auto_mask=0.35,
         fit="model",
+        background="white",
         revision="main",
         weights="plain",
         vae="stabilityai/sd-vae-ft-mse",
@@ -192,7 +194,7 @@ def test_settings_of_an_earlier_edit_are_replaced(tmp_path):
     png = save_image(image, tmp_path / "second.png")
     assert read_infotext(png) == TEXT
     with Image.open(png) as opened:
-        assert USER_COMMENT not in opened.getexif().get_ifd(EXIF_IFD)
+        assert USER_COMMENT not in opened.getexif().get_ifd(EXIF)
 
 
 def test_a_picture_without_settings_has_none(tmp_path):

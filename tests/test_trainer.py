@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -514,11 +515,20 @@ def test_two_processes_share_a_run_validate_it_and_write_one_editor(config, tmp_
     assert steps >= 2 and curves[0][:steps] == pytest.approx(curves[1][:steps], abs=1e-3)
 
 
+def test_min_snr_without_a_last_signal_is_refused_for_noise(config, tmp_path):
+    base = shutil.copytree(config.base, tmp_path / "zero")
+    path = base / "scheduler" / "scheduler_config.json"
+    told = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(told))
+    with pytest.raises(InputError, match="--min-snr divides by"):
+        trainer.train(config, base=str(base), min_snr=5.0, prediction="epsilon")
+
+
 # --- the command line ---
 
 
 def test_the_shortest_call_and_a_recipe(pairs, base, cache, here, capsys):
-    write_text(here / "recipe.yaml", "batch: 4\nlr: 0.001\nema_every: micro\nmin_snr: null\nsize: 64\n")
+    write_text(here / "recipe.yaml", "batch: 4\nlr: 0.001\nema_updates: 4\nmin_snr: null\nsize: 64\n")
     words = f"train --data {pairs} --base {base} --output made --steps 2 --config recipe.yaml --cache {cache}"
     assert (
         cli.main(
@@ -530,10 +540,10 @@ def test_the_shortest_call_and_a_recipe(pairs, base, cache, here, capsys):
     assert told.out.strip() == "made"
     assert "images a second" in told.err and "backward" in told.err
     settings = json.loads(Path("made/run.json").read_text())["settings"]
-    assert (settings["batch"], settings["lr"], settings["ema_every"], settings["min_snr"]) == (
+    assert (settings["batch"], settings["lr"], settings["ema_updates"], settings["min_snr"]) == (
         4,
         0.001,
-        "micro",
+        4,
         None,
     )
 

@@ -492,6 +492,15 @@ def _drawn_seed(value: Any) -> Any:
     return secrets.randbelow(2**32) if value in (-1, "-1") else value
 
 
+def _check_color(value: str | None) -> str | None:
+    from PIL import ImageColor
+
+    if value is not None and len(ImageColor.getrgb(value)) != 3:  # raises ValueError
+        raise ValueError("it must be opaque")
+    return value
+
+
+Color = Annotated[str | None, AfterValidator(_check_color)]
 Seed = Annotated[int, BeforeValidator(_drawn_seed)]
 Threshold = Annotated[float | None, BeforeValidator(_read_threshold)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_read_texts)]
@@ -710,6 +719,15 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
         "original: apply the change at the picture's own resolution; model: keep the working size",
         group=SIZES,
         label="Fit",
+    )
+    background: Color = setting(
+        None,
+        "color to lay transparent parts on: a name or #rrggbb; default: results stay transparent",
+        group=SIZES,
+        label="Background",
+        metavar="COLOR",
+        example="white",
+        names={"openai": "background_color"},  # its own `background` is opaque, transparent or auto
     )
     control_image: AnyPicture = setting(
         None,

@@ -41,5 +41,5 @@ def test_the_two_recipes_differ_where_the_paper_and_its_code_do():
     assert (code.text_null, code.image_null, code.both_null) == shares
     assert (paper.steps, code.steps) == (10_000, 22_000)
     assert (paper.resize_to, code.resize_to) == (288, None)
-    assert (paper.ema_every, code.ema_every) == ("step", "micro")
+    assert (paper.ema_updates, code.ema_updates) == (1, 4)
     assert code.batch == code.micro_batch * 4 * 8  # accumulation, GPUs

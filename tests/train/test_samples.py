@@ -10,13 +10,16 @@ from ip2p.training.objective import Objective, draw
 from ip2p.training.samples import (
     Order,
     PooledSamples,
+    PromptOrder,
     Share,
     Words,
     ahead,
     chosen_texts,
     variant_of,
 )
+from ip2p.training.settings import TrainConfig
 from ip2p.training.storybook.source import StorybookSource
+from ip2p.training.trainer import _apart
 from ip2p.training.transform import Transform
 
 
@@ -35,6 +38,23 @@ def test_blocks_are_shuffled_and_their_rows_stay_near_each_other():
     assert sorted(rows) == list(range(80)) and rows != list(range(80))
     for first in range(0, 80, 20):
         assert len({row // 10 for row in rows[first : first + 20]}) == 2
+
+
+def test_a_prompt_with_four_pairs_weighs_as_much_as_one_with_one():
+    order = PromptOrder([10, 11, 12, 13, 20], ["a"] * 4 + ["b"], seed=0)
+    drawn = [order(place) for place in range(4000)]
+    assert all(20 in drawn[k : k + 2] for k in range(0, 4000, 2))  # each prompt once an epoch
+    shares = [drawn.count(row) / 4000 for row in (10, 11, 12, 13, 20)]
+    assert shares[4] == 0.5 and np.allclose(shares[:4], 0.125, atol=0.02)
+    assert drawn[7] == order(7)
+
+
+def test_held_out_pairs_share_no_prompt_with_those_trained_on():
+    prompts = [f"prompt {k // 4}" for k in range(400)]
+    held, kept = _apart(TrainConfig(held_out=8), prompts)
+    assert len(held) == 8 and len({prompts[k] for k in held}) == 8
+    assert not {prompts[k] for k in held} & {prompts[k] for k in kept}
+    assert len(kept) == 400 - 8 * 4
 
 
 def test_no_rows_is_an_error_that_names_the_check():

@@ -437,7 +437,7 @@ def edit_many(config: EditConfig) -> None:
 def run_grid(config: GridConfig) -> None:
     """Draw the results over two settings as one picture; its path goes to stdout."""
     check_words(config, "grid")
-    picture = images.load_image(config.image, max_pixels=config.max_pixels)
+    picture = images.load_image(config.image, max_pixels=config.max_pixels, background=config.background)
     source = Path(config.image)
     out = place(config.out, source, f"{source.stem}-grid.png")
     images.check_output(out, overwrite=config.overwrite)
@@ -473,13 +473,13 @@ def check_words(config: EditConfig | GridConfig, verb: str) -> None:
 
 def open_input(config: EditConfig) -> Image.Image:
     """The picture to edit, when it and every file that goes with it can be used. Raises as the files do."""
-    picture = images.load_image(config.image, max_pixels=config.max_pixels)
+    picture = images.load_image(config.image, max_pixels=config.max_pixels, background=config.background)
     if config.mask:
         from ip2p.pictures.masks import load_mask  # imports torch
 
         load_mask(config.mask, picture.size, max_pixels=config.max_pixels)
     if config.control_image:
-        images.load_image(config.control_image, max_pixels=config.max_pixels)
+        images.load_image(config.control_image, max_pixels=config.max_pixels, background="white")
     check_models(config)
     return picture
 

@@ -17,7 +17,7 @@ from ip2p.data.records import BrokenRow, MissingPart
 PICTURES: dict[str, tuple[str, ...]] = {
     "before": (
         *("original_image", "source_img", "before", "source_image", "input_image", "before_image"),
-        *("input_img", "original", "source", "input"),
+        *("input_img", "src_img", "original", "source", "input"),
     ),
     "after": (
         *("edited_image", "target_img", "after", "target_image", "output_image", "after_image"),
@@ -26,7 +26,10 @@ PICTURES: dict[str, tuple[str, ...]] = {
     "mask": ("mask_img", "mask", "mask_image"),
 }
 WORDS: dict[str, tuple[str, ...]] = {
-    "instruction": ("edit_prompt", "instruction", "edit_instruction", "edit", "prompt", "text"),
+    "instruction": (
+        *("edit_prompt", "instruction", "edit_instruction", "editing_instruction", "edit", "prompt", "text"),
+        "edited_prompt_list",
+    ),
     "caption": (
         *("original_prompt", "caption", "original_caption", "source_caption", "input_caption"),
         *("source_prompt", "input_prompt", "before_caption"),
@@ -93,7 +96,9 @@ def words_of(row: Mapping[str, Any], names: Mapping[str, Sequence[str]] = WORDS)
 
 
 def text(value: object) -> str:
-    """A cell as text, stripped; "" for null."""
+    """A cell as text, stripped; "" for null. A list gives its first text that is not empty."""
+    if isinstance(value, list | tuple):
+        return next((words for one in value if (words := text(one))), "")
     return "" if value is None else str(value).strip()
 
 

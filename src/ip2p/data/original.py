@@ -66,6 +66,11 @@ class OriginalSource:
                 rows += [(name, seed) for seed in sorted(found)]
         return rows
 
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each row, known without reading any."""
+        return [name for name, _ in self._rows]
+
     @cached_property
     def key(self) -> str:
         names = dict.fromkeys(name for name, _ in self._rows)

@@ -66,7 +66,7 @@ def open_picture(data: bytes | NDArray[np.uint8], id: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a warning per transparent picture would be noise
-            return images.load_image(data)
+            return images.load_image(data, background="white")
     except InputError as error:
         raise BrokenRow(id, str(error).removeprefix("The picture ")) from None
 

@@ -40,6 +40,8 @@ class EditArguments(TypedDict, total=False):
     auto_mask: float | None
     # original: apply the change at the picture's own resolution; model: keep the working size
     fit: Literal["original", "model"]
+    # color to lay transparent parts on: a name or #rrggbb; default: results stay transparent
+    background: str | None
     # picture that the ControlNet reads: edges, a depth map, …
     control_image: Picture | None
     # strength of the ControlNet

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ip2p.base.files import replacing
-from ip2p.pictures.images import MAX_PIXELS, resized, signed_psnr, to_tensor
+from ip2p.pictures.images import MAX_PIXELS, flattened, resized, signed_psnr, to_tensor
 from ip2p.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def save_animation(frames: Sequence[Image.Image], path: Path, *, frame_ms: int) 
     """Write pictures as a GIF or WebP that repeats, at the last one's size; that one stays twice as long."""
     durations = [frame_ms] * (len(frames) - 1) + [2 * frame_ms]
     size = frames[-1].size
-    shown = [resized(frame.convert("RGB"), size) for frame in frames]
+    shown = [resized(flattened(frame, "white"), size) for frame in frames]
     kind = {".gif": "GIF", ".webp": "WEBP"}[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 90} if kind == "WEBP" else {"disposal": 1}
     if kind == "GIF":

@@ -51,11 +51,13 @@ from ip2p.pictures.images import (
     EditedImage,
     Picture,
     fit_size,
+    flattened,
     load_image,
     resized,
     signed_psnr,
     to_pil,
     to_tensor,
+    with_alpha,
 )
 from ip2p.pictures.infotext import format_infotext, record_class
 from ip2p.pictures.masks import held
@@ -201,8 +203,9 @@ class Editor:
         fit="original" carries the change to the picture's own pixels (`pictures.carry`), "model" gives the
         result at the working size. mask: a picture of the same size, white where the edit may go; nothing
         else changes by a byte. The model sees it with mask_padding pixels around, at its full size.
-        auto_mask: the region is found from the model itself. text_cfg_rescale, cfg_interval:
-        `diffusion.denoiser.guided` has them.
+        auto_mask: the region is found from the model itself. A picture with transparent parts gives results
+        with the same; the model sees it on gray. background: lay it on this color first. text_cfg_rescale,
+        cfg_interval: `diffusion.denoiser.guided` has them.
 
         Each result's `info` has the settings as "parameters", the picture's exif and ICC profile, which
         `save_image` writes, the "mask" if there was one, a picture in "L", and "warnings", a list of texts:
@@ -269,7 +272,8 @@ class Editor:
         """The picture, the part of it to edit, and that part as the model sees it."""
         if not settings.instruction.strip():
             raise InputError('The instruction is empty. Say what to change, for example "make it night".')
-        picture = load_image(image, max_pixels=max_pixels)
+        cutout = load_image(image, max_pixels=max_pixels, background=settings.background)
+        picture = flattened(cutout)
         box, part, mask = (0, 0, *picture.size), picture, None
         if settings.mask is not None:
             mask = masks.load_mask(settings.mask, picture.size, max_pixels=max_pixels)
@@ -283,7 +287,7 @@ class Editor:
         shown = resized(part, working)
         control = None
         if settings.control_image is not None:
-            drawing = load_image(settings.control_image, max_pixels=max_pixels)
+            drawing = load_image(settings.control_image, max_pixels=max_pixels, background="white")
             if mask is not None:
                 drawing = resized(drawing, picture.size).crop(box)
             control = self.control(drawing, working, settings.control_scale)
@@ -299,6 +303,7 @@ class Editor:
         return _Sheet(
             instruction=settings.instruction,
             picture=picture,
+            cutout=cutout if cutout.mode == "RGBA" else None,
             box=box,
             part=part,
             mask=mask,
@@ -428,6 +433,11 @@ class Editor:
                 black.paste(region, box[:2])
                 result, region = whole, black
             info["mask"] = region
+        if sheet.cutout is not None:
+            cutout = sheet.cutout
+            if result.size != cutout.size:
+                cutout = resized(cutout.crop(sheet.box), result.size)
+            result = with_alpha(result, cutout)
         record = record_class(type(settings)).read(
             {
                 **dict(self.origin),
@@ -634,11 +644,13 @@ def feather_of(settings: EditSettings, size: tuple[int, int]) -> float:
 class _Sheet:
     """A picture made ready: `part` is what `box` cuts out of it, `shown` the part as the model sees it.
 
-    rebuilt: `shown` through the autoencoder, where it was needed. mask: the part of the one drawn, feathered.
+    cutout: the picture in RGBA if it has transparent parts. rebuilt: `shown` through the autoencoder, where
+    it was needed. mask: the part of the one drawn, feathered.
     """
 
     instruction: str
     picture: Image.Image
+    cutout: Image.Image | None
     box: masks.Box
     part: Image.Image
     mask: Image.Image | None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from ip2p.base.errors import InputError
-from ip2p.pictures.images import resized
+from ip2p.pictures.images import flattened, resized
 from ip2p.settings import EditSettings, Voice, numeric_settings, written_value
 
 if TYPE_CHECKING:
@@ -95,14 +95,14 @@ def draw_grid(
         for column in columns.values:
             varied = chosen.changed(**{rows.setting: row, columns.setting: column})
             [result] = editor.edit(picture, settings=varied)
-            cells[-1].append(resized(result.convert("RGB"), size))
+            cells[-1].append(resized(flattened(result, "white"), size))
             made()
     return draw_sheet(
         cells,
         columns=[columns.label(value) for value in columns.values],
         rows=[rows.label(value) for value in rows.values],
         title=f"“{chosen.instruction}”",
-        picture=resized(picture.convert("RGB"), size),
+        picture=resized(flattened(picture, "white"), size),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ip2p.base.errors import ModelError
 from ip2p.models.bundle import find_model, from_hub, packaged_models
 from ip2p.models.clip import Clip, similarities
-from ip2p.pictures.images import to_tensor
+from ip2p.pictures.images import flattened, to_tensor
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"  # the paper's
 HUB_FILES = ("*.json", "*.txt", "model.safetensors", "model-*-of-*.safetensors")
@@ -68,7 +68,7 @@ def image_similarity(clip: Clip, one: Image.Image, other: Image.Image) -> float:
 
 def pixels(picture: Image.Image) -> Tensor:
     """[1, 3, h, w] in [0, 1] for `Clip.images`, no larger than an editor's own results."""
-    small = picture.convert("RGB")
+    small = flattened(picture).convert("RGB")
     # CLIP's bicubic does not smooth: of a photograph's full size it would see single pixels.
     small.thumbnail((512, 512), Image.Resampling.LANCZOS)
     return (to_tensor(small) + 1) / 2

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import io
+import re
+import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.base.files import check_output as check_file
 from ip2p.base.files import replacing
+from ip2p.pictures import exif
 from ip2p.settings import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 Picture = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any]
 
 MIN_SIDE = 16
+NEUTRAL = "#808080"  # what a model sees behind transparent parts; 0 in [-1, 1]
 MAX_ASPECT = 8
 # Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.
 READS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -39,15 +43,12 @@ WRITE_OPTIONS: dict[str, dict[str, object]] = {
     "TIFF": {},  # with its compressions libtiff cannot write EXIF folders
     "BMP": {},
 }
-EXIF_IFD, GPS_IFD, USER_COMMENT, XMP = 0x8769, 0x8825, 0x9286, 0x02BC
-ORIENTATION, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0xA002, 0xA003
-# What a TIFF says of its own bytes stands among its EXIF tags; in another file it would be wrong.
-TIFF_LAYOUT = (
-    *(0x00FE, 0x00FF, 0x0100, 0x0101, 0x0102, 0x0103, 0x0106, 0x010A, 0x0111, 0x0115, 0x0116, 0x0117),
-    *(0x0118, 0x0119, 0x011C, 0x0120, 0x0121, 0x013D, 0x0140, 0x0142, 0x0143, 0x0144, 0x0145, 0x014A),
-    *(0x0152, 0x0153, 0x0154, 0x0155, 0x015B, 0x0200, 0x0201, 0x0202, 0x0211, 0x0212, 0x0213, 0x0214),
-    *(0x8773,),  # the ICC profile, which travels by itself
+SECOND_PICTURE = re.compile(  # what XMP says of a gain map or another picture in its file
+    r'\s(?:hdrgm|GCamera|HDRGainMap|apdi):[\w.]+="[^"]*"'
+    r"|<(Container|GContainer|hdrgm|HDRGainMap|apdi):(\w+)\b[^>]*(?:/>|>.*?</\1:\2>)",
+    re.DOTALL,
 )
+JPEG_SEGMENT = 65533  # the longest EXIF block of a JPEG, with its prefix
 
 
 # --- paths -------------------------------------------------------------------------------------
@@ -101,17 +102,17 @@ def load_image(
     source: Picture,
     *,
     max_pixels: int | None = MAX_PIXELS,
-    background: Literal["white", "black"] | None = "white",
+    background: str | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Image.Image:
-    """Read a picture as upright 8-bit RGB; `info` keeps what belongs to it (exif, icc_profile).
+    """Read a picture as upright 8-bit RGB or RGBA; `info` keeps what belongs to it (exif, icc_profile).
 
     `source`: a path, the bytes of a file, an open file, a PIL image, or an array [height, width] or
     [height, width, 1, 3 or 4] of uint8, or of floats from 0 to 1. `max_pixels` does not concern images and
     arrays: their pixels are in memory already. Sizes are checked from the header, before anything is
-    decoded. Transparency is laid on `background`, and a warning says so; without a background the picture
-    is RGBA if it has transparent parts. warn: is called with each warning in place of Python's. Raises
-    InputError for whatever cannot be edited.
+    decoded. background: a color that transparent parts are laid on, with a warning; without one, a picture
+    that has some is RGBA. warn: is called with each warning in place of Python's. Raises InputError for
+    whatever cannot be edited.
     """
     warn = warn or (lambda words: warnings.warn(words, stacklevel=3))
     if isinstance(source, np.ndarray):
@@ -140,12 +141,8 @@ def load_image(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=READS) as image:
                 _checked(image, name, max_pixels)
-                if image.format == "TIFF":  # its EXIF folders are read when asked for, and not after `load`
-                    with contextlib.suppress(Exception):
-                        for folder in {EXIF_IFD, GPS_IFD} & set(image.getexif()):
-                            image.getexif().get_ifd(folder)
                 image.load()
-                return _upright_rgb(image, name, background, warn)
+                return _upright_rgb(image, name, background, warn, data if image.format == "TIFF" else None)
     except InputError:
         raise
     except MemoryError:
@@ -229,8 +226,8 @@ def _checked(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
     return image
 
 
-def flattened(image: Image.Image, background: Literal["white", "black"]) -> Image.Image:
-    """An RGBA picture of `load_image` as RGB on a background; itself if it is RGB already."""
+def flattened(image: Image.Image, background: str = NEUTRAL) -> Image.Image:
+    """An RGBA picture as RGB on a background, a color's name or #rrggbb; itself if it is RGB already."""
     if image.mode != "RGBA":
         return image
     rgb = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
@@ -238,17 +235,42 @@ def flattened(image: Image.Image, background: Literal["white", "black"]) -> Imag
     return rgb
 
 
+def with_alpha(edited: Image.Image, original: Image.Image) -> Image.Image:
+    """`edited`, RGB, with the transparency of `original`, RGBA of its size, which the model saw `flattened`.
+
+    A partly transparent pixel gets the change of its flattened color; where nothing changed, and where
+    nothing is visible, all four bytes are the original's.
+    """
+    result = np.array(original)
+    rows = max(1, 2**20 // original.width)  # in strips: of 100 megapixels the differences fill gigabytes
+    for top in range(0, original.height, rows):
+        box = (0, top, original.width, min(top + rows, original.height))
+        before = original.crop(box)
+        change = np.asarray(edited.crop(box), np.int16) - np.asarray(flattened(before), np.int16)
+        strip = result[top : top + rows]
+        visible = strip[..., 3:] > 0
+        strip[..., :3] = (strip[..., :3] + change * visible).clip(0, 255)
+    return Image.fromarray(result)
+
+
 def _upright_rgb(
     image: Image.Image,
     name: str,
-    background: Literal["white", "black"] | None,
+    background: str | None,
     warn: Callable[[str], object],
+    block: bytes | None = None,
 ) -> Image.Image:
-    """8-bit RGB, turned as EXIF says, on a background; exif and a fitting ICC profile stay in `info`."""
+    """8-bit RGB or RGBA, upright, on a background. `info` has exif, xmp, iptc and a fitting ICC profile.
+
+    block: bytes that hold the EXIF, if Pillow does not have them.
+    """
     info: dict[str | tuple[int, int], Any] = {}
-    if exif := _exif(image, name, warn):
-        info["exif"] = exif
-    upright = ImageOps.exif_transpose(image)
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # Pillow cannot read the EXIF; `_exif` says so
+        upright = image
+    info.update(_exif_and_iptc(image, name, warn, block))
+    info.update(_xmp(upright, name, warn))
     profile = upright.info.get("icc_profile")
     rgb = upright
     if upright.has_transparency_data:
@@ -264,7 +286,7 @@ def _upright_rgb(
         # Other inks and other greys than sRGB's: the result is in sRGB and so needs no profile.
         rgb, profile = _to_srgb(upright, profile), None
     elif upright.mode.startswith("I") or upright.mode == "F":
-        rgb, profile = _deep_grey_to_rgb(upright), None
+        rgb, profile = _deep_grey_to_rgb(upright, name, warn), None
     elif upright.mode != "RGB":
         rgb = upright.convert("RGB")
         profile = profile if upright.mode == "P" else None
@@ -276,17 +298,40 @@ def _upright_rgb(
     return rgb
 
 
-def _exif(image: Image.Image, name: str, warn: Callable[[str], object]) -> bytes | None:
-    """The EXIF that still holds once the picture stands upright, or None."""
+def _exif_and_iptc(
+    image: Image.Image, name: str, warn: Callable[[str], object], block: bytes | None
+) -> dict[str, bytes]:
+    """The EXIF that still holds once the picture stands upright, without its preview, and the IPTC."""
+    found: dict[str, bytes] = {}
+    iptc = image.info.get("photoshop", {}).get(0x0404) or image.info.get("iptc")
     try:
-        exif = Image.Exif()
-        exif.load(image.getexif().tobytes())
-        for tag in (ORIENTATION, *TIFF_LAYOUT):
-            exif.pop(tag, None)
-        return exif.tobytes() if len(exif) else None
+        block = block or image.info.get("exif") or image.getexif().tobytes()
+        if block.removeprefix(b"Exif\0\0"):
+            tags = exif.read_tags(block)
+            iptc = iptc or tags.of(0).get(exif.IPTC, (0, b""))[1]
+            for tag in (exif.ORIENTATION, *exif.OF_PIXELS):
+                tags.of(0).pop(tag, None)
+            if tags:
+                found["exif"] = exif.write_tags(tags)
     except Exception as error:  # whatever a camera wrote wrongly, the pixels are not to blame
         warn(f"{name} has EXIF that cannot be kept ({error}); it is left out.")
-        return None
+    return found | ({"iptc": iptc} if iptc else {})
+
+
+def _xmp(image: Image.Image, name: str, warn: Callable[[str], object]) -> dict[str, bytes]:
+    """The XMP. A second picture in the file, which XMP may describe, is left out with a line."""
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+    text = xmp if isinstance(xmp, str) else xmp.decode("utf-8", "replace")
+    text, parts = SECOND_PICTURE.subn("", text.rstrip("\0"))
+    if parts or "mp" in image.info or image.info.get("aux"):
+        warn(f"{name} holds a second picture (a gain map or a preview): it is left out.")
+    try:
+        if text and "<!DOCTYPE" not in text:
+            ElementTree.fromstring(text)
+            return {"xmp": text.encode()}
+    except ElementTree.ParseError as error:
+        warn(f"{name} has XMP that cannot be kept ({error}); it is left out.")
+    return {}
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -303,13 +348,21 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit or float greyscale to 8-bit RGB; Pillow's own conversion would clip at 255."""
-    values = np.asarray(image, dtype=np.float64)
-    # Floats have no range of their own: up to 1 they are shares of white, beyond it levels.
-    unit = 65535 if image.mode != "F" else 1 if np.nanmax(values) <= 1 else 255
-    scale = 255 / unit
-    grey = np.nan_to_num(values * scale).clip(0, 255).round().astype(np.uint8)
+def _deep_grey_to_rgb(image: Image.Image, name: str, warn: Callable[[str], object]) -> Image.Image:
+    """Greyscale of 16 bits or floats to 8-bit RGB; Pillow's own conversion would clip at 255.
+
+    White is the largest value of the fewest bits that cameras and scanners use and that hold the content:
+    12 bits often come in 16. Floats up to 1 are shares of white.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    most = values.max()
+    whites = [2.0**bits - 1 for bits in (8, 10, 12, 14, 16)]
+    if image.mode == "F":
+        whites.insert(0, 1.0)
+    white = next((white for white in whites if most <= white), most)
+    if image.mode != "F" and white < 2**16 - 1:
+        warn(f"{name} uses {np.log2(white + 1):.0f} of its 16 bits: {white:.0f} is taken for white.")
+    grey = (values * (255 / white)).clip(0, 255).round().astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
 
 
@@ -317,10 +370,10 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture → fp32 [1, 3, height, width] in [-1, 1]."""
+    """RGB (or RGBA, `flattened`) picture → fp32 [1, 3, height, width] in [-1, 1]."""
     import torch
 
-    values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
+    values = torch.from_numpy(np.array(flattened(image).convert("RGB"), dtype=np.float32))
     # The order of operations and of memory is diffusers': to the last bit, so are the latents.
     return 2 * (values[None].permute(0, 3, 1, 2) / 255) - 1
 
@@ -358,6 +411,20 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 # --- saving ------------------------------------------------------------------------------------
 
 
+# Formats that hold transparency, of those in WRITES.
+TRANSPARENT = ("PNG", "WEBP", "TIFF")
+
+
+def opaque(image: Image.Image, kind: str) -> Image.Image:
+    """The picture as a format can hold it: on white, with a warning, where that is without transparency."""
+    if image.mode != "RGBA" or kind in TRANSPARENT:
+        return image
+    warnings.warn(
+        f"{kind} holds no transparency: the result is laid on white. Write a .png to keep it.", stacklevel=3
+    )
+    return flattened(image, "white")
+
+
 class EditedImage(Image.Image):
     """A picture whose settings and profile go into the file when Pillow saves it, as with `save_image`."""
 
@@ -373,13 +440,12 @@ class EditedImage(Image.Image):
         name = fp if isinstance(fp, str | Path) else getattr(fp, "name", "")
         kind = format.upper() if format else WRITES.get(Path(str(name)).suffix.lower(), "")
         kind = {"JPG": "JPEG"}.get(kind, kind)
-        if kind in WRITES.values():
-            ours = _write_options(self, kind)
-            kept: dict[str, Any] = {
-                key: ours[key] for key in ("pnginfo", "exif", "icc_profile", "xmp") if key in ours
-            }
-            params = kept | params
-        super().save(fp, format, **params)
+        if kind not in WRITES.values():
+            super().save(fp, format, **params)
+        elif isinstance(fp, str | Path):
+            Path(fp).write_bytes(to_bytes(self, kind, **params))
+        else:
+            fp.write(to_bytes(self, kind, **params))
 
 
 def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) -> Path:
@@ -391,52 +457,74 @@ def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) 
     """
     path = check_output(path, overwrite=overwrite)
     kind = WRITES[path.suffix.lower()]
-    with replacing(path) as partial:
-        image.save(partial, kind, **_write_options(image, kind))
+    with replacing(path) as partial, open(partial, "w+b") as file:
+        _write(image, file, kind)
     return path
 
 
-def to_bytes(image: Image.Image, kind: Literal["PNG", "JPEG", "WEBP"] = "PNG", **options: object) -> bytes:
+def to_bytes(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     """The bytes of a picture's file, its `info` in it as `save_image` has it; `options` are Pillow's own."""
     file = io.BytesIO()
-    image.save(file, kind, **{**_write_options(image, kind), **options})
+    _write(image, file, kind, options)
     return file.getvalue()
 
 
-def _write_options(image: Image.Image, kind: str) -> dict[str, Any]:
-    """How Pillow is to write a format, and what of the picture's `info` goes into the file."""
-    settings = image.info.get("parameters")
-    exif = Image.Exif()
-    if image.info.get("exif"):
-        exif.load(image.info["exif"])
+def _write(image: Image.Image, file: IO[bytes], kind: str, options: Mapping[str, Any] = {}) -> None:
+    """Write a picture into a file that is open for reading and writing, with what its `info` holds."""
+    image = opaque(image, kind)
+    tags = _tags(image, kind)
+    given = {**WRITE_OPTIONS.get(kind, {}), **_metadata(image, kind, tags), **options}
+    Image.Image.save(image, file, kind, **given)  # `EditedImage.save` calls this function
+    if kind == "TIFF" and "exif" not in options and tags:
+        exif.add_tags(file, tags)
+
+
+def _tags(image: Image.Image, kind: str) -> exif.Tags:
+    """The EXIF for a picture's file: that of its `info`, with its size, and its settings if not PNG's."""
+    block = image.info.get("exif")
+    tags = exif.read_tags(block) if block else exif.Tags()
+    details = tags.of(exif.EXIF)
     # Settings of an earlier edit, which came with the input, are not this one's.
-    details = exif.get_ifd(EXIF_IFD)
-    details.pop(USER_COMMENT, None)
+    details.pop(exif.USER_COMMENT, None)
     # Cameras write the size here too; the picture may have been turned or scaled since.
-    details.update(
-        (tag, side) for tag, side in zip((EXIF_WIDTH, EXIF_HEIGHT), image.size, strict=True) if tag in details
-    )
+    for tag, side in zip((exif.WIDTH, exif.HEIGHT), image.size, strict=True):
+        if tag in details:
+            tags.number(exif.EXIF, tag, side)
+    if kind != "PNG" and (settings := image.info.get("parameters")):
+        details[exif.USER_COMMENT] = exif.UNDEFINED, b"UNICODE\0" + settings.encode("utf-16-be")
+    if kind == "TIFF":
+        for key, tag, type in (("xmp", exif.XMP, exif.BYTE), ("iptc", exif.IPTC, exif.UNDEFINED)):
+            if image.info.get(key):
+                tags.of(0)[tag] = type, image.info[key]
+    if kind == "JPEG" and tags and len(exif.write_tags(tags)) > JPEG_SEGMENT:
+        warnings.warn("The EXIF is too long for a JPEG: the MakerNote is left out.", stacklevel=4)
+        details.pop(exif.MAKER_NOTE, None)
+    return tags
+
+
+def _metadata(image: Image.Image, kind: str, tags: exif.Tags) -> dict[str, Any]:
+    """What Pillow is to write beside the pixels."""
     options: dict[str, Any] = {}
-    xmp = image.info.get("xmp")
-    if kind == "PNG":
-        options["pnginfo"] = text = PngImagePlugin.PngInfo()
-        if settings:
-            text.add_text("parameters", settings)
-        if xmp:
-            text.add_itxt("XML:com.adobe.xmp", xmp.decode())
-    else:
-        options |= WRITE_OPTIONS[kind]
-        if settings:
-            details[USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be")
-        if xmp and kind in ("JPEG", "WEBP"):
-            options["xmp"] = xmp
-        if xmp and kind == "TIFF":
-            exif[XMP] = xmp
-    # Empty sub-folders are written too, so look for entries.
-    if any(tag != EXIF_IFD for tag in exif) or details:
-        options["exif"] = exif.tobytes()
     if image.info.get("icc_profile"):
         options["icc_profile"] = image.info["icc_profile"]
+    if tags and kind != "TIFF":
+        options["exif"] = exif.write_tags(tags)
+    xmp, iptc = image.info.get("xmp"), image.info.get("iptc")
+    if kind == "PNG":
+        options["pnginfo"] = text = PngImagePlugin.PngInfo()
+        if image.info.get("parameters"):
+            text.add_text("parameters", image.info["parameters"])
+        if xmp:
+            text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    elif xmp and kind in ("JPEG", "WEBP"):
+        options["xmp"] = xmp
+    if iptc and kind == "JPEG":
+        # One of Photoshop's resources, number 0x0404 without a name, of even length.
+        resource = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(iptc)) + iptc + b"\0" * (len(iptc) % 2)
+        segment = b"Photoshop 3.0\0" + resource
+        options["extra"] = b"\xff\xed" + struct.pack(">H", 2 + len(segment)) + segment
+    elif iptc and kind != "TIFF":
+        warnings.warn(f"{kind} holds no IPTC: it is left out. Write a .jpg or .tif to keep it.", stacklevel=4)
     return options
 
 
@@ -469,7 +557,7 @@ def grid(
     for number, row in enumerate(rows):
         y = top + number * step
         for column, image in enumerate(row):
-            shown = resized(image.convert("RGB"), (width, height))
+            shown = resized(flattened(image, "white").convert("RGB"), (width, height))
             sheet.paste(shown, (gap + column * (width + gap), y))
         if labels:
             pen.text((gap, y + height + 2), labels[number], "black", font)

@@ -14,7 +14,8 @@ from pydantic import create_model
 from pydantic.fields import FieldInfo
 
 from ip2p.base.errors import InputError
-from ip2p.pictures.images import EXIF_IFD, USER_COMMENT, missing_file
+from ip2p.pictures.exif import EXIF, USER_COMMENT
+from ip2p.pictures.images import missing_file
 from ip2p.settings import (
     EditSettings,
     ModelSettings,
@@ -196,7 +197,7 @@ def infotext_of(image: Image.Image) -> str | None:
     text = image.info.get("parameters")
     if isinstance(text, str):
         return text
-    return decode_comment(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))
+    return decode_comment(image.getexif().get_ifd(EXIF).get(USER_COMMENT))
 
 
 def decode_comment(comment: bytes | str | None) -> str | None:

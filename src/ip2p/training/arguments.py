@@ -47,8 +47,8 @@ class TrainArguments(TypedDict, total=False):
     clip_norm: float
     # maximum EMA decay; the EMA weights are saved; 0: none
     ema: float
-    # update the EMA once per step or, as the paper's code, per micro-batch
-    ema_every: Literal["step", "micro"]
+    # EMA updates per step; the paper's code has one per micro-batch, which are 4
+    ema_updates: int
     # share of samples without their instruction
     text_null: float
     # share of samples without their picture

@@ -286,6 +286,15 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each row: its texts. Rows without captions have only their ids to differ by."""
+        rows = zip(self.ids, self.captions, self.instructions, self.edited_captions, strict=True)
+        return [
+            "\x1f".join((caption, instruction, edited)) if caption and edited else id
+            for id, caption, instruction, edited in rows
+        ]
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
 

@@ -81,6 +81,24 @@ class Order:
         return np.concatenate(parts)
 
 
+class PromptOrder:
+    """Which of `rows` stands at a place: every epoch has each prompt once, and one of its pairs at random.
+
+    So a prompt with four pairs weighs as much as one with one, as in the released training.
+    """
+
+    def __init__(self, rows: Sequence[int], prompts: Sequence[str], seed: int) -> None:
+        groups: dict[str, list[int]] = {}
+        for row, prompt in zip(rows, prompts, strict=True):
+            groups.setdefault(prompt, []).append(row)
+        self.groups, self.seed = list(groups.values()), seed
+        self.order = Order(len(self.groups), seed)
+
+    def __call__(self, place: int) -> int:
+        group = self.groups[self.order(place)]
+        return group[place_seed("pair", self.seed, place) % len(group)]
+
+
 class Words(NamedTuple):
     """A text as `EditBatch` has it."""
 
@@ -173,12 +191,12 @@ class CachedSamples:
     ) -> None:
         self.ahead = ahead
         self.cache, self.words, self.transform, self.objective = cache, words, transform, objective
-        self.share, self.seed, self.kept = share, seed, kept
-        self.order = Order(len(kept), seed)
+        self.share, self.seed = share, seed
+        self.order = PromptOrder(kept, [cache.prompts[place] for place in kept], seed)
         self.shape = cache.read([kept[0]], [0]).before.shape[1:]
 
     def batch(self, places: Sequence[int]) -> EditBatch:
-        rows = [self.kept[self.order(place)] for place in places]
+        rows = [self.order(place) for place in places]
         told = [self.cache.instructions[row] for row in rows]
         variants = [
             variant_of(place, self.seed, self.transform, text)
@@ -340,7 +358,11 @@ class PooledSamples:
             self.order = Order(1, seed, endless=True)
         else:
             rows = range(len(source)) if kept is None else kept
-            self.order = _Kept(Order(len(rows), seed, blocks=_blocks(source, rows)), rows)
+            prompts = getattr(source, "prompts", None)
+            if prompts is not None:
+                self.order = PromptOrder(rows, [prompts[row] for row in rows], seed)
+            else:
+                self.order = _Kept(Order(len(rows), seed, blocks=_blocks(source, rows)), rows)
         self.seen, self.broken = 0, {}  # type: ignore[var-annotated]
 
     @property

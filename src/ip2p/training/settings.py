@@ -104,9 +104,12 @@ class TrainConfig(RunSettings, DeviceSettings):
         example=0.9,
         group=OPTIMIZER,
     )
-    ema_every: Literal["step", "micro"] = setting(
-        "step",
-        "update the EMA once per step or, as the paper's code, per micro-batch",
+    ema_updates: int = setting(
+        1,
+        "EMA updates per step; the paper's code has one per micro-batch, which are 4",
+        ge=1,
+        le=1000,
+        example=4,
         group=OPTIMIZER,
         hidden=True,
     )

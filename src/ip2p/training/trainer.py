@@ -194,6 +194,13 @@ def _run(config: TrainConfig, output: Path) -> Result:
         shares=Shares(config.text_null, config.image_null, config.both_null),
         snr_clip=None if config.min_snr is None else (0.0, config.min_snr),
     )
+    if config.min_snr is not None and alpha_bar_from_config(bundle.scheduler_config)[-1] < 1e-6:
+        if objective.prediction == "epsilon":
+            raise InputError(
+                "--min-snr divides by the signal-to-noise ratio, which is 0 at this base's last noise level; "
+                "leave it away, or use --prediction v_prediction."
+            )
+        say("warning: at the last noise level, which has no signal, --min-snr gives velocity no weight")
     world = accelerator.num_processes
     micro = config.micro_batch or max(1, config.batch // world)
     share = Share(batch=config.batch, micro=micro, rank=accelerator.process_index, world=world)
@@ -223,7 +230,7 @@ def _run(config: TrainConfig, output: Path) -> Result:
             betas=(config.beta1, config.beta2),
             clip_norm=config.clip_norm or None,
             ema=config.ema or None,
-            ema_updates=len(share.places(0)) if config.ema_every == "micro" else 1,
+            ema_updates=config.ema_updates,
             nan_steps=config.nan_steps,
             keep=config.keep,
             save_every=config.save_every,
@@ -405,7 +412,7 @@ def _samples(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
         key=text_key(here.bundle, here.transform.size),
         **more,
     )
-    held, kept = _apart(config, cache.ids)
+    held, kept = _apart(config, cache.prompts)
     words = read_cached(told)
     samples = CachedSamples(
         cache,
@@ -421,12 +428,16 @@ def _samples(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
     return samples, words, [source[cache.rows[place]] for place in held], data
 
 
-def _apart(config: TrainConfig, ids: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Which rows are held out, and which are trained on."""
-    count = min(config.held_out, len(ids) // 10) if config.validate_every else 0
-    held = held_out(ids, count, config.seed)
-    out = set(held)
-    return held, [place for place in range(len(ids)) if place not in out]
+def _apart(config: TrainConfig, prompts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Which rows are held out, one of each prompt, and which are trained on: those of all other prompts."""
+    first: dict[str, int] = {}
+    for place, prompt in enumerate(prompts):
+        first.setdefault(prompt, place)
+    names = list(first)
+    count = min(config.held_out, len(names) // 10) if config.validate_every else 0
+    out = {names[k] for k in held_out(names, count, config.seed)}
+    held = [place for prompt, place in first.items() if prompt in out]
+    return held, [place for place, prompt in enumerate(prompts) if prompt not in out]
 
 
 def _online(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
@@ -462,8 +473,11 @@ def _online(here: _Setting) -> tuple[Any, Reader, list[Pair], Data]:
         apart = StorybookSource(here.transform.size[0], seed=config.seed, split="test", count=max(1, count))
         pairs = [apart[row] for row in range(count)]
     else:
-        # Their own ids would have to be read first, of the whole data.
-        held, kept = _apart(config, [str(row) for row in range(len(source))])
+        # Texts and ids would have to be read first, of the whole data.
+        prompts = getattr(source, "prompts", None)
+        if prompts is None:
+            say("without a cache, pairs are drawn and held out one by one, not prompt by prompt")
+        held, kept = _apart(config, prompts or [str(row) for row in range(len(source))])
         pairs = [source[row] for row in held]
     bundle.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     samples = PooledSamples(
