@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def draw_curves(summary: Sequence[Mapping[str, Any]], x: str, y: str, folder: Pa
     stem, svg = f"curves-{x}-{y}", as_svg(shapes)
     write_text(folder / f"{stem}.svg", svg)
     with replacing(folder / f"{stem}.png") as temporary:
-        as_picture(shapes).save(temporary)
+        curve_picture(shapes).save(temporary)
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
     table.writerow(["name", "point", *(f"{name}{end}" for name in (x, y) for end in ("", "_low", "_high"))])
@@ -76,18 +77,17 @@ def _shapes(series: Mapping[str, Sequence[Any]], x: str, y: str) -> list[Shape]:
         )
 
     shapes: list[Shape] = [("line", [(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], "#888888", 1)]
-    for k in range(TICKS):
-        share = (k + 0.5) / TICKS
-        one, other = (low + (high - low) * share for low, high in spans)
-        place = at(one, other)
-        shapes += [
-            ("line", [(place[0], TOP), (place[0], BOTTOM)], "#eeeeee", 1),
-            ("line", [(LEFT, place[1]), (RIGHT, place[1])], "#eeeeee", 1),
-            ("text", place[0], BOTTOM + 16, f"{one:.3g}", "#444444", "middle"),
-            ("text", LEFT - 8, place[1], f"{other:.3g}", "#444444", "end"),
-        ]
-    shapes.append(("text", (LEFT + RIGHT) / 2, HEIGHT - 16, f"{x} →", "#222222", "middle"))
-    shapes.append(("text", 8, 12, f"{y} ↑", "#222222", "start"))
+    for axis, (low, high) in enumerate(spans):
+        for value in _ticks(low, high):
+            a, b = at(value, value)
+            if axis == 0:
+                shapes.append(("line", [(a, TOP), (a, BOTTOM)], "#eeeeee", 1))
+                shapes.append(("text", a, BOTTOM + 16, f"{value:g}", "#444444", "middle"))
+            else:
+                shapes.append(("line", [(LEFT, b), (RIGHT, b)], "#eeeeee", 1))
+                shapes.append(("text", LEFT - 8, b, f"{value:g}", "#444444", "end"))
+    shapes.append(("text", (LEFT + RIGHT) / 2, HEIGHT - 16, f"{x}", "#222222", "middle"))
+    shapes.append(("text", 8, 12, f"{y}", "#222222", "start"))
     for number, (name, points) in enumerate(series.items()):
         color = COLORS[number % len(COLORS)]
         places = [at(one["value"], other["value"]) for _, one, other in points]
@@ -107,6 +107,14 @@ def _shapes(series: Mapping[str, Sequence[Any]], x: str, y: str) -> list[Shape]:
         row = TOP + 8 + 20 * number
         shapes += [("dot", RIGHT + 16, row, 4, color), ("text", RIGHT + 26, row, name, "#222222", "start")]
     return shapes
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About TICKS round numbers within an axis."""
+    rough = (high - low) / TICKS
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * each for each in (1, 2, 5, 10) if unit * each >= rough)
+    return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def as_svg(shapes: Sequence[Shape]) -> str:
@@ -133,7 +141,7 @@ def as_svg(shapes: Sequence[Shape]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def as_picture(shapes: Sequence[Shape], scale: int = 2) -> Image.Image:
+def curve_picture(shapes: Sequence[Shape], scale: int = 2) -> Image.Image:
     """The shapes as a picture."""
     image = Image.new("RGB", (WIDTH * scale, HEIGHT * scale), "white")
     pen, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(13 * scale)

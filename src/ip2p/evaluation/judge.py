@@ -99,7 +99,7 @@ def parse_scores(text: str, count: int) -> list[float] | str:
     return [float(each) for each in scores] if all(0 <= e <= MOST for e in scores) else "out of range"
 
 
-def parse_lines(text: str, count: int = 3) -> list[float] | str:
+def parse_score_lines(text: str, count: int = 3) -> list[float] | str:
     """The scores of ImgEdit's replies, "Name: 4" a line, from 1 to 5; else why there are none."""
     found = [
         float(match[1]) for match in re.finditer(r"^[^:\n]+:\s*(\d+)(?:\s*/\s*5)?\s*$", text, re.MULTILINE)
@@ -167,7 +167,7 @@ class VisionJudge:
         if isinstance(reply, tuple):
             return reply[0]
         if imgedit:
-            return published_lines(reply) if published else parse_lines(reply)
+            return published_lines(reply) if published else parse_score_lines(reply)
         if published:
             return published_scores(reply, place_seed("guess", shot.instruction, name, turn))
         return parse_scores(reply, QUESTIONS[name])

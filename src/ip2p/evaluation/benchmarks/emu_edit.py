@@ -30,7 +30,7 @@ def read_rows_of(path: Path, published: bool) -> list[Cell]:
     return table_cells(path, COLUMNS)
 
 
-def make_row(cell: Cell) -> EvalRow:
+def make_emu_row(cell: Cell) -> EvalRow:
     row = cell.read()
     id = str(row["idx"])
     return EvalRow(

@@ -16,7 +16,7 @@ PUBLISHED_GROUPS = {
 }
 
 
-def read_edits(path: Path, published: bool) -> list[Cell]:
+def read_gedit_edits(path: Path, published: bool) -> list[Cell]:
     """The English edits; as published those of ten groups."""
     import pyarrow.parquet as pq
 
@@ -35,7 +35,7 @@ def read_edits(path: Path, published: bool) -> list[Cell]:
     return kept
 
 
-def make_row(cell: Cell) -> EvalRow:
+def make_gedit_row(cell: Cell) -> EvalRow:
     row = cell.read()
     id = str(row["key"])
     picture = picture_of(row["input_image"], id)

@@ -22,7 +22,7 @@ class ImageEdit:
     kind: str
 
 
-def read_edits(folder: Path, published: bool) -> list[ImageEdit]:
+def read_imgedit_edits(folder: Path, published: bool) -> list[ImageEdit]:
     """The entries, with their pictures. Raises InputError where there are none."""
     told = read_object(folder, "basic_edit.json", "singleturn.json")
     first = next(iter(told.values()))["id"] if told else ""
@@ -34,5 +34,5 @@ def read_edits(folder: Path, published: bool) -> list[ImageEdit]:
     ]
 
 
-def make_row(edit: ImageEdit) -> EvalRow:
+def make_imgedit_row(edit: ImageEdit) -> EvalRow:
     return EvalRow(id=edit.id, before=picture_at(edit.picture, edit.id), turns=(edit.prompt,), kind=edit.kind)

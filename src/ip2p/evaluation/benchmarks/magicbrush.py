@@ -19,7 +19,7 @@ METRICS = ("l1", "l2", "clip_b32_target", "clip_b32_text", "dino_target", "l1_ou
 
 
 @dataclass(frozen=True)
-class Session:
+class BrushSession:
     """Turns of one picture, from `before` to `after`, whose local caption is `caption`."""
 
     id: str
@@ -31,30 +31,30 @@ class Session:
     mask: Path | None
 
 
-def read_turns(folder: Path, published: bool) -> list[Session]:
+def read_turns(folder: Path, published: bool) -> list[BrushSession]:
     """Every turn by itself."""
     return [one for turns in _sessions(folder) for one in turns]
 
 
-def read_sessions(folder: Path, published: bool) -> list[Session]:
+def read_sessions(folder: Path, published: bool) -> list[BrushSession]:
     """Each session as one chain of edits; it has no mask, since each turn has another."""
     chains = ((turns[0], turns[-1], tuple(one.turns[0] for one in turns)) for turns in _sessions(folder))
     return [replace(last, id=last.group, before=a.before, turns=t, mask=None) for a, last, t in chains]
 
 
-def _sessions(folder: Path) -> list[list[Session]]:
+def _sessions(folder: Path) -> list[list[BrushSession]]:
     captions = read_object(folder, "local_descriptions.json", "local_captions.json")
 
-    def one(name: str, number: int, turn: dict[str, str]) -> Session:
+    def one(name: str, number: int, turn: dict[str, str]) -> BrushSession:
         before, after, mask = (folder / "images" / name / turn[part] for part in ("input", "output", "mask"))
         words = captions.get(name, {}).get(turn["output"], "")
-        return Session(f"{name}-{number}", name, before, after, (turn["instruction"],), words, mask)
+        return BrushSession(f"{name}-{number}", name, before, after, (turn["instruction"],), words, mask)
 
     told = read_object(folder, "edit_sessions.json").items()
     return [[one(name, k, turn) for k, turn in enumerate(turns, 1)] for name, turns in told if turns]
 
 
-def make_row(one: Session) -> EvalRow:
+def make_magicbrush_row(one: BrushSession) -> EvalRow:
     before, after = picture_at(one.before, one.id), picture_at(one.after, one.id)
     data = one.mask.read_bytes() if one.mask is not None and one.mask.is_file() else None
     mask = None if data is None else region_of(data, before.size, one.id)

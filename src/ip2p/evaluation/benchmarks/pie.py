@@ -28,7 +28,7 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Edit:
+class PieEdit:
     """An entry of the mapping file. border: the mask gets a border, as the public evaluator gives it."""
 
     id: str
@@ -37,13 +37,13 @@ class Edit:
     border: bool
 
 
-def read_mapping(folder: Path, published: bool) -> list[Edit]:
+def read_mapping(folder: Path, published: bool) -> list[PieEdit]:
     """The entries of the mapping file."""
     told, home = read_object(folder, "mapping_file.json"), folder / "annotation_images"
-    return [Edit(id, home / entry["image_path"], entry, published) for id, entry in told.items()]
+    return [PieEdit(id, home / entry["image_path"], entry, published) for id, entry in told.items()]
 
 
-def make_row(edit: Edit) -> EvalRow:
+def make_pie_row(edit: PieEdit) -> EvalRow:
     before, entry = picture_at(edit.picture, edit.id), edit.entry
     marked = (entry["original_prompt"], entry["editing_prompt"])
     caption, edited = (text.replace("[", "").replace("]", "") for text in marked)
