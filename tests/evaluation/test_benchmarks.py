@@ -221,7 +221,7 @@ def test_gedits_unparsable_reply_gets_a_random_score_as_published_and_none_as_co
 def test_gedit_averages_the_groups_and_not_the_rows(gedit, settings, tmp_path, monkeypatch):
     judged(monkeypatch, lambda words: '{"score": [2, 9]}' if "edit 3" in words else '{"score": [6, 8]}')
     report = ip2p.evaluate(
-        data=str(gedit), benchmark="gedit", judge="http://localhost:1/v1", judge_model="m", out=tmp_path / "o",
+        data=str(gedit), benchmark="gedit", judge="http://localhost:1/v1", judge_model="m", out=tmp_path,
         metrics=["l1_input"], **settings,
     )  # fmt: skip
     line = next(line for line in report["lines"] if line["name"] == "m")

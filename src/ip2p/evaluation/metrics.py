@@ -91,22 +91,20 @@ def ssim(one: Picture, other: Picture, region: Region | None = None) -> float:
     a, b = (_mirrored(picture.double())[:, None] for picture in (one, other))
     offsets = torch.arange(WINDOW, dtype=torch.float64) - HALF
     line = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    window = line.outer(line)
-    window = (window / window.sum())[None, None]
-
-    def blurred(values: Tensor) -> Tensor:
-        return F.conv2d(values, window)
-
-    mean_a, mean_b = blurred(a), blurred(b)
+    line = line / line.sum()
+    # The window is the product of two lines, which takes a fifth of the time.
+    maps = torch.cat([a, b, a * a, b * b, a * b])
+    maps = F.conv2d(F.conv2d(maps, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+    mean_a, mean_b, square_a, square_b, product = maps.split(len(a))
     # Rounding may leave a variance of a flat window slightly below zero.
-    spread_a = (blurred(a * a) - mean_a**2).clamp_min(0)
-    spread_b = (blurred(b * b) - mean_b**2).clamp_min(0)
-    both = blurred(a * b) - mean_a * mean_b
+    spread_a = (square_a - mean_a**2).clamp_min(0)
+    spread_b = (square_b - mean_b**2).clamp_min(0)
+    both = product - mean_a * mean_b
     top = (2 * mean_a * mean_b + K1**2) * (2 * both + K2**2)
     low = (mean_a**2 + mean_b**2 + K1**2) * (spread_a + spread_b + K2**2)
     if region is not None:
         inside = _mirrored(region.double()[None])[None]
-        region = F.conv2d(inside, torch.ones_like(window))[0, 0] > WINDOW**2 - 0.5
+        region = F.avg_pool2d(inside, WINDOW, stride=1)[0, 0] > 1 - 0.5 / WINDOW**2
     return _mean((top / low).mean(dim=(0, 1)), region)
 
 
