@@ -86,9 +86,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["edti"], "did you mean ip2p edit?"),
         (["storybook", "drw"], "did you mean ip2p storybook draw?"),
         (["xyzzy"], "--help"),
-        (["eval"], "did you mean ip2p storybook score?"),
-        (["score"], "did you mean ip2p storybook score?"),
-        (["benchmark"], "did you mean ip2p storybook score?"),
+        (["eval"], "did you mean ip2p evaluate?"),
+        (["score"], "did you mean ip2p evaluate?"),
+        (["benchmark"], "did you mean ip2p evaluate?"),
     ],
 )
 def test_unknown_verb(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:

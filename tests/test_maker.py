@@ -24,7 +24,7 @@ from ip2p.data.loading import open_source
 from ip2p.models import bundle
 from ip2p.pictures.images import load_image
 from ip2p.synth import instruct as instructing
-from ip2p.synth import records, stages
+from ip2p.synth import records, stages, workers
 from ip2p.synth.filter import KEPT, PRESETS, SIMILARITIES, clips_of, preset_for
 from ip2p.synth.instruct import Answer, Ask, LocalWriter
 from ip2p.synth.records import Triple, read_triples, triple_id, write_triples
@@ -751,17 +751,17 @@ def test_an_address_after_ray_may_be_left_out(here):
 
 
 def test_small_models_work_on_every_core_with_a_thread_each(here, painter, monkeypatch):
-    monkeypatch.setattr(maker, "_cores", lambda: 3)
+    monkeypatch.setattr(workers, "_cores", lambda: 3)
 
     def told(weights=painter, **settings):
-        return maker._workers(SynthPairsConfig(device="cpu", **settings), weights)
+        return workers.worker_options(SynthPairsConfig(**settings), weights, device="cpu")
 
     assert told() == {"processes": 3, "threads": 1}
     assert told(workers=1) == {"processes": 1, "threads": 1}
     assert told(threads=2) == {"processes": 3, "threads": 2}
     assert told(None) == {"processes": 1, "threads": None}
     assert told(None, workers=2) == {"processes": 2, "threads": 1}
-    monkeypatch.setattr(maker, "SMALL", 1000)
+    monkeypatch.setattr(workers, "SMALL", 1000)
     assert told() == {"processes": 1, "threads": None}
     cluster = Cluster(address="a:1", workers=4, cpus=2, gpus=0.5)
     assert told(ray="a:1", ray_workers=4, threads=2, ray_gpus=0.5) == {"cluster": cluster, "threads": 2}

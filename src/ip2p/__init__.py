@@ -1,8 +1,8 @@
 """Edit a picture with an instruction: InstructPix2Pix, from data to measurement.
 
 `ip2p.edit` is the one call, `ip2p.Editor` loads a model once and edits many pictures. `ip2p.train` trains an
-editor, `ip2p.synth` makes the data for it. Importing the package is cheap: torch is imported when one of
-these names is first used.
+editor, `ip2p.synth` makes the data for it, `ip2p.evaluate` scores editors. Importing the package is cheap:
+torch is imported when one of these names is first used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ip2p import synth
     from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
     from ip2p.editing.editor import Editor, edit
+    from ip2p.evaluation.run import evaluate
     from ip2p.pictures.images import save_image
     from ip2p.settings import EditSettings, ModelSettings
     from ip2p.training.settings import TrainConfig
@@ -29,6 +30,7 @@ _PLACES = {
     "TrainConfig": "ip2p.training.settings",
     "save_image": "ip2p.pictures.images",
     "train": "ip2p.training.trainer",
+    "evaluate": "ip2p.evaluation.run",
 }
 __all__ = [
     "EditSettings",
@@ -41,6 +43,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "edit",
+    "evaluate",
     "save_image",
     "synth",
     "train",

@@ -46,6 +46,11 @@ VERBS = {
         "ip2p.cli.train:run_train",
         "train an editor on pairs of pictures",
     ),
+    "evaluate": (
+        "ip2p.evaluation.settings:EvaluateConfig",
+        "ip2p.cli.evaluate:run_evaluate",
+        "score editors on a data set",
+    ),
     "synth instruct": (
         "ip2p.synth.settings:SynthInstructConfig",
         "ip2p.cli.synth:run_instruct",
@@ -114,7 +119,7 @@ VERBS = {
 }
 # What people type for a verb that is called otherwise here.
 MEANT = {
-    **dict.fromkeys(("eval", "evaluate", "score", "benchmark", "test", "metrics"), "storybook score"),
+    **dict.fromkeys(("eval", "score", "benchmark", "test", "metrics"), "evaluate"),
     **dict.fromkeys(("infer", "inference", "run", "generate", "sample"), "edit"),
     **dict.fromkeys(("web", "gui", "app", "gradio"), "ui"),
     **dict.fromkeys(("finetune", "fine-tune"), "train"),

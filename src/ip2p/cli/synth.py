@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ip2p.base import jobs
-from ip2p.base.cluster import Cluster
-from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.files import check_output, content_key, make_folder, write_text
 from ip2p.base.terminal import say
@@ -54,6 +52,7 @@ from ip2p.synth.settings import (
 )
 from ip2p.synth.stages import REFUSED, REJECTED, InstructStage, PairStage
 from ip2p.synth.tune import Tuning, tune_lm
+from ip2p.synth.workers import worker_options
 
 RUN = "run.json"
 CAPTIONS_A_PART = 8, 64  # minimum and maximum
@@ -63,7 +62,6 @@ STORYBOOK_SCALE = (3.0, 5.0)  # around its recommended scale, 4
 # What a painter consists of: its folder may hold a CLIP and a language model besides.
 PAINTER_FILES = ("unet/*", "vae/*", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "model_index.json")
 EVERY = Thresholds(image=-2, caption=-2, directional=-2)  # every pair passes
-SMALL = 256 << 20  # bytes of weights, of which several copies do not matter
 OUR_KEY = "IP2P_API_KEY"
 
 
@@ -111,7 +109,9 @@ def run_instruct(config: SynthInstructConfig) -> None:
     else:
         settings["way"] = config.way  # the server may come back at another address
     size = part_size(len(texts))
-    workers = _workers(config, None if config.server is not None else find_lm(config.model))
+    workers = worker_options(
+        config, None if config.server is not None else find_lm(config.model), device=config.device
+    )
     if file and config.overwrite:
         file.unlink(missing_ok=True)  # its parts go too; what is left of it would not be this job's
     told = jobs.run(
@@ -304,7 +304,7 @@ def run_pairs(config: SynthPairsConfig) -> None:
         config.out,
         settings=settings,
         unit="triples",
-        **_workers(config, painter),
+        **worker_options(config, painter, device=config.device),
         overwrite=config.overwrite,
     )
     _write_run(config.out, config, told, thresholds=asdict(thresholds), scale=scale, used=how)
@@ -378,7 +378,7 @@ def run_filter_pairs(config: SynthFilterConfig) -> None:
         rescore=config.rescore,
         safety=safety,
         count=config.count,
-        **_workers(config, clip() if _lies_here(asked) else None),
+        **worker_options(config, clip() if _lies_here(asked) else None, device=config.device),
     )
     write_text(config.out / RUN, run_json(config, thresholds=asdict(thresholds)))
     for line in filtered.lines():
@@ -508,36 +508,6 @@ def _thresholds(
     preset = auto if config.preset == "auto" else PRESETS[config.preset]
     given = {name: getattr(config, name) for name in asdict(preset)}
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
-
-
-def _workers(
-    config: SynthInstructConfig | SynthPairsConfig | SynthFilterConfig, weights: Path | None
-) -> dict[str, Any]:
-    """Where a job runs, for `jobs.run`: cluster, processes and threads.
-
-    Small models on a CPU work in as many processes as it has cores, each with one thread.
-
-    weights: where those of the model lie, None for those that are not here. One thread for a worker wherever
-    there are several: small networks gain little by more, and with the same number of threads results are
-    the same to the bit, here and on Ray.
-    """
-    if config.ray is not None:
-        each = config.threads or 1
-        cluster = Cluster(address=config.ray, workers=config.ray_workers, cpus=each, gpus=config.ray_gpus)
-        return {"cluster": cluster, "threads": each}
-    small = weights is not None and pick_device(config.device).type == "cpu" and _bytes(weights) <= SMALL
-    processes = config.workers or (_cores() if small else 1)
-    threads = config.threads or (1 if small or processes > 1 else None)
-    return {"processes": processes, "threads": threads}
-
-
-def _bytes(weights: Path) -> int:
-    files = weights.rglob("*.safetensors") if weights.is_dir() else [weights]
-    return sum(file.stat().st_size for file in files)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def part_size(captions: int) -> int:

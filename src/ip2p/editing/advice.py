@@ -22,8 +22,8 @@ An instruction says what to change, not what the whole picture shows. One change
     what if …                    what if it were autumn?
     change the background to …   change the background to a beach
 
-If an instruction fails, reword it: "turn him into a robot", "make him a robot" and "as a robot" give different
-results. If there are several things of a kind, name the one you mean ("the cat on the left").
+If an instruction fails, reword it: "turn him into a robot", "make him a robot" and "as a robot" give
+different results. If there are several things of a kind, name the one you mean ("the cat on the left").
 
 ## How much
 
@@ -46,8 +46,8 @@ words:
 
 ### It changes too much
 
-Raise `--image-cfg` or lower `--text-cfg`. If high scales make the colors and the contrast too hard, reduce them
-with `--text-cfg-rescale`, or use guidance only in the middle of the sampling:
+Raise `--image-cfg` or lower `--text-cfg`. If high scales make the colors and the contrast too hard, reduce
+them with `--text-cfg-rescale`, or use guidance only in the middle of the sampling:
 
     ip2p edit page.png "make it night" --image-cfg 1.8
     ip2p edit page.png "make it night" --text-cfg 5
@@ -56,9 +56,9 @@ with `--text-cfg-rescale`, or use guidance only in the middle of the sampling:
 
 ### It changes what was not named
 
-"Make the house red" may turn the sky red, too. No scale fixes that; a mask does. Let the model find the region,
-look at it, and move the threshold (a lower one selects more), or draw the mask yourself, white where the edit
-may change the picture:
+"Make the house red" may turn the sky red, too. No scale fixes that; a mask does. Let the model find the
+region, look at it, and move the threshold (a lower one selects more), or draw the mask yourself, white where
+the edit may change the picture:
 
     ip2p edit page.png "make the house red" --auto-mask --show-mask region.png
     ip2p edit page.png "make the house red" --auto-mask 0.35
@@ -71,8 +71,8 @@ Outside the mask, every pixel stays the same (in PNG, to the byte).
     ip2p edit page.png "make it night" --then "make it snow" --animation chain.gif
 
 Each step starts from the result of the one before, so losses add up; the report at the end shows how far each
-step is from the start. With `--from-original`, each step starts from the original with the instructions joined:
-less is lost, but some of many instructions may be ignored.
+step is from the start. With `--from-original`, each step starts from the original with the instructions
+joined: less is lost, but some of many instructions may be ignored.
 
 ## More advice
 

@@ -101,17 +101,20 @@ def make_case(edit: Edit, size: int) -> Case:
 
 def cases(count: int, seed: int, size: int, split: str) -> Iterator[Case]:
     """`count` edits whose answer is unique and visible, the kinds in turn."""
-    for i in range(count):
-        rng = rng_for("score", split, seed, i)
-        while True:
-            edit = sample_edit(rng, kind=EDIT_KINDS[i % len(EDIT_KINDS)], split=split)
-            if not is_unique(edit):
-                continue
-            case = make_case(edit, size)
-            # A change that cannot be seen (a colour in a blueprint) has no answer to look for.
-            if len(case.others) >= OTHER_ANSWERS and visible(case.page, case.exact):
-                yield case
-                break
+    return (find_case(number, seed, size, split) for number in range(count))
+
+
+def find_case(number: int, seed: int, size: int, split: str) -> Case:
+    """Edit `number` of a seed: one whose answer is unique and visible. The kinds take turns."""
+    rng = rng_for("score", split, seed, number)
+    while True:
+        edit = sample_edit(rng, kind=EDIT_KINDS[number % len(EDIT_KINDS)], split=split)
+        if not is_unique(edit):
+            continue
+        case = make_case(edit, size)
+        # A change that cannot be seen (a colour in a blueprint) has no answer to look for.
+        if len(case.others) >= OTHER_ANSWERS and visible(case.page, case.exact):
+            return case
 
 
 def visible(page: NDArray[np.uint8], exact: NDArray[np.uint8]) -> bool:
@@ -190,8 +193,15 @@ def _mean_psnr(values: Sequence[float]) -> metrics.Estimate | None:
 
 
 def edit_pages(
+    editor: Editor, pages: NDArray[np.uint8], instructions: Sequence[str], **sampling: Any
+) -> list[NDArray[np.uint8]]:
+    """Edit a batch of pages, uint8 [batch, size, size, 3], each by its instruction (`edit_tensors`)."""
+    return _pixels(edit_tensors(editor, _signed(pages), instructions, **sampling))
+
+
+def edit_tensors(
     editor: Editor,
-    pages: NDArray[np.uint8],
+    pictures: Tensor,
     instructions: Sequence[str],
     *,
     seeds: Sequence[int],
@@ -200,14 +210,14 @@ def edit_pages(
     schedule: str,
     text_cfg: float,
     image_cfg: float,
-) -> list[NDArray[np.uint8]]:
-    """Edit a batch of pages, uint8 [batch, size, size, 3], each by its own instruction."""
+) -> Tensor:
+    """Edit pictures [batch, 3, h, w] in [-1, 1] at their size; the results may go beyond, as decoded."""
 
     from ip2p.base.devices import NoiseStream
     from ip2p.diffusion.schedule import SPACINGS
     from ip2p.models.text import join_prompts
 
-    images = editor.encode_image(_signed(pages))
+    images = editor.encode_image(pictures)
     latents = editor.edit_latents(
         images,
         join_prompts([editor.encode_text(text) for text in instructions]),
@@ -220,7 +230,7 @@ def edit_pages(
     )
     for last in latents:
         final = last
-    return _pixels(editor.decode(final))
+    return editor.decode(final)
 
 
 def reconstruct_pages(editor: Editor, pages: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:

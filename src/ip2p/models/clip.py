@@ -44,7 +44,7 @@ class Clip:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Clip":
         """Load a CLIPModel folder in fp32; the tokenizer lies in it, or in `tokenizer` beside it.
 
-        Only safetensors are read. Raises ModelError for a folder that is not one.
+        Safetensors are read, else a `.bin`, as tensors alone. Raises ModelError for a folder that is not one.
         """
         from transformers import CLIPModel, CLIPTokenizer
 
@@ -54,9 +54,13 @@ class Clip:
             raise ModelError(
                 f"{folder} is not a CLIP model: config.json is missing. Name the folder that holds it."
             )
+        # Without this, transformers would load a pickle beside safetensors in some layouts.
+        only = True if any(folder.glob("model*.safetensors")) else None
         try:
             with quiet():
-                model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+                model = CLIPModel.from_pretrained(
+                    folder, use_safetensors=only, weights_only=True, local_files_only=True
+                )
                 tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
         except Exception as error:  # safetensors and transformers each raise their own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -76,7 +80,8 @@ class Clip:
         pictures = pictures.to(self.device)
         square = F.interpolate(pictures.float(), (self.size, self.size), mode="bicubic", align_corners=False)
         mean, std = (square.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-        return F.normalize(_pooled(self.model.get_image_features(pixel_values=(square - mean) / std)), dim=-1)
+        found = self.model.get_image_features(pixel_values=(square - mean) / std)
+        return F.normalize(pooled_features(found), dim=-1)
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Embedding:
@@ -85,7 +90,7 @@ class Clip:
         features = self.model.get_text_features(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         )
-        return F.normalize(_pooled(features), dim=-1)
+        return F.normalize(pooled_features(features), dim=-1)
 
     def similarities(
         self, before: Pictures, after: Pictures, texts_before: list[str], texts_after: list[str]
@@ -108,6 +113,7 @@ def similarities(
     )
 
 
-def _pooled(features: Any) -> Tensor:
+def pooled_features(features: Any) -> Tensor:
+    """The projected embedding [batch, features] that `get_image_features` or `get_text_features` gave."""
     # transformers 5 wraps the projected embedding in an output; before, it was the embedding itself.
     return features if isinstance(features, Tensor) else features.pooler_output

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -24,8 +23,9 @@ from ip2p.base.errors import InputError
 from ip2p.base.files import append_row, make_folder, write_text
 from ip2p.data.records import BrokenRow, Pair
 from ip2p.editing.editor import Editor
-from ip2p.models.clip import Clip
-from ip2p.pictures.images import grid, save_image, signed_psnr
+from ip2p.evaluation import metrics
+from ip2p.models.clip import Clip, similarities
+from ip2p.pictures.images import grid, save_image
 from ip2p.training.cache import LatentCache, Latents
 from ip2p.training.loss import TIMESTEPS
 from ip2p.training.objective import place_seed
@@ -188,18 +188,20 @@ def judged(
     edited caption, or, if any pair lacks a caption or has two equal ones, the change from input to `after`.
     """
     source, result, target = (pictures.float() / 255 for pictures in (before, results, after))
-    error = (result - target).square().mean(dim=(1, 2, 3)) * 4  # of pictures in [-1, 1]
-    numbers = {"psnr": float(signed_psnr(error).mean()), "l1": float((result - target).abs().mean())}
+    numbers = {
+        metric.__name__: sum(map(metric, result, target)) / len(result)
+        for metric in (metrics.psnr, metrics.l1)
+    }
     if clip is None:
         return numbers
-    start, end = clip.images(source), clip.images(result)
-    numbers["clip_image"] = float(F.cosine_similarity(start, end).mean())
     captions = [(pair.caption.strip(), pair.edited_caption.strip()) for pair in pairs]
     if all(a and b and a != b for a, b in captions):
-        change = clip.texts([b for _, b in captions]) - clip.texts([a for a, _ in captions])
+        told = [clip.texts([pair[k] for pair in captions]) for k in (0, 1)]
     else:
-        change = clip.images(target) - start
-    numbers["clip_directional"] = float(F.cosine_similarity(end - start, change).mean())
+        told = [clip.images(source), clip.images(target)]
+    found = similarities(clip.images(source), clip.images(result), told[0], told[1])
+    numbers["clip_image"] = float(found.image_image.mean())
+    numbers["clip_directional"] = float(found.directional.mean())
     return numbers
 
 

@@ -1,0 +1,106 @@
+"""Public benchmarks, on data that the user has: how each is read and what it measures.
+
+docs/evaluate.md says of each what its public evaluator gets wrong. `published` has its metrics as published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ip2p.base.errors import InputError
+from ip2p.evaluation.benchmarks import emu_edit, gedit, imgedit, magicbrush, pie
+from ip2p.evaluation.metrics import Metric
+from ip2p.evaluation.rows import EvalRow, ListedRows
+
+if TYPE_CHECKING:
+    from ip2p.evaluation.run import Protocol
+    from ip2p.evaluation.settings import EvaluateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """read: a path, and whether as published, to records; make: a record to a row. by_kind: see `Protocol`.
+
+    metrics: the corrected protocol. published: the public evaluator's metrics, by name; other names are ours.
+    """
+
+    read: Callable[[Path, bool], Sequence[Any]]
+    make: Callable[[Any], EvalRow]
+    metrics: tuple[str, ...]
+    published_metrics: tuple[str, ...]
+    published: dict[str, Metric] = field(default_factory=dict)
+    by_kind: bool = False
+
+
+BENCHMARKS = {
+    "magicbrush": Benchmark(
+        read=magicbrush.read_turns,
+        make=magicbrush.make_magicbrush_row,
+        metrics=magicbrush.METRICS,
+        published_metrics=magicbrush.PUBLISHED_METRICS,
+        published=magicbrush.PUBLISHED,
+    ),
+    "magicbrush-multi": Benchmark(
+        read=magicbrush.read_sessions,
+        make=magicbrush.make_magicbrush_row,
+        metrics=magicbrush.METRICS,
+        published_metrics=magicbrush.PUBLISHED_METRICS,
+        published=magicbrush.PUBLISHED,
+    ),
+    "emu-edit": Benchmark(
+        read=emu_edit.read_rows_of,
+        make=emu_edit.make_emu_row,
+        metrics=emu_edit.METRICS,
+        published_metrics=emu_edit.PUBLISHED_METRICS,
+        published=emu_edit.PUBLISHED,
+    ),
+    "pie": Benchmark(
+        read=pie.read_mapping,
+        make=pie.make_pie_row,
+        metrics=pie.METRICS,
+        published_metrics=tuple(pie.PUBLISHED),
+        published=pie.PUBLISHED,
+    ),
+    "gedit": Benchmark(
+        read=gedit.read_gedit_edits,
+        make=gedit.make_gedit_row,
+        metrics=("clip_image", "l1_input"),
+        published_metrics=(),
+        by_kind=True,
+    ),
+    "imgedit": Benchmark(
+        read=imgedit.read_imgedit_edits,
+        make=imgedit.make_imgedit_row,
+        metrics=("clip_image", "l1_input"),
+        published_metrics=(),
+        by_kind=True,
+    ),
+}
+
+
+def open_benchmark(config: EvaluateConfig) -> tuple[ListedRows, Protocol]:
+    """The rows and the protocol of the config's benchmark. Raises InputError for data of another layout."""
+    from ip2p.data.columns import stamp
+    from ip2p.evaluation.run import Protocol
+
+    assert config.benchmark is not None
+    benchmark, path = BENCHMARKS[config.benchmark], Path(config.data).expanduser()
+    if not path.exists():
+        raise InputError(f"{path} is missing; name the benchmark's files, which you download yourself.")
+    records = benchmark.read(path, config.as_published)
+    if not records:
+        raise InputError(f"{path} holds no rows of {config.benchmark}; docs/evaluate.md shows its layout.")
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    key = stamp(files, config.benchmark, config.as_published)
+    source = ListedRows(config.benchmark, key, records, benchmark.make, config.count)
+    chosen = tuple(name for text in config.metrics for name in text.split(",") if name)
+    usual = benchmark.published_metrics if config.as_published else benchmark.metrics
+    return source, Protocol(
+        metrics=chosen or usual,
+        benchmark=config.benchmark,
+        by_kind=benchmark.by_kind,
+        judged=config.judge is not None,
+    )

@@ -1,0 +1,261 @@
+"""The networks that metrics look through: CLIP, DINO and DINOv2, each at a pinned revision.
+
+Each has its preprocessing, which changes a similarity more than a new revision would (docs/evaluate.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from ip2p.base.errors import InputError, ModelError
+from ip2p.editing.rank import CLIP_MODEL, find_clip
+from ip2p.models.bundle import from_hub, packaged_models
+from ip2p.models.clip import MEAN, STD, Clip, pooled_features
+from ip2p.models.load import quiet
+from ip2p.pictures.images import to_pil, to_tensor
+
+Picture = Float[Tensor, "3 height width"]  # in [0, 1]
+Features = Float[Tensor, "features"]
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LONGEST = 480 / 224  # of PIE-Bench's resize: the longer side over the shorter one
+BATCH = 16  # pictures at once
+CLIP_SIDE = 512  # larger pictures are scaled down first: CLIP's bicubic has no antialiasing
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """Which network, and how a picture is prepared for it.
+
+    fit: "squeeze" scales to the network's square by bicubic without antialiasing (the paper's code); "crop"
+    scales the shorter side to `short` by Pillow's bicubic, which smooths, and takes the central `side`
+    pixels, so that borders are not seen; "short" scales the shorter side to `short` by antialiased
+    bilinear and crops nothing (PIE-Bench). weights: the file in its repository.
+    """
+
+    name: str
+    revision: str | None
+    weights: str
+    fit: Literal["squeeze", "crop", "short"]
+    about: str
+    side: int = 224
+    short: int = 224
+
+
+ENCODERS = {
+    "clip": EncoderSpec(
+        name=CLIP_MODEL,
+        revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
+        weights="model.safetensors",
+        fit="squeeze",
+        about="CLIP ViT-L/14, as in the paper",
+    ),
+    "clip_b32": EncoderSpec(
+        name="openai/clip-vit-base-patch32",
+        revision="3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+        weights="pytorch_model.bin",
+        fit="crop",
+        about="CLIP ViT-B/32, as in MagicBrush",
+    ),
+    "dino": EncoderSpec(
+        name="facebook/dino-vits16",
+        revision="abe3b354cb6a9b6f146096b14a4a9d7eecbcb4bd",
+        weights="pytorch_model.bin",
+        fit="crop",
+        short=256,
+        about="DINO ViT-S/16, as in MagicBrush",
+    ),
+    "dinov2": EncoderSpec(
+        name="facebook/dinov2-base",
+        revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415",
+        weights="model.safetensors",
+        fit="crop",
+        short=256,
+        about="DINOv2 ViT-B/14",
+    ),
+    "structure": EncoderSpec(
+        # No revision of this one is known to us; --structure NAME@REVISION pins it.
+        name="facebook/dino-vitb8",
+        revision=None,
+        weights="pytorch_model.bin",
+        fit="short",
+        about="DINO ViT-B/8, as in PIE-Bench",
+    ),
+}
+
+
+def find_encoder(slot: str, name: str | None = None) -> Path:
+    """The folder of an encoder: `name` is a folder, a hub id or ID@REVISION, or "storybook" for its CLIP.
+
+    None is the pinned one of `ENCODERS`. Raises ModelError with the command that fetches a missing one.
+    """
+    spec = ENCODERS[slot]
+    if name is None:
+        name, revision, weights = spec.name, spec.revision, spec.weights
+    else:
+        name, _, after = name.partition("@")
+        revision, weights = after or None, "model.safetensors"
+        if name == spec.name:
+            weights = spec.weights
+    if Path(name).expanduser().is_dir() or name in packaged_models():
+        return find_clip(name, name)
+    if name.count("/") != 1:
+        raise ModelError(f"{name}: no such folder. Name a folder, or a hub id like {spec.name}.")
+    return from_hub(
+        name,
+        ("*.json", "*.txt", weights),
+        lambda folder: (folder / "config.json").is_file() and (folder / weights).is_file(),
+        revision=revision,
+    )
+
+
+def load_vit(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """A ViT or Dinov2 of transformers in fp32, without a pooling layer of its own. Raises ModelError."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            more = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+            model = AutoModel.from_pretrained(folder, local_files_only=True, **more)
+    except Exception as error:  # safetensors and transformers each raise their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(f"{folder} cannot be read ({reason}). Fetch or save the model again.") from None
+    return model.float().eval().requires_grad_(False).to(device)
+
+
+class Encoders:
+    """Loads encoders on first use, and embeds each picture and text once (`forget` drops what was embedded).
+
+    names: folders or hub ids in place of the pinned ones, by slot. signed: feed CLIP pictures in [-1, 1], as
+    the paper's script does though its CLIP expects [0, 1] (`--as-code`); values beyond are kept, as there.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[str, str] = {},
+        *,
+        device: torch.device | str = "cpu",
+        signed: bool = False,
+    ) -> None:
+        self.names, self.device, self.signed = dict(names), device, signed
+        self._models: dict[str, Any] = {}
+        self._seen: dict[
+            tuple[str, int], tuple[Tensor, Tensor]
+        ] = {}  # holds the picture, so that its id stays
+        self._texts: dict[tuple[str, str], Tensor] = {}
+
+    def forget(self) -> None:
+        """Drop all embeddings."""
+        self._seen.clear()
+        self._texts.clear()
+
+    def model(self, slot: str) -> Any:
+        """The network of a slot: a `Clip`, or a transformers ViT. Raises ModelError."""
+        if slot not in self._models:
+            folder = find_encoder(slot, self.names.get(slot))
+            load: Any = Clip.load if slot.startswith("clip") else load_vit
+            self._models[slot] = load(folder, self.device)
+        return self._models[slot]
+
+    def embed(self, slot: str, pictures: Sequence[Picture]) -> None:
+        """Embed several pictures in batches, so that `image` has them."""
+        todo = [p for p in {id(p): p for p in pictures}.values() if (slot, id(p)) not in self._seen]
+        shapes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        for picture in todo:
+            ready = self.prepared(slot, picture)
+            shapes.setdefault(tuple(ready.shape), []).append((picture, ready))
+        for alike in shapes.values():
+            for start in range(0, len(alike), BATCH):
+                some = alike[start : start + BATCH]
+                found = self._embedded(slot, torch.stack([ready for _, ready in some]))
+                for (picture, _), row in zip(some, found, strict=True):
+                    self._seen[slot, id(picture)] = picture, row
+
+    def image(self, slot: str, picture: Picture) -> Features:
+        """The embedding of a picture in [0, 1], of length one."""
+        if (slot, id(picture)) not in self._seen:
+            self.embed(slot, [picture])
+        return self._seen[slot, id(picture)][1]
+
+    def text(self, slot: str, words: str) -> Features:
+        """The embedding of a text by a CLIP, of length one; what is beyond its 77 tokens is cut."""
+        if (slot, words) not in self._texts:
+            self._texts[slot, words] = self.model(slot).texts([words])[0]
+        return self._texts[slot, words]
+
+    def prepared(self, slot: str, picture: Picture) -> Picture:
+        """What the network sees of a picture in [0, 1], normalized: [3, side, side], or [3, h, w]."""
+        spec, model = ENCODERS[slot], self.model(slot)
+        clip = isinstance(model, Clip)
+        side = model.size if clip else min(spec.side, model.config.image_size)
+        short = round(spec.short * side / spec.side)
+        if clip and spec.fit == "squeeze":
+            picture = picture * 2 - 1 if self.signed else _small(picture)
+            square = F.interpolate(picture[None], (side, side), mode="bicubic", align_corners=False)[0]
+        elif spec.fit == "short":
+            low, high = sorted(picture.shape[-2:])
+            scale = min(short / low, short * LONGEST / high)
+            size = tuple(max(1, int(edge * scale)) for edge in picture.shape[-2:])
+            square = F.interpolate(picture[None], size, mode="bilinear", align_corners=False, antialias=True)[
+                0
+            ]
+        else:
+            image = to_pil(picture * 2 - 1)
+            scale = short / min(image.size)
+            size = tuple(max(short, int(edge * scale)) for edge in image.size)
+            image = image.resize(size, Image.Resampling.BICUBIC)  # type: ignore[arg-type]
+            left, top = (round((edge - side) / 2) for edge in image.size)
+            image = image.crop((left, top, left + side, top + side))
+            square = (to_tensor(image)[0] + 1) / 2
+        return normalized(square, *((MEAN, STD) if clip else IMAGENET))
+
+    @torch.inference_mode()
+    def _embedded(self, slot: str, ready: Tensor) -> Tensor:
+        model, ready = self.model(slot), ready.to(self.device)
+        if isinstance(model, Clip):
+            found = pooled_features(model.model.get_image_features(pixel_values=ready))
+        elif slot == "structure":
+            raise InputError("the structure encoder has no embedding of a whole picture; use `keys`.")
+        else:
+            found = model(ready, **_any_size(model)).last_hidden_state[:, 0]  # the class token
+        return F.normalize(found.float(), dim=-1).cpu()
+
+    @torch.inference_mode()
+    def keys(self, ready: Picture) -> Float[Tensor, "tokens width"]:
+        """The keys of the structure encoder's last attention, all heads joined, for a normalized picture."""
+        model = self.model("structure")
+        kept: list[Tensor] = []
+        layers = model.layers if hasattr(model, "layers") else model.encoder.layer
+        hook = layers[-1].attention.k_proj.register_forward_hook(lambda *found: kept.append(found[-1]))
+        try:
+            model(ready[None].to(self.device), **_any_size(model))
+        finally:
+            hook.remove()
+        return kept[0][0].float().cpu()
+
+
+def normalized(picture: Picture, mean: Sequence[float], std: Sequence[float]) -> Picture:
+    """(picture - mean) / std for each color."""
+    low, spread = (picture.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (picture - low) / spread
+
+
+def _small(picture: Picture) -> Picture:
+    if max(picture.shape[-2:]) <= CLIP_SIDE:
+        return picture
+    image = to_pil(picture * 2 - 1)
+    image.thumbnail((CLIP_SIDE, CLIP_SIDE), Image.Resampling.LANCZOS)
+    return (to_tensor(image)[0] + 1) / 2
+
+
+def _any_size(model: Any) -> dict[str, bool]:
+    return {"interpolate_pos_encoding": True} if model.config.model_type == "vit" else {}

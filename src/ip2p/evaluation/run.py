@@ -1,0 +1,304 @@
+"""`ip2p evaluate`: score editors on a data set, as a job that can be killed, resumed and spread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from ip2p import __version__
+from ip2p.base import jobs
+from ip2p.base.errors import InputError
+from ip2p.base.files import content_key, make_folder, replacing, write_text
+from ip2p.base.terminal import say
+from ip2p.data.loading import open_source
+from ip2p.evaluation.encoders import ENCODERS, find_encoder
+from ip2p.evaluation.judge import JUDGED, PROMPTS, JudgeSettings, count_failures, server_key
+from ip2p.evaluation.metrics import EXACT, METRICS, USUAL, Metric, chosen_metrics
+from ip2p.evaluation.rows import PairRows, RowSource, StorybookRows
+from ip2p.evaluation.settings import SAMPLING, STRENGTHS, EvaluateConfig, named_model, sweep_values
+from ip2p.evaluation.stage import PICTURES, ROWS, EvalPart, EvaluateStage, Variant, variant_json
+from ip2p.models.bundle import called, find_model
+from ip2p.settings import Split, run_json
+from ip2p.synth.workers import worker_options
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STORYBOOK = "storybook"
+JOB = "edits"  # the job's folder in the report's
+REPORT, TABLE, PAGE, RUN = "report.json", "rows.parquet", "index.html", "run.json"
+STORYBOOK_ROWS, STORYBOOK_SIDE = 200, 64
+PART_ROWS, PARTS = 16, 8  # a small job has several parts, so that several workers have one
+COPY, TRUTH = "copy the input", "ground truth"
+CURVES = (("clip_directional", "clip_image"), ("strict", "clip_image"), ("clip_directional", "strict"))
+# The released script: 100 steps at 512 pixels, one text scale, CLIP alone.
+AS_CODE = {"steps": 100, "text_cfg": 7.5, "size": 512, "sampler": "euler_ancestral", "schedule": "linspace"}
+AS_CODE_METRICS = ("clip_directional", "clip_image", "clip_text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is measured, and how averages are taken; names alone, so that workers get it.
+
+    benchmark: whose published metrics may be named too.
+    """
+
+    metrics: tuple[str, ...]
+    benchmark: str | None = None
+    by_kind: bool = False
+    judged: bool = False
+
+    def __call__(self) -> dict[str, Metric]:
+        known = METRICS
+        if self.benchmark is not None:
+            from ip2p.evaluation.benchmarks import BENCHMARKS
+
+            known = known | BENCHMARKS[self.benchmark].published
+        return chosen_metrics(self.metrics, known) | (JUDGED if self.judged else {})
+
+
+def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, Any]:
+    """Score editors on a data set and write the report; returns what `report.json` holds.
+
+    config and changes: what `EvaluateConfig` has, so `evaluate(data="pairs", model=["editor"], out="report")`
+    is enough. The same call resumes. Raises InputError, ModelError and ResourceError.
+    """
+    config = (config or EvaluateConfig()).changed(**changes)
+    config.check()
+    assert config.out is not None, "EvaluateConfig.check was called"
+    folder = Path(config.out)
+    make_folder(folder)
+    source, protocol = open_rows(config)
+    judge = find_judge(config)
+    names = encoder_names(config)
+    metrics = protocol()
+    variants = find_variants(config, source)
+    shown = min(config.shown, len(source))
+    size = max(1, min(PART_ROWS, -(-len(source) // PARTS)))
+    parts = [
+        EvalPart(variant=variant, rows=range(start, min(start + size, len(source))))
+        for variant in variants
+        for start in range(0, len(source), size)
+    ]
+    stage = partial(
+        EvaluateStage,
+        source,
+        protocol,
+        names=names,
+        device=config.device,
+        dtype=config.dtype,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        shown=shown,
+        as_code=config.as_code,
+        judge=judge,
+    )
+    weights = {model: find_model(model) for v in variants if (model := v.model) is not None}
+    slots = dict.fromkeys(slot for metric in metrics.values() for slot in metric.slots)
+    # Found before any work, so that a missing model is an error at once.
+    encoders = {slot: find_encoder(slot, names.get(slot)) for slot in slots}
+    settings = {
+        "data": source.key,
+        "rows": len(source),
+        "variants": variant_json(variants),
+        "metrics": list(metrics),
+        "as published": config.as_published,
+        "as code": config.as_code,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "models": {name: content_key(path) for name, path in weights.items()},
+        "encoders": {slot: content_key(path) for slot, path in encoders.items()},
+        "shown": shown,
+        "judge": None if judge is None else judge.as_json(),
+    }
+    summary = jobs.run(
+        stage,
+        parts,
+        folder / JOB,
+        settings=settings,
+        unit="edits",
+        overwrite=config.overwrite,
+        **worker_options(config, max(weights.values(), key=_size, default=None), device=config.device),
+    )
+    write_text(folder / RUN, run_json(config))
+    if flawed := summary.counts.get("flawed"):
+        say(f"{flawed:,.0f} edits were left out; the column flaw of {folder / TABLE} says why")
+    return write_report(config, folder, source, metrics, names, by_kind=protocol.by_kind)
+
+
+def open_rows(config: EvaluateConfig) -> tuple[RowSource, Protocol]:
+    """The rows that the config names, and what is measured on them. Raises InputError."""
+    if config.benchmark is not None:
+        from ip2p.evaluation.benchmarks import open_benchmark
+
+        return open_benchmark(config)
+    if config.data == STORYBOOK and not Path(STORYBOOK).exists():
+        if config.split not in get_args(Split):
+            raise InputError(f"--split is {config.split!r}; of the storybook: {', '.join(get_args(Split))}.")
+        side = config.size or STORYBOOK_SIDE
+        if not isinstance(side, int):
+            raise InputError("storybook pages are square; give --size one side, as in --size 64.")
+        source: RowSource = StorybookRows(
+            config.count or STORYBOOK_ROWS, size=side, seed=config.seed, split=config.split
+        )
+        usual: tuple[str, ...] = (*EXACT, *USUAL)
+    else:
+        pairs = open_source(config.data, stream=config.stream, revision=config.revision, split=config.split)
+        source, usual = PairRows(pairs, config.count), USUAL
+    chosen = tuple(name for text in config.metrics for name in text.split(",") if name)
+    if config.as_code:
+        chosen = AS_CODE_METRICS
+    return source, Protocol(metrics=chosen or usual, judged=config.judge is not None)
+
+
+def find_judge(config: EvaluateConfig) -> JudgeSettings | None:
+    """The judge that the config names. Raises InputError, also for a benchmark that needs one."""
+    imgedit = config.benchmark == "imgedit"
+    if config.judge is None:
+        if config.benchmark in ("gedit", "imgedit"):
+            raise InputError(f"{config.benchmark} is scored by a judge; add --judge URL --judge-model NAME.")
+        return None
+    usual = Path(config.data) / "prompts.json" if imgedit else PROMPTS
+    return JudgeSettings(
+        server=config.judge,
+        model=config.judge_model,
+        repeats=config.judge_repeats,
+        timeout=config.judge_timeout,
+        prompts=config.judge_prompts or usual,
+        style="imgedit" if imgedit else "viescore",
+        published=config.as_published,
+        key=server_key(config.key_variable),
+    )
+
+
+def encoder_names(config: EvaluateConfig) -> dict[str, str]:
+    """The encoders that stand in for the pinned ones, by slot."""
+    named = {slot: getattr(config, slot) for slot in ENCODERS if getattr(config, slot) is not None}
+    if config.data == STORYBOOK and config.benchmark is None:
+        named.setdefault("clip", STORYBOOK)
+    return named
+
+
+def find_variants(config: EvaluateConfig, source: RowSource) -> list[Variant]:
+    """What makes outputs: the two that always stand beside the models, the models, the baselines."""
+    sampling = {name: getattr(config, name) for name in SAMPLING if getattr(config, name) is not None}
+    if config.as_code:
+        sampling = AS_CODE | sampling
+    variants = [
+        Variant(name=COPY, kind="copy", settings={}),
+        Variant(name=TRUTH, kind="truth", settings={}),
+    ]
+    name, values = sweep_values(config.sweep) if config.sweep else ("", (None,))
+    for text in config.model:
+        label, model = named_model(text)
+        for value in values:
+            own = sampling if value is None else sampling | {name: int(value) if name == "steps" else value}
+            variants.append(Variant(name=label, kind="model", model=model, settings=own, point=value))
+    base = config.base or (named_model(config.model[0])[1] if config.model else None)
+    for kind in dict.fromkeys(config.baseline):
+        label = f"{'SDEdit' if kind == 'sdedit' else 'caption alone'}, {called(str(base))}"
+        for strength in STRENGTHS if kind == "sdedit" else (None,):
+            own = sampling | ({} if strength is None else {"strength": strength})
+            variants.append(Variant(name=label, kind=kind, model=base, settings=own, point=strength))
+    return variants
+
+
+def write_report(
+    config: EvaluateConfig,
+    folder: Path,
+    source: RowSource,
+    metrics: dict[str, Metric],
+    names: Mapping[str, str],
+    *,
+    by_kind: bool = False,
+) -> dict[str, Any]:
+    """Write the report of a finished job: JSON, the table of all rows, curves, the page."""
+    import pyarrow.parquet as pq
+
+    from ip2p.evaluation.curves import draw_curves
+    from ip2p.evaluation.report import page_html, write_summary
+
+    rows = _joined(folder / JOB, ROWS)
+    # A row without a target is no ground truth: where there is none at all, the line is left out.
+    lines = write_summary(rows, metrics, resamples=config.resamples, by_kind=by_kind)
+    lines = [line for line in lines if line["rows"] or line["kind"] not in ("truth",)]
+    metrics = {
+        name: metric
+        for name, metric in metrics.items()
+        if metric.hidden or any(line["metrics"][name] is not None for line in lines)
+    }
+    judged: dict[str, Any] | None = None
+    if config.judge is not None:
+        judged = {"model": config.judge_model, "repeats": config.judge_repeats}
+        for line in lines:
+            mask = [(v, p) == (line["name"], line["point"]) for v, p in _named_points(rows)]
+            line["judge"] = count_failures(rows.filter(mask).to_pylist())
+        judged |= count_failures(rows.to_pylist())
+    report: dict[str, Any] = {
+        "ip2p": __version__,
+        "data": source.name,
+        "key": source.key,
+        "benchmark": config.benchmark,
+        "protocol": "as published" if config.as_published else "as code" if config.as_code else "corrected",
+        "rows": len(source),
+        "seed": config.seed,
+        "metrics": {
+            name: {"about": metric.about, "higher": metric.higher, "encoders": _encoders(metric, names)}
+            for name, metric in metrics.items()
+            if not metric.hidden
+        },
+        "judge": judged,
+        "lines": lines,
+    }
+    with replacing(folder / TABLE) as temporary:
+        pq.write_table(rows, temporary)
+    curves = []
+    if config.sweep or config.baseline or len(config.model) > 1:
+        curves = [
+            svg
+            for x, y in CURVES
+            if x in metrics and y in metrics
+            if (svg := draw_curves(lines, x, y, folder))
+        ]
+    write_text(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    pictures = _joined(folder / JOB, PICTURES).to_pylist()
+    first = rows.filter([k is not None and k < config.shown for k in rows["row"].to_pylist()]).to_pylist()
+    title = f"{config.benchmark or called(source.name)}: {len(source):,} edits"
+    notes = [f"Protocol: {report['protocol']}. Seed {config.seed}."]
+    if judged is not None:
+        said = (
+            ", ".join(f"{count} {reason}" for reason, count in judged["failures"].items() if count) or "none"
+        )
+        notes.append(
+            f"Judge: {judged['model']}, asked {judged['replies']:,} times on {', '.join(judged['dates'])}; "
+            f"replies without a score: {said}."
+        )
+    write_text(folder / PAGE, page_html(title, lines, metrics, first, pictures, notes=notes, curves=curves))
+    return report
+
+
+def _named_points(rows: pa.Table) -> list[tuple[str, float | None]]:
+    return list(zip(rows["variant"].to_pylist(), rows["point"].to_pylist(), strict=True))
+
+
+def _encoders(metric: Metric, names: Mapping[str, str]) -> list[str]:
+    return [
+        called(names[slot]) if slot in names else f"{ENCODERS[slot].name}@{ENCODERS[slot].revision or 'main'}"
+        for slot in metric.slots
+    ]
+
+
+def _joined(folder: Path, table: str) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pa.concat_tables([pq.read_table(path) for path in jobs.committed(folder, table)])
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
