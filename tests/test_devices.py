@@ -1,3 +1,7 @@
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -35,3 +39,32 @@ def test_unknown_and_absent_devices():
         pick_device("toaster")
     with pytest.raises(ResourceError, match="not on this machine"):
         pick_device("cuda:99")
+
+
+REUSE = """
+import resource, torch
+from pathlib import Path
+from ip2p.base.devices import return_freed_memory, reuse_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(16 * 2**20)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+plain = faults()
+assert reuse_freed_memory()
+faults()  # until the heap has its shape
+kept, held = min(faults() for _ in range(4)), resident()
+return_freed_memory()
+assert kept < plain / 4, (kept, plain)
+assert resident() < held - 32 * 2**20
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_reused_and_can_be_returned():
+    subprocess.run([sys.executable, "-c", REUSE], check=True)

@@ -93,6 +93,7 @@ CONTESTANTS: dict[str, Callable[[Setup], Edit]] = {
     "diffusers channels-last": lambda setup: open_diffusers(setup, channels_last=True),
     "diffusers": open_diffusers,
     "ip2p": open_ip2p,
+    "ip2p compiled": lambda setup: open_ip2p(setup, compile=True),
     "diffusers compiled": lambda setup: open_diffusers(setup, channels_last=True, compiled=True),
 }
 USUAL = tuple(name for name in CONTESTANTS if "compiled" not in name)  # compiling takes minutes

@@ -819,7 +819,18 @@ class MemorySettings(Settings):
     )
 
 
-class ModelSettings(MemorySettings, DTypeSettings, DeviceSettings, ModelChoice):
+class CompileSettings(Settings):
+    """Whether to compile the networks."""
+
+    compile: bool = setting(
+        False,
+        "compile the networks; the first edit of each size takes minutes, those after it are faster",
+        group=MODEL,
+        same_job=False,
+    )
+
+
+class ModelSettings(CompileSettings, MemorySettings, DTypeSettings, DeviceSettings, ModelChoice):
     """Which model to load, what to add to it, and where to run it."""
 
     parts_from: str | None = setting(

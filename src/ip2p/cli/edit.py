@@ -506,6 +506,7 @@ def load_editor(config: EditConfig | GridConfig) -> Editor:
         loras=config.lora,
         controlnet=config.controlnet,
         memory=config.memory,
+        compile=config.compile,
     )
 
 

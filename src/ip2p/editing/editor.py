@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from ip2p import __version__
-from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
+from ip2p.base.devices import NoiseStream, pick_device, pick_dtype, reuse_freed_memory
 from ip2p.base.errors import InputError, ModelError, ResourceError, translated_errors
 from ip2p.diffusion.denoiser import UNetDenoiser, guided
 from ip2p.diffusion.samplers import OWN_SPACING, sampler_for
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.editing.results import EditResults
 from ip2p.models.bundle import PHOTO_MODEL, Bundle, find_model, load_bundle, open_parts
+from ip2p.models.compiled import compile_networks, use_fast_layout
 from ip2p.models.controlnet import EXAMPLE as CONTROLNET
 from ip2p.models.controlnet import (
     Control,
@@ -113,6 +114,10 @@ class Editor:
         self._parts = [[part for part in group if part is not None] for group in groups]
         if self._offloads:
             offload(self._parts, self.device)
+        else:
+            use_fast_layout(bundle)
+        if self.device.type == "cpu":
+            reuse_freed_memory()
 
     def __repr__(self) -> str:
         card = self.bundle.card
@@ -137,14 +142,16 @@ class Editor:
         loras: Sequence[str | tuple[str | Path, float]] = (),
         controlnet: str | Path | None = None,
         memory: MemoryMode = "auto",
+        compile: bool = False,
     ) -> Editor:
         """Load an editor: `storybook`, a hub name, a diffusers folder or a single file (`load_bundle`).
 
         revision: of a hub name. weights: which of a single file's two sets. vae: another autoencoder.
         parts_from: a model that brings what a file of a UNet alone lacks.
         loras: files, each with its weight, or "FILE:WEIGHT". controlnet: a ControlNet's folder or hub name.
-        memory: as in the class. Raises ModelError, InputError, and ResourceError for more than the device
-        can hold.
+        memory: as in the class. compile: compile the networks at their first use (`compile_networks`); not
+        with weights that are moved to save memory. Raises ModelError, InputError, and ResourceError for more
+        than the device can hold.
         """
         place, number = pick_device(device), pick_dtype(pick_device(device), dtype)
         origin = ModelSettings.read(
@@ -157,6 +164,7 @@ class Editor:
                 "lora": loras,
                 "controlnet": None if controlnet is None else str(controlnet),
                 "memory": memory,
+                "compile": compile,
             }
         )
         weighted = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
@@ -176,7 +184,12 @@ class Editor:
         control = None
         if control_folder is not None:
             control = load_controlnet(control_folder, device=home, dtype=number)
-        return cls(bundle, controlnet=control, memory=memory, device=place, origin=origin)
+        editor = cls(bundle, controlnet=control, memory=memory, device=place, origin=origin)
+        if compile and editor._offloads:
+            warnings.warn("Nothing is compiled, since the weights are moved to save memory.", stacklevel=2)
+        elif compile:
+            compile_networks(bundle)
+        return editor
 
     # --- the whole edit --------------------------------------------------------------------------
 

@@ -138,9 +138,8 @@ def load_bundle(
     layout; of the averaged and the last weights in it, `weights` are taken (`load.open_model`). `vae`:
     another autoencoder, a folder, a hub name or a single file. `parts_from`: a model that brings what a file
     of a UNet alone lacks. `stored`: the model, if it was opened already (`load.open_model`). Nothing in a
-    file is run. The networks take `dtype`; the autoencoder takes it if it is fp16 and fp32 otherwise, since
-    bf16 keeps too few bits for pixels, and SDXL's stays in fp32, which alone holds its values. Raises
-    ModelError, and InputError for a revision of what has none.
+    file is run. All take `dtype`, but SDXL's autoencoder stays in fp32, which holds its range.
+    Raises ModelError, and InputError for a revision of what has none.
     """
     stored = stored or open_model(
         find_model(model, revision=revision), weights=weights, parts=open_parts(parts_from)
@@ -178,7 +177,7 @@ def make_bundle(
     if vae is not None:
         parts["vae"] = _find_vae(vae, stored)
     whole = stored.kind == "sdxl" and parts["vae"].config.get("force_upcast", True)
-    half = dtype if dtype == torch.float16 and not whole else torch.float32
+    half = torch.float32 if whole else dtype
     # The networks are built from here on: that takes seconds, and a bad file should say so at once.
     networks = {key: _load(part, key, half if key == "vae" else dtype, device) for key, part in parts.items()}
     tokenizers = {

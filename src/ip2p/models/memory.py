@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from ip2p.base.devices import return_freed_memory
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.models.keys import CLIP, CLIP_XL, OPENCLIP, OPENCLIP_XL, UNET, VAE, Shape
 
@@ -179,7 +180,7 @@ def footprint_of_stored(
     config = model.configs["vae"]
     # As `load_bundle` has it.
     upcast = model.kind == "sdxl" and config.get("force_upcast", True)
-    vae_item = item if dtype == torch.float16 and not upcast else 4
+    vae_item = 4 if upcast else item
 
     def numbers(part: str) -> int:
         if part not in model.weights:
@@ -239,6 +240,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def free_ram(root: Path = Path("/")) -> int | None:
     """The machine's available memory, or what the control groups around this process leave of it."""
+    return_freed_memory()  # or it counts as used
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:

@@ -142,7 +142,13 @@ def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
     def load() -> Editor:
         from ip2p.editing.editor import Editor
 
-        return Editor.load(model, device=config.device, dtype=config.dtype, memory=config.memory)
+        return Editor.load(
+            model,
+            device=config.device,
+            dtype=config.dtype,
+            memory=config.memory,
+            compile=config.compile,
+        )
 
     return load
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError, ResourceError
+from ip2p.base.terminal import say
 from ip2p.editing.editor import Editor
 from ip2p.models.bundle import Card
 from ip2p.pictures import masks
@@ -100,9 +102,16 @@ class LocalMaker:
         return self._pool.peek(self.models[0]) is not None
 
     def warm(self) -> None:
-        """Load the first model. Raises as it does."""
-        with self._pool.using(self.models[0]):
-            pass
+        """Load the first model, and compile it if it is to be compiled. Raises as loading does."""
+        with self._pool.using(self.models[0]) as editor:
+            if editor.origin.compile:
+                side = editor.bundle.card.native_size
+                say(f"compiling {self.models[0]} for {side}x{side}; this takes minutes the first time")
+                started = time.monotonic()
+                with editor.lane(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the blank picture
+                    editor.edit(Image.new("RGB", (side, side)), "warm up", steps=1)
+                say(f"{self.models[0]} is warm ({time.monotonic() - started:.0f} s)")
 
     def card(self, model: str) -> Card:
         """What a model says of itself, with the settings that it recommends. Loads it."""

@@ -16,6 +16,7 @@ from ip2p.settings import (
     MODEL,
     SERVER_PIXELS,
     WORKERS,
+    CompileSettings,
     DeviceSettings,
     DTypeSettings,
     MemorySettings,
@@ -30,7 +31,7 @@ MIN_KEY = 16  # characters of a server's key: what guessing cannot find
 ACCESS, LIMITS, RESULTS = "Access", "Limits", "Results"
 
 
-class _Served(RunSettings, MemorySettings, DTypeSettings, DeviceSettings):
+class _Served(RunSettings, CompileSettings, MemorySettings, DTypeSettings, DeviceSettings):
     """What a server and the page on this machine share."""
 
     port: int = setting(7860, "TCP port to listen on", ge=0, le=65535, group=COMMON)
