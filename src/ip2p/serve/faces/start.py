@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from typing import Any
 
 from fastapi import APIRouter, Query, Request
@@ -170,20 +171,27 @@ def drawn_examples() -> list[tuple[bytes, str, tuple[str, ...]]]:
     from ip2p_storybook.captions import caption  # brings the drawing library
     from ip2p_storybook.draw import draw
     from ip2p_storybook.edits import sample_edit
-    from ip2p_storybook.scene import COLOURS, WEARER_KINDS, rng_for
+    from ip2p_storybook.scene import WEARER_KINDS, rng_for
 
     made: list[tuple[bytes, str, tuple[str, ...]]] = []
-    for number in range(EXAMPLES):
+    places: set[str] = set()
+    for number in itertools.count():
         rng = rng_for("examples", number)
         scene = sample_edit(rng, kind="place", split="test").before
-        thing = scene.things[0]
-        noun = thing.kind
-        color = next(each for each in ("red", "blue", "yellow", *COLOURS) if each != thing.colour)
-        whole = STORYBOOK[number % 5], STORYBOOK[5 + number % 6]
-        first = f"put a crown on the {noun}" if noun in WEARER_KINDS and not thing.wears else None
-        words = (*whole, first or f"make the {noun} {color}")
-        picture = Image.fromarray(draw(scene, 512))
-        made.append((to_bytes(picture), caption(scene, rng), words))
+        thing = next((thing for thing in scene.things if thing.kind in WEARER_KINDS), None)
+        bright = (scene.style, scene.weather, scene.time) == ("plain", "clear", "noon")
+        # Bright pages of different places, with somebody on them.
+        if not bright or scene.place in places or thing is None or len(scene.things) < 2:
+            continue
+        places.add(scene.place)
+        color = next(each for each in ("red", "blue", "yellow") if each != thing.colour)
+        wear = f"put a crown on the {thing.kind}" if thing.wears is None else f"make the {thing.kind} {color}"
+        k = len(made)
+        words = [STORYBOOK[0], wear, STORYBOOK[6], STORYBOOK[1], STORYBOOK[8], STORYBOOK[5]]
+        words = [words[k], *words[:k], *words[k + 1 :]]
+        made.append((to_bytes(Image.fromarray(draw(scene, 512))), caption(scene, rng), tuple(words)))
+        if len(made) == EXAMPLES:
+            break
     return made
 
 
