@@ -254,9 +254,7 @@ def test_a_billion_steps_are_refused(server, path, steps):
     assert told.status_code in (400, 422) and name in message_of(told)
 
 
-@pytest.mark.parametrize(
-    "path", [*FACES, "/sdapi/v1/options", "/sdapi/v1/interrupt", "/v1/pictures"]
-)
+@pytest.mark.parametrize("path", [*FACES, "/sdapi/v1/options", "/sdapi/v1/interrupt", "/v1/pictures"])
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
-import itertools
 from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,7 +31,15 @@ STORYBOOK = (
     *("change the background to a beach", "put them on the moon", "put them in the desert"),
     *("make it a pencil drawing", "make it pixel art", "make it a watercolour"),
 )
-EXAMPLES = 6
+# Bright pages of the test split by their number, and what may be changed in each.
+EXAMPLES = {
+    5: ("make it night", "put a crown on the teddy bear", "make the robot red", "make it snow"),
+    114: ("make it snow", "make the cactus green", "put a scarf on the wizard", "make it night"),
+    128: ("make the dog orange", "make it sunset", "make the bus blue", "make it snow"),
+    223: ("put a hat on the pig", "make it night", "make the pig pink", "make it rain"),
+    252: ("make it a pencil drawing", "make the balloon red", "make it night", "make it foggy"),
+    885: ("change the background to a beach", "make the flower blue", "make it night", "make it snow"),
+}
 
 
 class ModelCard(BaseModel):
@@ -171,27 +178,13 @@ def drawn_examples() -> list[tuple[bytes, str, tuple[str, ...]]]:
     from ip2p_storybook.captions import caption  # brings the drawing library
     from ip2p_storybook.draw import draw
     from ip2p_storybook.edits import sample_edit
-    from ip2p_storybook.scene import WEARER_KINDS, rng_for
+    from ip2p_storybook.scene import rng_for
 
     made: list[tuple[bytes, str, tuple[str, ...]]] = []
-    places: set[str] = set()
-    for number in itertools.count():
+    for number, instructions in EXAMPLES.items():
         rng = rng_for("examples", number)
         scene = sample_edit(rng, kind="place", split="test").before
-        thing = next((thing for thing in scene.things if thing.kind in WEARER_KINDS), None)
-        bright = (scene.style, scene.weather, scene.time) == ("plain", "clear", "noon")
-        # Bright pages of different places, with somebody on them.
-        if not bright or scene.place in places or thing is None or len(scene.things) < 2:
-            continue
-        places.add(scene.place)
-        color = next(each for each in ("red", "blue", "yellow") if each != thing.colour)
-        wear = f"put a crown on the {thing.kind}" if thing.wears is None else f"make the {thing.kind} {color}"
-        k = len(made)
-        words = [STORYBOOK[0], wear, STORYBOOK[6], STORYBOOK[1], STORYBOOK[8], STORYBOOK[5]]
-        words = [words[k], *words[:k], *words[k + 1 :]]
-        made.append((to_bytes(Image.fromarray(draw(scene, 512))), caption(scene, rng), tuple(words)))
-        if len(made) == EXAMPLES:
-            break
+        made.append((to_bytes(Image.fromarray(draw(scene, 512))), caption(scene, rng), instructions))
     return made
 
 

@@ -130,7 +130,7 @@ async function waitForServer(again) {
 
 // --- the history --------------------------------------------------------------------------------
 
-/** @type {number | undefined} */
+/** @type {ReturnType<typeof setTimeout> | undefined} */
 let later;
 /** Keep how the page stands, soon. */
 function remember() {
@@ -628,7 +628,8 @@ function showSteps() {
   for (const { step: each, depth } of trees.rows(tree)) {
     const here = each.id === tree.at;
     const go = make(
-      ...["button", { type: "button", title: each.title, "aria-label": `Step: ${each.title}` }],
+      "button",
+      { type: "button", title: each.title, "aria-label": `Step: ${each.title}` },
       make("img", { src: urlOf(each.thumb), alt: "", width: 64, height: 64 }),
       make("span", {}, each.title),
     );
@@ -893,7 +894,8 @@ async function showExamples() {
   const found = await api.read("v1/examples");
   const cards = found.map(({ url, title, instructions }, k) => {
     const choose = make(
-      ...["button", { type: "button" }],
+      "button",
+      { type: "button" },
       make("img", { src: url.slice(1), alt: title, width: 256, height: 256 }),
       make("span", {}, instructions[0]),
     );

@@ -32,7 +32,9 @@ export class Batch {
   add(files) {
     for (const file of files) {
       const line = make(
-        ...["li", {}, make("img", { alt: "", width: 56, height: 56 })],
+        "li",
+        {},
+        make("img", { alt: "", width: 56, height: 56 }),
         make("span", { className: "name" }, file.name),
         make("span", { className: "state" }, size(file.size)),
         make("progress", { max: 1, value: 0, "aria-label": `Progress of ${file.name}` }),
