@@ -1,6 +1,6 @@
 """Draw docs/pictures/ui-*.webp: the page with the model in the package, in Chromium, at three widths.
 
-    python scripts/make_ui_pictures.py
+    python scripts/make_ui_pictures.py [WIDTH ...]
 
 Needs Chromium on the PATH and the `dev` extra.
 """
@@ -37,7 +37,8 @@ def main() -> None:
         wait_for(f"http://127.0.0.1:{port}/readyz")
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            for width, height in SIZES.items():
+            for width in [int(word) for word in sys.argv[1:]] or SIZES:
+                height = SIZES[width]
                 context = browser.new_context(
                     viewport={"width": width, "height": height},
                     has_touch=width < 600,

@@ -340,7 +340,13 @@ def test_a_grid_is_drawn_and_a_cell_taken_over(page: Page, photo: Path):
     expect(page.locator("#facts")).to_contain_text("edit strength 6 · keep original 2 · seed 11")
 
 
-def test_a_batch_names_what_failed_and_gives_a_zip(page: Page, photo: Path, tmp_path: Path):
+def test_a_batch_names_what_failed_and_gives_a_zip(browser, server, photo: Path, tmp_path: Path):
+    # The browser notes the status of a refusal on its console.
+    with visiting(browser, server, quiet=False) as page:
+        edit_a_batch(page, photo, tmp_path)
+
+
+def edit_a_batch(page: Page, photo: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_text("<html>not a picture")
     page.locator("#tab-batch").click()
@@ -428,7 +434,7 @@ def test_what_cannot_be_opened_is_explained(browser: Browser, server: Running, t
         page.locator("#file").set_input_files(text)
         banner(page, "text")
         page.locator("#file").set_input_files(large)
-        found = banner(page, "720,000 pixels; the limit is 300,000")
+        found = banner(page, "0.7 megapixels (1200x600); the limit is 0.3")
         found.get_by_role("button", name=re.compile("Resize it to 76. × 38.")).click()
         status(page, "Say what to change.")
         expect(page.locator("#facts")).to_contain_text(re.compile(r"76\d × 38\d"))

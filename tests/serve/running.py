@@ -76,7 +76,7 @@ def running(
 
         def stop() -> None:
             service.close()
-            server.should_exit = server.force_exit = True
+            server.should_exit = True
             thread.join(30)
 
         try:

@@ -41,7 +41,9 @@ async function ask(path, options) {
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   const fault = body.error ?? {};
-  throw new ApiError(fault.message ?? `The server answered ${response.status}.`, response.status, {
+  // The page shows the words beside the picture: its name in the API says nothing more.
+  const message = fault.message?.replace(/^image: /, "") ?? `The server answered ${response.status}.`;
+  throw new ApiError(message, response.status, {
     field: fault.param,
     retry: Number(response.headers.get("retry-after")) || undefined,
   });

@@ -177,9 +177,10 @@ export class Stage {
     return toBlob(canvas);
   }
 
-  /** The brush's width in pixels of the mask. */
+  /** The brush's width in pixels of the mask; a thinner one would cover no pixel wholly. */
   get brush() {
-    return (Number(input("brush-size").value) / 100) * Math.max(this.paint.width, this.paint.height);
+    const side = Math.max(this.paint.width, this.paint.height);
+    return Math.max(3, (Number(input("brush-size").value) / 100) * side);
   }
 
   /** Paint from one point of the frame to another. @param {Point} from @param {Point} to */
