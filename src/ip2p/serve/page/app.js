@@ -38,6 +38,8 @@ let chosen = 0;
 let running = null;
 let view = "edit";
 let kept = true; // whether the browser keeps the history
+/** @type {Candidate[]} */
+let saved = candidates; // those that the browser keeps
 
 const words = input("instruction");
 const stage = new Stage({ changed: maskChanged, announce: say });
@@ -147,11 +149,11 @@ async function keep(put, gone) {
     instruction: words.value,
     values: settings.values,
     model: card?.model ?? null,
-    candidates,
     chosen,
   };
+  const changed = candidates === saved ? undefined : (saved = candidates);
   try {
-    await store.save(put, gone, state);
+    await store.save(put, gone, state, changed);
   } catch (error) {
     kept = false;
     const why = error instanceof Error && error.name === "QuotaExceededError" ? "its storage is full" : "it allows no storage";
@@ -217,17 +219,23 @@ async function runAgain() {
 }
 
 async function clearHistory() {
+  const before = tree;
   tree = trees.emptyTree();
   moved();
   await store.clear().catch(() => {});
-  say("The history is cleared.");
+  const restore = () => {
+    tree = before;
+    moved();
+    void keep(Object.values(tree.steps), []);
+  };
+  tell("cleared", "The history is cleared.", { acts: [["Bring it back", restore]] });
 }
 
 // --- pictures in --------------------------------------------------------------------------------
 
 /** Open a file as a new picture. @param {Blob} file @param {string} name @param {string[]} [suggestions] */
 async function open(file, name, suggestions = []) {
-  hush("wrong", "settings", "large", "notes");
+  hush("wrong", "settings", "large", "notes", "cleared");
   const most = card?.limits.body_bytes ?? Infinity;
   say(`Opening ${name} …`);
   /** @type {any} */
@@ -871,11 +879,13 @@ function keyDown(event) {
 
 // --- the beginning ------------------------------------------------------------------------------
 
-/** @param {string | null} name @param {Record<string, unknown>} [values] */
+/** @param {string | null} name @param {Record<string, unknown>} [values] @returns {Promise<void>} */
 async function takeModel(name, values = {}) {
   try {
     card = await api.read(name ? `v1/card?model=${encodeURIComponent(name)}` : "v1/card");
   } catch (error) {
+    // A model of the last visit that is served no more.
+    if (name && error instanceof api.ApiError && error.status === 404) return takeModel(null, values);
     return complain(error, () => void takeModel(name, values));
   }
   const { model, models, about, defaults, grid } = /** @type {Card} */ (card);
@@ -921,7 +931,8 @@ async function begin() {
     const steps = Object.fromEntries(found.steps.map((each) => [each.id, each]));
     const newest = found.steps.sort((a, b) => b.made - a.made)[0]?.id ?? null;
     tree = { steps, at: steps[page?.at] ? page.at : newest, last: page?.last ?? {} };
-    if (tree.at && page) ({ candidates = [], chosen = 0 } = page);
+    if (tree.at) [candidates, chosen] = [found.candidates, page?.chosen ?? 0];
+    saved = candidates;
     words.value = page?.instruction ?? "";
   } catch {
     kept = false;

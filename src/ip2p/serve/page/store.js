@@ -30,25 +30,33 @@ async function within(mode, work) {
   });
 }
 
-/** Everything that was kept. @returns {Promise<{ steps: any[], page: any }>} */
+/** Everything that was kept. @returns {Promise<{ steps: any[], page: any, candidates: any[] }>} */
 export async function load() {
   /** @type {IDBRequest<any[]> | undefined} */
   let steps;
   /** @type {IDBRequest<any> | undefined} */
   let page;
+  /** @type {IDBRequest<any> | undefined} */
+  let candidates;
   await within("readonly", (a, b) => {
     steps = a.getAll();
     page = b.get("page");
+    candidates = b.get("candidates");
   });
-  return { steps: steps?.result ?? [], page: page?.result ?? null };
+  return { steps: steps?.result ?? [], page: page?.result ?? null, candidates: candidates?.result ?? [] };
 }
 
-/** @param {any[]} put @param {string[]} gone @param {any} state */
-export const save = (put, gone, state) =>
+/**
+ * Keep steps and how the page stands, and drop steps. candidates: their pictures are large, so that they are
+ * given only where they changed.
+ * @param {any[]} put @param {string[]} gone @param {any} state @param {any[]} [candidates]
+ */
+export const save = (put, gone, state, candidates) =>
   within("readwrite", (steps, page) => {
     for (const step of put) steps.put(step);
     for (const id of gone) steps.delete(id);
     page.put(state, "page");
+    if (candidates) page.put(candidates, "candidates");
   });
 
 export const clear = () =>
