@@ -636,3 +636,17 @@ def test_every_setting_of_the_schema_has_a_control(page: Page, server: Running):
     settings = set(schema["properties"]) - ours
     assert len(settings) > 10
     assert [name for name in settings if page.locator(f"#set-{name}").count() != 1] == []
+
+
+def test_the_reference_has_every_operation_and_field(browser: Browser, server: Running):
+    with visiting(browser, server) as page:
+        page.goto(f"{server.url}/docs")
+        page.wait_for_selector("body[data-ready]")
+        told = page.locator("#operations").text_content()
+        schema = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()
+        for path, operations in schema["paths"].items():
+            for method in operations:
+                assert f"{method.upper()} {path}" in told
+        for words in ("auto_mask", "image_guidance_scale", "inpaint_full_res_padding", "the picture: PNG"):
+            assert words in told
+        assert page.locator("#operations table").count() > 10

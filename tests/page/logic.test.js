@@ -10,6 +10,7 @@ import { test } from "node:test";
 import { adopted, fieldsOf, readField, written } from "../../src/ip2p/serve/page/fields.js";
 import * as pixels from "../../src/ip2p/serve/page/pixels.js";
 import { eachOf, patiently } from "../../src/ip2p/serve/page/pool.js";
+import { sectionsOf, typeOf } from "../../src/ip2p/serve/page/reference.js";
 import * as trees from "../../src/ip2p/serve/page/tree.js";
 import * as words from "../../src/ip2p/serve/page/words.js";
 import { crc32, zipParts } from "../../src/ip2p/serve/page/zip.js";
@@ -99,6 +100,30 @@ test("a file's settings are taken over without a model's defaults", () => {
   const fields = [...fieldsOf(SCHEMA), ...fieldsOf({ properties: { seed: { type: "integer" } } })];
   assert.deepEqual(adopted(settings, fields, { sampler: "euler", seed: 0 }), { steps: 9, size: "64x32", seed: 0 });
   assert.equal(written([0.2, 0.9]), "0.2 0.9");
+});
+
+test("every operation of OpenAPI stands under its interface, with its fields", () => {
+  const field = { type: "string", description: "what to change", default: "x" };
+  const body = { properties: { a: field, b: { type: "integer" } }, required: ["b"] };
+  const post = { tags: ["edits", "openai"], summary: "Edit", requestBody: { content: { "a/b": { schema: body }, "c/d": { schema: body } } } };
+  const get = { tags: ["edits"], parameters: [{ name: "id", in: "path", required: true, schema: { type: "string" } }] };
+  const [edits, openai] = sectionsOf({ paths: { "/p": { post, get } } });
+  assert.deepEqual([edits.title, openai.title], ["Edits", "As OpenAI's clients ask"]);
+  assert.deepEqual(edits.operations, [
+    { head: "GET /p", summary: "", words: "", types: [], rows: [{ name: "id", type: "string", fallback: "required", words: "in the path" }] },
+  ]);
+  assert.deepEqual(openai.operations[0].types, ["a/b", "c/d"]);
+  assert.deepEqual(openai.operations[0].rows, [
+    { name: "a", type: "string", fallback: '"x"', words: "what to change" },
+    { name: "b", type: "integer", fallback: "required", words: "" },
+  ]);
+});
+
+test("types are told in words", () => {
+  assert.equal(typeOf({ anyOf: [{ type: "integer" }, { type: "null" }] }), "integer");
+  assert.equal(typeOf({ anyOf: [{ type: "string", format: "binary" }, { type: "string" }, { type: "null" }] }), "file or string");
+  assert.equal(typeOf({ enum: ["png", "jpeg"] }), "png or jpeg");
+  assert.equal(typeOf({ type: "array", items: { type: "string" } }), "several: string");
 });
 
 // --- words --------------------------------------------------------------------------------------

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 from starlette.staticfiles import StaticFiles
 
 from ip2p import __version__
 from ip2p.base.errors import Ip2pError
-from ip2p.serve import metrics, reference
+from ip2p.serve import metrics
 from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
 from ip2p.serve.faces import a1111, native, openai, start
 from ip2p.serve.guard import Guard
@@ -22,6 +23,7 @@ from ip2p.serve.options import ServeConfig
 from ip2p.serve.service import Service
 from ip2p.serve.wire import Desk
 
+PAGE = Path(__file__).parent / "page"
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 
@@ -69,14 +71,14 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
 
     @app.get("/docs", include_in_schema=False)
     async def read_docs() -> Response:
-        return HTMLResponse(reference.page(app.openapi()))
+        return FileResponse(PAGE / "docs.html")
 
     # Before the page, which would answer in its own way what no interface knows.
     for path in ("/v1/{rest:path}", "/sdapi/{rest:path}", "/healthz", "/readyz", "/metrics"):
         app.add_api_route(path, _answer_nothing, methods=METHODS, include_in_schema=False)
     answer_errors(app)
     if page:
-        app.mount("/", StaticFiles(directory=Path(__file__).parent / "page", html=True), name="page")
+        app.mount("/", GZipMiddleware(StaticFiles(directory=PAGE, html=True)), name="page")
     # Last, and so around everything, the page too.
     app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
     return app

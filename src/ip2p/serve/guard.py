@@ -49,8 +49,6 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# The pages of the interfaces' documentation are words and a style sheet inside.
-DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 API_POLICY = "default-src 'none'; frame-ancestors 'none'; sandbox"
 OWN_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -388,8 +386,6 @@ def headers_of(scope: Scope) -> dict[str, str]:
 
 def policy_of(path: str) -> str:
     """What a browser may do with an answer."""
-    if path == "/docs":
-        return DOCS_POLICY
     return API_POLICY if path.startswith(API_PATHS) else PAGE_POLICY
 
 

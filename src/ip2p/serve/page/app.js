@@ -251,7 +251,7 @@ async function open(file, name, suggestions = []) {
     parent: null,
     title: name,
     blob: file,
-    shown: found.width === 0 ? null : api.fromBase64(found.preview, "image/webp"),
+    shown: api.fromBase64(found.preview, "image/webp"),
     format: found.format,
     name,
     width: found.width,
