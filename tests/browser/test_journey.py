@@ -221,10 +221,10 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     found = parse_infotext(read_infotext(second))
     assert (found.instruction, found.steps, found.seed) == ("make it night", 3, 12)
 
-    # Go on from it, undo, and branch.
+    # Go on from it, at once, undo, and branch.
     page.locator("#use").click()
-    expect(page.locator("#steps button")).to_have_count(2)
     edit(page, "make it snow")
+    expect(page.locator("#steps button")).to_have_count(2)
     page.locator("#use").click()
     expect(page.locator("#steps button")).to_have_count(3)
     page.locator("#undo").click()

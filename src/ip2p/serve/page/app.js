@@ -347,6 +347,7 @@ function needPicture() {
 /** What the button does in the view that is shown. */
 async function start() {
   if (running) return stop();
+  if (adding) await adding;
   hush("wrong", "gone", "back", "unchanged", "outside", "large");
   const here = trees.current(tree);
   if (view !== "batch" && !here) return needPicture();
@@ -460,17 +461,28 @@ async function sample(blob) {
   return data.data;
 }
 
+/** What an edit waits for that is asked for meanwhile. @type {Promise<void> | null} */
+let adding = null;
+
 /** Go on from the candidate that is shown. */
 async function use() {
+  if (adding) return;
+  adding = goOn();
+  await adding.finally(() => (adding = null));
+}
+
+async function goOn() {
   const here = trees.current(tree);
   const made = candidates[chosen];
   if (!here || !made) return;
+  const title = made.infotext.split("\n")[0] || words.value;
+  words.value = "";
   const bitmap = await createImageBitmap(made.blob);
   const { width, height } = bitmap;
   bitmap.close();
   await addStep({
     parent: here.id,
-    title: made.infotext.split("\n")[0] || words.value,
+    title,
     blob: made.blob,
     shown: null,
     format: here.format,
@@ -481,7 +493,6 @@ async function use() {
     mask: made.mask,
     words: here.words,
   });
-  words.value = "";
   say("Say what to change next, or undo.");
   if (matchMedia("(hover: hover)").matches) words.focus({ preventScroll: true });
 }
