@@ -1,6 +1,6 @@
 # make demo   edit the example pictures with the model that ships in the package
 # make test   every test
-# make check  format, lint, types, import layering, generated docs, links
+# make check  format, lint, types, import layering, generated docs, links, the page's JavaScript
 # make docs   the documentation as a site, in site/
 # None needs anything run before it.
 
