@@ -1,6 +1,6 @@
 # make demo   edit the example pictures with the model that ships in the package
 # make test   every test
-# make check  format, lint, types, import layering, generated docs, links
+# make check  format, lint, types, import layering, generated docs, links, the page's JavaScript
 # make docs   the documentation as a site, in site/
 # None needs anything run before it.
 
@@ -29,16 +29,26 @@ $(INSTALLED): pyproject.toml requirements-dev.lock scripts/install.sh
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
 
-test: $(INSTALLED)
+# Node checks the page's JavaScript, and brings axe-core for the tests in the browser.
+NODE := $(shell command -v npm)
+MODULES := $(if $(NODE),node_modules/.package-lock.json)
+
+node_modules/.package-lock.json: package.json package-lock.json
+	npm ci --silent
+	@touch $@
+
+test: $(INSTALLED) $(MODULES)
 	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) $(ARGS)
 
-check: $(INSTALLED)
+check: $(INSTALLED) $(MODULES)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy src
 	$(VENV)/bin/lint-imports
 	$(PY) scripts/make_cli_docs.py --check
 	$(MKDOCS)
+	@if [ -n "$(NODE)" ]; then npm run --silent check; \
+	else echo "check: Node is not installed, so the page's JavaScript is not checked" >&2; fi
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff format .

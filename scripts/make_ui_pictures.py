@@ -1,125 +1,170 @@
-"""Draw docs/pictures/ui-*.png: the page with the model in the package, in Chromium, at two widths.
+"""Draw docs/pictures/ui-*.webp: the page with the model in the package, in Chromium, at three widths.
 
-    python scripts/make_ui_pictures.py [--chromium PATH]
+    python scripts/make_ui_pictures.py [WIDTH ...]
 
-Needs the extra [serve], `pip install playwright`, and Chromium. Look at the pictures before they go in.
+Needs Chromium on the PATH and the `dev` extra.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import io
 import shutil
 import socket
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
-import fastapi
-import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
-from ip2p.editing.editor import Editor
-from ip2p.pictures.images import load_image
-from ip2p.serve import ui
-from ip2p.serve.maker import LocalMaker
-from ip2p.serve.service import Service
-
-ROOT = Path(__file__).resolve().parent.parent
-PICTURES = ROOT / "docs" / "pictures"
-MOST = 300_000  # bytes of a picture
-PATIENCE = 300_000  # milliseconds
-
-
-@contextlib.contextmanager
-def served() -> Iterator[str]:
-    """The address of the page over the storybook model."""
-    service = Service(LocalMaker({"storybook": Editor.load("storybook", dtype="fp32")}))
-    app = fastapi.FastAPI()
-    ui.mount(app, ui.build_page(service))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    threading.Thread(target=server.run, daemon=True).start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = server.force_exit = True
-    service.close()
-
-
-def visit(browser: Browser, address: str, width: int, *, dark: bool = False) -> Page:
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
-    )
-    page = context.new_page()
-    page.set_default_timeout(PATIENCE)
-    page.goto(address)
-    page.locator("#examples button").first.wait_for()
-    return page
-
-
-def edited(page: Page) -> None:
-    """Two steps of a chain, and candidates for a third."""
-    page.locator("#examples button.thumbnail-item").nth(0).click()
-    expect(page.locator("#strip button.thumbnail-item")).to_have_count(1)
-    page.locator("#seed input").fill("1")
-    for words, chosen in (("make it night", 1), ("make it snow", 0)):
-        page.locator("#instruction textarea").fill(words)
-        page.locator("#run").click()
-        page.locator("#status .said", has_text="Done.").wait_for()
-        page.locator("#candidates button.thumbnail-item").nth(chosen).click()
-        if words == "make it night":
-            page.locator("#go_on").click()
-            expect(page.locator("#strip button.thumbnail-item")).to_have_count(2)
-
-
-def unfold(page: Page, name: str) -> None:
-    page.get_by_role("button", name=name).click()
-
-
-def keep(page: Page, name: str, folder: Path) -> None:
-    """Save the whole page, in 256 colours where that keeps it small enough."""
-    page.mouse.move(0, 0)
-    page.evaluate("document.activeElement?.blur()")
-    page.wait_for_timeout(1500)
-    shot = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    path = folder / name
-    shot.save(path, optimize=True)
-    if path.stat().st_size > MOST:
-        shot.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
-    assert path.stat().st_size <= MOST, f"{path} has {path.stat().st_size} bytes"
-    print(path, load_image(path).size, path.stat().st_size)
+PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
+SIZES = {1280: 800, 1920: 1080, 390: 844}
+PATIENCE = 120_000  # milliseconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chromium", default=shutil.which("chromium"))
-    parser.add_argument("--folder", type=Path, default=PICTURES)
-    given = parser.parse_args()
-    expect.set_options(timeout=PATIENCE)
-    with served() as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=given.chromium, args=["--no-sandbox"])
-        page = visit(browser, address, 1280)
-        unfold(page, "More settings")
-        edited(page)
-        unfold(page, "More settings")
-        keep(page, "ui-desktop.png", given.folder)
-        page.get_by_role("tab", name="CFG matrix").click()
-        page.locator("#draw").click()
-        page.locator("#status .said", has_text="Done. Click").wait_for()
-        keep(page, "ui-matrix.png", given.folder)
-        page.context.close()
-        page = visit(browser, address, 390, dark=True)
-        unfold(page, "More settings")
-        edited(page)
-        unfold(page, "More settings")
-        keep(page, "ui-phone.png", given.folder)
-        browser.close()
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium, "Chromium is missing; on Debian or Ubuntu: apt-get install chromium"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"from ip2p.cli.main import main; main(['ui', '--no-browser', '--port', '{port}'])"
+    server = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        wait_for(f"http://127.0.0.1:{port}/readyz")
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            for width in [int(word) for word in sys.argv[1:]] or SIZES:
+                height = SIZES[width]
+                context = browser.new_context(
+                    viewport={"width": width, "height": height},
+                    has_touch=width < 600,
+                    color_scheme="dark" if width == 1920 else "light",
+                )
+                page = context.new_page()
+                page.set_default_timeout(PATIENCE)
+                page.goto(f"http://127.0.0.1:{port}")
+                page.wait_for_selector("body[data-ready]")
+                draw(page, lambda name, page=page, width=width: keep(page, f"ui-{name}-{width}.webp"))
+                context.close()
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def draw(page: Page, keep: Callable[[str], None]) -> None:
+    """Every state of the page, one after the other."""
+    until(page, "[...document.querySelectorAll('#examples img')].every((one) => one.complete)")
+    keep("start")
+    page.click("#examples li:nth-child(1) button")
+    page.wait_for_selector("#stage:not([hidden])")
+    set_seed(page, 3)
+    page.fill("#instruction", "make it night")
+    page.press("#instruction", "Enter")
+    until(page, "Number(document.querySelector('#progress').value) > 0.5")
+    keep("working")
+    done(page)
+    keep("done")
+    # Two steps further, and a branch.
+    page.click("#use")
+    page.fill("#instruction", "make it snow")
+    page.press("#instruction", "Enter")
+    done(page)
+    page.click("#use")
+    page.evaluate("document.querySelector('#undo').click()")
+    page.evaluate("document.querySelector('#undo').click()")
+    page.click("#mask")
+    stroke(page)
+    keep("mask")
+    page.click("#mask-clear")
+    page.click("#mask-done")
+    page.click("#tab-explore")
+    page.fill("#instruction", "make it sunset")
+    page.fill("#columns", "2 4 6")
+    page.fill("#rows", "1.2 1.5 1.9")
+    page.click("#run")
+    until(page, "document.querySelectorAll('#grid img').length === 9")
+    page.wait_for_selector("body:not([data-running])")
+    keep("explore")
+    page.click("#tab-batch")
+    page.set_input_files("#batch-files", batch_files())
+    page.fill("#instruction", "make it snow")
+    page.click("#run")
+    until(page, "document.querySelectorAll('#files .done').length >= 2")
+    until(page, "document.querySelectorAll('#files .failed').length === 1")
+    keep("batch")
+
+
+def set_seed(page: Page, seed: int) -> None:
+    page.evaluate(
+        """(seed) => {
+            const field = document.querySelector('#set-seed');
+            field.value = seed;
+            field.dispatchEvent(new Event('input'));
+        }""",
+        seed,
+    )
+
+
+def until(page: Page, expression: str) -> None:
+    """Wait until an expression is true; Playwright's own wait needs eval, which the page forbids."""
+    end = time.monotonic() + PATIENCE / 1000
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"it did not come true: {expression}"
+        page.wait_for_timeout(100)
+
+
+def done(page: Page) -> None:
+    page.wait_for_selector("#use:not([disabled])")
+    page.wait_for_selector("body:not([data-running])")
+
+
+def stroke(page: Page) -> None:
+    """Paint over the middle of the picture."""
+    box = page.locator("#sheet").bounding_box()
+    assert box is not None
+    points = [(0.36, 0.45), (0.62, 0.45), (0.62, 0.6), (0.36, 0.6), (0.36, 0.75), (0.62, 0.75), (0.62, 0.88)]
+    for k, (x, y) in enumerate([*points, (0.36, 0.88)]):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=4)
+        if not k:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def batch_files() -> list[dict[str, object]]:
+    """Pages in the formats of cameras and scanners, and a file that is no picture."""
+    from ip2p.serve.faces.start import drawn_examples
+
+    files: list[dict[str, object]] = []
+    for number, (name, kind) in enumerate(
+        {"robot.png": "PNG", "wizard.jpg": "JPEG", "meadow.webp": "WEBP", "city.jpg": "JPEG"}.items()
+    ):
+        file = io.BytesIO()
+        Image.open(io.BytesIO(drawn_examples()[number][0])).convert("RGB").save(file, kind)
+        files.append({"name": name, "mimeType": f"image/{kind.lower()}", "buffer": file.getvalue()})
+    files.insert(2, {"name": "notes.png", "mimeType": "image/png", "buffer": b"not a picture"})
+    return files
+
+
+def keep(page: Page, name: str) -> None:
+    page.wait_for_timeout(400)
+    with Image.open(io.BytesIO(page.screenshot())) as shot:
+        shot.convert("RGB").save(PICTURES / name, "WEBP", quality=72, method=6)
+    print(name, (PICTURES / name).stat().st_size)
+
+
+def wait_for(address: str) -> None:
+    for _ in range(240):
+        try:
+            with urllib.request.urlopen(address):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise SystemExit(f"{address} did not answer")
 
 
 if __name__ == "__main__":

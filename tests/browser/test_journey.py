@@ -9,28 +9,30 @@ import time
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 # The server's stand-ins lie with the tests of the server.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "serve"))
 
-from page_server import Server, serve_page
+from running import Running, running
 
-from ip2p.pictures.images import load_image, save_image
+from ip2p.pictures.images import load_image
 from ip2p.pictures.infotext import parse_infotext, read_infotext
+from ip2p.serve.options import ServeConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-STEPS = 4
 PATIENCE = 60_000  # milliseconds; a machine of two cores may be busy
 expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
 def server():
-    with serve_page() as running:
-        yield running
+    with running(ServeConfig(max_steps=50, max_count=4, max_pixels=300_000), page=True, seconds=0.01) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,9 @@ def browser():
     assert CHROMIUM, "Chromium is missing; on Debian or Ubuntu: apt-get install chromium"
     with sync_playwright() as playwright:
         # Its own sandbox needs rights that a container seldom gives.
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,391 +57,596 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def visit(browser: Browser, server: Server, *, width: int = 1280, dark: bool = False) -> Page:
-    """The page in a browser of its own, which has no network but this server."""
+@contextlib.contextmanager
+def visiting(
+    browser: Browser, server: Running, *, width=1280, height=800, dark=False, touch=False, quiet=True
+):
+    """The page in a browser of its own, which has no network but this server.
+
+    quiet: a word on the console, or a request elsewhere, is a failure.
+    """
     context = browser.new_context(
-        viewport={"width": width, "height": 1000},
+        viewport={"width": width, "height": height},
         color_scheme="dark" if dark else "light",
+        has_touch=touch,
+        is_mobile=touch,
         accept_downloads=True,
     )
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
-    page.outside = []
+    words: list[str] = []
+    page.on("console", lambda message: words.append(message.text))
+    page.on("pageerror", lambda error: words.append(str(error)))
 
     def only_here(route):
-        if route.request.url.startswith(server.address):
+        if route.request.url.startswith(server.url):
             route.continue_()
         else:
-            page.outside.append(route.request.url)
+            words.append(f"asked for {route.request.url}")
             route.abort()
 
-    context.route("**/*", only_here)
-    page.goto(server.address)
-    expect(page.get_by_label("Instruction", exact=False).first).to_be_visible(timeout=60_000)
-    page.wait_for_function("document.querySelector('#announced') !== null")
-    return page
+    context.route(re.compile("^http"), only_here)
+    page.goto(server.url)
+    page.wait_for_selector("body[data-ready]")
+    yield page
+    context.close()
+    assert not quiet or words == []
 
 
 @pytest.fixture
-def page(browser: Browser, server: Server):
-    opened = visit(browser, server)
-    yield opened
-    assert opened.outside == []
-    opened.context.close()
+def page(browser: Browser, server: Running):
+    with visiting(browser, server) as opened:
+        yield opened
 
 
-def said(page: Page, words: str | re.Pattern) -> None:
-    expect(page.locator("#status .said")).to_contain_text(words)
+def status(page: Page, words: str | re.Pattern) -> None:
+    expect(page.locator("#status")).to_contain_text(words)
 
 
-def unfold(page: Page, name: str) -> None:
-    page.get_by_role("button", name=name).click()
+def banner(page: Page, words: str | re.Pattern):
+    found = page.locator(".banner", has_text=words)
+    expect(found).to_be_visible()
+    return found
 
 
-def quick(page: Page) -> None:
-    """Fewer steps, so that the fake model takes no time."""
-    unfold(page, "More settings")
-    page.get_by_label("number input for Steps").fill(str(STEPS))
-    page.get_by_label("Seed", exact=True).fill("11")
+def setting(page: Page, name: str, value: object) -> None:
+    """Type a setting, also where its panel is closed."""
+    page.evaluate(
+        """([name, value]) => {
+            const field = document.getElementById(`set-${name}`);
+            field.value = value;
+            field.dispatchEvent(new Event(field.tagName === 'SELECT' ? 'change' : 'input'));
+        }""",
+        [name, str(value)],
+    )
+
+
+def open_picture(page: Page, path: Path) -> None:
+    page.locator("#file").set_input_files(path)
+    expect(page.locator("#stage")).to_be_visible()
+    status(page, "Say what to change.")
+
+
+def quick(page: Page, count: int = 2, steps: int = 3) -> None:
+    for name, value in (("steps", steps), ("count", count), ("seed", 11)):
+        setting(page, name, value)
 
 
 def edit(page: Page, words: str) -> None:
-    page.locator("#instruction textarea").fill(words)
-    page.locator("#instruction textarea").press("Enter")
-    said(page, "Done.")
+    page.locator("#instruction").fill(words)
+    page.locator("#instruction").press("Enter")
+    status(page, re.compile("results|Done"))
+
+
+def pixels_of(page: Page, selector: str) -> list[int]:
+    """The picture that an element shows, as 8x8 pixels."""
+    return page.evaluate(
+        """async (selector) => {
+            const image = document.querySelector(selector);
+            await image.decode();
+            const canvas = Object.assign(document.createElement('canvas'), {width: 8, height: 8});
+            const pen = canvas.getContext('2d');
+            pen.drawImage(image, 0, 0, 8, 8);
+            return [...pen.getImageData(0, 0, 8, 8).data];
+        }""",
+        selector,
+    )
+
+
+def steps_of(page: Page) -> list[str]:
+    return page.locator("#steps button").evaluate_all("(all) => all.map((one) => one.title)")
+
+
+def saved(page: Page, selector: str, folder: Path) -> Path:
+    with page.expect_download() as found:
+        page.locator(selector).click()
+    path = folder / found.value.suggested_filename
+    found.value.save_as(path)
+    return path
+
+
+def drop(page: Page, path: Path) -> None:
+    """Drop a file anywhere, as from a folder."""
+    data = page.evaluate_handle(
+        """([bytes, name]) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(bytes)], name));
+            return transfer;
+        }""",
+        [list(path.read_bytes()), path.name],
+    )
+    for kind in ("dragenter", "dragover", "drop"):
+        page.dispatch_event("main", kind, {"dataTransfer": data})
+
+
+# --- the whole journey ---------------------------------------------------------------------------
 
 
 def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
-    page.locator("#picture input[type=file]").set_input_files(photo)
-    said(page, "Say what to change.")
+    # Before a picture is there, the page shows examples, and says what is missing.
+    expect(page.locator("#examples img")).to_have_count(6)
+    page.locator("#run").click()
+    banner(page, "There is no picture yet")
+    drop(page, photo)
+    expect(page.locator("#stage")).to_be_visible()
     quick(page)
 
-    # Four candidates, and the first of them beside the picture.
+    # Two candidates, the first beside the picture, with a divider that moves.
     edit(page, "make it night")
-    thumbs = page.locator("#candidates button.thumbnail-item")
-    expect(thumbs).to_have_count(4)
-    expect(thumbs.nth(0)).to_have_attribute("aria-label", "✓ seed 11")
-    expect(page.locator("#compare img")).to_have_count(2)
-
-    # The slider moves, and another candidate takes the right side.
-    handle = page.locator("#compare [data-testid=slider]")
-    before = handle.bounding_box()
-    page.mouse.move(before["x"] + before["width"] / 2, before["y"] + before["height"] / 2)
-    page.mouse.down()
-    page.mouse.move(before["x"] + 80, before["y"] + before["height"] / 2, steps=4)
-    page.mouse.up()
-    assert handle.bounding_box()["x"] > before["x"] + 40
-    shown = page.locator("#compare img").nth(1).get_attribute("src")
-    thumbs.nth(2).click()
-    expect(thumbs.nth(2)).to_have_attribute("aria-label", "✓ seed 13")
-    expect(page.locator("#compare img").nth(1)).not_to_have_attribute("src", shown)
-    expect(page.locator("#facts")).to_contain_text("Seed: 13")
-
-    # The download has the original's format, stands upright, and carries its settings.
-    with page.expect_download() as waiting:
-        page.locator("#download").click()
-    assert waiting.value.suggested_filename == "holiday-edited.jpg"
-    night = tmp_path / "night.jpg"
-    waiting.value.save_as(night)
-    with Image.open(night) as result:
-        assert (result.format, result.size) == ("JPEG", (160, 96))
-        assert result.getexif()[0x010F] == "A camera"
-    assert parse_infotext(read_infotext(night)).instruction == "make it night"
-
-    # Continue from it, then back and forth.
-    page.locator("#go_on").click()
-    strip = page.locator("#strip button.thumbnail-item")
+    strip = page.locator("#strip button")
     expect(strip).to_have_count(2)
-    expect(strip.nth(1)).to_have_attribute("aria-label", "▶ 1 · make it night")
-    edit(page, "make it snow")
-    page.locator("#go_on").click()
-    expect(strip).to_have_count(3)
-    page.locator("#undo").click()
-    expect(strip.nth(1)).to_have_attribute("aria-label", "▶ 1 · make it night")
-    page.locator("#redo").click()
-    expect(strip.nth(2)).to_have_attribute("aria-label", "▶ 2 · make it snow")
-
-    # A branch from the start, and a step run again.
-    strip.nth(0).click()
-    said(page, "At step ▶ 0 · start")
-    edit(page, "make it rain")
-    page.locator("#go_on").click()
-    expect(strip.nth(3)).to_have_attribute("aria-label", "▶ 3 · make it rain (from 0)")
-    page.locator("#again").click()
-    said(page, "Done.")
-    expect(page.locator("#instruction textarea")).to_have_value("make it rain")
-    expect(strip.nth(0)).to_have_attribute("aria-label", "▶ 0 · start")
-
-    # The settings of a file come back.
-    page.get_by_label("Remove Image").click()
-    said(page, "Drop a picture")
-    page.locator("#picture input[type=file]").set_input_files(night)
-    said(page, "carries its settings")
-    page.locator("#take").click()
-    said(page, "Settings loaded.")
-    expect(page.locator("#instruction textarea")).to_have_value("make it night")
-    expect(page.get_by_label("Seed", exact=True)).to_have_value("13")
-
-
-def test_a_pasted_picture_a_template_and_a_surprise(page: Page, server: Server):
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.address)
-    page.evaluate(
-        """async () => {
-            const canvas = document.createElement("canvas");
-            canvas.width = 48; canvas.height = 32;
-            const blob = await new Promise((done) => canvas.toBlob(done));
-            await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
-        }"""
-    )
-    # A click on Gradio's button is lost now and then, on a busy machine: a person clicks again.
-    for _ in range(5):
-        page.locator("#picture button[aria-label*=lipboard], #picture button[title*=lipboard]").first.click()
-        with contextlib.suppress(AssertionError):
-            expect(page.locator("#status .said")).to_contain_text("Say what to change.", timeout=12_000)
-            break
-    said(page, "Say what to change.")
-    quick(page)
-
-    # A template comes with its gap selected, so that one types over it.
-    page.locator("#templates button", has_text="turn the … into a …").click()
-    box = page.locator("#instruction textarea")
-    expect(box).to_have_value("turn the … into a …")
-    expect(box).to_be_focused()
-    page.keyboard.type("cat")
-    expect(box).to_have_value("turn the cat into a …")
-
-    # The surprise draws scales and seeds of its own, and edits.
-    box.fill("make it glow")
-    page.locator("#surprise").click()
-    said(page, "Done.")
-    expect(page.get_by_label("Seed", exact=True)).to_have_value("-1")
-    expect(page.locator("#facts")).to_contain_text("CFG scale")
-    expect(page.locator("#candidates button.thumbnail-item")).to_have_count(4)
-
-
-def test_a_mask_is_painted_or_found(page: Page, photo: Path):
-    page.locator("#picture input[type=file]").set_input_files(photo)
-    said(page, "Say what to change.")
-    quick(page)
-    unfold(page, "Where")
-    page.get_by_label("where I paint").click()
-    canvas = page.locator("#editor canvas").first
-    expect(canvas).to_be_visible()
-    canvas.scroll_into_view_if_needed()
-    page.wait_for_timeout(1000)  # the canvas has no sign that it took the picture in
-    box = canvas.bounding_box()
-    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.45 * box["height"])
+    expect(strip.nth(0)).to_be_focused()
+    first = pixels_of(page, "#after")
+    assert first != pixels_of(page, "#before")
+    strip.nth(1).click()
+    assert pixels_of(page, "#after") != first
+    box = page.locator("#view").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
-    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.55 * box["height"], steps=6)
+    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 50, steps=3)
     page.mouse.up()
-    page.wait_for_timeout(500)
-    edit(page, "make it red")
-    expect(page.locator("#region_found img")).to_be_visible()
-    facts = page.locator("#facts").inner_text()
+    expect(page.locator("#divider")).to_have_attribute("aria-valuenow", "75")
+    page.locator("#view").focus()
+    page.keyboard.down("b")
+    expect(page.locator("#after")).to_have_css("visibility", "hidden")
+    page.keyboard.up("b")
+    expect(page.locator("#after")).to_have_css("visibility", "visible")
 
-    # Such a step is run again with the mask that was painted.
-    page.locator("#go_on").click()
-    expect(page.locator("#region_found")).to_be_hidden()
+    # The download is what the canvas shows: in the original's format and shape, metadata and settings inside.
+    second = saved(page, "#download", tmp_path)
+    assert second.name == "holiday-edited.jpg"
+    with Image.open(second) as image:
+        assert (image.format, image.size, image.getexif()[0x010F]) == ("JPEG", (160, 96), "A camera")
+        assert b"compositeWithTrainedAlgorithmicMedia" in image.info["xmp"]
+    found = parse_infotext(read_infotext(second))
+    assert (found.instruction, found.steps, found.seed) == ("make it night", 3, 12)
+
+    # Go on from it, at once, undo, and branch.
+    page.locator("#use").click()
+    edit(page, "make it snow")
+    expect(page.locator("#steps button")).to_have_count(2)
+    page.locator("#use").click()
+    expect(page.locator("#steps button")).to_have_count(3)
+    page.locator("#undo").click()
+    page.locator("#undo").click()
+    expect(page.locator("#redo")).to_be_enabled()
+    edit(page, "make it a beach")
+    page.locator("#use").click()
+    expect(page.locator("#steps button")).to_have_count(4)
+    assert steps_of(page) == ["holiday.jpg", "make it a beach", "make it night", "make it snow"]
+    expect(page.locator("#steps li.branch")).to_have_count(1)
+    page.locator("#steps button", has_text="make it snow").click()
+    shown = pixels_of(page, "#after")
+
+    # A reload loses nothing, candidates included.
+    edit(page, "make it foggy")
+    page.wait_for_timeout(600)
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert len(steps_of(page)) == 4
+    expect(page.locator("#strip button")).to_have_count(2)
+    page.locator("#undo").click()
+    page.locator("#redo").click()
+    assert pixels_of(page, "#after") == shown
+
+    # An earlier step is run again with its own settings.
     page.locator("#again").click()
-    expect(page.get_by_label("where a mask file is white")).to_be_checked()
-    said(page, "Done.")
-    expect(page.locator("#mask img")).to_be_visible()
-    expect(page.locator("#region_found img")).to_be_visible()
-    expect(page.locator("#facts")).to_have_text(facts)
+    status(page, "The settings of that step are in place.")
+    expect(page.locator("#instruction")).to_have_value("make it snow")
+    expect(page.locator("#set-seed")).to_have_value("11")
 
-    page.get_by_label("where the model finds it").click()
-    expect(page.locator("#auto_mask")).to_be_visible()
-    edit(page, "make it blue")
-    expect(page.locator("#region_found img")).to_be_visible()
-    expect(page.locator("#facts")).to_contain_text("Auto mask: 0.5")
-
-
-def test_settings_of_another_model_come_with_their_scales(page: Page, photo: Path, tmp_path: Path):
-    made = load_image(photo)
-    made.info["parameters"] = (
-        "make it night\nSteps: 2, Sampler: Euler a, CFG scale: 3, Image CFG scale: 1.1, Seed: 5, "
-        "Size: 96x64, Model: other"
-    )
-    page.locator("#picture input[type=file]").set_input_files(save_image(made, tmp_path / "made.png"))
-    said(page, "carries its settings")
-    unfold(page, "More settings")
-    page.locator("#take").click()
-    said(page, "Settings loaded.")
-    expect(page.locator("#model input")).to_have_value("other")
-    page.wait_for_timeout(1500)  # for what the change of the model might bring about
-    expect(page.get_by_label("Text CFG", exact=True)).to_have_value("3")
-
-    # Picked by hand, a model brings its own.
-    page.locator("#model input").click()
-    page.get_by_role("option", name="fake").click()
-    expect(page.get_by_label("Text CFG", exact=True)).to_have_value("7.5")
+    page.locator("#clear").click()
+    expect(page.locator("#start")).to_be_visible()
+    page.wait_for_timeout(600)
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    expect(page.locator("#start")).to_be_visible()
 
 
-def test_a_cell_of_the_matrix_gives_its_settings(page: Page, photo: Path):
-    page.locator("#picture input[type=file]").set_input_files(photo)
-    said(page, "Say what to change.")
-    quick(page)
-    page.locator("#instruction textarea").fill("make it night")
-    page.get_by_role("tab", name="CFG matrix").click()
-    page.locator("#columns textarea, #columns input").fill("3 6")
-    page.locator("#rows textarea, #rows input").fill("1.2, 1.8")
-    page.locator("#draw").click()
-    said(page, "Done. Click a cell")
-    cells = page.locator("#cells button.thumbnail-item")
-    expect(cells).to_have_count(4)
-    expect(cells.nth(3)).to_have_attribute("aria-label", "text 6 · image 1.8")
-    cells.nth(3).click()
-    said(page, "text CFG 6, image CFG 1.8, seed 11")
-    expect(page.get_by_label("Text CFG", exact=True)).to_have_value("6")
-    expect(page.get_by_label("Image CFG", exact=True)).to_have_value("1.8")
-    with page.expect_download() as waiting:
-        page.locator("#sheet").click()
-    assert waiting.value.suggested_filename == "holiday-grid.png"
-
-
-def test_a_batch_becomes_a_zip(page: Page, photo: Path, tmp_path: Path):
-    (tmp_path / "words.png").write_text("This is no picture.")
-    save_image(Image.new("RGB", (64, 64), "red"), tmp_path / "red.png")
-    quick(page)
-    page.locator("#instruction textarea").fill("make it night")
-    page.get_by_role("tab", name="Batch").click()
-    sent = [photo, tmp_path / "red.png", tmp_path / "words.png"]
-    page.locator("#files input[type=file]").set_input_files(sent)
-    expect(page.locator("#files")).to_contain_text("words")
-    page.locator("#edit_all").click()
-    said(page, "2 of 3 edited, 1 could not be.")
-    expect(page.locator("#errors li")).to_contain_text("words.png")
-    with page.expect_download() as waiting:
-        page.locator("#zip").click()
-    with zipfile.ZipFile(io.BytesIO(Path(waiting.value.path()).read_bytes())) as archive:
-        assert sorted(archive.namelist()) == ["errors.txt", "holiday.jpg", "red.png"]
-
-
-def test_the_keyboard_is_enough(page: Page):
-    """Choose an example, edit, stop, compare and continue without a mouse."""
-
-    def reach(selector: str) -> None:
-        for _ in range(80):
-            page.keyboard.press("Tab")
-            if page.evaluate("selector => document.activeElement.matches(selector)", selector):
-                return
-        raise AssertionError(f"the Tab key does not reach {selector}")
-
-    reach("#examples button.thumbnail-item")
-    page.keyboard.press("Enter")
-    said(page, "Say what to change.")
-    reach("#count input[type=number]")
-    page.keyboard.press("ArrowDown")
-    expect(page.locator("#count input[type=number]")).to_have_value("3")
-
-    # Enter in the instruction runs; Escape stops within a step.
-    page.locator("#instruction textarea").focus()
-    page.keyboard.press("Control+A")
-    page.keyboard.type("make it night")
-    page.keyboard.press("Enter")
-    said(page, "Step")
+def test_an_edit_shows_its_progress_and_stops(page: Page, photo: Path, server: Running):
+    open_picture(page, photo)
+    quick(page, count=2, steps=50)
+    before = server.service.stats().cancelled
+    page.locator("#instruction").fill("make it night")
+    page.locator("#run").click()
+    expect(page.locator("#run")).to_have_text("Stop")
+    expect(page.locator("#progress-words")).to_contain_text(re.compile(r"Step \d+ of 100"))
+    expect(page.locator("#strip img[src^='data:image/jpeg']")).to_have_count(2)  # previews
     page.keyboard.press("Escape")
-    said(page, re.compile("Stopped|Done"))
+    status(page, "Stopped.")
+    expect(page.locator("#run")).to_have_text("Edit")
+    end = time.monotonic() + 20
+    while server.service.stats().cancelled == before:
+        assert time.monotonic() < end, "the server went on"
+        time.sleep(0.05)
+    expect(page.locator("#suggestions")).to_be_visible()
+
+
+def farthest(a: Image.Image, b: Image.Image, box: tuple[int, int, int, int]) -> int:
+    """The largest difference of a channel within a box."""
+    return max(high for _, high in ImageChops.difference(a.crop(box), b.crop(box)).getextrema())
+
+
+def test_a_mask_by_brush_and_automatically(page: Page, photo: Path, tmp_path: Path):
+    open_picture(page, photo)
+    quick(page, count=1)
+    page.locator("#mask").click()
+    box = page.locator("#sheet").bounding_box()
+    page.mouse.move(box["x"] + 30, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 30, box["y"] + box["height"] - 20, steps=4)
+    page.mouse.up()
+    page.locator("#mask-done").click()
+    expect(page.locator("#mask")).to_have_text("Mask on")
+    edit(page, "make it night")
+    result, original = load_image(saved(page, "#download", tmp_path)), load_image(photo)
+    # Where nothing was painted it is as it was, but for JPEG's loss.
+    assert farthest(result, original, (60, 0, 160, 96)) <= 6
+    assert farthest(result, original, (0, 0, 20, 96)) > 20
+
+    # A step that had a mask brings it back.
+    page.locator("#use").click()
+    expect(page.locator("#steps button")).to_have_count(2)
+    expect(page.locator("#mask")).to_have_text("Mask")
+    page.locator("#again").click()
+    expect(page.locator("#mask")).to_have_text("Mask on")
+    page.locator("#mask").click()
+    page.locator("#mask-invert").click()
+    page.locator("#mask-clear").click()
+    page.locator("#mask-auto").click()
+    status(page, re.compile("where the instruction would edit|found no region"))
+    page.keyboard.press("Escape")
+    expect(page.locator("#mask-tools")).to_be_hidden()
+
+
+def test_a_grid_is_drawn_and_a_cell_taken_over(page: Page, photo: Path):
+    open_picture(page, photo)
+    quick(page)
+    page.locator("#tab-explore").click()
+    page.locator("#columns").fill("2 x")
+    page.locator("#instruction").fill("make it night")
+    page.locator("#run").click()
+    banner(page, "“x” is no number")
+    page.locator("#columns").fill("2 6")
+    page.locator("#rows").fill("1 2 3")
+    page.locator("#run").click()
+    expect(page.locator("#grid img")).to_have_count(6)
+    sizes = page.locator("#grid img").evaluate_all("(all) => all.map((one) => one.naturalWidth)")
+    assert sizes == [160] * 6  # as sharp as an edit
+    page.get_by_role("button", name="Edit strength 6, keep original 2").click()
+    expect(page.locator("#stage")).to_be_visible()
+    assert page.locator("#set-text_cfg").input_value() == "6"
+    assert page.locator("#set-image_cfg").input_value() == "2"
+    expect(page.locator("#facts")).to_contain_text("edit strength 6 · keep original 2 · seed 11")
+
+
+def test_a_batch_names_what_failed_and_gives_a_zip(browser, server, photo: Path, tmp_path: Path):
+    # The browser notes the status of a refusal on its console.
+    with visiting(browser, server, quiet=False) as page:
+        edit_a_batch(page, photo, tmp_path)
+
+
+def edit_a_batch(page: Page, photo: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_text("<html>not a picture")
+    page.locator("#tab-batch").click()
+    page.locator("#batch-files").set_input_files([photo, broken, photo])
+    quick(page)
+    page.locator("#instruction").fill("make it night")
+    page.locator("#run").click()
+    status(page, "2 of 3 done, 1 failed: the list says why")
+    expect(page.locator("#run")).to_have_text("Edit all")
+    expect(page.locator("#files .failed .state")).to_contain_text("HTML")
+    one = saved(page, "#files .done >> nth=0 >> button", tmp_path)
+    assert parse_infotext(read_infotext(one)).instruction == "make it night"
+    archive = saved(page, "#batch-zip", tmp_path)
+    with zipfile.ZipFile(archive) as made:
+        assert made.testzip() is None
+        assert made.namelist() == ["holiday-edited.jpg", "holiday-edited-2.jpg"]
+        with Image.open(io.BytesIO(made.read("holiday-edited.jpg"))) as image:
+            assert (image.size, image.getexif()[0x010F]) == ((160, 96), "A camera")
+
+
+def test_an_edited_file_restores_its_settings(page: Page, photo: Path, tmp_path: Path):
+    open_picture(page, photo)
+    quick(page, steps=7)
+    setting(page, "text_cfg", 3.5)
+    setting(page, "negative", "blur")
+    edit(page, "make it night")
+    file = saved(page, "#download", tmp_path)
+    page.locator("#reset").click()
+    expect(page.locator("#set-text_cfg")).to_have_value("7.5")
+    drop(page, file)
+    found = banner(page, "This file was edited with ip2p: “make it night”")
+    found.get_by_role("button", name="Use its settings").click()
+    fields = {"steps": "7", "text_cfg": "3.5", "negative": "blur", "seed": "11"}
+    assert {name: page.locator(f"#set-{name}").input_value() for name in fields} == fields
+    expect(page.locator("#instruction")).to_have_value("make it night")
+
+
+def test_a_server_that_stops_is_explained_and_comes_back(browser: Browser, photo: Path):
+    config = ServeConfig(max_steps=50, max_count=4)
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(running(config, page=True))
+        page = stack.enter_context(visiting(browser, first, quiet=False))
+        open_picture(page, photo)
+        quick(page)
+        edit(page, "make it night")
+        page.locator("#use").click()
+        expect(page.locator("#steps button")).to_have_count(2)
+        first.stop()
+        page.locator("#instruction").fill("make it snow")
+        page.locator("#run").click()
+        banner(page, "The server does not answer.")
+        assert steps_of(page) == ["holiday.jpg", "make it night"]
+        stack.enter_context(running(config, page=True, port=first.port))
+        banner(page, "The server is back.").get_by_role("button", name="Try again").click()
+        status(page, "2 results")
+
+
+def test_a_full_server_says_when_to_try_again(browser: Browser, photo: Path):
+    config = ServeConfig(max_steps=50)
+    with (
+        running(config, page=True, seconds=0.05, per_client=1) as server,
+        visiting(browser, server, quiet=False) as page,
+    ):
+        open_picture(page, photo)
+        quick(page)
+        files = {"image": photo.read_bytes()}
+        data = {"instruction": "x", "steps": "50", "wait": "false"}
+        taken = httpx.post(f"{server.url}/v1/edits", files=files, data=data, trust_env=False).json()
+        page.locator("#instruction").fill("make it night")
+        page.locator("#run").click()
+        again = banner(page, "which is the limit. Ask again in").get_by_role("button", name="Try again")
+        httpx.delete(f"{server.url}/v1/edits/{taken['id']}", trust_env=False)
+        while server.service.stats().running:
+            time.sleep(0.05)
+        again.click()
+        status(page, "2 results")
+
+
+def test_what_cannot_be_opened_is_explained(browser: Browser, server: Running, tmp_path: Path):
+    text, large = tmp_path / "words.png", tmp_path / "large.png"
+    text.write_text("hello")
+    Image.linear_gradient("L").resize((1200, 600)).save(large)
+    # The browser notes the status of a refusal on its console.
+    with visiting(browser, server, quiet=False) as page:
+        page.locator("#file").set_input_files(text)
+        banner(page, "text")
+        page.locator("#file").set_input_files(large)
+        found = banner(page, "0.7 megapixels (1200x600); the limit is 0.3")
+        found.get_by_role("button", name=re.compile("Resize it to 76. × 38.")).click()
+        status(page, "Say what to change.")
+        expect(page.locator("#facts")).to_contain_text(re.compile(r"76\d × 38\d"))
+
+
+def test_an_edit_without_effect_says_what_to_raise(page: Page, photo: Path):
+    open_picture(page, photo)
+    quick(page, count=1)
+    page.locator("#mask").click()
+    page.locator("#brush-size").fill("1")
+    box = page.locator("#sheet").bounding_box()
+    page.mouse.click(box["x"] + 5, box["y"] + 5)
+    page.keyboard.press("Escape")
+    edit(page, "make it night")
+    found = banner(page, "Almost nothing changed. Raise the edit strength")
+    found.get_by_role("button", name="Try it stronger").click()
+    expect(page.locator("#set-text_cfg")).to_have_value("11.3")
+
+
+def test_suggestions_run_with_one_click(page: Page):
+    page.locator("#examples button").first.click()
+    expect(page.locator("#instruction")).to_have_value("make it night")
+    quick(page)
+    page.locator("#suggestions .chip", has_text="make it snow").click()
+    status(page, "2 results")
+    page.locator("#use").click()
+    expect(page.locator("#steps button")).to_have_count(2)
+    assert steps_of(page) == ["example-1.png", "make it snow"]
+    page.locator("#surprise").click()
+    status(page, "2 results")
+    assert page.locator("#instruction").input_value()
+
+
+# --- everyone ------------------------------------------------------------------------------------
+
+
+def test_the_journey_by_keyboard_alone(page: Page):
+    def tab_to(selector: str) -> None:
+        for _ in range(80):
+            if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+                return
+            page.keyboard.press("Tab")
+        raise AssertionError(f"Tab does not reach {selector}")
+
+    tab_to("#examples button")
     page.keyboard.press("Enter")
-    said(page, "Done.")
-
-    reach("#candidates button.thumbnail-item")
-    page.keyboard.press("Tab")
-    page.keyboard.press("Space")
-    expect(page.locator("#candidates button.thumbnail-item").nth(1)).to_have_attribute(
-        "aria-label", re.compile("✓")
-    )
-    reach("#compare [role=slider]")
-    handle = page.locator("#compare [role=slider]")
-    before = handle.bounding_box()["x"]
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    assert handle.bounding_box()["x"] > before
-    reach("#go_on")
+    expect(page.locator("#instruction")).to_be_focused()
+    quick(page)
+    page.keyboard.press("Control+a")
+    page.keyboard.type("make it rain")
     page.keyboard.press("Enter")
-    expect(page.locator("#strip button.thumbnail-item")).to_have_count(2)
-    reach("#undo")
+    status(page, "2 results")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#strip button").nth(1)).to_be_focused()
+    expect(page.locator("#strip button").nth(1)).to_have_attribute("aria-pressed", "true")
+    tab_to("#divider")
+    page.keyboard.press("Home")
+    expect(page.locator("#divider")).to_have_attribute("aria-valuenow", "0")
+    tab_to("#strip button[aria-pressed='true']")
+    page.keyboard.press("Enter")
+    expect(page.locator("#steps button")).to_have_count(2)
+    assert steps_of(page) == ["example-1.png", "make it rain"]
+    # A mask, painted with arrows and Space.
+    tab_to("#view")
+    page.keyboard.press("m")
     page.keyboard.press("Space")
-    said(page, "At step ▶ 0")
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Escape")
+    expect(page.locator("#mask")).to_have_text("Mask on")
+    page.keyboard.press("Control+z")
+    expect(page.locator("#steps button").first).to_have_attribute("aria-current", "step")
+    page.keyboard.press("Control+Shift+z")
+    expect(page.locator("#steps button").nth(1)).to_have_attribute("aria-current", "step")
+    tab_to("#download")
+    with page.expect_download() as found:
+        page.keyboard.press("Enter")
+    assert found.value.suggested_filename == "example-1-edited.png"
 
 
-def test_everything_has_a_name_for_a_screen_reader(page: Page):
-    for fold in ("Where", "More settings"):
-        unfold(page, fold)
-    nameless = page.evaluate(
-        """() => [...document.querySelectorAll("button, input, textarea, select, [role=slider]")]
-        .filter((node) => node.getBoundingClientRect().width > 0)
-        .filter((node) => ![node.getAttribute("aria-label"), node.title, node.innerText,
-          node.labels && node.labels[0] && node.labels[0].innerText].some((name) => name && name.trim()))
-        .map((node) => node.outerHTML.slice(0, 200))"""
-    )
-    assert nameless == []
-    images = page.locator("img:visible")
-    for k in range(images.count()):
-        assert images.nth(k).get_attribute("alt") is not None
+def test_the_journey_by_touch_on_a_phone(browser: Browser, server: Running):
+    with visiting(browser, server, width=390, height=844, touch=True) as page:
+        page.locator("#examples button").first.tap()
+        expect(page.locator("#stage")).to_be_visible()
+        status(page, "Say what to change.")
+        quick(page)
+        page.locator("#run").tap()
+        status(page, "2 results")
+        # Nothing that one edit needs is out of sight, and nothing is wider than the screen.
+        for needed in ("#view", "#strip", "#use", "#instruction", "#run", "#download", "#status"):
+            box = page.locator(needed).bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 390, needed
+            assert box["y"] + box["height"] <= 844, needed
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.locator("#strip button").nth(1).tap()
+        page.locator("#view").tap(position={"x": 100, "y": 60})
+        expect(page.locator("#divider")).to_have_attribute("aria-valuenow", re.compile("^2[5-8]$"))
+        page.locator("#use").tap()
+        page.locator("#settings-open").tap()
+        expect(page.locator("#set-text_cfg")).to_be_visible()
+        page.locator("#settings-close").tap()
+        page.locator("#history-open").tap()
+        page.locator("#steps button").first.tap()
+        expect(page.locator("#rail")).to_be_hidden()
+        page.locator("#mask").tap()
+        page.locator("#view").tap(position={"x": 180, "y": 160})
+        page.locator("#mask-done").tap()
+        expect(page.locator("#mask")).to_have_class(re.compile("set"))
+        small = page.evaluate(
+            """[...document.querySelectorAll('button, input, select, summary')].filter((one) => {
+                const {width, height} = one.getBoundingClientRect();
+                return one.checkVisibility() && width && height < 44 && one.type !== 'range';
+            }).map((one) => one.id || one.className || one.textContent)"""
+        )
+        assert [name for name in small if name != "mark"] == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (320, 568), (2560, 1440)])
+def test_nothing_for_one_edit_lies_below_the_fold(browser, server, photo, width, height):
+    with visiting(browser, server, width=width, height=height) as page:
+        open_picture(page, photo)
+        quick(page)
+        edit(page, "make it night")
+        for needed in ("#view", "#strip", "#use", "#instruction", "#run", "#download"):
+            box = page.locator(needed).bounding_box()
+            assert box["x"] + box["width"] <= width and box["y"] + box["height"] <= height, needed
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_phone_shows_it_all_without_scrolling_sideways(browser, server, photo, dark):
-    page = visit(browser, server, width=390, dark=dark)
-    page.locator("#picture input[type=file]").set_input_files(photo)
-    said(page, "Say what to change.")
-    for fold in ("Where", "More settings"):
-        unfold(page, fold)
-    wide = page.evaluate("document.documentElement.scrollWidth")
-    assert wide <= 390
-    ratio = page.evaluate(CONTRAST)
-    assert ratio >= 4.5, f"the contrast of the text is {ratio:.1f}"
-    page.context.close()
+def test_axe_finds_nothing_serious(browser: Browser, server: Running, photo: Path, dark: bool):
+    axe = ROOT / "node_modules" / "axe-core" / "axe.min.js"
+    assert axe.exists(), "axe-core is missing; get it with: npm ci"
+    with visiting(browser, server, dark=dark) as page:
+        page.evaluate(axe.read_text())
 
+        def look(state: str) -> None:
+            found = page.evaluate("axe.run()")
+            wrong = [
+                (state, each["id"], [node["html"] for node in each["nodes"]])
+                for each in found["violations"]
+                if each["impact"] in ("serious", "critical")
+            ]
+            assert wrong == []
 
-def test_one_browser_sees_nothing_of_another(browser, server, page: Page, photo: Path):
-    page.locator("#picture input[type=file]").set_input_files(photo)
-    said(page, "Say what to change.")
-    other = visit(browser, server)
-    expect(other.locator("#picture img")).to_have_count(0)
-    expect(other.locator("#strip button.thumbnail-item")).to_have_count(0)
-    other.locator("#instruction textarea").fill("make it night")
-    other.locator("#run").click()
-    said(other, "There is no picture yet")
-    other.context.close()
-
-
-def test_a_browser_that_goes_away_cancels_its_edit(browser, photo):
-    with serve_page(seconds_a_call=0.2) as slow:
-        page = visit(browser, slow)
-        page.locator("#picture input[type=file]").set_input_files(photo)
-        said(page, "Say what to change.")
-        page.locator("#instruction textarea").fill("make it night")
+        look("start")
+        open_picture(page, photo)
+        quick(page)
+        look("open")
+        page.locator("#advanced summary").click()
+        edit(page, "make it night")
+        look("done")
+        page.locator("#mask").click()
+        look("mask")
+        page.keyboard.press("Escape")
+        page.locator("#tab-explore").click()
+        page.locator("#columns").fill("2")
+        page.locator("#rows").fill("1 2")
         page.locator("#run").click()
-        said(page, "Step")
-        page.context.close()
-        for _ in range(200):
-            stats = slow.service.stats()
-            if stats.cancelled == 1 and stats.running == 0:
-                break
-            time.sleep(0.1)
-        assert (stats.cancelled, stats.running) == (1, 0)
+        expect(page.locator("#grid img")).to_have_count(2)
+        look("explore")
+        page.locator("#tab-batch").click()
+        page.locator("#batch-files").set_input_files(photo)
+        look("batch")
+        page.locator("#tab-edit").click()
+        page.locator("#instruction").fill("")
+        page.locator("#run").click()
+        banner(page, "The instruction is empty")
+        look("banner")
+        page.locator("#help-open").click()
+        look("help")
 
 
-# The least contrast (WCAG 2) of the words that stand beside and above the fields.
-CONTRAST = """() => {
-  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
-    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
-  const behind = (node) => {
-    for (; node; node = node.parentElement) {
-      const colour = parse(getComputedStyle(node).backgroundColor);
-      if (colour.length < 4 || colour[3] > 0.5) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const words = "#status .said, .info-text, [data-testid=block-info], #title p, button.lg:not(:disabled)";
-  const shown = [...document.querySelectorAll(words)]
-    .filter((node) => node.getBoundingClientRect().width > 0);
-  return Math.min(...shown.map((node) => {
-      const [a, b] = [light(parse(getComputedStyle(node).color)), light(behind(node))];
-      return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    }));
-}"""
+def test_the_page_is_small_quick_and_still(browser: Browser, server: Running):
+    with visiting(browser, server) as page:
+        sizes = page.evaluate(
+            """performance.getEntriesByType('resource').concat(performance.getEntriesByType('navigation'))
+                .filter((one) => !one.name.includes('/v1/examples/')).map((one) => one.transferSize)"""
+        )
+        assert 0 < sum(sizes) < 150_000
+        paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+        print(f"transfer {sum(sizes)} bytes, first paint {paint:.0f} ms")
+        assert paint < 1000
+        shift = page.evaluate(
+            """new Promise((resolve) => {
+                let sum = 0;
+                new PerformanceObserver((list) => {
+                    for (const one of list.getEntries()) if (!one.hadRecentInput) sum += one.value;
+                }).observe({type: 'layout-shift', buffered: true});
+                setTimeout(() => resolve(sum), 300);
+            })"""
+        )
+        assert shift < 0.1
+
+
+def test_every_setting_of_the_schema_has_a_control(page: Page, server: Running):
+    schema = httpx.get(f"{server.url}/v1/schema", trust_env=False).json()
+    ours = {"image", "mask", "instruction", "model", "format", "quality"}
+    ours |= {"response", "stream", "previews", "wait"}
+    settings = set(schema["properties"]) - ours
+    assert len(settings) > 10
+    assert [name for name in settings if page.locator(f"#set-{name}").count() != 1] == []
+
+
+def test_the_reference_has_every_operation_and_field(browser: Browser, server: Running):
+    with visiting(browser, server) as page:
+        page.goto(f"{server.url}/docs")
+        page.wait_for_selector("body[data-ready]")
+        told = page.locator("#operations").text_content()
+        schema = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()
+        for path, operations in schema["paths"].items():
+            for method in operations:
+                assert f"{method.upper()} {path}" in told
+        for words in ("auto_mask", "image_guidance_scale", "inpaint_full_res_padding", "the picture: PNG"):
+            assert words in told
+        assert page.locator("#operations table").count() > 10

@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -28,6 +28,7 @@ class Running:
     port: int
     service: Service
     editor: Editor
+    stop: Callable[[], None]
 
 
 @contextlib.contextmanager
@@ -37,6 +38,7 @@ def running(
     seconds: float = 0.0,
     page: bool = False,
     join: int = 4,
+    port: int = 0,
     models: dict | None = None,
     **limits: int,
 ) -> Iterator[Running]:
@@ -67,21 +69,25 @@ def running(
         )
         app = make_app(service, config, page=page)
         settings = server_config(app)
-        settings.port = 0
+        settings.port = port
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
+
+        def stop() -> None:
+            service.close()
+            server.should_exit = True
+            thread.join(30)
+
         try:
             until = time.monotonic() + 60
             while not server.started:
                 assert time.monotonic() < until and thread.is_alive(), "the server did not start"
                 time.sleep(0.01)
             port = server.servers[0].sockets[0].getsockname()[1]
-            yield Running(f"http://127.0.0.1:{port}", port, service, editor)
+            yield Running(f"http://127.0.0.1:{port}", port, service, editor, stop)
         finally:
-            service.close()
-            server.should_exit = True
-            thread.join(30)
+            stop()
             assert not thread.is_alive(), "the server did not stop"
 
 

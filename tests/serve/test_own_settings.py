@@ -14,7 +14,6 @@ from running import running
 from ip2p.editing.editor import Editor
 from ip2p.pictures.images import to_bytes
 from ip2p.pictures.infotext import parse_infotext
-from ip2p.serve.actions import Actions
 from ip2p.serve.requests import EditRequest
 from ip2p.settings import EditSettings
 
@@ -68,11 +67,10 @@ def test_a1111_with_its_own_scales(server):
     assert (info["steps"], info["sampler_name"]) == (3, "Euler")
 
 
-def test_the_page_shows_them(server):
-    actions = Actions(server.service)
-    own = actions.own("tuned")
-    assert own | {"schedule": own.pop("spacing")} == TUNED
-    assert actions.own("fake")["steps"] == 20
+def test_the_card_publishes_them(server):
+    answer = httpx.get(f"{server.url}/v1/card?model=tuned", trust_env=False).json()
+    assert {name: answer["defaults"][name] for name in TUNED} == TUNED
+    assert httpx.get(f"{server.url}/v1/card", trust_env=False).json()["defaults"]["steps"] == 20
 
 
 def test_steps_of_the_card_stay_below_the_servers_limit():

@@ -121,7 +121,7 @@ VERBS = {
 MEANT = {
     **dict.fromkeys(("eval", "score", "benchmark", "test", "metrics"), "evaluate"),
     **dict.fromkeys(("infer", "inference", "run", "generate", "sample"), "edit"),
-    **dict.fromkeys(("web", "gui", "app", "gradio"), "ui"),
+    **dict.fromkeys(("web", "gui", "app"), "ui"),
     **dict.fromkeys(("finetune", "fine-tune"), "train"),
     **dict.fromkeys(("convert", "info", "models"), "model"),
     **dict.fromkeys(("matrix", "plot"), "grid"),

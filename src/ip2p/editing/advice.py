@@ -83,23 +83,6 @@ joined: less is lost, but some of many instructions may be ignored.
   `ip2p edit page.png --from-settings night.png` makes it again, and any other flag changes that one setting.
 """
 
-# What the page of `ip2p ui` says beside a field, in the words of the text above.
-BESIDE = {
-    "instruction": "Say what to change, not what the whole picture shows. One change at a time works best.",
-    "text_cfg": "How strongly the instruction is followed. Changes too little? Raise it by a third.",
-    "image_cfg": "How strongly the picture is kept. Changes too much? Raise it by 0.1 to 0.2.",
-    "steps": "More help with fine things, seldom with an edit that fails altogether.",
-    "seed": "−1 is a random one. The same seed and settings give the same picture again.",
-    "count": "Another seed is the cheapest second try.",
-    "sampler": "How the noise is taken away.",
-    "schedule": "The noise schedule; linspace is that of the paper's code.",
-    "size": "The side at which the model works, or 576x384; empty: near what it was trained at.",
-    "negative": "What to stay away from, for example: blurry.",
-    "region": "It changes what was not named? No scale cures that, a mask does: outside, nothing changes.",
-    "auto_mask": "A lower threshold takes more.",
-    "model": "What edits.",
-}
-
 # Which picture of docs/pictures/ the page shows at the end of a section, and what it says of it.
 PICTURES = {
     "## How much": ("grid.png", "One instruction over both scales, as ip2p grid draws it"),

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
+from starlette.staticfiles import StaticFiles
 
 from ip2p import __version__
-from ip2p.base.errors import InputError, Ip2pError
-from ip2p.serve import metrics, reference
+from ip2p.base.errors import Ip2pError
+from ip2p.serve import metrics
 from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
-from ip2p.serve.faces import a1111, native, openai
+from ip2p.serve.faces import a1111, native, openai, start
 from ip2p.serve.guard import Guard
 from ip2p.serve.options import ServeConfig
 from ip2p.serve.service import Service
-from ip2p.serve.wire import Desk, caller_of
+from ip2p.serve.wire import Desk
 
-if TYPE_CHECKING:
-    import gradio
-
+PAGE = Path(__file__).parent / "page"
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 
@@ -42,7 +42,7 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
         redoc_url=None,
         responses=declared_errors("native"),
     )
-    for face in (native, openai, a1111):
+    for face in (native, start, openai, a1111):
         app.include_router(face.router(desk))
 
     @app.get("/healthz", tags=["server"], summary="Whether the server lives")
@@ -71,33 +71,17 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
 
     @app.get("/docs", include_in_schema=False)
     async def read_docs() -> Response:
-        return HTMLResponse(reference.page(app.openapi()))
+        return FileResponse(PAGE / "docs.html")
 
     # Before the page, which would answer in its own way what no interface knows.
     for path in ("/v1/{rest:path}", "/sdapi/{rest:path}", "/healthz", "/readyz", "/metrics"):
         app.add_api_route(path, _answer_nothing, methods=METHODS, include_in_schema=False)
     answer_errors(app)
     if page:
-        app = _with_page(app, service, config)
+        app.mount("/", GZipMiddleware(StaticFiles(directory=PAGE, html=True)), name="page")
     # Last, and so around everything, the page too.
     app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
     return app
-
-
-def _with_page(app: FastAPI, service: Service, config: ServeConfig) -> FastAPI:
-    try:
-        from ip2p.serve import ui
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"the page needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
-        ) from None
-
-    def caller(request: gradio.Request) -> str:
-        assert request.request is not None, "the page's events come from requests"
-        return caller_of(request.request)
-
-    built = ui.build_page(service, client=caller)
-    return ui.mount(app, built, path="/", max_file_size=config.max_mb * 1_000_000)
 
 
 async def _answer_nothing(request: Request) -> Response:

@@ -41,18 +41,14 @@ SILENT_SECONDS = 15.0  # between two of its parts
 BODIES_AT_ONCE = 8  # of the largest size; more bytes than that are not held at once
 # Brackets, braces and commas of a body that may be JSON, besides what the words of an edit may hold: each may
 # become an object of 60 bytes, and nothing else runs while it does. A file's base64 has none of them, an edit
-# about 50, the page's batch of 200 files 2,000.
+# about 50.
 STRUCTURE = 20_000
 
-# The page has its scripts and styles inside, and shows pictures that it made itself.
+# The page: files of this server alone, no script or style in the HTML, and pictures that it made itself.
 PAGE_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
-    "'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; "
-    "worker-src 'self' blob:; connect-src 'self' data: blob:; object-src 'none'; base-uri 'self'; "
-    "form-action 'self'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# The pages of the interfaces' documentation are words and a style sheet inside.
-DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 API_POLICY = "default-src 'none'; frame-ancestors 'none'; sandbox"
 OWN_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -393,8 +389,6 @@ def headers_of(scope: Scope) -> dict[str, str]:
 
 def policy_of(path: str) -> str:
     """What a browser may do with an answer."""
-    if path == "/docs":
-        return DOCS_POLICY
     return API_POLICY if path.startswith(API_PATHS) else PAGE_POLICY
 
 

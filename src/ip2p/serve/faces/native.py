@@ -224,7 +224,7 @@ def router(desk: Desk) -> APIRouter:
     )
     async def read_file(name: str) -> Response:
         suffix = name.rpartition(".")[2]
-        return _file_response(await answers.stored(name), suffix, f"edit.{suffix}")
+        return file_response(await answers.stored(name), suffix, f"edit.{suffix}")
 
     @routes.get("/v1/schema", summary="The settings of an edit, with their ranges, groups and help texts")
     async def read_schema() -> dict[str, Any]:
@@ -361,7 +361,7 @@ class _Answers:
             seed, data = kept.seed, await self.stored(kept.file)
             if encoding.format != own.format:
                 data, _ = await by_hand(lambda: encoding(wire.reopened(data, kept.parameters)))
-        return _file_response(data, encoding.format, f"edit-{seed}.{encoding.format}")
+        return file_response(data, encoding.format, f"edit-{seed}.{encoding.format}")
 
 
 def check_model(name: str | None, models: list[str]) -> None:
@@ -387,6 +387,6 @@ def _json(answer: EditAnswer, status: int = 200, headers: Mapping[str, str] | No
     return JSONResponse(_record(answer), status_code=status, headers=headers)
 
 
-def _file_response(data: bytes, kind: str, name: str) -> Response:
+def file_response(data: bytes, kind: str, name: str) -> Response:
     headers = {"Content-Disposition": f'inline; filename="{name}"', "Cache-Control": "private, no-store"}
     return Response(data, media_type=MEDIA_TYPES[kind], headers=headers)

@@ -1,0 +1,94 @@
+// From the schema that the API publishes to descriptions of controls. Pure functions.
+
+import { titleOf } from "./words.js";
+
+/**
+ * A control of the page for one setting.
+ * @typedef {object} Field
+ * @property {string} name
+ * @property {string} label
+ * @property {string} help
+ * @property {string} group
+ * @property {"number" | "integer" | "choice" | "flag" | "text" | "pair" | "picture"} kind
+ * @property {number} [min]
+ * @property {number} [max]
+ * @property {string[]} [choices]
+ * @property {unknown} fallback  what the API takes without the field
+ */
+
+// What the page itself decides about a request.
+const OURS = new Set([
+  ...["image", "mask", "instruction", "model", "format", "quality", "response", "stream", "previews", "wait"],
+]);
+
+/** The fields of a JSON schema of edits that a person may set. @param {any} schema @returns {Field[]} */
+export function fieldsOf(schema) {
+  return Object.entries(schema.properties)
+    .filter(([name]) => !OURS.has(name))
+    .map(([name, found]) => fieldOf(name, found));
+}
+
+/** @param {string} name @param {any} found @returns {Field} */
+function fieldOf(name, found) {
+  const kinds = (found.anyOf ?? [found]).filter((/** @type {any} */ each) => each.type !== "null");
+  const [first] = kinds;
+  /** @type {Field} */
+  const field = {
+    name,
+    label: titleOf(name),
+    help: found.description ?? "",
+    group: found.group ?? "Other options",
+    kind: "text",
+    fallback: found.default ?? null,
+  };
+  if (first.format === "picture") return { ...field, kind: "picture" };
+  if (kinds.length > 1) return field; // several ways to write it: text takes them all
+  if (first.enum) return { ...field, kind: "choice", choices: first.enum };
+  if (first.type === "boolean") return { ...field, kind: "flag" };
+  const bounds = { min: first.minimum, max: first.maximum };
+  if (first.type === "number" || first.type === "integer") return { ...field, ...bounds, kind: first.type };
+  if (first.type === "array" && first.maxItems === 2) return { ...field, kind: "pair" };
+  return field;
+}
+
+/**
+ * What was typed as a value for the API, undefined where nothing was. Throws an Error that names the field.
+ * @param {Field} field @param {string} text
+ */
+export function readField(field, text) {
+  const words = text.trim();
+  if (!words) return undefined;
+  if (field.kind === "pair") {
+    const pair = words.split(/[\s,]+/).map(Number);
+    if (pair.length !== 2 || pair.some(Number.isNaN)) throw new Error(`${field.label} needs two numbers, such as 0.2 0.9.`);
+    return pair;
+  }
+  if (field.kind !== "number" && field.kind !== "integer") return words;
+  const value = Number(words);
+  const { min = -Infinity, max = Infinity } = field;
+  if (Number.isNaN(value) || value < min || value > max || (field.kind === "integer" && !Number.isInteger(value))) {
+    const whole = field.kind === "integer" ? "a whole number" : "a number";
+    throw new Error(`${field.label} is ${words}; it must be ${whole} from ${field.min} to ${field.max}.`);
+  }
+  return value;
+}
+
+/** A value as a field shows it. @param {unknown} value */
+export const written = (value) =>
+  value === null || value === undefined ? "" : Array.isArray(value) ? value.join(" ") : String(value);
+
+/**
+ * Of a file's settings those that the page's fields take, without what is a model's default anyway.
+ * @param {Record<string, unknown>} settings @param {Field[]} fields @param {Record<string, unknown>} defaults
+ */
+export function adopted(settings, fields, defaults) {
+  /** @type {Record<string, unknown>} */
+  const found = {};
+  for (const { name, kind } of fields) {
+    const value = settings[name];
+    if (kind === "picture" || value === null || value === undefined) continue;
+    if (name !== "seed" && JSON.stringify(value) === JSON.stringify(defaults[name])) continue;
+    found[name] = name === "size" && Array.isArray(value) ? value.join("x") : value;
+  }
+  return found;
+}

@@ -1,0 +1,34 @@
+// Work on many things, a few at a time.
+
+/**
+ * Call `work` for each item, at most `most` at once; after an abort no further one begins.
+ * @template T @param {T[]} items @param {number} most @param {(item: T, number: number) => Promise<void>} work
+ * @param {AbortSignal} [signal]
+ */
+export async function eachOf(items, most, work, signal) {
+  let next = 0;
+  async function worker() {
+    while (next < items.length && !signal?.aborted) {
+      const number = next++;
+      await work(items[number], number);
+    }
+  }
+  await Promise.all(Array.from({ length: Math.min(most, items.length) }, worker));
+}
+
+/**
+ * Try again as long as the server has no room, after the time that it names.
+ * @template T @param {() => Promise<T>} work @param {AbortSignal} signal @param {number} [tries]
+ * @returns {Promise<T>}
+ */
+export async function patiently(work, signal, tries = 20) {
+  for (let k = 1; ; k++) {
+    try {
+      return await work();
+    } catch (error) {
+      const { retry } = /** @type {{ retry?: number | null }} */ (error);
+      if (!retry || k >= tries || signal.aborted) throw error;
+      await new Promise((resolve) => setTimeout(resolve, retry * 1000));
+    }
+  }
+}
