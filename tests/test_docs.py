@@ -29,6 +29,7 @@ NOT_RUN = {
     "osunlp/": "downloads a data set",
     "Qwen/": "downloads a language model",
     "--server": "needs a language-model server",
+    "-o figure-8": "edits with twelve variants; tests/evaluation run them",
     "--judge": "needs a vision-model server",
     "--ray": "needs a Ray cluster",
     "ip2p ui": "serves until it is stopped; tests/serve runs it",
