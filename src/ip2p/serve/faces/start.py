@@ -8,14 +8,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from PIL import Image
+from PIL import ExifTags, Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ip2p import __version__
 from ip2p.base.errors import InputError
 from ip2p.editing import advice, grid
 from ip2p.models.bundle import Card
-from ip2p.pictures.images import EXIF_IFD, USER_COMMENT, load_image, resized, to_bytes
+from ip2p.pictures.images import load_image, resized, to_bytes
 from ip2p.pictures.infotext import decode_comment, parse_infotext
 from ip2p.serve import mark, wire
 from ip2p.serve.errors import Refusal, declared_errors
@@ -226,7 +226,7 @@ def _carried(data: bytes) -> tuple[str | None, str, bool]:
     with Image.open(io.BytesIO(data)) as image:
         text: Any = image.info.get("parameters")
         if not isinstance(text, str) and image.format in FORMATS:
-            text = decode_comment(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))
+            text = decode_comment(image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
         image.load()  # a PNG's XMP may stand behind its pixels
         xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
         xmp = xmp.encode() if isinstance(xmp, str) else xmp
