@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import httpx
 import pytest
@@ -145,6 +146,15 @@ def test_marks_are_in_the_file_or_in_the_picture(png):
     assert mark.marker(ServeConfig(mark="none")) is None
     tagged = mark.marker(ServeConfig())(picture.copy())
     assert tagged.tobytes() == picture.tobytes() and mark.SOURCE_TYPE.encode() in tagged.info["xmp"]
+    original = picture.copy()
+    original.info["xmp"] = mark.XMP.replace(mark.SOURCE_TYPE.encode(), b"digitalCapture").replace(
+        b"</rdf:RDF>",
+        b'<rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/" dc:title="t"/></rdf:RDF>',
+    )
+    xmp = mark.tag(original).info["xmp"]
+    root = ElementTree.fromstring(xmp)
+    sources = [value for part in root.iter() for key, value in part.items() if "DigitalSourceType" in key]
+    assert sources == [mark.SOURCE_TYPE] and b'dc:title="t"' in xmp
     seen = mark.marker(ServeConfig(mark="visible"))(picture.copy())
     top = (0, 0, 64, 40)
     assert seen.tobytes() != picture.tobytes() and seen.crop(top).tobytes() == picture.crop(top).tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 
@@ -12,12 +13,16 @@ from ip2p.settings import SettingError
 
 # IPTC's digital source type of a picture that a trained model changed.
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+DESCRIPTION = f"""<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"/>"""
 XMP = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
- Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"/>
+{DESCRIPTION}
 </rdf:RDF></x:xmpmeta>
 <?xpacket end="w"?>""".encode()
+DECLARED = re.compile(
+    rb"""\s(\w+:DigitalSourceType)\s*=\s*("[^"]*"|'[^']*')|<(\w+:DigitalSourceType)>[^<]*</\3>"""
+)
 WORDS = "AI-edited"
 
 Check = Callable[[Image.Image], None]
@@ -66,8 +71,13 @@ def checker(config: ServeConfig) -> Check | None:
 
 
 def tag(picture: Image.Image) -> Image.Image:
-    """The picture with IPTC's digital source type in its XMP, where `images.to_bytes` finds it."""
-    picture.info["xmp"] = XMP
+    """The picture with IPTC's digital source type in its XMP, which `images.to_bytes` writes.
+
+    XMP of the original is kept, except for its own digital source type.
+    """
+    kept = DECLARED.sub(b"", picture.info.get("xmp", b""))
+    head, end, tail = kept.rpartition(b"</rdf:RDF>")
+    picture.info["xmp"] = head + DESCRIPTION.encode() + end + tail if end else XMP
     return picture
 
 

@@ -176,11 +176,11 @@ class Opened:
         self.warnings: list[str] = []
 
     async def picture(self, value: bytes | str, name: str) -> Image.Image:
-        """The picture of a field, upright RGB: a file's bytes, base64 or a data URL. Raises SettingError."""
-        layer = await self._layer(value, name)
-        if layer.mode == "RGBA":
-            self.warnings.append(f"{name} has transparent parts: they are laid on white.")
-        return flattened(layer, "white")
+        """The picture of a field, upright: a file's bytes, base64 or a data URL. Raises SettingError.
+
+        RGBA if it has transparent parts, else RGB.
+        """
+        return await self._layer(value, name)
 
     async def mask(
         self, value: bytes | str, name: str, *, edit: Literal["white", "transparent"] = "white"

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from PIL import ExifTags, Image
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ip2p import __version__
@@ -16,7 +16,7 @@ from ip2p.base.errors import InputError
 from ip2p.editing import advice, grid
 from ip2p.models.bundle import Card
 from ip2p.pictures.images import load_image, resized, to_bytes
-from ip2p.pictures.infotext import decode_comment, parse_infotext
+from ip2p.pictures.infotext import infotext_of, parse_infotext
 from ip2p.serve import mark, wire
 from ip2p.serve.errors import Refusal, declared_errors
 from ip2p.serve.faces import native
@@ -224,9 +224,7 @@ def _looked_at(data: bytes, body: PictureBody, max_pixels: int) -> PictureAnswer
 def _carried(data: bytes) -> tuple[str | None, str, bool]:
     """The infotext of a file that `load_image` takes, its format, and whether it has this server's mark."""
     with Image.open(io.BytesIO(data)) as image:
-        text: Any = image.info.get("parameters")
-        if not isinstance(text, str) and image.format in FORMATS:
-            text = decode_comment(image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
+        text = infotext_of(image)
         image.load()  # a PNG's XMP may stand behind its pixels
         xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
         xmp = xmp.encode() if isinstance(xmp, str) else xmp
