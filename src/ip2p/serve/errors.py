@@ -15,7 +15,8 @@ from ip2p.settings import voice_of
 Face = Literal["native", "openai", "a1111"]
 # What a field of a request that is no setting is called by the clients of an interface.
 NATIVE_NAMES = {"seeds": "seed"}
-OPENAI_NAMES = {"seeds": "seed"}
+# `background` alone is the setting, which that interface calls background_color.
+OPENAI_NAMES = {"seeds": "seed", "background_mode": "background"}
 A1111_NAMES = {
     "image": "init_images",
     "seeds": "seed",

@@ -228,13 +228,13 @@ async def _picture(body: Any, opened: Opened) -> Image.Image:
         if body.output_format == "jpeg":
             raise SettingError(
                 "background is 'transparent', which jpeg cannot hold. Use output_format png or webp.",
-                field="background",
+                field="background_mode",
             )
         if picture.mode != "RGBA":
             raise SettingError(
                 "background is 'transparent', and the picture is opaque. The model keeps transparency and "
                 "cannot add it: send a picture with transparent parts, or leave background out.",
-                field="background",
+                field="background_mode",
             )
     return flattened(picture, "white") if body.background == "opaque" else picture
 
