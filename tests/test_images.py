@@ -79,7 +79,7 @@ def test_the_nearest_name_is_close_or_none():
         (b"  <!DOCTYPE html><html><body>404</body></html>", "HTML"),
         (b"<html>moved</html>", "HTML"),
         (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"></svg>', "SVG"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "not a picture in a known format"),
         (bytes(range(128, 256)) * 4, "not a picture in a known format"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "holds text"),
     ],

@@ -18,6 +18,7 @@ from ip2p.editing import advice, chain
 from ip2p.editing import batch as many
 from ip2p.editing import grid as grids
 from ip2p.pictures import images, infotext
+from ip2p.pictures.address import file_name, is_address
 from ip2p.settings import (
     COMMON,
     MAX_COUNT,
@@ -438,7 +439,7 @@ def run_grid(config: GridConfig) -> None:
     """Draw the results over two settings as one picture; its path goes to stdout."""
     check_words(config, "grid")
     picture = images.load_image(config.image, max_pixels=config.max_pixels, background=config.background)
-    source = Path(config.image)
+    source = local_path(config.image)
     out = place(config.out, source, f"{source.stem}-grid.png")
     images.check_output(out, overwrite=config.overwrite)
     check_models(config)
@@ -533,12 +534,17 @@ def check_outputs(paths: Sequence[Path], config: EditConfig) -> None:
 
 def output_paths(config: EditConfig, count: int | None = None) -> list[Path]:
     """`out`, or out-1, out-2, … for several; IMAGE-edited where `out` is a folder or not given."""
-    source = Path(config.image)
+    source = local_path(config.image)
     suffix = source.suffix if source.suffix.lower() in images.WRITES else ".png"
     # The steps of a chain have a name of their own: they are no choice of results.
     name = "chain" if config.then else "edited"
     out = place(config.out, source, f"{source.stem}-{name}{suffix}")
     return numbered(out, config.count if count is None else count)
+
+
+def local_path(image: str) -> Path:
+    """The path of a picture; of an address, its file name in the current folder."""
+    return Path(file_name(image)) if is_address(image) else Path(image)
 
 
 def place(out: Path | None, source: Path, name: str) -> Path:

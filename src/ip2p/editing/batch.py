@@ -10,6 +10,7 @@ import contextlib
 import glob
 import json
 import logging
+import mimetypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,26 +24,14 @@ from ip2p.base.errors import InputError, Ip2pError
 from ip2p.base.files import checksum, make_folder, remove_temporaries, write_text
 from ip2p.base.ledger import MANIFEST, Ledger, find_damage, lock_folder
 from ip2p.pictures import images
+from ip2p.pictures.address import is_address
 from ip2p.settings import OverwriteSettings, first_difference, run_json
 
 RUN = "run.json"
 log = logging.getLogger("ip2p")
 
-# What a folder's pictures are called. HEIC is not read, but told, not passed over in silence.
-ENDINGS = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".ppm",
-    ".pgm",
-    ".heic",
-    ".heif",
-}
+# Names of pictures that `mimetypes` does not know. Those that are not read are named as failures.
+ENDINGS = {".ppm", ".pgm", ".jxl", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
 
 
 # --- what is to be done ---------------------------------------------------------------------------
@@ -62,6 +51,20 @@ def is_many(words: Sequence[str]) -> bool:
     return len(words) > 1 or any(os.path.isdir(word) or _is_glob(word) for word in words)
 
 
+def looks_like_picture(path: Path) -> bool:
+    """Whether a file of a folder is one to edit: by its ending, or, if it has none, by its first bytes."""
+    kind, _ = mimetypes.guess_type(path.name)
+    if path.suffix.lower() in ENDINGS or (kind or "").startswith("image/"):
+        return True
+    if path.suffix and kind:
+        return False
+    try:
+        with Image.open(path, formats=images.READS):
+            return True
+    except Exception:  # decoders raise anything
+        return False
+
+
 def find_pictures(words: Sequence[str], out: Path) -> list[tuple[Path, str]]:
     """The pictures that files, folders and globs name, each with its name below `out`.
 
@@ -72,7 +75,7 @@ def find_pictures(words: Sequence[str], out: Path) -> list[tuple[Path, str]]:
     for word in words:
         path = Path(word)
         if path.is_dir():
-            here = [(p, p.name) for p in sorted(path.iterdir()) if p.suffix.lower() in ENDINGS]
+            here = [(p, p.name) for p in sorted(path.iterdir()) if p.is_file() and looks_like_picture(p)]
         elif _is_glob(word):
             root = _root(word)
             here = [
@@ -81,6 +84,8 @@ def find_pictures(words: Sequence[str], out: Path) -> list[tuple[Path, str]]:
             ]
         elif path.is_file():
             here = [(path, path.name)]
+        elif is_address(word):
+            raise InputError(f"{word}: addresses are edited one at a time. Download the pictures first.")
         else:
             raise images.missing_file(path)
         here = [
@@ -120,7 +125,7 @@ def tasks(pictures: Iterable[tuple[Path, str]], seeds: Sequence[int]) -> list[Ta
 
 def _is_glob(word: str) -> bool:
     # A file's own name may hold brackets.
-    return glob.has_magic(word) and not os.path.exists(word)
+    return glob.has_magic(word) and not os.path.exists(word) and not is_address(word)
 
 
 def _root(pattern: str) -> Path:

@@ -20,6 +20,7 @@ from ip2p.base.errors import InputError, ResourceError
 from ip2p.base.files import check_output as check_file
 from ip2p.base.files import replacing
 from ip2p.pictures import exif
+from ip2p.pictures.address import fetch_picture, is_address
 from ip2p.settings import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ MIN_SIDE = 16
 NEUTRAL = "#808080"  # what a model sees behind transparent parts; 0 in [-1, 1]
 MAX_ASPECT = 8
 # Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.
-READS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+READS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM")
+HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftyphevc", b"ftypmif1")
 WRITES = {
     **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"},
     **{".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"},
@@ -107,12 +109,13 @@ def load_image(
 ) -> Image.Image:
     """Read a picture as upright 8-bit RGB or RGBA; `info` keeps what belongs to it (exif, icc_profile).
 
-    `source`: a path, the bytes of a file, an open file, a PIL image, or an array [height, width] or
-    [height, width, 1, 3 or 4] of uint8, or of floats from 0 to 1. `max_pixels` does not concern images and
+    `source`: a path, an http(s) address (`address.fetch_picture`), the bytes of a file, an open file, a PIL
+    image, or an array [height, width] or [height, width, 1, 3 or 4] of uint8, or of floats from 0 to 1.
+    HEIC needs the extra `heic`. `max_pixels` does not concern images and
     arrays: their pixels are in memory already. Sizes are checked from the header, before anything is
     decoded. background: a color that transparent parts are laid on, with a warning; without one, a picture
     that has some is RGBA. warn: is called with each warning in place of Python's. Raises InputError for
-    whatever cannot be edited.
+    whatever cannot be edited, ModelError for an address that does not answer.
     """
     warn = warn or (lambda words: warnings.warn(words, stacklevel=3))
     if isinstance(source, np.ndarray):
@@ -122,6 +125,8 @@ def load_image(
         return _upright_rgb(_checked(source, str(name), None), str(name), background, warn)
     if isinstance(source, bytes):
         name, data = "The picture", source
+    elif is_address(source):
+        name, data = str(source), fetch_picture(str(source))
     elif isinstance(source, str | Path):
         name, data = str(source), _read(Path(source))
     elif hasattr(source, "read"):
@@ -139,7 +144,7 @@ def load_image(
         with warnings.catch_warnings():
             # Our own limit, checked below, takes the place of Pillow's warning.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=READS) as image:
+            with Image.open(io.BytesIO(data), formats=_formats(data, name)) as image:
                 _checked(image, name, max_pixels)
                 image.load()
                 return _upright_rgb(image, name, background, warn, data if image.format == "TIFF" else None)
@@ -185,6 +190,21 @@ def _read(path: Path) -> bytes:
         raise InputError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
 
 
+def _formats(data: bytes, name: str) -> tuple[str, ...]:
+    """What may be decoded. Raises InputError for HEIC without its library."""
+    if data[4:12] not in HEIC_BRANDS:
+        return READS
+    try:
+        import pillow_heif
+    except ImportError:
+        raise InputError(
+            f"{name} is a HEIC photograph, and its decoder is not installed. Run: pip install 'ip2p[heic]' "
+            "(or save it as JPEG)."
+        ) from None
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
+
+
 def _what_is(data: bytes) -> str:
     """What a file that no decoder knows seems to be, and what to do about it."""
     head = data[:512].lstrip().lower()
@@ -192,15 +212,13 @@ def _what_is(data: bytes) -> str:
         return "is a web page (HTML), not a picture. Save the picture itself, not the page around it."
     if head.startswith((b"<svg", b"<?xml")) and b"<svg" in data[:4096].lower():
         return "is an SVG drawing. Export it as PNG first."
-    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
-        return "is a HEIC photograph, which is not read. Save it as JPEG or PNG first."
     try:
         text = data[:4096].decode("utf-8", "strict" if len(data) <= 4096 else "ignore")
         if all(letter.isprintable() or letter in "\r\n\t" for letter in text):
             return "holds text, not a picture. Give a PNG, JPEG or WebP file."
     except UnicodeDecodeError:
         pass
-    return "is not a picture in a known format. Give a PNG, JPEG or WebP file."
+    return "is not a picture in a known format. Give a PNG, JPEG, WebP or AVIF file."
 
 
 def _checked(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
