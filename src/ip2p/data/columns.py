@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -17,11 +18,11 @@ from ip2p.data.records import BrokenRow, MissingPart
 PICTURES: dict[str, tuple[str, ...]] = {
     "before": (
         *("original_image", "source_img", "before", "source_image", "input_image", "before_image"),
-        *("input_img", "src_img", "original", "source", "input"),
+        *("input_img", "src_img", "image_file", "original", "source", "input"),
     ),
     "after": (
         *("edited_image", "target_img", "after", "target_image", "output_image", "after_image"),
-        *("output_img", "edited_img", "edited", "target", "output"),
+        *("output_img", "edited_img", "edited_file", "edited", "target", "output"),
     ),
     "mask": ("mask_img", "mask", "mask_image"),
 }
@@ -96,10 +97,27 @@ def words_of(row: Mapping[str, Any], names: Mapping[str, Sequence[str]] = WORDS)
 
 
 def text(value: object) -> str:
-    """A cell as text, stripped; "" for null. A list gives its first text that is not empty."""
+    """A cell as text, stripped; "" for null. A list gives its first text that is not empty.
+
+    A list written as text, in JSON's or Python's notation, counts as a list.
+    """
+    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+        value = _listed(value.strip())
     if isinstance(value, list | tuple):
         return next((words for one in value if (words := text(one))), "")
     return "" if value is None else str(value).strip()
+
+
+def _listed(words: str) -> object:
+    """The list of texts that `words` write out, or `words` themselves."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(words)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and all(isinstance(one, str) for one in found):
+            return found
+    return words
 
 
 def scores_of(row: Mapping[str, Any]) -> dict[str, float]:
