@@ -1,4 +1,4 @@
-"""What the adapters share: tables of a benchmark row by row, and pictures on disk."""
+"""What the adapters share: tables of a benchmark row by row, pictures on disk, and masks by run lengths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ip2p.base.errors import InputError
 from ip2p.data import columns
@@ -78,3 +80,14 @@ def read_object(folder: Path, *names: str) -> dict[str, Any]:
             if isinstance(found, dict):
                 return found
     raise InputError(f"{folder} has no {names[0]}; name the benchmark's own folder (docs/evaluate.md).")
+
+
+def decoded_mask(runs: list[int], height: int, width: int, *, border: bool) -> Tensor:
+    """[start, length, start, length, …] over the pixels row by row → bool [height, width]."""
+    flat = torch.zeros(height * width, dtype=torch.bool)
+    for start, length in zip(runs[::2], runs[1::2], strict=True):
+        flat[start : start + length] = True
+    mask = flat.view(height, width)
+    if border:
+        mask[[0, -1]] = mask[:, [0, -1]] = True
+    return mask

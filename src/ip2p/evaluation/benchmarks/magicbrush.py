@@ -58,13 +58,8 @@ def make_magicbrush_row(one: BrushSession) -> EvalRow:
     before, after = picture_at(one.before, one.id), picture_at(one.after, one.id)
     data = one.mask.read_bytes() if one.mask is not None and one.mask.is_file() else None
     mask = None if data is None else region_of(data, before.size, one.id)
-    known: dict[str, Any] = {
-        "turns": one.turns,
-        "edited_caption": one.caption,
-        "mask": mask,
-        "group": one.group,
-    }
-    return EvalRow(id=one.id, before=before, after=after, **known)
+    known: dict[str, Any] = {"turns": one.turns, "edited_caption": one.caption, "group": one.group}
+    return EvalRow(id=one.id, before=before, after=after, mask=mask, **known)
 
 
 def published_clip_t(shot: Shot, encoders: Encoders) -> float:

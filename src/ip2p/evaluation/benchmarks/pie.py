@@ -7,23 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ip2p.evaluation import metrics
-from ip2p.evaluation.benchmarks.files import picture_at, read_object
+from ip2p.evaluation.benchmarks.files import decoded_mask, picture_at, read_object
 from ip2p.evaluation.encoders import Encoders
 from ip2p.evaluation.metrics import Metric, Shot, structure_distance
 from ip2p.evaluation.rows import EvalRow
 
 METRICS = (
-    "structure",
-    "psnr_outside",
-    "l2_outside",
-    "ssim_outside",
-    "clip_text",
-    "clip_directional",
-    "clip_image",
+    *("structure", "psnr_outside", "l2_outside", "ssim_outside"),
+    *("clip_text", "clip_directional", "clip_image"),
 )
 
 
@@ -55,17 +47,6 @@ def make_pie_row(edit: PieEdit) -> EvalRow:
         "kind": str(entry["editing_type_id"]),
     }
     return EvalRow(id=edit.id, before=before, turns=(entry["editing_instruction"],), **known)
-
-
-def decoded_mask(runs: list[int], height: int, width: int, *, border: bool) -> Tensor:
-    """[start, length, start, length, …] over the pixels row by row → bool [height, width]."""
-    flat = torch.zeros(height * width, dtype=torch.bool)
-    for start, length in zip(runs[::2], runs[1::2], strict=True):
-        flat[start : start + length] = True
-    mask = flat.view(height, width)
-    if border:
-        mask[[0, -1]] = mask[:, [0, -1]] = True
-    return mask
 
 
 def _structure(shot: Shot, encoders: Encoders) -> float:
