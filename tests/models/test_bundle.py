@@ -69,7 +69,10 @@ def test_sampling_is_the_papers_unless_the_card_recommends_another(copy):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"schedule": "even"}, "schedule is 'even'; choose one of: linspace, karras, trailing"),
+        (
+            {"schedule": "even"},
+            "schedule is 'even'; choose one of: linspace, karras, exponential, trailing, lcm",
+        ),
         ({"sampler": "magic"}, "sampler is 'magic'; choose one of: euler_ancestral"),
         ({"steps": 0}, "steps is 0; it must be 1 to 1000"),
         ({"steps": "many"}, "cannot be used"),

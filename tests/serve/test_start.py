@@ -63,7 +63,9 @@ def test_a_look_shows_a_picture_upright_with_its_size(http):
     bmp = io.BytesIO()
     Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(bmp, "TIFF")
     found = http.post("/v1/pictures", files={"image": bmp.getvalue()}).json()
-    assert found["format"] == "png" and "transparen" in found["warnings"][0].lower()
+    assert found["format"] == "png" and found["warnings"] == []
+    preview = Image.open(io.BytesIO(base64.b64decode(found["preview"])))
+    assert preview.mode == "RGBA" and preview.getchannel("A").getextrema() == (0, 0)
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])

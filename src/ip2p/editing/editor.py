@@ -114,10 +114,6 @@ class Editor:
         self._parts = [[part for part in group if part is not None] for group in groups]
         if self._offloads:
             offload(self._parts, self.device)
-        else:
-            use_fast_layout(bundle)
-        if self.device.type == "cpu":
-            reuse_freed_memory()
 
     def __repr__(self) -> str:
         card = self.bundle.card
@@ -185,6 +181,11 @@ class Editor:
         if control_folder is not None:
             control = load_controlnet(control_folder, device=home, dtype=number)
         editor = cls(bundle, controlnet=control, memory=memory, device=place, origin=origin)
+        # Not in `__init__`: an editor around networks in training must leave their layout alone.
+        if not editor._offloads:
+            use_fast_layout(bundle)
+        if editor.device.type == "cpu":
+            reuse_freed_memory()
         if compile and editor._offloads:
             warnings.warn("Nothing is compiled, since the weights are moved to save memory.", stacklevel=2)
         elif compile:

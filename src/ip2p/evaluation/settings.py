@@ -128,7 +128,9 @@ class EvaluateConfig(
         None, "OpenAI-compatible server whose vision model scores the edits", group=JUDGE, metavar="URL"
     )
     judge_model: str = setting("", "its name on the server", group=JUDGE, metavar="NAME")
-    judge_repeats: int = setting(1, "answers per picture, for the variance", ge=1, le=100, group=JUDGE)
+    judge_repeats: int = setting(
+        1, "answers per picture, for the variance", ge=1, le=100, group=JUDGE, hidden=True
+    )
     judge_prompts: Path | None = setting(
         None, "folder with semantics.txt and quality.txt instead of ours", group=JUDGE, hidden=True
     )
@@ -150,7 +152,9 @@ class EvaluateConfig(
         example=4,
         group=MODEL,
     )
-    shown: int = setting(24, "rows whose pictures are on the page", ge=0, le=10_000, group="Report")
+    shown: int = setting(
+        24, "rows whose pictures are on the page", ge=0, le=10_000, group="Report", hidden=True
+    )
     resamples: int = setting(
         2000, "bootstrap resamples of the intervals", ge=100, le=100_000, group="Report", hidden=True
     )

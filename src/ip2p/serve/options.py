@@ -134,6 +134,7 @@ class ServeConfig(RaySettings, _Served):
         le=64,
         example=1.0,
         group=WORKERS,
+        hidden=True,
     )
     replica_cpus: int = setting(
         1, "CPUs per process, and so its threads", ge=1, le=1024, example=4, group=WORKERS, hidden=True

@@ -97,6 +97,7 @@ class KeepBestSettings(Settings):
         ge=0,
         le=1_000_000,
         group=THRESHOLDS,
+        hidden=True,
     )
     near_bits: int = setting(
         4,
@@ -137,7 +138,7 @@ class SynthInstructConfig(
         None, "URL of a server with OpenAI's API, as http://localhost:8000/v1", group=SERVER
     )
     way: Way = setting("completion", "completion for a tuned model, chat for a general one", group=SERVER)
-    together: int = setting(8, "concurrent requests", ge=1, le=1_000_000, group=SERVER)
+    together: int = setting(8, "concurrent requests", ge=1, le=1_000_000, group=SERVER, hidden=True)
     rate: float | None = setting(
         None, "maximum requests per second", ge=0.001, le=1e6, example=5.0, group=SERVER
     )
@@ -168,13 +169,14 @@ class SynthInstructConfig(
         le=10**9,
         example=8,
         group=WRITING,
+        hidden=True,
     )
     edits: int = setting(1, "edits per caption", ge=1, le=1_000_000, example=2, group=WRITING)
     retries: int = setting(
         3, "how often to ask again after a rejected answer", ge=0, le=1_000_000, group=WRITING, hidden=True
     )
     allow_spatial: bool = setting(
-        False, "accept edits that move things, which Prompt-to-Prompt cannot draw", group=WRITING
+        False, "accept edits that move things, which Prompt-to-Prompt cannot draw", group=WRITING, hidden=True
     )
     block_list: Path | None = setting(
         None, "file of blocked words, one a line, instead of the built-in list", group=WRITING
@@ -188,7 +190,7 @@ class SynthInstructConfig(
     )
     batch: int = setting(32, "answers per batch of a local model", ge=1, le=1_000_000, group=WRITING)
     column: str | None = setting(
-        None, "column of the captions; default: the first known, such as TEXT", group=CAPTIONS
+        None, "column of the captions; default: the first known, such as TEXT", group=CAPTIONS, hidden=True
     )
     sample: int | None = setting(
         None,
@@ -197,6 +199,7 @@ class SynthInstructConfig(
         le=10**9,
         example=1000,
         group=CAPTIONS,
+        hidden=True,
     )
     min_words: int = setting(2, "minimum words of a caption", ge=0, le=1_000_000, group=CAPTIONS, hidden=True)
     max_words: int = setting(
@@ -340,6 +343,7 @@ class SynthPairsConfig(
         le=10_000,
         example=2,
         group=DRAWING,
+        hidden=True,
     )
     round_size: int | None = setting(
         None,

@@ -208,7 +208,7 @@ def _looked_at(data: bytes, body: PictureBody, max_pixels: int) -> PictureAnswer
             warnings.append(f"The settings in the file cannot be read: {error}")
     share = min(1.0, body.side / max(picture.size))
     width, height = (max(1, round(side * share)) for side in picture.size)
-    shown = picture.convert("RGB") if share == 1 else resized(picture.convert("RGB"), (width, height))
+    shown = picture.copy() if share == 1 else resized(picture, (width, height))
     shown.info = {}
     return PictureAnswer(
         width=picture.width,
