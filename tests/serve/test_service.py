@@ -862,11 +862,12 @@ def test_many_real_edits_leave_nothing_behind(serve):
         return len(gc.get_objects()), tensors, threading.active_count()
 
     some(20)
-    before = some(20)
-    after = some(60)
-    assert after[0] - before[0] < 500
+    rounds = [some(20), some(60), some(60), some(60)]
+    objects, tensors, threads = zip(*rounds, strict=True)
+    # A leak grows in every round; a library's caches grow in some of them.
+    assert min(after - before for before, after in itertools.pairwise(objects)) < 500
     # Fewer, where something of an earlier test went meanwhile.
-    assert after[1] <= before[1] and after[2] <= before[2]
+    assert tensors[-1] <= tensors[0] and threads[-1] <= threads[0]
 
 
 def test_closing_ends_every_thread(editor):

@@ -18,7 +18,7 @@ from ip2p.editing import advice, chain
 from ip2p.editing import batch as many
 from ip2p.editing import grid as grids
 from ip2p.pictures import images, infotext
-from ip2p.pictures.address import file_name, is_address
+from ip2p.pictures.address import file_name, is_url
 from ip2p.settings import (
     COMMON,
     MAX_COUNT,
@@ -544,7 +544,7 @@ def output_paths(config: EditConfig, count: int | None = None) -> list[Path]:
 
 def local_path(image: str) -> Path:
     """The path of a picture; of an address, its file name in the current folder."""
-    return Path(file_name(image)) if is_address(image) else Path(image)
+    return Path(file_name(image)) if is_url(image) else Path(image)
 
 
 def place(out: Path | None, source: Path, name: str) -> Path:

@@ -24,7 +24,7 @@ from ip2p.base.errors import InputError, Ip2pError
 from ip2p.base.files import checksum, make_folder, remove_temporaries, write_text
 from ip2p.base.ledger import MANIFEST, Ledger, find_damage, lock_folder
 from ip2p.pictures import images
-from ip2p.pictures.address import is_address
+from ip2p.pictures.address import is_url
 from ip2p.settings import OverwriteSettings, first_difference, run_json
 
 RUN = "run.json"
@@ -84,7 +84,7 @@ def find_pictures(words: Sequence[str], out: Path) -> list[tuple[Path, str]]:
             ]
         elif path.is_file():
             here = [(path, path.name)]
-        elif is_address(word):
+        elif is_url(word):
             raise InputError(f"{word}: addresses are edited one at a time. Download the pictures first.")
         else:
             raise images.missing_file(path)
@@ -125,7 +125,7 @@ def tasks(pictures: Iterable[tuple[Path, str]], seeds: Sequence[int]) -> list[Ta
 
 def _is_glob(word: str) -> bool:
     # A file's own name may hold brackets.
-    return glob.has_magic(word) and not os.path.exists(word) and not is_address(word)
+    return glob.has_magic(word) and not os.path.exists(word) and not is_url(word)
 
 
 def _root(pattern: str) -> Path:

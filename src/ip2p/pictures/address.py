@@ -18,7 +18,7 @@ MAX_SECONDS = 60.0
 SILENCE = 20.0  # seconds without a byte
 
 
-def is_address(source: object) -> bool:
+def is_url(source: object) -> bool:
     """Whether a name is an http(s) address rather than a path."""
     return isinstance(source, str) and source.lower().startswith(tuple(f"{name}://" for name in SCHEMES))
 
@@ -32,7 +32,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http(s) only; urllib's own also follows them to ftp."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if not is_address(newurl):
+        if not is_url(newurl):
             raise InputError(
                 f"{req.full_url} leads to {newurl}, which is no http(s) address. Check the address."
             )

@@ -20,7 +20,7 @@ from ip2p.base.errors import InputError, ResourceError
 from ip2p.base.files import check_output as check_file
 from ip2p.base.files import replacing
 from ip2p.pictures import exif
-from ip2p.pictures.address import fetch_picture, is_address
+from ip2p.pictures.address import fetch_picture, is_url
 from ip2p.settings import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def load_image(
         return _upright_rgb(_checked(source, str(name), None), str(name), background, warn)
     if isinstance(source, bytes):
         name, data = "The picture", source
-    elif is_address(source):
+    elif is_url(source):
         name, data = str(source), fetch_picture(str(source))
     elif isinstance(source, str | Path):
         name, data = str(source), _read(Path(source))
