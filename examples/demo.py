@@ -30,7 +30,7 @@ def main() -> None:
         rows.append(row)
         labels.append("   |   ".join(("page", *entry["instructions"])))
     sheet = save_image(grid(rows, labels), RESULTS / "contact-sheet.png")
-    print(f"\nThe results lie in {RESULTS}; all in one picture: {sheet}")
+    print(f"\nThe results are saved in {RESULTS}; all in one picture: {sheet}")
 
 
 if __name__ == "__main__":
