@@ -192,7 +192,8 @@ class CachedSamples:
         self.ahead = ahead
         self.cache, self.words, self.transform, self.objective = cache, words, transform, objective
         self.share, self.seed = share, seed
-        self.order = PromptOrder(kept, [cache.prompts[place] for place in kept], seed)
+        prompts = cache.prompts  # made anew at each access
+        self.order = PromptOrder(kept, [prompts[place] for place in kept], seed)
         self.shape = cache.read([kept[0]], [0]).before.shape[1:]
 
     def batch(self, places: Sequence[int]) -> EditBatch:

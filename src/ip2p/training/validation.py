@@ -194,12 +194,13 @@ def judged(
     }
     if clip is None:
         return numbers
+    start = clip.images(source)
     captions = [(pair.caption.strip(), pair.edited_caption.strip()) for pair in pairs]
     if all(a and b and a != b for a, b in captions):
-        told = [clip.texts([pair[k] for pair in captions]) for k in (0, 1)]
+        change = [clip.texts([pair[k] for pair in captions]) for k in (0, 1)]
     else:
-        told = [clip.images(source), clip.images(target)]
-    found = similarities(clip.images(source), clip.images(result), told[0], told[1])
+        change = [start, clip.images(target)]
+    found = similarities(start, clip.images(result), *change)
     numbers["clip_image"] = float(found.image_image.mean())
     numbers["clip_directional"] = float(found.directional.mean())
     return numbers
