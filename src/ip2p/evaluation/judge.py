@@ -62,8 +62,8 @@ class JudgeSettings:
         """The prompts by name, each with {instruction}. Raises InputError for one that cannot be used."""
         try:
             if self.style == "imgedit":
-                told = json.loads(self.prompts.read_text(encoding="utf-8"))
-                found = {kind: text.replace("<edit_prompt>", INSTRUCTION) for kind, text in told.items()}
+                prompts = json.loads(self.prompts.read_text(encoding="utf-8"))
+                found = {kind: text.replace("<edit_prompt>", INSTRUCTION) for kind, text in prompts.items()}
             else:
                 found = {n: (self.prompts / f"{n}.txt").read_text(encoding="utf-8") for n in QUESTIONS}
         except (OSError, ValueError, AttributeError) as error:

@@ -149,9 +149,7 @@ def open_rows(config: EvaluateConfig) -> tuple[RowSource, Protocol]:
     else:
         pairs = open_source(config.data, stream=config.stream, revision=config.revision, split=config.split)
         source, usual = PairRows(pairs, config.count), USUAL
-    chosen = tuple(name for text in config.metrics for name in text.split(",") if name)
-    if config.as_code:
-        chosen = AS_CODE_METRICS
+    chosen = AS_CODE_METRICS if config.as_code else config.metric_names
     return source, Protocol(metrics=chosen or usual, judged=config.judge is not None)
 
 

@@ -159,6 +159,11 @@ class EvaluateConfig(
         2000, "bootstrap resamples of the intervals", ge=100, le=100_000, group="Report", hidden=True
     )
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names in `metrics`, one by one."""
+        return tuple(name for text in self.metrics for name in text.split(",") if name)
+
     def check_together(self) -> None:
         super().check_together()
         if self.sweep is not None:

@@ -113,9 +113,9 @@ class EvaluateStage:
         judged: Sequence[Mapping[str, Any]] = [{}] * len(shots) if self.judge is None else self.judge(shots)
         counts: Counter[str] = Counter(edits=len(kept), flawed=len(part) - len(kept))
         measured = measure_shots(shots, self.metrics, self.encoders)
-        for (number, row), shot, found, told in zip(kept, shots, measured, judged, strict=True):
+        for (number, row), shot, found, scores in zip(kept, shots, measured, judged, strict=True):
             cells[number] |= {
-                name: None if value != value else value for name, value in {**found, **told}.items()
+                name: None if value != value else value for name, value in {**found, **scores}.items()
             }
             if number < self.shown:
                 pictures.append(_pictures(number, variant, row, shot))

@@ -6,7 +6,7 @@ docs/evaluate.md says of each what its public evaluator gets wrong. `published` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,21 +35,16 @@ class Benchmark:
     by_kind: bool = False
 
 
+_MAGICBRUSH = Benchmark(
+    read=magicbrush.read_turns,
+    make=magicbrush.make_magicbrush_row,
+    metrics=magicbrush.METRICS,
+    published_metrics=magicbrush.PUBLISHED_METRICS,
+    published=magicbrush.PUBLISHED,
+)
 BENCHMARKS = {
-    "magicbrush": Benchmark(
-        read=magicbrush.read_turns,
-        make=magicbrush.make_magicbrush_row,
-        metrics=magicbrush.METRICS,
-        published_metrics=magicbrush.PUBLISHED_METRICS,
-        published=magicbrush.PUBLISHED,
-    ),
-    "magicbrush-multi": Benchmark(
-        read=magicbrush.read_sessions,
-        make=magicbrush.make_magicbrush_row,
-        metrics=magicbrush.METRICS,
-        published_metrics=magicbrush.PUBLISHED_METRICS,
-        published=magicbrush.PUBLISHED,
-    ),
+    "magicbrush": _MAGICBRUSH,
+    "magicbrush-multi": replace(_MAGICBRUSH, read=magicbrush.read_sessions),
     "emu-edit": Benchmark(
         read=emu_edit.read_rows_of,
         make=emu_edit.make_emu_row,
@@ -96,10 +91,9 @@ def open_benchmark(config: EvaluateConfig) -> tuple[ListedRows, Protocol]:
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
     key = stamp(files, config.benchmark, config.as_published)
     source = ListedRows(config.benchmark, key, records, benchmark.make, config.count)
-    chosen = tuple(name for text in config.metrics for name in text.split(",") if name)
     usual = benchmark.published_metrics if config.as_published else benchmark.metrics
     return source, Protocol(
-        metrics=chosen or usual,
+        metrics=config.metric_names or usual,
         benchmark=config.benchmark,
         by_kind=benchmark.by_kind,
         judged=config.judge is not None,

@@ -21,14 +21,14 @@ def read_gedit_edits(path: Path, published: bool) -> list[Cell]:
     import pyarrow.parquet as pq
 
     cells = table_cells(path, COLUMNS)
-    told: dict[str, list[tuple[str, str]]] = {}
+    labels: dict[str, list[tuple[str, str]]] = {}
     for file in dict.fromkeys(cell.path for cell in cells):
         table = pq.read_table(file, columns=["instruction_language", "task_type"])
-        told[file] = list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
-    number = dict.fromkeys(told, 0)
+        labels[file] = list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+    number = dict.fromkeys(labels, 0)
     kept = []
     for cell in cells:
-        language, group = told[cell.path][number[cell.path]]
+        language, group = labels[cell.path][number[cell.path]]
         number[cell.path] += 1
         if language == LANGUAGE and (not published or group in PUBLISHED_GROUPS):
             kept.append(cell)

@@ -24,13 +24,13 @@ class ImageEdit:
 
 def read_imgedit_edits(folder: Path, published: bool) -> list[ImageEdit]:
     """The entries, with their pictures. Raises InputError where there are none."""
-    told = read_object(folder, "basic_edit.json", "singleturn.json")
-    first = next(iter(told.values()))["id"] if told else ""
+    edits = read_object(folder, "basic_edit.json", "singleturn.json")
+    first = next(iter(edits.values()))["id"] if edits else ""
     home = next((folder / name for name in HOMES if (folder / name / first).is_file()), None)
     if home is None:
         raise InputError(f"{folder} has no picture {first}; unpack the benchmark's archive into it.")
     return [
-        ImageEdit(key, home / each["id"], each["prompt"], each["edit_type"]) for key, each in told.items()
+        ImageEdit(key, home / each["id"], each["prompt"], each["edit_type"]) for key, each in edits.items()
     ]
 
 

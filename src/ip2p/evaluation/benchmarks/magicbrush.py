@@ -50,8 +50,8 @@ def _sessions(folder: Path) -> list[list[BrushSession]]:
         words = captions.get(name, {}).get(turn["output"], "")
         return BrushSession(f"{name}-{number}", name, before, after, (turn["instruction"],), words, mask)
 
-    told = read_object(folder, "edit_sessions.json").items()
-    return [[one(name, k, turn) for k, turn in enumerate(turns, 1)] for name, turns in told if turns]
+    sessions = read_object(folder, "edit_sessions.json").items()
+    return [[one(name, k, turn) for k, turn in enumerate(turns, 1)] for name, turns in sessions if turns]
 
 
 def make_magicbrush_row(one: BrushSession) -> EvalRow:

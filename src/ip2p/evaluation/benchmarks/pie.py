@@ -31,8 +31,8 @@ class PieEdit:
 
 def read_mapping(folder: Path, published: bool) -> list[PieEdit]:
     """The entries of the mapping file."""
-    told, home = read_object(folder, "mapping_file.json"), folder / "annotation_images"
-    return [PieEdit(id, home / entry["image_path"], entry, published) for id, entry in told.items()]
+    mapping, home = read_object(folder, "mapping_file.json"), folder / "annotation_images"
+    return [PieEdit(id, home / entry["image_path"], entry, published) for id, entry in mapping.items()]
 
 
 def make_pie_row(edit: PieEdit) -> EvalRow:
