@@ -192,7 +192,7 @@ class CachedSamples:
         self.ahead = ahead
         self.cache, self.words, self.transform, self.objective = cache, words, transform, objective
         self.share, self.seed = share, seed
-        prompts = cache.prompts  # made anew at each access
+        prompts = cache.prompts  # rebuilt at each access
         self.order = PromptOrder(kept, [prompts[place] for place in kept], seed)
         self.shape = cache.read([kept[0]], [0]).before.shape[1:]
 
