@@ -46,7 +46,12 @@ def x0_from_velocity(x: Latent, velocity: Latent, sigma: Float[Tensor, "*b"]) ->
     return x / (sigma**2 + 1) - velocity * sigma / (sigma**2 + 1).sqrt()
 
 
-X0 = {"epsilon": x0_from_epsilon, "v_prediction": x0_from_velocity}
+def x0_from_sample(x: Latent, sample: Latent, sigma: Float[Tensor, "*b"]) -> Latent:
+    """The network predicts x0 itself."""
+    return sample
+
+
+X0 = {"epsilon": x0_from_epsilon, "v_prediction": x0_from_velocity, "sample": x0_from_sample}
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class UNetDenoiser:
         return self.x0(x, self.predict(x, sigma, text, image), sigma)
 
     def predict(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
-        """The UNet's prediction (noise or velocity) at x / sqrt(sigma² + 1)."""
+        """The UNet's prediction (noise, velocity or x0) at x / sqrt(sigma² + 1)."""
         return self.tell(x, sigma, told(text, len(x)), image)
 
     def tell(self, x: Latent, sigma: Sigma, told: Told, image: Latent) -> Latent:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -17,7 +17,7 @@ from ip2p.models.widen import widen_conv_in
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 def load_base(
@@ -115,10 +115,10 @@ def _prediction(config: Mapping[str, Any], path: Path) -> Prediction:
             f"{path} is a flow model ({name}); editors are trained from ones that predict noise or "
             "velocity. Use an SD 1.x, SD 2.x or SDXL model."
         )
-    if prediction == "epsilon" or prediction == "v_prediction":
+    if prediction in get_args(Prediction):
         return prediction  # type: ignore[no-any-return]
     raise ModelError(
-        f"{path}: its scheduler's prediction_type is {prediction!r}; epsilon and v_prediction can be "
+        f"{path}: its scheduler's prediction_type is {prediction!r}; epsilon, v_prediction and sample can be "
         "trained. Use a model of one of these kinds."
     )
 

@@ -368,6 +368,7 @@ def _open_unet_file(
     said = weights.metadata.get("modelspec.prediction_type")
     if said or ldm.VELOCITY in weights.shapes:
         kind = "v_prediction" if _velocity(weights, parts.architecture) else "epsilon"
+        kind = "sample" if said == "sample" else kind
         configs["scheduler"] = parts.configs["scheduler"] | {"prediction_type": kind}
     own = Stored(
         path=path,

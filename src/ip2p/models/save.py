@@ -114,7 +114,9 @@ def edit_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     if name == EULER or name.startswith("EDM"):
         return dict(config)
     noise = {key: config[key] for key in NOISE if key in config}
-    return {"_class_name": EULER, "timestep_spacing": "linspace", "steps_offset": 0, **noise, **_version()}
+    # diffusers' ancestral sampler does not take a network that predicts x0.
+    name = "EulerDiscreteScheduler" if config.get("prediction_type") == "sample" else EULER
+    return {"_class_name": name, "timestep_spacing": "linspace", "steps_offset": 0, **noise, **_version()}
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:

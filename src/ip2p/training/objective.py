@@ -17,9 +17,9 @@ from ip2p.training.loss import (
     change_weights,
     noise_loss,
     null_conditions,
+    prediction_target,
     random_timesteps,
     snr_weight,
-    velocity,
 )
 
 
@@ -27,7 +27,7 @@ from ip2p.training.loss import (
 class Objective:
     """The paper's loss; all below `snr_clip` are the storybook's additions, off by default."""
 
-    prediction: str = "epsilon"  # or "v_prediction"
+    prediction: str = "epsilon"  # or "v_prediction", "sample"
     shares: Shares = field(default_factory=Shares)  # of samples that lose the text, the image, both
     snr_clip: tuple[float, float] | None = None  # of the x0 loss's weight; (0, gamma) is Min-SNR
     timestep_power: float = 1.0
@@ -171,7 +171,7 @@ class EditTask(nn.Module):
             more["added_cond_kwargs"] = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
         given = torch.cat([noisy, image], dim=1)
         predicted = self.unet(given, draws.timesteps, context, return_dict=False, **more)[0]
-        wanted = draws.noise if self.objective.prediction == "epsilon" else velocity(target, draws.noise, a)
+        wanted = prediction_target(self.objective.prediction, target, draws.noise, a)
         return predicted, wanted, a, context
 
     def _loss(

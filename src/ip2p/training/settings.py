@@ -134,7 +134,7 @@ class TrainConfig(RunSettings, DeviceSettings):
         group=OPTIMIZER,
         hidden=True,
     )
-    prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = setting(
         "auto", "what the network predicts; auto: as the base", group=MODEL, hidden=True
     )
     lora: int | None = setting(
