@@ -107,7 +107,8 @@ def test_a_hub_name_is_looked_up_in_the_cache(monkeypatch, bases):
 def test_what_is_not_trained_is_refused_in_one_line(copy, xl_dir, tmp_path):
     scheduler = copy / "scheduler" / "scheduler_config.json"
     change(scheduler, prediction_type="flow_prediction")
-    with pytest.raises(ModelError, match="prediction_type is 'flow_prediction'; epsilon, v_prediction and sample") as told:
+    refusal = "prediction_type is 'flow_prediction'; epsilon, v_prediction and sample"
+    with pytest.raises(ModelError, match=refusal) as told:
         load_base(copy)
     change(scheduler, prediction_type="epsilon", _class_name="FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ModelError, match="is a flow model"):
