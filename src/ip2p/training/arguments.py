@@ -11,6 +11,8 @@ class TrainArguments(TypedDict, total=False):
 
     # cuda, cuda:N, mps or cpu; auto takes the first that exists
     device: str
+    # names of the columns: original=NAME,instruction=NAME,edited=NAME; also caption, edited_caption, mask, id; default: the names in docs/data.md
+    columns: str | None
     # pairs: parquet, folders, shards or a Hugging Face data set (docs/data.md); or storybook
     data: str
     # Stable Diffusion or an editor: a model id, a folder, a file; or a UNet's config.json

@@ -10,6 +10,7 @@ from ip2p.settings import (
     COMMON,
     MAX_SEED,
     MODEL,
+    ColumnSettings,
     Conflict,
     DeviceSettings,
     RunSettings,
@@ -22,7 +23,7 @@ OPTIMIZER, DROPOUT, MEMORY = "Optimizer", "Conditioning dropout", "Speed and mem
 VALIDATION, RECORDS, DATA = "Checkpoints and validation", "Model card", "Data"
 
 
-class TrainConfig(RunSettings, DeviceSettings):
+class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     """Train an editor on pairs of pictures: ip2p train --data pairs --base MODEL --output editor --steps N"""
 
     data: str = setting(

@@ -187,6 +187,7 @@ def _run(config: TrainConfig, output: Path) -> Result:
         split=config.split,
         stream=config.stream,
         revision=config.data_revision,
+        columns=config.columns,
     )
     transform = Transform(size=size, resize_to=config.resize_to, flip=not (config.no_flip or source.endless))
     objective = Objective(
@@ -327,11 +328,20 @@ def open_base(config: TrainConfig, device: torch.device) -> Bundle:
 
 
 def find_source(
-    data: str, side: int | None, *, seed: int, split: str, stream: bool, revision: str | None
+    data: str,
+    side: int | None,
+    *,
+    seed: int,
+    split: str,
+    stream: bool,
+    revision: str | None,
+    columns: str | None = None,
 ) -> Source:
     """The data named; `storybook` is drawn as it is needed, `side` pixels wide and high."""
     if data != STORYBOOK or Path(STORYBOOK).exists():
-        return open_source(data, stream=stream, revision=revision, split=split)
+        return open_source(data, stream=stream, revision=revision, split=split, columns=columns)
+    if columns:
+        raise InputError("the storybook is drawn and has no columns; leave --columns away.")
     if side is None:
         raise InputError("storybook pages are square; give --size one side, as in --size 256.")
     if split not in typing.get_args(Split):
