@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from ip2p.base.errors import InputError, ModelError, Terminated
+from ip2p.base.errors import InputError, ModelError, ResourceError, Terminated
 from ip2p.base.files import write_text
 from ip2p.base.ledger import lock_folder
 from ip2p.cli import main as cli
@@ -522,6 +523,29 @@ def test_min_snr_without_a_last_signal_is_refused_for_noise(config, tmp_path):
     path.write_text(json.dumps(told))
     with pytest.raises(InputError, match="--min-snr divides by"):
         trainer.train(config, base=str(base), min_snr=5.0, prediction="epsilon")
+
+
+def test_min_snr_without_a_last_signal_is_warned_of_for_velocity(config, tmp_path, capsys):
+    base = shutil.copytree(config.base, tmp_path / "zero")
+    path = base / "scheduler" / "scheduler_config.json"
+    told = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(told))
+    trainer.train(config, base=str(base), min_snr=5.0, prediction="v_prediction", steps=1)
+    assert "at the last noise level, which has no signal, --min-snr gives velocity no weight" in (
+        capsys.readouterr().err
+    )
+    curve = (config.output / "training" / "log.jsonl").read_text().splitlines()
+    assert math.isfinite(json.loads(curve[0])["loss"])
+
+
+def test_a_run_says_what_memory_it_needs_and_refuses_what_cannot_fit(config, capsys, monkeypatch):
+    trainer.train(config, steps=1, device="cpu")
+    line = next(line for line in capsys.readouterr().err.splitlines() if "memory: about" in line)
+    for part in ("parameters", "gradients", "optimizer", "EMA", "activations about", "cpu has"):
+        assert part in line
+    monkeypatch.setattr(trainer, "free_bytes", lambda device: 1000)
+    with pytest.raises(ResourceError, match="are free. Try --micro-batch 2 .*--checkpointing, --lora 16"):
+        trainer.train(config, steps=2, device="cpu")
 
 
 # --- the command line ---

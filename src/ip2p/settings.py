@@ -915,8 +915,7 @@ class ColumnSettings(Settings):
 
     columns: Columns = setting(
         None,
-        "names of the columns: original=NAME,instruction=NAME,edited=NAME; also caption, "
-        "edited_caption, mask, id; default: the names in docs/data.md",
+        "original=NAME,instruction=NAME,edited=NAME; default: known names (docs/data.md)",
         example="original=src,edited=tgt",
         group="Data",
         metavar="PART=NAME,…",

@@ -11,7 +11,7 @@ class TrainArguments(TypedDict, total=False):
 
     # cuda, cuda:N, mps or cpu; auto takes the first that exists
     device: str
-    # names of the columns: original=NAME,instruction=NAME,edited=NAME; also caption, edited_caption, mask, id; default: the names in docs/data.md
+    # original=NAME,instruction=NAME,edited=NAME; default: known names (docs/data.md)
     columns: str | None
     # pairs: parquet, folders, shards or a Hugging Face data set (docs/data.md); or storybook
     data: str
@@ -49,6 +49,10 @@ class TrainArguments(TypedDict, total=False):
     clip_norm: float
     # maximum EMA decay; the EMA weights are saved; 0: none
     ema: float
+    # keep the EMA in the host's memory, updated beside the next step; saves 4 bytes a weight on the GPU
+    ema_on_cpu: bool
+    # adamw8bit keeps its moments in 8 bits, a quarter of the memory: pip install 'ip2p[8bit]'
+    optimizer: Literal["adamw", "adamw8bit"]
     # EMA updates per step; the paper's code has one per micro-batch, which are 4
     ema_updates: int
     # share of samples without their instruction

@@ -105,6 +105,19 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
         example=0.9,
         group=OPTIMIZER,
     )
+    ema_on_cpu: bool = setting(
+        False,
+        "keep the EMA in the host's memory, updated beside the next step; saves 4 bytes a weight on the GPU",
+        group=MEMORY,
+        same_job=False,
+        hidden=True,
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = setting(
+        "adamw",
+        "adamw8bit keeps its moments in 8 bits, a quarter of the memory: pip install 'ip2p[8bit]'",
+        group=OPTIMIZER,
+        hidden=True,
+    )
     ema_updates: int = setting(
         1,
         "EMA updates per step; the paper's code has one per micro-batch, which are 4",
