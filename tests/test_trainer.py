@@ -352,9 +352,28 @@ def test_a_lora_of_stable_diffusion_trains_the_widened_input_too(config):
 def test_a_unet_can_start_from_its_config_alone(config, tiny_model_dir, tmp_path):
     own = tmp_path / "unet.json"
     own.write_text((tiny_model_dir / "unet" / "config.json").read_text())
-    with pytest.raises(InputError, match="add --parts MODEL"):
+    with pytest.raises(InputError, match="add --parts-from MODEL"):
         trainer.run(config.changed(base=str(own)))
     assert trainer.run(config.changed(base=str(own), parts=str(tiny_model_dir), steps=2)).finished
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_unet_alone_is_trained_with_the_parts_of_another_model(config, tiny_model_dir, tmp_path, form):
+    """Its own weights are what is trained, not noise: after a step of no length they are unchanged."""
+    from safetensors.torch import load_file, save_file
+
+    own = load_file(tiny_model_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    own = {key: value + 0.01 for key, value in own.items()}
+    base = shutil.copytree(tiny_model_dir / "unet", tmp_path / "unet")
+    save_file(own, base / "diffusion_pytorch_model.safetensors")
+    if form == "file":
+        base = base / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ModelError, match="UNet alone.*--parts-from"):
+        trainer.run(config.changed(base=str(base)))
+    config = config.changed(base=str(base), parts_from=str(tiny_model_dir), steps=1, lr=0.0)
+    assert trainer.run(config).finished
+    written = weights(config.output)  # in fp16, as the base
+    assert all(torch.allclose(written[key].float(), own[key].float(), atol=1e-3) for key in own)
 
 
 @pytest.mark.parametrize("kind", ["sd2", "xl"])

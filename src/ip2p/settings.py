@@ -793,7 +793,19 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
             )
 
 
-class ModelChoice(Settings):
+class PartsSettings(Settings):
+    """Where the parts come from that a UNet alone lacks."""
+
+    parts_from: str | None = setting(
+        None,
+        "model that brings what a file of a UNet alone lacks",
+        group=MODEL,
+        label="Model parts",
+        metavar="MODEL",
+    )
+
+
+class ModelChoice(PartsSettings):
     """Which model to load."""
 
     model: str = setting(
@@ -867,13 +879,6 @@ class CompileSettings(Settings):
 class ModelSettings(CompileSettings, MemorySettings, DTypeSettings, DeviceSettings, ModelChoice):
     """Which model to load, what to add to it, and where to run it."""
 
-    parts_from: str | None = setting(
-        None,
-        "model that brings what a file of a UNet alone lacks",
-        group=MODEL,
-        label="Model parts",
-        metavar="MODEL",
-    )
     lora: Loras = setting(
         (),
         "add a LoRA file with a weight (1 if none is given); may be repeated",

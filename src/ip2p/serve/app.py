@@ -144,6 +144,7 @@ def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
 
         return Editor.load(
             model,
+            parts_from=config.parts_from,
             device=config.device,
             dtype=config.dtype,
             memory=config.memory,

@@ -21,8 +21,8 @@ class TrainArguments(TypedDict, total=False):
     output: str | Path | None
     # optimizer steps
     steps: int
-    # with a config as --base: the model that gives autoencoder, text encoder and schedule
-    parts: str | None
+    # with a UNet alone, or its config, as --base: the model that brings the rest
+    parts_from: str | None
     # training size in pixels; default: the base's own
     size: int | tuple[int, int] | None
     # random crops: the shorter side is resized to anything from --size to this

@@ -47,11 +47,12 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
         same_job=False,
     )
     steps: int = setting(1000, "optimizer steps", ge=1, le=10**9, group=COMMON, same_job=False)
-    parts: str | None = setting(
+    parts_from: str | None = setting(
         None,
-        "with a config as --base: the model that gives autoencoder, text encoder and schedule",
+        "with a UNet alone, or its config, as --base: the model that brings the rest",
         group=MODEL,
         metavar="MODEL",
+        aliases=("parts",),
     )
     size: Size = setting(
         None,

@@ -270,6 +270,8 @@ def fingerprint(config: TrainConfig, source: Source, start: str) -> dict[str, An
     kept = {name: value for name, value in config.as_dict().items() if meta_of(fields[name]).same_job}
     if config.schedule == "cosine":
         kept["steps"] = config.steps  # the learning rate's way down follows from it
+    if config.optimizer == "adamw":
+        kept.pop("optimizer")  # checkpoints of earlier versions do not name it
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
     return kept | {"content of --data": source.key, "weights of --base": start}
 
@@ -315,19 +317,33 @@ def _trackers(track: str) -> str | None:
 
 
 def open_base(config: TrainConfig, device: torch.device) -> Bundle:
-    """The networks to start from; a UNet's config (a .json file) with --parts starts from noise."""
+    """The networks to start from; a UNet's config with --parts-from starts from noise."""
     path = Path(config.base).expanduser()
-    alone = path.suffix == ".json" or (path.is_dir() and not (path / "model_index.json").exists())
-    if alone and (path.is_file() or (path / "config.json").is_file()):
-        if config.parts is None:
+    folder = path.is_dir() and not (path / "model_index.json").exists()
+    trained = folder and any(path.glob("diffusion_pytorch_model*"))
+    if (path.suffix == ".json" and path.is_file()) or (
+        folder and not trained and (path / "config.json").is_file()
+    ):
+        if config.parts_from is None:
             raise InputError(
-                f"{config.base} is the config of a UNet alone; add --parts MODEL for its autoencoder, its "
-                "text encoder and its noise schedule."
+                f"{config.base} is the config of a UNet alone; add --parts-from MODEL for its autoencoder, "
+                "its text encoder and its noise schedule."
             )
         return new_from_config(
-            path, config.parts, device=device, revision=config.revision, vae=config.vae, seed=config.seed
+            path,
+            config.parts_from,
+            device=device,
+            revision=config.revision,
+            vae=config.vae,
+            seed=config.seed,
         )
-    return load_base(config.base, device=device, revision=config.revision, vae=config.vae)
+    return load_base(
+        config.base,
+        device=device,
+        revision=config.revision,
+        vae=config.vae,
+        parts_from=config.parts_from,
+    )
 
 
 def find_source(
