@@ -130,6 +130,7 @@ def local_service(config: ServeConfig, **how: Any) -> Service:
         loaded=len(config.models()),
         check=checker(config),
         finish=marker(config),
+        tiny_vae=config.tiny_vae,
     )
     return Service(maker, **how)
 

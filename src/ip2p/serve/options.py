@@ -42,6 +42,13 @@ class _Served(RunSettings, PartsSettings, CompileSettings, MemorySettings, DType
         group=COMMON,
         metavar="[NAME=]MODEL",
     )
+    tiny_vae: str | None = setting(
+        None,
+        "tiny autoencoder (TAESD) for previews: a folder or a Hugging Face id; default: the model's own",
+        group=MODEL,
+        metavar="MODEL",
+        hidden=True,
+    )
     max_pixels: int = setting(
         SERVER_PIXELS, "refuse a larger picture before decoding it", ge=1, le=2**40, group=LIMITS
     )
