@@ -157,7 +157,8 @@ def _look(pair: Pair | BrokenRow) -> _Row:
         return _Row(pair.id, words, found=found)
     one, two = opened
     for part, picture in zip(("before", "after"), opened, strict=True):
-        if all(low == high for low, high in picture.getextrema()):
+        bands: Any = picture.getextrema()
+        if all(low == high for low, high in bands):
             found["blank picture"] = part
     if one.size != two.size:
         found["size mismatch"] = "{}x{} and {}x{}".format(*one.size, *two.size)

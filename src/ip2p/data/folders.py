@@ -81,8 +81,8 @@ def sidecar_rows(folder: Path) -> list[dict[str, Any] | str]:
     for stem in stems:
         before, after = sides[0].get(stem, []), sides[1].get(stem, [])
         if len(before) > 1 or len(after) > 1:
-            names = ", ".join(str(path.relative_to(folder)) for path in [*before, *after])
-            rows.append(f"two pictures are the same half of the pair {stem}: {names}")
+            listed = ", ".join(str(path.relative_to(folder)) for path in [*before, *after])
+            rows.append(f"two pictures are the same half of the pair {stem}: {listed}")
             continue
         names = {"before": before, "after": after}
         rows.append(

@@ -58,6 +58,7 @@ class Ema:
     def _average_copies(self, share: float, ready: torch.cuda.Event | None) -> None:
         if ready is not None:
             ready.synchronize()
+        assert self._copies is not None, "only called with averages on the host"
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), self._copies, share)
 
