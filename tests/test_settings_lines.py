@@ -1,5 +1,6 @@
 """Settings in A1111's form, both ways between ip2p and two readers, `sd-parsers` and `sd-prompt-reader`."""
 
+import io
 import json
 
 import piexif
@@ -73,7 +74,7 @@ OPENED = []  # `sd-parsers` caches by the address of a picture in memory, so tha
 
 def read_outside(path):
     """What the two readers tell: prompt, negative prompt, sampler, seed, steps, text scale."""
-    OPENED.append(Image.open(path))
+    OPENED.append(Image.open(io.BytesIO(path.read_bytes())))
     info = ParserManager().parse(OPENED[-1])
     (sampler,) = info.samplers
     names = ("seed", "steps", "cfg_scale")
