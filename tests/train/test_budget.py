@@ -52,7 +52,8 @@ def test_the_estimate_of_activations_is_what_autograd_keeps():
     assert need.activations == pytest.approx(saved_bytes(model, 2), rel=0.3)
     half = training_memory(model, [], micro_batch=2, latent_size=(16, 16), half=True)
     thrifty = training_memory(model, [], micro_batch=2, latent_size=(16, 16), checkpointing=True)
-    assert half.activations * 2 == need.activations and thrifty.activations < 0.6 * need.activations
+    assert 0.5 < half.activations / need.activations < 1
+    assert thrifty.activations < 0.6 * need.activations
 
 
 def test_weights_gradients_optimizer_and_average_are_counted_to_the_byte():

@@ -81,18 +81,24 @@ def training_memory(
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     modules = [unet, *others]
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    kept = _kept_numbers(unet, latent_size, text_length, checkpointing)
+    kept = _kept_bytes(unet, latent_size, text_length, half, checkpointing)
     return TrainingMemory(
         parameters=weights,
         gradients=4 * trained,
         optimizer=round(OPTIMIZER_BYTES[optimizer] * trained),
         ema=4 * trained if ema else 0,
-        activations=kept * micro_batch * (2 if half else 4),
+        activations=kept * micro_batch,
     )
 
 
-def _kept_numbers(unet: Any, latent_size: tuple[int, int], text_length: int, checkpointing: bool) -> int:
-    """The numbers that the backward pass of one sample needs: outputs of layers, for one sample."""
+def _kept_bytes(
+    unet: Any, latent_size: tuple[int, int], text_length: int, half: bool, checkpointing: bool
+) -> int:
+    """The bytes that the backward pass of one sample needs: the outputs of all layers.
+
+    In half precision norms are still in fp32 (torch.autocast), and keep their input and output so.
+    """
+    usual, norm = (2, 8) if half else (4, 4)
     config = unet.config
     with torch.device("meta"):
         ghost = type(unet).from_config(config)
@@ -107,8 +113,9 @@ def _kept_numbers(unet: Any, latent_size: tuple[int, int], text_length: int, che
     def leaf(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal total, block
         if isinstance(output, torch.Tensor):
-            total += output.numel()
-            block += output.numel()
+            size = norm if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) else usual
+            total += size * output.numel()
+            block += size * output.numel()
 
     def enter(module: nn.Module, inputs: Any) -> None:
         nonlocal open_blocks, block
@@ -119,7 +126,7 @@ def _kept_numbers(unet: Any, latent_size: tuple[int, int], text_length: int, che
         open_blocks -= 1
         if checkpointing and isinstance(output, torch.Tensor):
             largest = max(largest, block)
-            total += output.numel() - block
+            total += usual * output.numel() - block
 
     for module in ghost.modules():
         if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
