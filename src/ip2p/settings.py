@@ -500,6 +500,40 @@ def _check_color(value: str | None) -> str | None:
     return value
 
 
+# The fields of a pair as the user names them: their names in `data.records.Pair`.
+PAIR_PARTS = {"original": "before", "edited": "after", "instruction": "instruction", "caption": "caption"}
+PAIR_PARTS |= {"edited_caption": "edited_caption", "mask": "mask", "id": "id"}
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """The columns of `original=COLUMN,instruction=COLUMN,edited=COLUMN` by field of `Pair`.
+
+    `before` and `after` are accepted for original and edited. Raises ValueError.
+    """
+    columns: dict[str, str] = {}
+    for entry in text.split(","):
+        part, _, name = (word.strip() for word in entry.partition("="))
+        if not part or not name:
+            raise ValueError("write PART=COLUMN, separated by commas, such as original=src,edited=tgt")
+        field = PAIR_PARTS.get(part, part)
+        if field not in PAIR_PARTS.values():
+            raise ValueError(f"{part} is no part of a pair: {', '.join(PAIR_PARTS)}")
+        if field in columns:
+            raise ValueError(f"{part_name(field)} is named twice")
+        columns[field] = name
+    return columns
+
+
+def part_name(field: str) -> str:
+    """The user's name of a field of `Pair`."""
+    return next(part for part, name in PAIR_PARTS.items() if name == field)
+
+
+def _check_columns(value: str | None) -> str | None:
+    return value and ",".join(f"{part_name(part)}={name}" for part, name in parse_columns(value).items())
+
+
+Columns = Annotated[str | None, AfterValidator(_check_columns)]
 Color = Annotated[str | None, AfterValidator(_check_color)]
 Seed = Annotated[int, BeforeValidator(_drawn_seed)]
 Threshold = Annotated[float | None, BeforeValidator(_read_threshold)]
@@ -759,7 +793,19 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
             )
 
 
-class ModelChoice(Settings):
+class PartsSettings(Settings):
+    """Where the parts come from that a UNet alone lacks."""
+
+    parts_from: str | None = setting(
+        None,
+        "model that brings what a file of a UNet alone lacks",
+        group=MODEL,
+        label="Model parts",
+        metavar="MODEL",
+    )
+
+
+class ModelChoice(PartsSettings):
     """Which model to load."""
 
     model: str = setting(
@@ -833,13 +879,6 @@ class CompileSettings(Settings):
 class ModelSettings(CompileSettings, MemorySettings, DTypeSettings, DeviceSettings, ModelChoice):
     """Which model to load, what to add to it, and where to run it."""
 
-    parts_from: str | None = setting(
-        None,
-        "model that brings what a file of a UNet alone lacks",
-        group=MODEL,
-        label="Model parts",
-        metavar="MODEL",
-    )
     lora: Loras = setting(
         (),
         "add a LoRA file with a weight (1 if none is given); may be repeated",
@@ -874,6 +913,18 @@ class OverwriteSettings(Settings):
     """What every verb that writes has."""
 
     overwrite: bool = setting(False, "replace an existing output", same_job=False)
+
+
+class ColumnSettings(Settings):
+    """Which columns of a data set hold what."""
+
+    columns: Columns = setting(
+        None,
+        "original=NAME,instruction=NAME,edited=NAME; default: known names (docs/data.md)",
+        example="original=src,edited=tgt",
+        group="Data",
+        metavar="PART=NAME,…",
+    )
 
 
 class HubDataSettings(Settings):

@@ -13,6 +13,7 @@ from ip2p.pictures import images
 from ip2p.settings import (
     COMMON,
     MAX_SEED,
+    ColumnSettings,
     HubDataSettings,
     OverwriteSettings,
     RunSettings,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 LayoutName = Literal["parquet", "magicbrush", "original", "shards", "folders"]
 
 
-class _AnyData(HubDataSettings):
+class _AnyData(HubDataSettings, ColumnSettings):
     """A data set of any layout, or the storybook's."""
 
     data: str = setting(
@@ -142,4 +143,5 @@ def _open(config: DataCheckConfig | DataConvertConfig) -> Source:
         split=config.split,
         stream=config.stream,
         revision=config.revision,
+        columns=config.columns,
     )

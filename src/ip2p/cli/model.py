@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ip2p.base.errors import InputError, ModelError
-from ip2p.settings import OTHER, OverwriteSettings, RunSettings, WeightSet, setting
+from ip2p.settings import OTHER, OverwriteSettings, PartsSettings, RunSettings, WeightSet, setting
 
 if TYPE_CHECKING:
     from ip2p.models.load import Stored
@@ -30,17 +30,14 @@ NUMBERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 ANY_MODEL = "a Hugging Face model id, a diffusers folder, a .safetensors or .ckpt file"
 
 
-class InfoConfig(RunSettings):
+class InfoConfig(RunSettings, PartsSettings):
     """Describe a model and report what is missing in it: ip2p model info editor.safetensors"""
 
     model: str = setting("", f"storybook, {ANY_MODEL}", positional=1, metavar="MODEL")
-    parts_from: str | None = setting(
-        None, "model that brings what a file of a UNet alone lacks", metavar="MODEL"
-    )
     print_json: bool = setting(False, "print it as JSON", group=OTHER, name="json")
 
 
-class ConvertConfig(RunSettings, OverwriteSettings):
+class ConvertConfig(RunSettings, OverwriteSettings, PartsSettings):
     """Convert a diffusers folder to one file, or back: ip2p model convert editor.ckpt editor"""
 
     source: str = setting("", ANY_MODEL, positional=1, metavar="MODEL")
@@ -48,9 +45,6 @@ class ConvertConfig(RunSettings, OverwriteSettings):
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = setting("keep", "number format of the written weights")
     weights: WeightSet = setting(
         "auto", "of a file that holds both: ema or plain weights; auto takes ema unless it is another model's"
-    )
-    parts_from: str | None = setting(
-        None, "model that brings what a file of a UNet alone lacks", metavar="MODEL"
     )
     names: Literal["kohya"] | None = setting(
         None, "rename a LoRA file's layers as ComfyUI and A1111's tools read them: kohya"

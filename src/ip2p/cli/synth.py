@@ -280,7 +280,8 @@ def run_pairs(config: SynthPairsConfig) -> None:
     how = config.how(storybook=storybook)
     vaes = {"vae": config.vae, "tiny-vae": how["tiny_vae"]}
     named = ("model", "revision", "weights", "vae", "keep", "p", "size", "license", "dtype")
-    more = {"p_cross": None, "reweight": 1.0, "blend": None}  # named only where they are set
+    # Named only where they are set.
+    more = {"p_cross": None, "reweight": 1.0, "blend": None, "parts_from": None}
     settings: dict[str, Any] = {
         "content of the triples": _hash([asdict(triple) for triple in triples]),
         **{name: getattr(config, name) for name in named},

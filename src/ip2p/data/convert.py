@@ -306,14 +306,17 @@ class _Shards(_Writer):
 
 
 class _Folders(_Writer):
-    """before/, after/ and mask/, then metadata.jsonl."""
+    """before/, after/ and mask/, then metadata.jsonl: an imagefolder of Hugging Face's `datasets`.
+
+    Each picture is a column that ends in `_file_name`; `datasets` calls it before, after and mask.
+    """
 
     def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
         files: Files = {}
         index = []
         for row, pair in rows:
             line = {
-                name: self.put(files, f"{name}/{row:07}{ending(data)}", data)
+                f"{name}_file_name": self.put(files, f"{name}/{row:07}{ending(data)}", data)
                 for name, data in _pictures(pair)
             }
             index.append(line | _words(pair))

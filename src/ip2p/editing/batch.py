@@ -12,6 +12,7 @@ import json
 import logging
 import mimetypes
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,8 @@ log = logging.getLogger("ip2p")
 
 # Names of pictures that `mimetypes` does not know. Those that are not read are named as failures.
 ENDINGS = {".ppm", ".pgm", ".jxl", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
+ENDINGS |= {".avifs", ".cur", ".dds", ".dib", ".icns", ".j2k", ".jp2", ".kra", ".mpo", ".pef", ".qoi", ".srw"}
+ENDINGS |= {".tga", ".x3f", ".xcf"}
 
 
 # --- what is to be done ---------------------------------------------------------------------------
@@ -52,15 +55,19 @@ def is_many(words: Sequence[str]) -> bool:
 
 
 def looks_like_picture(path: Path) -> bool:
-    """Whether a file of a folder is one to edit: by its ending, or, if it has none, by its first bytes."""
+    """Whether an entry of a folder is one to edit: by its ending, or, if it has none, by its first bytes."""
     kind, _ = mimetypes.guess_type(path.name)
     if path.suffix.lower() in ENDINGS or (kind or "").startswith("image/"):
         return True
     if path.suffix and kind:
         return False
     try:
-        with Image.open(path, formats=images.READS):
-            return True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=images.READS):
+                return True
+    except Image.DecompressionBombError:
+        return True
     except Exception:  # decoders raise anything
         return False
 
@@ -68,19 +75,27 @@ def looks_like_picture(path: Path) -> bool:
 def find_pictures(words: Sequence[str], out: Path) -> list[tuple[Path, str]]:
     """The pictures that files, folders and globs name, each with its name below `out`.
 
-    A folder stands for the pictures in it, not for those in its folders; a glob with `**` goes down.
-    Raises InputError for a word that names none, and for two pictures with one name.
+    A folder stands for the pictures in it, not for those in its folders; a glob with `**` goes down. Broken
+    links and folders with the name of a picture are among them, to fail by name; hidden files are not, with a
+    line that names them. Raises InputError for a word that names none, and for two pictures with one name.
     """
     found: dict[Path, str] = {}
     for word in words:
         path = Path(word)
         if path.is_dir():
-            here = [(p, p.name) for p in sorted(path.iterdir()) if p.is_file() and looks_like_picture(p)]
+            here = [(p, p.name) for p in sorted(path.iterdir()) if looks_like_picture(p)]
+            hidden = [name for _, name in here if name.startswith(".")]
+            if hidden:
+                count = f"{len(hidden)} hidden files" if len(hidden) > 1 else "1 hidden file"
+                more = ", …" if len(hidden) > 5 else ""
+                left = "are" if len(hidden) > 1 else "is"
+                log.info("%s of %s %s left out: %s%s", count, word, left, ", ".join(hidden[:5]), more)
         elif _is_glob(word):
             root = _root(word)
             here = [
                 (Path(p), Path(p).relative_to(root).as_posix())
                 for p in sorted(glob.glob(word, recursive=True))
+                if os.path.isfile(p) or os.path.islink(p)
             ]
         elif path.is_file():
             here = [(path, path.name)]
@@ -91,8 +106,8 @@ def find_pictures(words: Sequence[str], out: Path) -> list[tuple[Path, str]]:
         here = [
             (p, name)
             for p, name in here
-            # Results of an earlier run are no input.
-            if p.is_file() and not p.name.startswith(".") and out.resolve() not in p.resolve().parents
+            # Results of an earlier run are no input. `Path.resolve` fails where links go in a circle.
+            if not p.name.startswith(".") and out.resolve() not in Path(os.path.realpath(p)).parents
         ]
         if not here:
             raise InputError(

@@ -155,7 +155,13 @@ def load_image(
     except Image.UnidentifiedImageError:
         raise InputError(f"{name} {_what_is(data)}") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name} is too large: {error} Make it smaller first.") from None
+        pixels = re.search(r"\d+", str(error))
+        size = f"{int(pixels[0]) / 1e6:,.0f}" if pixels else "too many"
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise InputError(
+            f"{name} is too large: {size} megapixels by its header, and at most {most:.0f} are read. "
+            "Make it smaller first."
+        ) from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error, …
         raise InputError(
             f"{name} is damaged or cut short ({str(error).rstrip('.') or type(error).__name__}). "

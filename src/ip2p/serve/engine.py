@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from ip2p.base.errors import ResourceError
 from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import UNetDenoiser
 from ip2p.editing.editor import Editor
+from ip2p.models.bundle import load_tiny
 from ip2p.models.memory import Memory
 from ip2p.models.text import Prompt, words_without_effect
 from ip2p.serve.jobs import Stopped
@@ -321,6 +323,7 @@ class JoinedEditor(Editor):
 
     join: how many threads' questions are one call at most, and how many pictures an edit makes at once
     where its lane does not say. calls: counts the calls of the network by the number of threads joined.
+    tiny_vae: an AutoencoderTiny for `decode_preview`, a folder or a hub name.
     Close it at the end.
     """
 
@@ -331,6 +334,7 @@ class JoinedEditor(Editor):
         join: int = 8,
         patience: float = PATIENCE,
         calls: Counter[int] | None = None,
+        tiny_vae: str | Path | None = None,
     ) -> None:
         # The same networks, where they are: hooks that move them to the device are replaced, not doubled.
         super().__init__(
@@ -340,6 +344,7 @@ class JoinedEditor(Editor):
             device=editor.device,
             origin=editor.origin,
         )
+        self.tiny_vae = None if tiny_vae is None else load_tiny(tiny_vae, editor.bundle)
         self.batch_size = join
         self.warn_once = False  # each request has a client of its own
         self.calls = Counter() if calls is None else calls
@@ -375,6 +380,19 @@ class JoinedEditor(Editor):
     def decode(self, latents: Tensor) -> Tensor:
         decode = super().decode
         return self.engine.call(lambda: decode(latents))
+
+    def decode_preview(self, latents: Tensor) -> Tensor:
+        """As `decode`, by the tiny autoencoder if there is one."""
+        tiny = self.tiny_vae
+        if tiny is None:
+            return self.decode(latents)
+
+        @torch.inference_mode()
+        def decode() -> Tensor:
+            scaled = latents / tiny.config.scaling_factor
+            return tiny.decode(scaled.to(tiny.device, tiny.dtype)).sample.float()
+
+        return self.engine.call(decode)
 
     def edit_latents(self, *args: Any, **settings: Any) -> Iterator[Tensor]:
         lane = self.engine.lane

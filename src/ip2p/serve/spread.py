@@ -290,7 +290,9 @@ def portable(config: ServeConfig) -> ServeConfig:
 
     return config.changed(
         model=tuple(f"{name}={whole(place)}" for name, place in config.models().items()),
-        safety=None if config.safety is None else whole(config.safety),
+        safety=config.safety and whole(config.safety),
+        tiny_vae=config.tiny_vae and whole(config.tiny_vae),
+        parts_from=config.parts_from and whole(config.parts_from),
         ray=None,
         api_key_file=None,
         config=None,

@@ -25,7 +25,7 @@ from ip2p.diffusion.denoiser import Told, UNetDenoiser, told
 from ip2p.diffusion.samplers import sampler_for
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editing.editor import Editor
-from ip2p.models.bundle import Bundle, check_tiny, find_model, load_tiny, make_bundle
+from ip2p.models.bundle import Bundle, check_tiny, find_model, load_tiny, make_bundle, open_parts
 from ip2p.models.load import Choice, open_model
 from ip2p.models.text import encode_prompts
 from ip2p.pictures.images import to_pil
@@ -112,9 +112,10 @@ class PairMaker:
     """Draws image pairs for candidates. This is a stage: it loads the model once and is called on batches.
 
     model: anything that `models.load.open_model` reads (Stable Diffusion, or an editor, which gets no input
-    picture), or a Bundle. steps, sampler, schedule: the defaults are those of the paper's code. size: the
-    side in pixels, or (width, height); None is the model's native size. batch_size: candidates per batch;
-    None is 4 on a CPU and 8 elsewhere. In fp32 the result depends on it only through rounding.
+    picture), or a Bundle. parts_from: a model that brings what a file of a UNet alone lacks. steps, sampler,
+    schedule: the defaults are those of the paper's code. size: the side in pixels, or (width, height); None
+    is the model's native size. batch_size: candidates per batch; None is 4 on a CPU and 8 elsewhere. In fp32
+    the result depends on it only through rounding.
 
     attention: what a pair shares: self-attention maps (the paper's code), cross-attention maps of words at
     the same position ("replace") or of common words ("refine"; Hertz et al. 2022), or both. reweight:
@@ -141,6 +142,7 @@ class PairMaker:
         revision: str | None = None,
         weights: Choice = "auto",
         vae: str | Path | None = None,
+        parts_from: str | Path | None = None,
         steps: int = 100,
         sampler: str = "euler_ancestral",
         schedule: str = "linspace",
@@ -159,7 +161,13 @@ class PairMaker:
         SynthPairsConfig.read(how)
         if not isinstance(model, Bundle):
             model = open_painter(
-                model, device=device, dtype=dtype, revision=revision, weights=weights, vae=vae
+                model,
+                device=device,
+                dtype=dtype,
+                revision=revision,
+                weights=weights,
+                vae=vae,
+                parts_from=parts_from,
             )
         unet: Any = model.unet
         taken, latent = unet.config.in_channels, model.vae.config.latent_channels
@@ -481,12 +489,13 @@ def open_painter(
     revision: str | None = None,
     weights: Choice = "auto",
     vae: str | Path | None = None,
+    parts_from: str | Path | None = None,
 ) -> Bundle:
     """Open a model that draws from a caption: Stable Diffusion, or any editor that `load_bundle` opens.
 
     Raises ModelError for a UNet with another number of input channels, before its weights are read.
     """
-    stored = open_model(find_model(model, revision=revision), weights=weights)
+    stored = open_model(find_model(model, revision=revision), weights=weights, parts=open_parts(parts_from))
     channels, needed = stored.channels
     if channels not in (needed // 2, needed):
         raise _not_a_painter(stored.path, channels, needed // 2)

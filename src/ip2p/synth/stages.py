@@ -105,6 +105,7 @@ class PairStage:
             revision=config.revision,
             weights=config.weights,
             vae=config.vae,
+            parts_from=config.parts_from,
             steps=how["steps"],
             sampler=how["sampler"],
             schedule=how["schedule"],

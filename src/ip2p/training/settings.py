@@ -10,6 +10,7 @@ from ip2p.settings import (
     COMMON,
     MAX_SEED,
     MODEL,
+    ColumnSettings,
     Conflict,
     DeviceSettings,
     RunSettings,
@@ -22,7 +23,7 @@ OPTIMIZER, DROPOUT, MEMORY = "Optimizer", "Conditioning dropout", "Speed and mem
 VALIDATION, RECORDS, DATA = "Checkpoints and validation", "Model card", "Data"
 
 
-class TrainConfig(RunSettings, DeviceSettings):
+class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     """Train an editor on pairs of pictures: ip2p train --data pairs --base MODEL --output editor --steps N"""
 
     data: str = setting(
@@ -46,11 +47,12 @@ class TrainConfig(RunSettings, DeviceSettings):
         same_job=False,
     )
     steps: int = setting(1000, "optimizer steps", ge=1, le=10**9, group=COMMON, same_job=False)
-    parts: str | None = setting(
+    parts_from: str | None = setting(
         None,
-        "with a config as --base: the model that gives autoencoder, text encoder and schedule",
+        "with a UNet alone, or its config, as --base: the model that brings the rest",
         group=MODEL,
         metavar="MODEL",
+        aliases=("parts",),
     )
     size: Size = setting(
         None,
@@ -103,6 +105,19 @@ class TrainConfig(RunSettings, DeviceSettings):
         lt=1,
         example=0.9,
         group=OPTIMIZER,
+    )
+    ema_on_cpu: bool = setting(
+        False,
+        "keep the EMA in the host's memory, updated beside the next step; saves 4 bytes a weight on the GPU",
+        group=MEMORY,
+        same_job=False,
+        hidden=True,
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = setting(
+        "adamw",
+        "adamw8bit keeps its moments in 8 bits, a quarter of the memory: pip install 'ip2p[8bit]'",
+        group=OPTIMIZER,
+        hidden=True,
     )
     ema_updates: int = setting(
         1,

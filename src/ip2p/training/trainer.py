@@ -35,9 +35,11 @@ from ip2p.evaluation.storybook import score
 from ip2p.models.base import load_base, new_from_config, prediction_of
 from ip2p.models.bundle import Bundle
 from ip2p.models.clip import Clip
+from ip2p.models.memory import bytes_on, free_bytes
 from ip2p.models.save import Data, model_card, save_editor
 from ip2p.models.text import encode_prompts
 from ip2p.settings import Split, first_difference, meta_of, run_json
+from ip2p.training.budget import training_memory
 from ip2p.training.cache import Latents, TextCache, build_cache, encode_pictures, text_key, weights_key
 from ip2p.training.loop import LoopConfig, Result, fit, new_accelerator
 from ip2p.training.loss import Shares
@@ -102,9 +104,7 @@ def run(config: TrainConfig) -> Result | None:
             if is_main_process():
                 say(ended)
             return None
-        half = max(1, (config.micro_batch or config.batch) // 2)
-        advice = f"--micro-batch {half} (the result stays the same), --checkpointing, or --lora 16"
-        with translated_errors(memory=f"out of memory; try {advice}."):
+        with translated_errors(memory=f"out of memory; try {_memory_advice(config)}."):
             return _run(config, folder)
 
 
@@ -187,6 +187,7 @@ def _run(config: TrainConfig, output: Path) -> Result:
         split=config.split,
         stream=config.stream,
         revision=config.data_revision,
+        columns=config.columns,
     )
     transform = Transform(size=size, resize_to=config.resize_to, flip=not (config.no_flip or source.endless))
     objective = Objective(
@@ -207,8 +208,9 @@ def _run(config: TrainConfig, output: Path) -> Result:
     here = _Setting(config, output / TRAINING, accelerator, bundle, source, transform, objective, share)
     here.folder.mkdir(parents=True, exist_ok=True)
     start_key = weights_key(bundle.unet)
-    samples, reader, held, data = _samples(here)
     task = _task(here)
+    _check_memory(here)
+    samples, reader, held, data = _samples(here)
     if config.stop_when_worse and not held:
         raise InputError(
             f"--stop-when-worse needs held-out pairs, at most a tenth of all, and {config.data} has "
@@ -231,6 +233,8 @@ def _run(config: TrainConfig, output: Path) -> Result:
             clip_norm=config.clip_norm or None,
             ema=config.ema or None,
             ema_updates=config.ema_updates,
+            ema_on_cpu=config.ema_on_cpu,
+            optimizer=config.optimizer,
             nan_steps=config.nan_steps,
             keep=config.keep,
             save_every=config.save_every,
@@ -266,6 +270,8 @@ def fingerprint(config: TrainConfig, source: Source, start: str) -> dict[str, An
     kept = {name: value for name, value in config.as_dict().items() if meta_of(fields[name]).same_job}
     if config.schedule == "cosine":
         kept["steps"] = config.steps  # the learning rate's way down follows from it
+    if config.optimizer == "adamw":
+        kept.pop("optimizer")  # checkpoints of earlier versions do not name it
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
     return kept | {"content of --data": source.key, "weights of --base": start}
 
@@ -311,27 +317,50 @@ def _trackers(track: str) -> str | None:
 
 
 def open_base(config: TrainConfig, device: torch.device) -> Bundle:
-    """The networks to start from; a UNet's config (a .json file) with --parts starts from noise."""
+    """The networks to start from; a UNet's config with --parts-from starts from noise."""
     path = Path(config.base).expanduser()
-    alone = path.suffix == ".json" or (path.is_dir() and not (path / "model_index.json").exists())
-    if alone and (path.is_file() or (path / "config.json").is_file()):
-        if config.parts is None:
+    folder = path.is_dir() and not (path / "model_index.json").exists()
+    trained = folder and any(path.glob("diffusion_pytorch_model*"))
+    if (path.suffix == ".json" and path.is_file()) or (
+        folder and not trained and (path / "config.json").is_file()
+    ):
+        if config.parts_from is None:
             raise InputError(
-                f"{config.base} is the config of a UNet alone; add --parts MODEL for its autoencoder, its "
-                "text encoder and its noise schedule."
+                f"{config.base} is the config of a UNet alone; add --parts-from MODEL for its autoencoder, "
+                "its text encoder and its noise schedule."
             )
         return new_from_config(
-            path, config.parts, device=device, revision=config.revision, vae=config.vae, seed=config.seed
+            path,
+            config.parts_from,
+            device=device,
+            revision=config.revision,
+            vae=config.vae,
+            seed=config.seed,
         )
-    return load_base(config.base, device=device, revision=config.revision, vae=config.vae)
+    return load_base(
+        config.base,
+        device=device,
+        revision=config.revision,
+        vae=config.vae,
+        parts_from=config.parts_from,
+    )
 
 
 def find_source(
-    data: str, side: int | None, *, seed: int, split: str, stream: bool, revision: str | None
+    data: str,
+    side: int | None,
+    *,
+    seed: int,
+    split: str,
+    stream: bool,
+    revision: str | None,
+    columns: str | None = None,
 ) -> Source:
     """The data named; `storybook` is drawn as it is needed, `side` pixels wide and high."""
     if data != STORYBOOK or Path(STORYBOOK).exists():
-        return open_source(data, stream=stream, revision=revision, split=split)
+        return open_source(data, stream=stream, revision=revision, split=split, columns=columns)
+    if columns:
+        raise InputError("the storybook is drawn and has no columns; leave --columns away.")
     if side is None:
         raise InputError("storybook pages are square; give --size one side, as in --size 256.")
     if split not in typing.get_args(Split):
@@ -380,6 +409,48 @@ def _task(here: _Setting) -> EditTask:
         latent_scale=bundle.latent_scale,
         condition_scale=bundle.condition_scale,
     )
+
+
+def _check_memory(here: _Setting) -> None:
+    """Print what the run needs on its device. Raises ResourceError when it cannot fit."""
+    config, bundle, device = here.config, here.bundle, here.accelerator.device
+    networks = [bundle.unet, bundle.vae, bundle.text_encoder, bundle.text_encoder_2]
+    parts = [part for part in networks if part is not None]
+    width, height = here.transform.size
+    need = training_memory(
+        bundle.unet,
+        parts[1:],
+        micro_batch=here.share.micro,
+        latent_size=(height // bundle.latent_factor, width // bundle.latent_factor),
+        optimizer=config.optimizer,
+        ema=bool(config.ema) and not (config.ema_on_cpu and device.type != "cpu"),
+        half=here.autocast is not None,
+        checkpointing=config.checkpointing,
+    )
+    need = replace(need, loaded=bytes_on([parts], device))
+    free = free_bytes(device)
+    warning = need.check(str(device), free, _memory_advice(config))
+    if here.accelerator.is_main_process:
+        say(need.line(str(device), free))
+        if warning is not None:
+            say(warning)
+
+
+def _memory_advice(config: TrainConfig) -> str:
+    """What makes a run need less memory, of what it does not do yet."""
+    ways = []
+    if (config.micro_batch or config.batch) > 1:
+        half = (config.micro_batch or config.batch) // 2
+        ways.append(f"--micro-batch {half} (the result stays the same)")
+    if not config.checkpointing:
+        ways.append("--checkpointing")
+    if config.lora is None:
+        ways.append("--lora 16")
+    if config.ema and not config.ema_on_cpu and config.device != "cpu":
+        ways.append("ema_on_cpu: true in a recipe")
+    if config.optimizer == "adamw":
+        ways.append("optimizer: adamw8bit in a recipe")
+    return ", ".join(ways) or "a smaller --size or another --device"
 
 
 def _encode_texts(here: _Setting) -> Callable[[list[str]], Any]:
