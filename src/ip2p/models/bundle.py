@@ -570,7 +570,7 @@ def _card(stored: Stored, name: str, native_size: int) -> Card:
     )
 
 
-def _ranges(stored: Stored) -> dict[str, tuple[float, float]]:
+def _ranges(stored: Stored) -> dict[str, Any]:
     """The scales of a distilled model. Raises ModelError if its card does not say them."""
     if not stored.configs["unet"].get("time_cond_proj_dim"):
         return {}

@@ -227,8 +227,8 @@ class Distillation(Recipe):
         assert card.text_cfg_range is not None and card.image_cfg_range is not None
         (a, b), (c, d) = card.text_cfg_range, card.image_cfg_range
         return (
-            f"One pass of the network a step, for text CFG {a:g} to {b:g} and image CFG {c:g} to {d:g}, without "
-            f"a negative prompt. Recommended: {card.steps} steps, sampler `{card.sampler}`."
+            f"One pass of the network a step, for text CFG {a:g} to {b:g} and image CFG {c:g} to {d:g}, "
+            f"without a negative prompt. Recommended: {card.steps} steps, sampler `{card.sampler}`."
         )
 
 

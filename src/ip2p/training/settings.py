@@ -386,7 +386,12 @@ class DistillConfig(TrainConfig):
         hidden=True,
     )
     lr: float = setting(1e-5, "learning rate; a LoRA needs about 1e-4", ge=0, le=1, group=COMMON)
+    # What only a training has; `check_together` refuses it.
     parts: str | None = setting(None, "not for a distillation", group=MODEL, hidden=True)
+    min_snr: float | None = setting(None, "not for a distillation", group=OPTIMIZER, hidden=True)
+    prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
+        "auto", "not for a distillation", group=MODEL, hidden=True
+    )
 
     def check_together(self) -> None:
         super().check_together()

@@ -659,6 +659,7 @@ def _write(here: _Setting, output: Path, task: EditTask, data: Data, checks: _Ch
     picture = curves.draw() if curves is not None else None
     size = here.transform.size
     card = {
+        "name": output.resolve().name,
         "native_size": min(size),
         "base": None if bundle.card.name == "new" else _told(config.base),
         # The drawn pages alone are what the autoencoder of a drawn base keeps that well.
