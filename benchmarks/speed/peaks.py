@@ -4,8 +4,8 @@
     python -m benchmarks.speed peaks --model sdxl --pixels 1024 --count 1 4 --memory auto low
 
 Weights are constants; only their shapes matter. Each row is a new process, which imports the libraries, edits
-with a small model, and then counts: the resident memory on a CPU, torch's own count on CUDA. "estimate" is what
-`ip2p.models.memory` compares with the free memory before an edit; its last column should be 0.85 to 1.15.
+with a small model, and then counts: the resident memory on a CPU, torch's own count on CUDA. "estimate" is
+what `ip2p.models.memory` compares with the free memory; the last column should be 0.85 to 1.15.
 """
 
 from __future__ import annotations

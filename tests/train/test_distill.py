@@ -198,7 +198,9 @@ def test_the_loss_decreases(config, stage, lora):
     task.train()
     assert not task.teacher.training
     before = copy.deepcopy(task.teacher.state_dict())
-    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-2 if lora else 2e-3)
+    optimizer = torch.optim.AdamW(
+        [p for p in task.parameters() if p.requires_grad], lr=1e-2 if lora else 2e-3
+    )
     batch = batch_of(4, times=torch.tensor([900, 700, 500, 300]), scales=torch.rand(4, 2))
     losses = []
     for _ in range(25):
