@@ -32,4 +32,17 @@ def test_rounds_turn_the_order_round_and_leave_out_the_first():
 
 
 def test_diffusers_and_ip2p_are_among_the_contestants():
-    assert {"ip2p", "diffusers", "diffusers channels-last"} == set(edit.USUAL) < set(edit.CONTESTANTS)
+    ours = {"ip2p", "ip2p compiled", "ip2p distilled"}
+    theirs = {"diffusers", "diffusers channels-last", "diffusers compiled"}
+    assert set(edit.CONTESTANTS) == ours | theirs
+
+
+def test_a_contestant_that_cannot_be_loaded_is_left_out(monkeypatch, capsys):
+    def open_one(name, setup):
+        if name == "b":
+            raise SystemExit("b: no compiler")
+        return name
+
+    monkeypatch.setattr(edit, "Contestant", open_one)
+    assert edit.open_contestants(["a", "b", "c"], None) == ["a", "c"]
+    assert "left out: b: no compiler" in capsys.readouterr().err
