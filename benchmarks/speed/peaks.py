@@ -3,7 +3,7 @@
     python -m benchmarks.speed peaks                              # SD 1.5's size, bf16, 256 and 512 pixels
     python -m benchmarks.speed peaks --model sdxl --pixels 1024 --count 1 4 --memory auto low
 
-Weights are constants; only their shapes matter. Each row is a new process, which imports the libraries, edits
+Weights are zeros; only their shapes matter. Each row is a new process, which imports the libraries, edits
 with a small model, and then counts: weights and anonymous memory on a CPU, torch's own count on CUDA.
 "estimate" is what `ip2p.models.memory` compares with the free memory. Its share should be 0.85 to 1.15.
 """
@@ -47,8 +47,8 @@ def configs_of(model: str) -> dict[str, dict[str, Any]]:
     return configs | {"vae": configs["vae"] | {"sample_size": 512}}
 
 
-def write_constants(folder: Path, model: str, dtype: str) -> None:
-    """Write an editor whose weights are all 0.01, with the storybook's tokenizer and scheduler."""
+def write_zeros(folder: Path, model: str, dtype: str) -> None:
+    """Write an editor whose weights are all 0, with the storybook's tokenizer and scheduler."""
     import torch
     from transformers import CLIPTokenizer
 
@@ -58,7 +58,7 @@ def write_constants(folder: Path, model: str, dtype: str) -> None:
     from ip2p.models.save import write_editor
 
     networks = {part: empty_network(part, config) for part, config in configs_of(model).items()}
-    weight = torch.tensor(0.01)
+    weight = torch.tensor(0.0)
     states = {
         part: {name: weight.expand(tensor.shape) for name, tensor in network.state_dict().items()}
         for part, network in networks.items()
@@ -150,7 +150,7 @@ def measure_edit(
 
     # A small model first: what libraries take once, they have then.
     with tempfile.TemporaryDirectory() as folder:
-        write_constants(Path(folder) / "tiny", "tiny", dtype)
+        write_zeros(Path(folder) / "tiny", "tiny", dtype)
         small = Editor.load(Path(folder) / "tiny", device=device, dtype=dtype)
         small.edit(Image.new("RGB", (128, 128)), "make it night", steps=1, size=128)
         del small
@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
     for model in args.model:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             path = Path(folder) / "editor"
-            write_constants(path, model, args.dtype)
+            write_zeros(path, model, args.dtype)
             for memory, pixels, count in itertools.product(args.memory, args.pixels, args.count):
                 words = ["peaks", "--device", args.device, "--dtype", args.dtype]
                 words += ["--child", str(path), memory, str(pixels), str(count)]
