@@ -145,6 +145,7 @@ def measure_edit(
     import torch
     from PIL import Image
 
+    from ip2p.base.devices import return_freed_memory
     from ip2p.editing.editor import Editor
     from ip2p.models.memory import choose_memory, footprint
 
@@ -165,6 +166,7 @@ def measure_edit(
     size = (pixels, pixels)
     away = next(editor.bundle.unet.parameters()).device.type != torch.device(device).type
     plan = choose_memory(need, memory, None, size, batch=count, device=device, offload=away)
+    return_freed_memory()  # or what loading freed would count
     with peak:
         editor.edit(
             Image.new("RGB", size),
