@@ -19,8 +19,8 @@ def python(code: str) -> str:
 
 def test_public_names() -> None:
     errors = ["InputError", "Ip2pError", "ModelError", "ResourceError"]
-    settings = ["EditSettings", "ModelSettings", "TrainConfig"]
-    functions = ["Editor", "edit", "evaluate", "save_image", "synth", "train"]
+    settings = ["DistillConfig", "EditSettings", "ModelSettings", "TrainConfig"]
+    functions = ["Editor", "distill", "edit", "evaluate", "save_image", "synth", "train"]
     assert sorted(ip2p.__all__) == sorted([*errors, *settings, *functions, "__version__"])
     assert all(hasattr(ip2p, name) for name in ip2p.__all__)
     assert all(hasattr(ip2p.synth, name) for name in ip2p.synth.__all__)

@@ -46,6 +46,11 @@ VERBS = {
         "ip2p.cli.train:run_train",
         "train an editor on pairs of pictures",
     ),
+    "distill": (
+        "ip2p.training.settings:DistillConfig",
+        "ip2p.cli.train:run_distill",
+        "make an editor faster: fewer passes a step, fewer steps",
+    ),
     "evaluate": (
         "ip2p.evaluation.settings:EvaluateConfig",
         "ip2p.cli.evaluate:run_evaluate",

@@ -62,7 +62,7 @@ from ip2p.pictures.images import (
 )
 from ip2p.pictures.infotext import format_infotext, record_class
 from ip2p.pictures.masks import held
-from ip2p.settings import MAX_SEED, EditSettings, ModelSettings, parse_lora, picture_name
+from ip2p.settings import MAX_SEED, EditSettings, ModelSettings, SettingError, parse_lora, picture_name
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel
@@ -102,7 +102,12 @@ class Editor:
         self._offloads = device is not None and device.type != home.type
         self.device = device if device is not None and self._offloads else home
         self.schedule = schedule_from_config(bundle.scheduler_config)
-        self.model = UNetDenoiser(bundle.unet, self.schedule, bundle.condition_scale)
+        self.model = UNetDenoiser(
+            bundle.unet,
+            self.schedule,
+            bundle.condition_scale,
+            scales_size=bundle.unet.config.time_cond_proj_dim,
+        )
         # On a CPU a batch saves little, and half-precision kernels round by its size: alone, an image that is
         # made again is equal to the byte.
         self.batch_size = 1 if self.device.type == "cpu" or memory == "low" else 4
@@ -279,7 +284,37 @@ class Editor:
         asked = settings.changed(**given)
         if asked.schedule is None and asked.sampler in OWN_SPACING:
             asked = asked.changed(schedule=OWN_SPACING[asked.sampler])
-        return asked.resolved(self.bundle.card)
+        chosen = asked.resolved(self.bundle.card)
+        if self.model.scales_size is not None:
+            self._check_distilled(chosen)
+        return chosen
+
+    def _check_distilled(self, settings: EditSettings) -> None:
+        """Raise InputError for what a distilled model has not learned."""
+        card = self.bundle.card
+        inside = True
+        for name, limits in (("text_cfg", card.text_cfg_range), ("image_cfg", card.image_cfg_range)):
+            assert limits is not None, "a distilled model's card has both"
+            (low, high), scale = limits, getattr(settings, name)
+            inside = inside and low <= 1 <= high
+            if not low <= scale <= high:
+                raise SettingError(
+                    f"{name} is {scale:g}, and {card.name} was distilled for {low:g} to {high:g}. "
+                    f"Try {min(max(scale, low), high):g}, or use the model that it was distilled from.",
+                    field=name,
+                )
+        lost = {
+            "negative": bool(settings.negative),
+            "text_cfg_rescale": settings.text_cfg_rescale != 0,
+            # Outside of the interval both scales are 1.
+            "cfg_interval": settings.cfg_interval != (0.0, 1.0) and not inside,
+        }
+        for name in (name for name, used in lost.items() if used):
+            raise SettingError(
+                f"{name} has no effect on {card.name}, which is distilled. Leave it out, or use the model "
+                "that it was distilled from.",
+                field=name,
+            )
 
     @torch.inference_mode()
     def _open(self, image: Picture, settings: EditSettings, max_pixels: int | None) -> _Sheet:
@@ -406,6 +441,11 @@ class Editor:
         self, latents: Tensor, text: Tensor | Prompt, null_text: Tensor | Prompt, seeds: Sequence[int]
     ) -> Tensor:
         """What the instruction adds to the model's predictions of x0, [batch, draws, channels, h, w]."""
+        card = self.bundle.card
+        text_cfg, image_cfg = (
+            min(max(1.0, low), high)
+            for low, high in (card.text_cfg_range or (1, 1), card.image_cfg_range or (1, 1))
+        )
         noise = NoiseStream(seeds, latents.shape[1:], self.device)
         time = torch.tensor(masks.LEVEL * (len(self.schedule.levels) - 1), dtype=torch.float64)
         sigma = self.schedule.sigma(time).float()
@@ -414,7 +454,12 @@ class Editor:
             x = latents * self.bundle.latent_scale + sigma * noise()
             told, untold = (
                 guided(
-                    self.model, text=words, null_text=null_text, image=latents, text_cfg=1.0, image_cfg=1.0
+                    self.model,
+                    text=words,
+                    null_text=null_text,
+                    image=latents,
+                    text_cfg=text_cfg,
+                    image_cfg=image_cfg,
                 )(x, sigma)
                 for words in (text, null_text)
             )

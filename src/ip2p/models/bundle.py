@@ -74,7 +74,8 @@ class Card:
 
     native_size: the side in pixels that it was trained at. known_psnr: below this reconstruction
     PSNR in dB of its autoencoder, a picture is far from what it knows. closed_vocabulary: it does not know
-    words that its tokenizer splits (`models.text.unknown_words`). The other fields are the settings that it
+    words that its tokenizer splits (`models.text.unknown_words`). text_cfg_range, image_cfg_range: the least
+    and greatest scale for which it was distilled (`ip2p distill`). The other fields are the settings that it
     recommends, or the defaults of every model (`Settings.resolved`).
     """
 
@@ -82,6 +83,8 @@ class Card:
     native_size: int
     known_psnr: float | None = None
     closed_vocabulary: bool = False
+    text_cfg_range: tuple[float, float] | None = None
+    image_cfg_range: tuple[float, float] | None = None
     steps: int = 20
     sampler: str = "euler_ancestral"
     schedule: str = "linspace"
@@ -562,8 +565,26 @@ def _card(stored: Stored, name: str, native_size: int) -> Card:
         native_size=int(said.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
         closed_vocabulary=bool(said.get("closed_vocabulary")),
+        **_ranges(stored),
         **_recommended(said, stored.path),
     )
+
+
+def _ranges(stored: Stored) -> dict[str, Any]:
+    """The scales of a distilled model. Raises ModelError if its card does not say them."""
+    if not stored.configs["unet"].get("time_cond_proj_dim"):
+        return {}
+    found = {}
+    for name in ("text_cfg_range", "image_cfg_range"):
+        try:
+            low, high = map(float, stored.card[name])
+        except (KeyError, TypeError, ValueError):
+            raise ModelError(
+                f"{stored.path}: its UNet takes guidance scales as an input, and its ip2p.json has no usable "
+                f'{name}, such as [1, 12]. Use a model that "ip2p distill" wrote.'
+            ) from None
+        found[name] = (low, high)
+    return found
 
 
 def _recommended(said: Mapping[str, Any], path: Path) -> dict[str, Any]:

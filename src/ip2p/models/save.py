@@ -237,13 +237,15 @@ def model_card(
     base_license: str | None = None,
     lora: str | None = None,
     notes: str = "",
+    distilled: bool = False,
 ) -> str:
     """The README.md of a trained editor: a header that the hub reads, then text that people do.
 
     base: the model that training started from, None for a UNet of noise. recipe: every setting by its
     name. curves: the numbers of the validations, a row each, with their `step`. picture: of the curves or
     the edits, by its name in the folder. lora: a file of the LoRA there. A licence of None is said not to
-    be stated. Paths are cut to their last part: a card is for other machines.
+    be stated. distilled: its UNet takes the guidance scales, which diffusers' pipeline does not pass.
+    Paths are cut to their last part: a card is for other machines.
     """
     from huggingface_hub import ModelCardData
 
@@ -269,12 +271,19 @@ def model_card(
         f"---\n{header}\n---",
         f"# {name}",
         "Edits a picture as an instruction says "
-        f"([InstructPix2Pix](https://arxiv.org/abs/2211.09800)). Trained with ip2p from {start}.",
+        "([InstructPix2Pix](https://arxiv.org/abs/2211.09800)). "
+        f"{'Distilled' if distilled else 'Trained'} with ip2p from {start}.",
         *([notes] if notes else []),
         "## Use",
         f'```sh\nip2p edit photo.jpg "make it snow" --model {name}\n```',
-        "With diffusers:",
-        f"```python\n{_snippet(name, kind, native_size, text_cfg, image_cfg)}```",
+        *(
+            ["diffusers opens its networks, but no pipeline there passes two guidance scales to the UNet."]
+            if distilled
+            else [
+                "With diffusers:",
+                f"```python\n{_snippet(name, kind, native_size, text_cfg, image_cfg)}```",
+            ]
+        ),
         f"It was trained at {native_size} pixels; pictures near that size come out best.",
         *([f"`{lora}` is the LoRA alone, for {start}: `--lora {lora}`."] if lora else []),
         "## Data",

@@ -1,4 +1,4 @@
-"""A Stable Diffusion UNet made to take a picture beside the noise."""
+"""A UNet made to take more: a picture beside the noise, or the guidance scales."""
 
 from __future__ import annotations
 
@@ -39,3 +39,19 @@ def widen_conv_in(unet: Any, channels: int) -> None:
             new.bias.copy_(old.bias)
     unet.conv_in = new.requires_grad_(old.weight.requires_grad)
     unet.register_to_config(in_channels=channels)
+
+
+def add_scales_input(unet: Any, size: int = 128) -> None:
+    """Let a UNet take the guidance scales (`guidance.embed_scales` of `size`), in place.
+
+    They are added to its time embedding by a linear layer, diffusers' `time_cond_proj_dim`. It starts at
+    zero: whatever the scales, the UNet first predicts what it did.
+    """
+    embedding = unet.time_embedding
+    weight = embedding.linear_1.weight
+    embedding.cond_proj = nn.Linear(
+        size, embedding.linear_1.in_features, bias=False, device=weight.device, dtype=weight.dtype
+    )
+    nn.init.zeros_(embedding.cond_proj.weight)
+    embedding.cond_proj.requires_grad_(weight.requires_grad)
+    unet.register_to_config(time_cond_proj_dim=size)

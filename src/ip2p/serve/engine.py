@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -266,13 +266,13 @@ class Engine:
             work.finish(lambda rows=work.rows: self._predict(rows))  # type: ignore[misc]
 
     def _predict(self, rows: dict[str, Tensor]) -> Tensor:
-        names = {"sample", "timestep", "encoder_hidden_states"}
-        added = {name: value for name, value in rows.items() if name not in names}
+        named = {name: rows[name] for name in ("encoder_hidden_states", "timestep_cond") if name in rows}
+        added = {name: value for name, value in rows.items() if name not in (*named, "sample", "timestep")}
         output: Tensor = self.unet(
             rows["sample"],
             rows["timestep"],
-            encoder_hidden_states=rows["encoder_hidden_states"],
             return_dict=False,
+            **named,
             **({"added_cond_kwargs": added} if added else {}),
         )[0]
         return output
@@ -293,13 +293,16 @@ class _JoinedUNet(nn.Module):
         *,
         encoder_hidden_states: Tensor,
         added_cond_kwargs: dict[str, Tensor] | None = None,
+        timestep_cond: Tensor | None = None,
         **more: Any,
     ) -> tuple[Tensor]:
         rows = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         rows |= added_cond_kwargs or {}
+        if timestep_cond is not None:
+            rows["timestep_cond"] = timestep_cond
         residuals = {name: value for name, value in more.items() if name != "return_dict"}
         if residuals:  # of a ControlNet: lists of maps, which are not joined
-            named = {**more, "encoder_hidden_states": encoder_hidden_states}
+            named = {**more, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
             if added_cond_kwargs:
                 named["added_cond_kwargs"] = added_cond_kwargs
             answer: tuple[Tensor] = self.engine.call(lambda: self.unet(sample, timestep, **named))
@@ -349,7 +352,8 @@ class JoinedEditor(Editor):
         self.warn_once = False  # each request has a client of its own
         self.calls = Counter() if calls is None else calls
         self.engine = Engine(editor.bundle.unet, join, patience, self.calls)
-        self.model = _WatchedDenoiser(_JoinedUNet(self.engine), self.schedule, self.bundle.condition_scale)
+        own = {each.name: getattr(self.model, each.name) for each in fields(self.model)}
+        self.model = _WatchedDenoiser(**{**own, "unet": _JoinedUNet(self.engine)})
         self._plans: dict[tuple[int, int, int], tuple[float, Memory]] = {}
         self._reading = threading.Lock()
         self._reader = replace(editor.bundle, tokenizer=copy.deepcopy(editor.bundle.tokenizer))
@@ -397,7 +401,7 @@ class JoinedEditor(Editor):
     def edit_latents(self, *args: Any, **settings: Any) -> Iterator[Tensor]:
         lane = self.engine.lane
         height, width = (side * self.bundle.latent_factor for side in settings["noise"].shape[-2:])
-        passes = PASSES if self._plan(1, height, width).passes_at_once else 1
+        passes = self._footprint.passes if self._plan(1, height, width).passes_at_once else 1
         lane.most = passes * super().fitting_batch((width, height))
         self.engine.enter(lane)
         try:

@@ -66,6 +66,21 @@ def prediction_target(
     return noise if prediction == "epsilon" else clean
 
 
+def split_noisy(
+    noisy: Float[Tensor, "batch c h w"],
+    predicted: Float[Tensor, "batch c h w"],
+    alpha_bar: Float[Tensor, " batch"],
+    prediction: str,
+) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
+    """The picture and the noise that `add_noise` mixed, by a network's prediction."""
+    a = alpha_bar[:, None, None, None]
+    if prediction == "sample":
+        return predicted, (noisy - a.sqrt() * predicted) / (1 - a).sqrt()
+    if prediction == "epsilon":
+        return (noisy - (1 - a).sqrt() * predicted) / a.sqrt(), predicted
+    return a.sqrt() * noisy - (1 - a).sqrt() * predicted, a.sqrt() * predicted + (1 - a).sqrt() * noisy
+
+
 def snr_weight(
     alpha_bar: Float[Tensor, " batch"], clip: tuple[float, float] | None, prediction: str = "epsilon"
 ) -> Float[Tensor, " batch"]:
@@ -131,3 +146,10 @@ def change_weights(
     cells = changed[0].numel()
     count = changed.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
     return 1 + changed * (share * cells / count).clamp(max=most)
+
+
+def pseudo_huber_loss(
+    predicted: Float[Tensor, "batch c h w"], wanted: Float[Tensor, "batch c h w"], width: float = 0.001
+) -> Float[Tensor, ""]:
+    """Mean of `sqrt(d² + width²) - width` over the differences d (Song and Dhariwal 2023, eq. 9)."""
+    return (((predicted - wanted).square() + width**2).sqrt() - width).mean()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
 
 from ip2p.base.errors import InputError
 from ip2p.settings import (
     COMMON,
+    MAX_SCALE,
     MAX_SEED,
     MODEL,
     ColumnSettings,
@@ -16,15 +20,21 @@ from ip2p.settings import (
     RunSettings,
     Size,
     check_needed,
+    read_pair,
     setting,
 )
 
 OPTIMIZER, DROPOUT, MEMORY = "Optimizer", "Conditioning dropout", "Speed and memory"
 VALIDATION, RECORDS, DATA = "Checkpoints and validation", "Model card", "Data"
+_Scale = Annotated[float, Field(ge=0, le=MAX_SCALE)]
+ScaleRange = Annotated[tuple[_Scale, _Scale] | None, BeforeValidator(read_pair)]
 
 
 class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     """Train an editor on pairs of pictures: ip2p train --data pairs --base MODEL --output editor --steps N"""
+
+    needed: ClassVar[Mapping[str, str]] = {"data": "--data", "base": "--base", "output": "--output"}
+    usage: ClassVar[str] = "ip2p train --data pairs --base MODEL --output editor --steps 1000"
 
     data: str = setting(
         "",
@@ -350,8 +360,65 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
 
     def check(self) -> None:
         """Raise InputError when something is missing without which nothing can be trained."""
-        example = "ip2p train --data pairs --base MODEL --output editor --steps 1000"
-        needed = ((name, f"--{name} is") for name in ("data", "base", "output"))
-        check_needed(self, *needed, example=example)
+        check_needed(self, *((name, f"{flag} is") for name, flag in self.needed.items()), example=self.usage)
         if self.output is not None and self.output.is_file():
             raise InputError(f"--output {self.output} is a file; name a folder.")
+
+
+class DistillConfig(TrainConfig):
+    """Make an editor faster: ip2p distill --model MODEL --data pairs --output fast --steps N"""
+
+    needed: ClassVar[Mapping[str, str]] = {"data": "--data", "base": "--model", "output": "--output"}
+    usage: ClassVar[str] = "ip2p distill --model MODEL --data pairs --output fast --steps 1000"
+
+    base: str = setting(
+        "",
+        "the editor to distill: a model id, a folder, a file, or storybook",
+        name="model",
+        called="--model",
+        group=COMMON,
+        metavar="MODEL",
+    )
+    stage: Literal["guidance", "few-steps"] = setting(
+        "guidance",
+        "guidance: one pass a step instead of three; few-steps: that, and 4 steps instead of 20",
+        group=COMMON,
+    )
+    text_range: ScaleRange = setting(
+        None,
+        "least and greatest text CFG to learn; default: 1 12, or the model's if it is distilled",
+        example=(1.0, 12.0),
+        group=OPTIMIZER,
+        metavar="LOW HIGH",
+        hidden=True,
+    )
+    image_range: ScaleRange = setting(
+        None,
+        "least and greatest image CFG to learn; default: 1 2.5, or the model's if it is distilled",
+        example=(1.0, 2.5),
+        group=OPTIMIZER,
+        metavar="LOW HIGH",
+        hidden=True,
+    )
+    lr: float = setting(1e-5, "learning rate; a LoRA needs about 1e-4", ge=0, le=1, group=COMMON)
+    # What only a training has; `check_together` refuses it.
+    parts: str | None = setting(None, "not for a distillation", group=MODEL, hidden=True)
+    min_snr: float | None = setting(None, "not for a distillation", group=OPTIMIZER, hidden=True)
+    prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
+        "auto", "not for a distillation", group=MODEL, hidden=True
+    )
+
+    def check_together(self) -> None:
+        super().check_together()
+        given = {"parts": self.parts, "min_snr": self.min_snr}
+        for name in (name for name, value in given.items() if value is not None):
+            raise Conflict(f"{{{name}}} is for training; a distillation has none. Leave it out.", field=name)
+        if self.prediction != "auto":
+            raise Conflict("{prediction} is for training; a distilled model predicts what its teacher does.")
+        for name in ("text_range", "image_range"):
+            limits = getattr(self, name)
+            if limits is not None and limits[0] >= limits[1]:
+                raise Conflict(
+                    f"{{{name}}} {limits[0]:g} {limits[1]:g} is empty: the first number must be smaller.",
+                    field=name,
+                )
