@@ -312,7 +312,7 @@ class TestOptions:
             (["*.png", "a"], "name it with -o FOLDER"),
             (["*.jpg", "a", "-o", "out"], "*.jpg names no picture"),
             (["page.png", "pgae.png", "a", "-o", "out"], "Did you mean page.png?"),
-            (["*.png", "a", "-o", "page.png"], "cannot make the folder page.png"),
+            (["*.png", "a", "-o", "page.png"], "cannot create the folder page.png"),
             (["*.png", "a", "-o", "out", "--mask", "page.png"], "--mask is for one picture"),
             (["*.png", "a", "-o", "out", "--then", "b"], "--then is for one picture"),
         ],

@@ -478,7 +478,7 @@ def test_page_k_is_the_same_whatever_the_count() -> None:
         (["-o", "pages"], "pages holds pictures already; add --overwrite"),
         (["--captions", "no/captions.txt"], "mkdir -p no"),
         (["--sheet", "pages"], "is a folder"),
-        (["-o", "pages/1.png"], "cannot make the folder pages/1.png"),
+        (["-o", "pages/1.png"], "cannot create the folder pages/1.png"),
     ],
 )
 def test_draw_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

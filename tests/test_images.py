@@ -398,7 +398,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_an_output_is_checked_before_any_work(tmp_path):
     (tmp_path / "there.png").write_bytes(b"mine")
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="already exists"):
         check_output(tmp_path / "there.png")
     assert check_output(tmp_path / "there.png", overwrite=True) == tmp_path / "there.png"
     with pytest.raises(InputError, match="folder"):

@@ -165,10 +165,10 @@ def test_a_changed_setting_is_refused_by_name_unless_overwritten() -> None:
     save_pages(Path("pages"), ["a.png"])
     do(CONFIG)
     changed = [
-        ({"steps": 30}, "--steps not given, and now it is 30"),
-        ({"instruction": "make it day"}, 'instruction "make it night", and now it is "make it day"'),
-        ({"cfg_interval": (0.2, 0.9)}, "--cfg-interval [0.0, 1.0], and now it is [0.2, 0.9]"),
-        ({"text_cfg": 3.0}, "--text-cfg not given, and now it is 3.0"),
+        ({"steps": 30}, "--steps not given, but it is now 30"),
+        ({"instruction": "make it day"}, 'instruction "make it night", but it is now "make it day"'),
+        ({"cfg_interval": (0.2, 0.9)}, "--cfg-interval [0.0, 1.0], but it is now [0.2, 0.9]"),
+        ({"text_cfg": 3.0}, "--text-cfg not given, but it is now 3.0"),
     ]
     for fields, said in changed:
         with pytest.raises(InputError) as told:
@@ -211,7 +211,7 @@ def test_a_second_job_in_the_same_folder_is_refused() -> None:
     save_pages(Path("pages"), ["a.png"])
     with (
         many.open_job(CONFIG, CONFIG.out),
-        pytest.raises(InputError, match="another ip2p is writing into out"),
+        pytest.raises(InputError, match="another ip2p process is writing to out"),
     ):
         do(CONFIG)
 

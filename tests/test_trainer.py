@@ -152,7 +152,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
 
 
 def test_a_finished_run_refuses_another_setting_by_name(whole):
-    with pytest.raises(InputError, match=r"was trained with --lr .*, and now it is 0\.5; use the same again"):
+    with pytest.raises(InputError, match=r"was trained with --lr .*, but it is now 0\.5; use the same again"):
         trainer.train(whole, lr=0.5)
 
 
@@ -228,7 +228,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(config, whol
     newest = config.output / "training" / "step-00000004.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     trainer.run(config)
-    assert "step-00000004.pt is gone or cut short" in caplog.text
+    assert "step-00000004.pt is missing or truncated" in caplog.text
     assert same(weights(config.output), weights(whole.output))
 
 
@@ -261,14 +261,14 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(conf
 
 
 def test_two_runs_in_one_folder_the_second_is_refused(config):
-    with lock_folder(config.output), pytest.raises(InputError, match="another ip2p is writing into"):
+    with lock_folder(config.output), pytest.raises(InputError, match="another ip2p process is writing to"):
         trainer.run(config)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"lr": 1e-4}, "--lr 0.001, and now it is 0.0001"),
+        ({"lr": 1e-4}, "--lr 0.001, but it is now 0.0001"),
         ({"batch": 8}, "batch"),
         ({"seed": 1}, "seed"),
         ({"lora": 2}, "lora"),

@@ -53,7 +53,7 @@ def test_the_report_as_json(capsys):
 def test_a_sheet_that_is_there_is_refused_before_any_work(tmp_path):
     (tmp_path / "sheet.png").write_bytes(b"x")
     unread = Rows([])
-    with pytest.raises(InputError, match="is there already; add --overwrite"):
+    with pytest.raises(InputError, match="already exists; add --overwrite"):
         command.check_source(Check(sheet=tmp_path / "sheet.png"), unread)
 
 
