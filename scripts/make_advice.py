@@ -33,7 +33,8 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
     from ip2p.editing.editor import Editor  # imports torch
 
     editor = Editor.load(model, dtype="fp32")
-    text_cfg, image_cfg = editor.scales(None, None)
+    defaults = editor.resolved()
+    text_cfg, image_cfg = defaults.text_cfg, defaults.image_cfg
     entries = json.loads((pages / "pages.json").read_text(encoding="utf-8"))
     first, second = (load_image(pages / entries[k]["page"]) for k in (0, 2))
     thing = entries[0]["instructions"][0]

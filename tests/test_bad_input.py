@@ -107,7 +107,7 @@ class TestPicture:
 
     def test_text_named_png(self, run, here: Path) -> None:
         (here / "note.png").write_text("not a picture at all\n")
-        is_refused(run("edit", "note.png", "make it night"), 2, "note.png holds text", "PNG, JPEG or WebP")
+        is_refused(run("edit", "note.png", "make it night"), 2, "note.png contains text", "PNG, JPEG or WebP")
 
     def test_html_named_png(self, run, here: Path) -> None:
         (here / "page404.png").write_text("<!DOCTYPE html><html><body>404</body></html>")
@@ -124,7 +124,7 @@ class TestPicture:
         Image.open("page.png").save(file, "JPEG")
         (here / "cut.jpg").write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
         is_refused(
-            run("edit", "cut.jpg", "make it night"), 2, "cut.jpg is damaged or cut short", "Fetch it again"
+            run("edit", "cut.jpg", "make it night"), 2, "cut.jpg is damaged or truncated", "Download it again"
         )
         assert sorted(os.listdir(here)) == ["cut.jpg", "page.png"]
 
@@ -154,7 +154,7 @@ class TestPicture:
     def test_animated_gif(self, run) -> None:
         frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
         frames[0].save("moving.gif", save_all=True, append_images=frames[1:])
-        is_refused(run("edit", "moving.gif", "a"), 2, "moving.gif is animated", "Save the one to edit")
+        is_refused(run("edit", "moving.gif", "a"), 2, "moving.gif has several frames", "Save the one to edit")
 
 
 class TestPicturesThatAreFine:
@@ -192,7 +192,7 @@ class TestPicturesThatAreFine:
         assert result.mode == "RGBA" and result.getchannel("A").getextrema() == (90, 90)
         told, result = self.edited(run, tiny_model_dir, "glass.png", "--background", "white", "--overwrite")
         assert result.mode == "RGB"
-        assert "ip2p: warning: glass.png has transparent parts: they are laid on white." in told.err
+        assert "ip2p: warning: glass.png has transparent parts; their background is set to white." in told.err
 
 
 # --- the instruction and the numbers --------------------------------------------------------------
@@ -337,7 +337,7 @@ class TestMask:
 
     def test_mask_that_is_no_picture(self, run, here: Path) -> None:
         (here / "mask.png").write_text("white")
-        is_refused(run("edit", "page.png", "a", "--mask", "mask.png"), 2, "mask.png holds text")
+        is_refused(run("edit", "page.png", "a", "--mask", "mask.png"), 2, "mask.png contains text")
 
     def test_black_mask(self, run) -> None:
         Image.new("L", (64, 48)).save("mask.png")

@@ -379,7 +379,7 @@ def test_a_picture_far_from_the_model_is_said_once(tiny_model_dir, tmp_path, pag
     (folder / "ip2p.json").write_text(json.dumps({"name": "storybook", "native_size": 32, "known_psnr": 90}))
     editor = Editor.load(folder, device="cpu", dtype="fp32")
     assert editor.working_size((64, 64)) == (32, 32)
-    with pytest.warns(UserWarning, match="far from what storybook knows.*timbrooks/instruct-pix2pix"):
+    with pytest.warns(UserWarning, match="unlike the training data of storybook.*timbrooks/instruct-pix2pix"):
         editor.edit(page, "make it night", **FAST)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -196,7 +196,7 @@ def test_iptc_is_kept(tmp_path, source, ending):
 def test_iptc_that_a_format_cannot_hold_is_named(tmp_path):
     image = picture()
     image.info["iptc"] = IPTC
-    with pytest.warns(UserWarning, match="PNG holds no IPTC"):
+    with pytest.warns(UserWarning, match="PNG cannot store IPTC"):
         save_image(image, tmp_path / "out.png")
 
 

@@ -128,7 +128,7 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
     assert converted.rows == 3
     told = [json.loads(line) for line in (tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()]
     assert [row["id"] for row in told] == ["lost", "pair-4"]
-    assert "damaged or cut short" in told[1]["reason"]
+    assert "damaged or truncated" in told[1]["reason"]
     assert "2 broken rows" in converted.lines("shards")[0]
     assert [pair.id for pair in read(tmp_path / "a")] == ["pair-0", "pair-1", "pair-2"]
 

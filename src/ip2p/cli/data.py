@@ -88,7 +88,7 @@ def check_source(config: DataCheckConfig, source: Source) -> None:
     from ip2p.data.check import check as check_rows
 
     if config.sheet is not None:
-        images.check_output(config.sheet, overwrite=config.overwrite)
+        images.check_picture_output(config.sheet, overwrite=config.overwrite)
     total = min(OF_ENDLESS if source.endless else len(source), config.limit or len(source))
     with progress("rows", total) as advance:
         report = check_rows(source, limit=config.limit, done=advance)

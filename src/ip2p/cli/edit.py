@@ -441,7 +441,7 @@ def run_grid(config: GridConfig) -> None:
     picture = images.load_image(config.image, max_pixels=config.max_pixels, background=config.background)
     source = local_path(config.image)
     out = place(config.out, source, f"{source.stem}-grid.png")
-    images.check_output(out, overwrite=config.overwrite)
+    images.check_picture_output(out, overwrite=config.overwrite)
     check_models(config)
     editor = load_editor(config)
     settings = editor.resolved(config.part(EditSettings))
@@ -529,7 +529,7 @@ def load_clip(config: EditConfig, *, optional: bool = False) -> Clip | None:
 
 def check_outputs(paths: Sequence[Path], config: EditConfig) -> None:
     for path in paths:
-        images.check_output(path, overwrite=config.overwrite)
+        images.check_picture_output(path, overwrite=config.overwrite)
 
 
 def output_paths(config: EditConfig, count: int | None = None) -> list[Path]:

@@ -11,7 +11,7 @@ from PIL import Image
 from ip2p.base.errors import InputError
 from ip2p.base.files import check_output, make_folder, replacing, write_text
 from ip2p.base.terminal import progress
-from ip2p.pictures.images import grid
+from ip2p.pictures.images import contact_sheet
 from ip2p.settings import (
     COMMON,
     MAX_SCALE,
@@ -224,7 +224,7 @@ def _pictures(config: DrawConfig) -> None:
         write_text(config.out / "run.json", run_json(config))
     if config.sheet is not None:
         rows = [shown[i : i + SHEET_COLUMNS] for i in range(0, len(shown), SHEET_COLUMNS)]
-        save_sheet(grid(rows), config.sheet)
+        save_sheet(contact_sheet(rows), config.sheet)
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
