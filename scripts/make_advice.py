@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ip2p.editing import advice
-from ip2p.editing.chain import chain
+from ip2p.editing.chain import edit_chain
 from ip2p.editing.grid import Axis, default_values, draw_grid, draw_sheet
 from ip2p.pictures.images import load_image, save_image
 from ip2p.settings import EditSettings
@@ -81,12 +81,12 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
 
 
 def chain_sheet(editor: Editor, picture: Image.Image, steps: int) -> Image.Image:
-    """Three edits in a row, each on the last result and each from the start."""
+    """A chain of three edits, from the last result and from the original."""
     instructions = ["make it night", "make it snow", "make it look like a watercolour"]
     rows = [
         [
             small(step.image)
-            for step in chain(
+            for step in edit_chain(
                 editor, picture, instructions, seed=SEED, from_original=from_original, steps=steps
             )
         ]
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     text = advice.page()
     if "--check" in sys.argv[1:]:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            sys.exit(f"{PAGE} is not up to date; write it anew: python scripts/make_advice.py")
+            sys.exit(f"{PAGE} is outdated; update it: python scripts/make_advice.py")
     else:
         PAGE.write_text(text, encoding="utf-8")
     if "--pictures" in sys.argv[1:]:

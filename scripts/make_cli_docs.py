@@ -37,7 +37,7 @@ Results go to stdout, all else to stderr; there is no progress bar without a ter
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | a fault of ip2p |
+| 1 | a bug in ip2p |
 | 2 | a picture, instruction or option that cannot be used |
 | 3 | a model that is missing, unreadable or of the wrong kind, or the network that is needed for it |
 | 4 | out of memory, disk or time |

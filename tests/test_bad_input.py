@@ -99,7 +99,9 @@ class TestPicture:
 
     def test_folder_without_pictures(self, run, here: Path) -> None:
         (here / "empty").mkdir()
-        is_refused(run("edit", "empty", "make it night"), 2, "empty names no picture", "a folder of pictures")
+        is_refused(
+            run("edit", "empty", "make it night"), 2, "empty matches no pictures", "a folder of pictures"
+        )
 
     def test_empty_file(self, run, here: Path) -> None:
         (here / "empty.png").write_bytes(b"")
@@ -205,7 +207,7 @@ class TestOptions:
         is_refused(run("edit", "page.png", *words), 2, "the instruction is empty", 'page.png "make it night"')
 
     def test_no_picture_named(self, run) -> None:
-        is_refused(run("edit"), 2, "no picture is named", "ip2p edit page.png")
+        is_refused(run("edit"), 2, "no picture is given", "ip2p edit page.png")
 
     @pytest.mark.parametrize("steps", ["0", "-1", "1000000000"])
     def test_steps_out_of_range(self, run, steps: str) -> None:
@@ -288,11 +290,11 @@ class TestOptions:
             (["--best", "2"], "--best 2 is more than --count 1"),
             (["--caption", "a page"], "add --count 8 --best 2"),
             (["--edited-caption", "a page"], "add --caption"),
-            (["--then", " "], "an instruction after --then is empty"),
-            (["--then", "b", "--count", "2"], "leave --count away"),
-            (["--from-original"], "--from-original is for edits in a row; add --then"),
-            (["--animation", "a.gif"], "--animation is for edits in a row"),
-            (["--then", "b", "--animation", "a.mp4"], "written as .gif or .webp"),
+            (["--then", " "], "the instruction of --then is empty"),
+            (["--then", "b", "--count", "2"], "remove --count"),
+            (["--from-original"], "--from-original is for chained edits; add --then"),
+            (["--animation", "a.gif"], "--animation is for chained edits"),
+            (["--then", "b", "--animation", "a.mp4"], "animations must be .gif or .webp"),
             (["--then", "b", "--animation", "no/a.gif"], "mkdir -p no"),
             (["--then", "b", "--frame-ms", "1"], "--frame-ms is 1"),
             (["--jobs", "0"], "--jobs is 0"),
@@ -303,14 +305,14 @@ class TestOptions:
 
     def test_instruction_that_is_a_file(self, run) -> None:
         told = run("edit", "page.png", "page.png")
-        is_refused(told, 2, "the instruction 'page.png' is a file", "the instruction comes last")
+        is_refused(told, 2, "the instruction 'page.png' is a file", "the instruction must come last")
 
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["page.png", "page.png", "a"], "name it with -o FOLDER"),
-            (["*.png", "a"], "name it with -o FOLDER"),
-            (["*.jpg", "a", "-o", "out"], "*.jpg names no picture"),
+            (["page.png", "page.png", "a"], "add -o FOLDER"),
+            (["*.png", "a"], "add -o FOLDER"),
+            (["*.jpg", "a", "-o", "out"], "*.jpg matches no pictures"),
             (["page.png", "pgae.png", "a", "-o", "out"], "Did you mean page.png?"),
             (["*.png", "a", "-o", "page.png"], "cannot create the folder page.png"),
             (["*.png", "a", "-o", "out", "--mask", "page.png"], "--mask is for one picture"),
@@ -322,7 +324,7 @@ class TestOptions:
         assert not (here / "out").exists()
 
     def test_settings_from_a_file_without_any(self, run) -> None:
-        is_refused(run("edit", "page.png", "--from-settings", "page.png"), 2, "page.png carries no settings")
+        is_refused(run("edit", "page.png", "--from-settings", "page.png"), 2, "page.png contains no settings")
 
 
 @pytest.mark.usefixtures("no_model")

@@ -474,7 +474,7 @@ def test_refusals_are_counted_over_all_runs_and_no_triple_at_all_is_an_error(
 def test_the_one_file_is_written_whole_and_another_is_not_overwritten(captions, lm, here, capsys):
     words = ("synth", "instruct", captions, "-o", "t.parquet", "--model", lm, *GREEDY, *HERE)
     Path("t.parquet").write_bytes(b"somebody's")
-    assert ip2p(*words) == 2 and "t.parquet is there already" in capsys.readouterr().err
+    assert ip2p(*words) == 2 and "t.parquet already exists" in capsys.readouterr().err
     assert Path("t.parquet").read_bytes() == b"somebody's" and not Path("t.parts").exists()
     assert ip2p(*words, "--overwrite") == 0
     # Killed between the last part and the file, or cut short since.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ip2p.base.errors import InputError
-from ip2p.editing.chain import chain
+from ip2p.editing.chain import edit_chain
 from ip2p.editing.grid import Axis, draw_grid
 from ip2p.pictures.infotext import EditRecord, format_infotext, parse_infotext
 from ip2p.settings import (
@@ -168,7 +168,7 @@ def test_the_editor_grids_chains_and_batches_take_a_new_setting(tiny_editor, pag
     (made,) = tiny_editor.edit(page, "make it night", settings=settings)
     (also,) = tiny_editor.edit_batch([page], "make it night", seeds=[0], settings=settings)
     assert made.tobytes() == also.tobytes()
-    (step,) = chain(tiny_editor, page, ["make it night"], settings=settings)
+    (step,) = edit_chain(tiny_editor, page, ["make it night"], settings=settings)
     assert step.image.tobytes() == made.tobytes()
     axes = [Axis(setting="sharpness", values=(1.0, 2.0)), Axis(setting="seed", values=(0, 1))]
     assert draw_grid(

@@ -152,7 +152,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
 
 
 def test_a_finished_run_refuses_another_setting_by_name(whole):
-    with pytest.raises(InputError, match=r"was trained with --lr .*, but it is now 0\.5; use the same again"):
+    with pytest.raises(InputError, match=r"was trained with --lr .*, and now it is 0\.5; use the same again"):
         trainer.train(whole, lr=0.5)
 
 
@@ -268,7 +268,7 @@ def test_two_runs_in_one_folder_the_second_is_refused(config):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"lr": 1e-4}, "--lr 0.001, but it is now 0.0001"),
+        ({"lr": 1e-4}, "--lr 0.001, and now it is 0.0001"),
         ({"batch": 8}, "batch"),
         ({"seed": 1}, "seed"),
         ({"lora": 2}, "lora"),

@@ -69,5 +69,5 @@ def test_a_conversion_prints_its_folder_and_says_what_it_left_out(tmp_path, caps
 
 
 def test_a_conversion_needs_a_target():
-    with pytest.raises(InputError, match="no folder to write is named"):
+    with pytest.raises(InputError, match="no output folder is given"):
         command.convert_source(Convert(), Rows(make_pairs()))

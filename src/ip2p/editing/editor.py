@@ -477,7 +477,7 @@ class Editor:
     ) -> tuple[int, int]:
         """The working width and height of the model for a picture of size `pixels` (`images.fit_size`).
 
-        size: the setting. Raises InputError for sides that are no multiple of the model's downsampling factor.
+        size: the setting. Raises InputError for sides that are no multiple of the model's downsampling.
         """
         multiple = self.bundle.size_multiple
         if isinstance(size, tuple):

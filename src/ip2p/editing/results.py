@@ -1,4 +1,4 @@
-"""What an edit gives: a list of pictures that a notebook shows."""
+"""The results of an edit: a list of pictures that notebooks display."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHEET_WIDTH = 4
 
 
 class EditResults(list[Image.Image]):
-    """The results of an edit, in the order of their seeds. A notebook shows them with their seeds below."""
+    """The results of an edit, in the order of their seeds. Notebooks show them with their seeds below."""
 
     def __repr__(self) -> str:
         pairs = zip(self._labels(), self, strict=True)
