@@ -96,8 +96,8 @@ def test_an_address_opens_and_its_type_is_found_by_content(site, path):
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
-        ("/nothing.png", InputError, "answered 404"),
-        ("/away", InputError, "answered 302"),
+        ("/nothing.png", InputError, "responded with 404"),
+        ("/away", InputError, "responded with 302"),
         ("/cut.png", ModelError, "cannot be downloaded"),
     ],
 )

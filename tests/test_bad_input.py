@@ -268,7 +268,7 @@ class TestOptions:
             (["--cfg-interval", "0.2", "nan"], "--cfg-interval is nan"),
             (["--cfg-interval", "0.2"], "--cfg-interval"),
             (["--auto-mask", "1.5"], "--auto-mask is 1.5"),
-            (["--auto-mask", "--mask", "page.png"], "--auto-mask looks for it; give one of them"),
+            (["--auto-mask", "--mask", "page.png"], "--auto-mask both select the region; give one of them"),
             (["--mask-padding", "-1"], "--mask-padding is -1"),
             (["--feather=inf"], "--feather is inf"),
             (["--show-mask", "m.png"], "add --mask FILE or --auto-mask"),
@@ -280,7 +280,7 @@ class TestOptions:
             (["--controlnet", "c"], "add --control-image FILE"),
             (["--control-image", "page.png"], "add --controlnet MODEL"),
             (["--controlnet", "c", "--control-image", "pgae.png"], "Did you mean page.png?"),
-            (["--lora", ":0.5"], "names no file"),
+            (["--lora", ":0.5"], "has no file name"),
             (
                 ["--lora", "page.png:nan"],
                 "the weight nan must be a number from -10 to 10",
@@ -365,7 +365,9 @@ def test_too_long_instruction_runs_and_names_the_cut_text(run, tiny_model_dir: P
 @pytest.mark.usefixtures("no_model")
 class TestOutput:
     def test_folder_missing(self, run) -> None:
-        is_refused(run("edit", "page.png", "a", "-o", "out/night.png"), 2, "out", "missing", "mkdir -p out")
+        is_refused(
+            run("edit", "page.png", "a", "-o", "out/night.png"), 2, "out", "does not exist", "mkdir -p out"
+        )
 
     def test_folder_is_a_file(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "-o", "page.png/night.png"), 2, "page.png")

@@ -97,7 +97,7 @@ def test_the_command_saves_each_step_tells_drift_and_writes_the_animation(
     told = capsys.readouterr()
     assert told.out.split() == ["out-1.png", "out-2.png", "out-3.png", "out.webp"]
     assert "drift from the start" in told.err and "out-3.png" in told.err and " dB" in told.err
-    assert "no CLIP of its own" in told.err and "hf download" in told.err
+    assert "does not include a CLIP model" in told.err and "hf download" in told.err
     found = [parse_infotext(Image.open(f"out-{k}.png").info["parameters"]) for k in (1, 2, 3)]
     assert [(one.instruction, one.seed) for one in found] == [
         ("make it night", 3),

@@ -187,7 +187,7 @@ def test_variables_take_every_type() -> None:
     [
         ("IP2P_STEPS", "many", "IP2P_STEPS is 'many'; it must be a whole number"),
         ("IP2P_TEXT_CFG", "x", "it must be a number"),
-        ("IP2P_OVERWRITE", "maybe", "write true or false"),
+        ("IP2P_OVERWRITE", "maybe", "it must be true or false"),
         ("IP2P_SAMPLER", "ddim", "choose one of: euler_ancestral"),
         ("IP2P_SIZE", "1x2x3", "576x384"),
     ],

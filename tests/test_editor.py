@@ -321,7 +321,7 @@ def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
         ({"image_cfg": float("inf")}, "inf"),
         ({"sampler": "magic"}, "euler_ancestral, euler, dpmpp_2m"),
         ({"spacing": "magic"}, "linspace, karras"),
-        ({"seeds": []}, "No seed"),
+        ({"seeds": []}, "no seeds"),
         ({"seeds": [-1]}, "Seed -1"),
         ({"batch_size": 0}, "batch"),
         ({"size": 3}, "size is 3"),

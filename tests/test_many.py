@@ -80,7 +80,7 @@ def test_results_of_an_earlier_run_are_no_input() -> None:
         (["none"], "none: no such file"),
         (["a/*.webp"], "a/*.webp matches no pictures"),
         (["empty"], "empty matches no pictures"),
-        (["a/x.png", "b/x.png"], "would both be written as out/x.png"),
+        (["a/x.png", "b/x.png"], "would both be written to out/x.png"),
     ],
 )
 def test_what_names_no_picture_is_refused(words: list[str], said: str) -> None:

@@ -67,7 +67,9 @@ def test_large_pictures_are_made_small_smoothly() -> None:
 
 def test_where_the_clip_comes_from(here: Path, tiny_model_dir: Path, tiny_clip_dir: Path) -> None:
     assert rank.find_clip(str(tiny_clip_dir), "nowhere") == tiny_clip_dir
-    with pytest.raises(ModelError, match="has no CLIP of its own.*hf download openai/clip-vit-large-patch14"):
+    with pytest.raises(
+        ModelError, match="does not include a CLIP model.*hf download openai/clip-vit-large-patch14"
+    ):
         rank.find_clip(None, str(tiny_model_dir))
     with pytest.raises(ModelError, match="./none: no such folder"):
         rank.find_clip("./none", str(tiny_model_dir))

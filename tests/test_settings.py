@@ -60,11 +60,11 @@ class Body(Settings):
         ({"cfg_interval": "0.5"}, r"cfg_interval is .*; it must be 2 numbers"),
         ({"cfg_interval": (0.9, 0.1)}, r"cfg_interval 0\.9 0\.1 is empty"),
         ({"negative": 3}, r"negative is 3; it must be text"),
-        ({"mask": "sky.png", "auto_mask": 0.5}, r"mask names the region and auto_mask looks for it"),
+        ({"mask": "sky.png", "auto_mask": 0.5}, r"mask and auto_mask both select the region"),
         ({"guidance_scale": 7}, r"guidance_scale is called text_cfg here"),
         ({"image_guidance_scale": 7}, r"image_guidance_scale is called image_cfg here"),
         ({"num_inference_steps": 7}, r"num_inference_steps is called steps here"),
-        ({"stepz": 7}, r"'stepz' is no setting; did you mean steps\?"),
+        ({"stepz": 7}, r"'stepz' is not a setting; did you mean steps\?"),
     ],
 )
 def test_what_is_wrong_is_one_line_with_the_limit_and_the_next_step(values, message):

@@ -13,8 +13,6 @@ from ip2p.base.errors import InputError, ResourceError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# The largest seed that fits a signed 64-bit integer (A1111 uses seeds below 2**32).
-MAX_SEED = 2**63 - 1
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:

@@ -137,7 +137,7 @@ class EditConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
                 f"--best {self.best} is more than --count {self.count}. Try --count {4 * self.best}."
             )
         if self.edited_caption is not None and self.caption is None:
-            raise InputError("--edited-caption needs --caption, which describes the input picture; add it.")
+            raise InputError("--edited-caption needs a description of the input picture; add --caption.")
         if self.caption is not None and self.best is None:
             raise InputError("--caption is used to rank results; add --count 8 --best 2.")
         if any(not words.strip() for words in self.then):

@@ -25,7 +25,7 @@ from ip2p.base.terminal import say
 
 # verb: (settings class, function, description); modules are below `ip2p`
 VERBS = {
-    "edit": ("cli.edit:EditConfig", "cli.edit:run_edit", "edit one or more pictures with an instruction"),
+    "edit": ("cli.edit:EditConfig", "cli.edit:run_edit", "edit a picture, or many, with an instruction"),
     "grid": ("cli.edit:GridConfig", "cli.edit:run_grid", "draw the results over two settings as one picture"),
     "ui": ("serve.options:UiConfig", "cli.serve:run_ui", "edit in the browser"),
     "serve": ("serve.options:ServeConfig", "cli.serve:run_serve", "serve edits over HTTP, with the web page"),

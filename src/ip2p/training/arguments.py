@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 class TrainArguments(TypedDict, total=False):
     """What `train` takes; see `TrainConfig`."""
 
-    # cuda, cuda:N, mps or cpu; auto takes the first that exists
+    # cuda, cuda:N, mps or cpu; auto: the first available one
     device: str
     # pairs: parquet, folders, shards or a Hugging Face data set (docs/data.md); or storybook
     data: str
@@ -58,7 +58,7 @@ class TrainArguments(TypedDict, total=False):
     # gamma of Min-SNR weighting (its paper uses 5); default: none
     min_snr: float | None
     # what the network predicts; auto: as the base
-    prediction: Literal["auto", "epsilon", "v_prediction"]
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"]
     # train a LoRA of this rank instead of all weights
     lora: int | None
     # strength of the LoRA; default: its rank
