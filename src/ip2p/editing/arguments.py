@@ -8,7 +8,7 @@ from ip2p.pictures.images import Picture
 
 
 class EditArguments(TypedDict, total=False):
-    """What `Editor.edit` takes beside the picture, the instruction and the seeds; see `EditSettings`."""
+    """Keyword arguments of `Editor.edit` besides the picture, instruction and seeds; see `EditSettings`."""
 
     # what to avoid in the result
     negative: str
