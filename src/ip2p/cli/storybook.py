@@ -14,17 +14,17 @@ from ip2p.base.terminal import progress
 from ip2p.pictures.images import contact_sheet
 from ip2p.settings import (
     COMMON,
-    MAX_SCALE,
     MAX_SEED,
-    MAX_STEPS,
     DeviceSettings,
     DTypeSettings,
     OverwriteSettings,
     RunSettings,
-    SamplerName,
+    ScaleSettings,
     ScheduleName,
+    Seed,
     Size,
     Split,
+    StepSettings,
     Texts,
     run_json,
     setting,
@@ -107,7 +107,7 @@ class BuildConfig(RunSettings, DeviceSettings):
     )
 
 
-class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings):
+class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings, ScaleSettings, StepSettings):
     """Score a model on storybook edits with exact answers: ip2p storybook score --count 500"""
 
     model: str = setting("storybook", "model name, or a diffusers folder", group=COMMON)
@@ -118,7 +118,7 @@ class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings)
         metavar="SPLIT",
     )
     count: int = setting(500, "number of edits per split", ge=1, le=1_000_000, group=COMMON)
-    seed: int = setting(0, "seed of the edits and the noise", ge=0, le=MAX_SEED, example=7, group=COMMON)
+    seed: Seed = setting(0, "seed of the edits and the noise", ge=0, le=MAX_SEED, example=7, group=COMMON)
     out: Path | None = setting(None, "save all numbers as JSON", group=COMMON, flags=("-o",))
     sheet: Path | None = setting(
         None,
@@ -126,21 +126,8 @@ class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings)
         group=COMMON,
         metavar="FILE",
     )
-    steps: int | None = setting(None, "sampling steps", ge=1, le=MAX_STEPS, fallback=20, group=COMMON)
-    sampler: SamplerName | None = setting(None, "sampler", fallback="euler_ancestral", group=COMMON)
     schedule: ScheduleName | None = setting(
         None, "noise schedule", fallback="linspace", group=COMMON, aliases=("spacing",)
-    )
-    text_cfg: float | None = setting(
-        None,
-        "how strongly to follow the instruction",
-        ge=0,
-        le=MAX_SCALE,
-        fallback=7.5,
-        group=COMMON,
-    )
-    image_cfg: float | None = setting(
-        None, "how strongly to keep the input picture", ge=0, le=MAX_SCALE, fallback=1.5, group=COMMON
     )
     size: Size = setting(
         None,

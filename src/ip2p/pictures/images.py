@@ -443,10 +443,9 @@ class EditedImage(Image.Image):
         kind = {"JPG": "JPEG"}.get(kind, kind)
         if kind not in WRITES.values():
             super().save(fp, format, **params)
-        elif isinstance(fp, str | Path):
-            Path(fp).write_bytes(to_bytes(self, kind, **params))
-        else:
-            fp.write(to_bytes(self, kind, **params))
+            return
+        data = to_bytes(self, kind, **params)
+        Path(fp).write_bytes(data) if isinstance(fp, str | Path) else fp.write(data)
 
 
 def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) -> Path:
