@@ -99,13 +99,3 @@ class NoiseStream:
     def __call__(self) -> Tensor:
         rows = [torch.randn((1, *self.shape), generator=g) for g in self.generators]
         return torch.cat(rows).to(self.device)
-
-
-def seeded_noise(
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The first draw of `NoiseStream`: [len(seeds), *shape]; row k depends on seed k alone."""
-    return NoiseStream(seeds, shape, device)().to(dtype)

@@ -178,11 +178,6 @@ def labeled_settings() -> list[str]:
     return [name for name in fields if meta_of(fields[name]).label or name in ("instruction", "negative")]
 
 
-def amend(text: str, **fields: Any) -> str:
-    """The infotext with some fields of its record changed."""
-    return format_infotext(parse_infotext(text).changed(**fields))
-
-
 def read_infotext(path: str | Path) -> str | None:
     """The infotext in a PNG, JPEG or WebP file, or None. Raises InputError for any other file."""
     path = Path(path)
