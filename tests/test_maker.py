@@ -777,7 +777,7 @@ def test_stages_cross_to_other_machines(here, painter, lm, monkeypatch):
         made.append(pickle.loads(pickle.dumps(stage)))
         raise InputError("enough")
 
-    monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(jobs, "run_job", run)
     write_triples(here / "t.parquet", TRIPLES)
     (here / "c.txt").write_text("a red cat\n")
     assert ip2p("synth", "pairs", "t.parquet", "-o", "p", "--model", painter, "--ray", *HERE[2:]) == 2
