@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ip2p.editing import advice
-from ip2p.editing.chain import chain
+from ip2p.editing.chain import edit_chain
 from ip2p.editing.grid import Axis, default_values, draw_grid, draw_sheet
 from ip2p.pictures.images import load_image, save_image
 from ip2p.settings import EditSettings
@@ -32,7 +32,8 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
     from ip2p.editing.editor import Editor  # imports torch
 
     editor = Editor.load(model, dtype="fp32")
-    text_cfg, image_cfg = editor.scales(None, None)
+    defaults = editor.resolved()
+    text_cfg, image_cfg = defaults.text_cfg, defaults.image_cfg
     entries = json.loads((pages / "pages.json").read_text(encoding="utf-8"))
     first, second = (load_image(pages / entries[k]["page"]) for k in (0, 2))
     thing = entries[0]["instructions"][0]
@@ -84,7 +85,7 @@ def chain_sheet(editor: Editor, picture: Image.Image, steps: int) -> Image.Image
     rows = [
         [
             small(step.image)
-            for step in chain(
+            for step in edit_chain(
                 editor, picture, instructions, seed=SEED, from_original=from_original, steps=steps
             )
         ]

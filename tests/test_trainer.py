@@ -229,7 +229,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(config, whol
     newest = config.output / "training" / "step-00000004.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     trainer.run(config)
-    assert "step-00000004.pt is gone or cut short" in caplog.text
+    assert "step-00000004.pt is missing or truncated" in caplog.text
     assert same(weights(config.output), weights(whole.output))
 
 
@@ -262,7 +262,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(conf
 
 
 def test_two_runs_in_one_folder_the_second_is_refused(config):
-    with lock_folder(config.output), pytest.raises(InputError, match="another ip2p is writing into"):
+    with lock_folder(config.output), pytest.raises(InputError, match="another ip2p process is writing to"):
         trainer.run(config)
 
 

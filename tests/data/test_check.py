@@ -75,7 +75,7 @@ def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
     report = check(open_source(str(every_defect(tmp_path / "set"))))
     told = {line.split("  ")[0]: " ".join(line.split()) for line in report.lines()}
     starts = {
-        "broken picture": "1 row: cannot be read or decoded: cut (after: is damaged or cut short",
+        "broken picture": "1 row: cannot be read or decoded: cut (after: is damaged or truncated",
         "missing picture": "1 row: a picture or the texts of the row are missing: no-picture (after: ",
         "empty instruction": "1 row: the instruction is empty: silent",
         "duplicate ids": "1 row: an id that occurs more than once: right-3",

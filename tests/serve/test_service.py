@@ -364,7 +364,7 @@ def test_a_result_that_is_not_a_number_fails_its_own_job(serve, editor):
     jobs = [service.submit(request(image=image), client="a") for image in (PICTURE, bad, PICTURE)]
     assert all(job.wait(60) for job in jobs)
     assert [job.state for job in jobs] == ["done", "failed", "done"]
-    assert isinstance(jobs[1].error, ModelError) and "not a number" in str(jobs[1].error)
+    assert isinstance(jobs[1].error, ModelError) and "not finite" in str(jobs[1].error)
 
 
 def test_running_out_of_memory_fails_only_what_is_too_large_by_itself(serve, editor):

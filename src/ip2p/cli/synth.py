@@ -114,7 +114,7 @@ def run_instruct(config: SynthInstructConfig) -> None:
     )
     if file and config.overwrite:
         file.unlink(missing_ok=True)  # its parts go too; what is left of it would not be this job's
-    told = jobs.run(
+    told = jobs.run_job(
         partial(InstructStage, _writer(config), edits=config.edits, retries=config.retries, limits=limits),
         [texts[start : start + size] for start in range(0, len(texts), size)],
         folder,
@@ -299,7 +299,7 @@ def run_pairs(config: SynthPairsConfig) -> None:
     )
     size = 1 if config.as_paper else TRIPLES_A_PART
     make_folder(config.out)
-    told = jobs.run(
+    told = jobs.run_job(
         stage,
         [triples[start : start + size] for start in range(0, len(triples), size)],
         config.out,

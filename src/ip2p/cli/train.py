@@ -1,4 +1,4 @@
-"""`ip2p train`: an editor from pairs of pictures; `ip2p distill`: a faster one from an editor."""
+"""`ip2p train`: train an editor on pairs of pictures; `ip2p distill`: make an editor faster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ip2p.training.settings import DistillConfig, TrainConfig
 
 
 def run_train(config: TrainConfig) -> None:
-    """Train, or resume; the editor's folder goes to stdout."""
+    """Train, or resume. Prints the folder of the editor."""
     from ip2p.training.trainer import is_main_process, train  # imports torch
 
     output = train(config)

@@ -395,7 +395,7 @@ def sheet(source: Source, path: Path, *, count: int = ON_SHEET, limit: int | Non
     """Write a contact sheet of up to `count` pairs with their instructions, evenly spaced over the rows.
 
     For an endless source, or with `limit`, only the first rows are used. A broken row is shown as its error.
-    Raises InputError as `images.check_output` does.
+    Raises InputError as `images.check_picture_output` does.
     """
     total = min(len(source) if not source.endless else OF_ENDLESS, limit or len(source))
     count = min(count, total)
@@ -414,7 +414,7 @@ def sheet(source: Source, path: Path, *, count: int = ON_SHEET, limit: int | Non
     # Labels must not overlap; the letters of Pillow's font are about 6 pixels wide at this size.
     labels = [label if len(label) <= 52 else label[:51] + "…" for label in labels]
     parts = [
-        images.grid(
+        images.contact_sheet(
             rows[start : start + high], labels[start : start + high], header=("before", "after"), font_size=12
         )
         for start in range(0, len(rows), high)

@@ -173,9 +173,9 @@ def _remove_written(folder: Path) -> None:
 
 
 def _phrase(name: str, before: object, now: object) -> tuple[str, str]:
-    words = {"source": "of {}", "key": "of other data", "to": "--to {}", "rows": "of {} rows"}
-    text = (words | {"shard_rows": "--shard-rows {}"})[name]
-    return text.format(before), text.format(now)
+    texts = {"source": "from {}", "key": "from other data", "to": "with --to {}", "rows": "with {} rows"}
+    text = (texts | {"shard_rows": "with --shard-rows {}"})[name]
+    return text.format(before), text.removeprefix("with ").format(now)
 
 
 # --- the layouts ----------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, 
         "shown": shown,
         "judge": None if judge is None else judge.as_json(),
     }
-    summary = jobs.run(
+    summary = jobs.run_job(
         stage,
         parts,
         folder / JOB,

@@ -39,7 +39,7 @@ from ip2p.models.load import (
     table_of,
     tokenizer_texts,
 )
-from ip2p.pictures.images import close_file, nearest
+from ip2p.pictures.images import closest_file, closest_name
 from ip2p.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -490,8 +490,8 @@ def packaged_models() -> list[str]:
 
 
 def _closest(path: Path, packaged: list[str]) -> str:
-    ours = nearest(path.name, packaged) if path.parent == Path(".") else None
-    if close := ours or close_file(path):
+    ours = closest_name(path.name, packaged) if path.parent == Path(".") else None
+    if close := ours or closest_file(path):
         return f"Did you mean {close}?"
     return f"Use storybook, a folder, a .safetensors or .ckpt file, or a hub name like {PHOTO_MODEL}."
 

@@ -191,7 +191,7 @@ def working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple[
     """The width and height at which the model works. Raises SettingError for one over the limit."""
     pixels, settings = request.image.size, request.settings
     if settings.mask is not None:
-        left, top, right, bottom = masks.padded(settings.mask, settings.mask_padding)
+        left, top, right, bottom = masks.padded_box(settings.mask, settings.mask_padding)
         pixels = right - left, bottom - top
     with naming("size"):
         width, height = editor.working_size(pixels, settings.size)

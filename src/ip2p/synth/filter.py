@@ -29,7 +29,7 @@ from ip2p.base import jobs, terminal
 from ip2p.base.cluster import Cluster
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError
-from ip2p.base.jobs import Made
+from ip2p.base.jobs import StageOutput
 from ip2p.data import columns
 from ip2p.data.convert import encoded, ending, hub_schema
 from ip2p.data.parquet import ParquetSource
@@ -265,13 +265,13 @@ class Scorer:
         self.clip: Clip | None = None
         self.is_safe = safety() if safety is not None else None
 
-    def __call__(self, part: range) -> Made:
+    def __call__(self, part: range) -> StageOutput:
         rows: list[dict[str, Any]] = []
         counts: Counter[str] = Counter(scored=0, broken=0)
         # In batches: a thousand decoded pairs do not fit in memory.
         for start in range(0, len(part), self.batch):
             rows += self._scored(part[start : start + self.batch], counts)
-        return Made(tables={SCORED: pa.Table.from_pylist(rows, _SCORE_FIELDS)}, counts=counts)
+        return StageOutput(tables={SCORED: pa.Table.from_pylist(rows, _SCORE_FIELDS)}, counts=counts)
 
     def _scored(self, part: range, counts: Counter[str]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -357,7 +357,7 @@ def score(
     """Score every row of `source`, or the first `count`, as a job in `folder`; existing scores are kept.
 
     clip_key: identifies the weights of the CLIP, if a change of weights should be detected.
-    Raises InputError for an endless source without a count, and as `jobs.run` does.
+    Raises InputError for an endless source without a count, and as `jobs.run_job` does.
     """
     if source.endless and count is None:
         raise InputError(f"{source.name} is endless; set a number of rows, such as --count 10000.")
@@ -367,7 +367,7 @@ def score(
     settings |= {"clip": name or None, "rescore": rescore, "safety": _name_of(safety)}
     settings |= {"content of --clip": clip_key} if clip_key else {}
     more: dict[str, Any] = {"device": device, "batch": batch, "rescore": rescore, "safety": safety}
-    jobs.run(
+    jobs.run_job(
         partial(Scorer, source, clip, clip_name=name, **more),
         [range(start, min(start + part_rows, total)) for start in range(0, total, part_rows)],
         folder,
@@ -550,7 +550,7 @@ def filter_pairs(
 
     The rows are written as parquet with the columns of the Hugging Face version; for a local parquet source,
     with all its columns and its pictures byte for byte. scoring: arguments of `score`. A call after an
-    interruption resumes; `overwrite` with other thresholds keeps the scores. Raises InputError as `jobs.run`
+    interruption resumes; `overwrite` with other thresholds keeps the scores. Raises InputError as `run_job`
     does, and for the folder of another stage, which `overwrite` does not replace.
     """
     beside = ("run.json", SCORES_FOLDER)
@@ -573,7 +573,7 @@ def filter_pairs(
     table = _Rows.of(source)
     for line in _lost(source, kept) if table is None else ():
         say(line)
-    jobs.run(
+    jobs.run_job(
         partial(Writer, source, scored, table),
         [kept[start : start + part_rows] for start in range(0, len(kept), part_rows)],
         folder,
@@ -622,15 +622,15 @@ class Writer:
         self.source, self.scored, self.table = source, scored, table
         self.measured = any(scored.clips)  # over all parts, so that they have the same columns
 
-    def __call__(self, part: Sequence[int]) -> Made:
+    def __call__(self, part: Sequence[int]) -> StageOutput:
         if self.table is not None:
-            return Made(tables={KEPT: self._with_scores(self.table.take(part), part)})
+            return StageOutput(tables={KEPT: self._with_scores(self.table.take(part), part)})
         pairs = (self.source[row] for row in part)
         rows = [
             pair_row(pair, f"{row:07}", clip=self.scored.clips[row] or None, **self.scored.of(row))
             for pair, row in zip(pairs, part, strict=True)
         ]
-        return Made(tables={KEPT: pair_table(rows)})
+        return StageOutput(tables={KEPT: pair_table(rows)})
 
     def _with_scores(self, table: Any, part: Sequence[int]) -> Any:
         """A table of a parquet source with the scores in their columns, and an id column if it has none."""

@@ -467,14 +467,14 @@ def find_lm(model: str | Path, *, revision: str | None = None) -> Path:
     Raises ModelError.
     """
     from ip2p.models.bundle import find_model, from_hub, is_hub_name, packaged_models
-    from ip2p.pictures.images import close_file
+    from ip2p.pictures.images import closest_file
 
     folder = Path(model).expanduser()
     if not folder.exists() and str(model) in packaged_models():
         folder = find_model(model, revision=revision) / PACKAGED_LM
     elif not folder.exists():
         if not is_hub_name(str(model), folder):
-            close = close_file(folder)
+            close = closest_file(folder)
             hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
             raise ModelError(f"{model}: no such language model. {hint}")
         folder = from_hub(str(model), LM_FILES, _is_lm, revision=revision)

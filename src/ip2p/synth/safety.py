@@ -13,7 +13,7 @@ from ip2p.base.devices import pick_device
 from ip2p.base.errors import ModelError
 from ip2p.models.bundle import from_hub, is_hub_name
 from ip2p.models.load import quiet, unreadable
-from ip2p.pictures.images import close_file
+from ip2p.pictures.images import closest_file
 
 UNSAFE = re.compile(r"nsfw|unsafe|porn|hentai|sexy|explicit|nudity|gore", re.IGNORECASE)
 SAFE = re.compile(r"\b(?:not|non|no)\b", re.IGNORECASE)  # as in "not nsfw"
@@ -34,7 +34,7 @@ class Classifier:
         folder = Path(model).expanduser()
         if not folder.exists():
             if not is_hub_name(model, folder):
-                close = close_file(folder)
+                close = closest_file(folder)
                 hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
                 raise ModelError(f"--safety {model}: no such model. {hint}")
             folder = from_hub(model, FILES, lambda found: any(found.glob("*.safetensors")))

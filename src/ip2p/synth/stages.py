@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ip2p.base.jobs import Made
+from ip2p.base.jobs import StageOutput
 from ip2p.data.records import open_picture
 from ip2p.models.bundle import called
 from ip2p.models.clip import Clip
@@ -43,7 +43,7 @@ class InstructStage:
     def __init__(self, writer: Callable[[], Writer], *, edits: int, retries: int, limits: Limits) -> None:
         self.instruct = Instruct(writer, edits=edits, retries=retries, limits=limits)
 
-    def __call__(self, part: Sequence[str]) -> Made:
+    def __call__(self, part: Sequence[str]) -> StageOutput:
         import pyarrow as pa
 
         before = self._used()
@@ -60,7 +60,7 @@ class InstructStage:
         }
         schema = pa.schema([(name, pa.string()) for name in Rejected.__dataclass_fields__])
         tables = {TABLE: triple_table(triples), REJECTED: pa.Table.from_pylist(refused, schema)}
-        return Made(tables=tables, counts=counts)
+        return StageOutput(tables=tables, counts=counts)
 
     def _used(self) -> dict[str, float]:
         writer: Any = self.instruct.writer
@@ -123,7 +123,7 @@ class PairStage:
         self.clip = Clip.load(clip(), self.painter.device)
         self.known = {"model": called(config.model), "clip": clip_name, "license": config.license}
 
-    def __call__(self, part: Sequence[Triple]) -> Made:
+    def __call__(self, part: Sequence[Triple]) -> StageOutput:
         painter = self.painter
         before = painter.evaluations, painter.decoded, painter.previewed
         counts: Counter[str] = Counter(dict.fromkeys(FATES, 0))
@@ -147,7 +147,7 @@ class PairStage:
         after = painter.evaluations, painter.decoded, painter.previewed
         names = ("evaluations", "decoded", "previewed")
         counts.update({n: b - a for n, a, b in zip(names, before, after, strict=True)})
-        return Made(tables={KEPT: pair_table(drawn)}, counts=counts)
+        return StageOutput(tables={KEPT: pair_table(drawn)}, counts=counts)
 
     def _candidate(self, triple: Triple, number: int) -> Candidate:
         return shared_candidate(triple, number, self.per_source, **self.drawn)

@@ -16,7 +16,7 @@ SMALL = 256 << 20  # bytes of weights, of which several copies do not matter
 
 
 def worker_options(config: WorkerSettings, weights: Path | None, *, device: str) -> dict[str, Any]:
-    """Where a job runs, for `jobs.run`: cluster, processes and threads.
+    """Where a job runs, for `jobs.run_job`: cluster, processes and threads.
 
     Small models on a CPU work in as many processes as it has cores, each with one thread.
 

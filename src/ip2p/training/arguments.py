@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 class TrainArguments(TypedDict, total=False):
     """What `train` takes; see `TrainConfig`."""
 
-    # cuda, cuda:N, mps or cpu; auto takes the first that exists
+    # cuda, cuda:N, mps or cpu; auto: the first available one
     device: str
     # original=NAME,instruction=NAME,edited=NAME; default: known names (docs/data.md)
     columns: str | None
