@@ -771,11 +771,11 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
 
 
 class PartsSettings(Settings):
-    """Where the parts come from that a UNet alone lacks."""
+    """Where the parts of a UNet-only file come from."""
 
     parts_from: str | None = setting(
         None,
-        "model that brings what a file of a UNet alone lacks",
+        "model that provides the parts a UNet-only file lacks",
         group=MODEL,
         label="Model parts",
         metavar="MODEL",
