@@ -93,9 +93,9 @@ EDITED = {
     "UPPER.JPG": lambda: saved(noise(), "JPEG"),
 }
 NAMED = {
-    "anim.gif": (lambda: moving("GIF"), "is animated or has pages"),
-    "anim.png": (lambda: moving("PNG"), "is animated or has pages"),
-    "anim.webp": (lambda: moving("WEBP"), "is animated or has pages"),
+    "anim.gif": (lambda: moving("GIF"), "has several frames or pages"),
+    "anim.png": (lambda: moving("PNG"), "has several frames or pages"),
+    "anim.webp": (lambda: moving("WEBP"), "has several frames or pages"),
     "bomb.png": (bomb, "is too large: 3,600 megapixels by its header"),
     "bomb-without-ending": (bomb, "is too large: 3,600 megapixels by its header"),
     "cut.jpg": (lambda: saved(noise(), "JPEG")[:500], "is damaged or cut short"),
@@ -104,7 +104,7 @@ NAMED = {
     "html.png": (lambda: b"<!doctype html><html></html>", "is a web page (HTML)"),
     "icon.ico": (lambda: saved(noise(), "ICO"), "is not a picture in a known format"),
     "jpeg2000.jp2": (lambda: saved(noise(), "JPEG2000"), "is not a picture in a known format"),
-    "pages.tif": (lambda: moving("TIFF"), "is animated or has pages"),
+    "pages.tif": (lambda: moving("TIFF"), "has several frames or pages"),
     "strip.png": (lambda: saved(noise(size=(400, 20)), "PNG"), "times the other"),
     "targa.tga": (lambda: saved(noise(), "TGA"), "is not a picture in a known format"),
     "text.png": (lambda: b"not a picture", "holds text, not a picture"),

@@ -284,7 +284,11 @@ def test_a_clip_of_pickled_weights_is_read_as_tensors_and_a_hostile_one_is_not_r
     (folder / "model.safetensors").unlink()
     torch.save(load_file(tiny_clip_dir / "model.safetensors"), folder / "pytorch_model.bin")
     picture = torch.rand(1, 3, 32, 32)
-    assert torch.equal(Clip.load(folder).images(picture), Clip.load(tiny_clip_dir).images(picture))
+    ours, stored = Clip.load(folder), Clip.load(tiny_clip_dir)
+    weights = stored.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in ours.model.state_dict().items())
+    # Where the weights are in memory changes the rounding on some CPUs.
+    torch.testing.assert_close(ours.images(picture), stored.images(picture), rtol=0, atol=1e-6)
 
     class Hostile:
         def __reduce__(self):

@@ -161,7 +161,7 @@ def test_killed_and_resumed_gives_the_same_bytes(words, whole, tmp_path):
 def test_other_settings_are_refused_on_resume_by_name(words, whole, capsys):
     more = ["-o", str(whole), "--workers", "1"]
     assert main([*words, *more, "--seed", "5"]) == 2
-    assert "seed 0, and now it is 5; add --overwrite" in capsys.readouterr().err
+    assert "seed 0, but it is now 5; add --overwrite" in capsys.readouterr().err
     assert main([*words, *more]) == 0, "and the same ones find all done"
 
 

@@ -153,7 +153,7 @@ def test_targets_that_cannot_be_written(tmp_path):
         ("file", True, "is a file; name a folder"),
         ("letters", False, "is there already; add --overwrite"),
         ("letters", True, "holds other things than a model"),
-        ("a.safetensors", False, "is there already"),
+        ("a.safetensors", False, "already exists"),
     ):
         with pytest.raises(InputError, match=words):
             check_target(tmp_path / name, overwrite=overwrite)

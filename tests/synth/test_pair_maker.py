@@ -386,7 +386,7 @@ def test_what_cannot_draw_is_refused(tmp_path, bundle):
         ({"reweight": 2.0}, "reweight is for cross-attention; set attention to refine"),
         ({"batch_size": 0}, "batch_size is 0; it must be 1"),
         ({"early_at": 1.5}, "early_at is 1.5; it must be"),
-        ({"size": (60, 64)}, "sides are multiples of"),
+        ({"size": (60, 64)}, "sides must be multiples of"),
     ):
         with pytest.raises(InputError, match=said):
             maker(bundle, **settings)

@@ -333,7 +333,7 @@ def test_a_damaged_part_is_told_and_made_again(tiny_bundle, tmp_path, damage):
         LatentCache(home(tmp_path), lambda _: None)
     said: list[str] = []
     cache = build(Rows(10), tiny_bundle, tmp_path, say=said.append)
-    assert len(said) == 1 and "000001.latents" in said[0] and "made again" in said[0]
+    assert len(said) == 1 and "000001.latents" in said[0] and "recreating it" in said[0]
     assert len(cache) == 10 and path.read_bytes() == whole["000001.latents"]
     now = inodes(tmp_path)
     assert all(now[name] == kept[name] for name in ("000000.latents", "000002.latents"))
