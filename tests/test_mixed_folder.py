@@ -98,7 +98,7 @@ NAMED = {
     "anim.webp": (lambda: moving("WEBP"), "has several frames or pages"),
     "bomb.png": (bomb, "is too large: 3,600 megapixels by its header"),
     "bomb-without-ending": (bomb, "is too large: 3,600 megapixels by its header"),
-    "cut.jpg": (lambda: saved(noise(), "JPEG")[:500], "is damaged or cut short"),
+    "cut.jpg": (lambda: saved(noise(), "JPEG")[:500], "is damaged or truncated"),
     "drawing.svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is an SVG drawing"),
     "empty.png": (lambda: b"", "is empty (0 bytes)"),
     "html.png": (lambda: b"<!doctype html><html></html>", "is a web page (HTML)"),
@@ -107,7 +107,7 @@ NAMED = {
     "pages.tif": (lambda: moving("TIFF"), "has several frames or pages"),
     "strip.png": (lambda: saved(noise(size=(400, 20)), "PNG"), "times the other"),
     "targa.tga": (lambda: saved(noise(), "TGA"), "is not a picture in a known format"),
-    "text.png": (lambda: b"not a picture", "holds text, not a picture"),
+    "text.png": (lambda: b"not a picture", "contains text, not a picture"),
     "tiny.png": (lambda: saved(noise(size=(8, 8)), "PNG"), "each side needs at least 16"),
 }
 LINKS = {
