@@ -30,7 +30,7 @@ from ip2p.synth.instruct import Answer, Ask, LocalWriter
 from ip2p.synth.records import Triple, read_triples, triple_id, write_triples
 from ip2p.synth.safety import Classifier
 from ip2p.synth.settings import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthInstructConfig, SynthPairsConfig
-from ip2p.synth.tune import Tuning, new_lm, tune_lm
+from ip2p.synth.tune import new_lm, tune_lm
 
 CHANGES = (("cat", "dog"), ("hill", "lake"), ("boat", "kite"), ("tree", "rock"))
 TRIPLES = [
@@ -56,8 +56,8 @@ def lm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
     texts = [text for t in TRIPLES for text in (t.caption, t.instruction, t.edited_caption)]
     new_lm(texts, folder / "base", vocabulary=320, width=64, layers=2, heads=2, context=64)
-    tuning = Tuning(epochs=110, batch=4, rate=1e-2)
-    tune_lm(folder / "base", folder / "writer", TRIPLES, tuning=tuning, backend="plain", device="cpu")
+    tuning = {"epochs": 110, "batch": 4, "rate": 1e-2}
+    tune_lm(folder / "base", folder / "writer", TRIPLES, **tuning, backend="plain", device="cpu")
     return folder / "writer"
 
 

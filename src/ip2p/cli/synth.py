@@ -51,7 +51,7 @@ from ip2p.synth.settings import (
     SynthTuneConfig,
 )
 from ip2p.synth.stages import REFUSED, REJECTED, InstructStage, PairStage
-from ip2p.synth.tune import Tuning, tune_lm
+from ip2p.synth.tune import tune_lm
 from ip2p.synth.workers import worker_options
 
 RUN = "run.json"
@@ -244,20 +244,7 @@ def run_tune_lm(config: SynthTuneConfig) -> None:
         config.base,
         config.out,
         None if config.triples is None else read_triples(config.triples),
-        tuning=Tuning(
-            lora=config.lora,
-            epochs=config.epochs,
-            batch=config.batch,
-            rate=config.rate,
-            warm_up=config.warm_up,
-            weight_decay=config.weight_decay,
-            clip=config.clip_norm,
-            max_length=config.max_length,
-            seed=config.seed,
-        ),
-        backend=config.backend,
-        device=config.device,
-        revision=config.revision,
+        **config.model_dump(exclude={"base", "out", "triples"}),
     )
     write_text(config.out / RUN, run_json(config, steps=tuned.steps, left_out=tuned.left_out))
     say(f"use it: ip2p synth instruct captions.txt -o triples.parquet --model {config.out}")
