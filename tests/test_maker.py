@@ -518,7 +518,7 @@ def test_a_server_that_goes_away_costs_no_answer_twice_and_no_key_is_written(
     server = Server(until=2)
     monkeypatch.setattr("ip2p.synth.server.ServerWriter._post", lambda *given: server(*given))
     assert ip2p(*words) == 3
-    assert "it goes on where it stopped" in capsys.readouterr().err
+    assert "it resumes" in capsys.readouterr().err
     assert len(jobs.committed(Path("t.parts"), KEPT)) == 1 and not Path("t.parquet").exists()
     server.asked, server.until = 0, 99
     assert ip2p(*words) == 0
@@ -571,7 +571,7 @@ def test_the_packaged_language_model_is_the_default(
 def test_the_configs_say_the_values_of_the_papers_code(here):
     config = SynthInstructConfig()
     assert config.temperature == instructing.TEMPERATURE and config.max_tokens == instructing.MAX_TOKENS
-    assert config.frequency_penalty == instructing.FREQUENCY_PENALTY and config.retries == instructing.RETRIES
+    assert config.frequency_penalty == 0.1 and config.retries == 3
     assert SynthPairsConfig().p == records.P
 
 

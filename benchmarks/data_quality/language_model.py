@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ip2p.synth.instruct import FREQUENCY_PENALTY, TEMPERATURE, Instruct, LocalWriter, parse
+from ip2p.synth.instruct import TEMPERATURE, Instruct, LocalWriter, parse
 from ip2p_storybook.captions import Form, form_of, say_page
 from ip2p_storybook.edits import SPLITS, sample_edit
 from ip2p_storybook.reading import edit_kind, judge
@@ -71,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", choices=FORMS, default="varied", help="of the captions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
-    parser.add_argument("--frequency-penalty", type=float, default=FREQUENCY_PENALTY)
+    parser.add_argument("--frequency-penalty", type=float, default=0.1)
     parser.add_argument("--show", type=int, default=0, help="number of wrong answers to print")
     parser.add_argument("--json", action="store_true", help="print only the figures, as JSON")
 

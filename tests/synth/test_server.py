@@ -304,7 +304,7 @@ def test_a_server_that_stays_away_is_given_up_with_the_way_on():
     fake = Fake()
     fake.start()
     fake.stop()
-    with pytest.raises(ModelError, match=r"has not answered for 0\.05 s .*goes on where it stopped"):
+    with pytest.raises(ModelError, match=r"has not answered for 0\.05 s .*it resumes"):
         make(fake, patience=0.05)(ASKS)
     with (
         serving(lambda *_: (429, {"error": "quota"}, ("Retry-After", "9999"))) as busy,
@@ -480,7 +480,7 @@ def test_an_answer_that_was_cut_off_says_so():
         ({"url": "http://[::1/v1"}, "write it as http"),
         ({"url": "http://host/v1 x"}, "write it as http"),
         ({"model": " "}, "name one: --model"),
-        ({"way": "talk"}, "--way is talk"),
+        ({"way": "talk"}, "--way is 'talk'"),
         ({"together": 0}, "--together is 0"),
         ({"rate": 0}, "--rate is 0"),
         ({"temperature": 3}, "--temperature is 3"),

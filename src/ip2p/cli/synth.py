@@ -6,7 +6,6 @@ change.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -41,7 +40,7 @@ from ip2p.synth.inspect import inspect as write_page
 from ip2p.synth.instruct import Limits, LocalWriter, Writer, find_lm
 from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
 from ip2p.synth.safety import Classifier
-from ip2p.synth.server import KEY, ServerWriter, clean_key
+from ip2p.synth.server import ServerWriter, Usage, server_key
 from ip2p.synth.settings import (
     KeepBestSettings,
     SynthFilterConfig,
@@ -62,7 +61,7 @@ STORYBOOK_SCALE = (3.0, 5.0)  # around its recommended scale, 4
 # What a painter consists of: its folder may hold a CLIP and a language model besides.
 PAINTER_FILES = ("unet/*", "vae/*", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "model_index.json")
 EVERY = Thresholds(image=-2, caption=-2, directional=-2)  # every pair passes
-OUR_KEY = "IP2P_API_KEY"
+SAMPLING = ("shots", "temperature", "frequency_penalty", "max_tokens")  # settings of every writer
 
 
 # --- captions to triples --------------------------------------------------------------------------
@@ -100,9 +99,8 @@ def run_instruct(config: SynthInstructConfig) -> None:
         say(line)
     texts = [caption.text for caption in read.captions]
     limits = Limits(block=block, spatial=not config.allow_spatial)
-    named = ("model", "shots", "edits", "retries", "allow_spatial")
-    sampled = ("temperature", "frequency_penalty", "max_tokens")
-    settings = {name: getattr(config, name) for name in (*named, *sampled)}
+    named = ("model", "edits", "retries", "allow_spatial", *SAMPLING)
+    settings = {name: getattr(config, name) for name in named}
     settings |= {"content of the captions": _hash(texts), "content of --block-list": _hash(block)}
     if config.server is None:
         settings |= {"dtype": config.dtype, "content of --model": content_key(find_lm(config.model))}
@@ -139,36 +137,14 @@ def run_instruct(config: SynthInstructConfig) -> None:
 
 def _writer(config: SynthInstructConfig) -> Callable[[], Writer]:
     """A function that makes the writer, here or on another machine."""
-    sampling: dict[str, Any] = {
-        "temperature": config.temperature,
-        "frequency_penalty": config.frequency_penalty,
-        "max_tokens": config.max_tokens,
-    }
     if config.server is None:
-        return partial(
-            LocalWriter,
-            config.model,
-            device=config.device,
-            dtype=config.dtype,
-            batch=config.batch,
-            shots=config.shots or 0,
-            **sampling,
-        )
-    make = partial(
-        ServerWriter,
-        config.server,
-        config.model,
-        way=config.way,
-        shots=config.shots,
-        together=config.together,
-        rate=config.rate,
-        price=config.price,
-        timeout=config.timeout,
-        patience=config.patience,
-        **sampling,
-    )
+        names = ("device", "dtype", "batch", *SAMPLING)
+        return partial(LocalWriter, config.model, **{name: getattr(config, name) for name in names})
+    names = ("way", "together", "rate", "price", "timeout", "patience", *SAMPLING)
+    chosen = {name: getattr(config, name) for name in names}
+    make = partial(ServerWriter, config.server, config.model, **chosen)
     make(key="")  # so that its settings are checked before the work
-    return _Keyed(make, _key(config))
+    return _Keyed(make, server_key(config.key_variable))
 
 
 @dataclass(frozen=True)
@@ -180,18 +156,6 @@ class _Keyed:
 
     def __call__(self) -> Writer:
         return self.make(key=self.key)
-
-
-def _key(config: SynthInstructConfig) -> str:
-    if config.key_variable is None:
-        name = OUR_KEY if os.environ.get(OUR_KEY) else KEY
-        return clean_key(os.environ.get(name, ""), name)
-    try:
-        return clean_key(os.environ[config.key_variable], config.key_variable)
-    except KeyError:
-        raise InputError(
-            f"the environment has no {config.key_variable}, which --key-variable names; set it to the key."
-        ) from None
 
 
 def _instruct_lines(config: SynthInstructConfig, told: jobs.Summary) -> list[str]:
@@ -208,11 +172,7 @@ def _instruct_lines(config: SynthInstructConfig, told: jobs.Summary) -> list[str
             + ", ".join(f"{name} {count:,.0f}" for name, count in most)
         )
     if config.server is not None:
-        cost = f", cost {counts['cost']:,.4f}" if counts["cost"] else ""
-        lines.append(
-            f"{counts['requests']:,.0f} answers, {counts['retries']:,.0f} retries, "
-            f"{counts['prompt_tokens']:,.0f} tokens in, {counts['answer_tokens']:,.0f} out{cost}"
-        )
+        lines.append(Usage(**{name: counts[name] for name in asdict(Usage())}).line())
     return lines
 
 

@@ -16,13 +16,14 @@ from ip2p.base.files import content_key, make_folder, replacing, write_text
 from ip2p.base.terminal import say
 from ip2p.data.loading import open_source
 from ip2p.evaluation.encoders import ENCODERS, find_encoder
-from ip2p.evaluation.judge import JUDGED, PROMPTS, JudgeSettings, count_failures, server_key
+from ip2p.evaluation.judge import JUDGED, PROMPTS, JudgeSettings, count_failures
 from ip2p.evaluation.metrics import EXACT, METRICS, USUAL, Metric, chosen_metrics
 from ip2p.evaluation.rows import PairRows, RowSource, StorybookRows
 from ip2p.evaluation.settings import SAMPLING, STRENGTHS, EvaluateConfig, named_model, sweep_values
 from ip2p.evaluation.stage import PICTURES, ROWS, EvalPart, EvaluateStage, Variant, variant_json
 from ip2p.models.bundle import called, find_model
 from ip2p.settings import Split, run_json
+from ip2p.synth.server import server_key
 from ip2p.synth.workers import worker_options
 
 if TYPE_CHECKING:
