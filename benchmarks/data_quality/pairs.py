@@ -54,7 +54,7 @@ from ip2p.models.bundle import find_model
 from ip2p.models.clip import Clip
 from ip2p.pictures.images import save_image, to_pil
 from ip2p.synth import rounds
-from ip2p.synth.filter import PRESETS, SIMILARITIES, TOP, Scored, Thresholds, measure, select
+from ip2p.synth.filter import PRESETS, SIMILARITIES, TOP, Scored, Thresholds, measure_similarities, select
 from ip2p.synth.pairs import PairMaker, shared_candidate
 from ip2p.synth.records import Candidate, P, Triple
 from ip2p.synth.settings import PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthPairsConfig
@@ -293,7 +293,7 @@ class Measured:
     ) -> list[dict[str, float]]:
         triples = [one.triple for one in some]
         words = [t.caption for t in triples], [t.edited_caption for t in triples]
-        found = measure(self.clip, before, after, *words)
+        found = measure_similarities(self.clip, before, after, *words)
         return [{name: float(values[k]) for name, values in found.items()} for k in range(len(some))]
 
     def _draw(self, way: Way, candidates: Sequence[Candidate]) -> list[Row]:

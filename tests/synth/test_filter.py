@@ -25,7 +25,7 @@ from ip2p.synth.filter import (
     Thresholds,
     filter_pairs,
     known_scores,
-    measure,
+    measure_similarities,
     picture_cell,
     picture_hash,
     score,
@@ -123,20 +123,20 @@ def test_similarities_are_clips_own_whatever_the_batch_and_the_sizes(clip):
     before = [picture(0), picture(1, (64, 64)), picture(6, (64, 64)), picture(2)]
     after = [picture(3), picture(4), picture(7, (64, 64)), picture(5, (64, 64))]
     words = ["a cat", "a longer text about a cat", "night", "a cat"], ["a dog", "night", "day", "snow"]
-    told = measure(clip, before, after, *words)
+    told = measure_similarities(clip, before, after, *words)
     for k in range(4):
         one, two = (torch.from_numpy(np.array(p[k])).permute(2, 0, 1)[None] / 255 for p in (before, after))
         found = similarities(clip.images(one), clip.images(two), *(clip.texts([w[k]]) for w in words))
         for name, of in SIMILARITIES.items():
             assert told[name][k] == pytest.approx(getattr(found, of).item(), abs=2e-6)
-    small = measure(clip, before, after, *words, batch=1)
+    small = measure_similarities(clip, before, after, *words, batch=1)
     for name, values in told.items():
         np.testing.assert_allclose(values, small[name], atol=2e-6)
     assert len({value for values in told.values() for value in values.tolist()}) == 16
 
 
 def test_without_captions_only_the_pictures_are_compared(clip):
-    told = measure(clip, [picture(0)] * 2, [picture(1)] * 2, ["", "a cat"], ["a dog", " "])
+    told = measure_similarities(clip, [picture(0)] * 2, [picture(1)] * 2, ["", "a cat"], ["a dog", " "])
     assert not np.isnan(told["clip_sim_image"]).any()
     assert np.isnan(told["clip_sim_0"]).tolist() == [True, False]
     assert np.isnan(told["clip_sim_1"]).tolist() == [False, True]
@@ -147,7 +147,8 @@ def test_large_pictures_are_made_smaller_smoothly_before_clip_sees_them(clip):
     large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8))
     small = large.resize((512, 384), Image.Resampling.LANCZOS)
     one, two = (
-        measure(clip, [each], [picture(0)], [""], [""])["clip_sim_image"][0] for each in (large, small)
+        measure_similarities(clip, [each], [picture(0)], [""], [""])["clip_sim_image"][0]
+        for each in (large, small)
     )
     assert one == pytest.approx(two, abs=1e-4)
     assert large.size == (1600, 1200)
@@ -239,7 +240,7 @@ def test_every_row_is_scored_and_broken_rows_are_told(unmeasured, clip, tiny_cli
     assert scored.flaws == ["", "broken", "", "", ""]
     assert scored.instructions[1] == "cut short"
     assert scored.clips == [tiny_clip_dir.name, "", *[tiny_clip_dir.name] * 3]
-    expected = measure(clip, [picture(0)], [picture(1)], ["cat 0"], ["dog 0"])
+    expected = measure_similarities(clip, [picture(0)], [picture(1)], ["cat 0"], ["dog 0"])
     assert scored.of(0) == {name: pytest.approx(expected[name][0], abs=2e-6) for name in SIMILARITIES}
     assert set(scored.of(3)) == {"clip_sim_image"} and scored.of(1) == {}
     assert scored.hashes[0].tolist() == [picture_hash(picture(0)), picture_hash(picture(1))]

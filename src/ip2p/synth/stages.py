@@ -22,7 +22,7 @@ from ip2p.data.records import open_picture
 from ip2p.models.bundle import called
 from ip2p.models.clip import Clip
 from ip2p.pictures.images import to_pil
-from ip2p.synth.filter import KEPT, Thresholds, measure, pair_row, pair_table
+from ip2p.synth.filter import KEPT, Thresholds, measure_similarities, pair_row, pair_table
 from ip2p.synth.instruct import Instruct, Limits, Writer, reasons
 from ip2p.synth.pairs import PairMaker, shared_candidate
 from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, triple_table
@@ -176,7 +176,7 @@ class PairStage:
     ) -> list[dict[str, float]]:
         if not candidates:
             return []
-        found = measure(
+        found = measure_similarities(
             self.clip,
             before,
             after,
