@@ -353,11 +353,9 @@ def load_tiny(tiny: str | Path, bundle: Bundle) -> AutoencoderTiny:
 
     It decodes scaled latents, as samplers make them. Raises ModelError for one of other latents.
     """
-    path = Path(tiny).expanduser()
-    if is_hub_name(str(tiny), path):
-        path = from_hub(str(tiny), HUB_PART, _has_config)
     from diffusers import AutoencoderTiny
 
+    path = find_folder(tiny, HUB_PART, _has_config, what="tiny autoencoder")
     network = load_part(AutoencoderTiny, path, bundle.vae.dtype)
     check_tiny(network, bundle)
     return network.to(bundle.vae.device)  # type: ignore[no-any-return]
@@ -515,6 +513,32 @@ def _is_whole(folder: Path) -> bool:
 def _is_model(folder: Path) -> bool:
     alone = not (folder / "model_index.json").is_file()
     return _is_whole(folder) or (alone and any(map(_is_root_model, folder.iterdir())))
+
+
+def find_folder(
+    model: str | Path,
+    files: Sequence[str],
+    whole: Callable[[Path], bool],
+    *,
+    what: str,
+    revision: str | None = None,
+) -> Path:
+    """A local folder, or that of a hub repository's files (`from_hub`). what: names the model in errors.
+
+    Raises ModelError if it is neither, and InputError for the revision of a local folder.
+    """
+    folder = Path(model).expanduser()
+    if folder.exists():
+        if revision is not None:
+            raise InputError(
+                f"{model} is a local folder, so --revision {revision} does not apply; remove it."
+            )
+        return folder
+    if is_hub_name(str(model), folder):
+        return from_hub(str(model), files, whole, revision=revision)
+    close = close_file(folder)
+    hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
+    raise ModelError(f"{model}: no such {what}. {hint}")
 
 
 def from_hub(

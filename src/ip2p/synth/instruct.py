@@ -18,9 +18,8 @@ import torch
 
 from ip2p.base.devices import pick_device, pick_dtype
 from ip2p.base.errors import InputError, ModelError
-from ip2p.models.bundle import called, find_model, from_hub, is_hub_name, packaged_models
+from ip2p.models.bundle import called, find_folder, find_model, packaged_models
 from ip2p.models.load import quiet, unreadable
-from ip2p.pictures.images import close_file
 from ip2p.settings import COMMAND_LINE
 from ip2p.synth.captions import BLOCK_LIST, Caption, blocker, key_of
 from ip2p.synth.kinds import Kind, kind_of
@@ -429,17 +428,10 @@ def find_lm(model: str | Path, *, revision: str | None = None) -> Path:
 
     Raises ModelError.
     """
-    folder = Path(model).expanduser()
-    if not folder.exists() and str(model) in packaged_models():
+    if not Path(model).expanduser().exists() and str(model) in packaged_models():
         folder = find_model(model, revision=revision) / PACKAGED_LM
-    elif not folder.exists():
-        if not is_hub_name(str(model), folder):
-            close = close_file(folder)
-            hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
-            raise ModelError(f"{model}: no such language model. {hint}")
-        folder = from_hub(str(model), LM_FILES, _is_lm, revision=revision)
-    elif revision is not None:
-        raise InputError(f"{model} is a local folder, so --revision {revision} does not apply; remove it.")
+    else:
+        folder = find_folder(model, LM_FILES, _is_lm, what="language model", revision=revision)
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} is not a language model: config.json is missing. Use the folder that contains it."

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from ip2p.base.jobs import StageOutput
-from ip2p.data.records import open_picture
 from ip2p.models.bundle import called
 from ip2p.models.clip import Clip
 from ip2p.pictures.images import to_pil
@@ -31,6 +30,7 @@ from ip2p.synth.settings import SynthPairsConfig
 
 REJECTED = "rejected/rejected"  # the table of rejected answers
 FATES = ("candidates", "made", "passed", "early", "judged", "overflow")
+WORK = ("evaluations", "decoded", "previewed")  # counts of the painter
 REFUSED = "refused: "  # prefix of the counts by reason
 
 
@@ -112,7 +112,7 @@ class PairStage:
 
     def __call__(self, part: Sequence[Triple]) -> StageOutput:
         painter = self.painter
-        before = painter.evaluations, painter.decoded, painter.previewed
+        before = {name: getattr(painter, name) for name in WORK}
         counts: Counter[str] = Counter(dict.fromkeys(FATES, 0))
         drawn: list[dict[str, Any]] = []
 
@@ -123,17 +123,15 @@ class PairStage:
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The text is longer than")  # counted as cut
-            prompts = draw_in_rounds(part, self.rounds, judge, new=self._candidate)
+            results = draw_in_rounds(part, self.rounds, judge, new=self._candidate)
         order = {triple.id: place for place, triple in enumerate(part)}
         drawn.sort(key=lambda row: (order[row["triple_id"]], row["candidate"]))
-        ends = Counter(prompt.ended for prompt in prompts)
+        ends = Counter(result.ended for result in results)
         counts.update({f"prompts_{end}": ends[end] for end in ("enough", "hopeless", "most")})
         counts["prompts"] = len(part)
-        counts["prompts_none"] = sum(not prompt.passed for prompt in prompts)
+        counts["prompts_none"] = sum(not result.passed for result in results)
         counts["cut"] = sum(self._is_cut(triple) for triple in part)
-        after = painter.evaluations, painter.decoded, painter.previewed
-        names = ("evaluations", "decoded", "previewed")
-        counts.update({n: b - a for n, a, b in zip(names, before, after, strict=True)})
+        counts.update({name: getattr(painter, name) - before[name] for name in WORK})
         return StageOutput(tables={KEPT: pair_table(drawn)}, counts=counts)
 
     def _candidate(self, triple: Triple, number: int) -> Candidate:
@@ -147,19 +145,18 @@ class PairStage:
         counts["candidates"] += len(results)
         counts.update(each.fate for each in results)
         made = [each for each in results if each.fate == "made"]
-        drawn = [each.pair() for each in made]
         scores = self._scores(
             [each.candidate for each in made],
-            [open_picture(pair.before, pair.id) for pair in drawn],
-            [open_picture(pair.after, pair.id) for pair in drawn],
+            [Image.fromarray(each.before) for each in made],
+            [Image.fromarray(each.after) for each in made],
         )
         passes: dict[str, bool] = {}
         rows = []
-        for each, own in zip(made, scores, strict=True):
-            passes[each.candidate.id] = passed = self.thresholds.passes(own)
+        for each, similarities in zip(made, scores, strict=True):
+            one = each.candidate
+            passes[one.id] = passed = self.thresholds.passes(similarities)
             if passed or self.keep_all:
-                one, row = each.candidate, pair_row(each.pair(**own))
-                row |= {"triple_id": one.triple.id, "candidate": one.number}
+                row = pair_row(each.pair(**similarities), triple_id=one.triple.id, candidate=one.number)
                 rows.append(row | self.known | {"kind": "whole" if one.triple.is_whole else "part"})
         counts["passed"] += sum(passes.values())
         return [passes.get(one.id) or None for one in candidates], rows

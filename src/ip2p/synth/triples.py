@@ -45,7 +45,7 @@ class Near:
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """The diversity of a set of triples; see `measure`."""
+    """The diversity of a set of triples; see `measure_diversity`."""
 
     count: int
     kinds: dict[str, int]  # triples of each kind, where the source gives it
@@ -96,7 +96,7 @@ def examples(count: int, *parts: object, of: Sequence[Triple] | None = None) -> 
     return random.Random(place_seed("examples", *parts)).sample(pool, min(count, len(pool)))
 
 
-def measure(triples: Sequence[Triple]) -> Diversity:
+def measure_diversity(triples: Sequence[Triple]) -> Diversity:
     """Kinds, verbs, words and similarity: the Jaccard index of words and word pairs (caption, instruction).
 
     If there are more than OVERLAP_OF triples, the overlap is estimated from OVERLAP_OF evenly spaced ones.
