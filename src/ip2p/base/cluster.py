@@ -81,7 +81,7 @@ def work_on_ray(
                     if lost[part] > RETRIES * (count if part is None else 1):
                         what = "workers" if part is None else f"workers at part {part}"
                         raise ResourceError(
-                            f"the {what} were lost {lost[part]} times ({_first_line(error)}); "
+                            f"the {what} were lost {lost[part]} times ({first_line(error)}); "
                             "give each more memory with fewer workers. What is written stays, and the same "
                             "command goes on."
                         ) from None
@@ -98,7 +98,7 @@ def work_on_ray(
                 except ray.exceptions.RayError as error:
                     # A worker that could not be started, a result lost with its machine, no memory.
                     raise ResourceError(
-                        f"Ray gave up at part {part} ({_first_line(error)}). What is written stays, and the "
+                        f"Ray gave up at part {part} ({first_line(error)}). What is written stays, and the "
                         "same command goes on."
                     ) from None
                 if isinstance(answer, Ip2pError):
@@ -135,7 +135,7 @@ def ray_of(cluster: Cluster) -> Iterator[Any]:
                 ) from None
             except Exception as error:  # such as a machine that is too busy to start it within half a minute
                 raise ResourceError(
-                    f"Ray does not start ({_first_line(error)}). What is written stays, and the same command "
+                    f"Ray does not start ({first_line(error)}). What is written stays, and the same command "
                     "goes on."
                 ) from error
         # Ray takes SIGTERM for itself as it is imported, and would end without unwinding to our exit code.
@@ -211,7 +211,3 @@ def _sum(nodes: Nodes, kind: str) -> float:
 
 def _alive(nodes: Nodes) -> list[Mapping[str, Any]]:
     return [node for node in nodes if node.get("Alive")]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

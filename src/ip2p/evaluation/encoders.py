@@ -127,8 +127,7 @@ def load_vit(folder: Path, device: torch.device | str = "cpu") -> Any:
             more = {"add_pooling_layer": False} if config.model_type == "vit" else {}
             model = AutoModel.from_pretrained(folder, local_files_only=True, **more)
     except Exception as error:  # safetensors and transformers each raise their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelError(f"{folder} cannot be read ({reason}). Fetch or save the model again.") from None
+        raise ModelError(unreadable(folder, error)) from None
     return model.float().eval().requires_grad_(False).to(device)
 
 

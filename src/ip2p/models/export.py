@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ip2p.base.errors import InputError, ModelError
+from ip2p.base.errors import InputError
 from ip2p.base.files import check_output, make_folder, replacing, write_text
 from ip2p.models import configs as ldm
 from ip2p.models import keys
@@ -36,9 +36,9 @@ from ip2p.models.load import (
     LEFTOVERS,
     TOKENIZERS_ENTRY,
     Stored,
+    check_complete,
     empty_network,
     ldm_table,
-    missing,
     packed,
     part_weights,
     table_of,
@@ -247,11 +247,7 @@ def _read_table(stored: Stored, part: str) -> tuple[Table, list[str], dict[str, 
     network = empty_network(part, stored.configs[part])
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     table = table_of(stored, part, network)
-    absent = missing(network, table, stored.weights[part])
-    if absent:
-        raise ModelError(
-            f"{stored.path} lacks {len(absent)} weights, {absent[0]} first. Fetch or save it again."
-        )
+    check_complete(network, table, stored.weights[part], source=stored.path)
     return table, list(shapes), shapes
 
 

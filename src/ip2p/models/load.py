@@ -1,7 +1,7 @@
-"""Weights from files: opened without being read, run or copied, and put into networks one by one.
+"""Opens model files without reading all of them, and loads weights into networks one by one.
 
-A model is `Stored` when its configs are known and its weights lie on disk under known names; a diffusers
-folder and a single LDM file are then the same thing. Nothing in a file is ever run.
+A `Stored` model has its configs read and its weights on disk under known names; it hides the difference
+between a diffusers folder and a single LDM file. No code from a file is ever executed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ip2p.base.errors import ModelError
+from ip2p.base.errors import ModelError, first_line
 from ip2p.models import configs as ldm
 from ip2p.models import families, keys
 from ip2p.models.keys import Shape, Table
@@ -249,22 +249,24 @@ def _is_unet_folder(path: Path) -> bool:
 def _open_unet_folder(folder: Path, parts: Stored | None) -> Stored:
     if parts is None:
         raise ModelError(_UNET_ALONE.format(folder))
-    config = read_json(folder / "config.json")
-    # Its weights lie under the network's own names, as in a folder of a model.
-    weights = {"unet": part_weights(folder)}
-    own = replace(parts, layout="folder", weights=weights, ema=0, averaged=False, choice="", borrowed={})
-    return _with_parts(own, config, parts, path=folder, layout="folder")
+    # Unlike in a single file, the weights have the network's own names.
+    return _with_parts(folder, "folder", read_json(folder / "config.json"), part_weights(folder), parts)
 
 
 def _with_parts(
-    own: Stored,
-    unet: ldm.Config,
-    parts: Stored,
-    *,
     path: Path,
     layout: Literal["folder", "file"],
+    unet: ldm.Config,
+    weights: Weights,
+    parts: Stored,
+    *,
+    scheduler: ldm.Config | None = None,
+    **average: Any,
 ) -> Stored:
-    """A UNet with everything else from another model. Raises ModelError where the two do not fit."""
+    """A UNet with everything else from another model; average: the fields of `Stored` on averaged weights.
+
+    Raises ModelError if the two do not fit.
+    """
     theirs = parts.configs["unet"]
     for name in ("cross_attention_dim", "addition_embed_type", "out_channels"):
         mine, other = unet.get(name), theirs.get(name)
@@ -273,24 +275,17 @@ def _with_parts(
                 f"The UNet of {path} has {name} {mine}, that of {parts.path} has {other}. "
                 f"Name a model of the same kind: --parts-from"
             )
-    configs = parts.configs | {"unet": unet}
-    if own.configs.get("scheduler") and own.configs["scheduler"] != parts.configs["scheduler"]:
-        configs["scheduler"] = own.configs["scheduler"]
-    configs["model_index"] = pipeline_index(configs)
-    rest = {part: parts.borrowed.get(part, parts) for part in parts.networks if part != "unet"}
-    return Stored(
+    configs = parts.configs | {"unet": unet, "scheduler": scheduler or parts.configs["scheduler"]}
+    return replace(
+        parts,
         path=path,
         layout=layout,
-        architecture=parts.architecture,
-        configs=configs,
-        weights=parts.weights | {"unet": own.weights["unet"]},
+        configs=configs | {"model_index": pipeline_index(configs)},
+        weights=parts.weights | {"unet": weights},
         tokenizers=tokenizer_texts(parts),
-        ema=own.ema,
-        averaged=own.averaged,
-        choice=own.choice,
-        prefixed=parts.prefixed,
-        borrowed=rest,
-        lacking=parts.lacking,
+        card={},
+        borrowed={part: parts.borrowed.get(part, parts) for part in parts.networks if part != "unet"},
+        **{"ema": 0, "averaged": False, "choice": "", **average},
     )
 
 
@@ -317,10 +312,10 @@ def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
         shapes = weights.shapes
     said = _header(path, weights.metadata.get(CONFIGS_ENTRY))
     tokenizers = _unpacked(path, weights.metadata.get(TOKENIZERS_ENTRY))
-    averaged, ema, why = _choose_average(path, weights, choice)
+    average = _choose_average(path, weights, choice)
     try:
         if ldm.INPUT in shapes and not said and not ldm.has_text_encoder(shapes):
-            return _open_unet_file(path, weights, parts, averaged=averaged, ema=ema, why=why)
+            return _open_unet_file(path, weights, parts, average)
         kind = ldm.architecture(shapes)
         configs = said.get("configs") or ldm.ldm_configs(
             shapes, sigmas=_sigmas(weights), velocity=_velocity(weights, kind)
@@ -340,10 +335,8 @@ def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
         weights={part: weights for part in NETWORKS if part in configs},
         tokenizers=tokenizers or _beside(path),
         card=said.get("card") or {},
-        ema=ema,
-        averaged=averaged,
-        choice=why,
-        # Files on the hub have it, and every version of the libraries reads it.
+        **average,
+        # Files on the hub have the prefix, and every version of the libraries reads it.
         prefixed=frozenset(said.get("prefixed", ("text_encoder", "text_encoder_2"))),
         lacking=frozenset({"vae"} if lacks_vae else ()),
     )
@@ -355,32 +348,18 @@ def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
     return stored
 
 
-def _open_unet_file(
-    path: Path, weights: Weights, parts: Stored | None, *, averaged: bool, ema: int, why: str
-) -> Stored:
+def _open_unet_file(path: Path, weights: Weights, parts: Stored | None, average: Mapping[str, Any]) -> Stored:
     if parts is None:
         raise ModelError(_UNET_ALONE.format("It"))
     side = int(parts.configs["unet"].get("sample_size") or 64)
     config = ldm.unet_config(weights.shapes, sample_size=side)
     if added := parts.configs["unet"].get("addition_time_embed_dim"):
         config["addition_time_embed_dim"] = added
-    configs = {}
-    said = weights.metadata.get("modelspec.prediction_type")
-    if said or ldm.VELOCITY in weights.shapes:
+    scheduler = parts.configs["scheduler"]
+    if weights.metadata.get("modelspec.prediction_type") or ldm.VELOCITY in weights.shapes:
         kind = "v_prediction" if _velocity(weights, parts.architecture) else "epsilon"
-        configs["scheduler"] = parts.configs["scheduler"] | {"prediction_type": kind}
-    own = Stored(
-        path=path,
-        layout="file",
-        architecture=parts.architecture,
-        configs=configs,
-        weights={"unet": weights},
-        tokenizers={},
-        ema=ema,
-        averaged=averaged,
-        choice=why,
-    )
-    return _with_parts(own, config, parts, path=path, layout="file")
+        scheduler = scheduler | {"prediction_type": kind}
+    return _with_parts(path, "file", config, weights, parts, scheduler=scheduler, **average)
 
 
 # Between a network's weights and their average: those of one training are within a few percent of each other,
@@ -389,34 +368,36 @@ FAR = 0.1
 COMPARED = 4096  # elements of each weight
 
 
-def _choose_average(path: Path, weights: Weights, choice: Choice) -> tuple[bool, int, str]:
-    """Whether the averaged twins of the UNet's weights are taken; how many there are; and why, in words."""
+def _choose_average(path: Path, weights: Weights, choice: Choice) -> dict[str, Any]:
+    """Whether the averaged weights (EMA) of the UNet are used, and why: fields of `Stored`."""
     shapes = weights.shapes
     count = sum(key.startswith(keys.EMA) for key in shapes)
     plain = [key for key in shapes if key.startswith(keys.UNET)]
     twins = {key: keys.ema_name(key) for key in plain}
-    whole = [key for key in plain if shapes.get(twins[key]) == shapes[key]]
-    if not whole and keys.ema_name(ldm.INPUT) not in shapes:
-        return False, count, ""
+    odd = [key for key in plain if shapes.get(twins[key]) != shapes[key]]
+
+    def use(averaged: bool, why: str = "") -> dict[str, Any]:
+        return {"averaged": averaged, "ema": count, "choice": why}
+
+    def plain_instead(reason: str) -> dict[str, Any]:
+        warnings.warn(f"{path}: the plain weights are used: {reason}", stacklevel=5)
+        return use(False, f"the plain weights: {reason}")
+
+    if len(odd) == len(plain) and keys.ema_name(ldm.INPUT) not in shapes:
+        return use(False)
     if choice == "plain":
-        return False, count, "the plain weights, as --weights says"
+        return use(False, "the plain weights, as --weights says")
     if not plain:
-        return True, count, "the averaged weights; there are no others"
-    if len(whole) < len(plain):
-        odd = next(key for key in plain if shapes.get(twins[key]) != shapes[key])
-        some = f"{len(plain) - len(whole)} of {len(plain)} averaged weights (EMA)"
-        return _plain_instead(path, count, f"{some} are missing or of another shape, {odd} first")
-    far = _distance(weights, {key: twins[key] for key in plain})
+        return use(True, "the averaged weights; there are no others")
+    if odd:
+        some = f"{len(odd)} of {len(plain)} averaged weights (EMA)"
+        return plain_instead(f"{some} are missing or of another shape, {odd[0]} first")
+    far = _distance(weights, twins)
     if choice == "auto" and far > FAR:
         reason = f"the averaged weights (EMA) are {far:.0%} away from them, so they are another model's"
-        return _plain_instead(path, count, f"{reason} (a merge leaves such); --weights ema takes them")
+        return plain_instead(f"{reason} (a merge leaves such); --weights ema takes them")
     log.info("%s: the averaged weights (EMA) are used; they are %.1f%% from the plain ones", path, 100 * far)
-    return True, count, f"the averaged weights, {far:.1%} from the plain ones"
-
-
-def _plain_instead(path: Path, count: int, reason: str) -> tuple[bool, int, str]:
-    warnings.warn(f"{path}: the plain weights are used: {reason}", stacklevel=5)
-    return False, count, f"the plain weights: {reason}"
+    return use(True, f"the averaged weights, {far:.1%} from the plain ones")
 
 
 def _distance(weights: Weights, twins: Mapping[str, str]) -> float:
@@ -640,6 +621,12 @@ def missing(network: nn.Module, table: Table, weights: Weights) -> list[str]:
     return absent
 
 
+def check_complete(network: nn.Module, table: Table, weights: Weights, *, source: str | Path) -> None:
+    """Raise ModelError if a weight of the network is missing: random weights would make pictures of noise."""
+    if absent := missing(network, table, weights):
+        raise ModelError(f"{source} lacks {len(absent)} weights, {absent[0]} first. Fetch or save it again.")
+
+
 # What LDM files hold beside the networks: the noise schedule, and parts of text encoders that nothing reads.
 KNOWN_REST = re.compile(
     r"betas|alphas_cumprod\w*|(sqrt|log)_\w+|posterior_\w+|logvar|lvlb_weights|scale_factor|denoiser\.\w+"
@@ -672,10 +659,7 @@ def fill(
 
     One that is stored in `dtype` stays mapped if it can: only when it is used is it read.
     """
-    absent = missing(network, table, weights)
-    # A loader that fills what is missing with noise makes pictures of noise.
-    if absent:
-        raise ModelError(f"{source} lacks {len(absent)} weights, {absent[0]} first. Fetch or save it again.")
+    check_complete(network, table, weights, source=source)
     state = {}
     for name in network.state_dict():
         tensor = keys.from_ldm(table[name], weights.read(table[name].key))
@@ -784,8 +768,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def unreadable(path: Path, error: Exception) -> str:
     """The message for a file that cannot be read, with the first line of the reason."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return f"{path} cannot be read ({reason}). Fetch or save the model again."
+    return f"{path} cannot be read ({first_line(error)}). Fetch or save the model again."
 
 
 @contextlib.contextmanager

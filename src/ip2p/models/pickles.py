@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ip2p.base.errors import ModelError
+from ip2p.base.errors import ModelError, first_line
 
 ADVICE = "Use a .safetensors file of the model."
 # Where the state of a network lies in the files of training programs, from the outside in.
@@ -134,9 +134,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # zipfile's, struct's, pickle's, EOFError, RuntimeError, of placeholders
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"{path} is no pickle of weights that can be read ({reason}), so it was not opened. "
+            f"{path} is no pickle of weights that can be read ({first_line(error)}), so it was not opened. "
             "Fetch or save the model again."
         ) from None
     tensors = _tensors(value)

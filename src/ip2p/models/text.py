@@ -88,7 +88,7 @@ def drop_text(prompt: Prompt, null: Prompt, dropped: Tensor) -> Prompt:
 
 
 def join_prompts(prompts: Sequence[Tensor | Prompt]) -> Tensor | Prompt:
-    """Texts one after the other as the rows of one."""
+    """Concatenate encoded texts along the batch."""
     tensors = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
     if tensors:
         return torch.cat(tensors)
