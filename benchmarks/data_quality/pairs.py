@@ -55,8 +55,8 @@ from ip2p.models.clip import Clip
 from ip2p.pictures.images import save_image, to_pil
 from ip2p.synth import rounds
 from ip2p.synth.filter import PRESETS, SIMILARITIES, TOP, Scored, Thresholds, measure_similarities, select
-from ip2p.synth.pairs import PairMaker, shared_candidate
-from ip2p.synth.records import Candidate, P, Triple
+from ip2p.synth.pairs import PairMaker
+from ip2p.synth.records import Candidate, P, Triple, candidate
 from ip2p.synth.settings import PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthPairsConfig
 from ip2p_storybook.triples import ExactTriple
 
@@ -169,7 +169,7 @@ class Way:
         return "_".join(_said(value).replace("+", "-and-") for value in asdict(self).values()) + ".jsonl"
 
     def candidate(self, triple: Triple, number: int) -> Candidate:
-        return shared_candidate(triple, number, self.per_source, p=self.p, scale=self.scale)
+        return candidate(triple, number, per_source=self.per_source, p=self.p, scale=self.scale)
 
 
 def _said(value: Any) -> str:

@@ -70,8 +70,7 @@ def new_from_config(
     unet_config: a config of diffusers' UNet2DConditionModel, its JSON file, or a folder with `config.json`.
     The rest is as in `load_base`. Raises ModelError for a config that does not fit the other parts.
     """
-    given = not isinstance(unet_config, Mapping)
-    source = "the UNet's config" if not given else str(unet_config)
+    source = "the UNet's config" if isinstance(unet_config, Mapping) else str(unet_config)
     if not isinstance(unet_config, Mapping):
         path = Path(unet_config).expanduser()
         unet_config = read_json(path / "config.json" if path.is_dir() else path)
@@ -158,10 +157,10 @@ def _check_config(config: Mapping[str, Any], stored: Stored, source: str) -> Non
         "addition_embed_type": "text_time" if xl else None,
     }
     for field, value in wanted.items():
-        said = config.get(field)
-        if said != value and not (isinstance(said, list) and set(said) == {value}):
+        found = config.get(field)
+        if found != value and not (isinstance(found, list) and set(found) == {value}):
             raise ModelError(
-                f"{source} has {field} {said}; an editor with the parts of {stored.path} needs {value}."
+                f"{source} has {field} {found}; an editor with the parts of {stored.path} needs {value}."
             )
 
 

@@ -568,22 +568,22 @@ def from_hub(
 
 
 def _card(stored: Stored, name: str, native_size: int) -> Card:
-    said = stored.card
-    psnr = said.get("known_psnr")
+    values = stored.card
+    psnr = values.get("known_psnr")
     path = Path(name)
     own = name if not os.path.exists(name) else path.stem if path.is_file() else path.resolve().name
     return Card(
-        name=str(said.get("name") or own),
-        native_size=int(said.get("native_size") or native_size),
+        name=str(values.get("name") or own),
+        native_size=int(values.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
-        closed_vocabulary=bool(said.get("closed_vocabulary")),
-        **_recommended(said, stored.path),
+        closed_vocabulary=bool(values.get("closed_vocabulary")),
+        **_recommended(values, stored.path),
     )
 
 
-def _recommended(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _recommended(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The settings that a card recommends. Raises ModelError for one out of range."""
-    found = {name: said[name] for name in RECOMMENDED if said.get(name) is not None}
+    found = {name: values[name] for name in RECOMMENDED if values.get(name) is not None}
     try:
         settings = EditSettings.read(found)
     except InputError as error:

@@ -184,14 +184,14 @@ def _delta(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any]
 def _scale(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any], rank: int) -> float:
     network, name = place
     own = f"{network}."
-    said = {key.removeprefix(own): value for key, value in metadata.items() if key.startswith(own)}
-    alpha = said.get("lora_alpha") or rank
-    for pattern, value in (said.get("alpha_pattern") or {}).items():
+    declared = {key.removeprefix(own): value for key, value in metadata.items() if key.startswith(own)}
+    alpha = declared.get("lora_alpha") or rank
+    for pattern, value in (declared.get("alpha_pattern") or {}).items():
         if name.endswith(_plain(pattern)):
             alpha = value
     if "alpha" in part:
         alpha = float(part["alpha"])
-    return float(alpha) / (math.sqrt(rank) if said.get("use_rslora") else rank)
+    return float(alpha) / (math.sqrt(rank) if declared.get("use_rslora") else rank)
 
 
 # --- Kohya's names -----------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from ip2p.synth.attention import (
     share_attention,
     shares,
 )
-from ip2p.synth.records import SCALE, Candidate, P, Triple, candidate
+from ip2p.synth.records import Candidate
 from ip2p.synth.settings import PAIRS_AS_PAPER, SynthPairsConfig
 
 if TYPE_CHECKING:
@@ -90,25 +90,6 @@ class CandidateResult:
             edited_caption=triple.edited_caption,
             scores=known | scores,
         )
-
-
-def shared_candidate(
-    triple: Triple,
-    number: int,
-    per_source: int,
-    *,
-    p: tuple[float, float] = P,
-    scale: tuple[float, float] = SCALE,
-    p_cross: tuple[float, float] | None = None,
-) -> Candidate:
-    """Candidate `number` with the seed and guidance scale of the first candidate in its `per_source` block.
-
-    It keeps its own p. `PairMaker` draws the source picture of a block once, which reduces the work for n
-    candidates to (1 + n) / (2 n). In return, all n candidates start from the same source picture.
-    """
-    one = candidate(triple, number, p=p, scale=scale, p_cross=p_cross)
-    first = candidate(triple, number - number % per_source, p=p, scale=scale)
-    return replace(one, seed=first.seed, scale=first.scale)
 
 
 class PairMaker:

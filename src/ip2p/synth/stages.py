@@ -23,8 +23,8 @@ from ip2p.models.clip import Clip
 from ip2p.pictures.images import to_pil
 from ip2p.synth.filter import KEPT, Thresholds, measure_similarities, pair_row, pair_table
 from ip2p.synth.instruct import Instruct, Limits, Writer, reasons
-from ip2p.synth.pairs import PairMaker, shared_candidate
-from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, triple_table
+from ip2p.synth.pairs import PairMaker
+from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, candidate, triple_table
 from ip2p.synth.rounds import Rounds, draw_in_rounds
 from ip2p.synth.settings import SynthPairsConfig
 
@@ -91,12 +91,13 @@ class PairStage:
     ) -> None:
         config = config.changed(**config.how())
         self.thresholds = thresholds
-        self.drawn: dict[str, Any] = {
-            "p": config.p,
-            "p_cross": config.p_cross,
-            "scale": config.scale or SCALE,
-        }
-        self.per_source = config.p_per_source or 1
+        self.new_candidate = partial(
+            candidate,
+            per_source=config.p_per_source or 1,
+            p=config.p,
+            scale=config.scale or SCALE,
+            p_cross=config.p_cross,
+        )
         self.keep_all = config.keep == "all"
         self.rounds = Rounds.of(config.how())
         self.painter = PairMaker(
@@ -123,7 +124,7 @@ class PairStage:
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The text is longer than")  # counted as cut
-            results = draw_in_rounds(part, self.rounds, judge, new=self._candidate)
+            results = draw_in_rounds(part, self.rounds, judge, new=self.new_candidate)
         order = {triple.id: place for place, triple in enumerate(part)}
         drawn.sort(key=lambda row: (order[row["triple_id"]], row["candidate"]))
         ends = Counter(result.ended for result in results)
@@ -133,9 +134,6 @@ class PairStage:
         counts["cut"] = sum(self._is_cut(triple) for triple in part)
         counts.update({name: getattr(painter, name) - before[name] for name in WORK})
         return StageOutput(tables={KEPT: pair_table(drawn)}, counts=counts)
-
-    def _candidate(self, triple: Triple, number: int) -> Candidate:
-        return shared_candidate(triple, number, self.per_source, **self.drawn)
 
     def _judged(
         self, candidates: list[Candidate], counts: Counter[str]
