@@ -100,7 +100,7 @@ def test_a_finished_job_loads_nothing_and_tells_the_same(go, said):
     again = go()
     assert Squares.loaded == loaded
     assert (again.made, again.rows, again.counts) == (0, first.rows, first.counts)
-    assert said == [said[0]] and said[0].startswith("3 of 3 parts lie in ")
+    assert said == [said[0]] and said[0].startswith("3 of 3 parts are already in ")
 
 
 def test_an_error_leaves_what_was_committed_and_the_next_call_makes_the_rest(go, tmp_path):

@@ -388,7 +388,7 @@ def test_forty_files_five_broken_killed_half_way_and_run_again(here: Path, tiny_
     lines = told.stderr.splitlines()
     assert len([line for line in lines if line.startswith("ip2p: error: ")]) == 5
     assert all(f"photos/{name}" in told.stderr for name in broken)
-    assert lines[-1] == "ip2p: 5 of 40 pictures could not be edited; the other results lie in out."
+    assert lines[-1] == "ip2p: 5 of 40 pictures could not be edited; the other results are in out."
     assert "Traceback" not in told.stderr
     for path in results:
         source = (

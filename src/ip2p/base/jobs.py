@@ -102,7 +102,7 @@ def run(
     ) as ledger:
         todo = [part for part in range(len(parts)) if part not in ledger.done]
         if len(todo) < len(parts):
-            say(f"{len(parts) - len(todo):,} of {len(parts):,} parts lie in {folder} already")
+            say(f"{len(parts) - len(todo):,} of {len(parts):,} parts are already in {folder}")
         if todo:
             if cluster is not None:
                 work = work_on_ray(stage, parts, todo, cluster, threads)

@@ -379,7 +379,7 @@ def edit_many(config: EditConfig) -> None:
     with many.open_job(config, folder) as job:
         done, todo = many.split(job, tasks, config.jobs, overwrite=config.overwrite)
         if done:
-            say(f"{len(done)} of {len(tasks)} results lie in {folder} already")
+            say(f"{len(done)} of {len(tasks)} results are already in {folder}")
         made = [(task, True) for task in done]
         failed: dict[Path, str] = {}
         if todo:
@@ -430,7 +430,7 @@ def edit_many(config: EditConfig) -> None:
         say(f"error: {' '.join(error.split())}")
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(pictures)} pictures could not be edited; the other results lie in "
+            f"{len(failed)} of {len(pictures)} pictures could not be edited; the other results are in "
             f"{folder}."
         )
 

@@ -138,7 +138,7 @@ def run_instruct(config: SynthInstructConfig) -> None:
 def _writer(config: SynthInstructConfig) -> Callable[[], Writer]:
     """A function that makes the writer, here or on another machine."""
     if config.server is None:
-        names = ("device", "dtype", "batch", *SAMPLING)
+        names: tuple[str, ...] = ("device", "dtype", "batch", *SAMPLING)
         return partial(LocalWriter, config.model, **{name: getattr(config, name) for name in names})
     names = ("way", "together", "rate", "price", "timeout", "patience", *SAMPLING)
     chosen = {name: getattr(config, name) for name in names}
@@ -172,7 +172,8 @@ def _instruct_lines(config: SynthInstructConfig, summary: jobs.Summary) -> list[
             + ", ".join(f"{name} {count:,.0f}" for name, count in most)
         )
     if config.server is not None:
-        lines.append(Usage(**{name: counts[name] for name in asdict(Usage())}).line())
+        used: dict[str, Any] = {name: counts[name] for name in asdict(Usage())}
+        lines.append(Usage(**used).line())
     return lines
 
 

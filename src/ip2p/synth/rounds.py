@@ -41,15 +41,15 @@ class Rounds:
     @classmethod
     def of(cls, how: Mapping[str, Any]) -> Rounds:
         """Rounds from `SynthPairsConfig.how`, where `enough=0` draws all candidates."""
-        quotas = {name: how[name] or None for name in ("enough", "enough_whole")}
-        names = {
-            "most": "most",
-            "size": "round_size",
-            "worth": "worth",
-            "risk": "risk",
-            "shared": "p_per_source",
-        }
-        return cls(**quotas, **{field: how[name] for field, name in names.items()})
+        return cls(
+            most=how["most"],
+            enough=how["enough"] or None,
+            enough_whole=how["enough_whole"] or None,
+            size=how["round_size"],
+            worth=how["worth"],
+            risk=how["risk"],
+            shared=how["p_per_source"],
+        )
 
     def for_triple(self, triple: Triple) -> Rounds:
         """The rounds of a triple: its kind has its quota, unless all candidates are drawn."""

@@ -143,11 +143,11 @@ class PairStage:
         counts["candidates"] += len(results)
         counts.update(each.fate for each in results)
         made = [each for each in results if each.fate == "made"]
-        scores = self._scores(
-            [each.candidate for each in made],
-            [Image.fromarray(each.before) for each in made],
-            [Image.fromarray(each.after) for each in made],
+        pairs = [each.pair() for each in made]
+        before, after = (
+            [Image.fromarray(getattr(pair, side)) for pair in pairs] for side in ("before", "after")
         )
+        scores = self._scores([each.candidate for each in made], before, after)
         passes: dict[str, bool] = {}
         rows = []
         for each, similarities in zip(made, scores, strict=True):
