@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ip2p.synth.instruct import TEMPERATURE, Instruct, LocalWriter, parse
+from ip2p.synth.instruct import TEMPERATURE, Instruct, LocalWriter, parse_answer
 from ip2p_storybook.captions import Form, form_of, say_page
 from ip2p_storybook.edits import SPLITS, sample_edit
 from ip2p_storybook.reading import edit_kind, judge
@@ -55,7 +55,7 @@ def measure(writer: LocalWriter, captions: list[str]) -> list[Measured]:
             found = (triple.caption, answer, True, verdict.right, verdict.why, edit_kind(triple.instruction))
         else:
             refused = written.rejected[0]
-            edit = parse(refused.text)
+            edit = parse_answer(refused.text)
             parsed = edit is not None and refused.reason != "too_long"
             kind = "none" if edit is None else edit_kind(edit.instruction)
             found = (written.caption, refused.text, parsed, False, f"refused: {refused.reason}", kind)

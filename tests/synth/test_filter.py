@@ -28,7 +28,7 @@ from ip2p.synth.filter import (
     measure_similarities,
     picture_cell,
     picture_hash,
-    score,
+    score_rows,
     select,
 )
 
@@ -173,7 +173,7 @@ def test_a_similarity_at_its_threshold_passes_and_an_unknown_one_is_not_asked_fo
 
 
 def test_rows_go_by_the_first_reason_and_the_best_of_each_edit_stay(measured, tmp_path):
-    scored = score(measured, tmp_path / "scores", **quiet)
+    scored = score_rows(measured, tmp_path / "scores", **quiet)
     code = select(scored, PRESETS["code"], top=2)
     assert code == [
         *("surplus", "", "", "clip_sim_image", "", "clip_sim_0", "clip_sim_1", "clip_sim_dir", ""),
@@ -235,7 +235,7 @@ def test_a_hash_survives_what_does_not_change_a_picture_and_tells_pictures_apart
 
 
 def test_every_row_is_scored_and_broken_rows_are_told(unmeasured, clip, tiny_clip_dir, tmp_path):
-    scored = score(unmeasured, tmp_path / "s", clip=tiny_clip_dir, part_rows=2, **quiet)
+    scored = score_rows(unmeasured, tmp_path / "s", clip=tiny_clip_dir, part_rows=2, **quiet)
     assert scored.ids == [f"p{n}" for n in range(5)]
     assert scored.flaws == ["", "broken", "", "", ""]
     assert scored.instructions[1] == "cut short"
@@ -251,10 +251,10 @@ def test_every_row_is_scored_and_broken_rows_are_told(unmeasured, clip, tiny_cli
 def test_rows_that_have_their_scores_keep_them_unless_they_are_to_be_measured(
     measured, tiny_clip_dir, tmp_path
 ):
-    scored = score(measured, tmp_path / "a", **quiet)
+    scored = score_rows(measured, tmp_path / "a", **quiet)
     assert scored.of(3) == dict(zip(SIMILARITIES, (0.69, 0.3, 0.3, 0.5), strict=True))
     assert jobs.summary(tmp_path / "a").counts == {"scored": 0, "broken": 1}
-    again = score(measured, tmp_path / "b", clip=tiny_clip_dir, rescore=True, **quiet)
+    again = score_rows(measured, tmp_path / "b", clip=tiny_clip_dir, rescore=True, **quiet)
     assert jobs.summary(tmp_path / "b").counts == {"scored": 10, "broken": 1}
     assert again.of(3) != scored.of(3)
     own = known_scores(measured)
@@ -264,14 +264,14 @@ def test_rows_that_have_their_scores_keep_them_unless_they_are_to_be_measured(
 
 def test_pairs_without_scores_need_a_clip(unmeasured, tmp_path):
     with pytest.raises(InputError, match="p0 of rows has no similarities; choose a CLIP"):
-        score(unmeasured, tmp_path / "s", **quiet)
+        score_rows(unmeasured, tmp_path / "s", **quiet)
 
 
 def test_a_source_without_end_needs_a_count(measured, tmp_path):
     measured.endless = True
     with pytest.raises(InputError, match="is endless; set a number of rows"):
-        score(measured, tmp_path / "s", **quiet)
-    assert len(score(measured, tmp_path / "s", count=3, **quiet)) == 3
+        score_rows(measured, tmp_path / "s", **quiet)
+    assert len(score_rows(measured, tmp_path / "s", count=3, **quiet)) == 3
 
 
 def no_red(limit, loaded):
@@ -286,13 +286,13 @@ def test_the_safety_check_is_loaded_once_and_asked_of_both_pictures(tmp_path):
     rows[1], rows[2] = dataclasses.replace(rows[1], after=red), dataclasses.replace(rows[2], before=red)
     loaded: list[int] = []
     safety = partial(no_red, 200, loaded)
-    scored = score(Rows(rows), tmp_path / "s", safety=safety, part_rows=2, **quiet)
+    scored = score_rows(Rows(rows), tmp_path / "s", safety=safety, part_rows=2, **quiet)
     assert scored.flaws == ["", "unsafe", "unsafe", ""]
     assert len(loaded) == 1
     assert select(scored, ALL)[1] == "unsafe"
     # Another check is another job.
     with pytest.raises(InputError, match="begun with safety"):
-        score(Rows(rows), tmp_path / "s", part_rows=2, **quiet)
+        score_rows(Rows(rows), tmp_path / "s", part_rows=2, **quiet)
 
 
 # --- filtering ------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_a_similarity_that_is_not_a_number_is_not_known(table, tiny_clip_dir, tm
     pq.write_table(old.set_column(place, "clip_sim_dir", pa.array([float("nan"), 0.5])), path)
     source = open_source(str(table))
     assert "clip_sim_dir" not in source[0].scores
-    scored = score(source, tmp_path / "scores", clip=tiny_clip_dir, **quiet)
+    scored = score_rows(source, tmp_path / "scores", clip=tiny_clip_dir, **quiet)
     assert scored.clips[:2] == [tiny_clip_dir.name, ""]
     assert "clip_sim_dir" in scored.of(0)
 
@@ -447,7 +447,7 @@ def test_a_similarity_that_is_not_a_number_is_not_known(table, tiny_clip_dir, tm
 def test_another_commands_folder_and_one_of_something_else_are_refused_before_any_work(
     measured, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ip2p.synth.filter.score", None)
+    monkeypatch.setattr("ip2p.synth.filter.score_rows", None)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="home holds something else"):

@@ -16,7 +16,7 @@ from ip2p.synth.triples import (
     measure_diversity,
     near_duplicates,
     seed_triples,
-    words_of,
+    words_in,
 )
 
 
@@ -38,7 +38,7 @@ def test_there_are_700_seeds_with_ids_and_captions_of_their_own(diversity):
     for seed in seeds:
         for text in (seed.caption, seed.instruction, seed.edited_caption):
             assert text == " ".join(text.split()) and text
-        assert len(words_of(seed.instruction)) <= 20 and len(words_of(seed.edited_caption)) <= 40
+        assert len(words_in(seed.instruction)) <= 20 and len(words_in(seed.edited_caption)) <= 40
 
 
 def test_the_seeds_have_the_variety_of_the_papers(diversity):

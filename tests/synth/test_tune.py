@@ -8,7 +8,7 @@ import torch
 
 from ip2p.base.errors import InputError
 from ip2p.synth import tune
-from ip2p.synth.instruct import Ask, Instruct, Limits, LocalWriter, load_lm, prompt_of
+from ip2p.synth.instruct import Ask, EditLimits, Instruct, LocalWriter, load_lm, prompt_of
 from ip2p.synth.triples import seed_triples
 from ip2p.synth.tune import new_lm, order, rate_at, row_of, tune_lm
 
@@ -37,7 +37,7 @@ def test_a_tuned_model_writes_what_it_was_shown(tuned):
     assert result.steps == len(result.losses) == 80 and result.left_out == 0
     assert result.losses[0] > 4 and result.losses[-1] < 0.2 and "loss" in said[-1]
     writer = LocalWriter(folder, device="cpu", dtype="fp32", temperature=0, frequency_penalty=0)
-    written = Instruct(writer, retries=0, limits=Limits(seeds=False))([seed.caption for seed in SHOWN])
+    written = Instruct(writer, retries=0, limits=EditLimits(seeds=False))([seed.caption for seed in SHOWN])
     for each, seed in zip(written, SHOWN, strict=True):
         assert [(t.instruction, t.edited_caption) for t in each.triples] == [
             (seed.instruction, seed.edited_caption)

@@ -37,7 +37,7 @@ from ip2p.synth.filter import (
     read_scores,
 )
 from ip2p.synth.inspect import inspect as write_page
-from ip2p.synth.instruct import Limits, LocalWriter, Writer, find_lm
+from ip2p.synth.instruct import EditLimits, LocalWriter, Writer, find_lm
 from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
 from ip2p.synth.safety import Classifier
 from ip2p.synth.server import ServerWriter, Usage, server_key
@@ -98,7 +98,7 @@ def run_instruct(config: SynthInstructConfig) -> None:
     for line in read.lines():
         say(line)
     texts = [caption.text for caption in read.captions]
-    limits = Limits(block=block, spatial=not config.allow_spatial)
+    limits = EditLimits(block=block, spatial=not config.allow_spatial)
     named = ("model", "edits", "retries", "allow_spatial", *SAMPLING)
     settings = {name: getattr(config, name) for name in named}
     settings |= {"content of the captions": _hash(texts), "content of --block-list": _hash(block)}

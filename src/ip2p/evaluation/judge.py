@@ -24,7 +24,7 @@ from ip2p.base.errors import InputError, ModelError
 from ip2p.evaluation.encoders import Encoders, Picture
 from ip2p.evaluation.metrics import Metric, Shot
 from ip2p.pictures.images import to_bytes, to_pil
-from ip2p.synth.records import place_seed
+from ip2p.synth.records import derived_seed
 
 PROMPTS = Path(__file__).parent / "prompts"
 QUESTIONS = {"semantics": 2, "quality": 2}  # prompt file: how many scores it asks for
@@ -166,7 +166,7 @@ class VisionJudge:
         if imgedit:
             return published_lines(reply) if published else parse_score_lines(reply)
         if published:
-            return published_scores(reply, place_seed("guess", shot.instruction, name, turn))
+            return published_scores(reply, derived_seed("guess", shot.instruction, name, turn))
         return parse_scores(reply, QUESTIONS[name])
 
     def _reply(self, words: str, pictures: Sequence[Picture]) -> str | tuple[str]:

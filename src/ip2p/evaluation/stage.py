@@ -23,7 +23,7 @@ from ip2p.evaluation.rows import EvalRow, RowSource, as_picture
 from ip2p.evaluation.storybook import edit_tensors
 from ip2p.pictures.images import to_pil
 from ip2p.settings import EditSettings
-from ip2p.synth.records import place_seed
+from ip2p.synth.records import derived_seed
 
 if TYPE_CHECKING:
     from ip2p.editing.editor import Editor
@@ -133,7 +133,7 @@ class EvaluateStage:
         )
 
     def _seed(self, row: EvalRow) -> int:
-        return place_seed("evaluate", self.seed, row.id)
+        return derived_seed("evaluate", self.seed, row.id)
 
     def _shots(self, variant: Variant, rows: Sequence[EvalRow]) -> list[Shot]:
         if self.as_code and variant.kind == "model":

@@ -321,7 +321,7 @@ def _facts(pair: Pair, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
     return facts | {name: pair.scores.get(name) for name in SIMILARITIES}
 
 
-def score(
+def score_rows(
     source: Source,
     folder: Path,
     *,
@@ -523,7 +523,7 @@ def filter_pairs(
     """Score `source` into `folder`/scores and write the rows to keep, with their scores, into `folder`.
 
     The rows are written as parquet with the columns of the Hugging Face version; for a local parquet source,
-    with all its columns and its pictures byte for byte. scoring: arguments of `score`. A call after an
+    with all its columns and its pictures byte for byte. scoring: arguments of `score_rows`. A call after an
     interruption resumes; `overwrite` with other thresholds keeps the scores. Raises InputError as `jobs.run`
     does, and for the folder of another stage, which `overwrite` does not replace.
     """
@@ -531,7 +531,7 @@ def filter_pairs(
     jobs.check_folder(folder, beside=beside)  # before the scoring, which may take days
     if jobs.is_job(folder) and "near_bits" not in jobs.settings(folder):
         raise InputError(f"{folder} contains the output of another command; choose another folder.")
-    scored = score(
+    scored = score_rows(
         source, folder / SCORES_FOLDER, part_rows=part_rows, overwrite=overwrite, say=say, **scoring
     )
     reasons = select(scored, thresholds, top=top, top_whole=top_whole, near_bits=near_bits)

@@ -71,7 +71,7 @@ def inspect(
     side: int = SIDE,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Write the page for `source`, scored by `filter.score`, and return the number of removed rows by reason.
+    """Write the page for `source`, scored by `filter.score_rows`; return the removed rows by reason.
 
     For each threshold, the page shows the `count` pairs that narrowly pass and the `count` that narrowly
     fail. For each other reason, and for the kept pairs, it shows `count` evenly spaced pairs. Raises

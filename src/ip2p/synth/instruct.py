@@ -23,7 +23,7 @@ from ip2p.models.load import quiet, unreadable
 from ip2p.settings import COMMAND_LINE
 from ip2p.synth.captions import BLOCK_LIST, Caption, blocker, key_of
 from ip2p.synth.kinds import Kind, kind_of
-from ip2p.synth.records import Rejected, Triple, place_seed, triple_id
+from ip2p.synth.records import Rejected, Triple, derived_seed, triple_id
 from ip2p.synth.settings import SynthInstructConfig
 from ip2p.synth.triples import examples, seed_triples
 
@@ -115,7 +115,7 @@ class Ask:
     @property
     def seed(self) -> int:
         """A 32-bit seed that depends only on the request, so answers are reproducible."""
-        return place_seed("instruct", self.caption, self.number, self.attempt)
+        return derived_seed("instruct", self.caption, self.number, self.attempt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Edit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class EditLimits:
     """Limits on accepted edits."""
 
     max_instruction_words: int = 40
@@ -178,7 +178,7 @@ def completion_of(triple: Triple) -> str:
     return triple.instruction + MIDDLE + triple.edited_caption + STOP
 
 
-def parse(completion: str) -> Edit | None:
+def parse_answer(completion: str) -> Edit | None:
     """The parts of an answer; None unless there are exactly two, of one line each, and perhaps the kind."""
     # Text after the end marker is ignored.
     text = "\n".join(line.strip(" \t") for line in re.split(r"\r\n|\r|\n", completion))
@@ -203,9 +203,9 @@ def is_spatial(instruction: str) -> bool:
     return _SPATIAL.search(instruction) is not None
 
 
-def reject(triple: Triple, limits: Limits | None = None) -> str | None:
+def reject(triple: Triple, limits: EditLimits | None = None) -> str | None:
     """Why a parsed triple is rejected (a key of REASONS); None if it is accepted."""
-    limits = limits or Limits()
+    limits = limits or EditLimits()
     instruction, edited = triple.instruction, triple.edited_caption
     if (
         len(instruction.split()) > limits.max_instruction_words
@@ -249,13 +249,13 @@ class Instruct:
         *,
         edits: int = 1,
         retries: int = 3,
-        limits: Limits | None = None,
+        limits: EditLimits | None = None,
     ) -> None:
         SynthInstructConfig.read({"edits": edits, "retries": retries}, COMMAND_LINE)
         made: Any = writer if hasattr(writer, "name") else writer()  # type: ignore[call-arg]
         self.writer: Writer = made
         self.edits, self.retries = edits, retries
-        self.limits = limits or Limits()
+        self.limits = limits or EditLimits()
 
     def __call__(self, captions: Sequence[Caption | str]) -> list[Written]:
         """The edits of each caption, in order; a caption with only rejected answers has no triples."""
@@ -292,7 +292,7 @@ class Instruct:
             return "refused"
         if not answer.finished:
             return "too_long"
-        edit = parse(answer.text)
+        edit = parse_answer(answer.text)
         if edit is None:
             return "unparsable"
         triple = Triple(

@@ -83,7 +83,7 @@ def triple_id(caption: str, number: int) -> str:
     return _digest("triple", caption, number)[:8].hex()
 
 
-def place_seed(*parts: object) -> int:
+def derived_seed(*parts: object) -> int:
     """A 32-bit seed derived from numbers and texts, the same on every machine."""
     return int.from_bytes(_digest(*parts)[:4], "big")
 

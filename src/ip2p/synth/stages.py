@@ -22,7 +22,7 @@ from ip2p.models.bundle import called
 from ip2p.models.clip import Clip
 from ip2p.pictures.images import to_pil
 from ip2p.synth.filter import KEPT, Thresholds, measure_similarities, pair_row, pair_table
-from ip2p.synth.instruct import Instruct, Limits, Writer, reasons
+from ip2p.synth.instruct import EditLimits, Instruct, Writer, reasons
 from ip2p.synth.pairs import PairMaker
 from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, candidate, triple_table
 from ip2p.synth.rounds import Rounds, draw_in_rounds
@@ -41,7 +41,7 @@ class InstructStage:
     and the writer's usage: tokens, and the cost of a server.
     """
 
-    def __init__(self, writer: Callable[[], Writer], *, edits: int, retries: int, limits: Limits) -> None:
+    def __init__(self, writer: Callable[[], Writer], *, edits: int, retries: int, limits: EditLimits) -> None:
         self.instruct = Instruct(writer, edits=edits, retries=retries, limits=limits)
 
     def __call__(self, part: Sequence[str]) -> StageOutput:

@@ -34,7 +34,7 @@ from ip2p.synth.instruct import (
     load_lm,
     prompt_of,
 )
-from ip2p.synth.records import Triple, place_seed
+from ip2p.synth.records import Triple, derived_seed
 from ip2p.synth.settings import SynthTuneConfig
 from ip2p.synth.triples import seed_triples
 
@@ -150,7 +150,7 @@ def order(count: int, *, epochs: float, batch: int, seed: int) -> list[list[int]
     total = max(1, round(count * epochs))
     for epoch in range(math.ceil(total / count)):
         shuffled = list(range(count))
-        random.Random(place_seed("tune", seed, epoch)).shuffle(shuffled)
+        random.Random(derived_seed("tune", seed, epoch)).shuffle(shuffled)
         places += shuffled
     return [places[start : min(start + batch, total)] for start in range(0, total, batch)]
 
