@@ -78,26 +78,13 @@ def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, 
     names = encoder_names(config)
     metrics = protocol()
     variants = find_variants(config, source)
-    shown = min(config.shown, len(source))
     size = max(1, min(PART_ROWS, -(-len(source) // PARTS)))
     parts = [
         EvalPart(variant=variant, rows=range(start, min(start + size, len(source))))
         for variant in variants
         for start in range(0, len(source), size)
     ]
-    stage = partial(
-        EvaluateStage,
-        source,
-        protocol,
-        names=names,
-        device=config.device,
-        dtype=config.dtype,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        shown=shown,
-        as_code=config.as_code,
-        judge=judge,
-    )
+    stage = partial(EvaluateStage, source, protocol, config, names=names, judge=judge)
     weights = {model: find_model(model) for v in variants if (model := v.model) is not None}
     slots = dict.fromkeys(slot for metric in metrics.values() for slot in metric.slots)
     # Found before any work, so that a missing model is an error at once.
@@ -113,7 +100,7 @@ def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, 
         "dtype": config.dtype,
         "models": {name: content_key(path) for name, path in weights.items()},
         "encoders": {slot: content_key(path) for slot, path in encoders.items()},
-        "shown": shown,
+        "shown": min(config.shown, len(source)),
         "judge": None if judge is None else judge.as_json(),
     }
     summary = jobs.run(
@@ -269,12 +256,12 @@ def write_report(
     title = f"{config.benchmark or called(source.name)}: {len(source):,} edits"
     notes = [f"Protocol: {report['protocol']}. Seed {config.seed}."]
     if judged is not None:
-        said = (
+        failures = (
             ", ".join(f"{count} {reason}" for reason, count in judged["failures"].items() if count) or "none"
         )
         notes.append(
             f"Judge: {judged['model']}, asked {judged['replies']:,} times on {', '.join(judged['dates'])}; "
-            f"replies without a score: {said}."
+            f"replies without a score: {failures}."
         )
     write_text(folder / PAGE, page_html(title, lines, metrics, first, pictures, notes=notes, curves=curves))
     return report
