@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ip2p.base.errors import InputError, Ip2pError, ResourceError
+from ip2p.base.errors import InputError, Ip2pError, ResourceError, first_line
 from ip2p.base.work import RETRIES, NewStage, Work, Worker
 
 LOOK = 20  # seconds between two looks at what machines the cluster has

@@ -20,7 +20,7 @@ from ip2p.base.errors import InputError, ModelError
 from ip2p.editing.rank import CLIP_MODEL, find_clip
 from ip2p.models.bundle import from_hub, packaged_models
 from ip2p.models.clip import MEAN, STD, Clip, pooled_features
-from ip2p.models.load import quiet
+from ip2p.models.load import quiet, unreadable
 from ip2p.pictures.images import to_pil, to_tensor
 
 Picture = Float[Tensor, "3 height width"]  # in [0, 1]
