@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Figures 8 and 10 of the paper on drawn pages, where the exact answers are known, on a CPU (docs/paper.md).
-# Figure 8: the packaged editor beside SDEdit, over the image scale. Figure 10: editors trained on 1%, 10% and 100%
-# of the filtered data, and on unfiltered data. Both are also drawn against exact success.
+# Draw figures 8 and 10 of the paper on storybook pages, where the exact answers are known, on a CPU (docs/paper.md).
+# Figure 8: the bundled editor and SDEdit over the image scale. Figure 10: editors trained on 1%, 10% and 100% of the
+# filtered data, and on unfiltered data. Both are also drawn against exact success.
 # Usage: [EDITS=200] [CAPTIONS=600] [TRAIN_STEPS=400] … recipes/paper_figures.sh [OUTPUT]
-# Killed or stopped, the same line resumes. The defaults are planned for 3 hours on 2 cores: TRAIN_MINUTES ends each
-# training. Only figure 8 has been run at its full settings.
+# After an interruption, the same command resumes. The defaults are meant to take 3 hours on 2 cores; TRAIN_MINUTES
+# limits each training. Only figure 8 has been run with the full settings.
 set -eu
 
-EDITS=${EDITS:-200}             # test edits of each curve; the paper: 2,000
-STEPS=${STEPS:-10}              # of sampling; the paper: 100
+EDITS=${EDITS:-200}             # test edits per curve; the paper: 2,000
+STEPS=${STEPS:-10}              # sampling steps; the paper: 100
 SWEEP=${SWEEP:-image_cfg=1.0:2.2:0.2}
-CAPTIONS=${CAPTIONS:-600}       # captions from which the training data is made
-TRAIN_STEPS=${TRAIN_STEPS:-400} # of each of the four trainings
+CAPTIONS=${CAPTIONS:-600}       # captions for the training data
+TRAIN_STEPS=${TRAIN_STEPS:-400} # steps of each of the four trainings
 TRAIN_MINUTES=${TRAIN_MINUTES:-25}
 BATCH=${BATCH:-16}
 LR=${LR:-1e-4}
@@ -22,17 +22,17 @@ python=${PYTHON:-.venv/bin/python}
 ip2p() { "$python" -m ip2p "$@"; }
 mkdir -p "$out"
 
-# 1. Figure 8: our editor and SDEdit on the same base.
+# 1. Figure 8: the editor and SDEdit on the same base.
 ip2p evaluate storybook --model storybook --count "$EDITS" --steps "$STEPS" --sweep "$SWEEP" --baseline sdedit \
     -o "$out/figure-8"
 
-# 2. The data by the paper's method. All pairs are kept, and filtered afterwards.
+# 2. Training data by the paper's method. All pairs are kept and filtered afterwards.
 ip2p storybook draw --count "$CAPTIONS" --seed 1 --captions "$out/captions.txt" --overwrite
 ip2p synth instruct "$out/captions.txt" -o "$out/triples.parquet"
 ip2p synth pairs "$out/triples.parquet" -o "$out/pairs" --keep all
 ip2p synth filter "$out/pairs" -o "$out/filtered"
 
-# 3. The base draws from captions and knows no input picture: the packaged model without its image channels.
+# 3. The base draws from captions without an input image: the bundled model without its image channels.
 [ -f "$out/base/model_index.json" ] || "$python" - "$out/base" <<'PYTHON'
 import shutil, sys
 from diffusers import UNet2DConditionModel
@@ -45,7 +45,7 @@ small = UNet2DConditionModel.from_config({**unet.config, "in_channels": half})
 weights = unet.state_dict()
 small.load_state_dict({**weights, "conv_in.weight": weights["conv_in.weight"][:, :half]})
 small.save_pretrained(f"{sys.argv[1]}/unet")
-shutil.copy(packaged / "model_index.json", sys.argv[1])  # last: it marks the folder as whole
+shutil.copy(packaged / "model_index.json", sys.argv[1])  # last, because it marks the folder as complete
 PYTHON
 
 # 4. Figure 10: the same number of steps on 1%, 10% and 100% of the filtered pairs, and on unfiltered ones.
@@ -55,7 +55,7 @@ models=()
 for share in 1 10 100 all; do
     data=$out/data-$share
     case $share in
-        all) source=$out/pairs; count=$kept ;; # as many, so that the filter is the only difference
+        all) source=$out/pairs; count=$kept ;; # the same number of pairs, so that the filter is the only difference
         *) source=$out/filtered; count=$((kept * share / 100)) ;;
     esac
     [ "$count" -gt 2 ] || count=3

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# The paper's method from end to end on drawn pages, with the models in the package, on a CPU: captions, edits
-# in words, pairs of pictures, a filter, an editor trained on what stays, its score.
+# Run the paper's method end to end on storybook pages with the bundled models, on a CPU: captions, text edits,
+# image pairs, filter, training and the score.
 # Usage: [COUNT=200] [STEPS=300] … recipes/storybook.sh [OUTPUT]
-# Killed or stopped, the same line goes on: each step with what lies in OUTPUT, and none is done twice. Another
-# number is refused by the step that it concerns; name another OUTPUT for it.
+# After an interruption, the same command resumes and repeats no finished step. To change a number, use another
+# OUTPUT; otherwise the step that uses it fails.
 set -eu
 
-COUNT=${COUNT:-200} # captions, each of another page
-SEED=${SEED:-1}     # draws them
-EDITS=${EDITS:-1}   # edits in words of a caption
-BASE=${BASE:-storybook} # the model that is trained
-STEPS=${STEPS:-300} # of training
-BATCH=${BATCH:-16}  # pairs a step
+COUNT=${COUNT:-200} # captions, one per page
+SEED=${SEED:-1}     # seed of the captions
+EDITS=${EDITS:-1}   # text edits per caption
+BASE=${BASE:-storybook} # base model
+STEPS=${STEPS:-300} # training steps
+BATCH=${BATCH:-16}  # pairs per step
 LR=${LR:-1e-4}      # learning rate
-SCORED=${SCORED:-90} # edits with known answers by which the editor is scored
+SCORED=${SCORED:-90} # number of edits in the score
 
 cd "$(dirname "$0")/.."
 out=${1:-runs/storybook-data}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
 
-# The captions follow from the seed, so that they are written anew without harm.
+# The captions depend only on the seed, so they can be overwritten.
 "$python" -m ip2p storybook draw --count "$COUNT" --seed "$SEED" --captions "$out/captions.txt" --overwrite
 
 "$python" -m ip2p synth instruct "$out/captions.txt" -o "$out/triples.parquet" --edits "$EDITS"
-# All that was drawn is kept, so that the page can show what the filter refuses.
+# Keep all candidates, so that `inspect` can show what the filter rejects.
 "$python" -m ip2p synth pairs "$out/triples.parquet" -o "$out/pairs" --keep all
 "$python" -m ip2p synth filter "$out/pairs" -o "$out/kept"
 "$python" -m ip2p synth inspect "$out/pairs" -o "$out/pairs.html" --overwrite

@@ -1,7 +1,6 @@
-"""Write docs/advice.md, and with --pictures also its pictures, made by the model in the package.
+"""Write docs/advice.md. With --pictures, also draw its images with the bundled model.
 
-With --check, fail when the page is not what would be written. The pictures show what the shipped model does;
-draw them anew when it changes.
+With --check, fail if the page is not up to date. Draw the images again when the bundled model changes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ip2p.editing import advice
-from ip2p.editing.chain import chain
+from ip2p.editing.chain import edit_chain
 from ip2p.editing.grid import Axis, default_values, draw_grid, draw_sheet
 from ip2p.pictures.images import load_image, save_image
 from ip2p.settings import EditSettings
@@ -29,11 +28,12 @@ STEPS, SEED = 20, 1
 
 
 def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
-    """Draw the four pictures of `advice.PICTURES` with `model` into `folder`."""
+    """Draw the four images of `advice.PICTURES` with `model` into `folder`."""
     from ip2p.editing.editor import Editor  # imports torch
 
     editor = Editor.load(model, dtype="fp32")
-    text_cfg, image_cfg = editor.scales(None, None)
+    defaults = editor.resolved()
+    text_cfg, image_cfg = defaults.text_cfg, defaults.image_cfg
     entries = json.loads((pages / "pages.json").read_text(encoding="utf-8"))
     first, second = (load_image(pages / entries[k]["page"]) for k in (0, 2))
     thing = entries[0]["instructions"][0]
@@ -54,12 +54,12 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
         "as asked": scales,
         "too much": {"text_cfg": text_cfg * 3, "image_cfg": image_cfg},
     }
-    words = [
-        f"{name}: text {told['text_cfg']:g}, image {told['image_cfg']:g}" for name, told in strengths.items()
+    titles = [
+        f"{name}: text {pair['text_cfg']:g}, image {pair['image_cfg']:g}" for name, pair in strengths.items()
     ]
-    results = [small(edited(second, "make it snow", **told)) for told in strengths.values()]
+    results = [small(edited(second, "make it snow", **pair)) for pair in strengths.values()]
     save_image(
-        draw_sheet([results], columns=words, rows=[""], title="“make it snow”", picture=small(second)),
+        draw_sheet([results], columns=titles, rows=[""], title="“make it snow”", picture=small(second)),
         folder / "scales.png",
     )
 
@@ -68,7 +68,7 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
     save_image(
         draw_sheet(
             [[small(plain), region, small(masked)]],
-            columns=["without a mask", "the region found", "--auto-mask"],
+            columns=["without a mask", "detected region", "--auto-mask"],
             rows=[""],
             title=f"“{thing}”",
             picture=small(first),
@@ -80,19 +80,19 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
 
 
 def chain_sheet(editor: Editor, picture: Image.Image, steps: int) -> Image.Image:
-    """Three edits in a row, each on the last result and each from the start."""
+    """A chain of three edits, first from the previous result and then from the original."""
     instructions = ["make it night", "make it snow", "make it look like a watercolour"]
     rows = [
         [
             small(step.image)
-            for step in chain(
+            for step in edit_chain(
                 editor, picture, instructions, seed=SEED, from_original=from_original, steps=steps
             )
         ]
         for from_original in (False, True)
     ]
     return draw_sheet(
-        rows, columns=instructions, rows=["each on the last", "--from-original"], picture=small(picture)
+        rows, columns=instructions, rows=["from the previous", "--from-original"], picture=small(picture)
     )
 
 
@@ -104,7 +104,7 @@ if __name__ == "__main__":
     text = advice.page()
     if "--check" in sys.argv[1:]:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            sys.exit(f"{PAGE} is not up to date; write it anew: python scripts/make_advice.py")
+            sys.exit(f"{PAGE} is not up to date; run: python scripts/make_advice.py")
     else:
         PAGE.write_text(text, encoding="utf-8")
     if "--pictures" in sys.argv[1:]:

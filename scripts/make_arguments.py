@@ -19,7 +19,7 @@ FILES: list[tuple[Path, type[Settings], str, str, tuple[str, ...]]] = [
         SOURCE / "editing/arguments.py",
         EditSettings,
         "EditArguments",
-        "What `Editor.edit` takes beside the picture, the instruction and the seeds; see `EditSettings`.",
+        "Keyword arguments of `Editor.edit` besides the picture, instruction and seeds; see `EditSettings`.",
         ("instruction",),
     ),
     (

@@ -96,9 +96,9 @@ def test_an_address_opens_and_its_type_is_found_by_content(site, path):
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
-        ("/nothing.png", InputError, "answered 404"),
-        ("/away", InputError, "answered 302"),
-        ("/cut.png", ModelError, "cannot be fetched"),
+        ("/nothing.png", InputError, "responded with 404"),
+        ("/away", InputError, "responded with 302"),
+        ("/cut.png", ModelError, "cannot be downloaded"),
     ],
 )
 def test_an_address_that_gives_no_picture_is_refused(site, path, error, message):
@@ -117,7 +117,7 @@ def test_fetching_is_bounded_in_size_and_time(site):
 
 
 def test_a_closed_port_and_a_malformed_address_are_named():
-    with pytest.raises(ModelError, match="cannot be fetched"):
+    with pytest.raises(ModelError, match="cannot be downloaded"):
         load_image("http://127.0.0.1:9/page.png")
     for malformed in ("http://127.0.0.1:port/page.png", "http://[::1/page.png", "https:///page.png"):
         with pytest.raises(InputError, match="not a valid address"):

@@ -99,7 +99,9 @@ class TestPicture:
 
     def test_folder_without_pictures(self, run, here: Path) -> None:
         (here / "empty").mkdir()
-        is_refused(run("edit", "empty", "make it night"), 2, "empty names no picture", "a folder of pictures")
+        is_refused(
+            run("edit", "empty", "make it night"), 2, "empty matches no pictures", "a folder of pictures"
+        )
 
     def test_empty_file(self, run, here: Path) -> None:
         (here / "empty.png").write_bytes(b"")
@@ -107,7 +109,7 @@ class TestPicture:
 
     def test_text_named_png(self, run, here: Path) -> None:
         (here / "note.png").write_text("not a picture at all\n")
-        is_refused(run("edit", "note.png", "make it night"), 2, "note.png holds text", "PNG, JPEG or WebP")
+        is_refused(run("edit", "note.png", "make it night"), 2, "note.png contains text", "PNG, JPEG or WebP")
 
     def test_html_named_png(self, run, here: Path) -> None:
         (here / "page404.png").write_text("<!DOCTYPE html><html><body>404</body></html>")
@@ -124,7 +126,7 @@ class TestPicture:
         Image.open("page.png").save(file, "JPEG")
         (here / "cut.jpg").write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
         is_refused(
-            run("edit", "cut.jpg", "make it night"), 2, "cut.jpg is damaged or cut short", "Fetch it again"
+            run("edit", "cut.jpg", "make it night"), 2, "cut.jpg is damaged or truncated", "Download it again"
         )
         assert sorted(os.listdir(here)) == ["cut.jpg", "page.png"]
 
@@ -154,7 +156,7 @@ class TestPicture:
     def test_animated_gif(self, run) -> None:
         frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
         frames[0].save("moving.gif", save_all=True, append_images=frames[1:])
-        is_refused(run("edit", "moving.gif", "a"), 2, "moving.gif is animated", "Save the one to edit")
+        is_refused(run("edit", "moving.gif", "a"), 2, "moving.gif has several frames", "Save the one to edit")
 
 
 class TestPicturesThatAreFine:
@@ -192,7 +194,7 @@ class TestPicturesThatAreFine:
         assert result.mode == "RGBA" and result.getchannel("A").getextrema() == (90, 90)
         told, result = self.edited(run, tiny_model_dir, "glass.png", "--background", "white", "--overwrite")
         assert result.mode == "RGB"
-        assert "ip2p: warning: glass.png has transparent parts: they are laid on white." in told.err
+        assert "ip2p: warning: glass.png has transparent parts; their background is set to white." in told.err
 
 
 # --- the instruction and the numbers --------------------------------------------------------------
@@ -205,7 +207,7 @@ class TestOptions:
         is_refused(run("edit", "page.png", *words), 2, "the instruction is empty", 'page.png "make it night"')
 
     def test_no_picture_named(self, run) -> None:
-        is_refused(run("edit"), 2, "no picture is named", "ip2p edit page.png")
+        is_refused(run("edit"), 2, "no picture is given", "ip2p edit page.png")
 
     @pytest.mark.parametrize("steps", ["0", "-1", "1000000000"])
     def test_steps_out_of_range(self, run, steps: str) -> None:
@@ -266,7 +268,7 @@ class TestOptions:
             (["--cfg-interval", "0.2", "nan"], "--cfg-interval is nan"),
             (["--cfg-interval", "0.2"], "--cfg-interval"),
             (["--auto-mask", "1.5"], "--auto-mask is 1.5"),
-            (["--auto-mask", "--mask", "page.png"], "--auto-mask looks for it; give one of them"),
+            (["--auto-mask", "--mask", "page.png"], "--auto-mask both select the region; give one of them"),
             (["--mask-padding", "-1"], "--mask-padding is -1"),
             (["--feather=inf"], "--feather is inf"),
             (["--show-mask", "m.png"], "add --mask FILE or --auto-mask"),
@@ -278,7 +280,7 @@ class TestOptions:
             (["--controlnet", "c"], "add --control-image FILE"),
             (["--control-image", "page.png"], "add --controlnet MODEL"),
             (["--controlnet", "c", "--control-image", "pgae.png"], "Did you mean page.png?"),
-            (["--lora", ":0.5"], "names no file"),
+            (["--lora", ":0.5"], "has no file name"),
             (
                 ["--lora", "page.png:nan"],
                 "the weight nan must be a number from -10 to 10",
@@ -288,11 +290,11 @@ class TestOptions:
             (["--best", "2"], "--best 2 is more than --count 1"),
             (["--caption", "a page"], "add --count 8 --best 2"),
             (["--edited-caption", "a page"], "add --caption"),
-            (["--then", " "], "an instruction after --then is empty"),
-            (["--then", "b", "--count", "2"], "leave --count away"),
-            (["--from-original"], "--from-original is for edits in a row; add --then"),
-            (["--animation", "a.gif"], "--animation is for edits in a row"),
-            (["--then", "b", "--animation", "a.mp4"], "written as .gif or .webp"),
+            (["--then", " "], "the instruction of --then is empty"),
+            (["--then", "b", "--count", "2"], "remove --count"),
+            (["--from-original"], "--from-original is for chained edits; add --then"),
+            (["--animation", "a.gif"], "--animation is for chained edits"),
+            (["--then", "b", "--animation", "a.mp4"], "animations must be .gif or .webp"),
             (["--then", "b", "--animation", "no/a.gif"], "mkdir -p no"),
             (["--then", "b", "--frame-ms", "1"], "--frame-ms is 1"),
             (["--jobs", "0"], "--jobs is 0"),
@@ -303,16 +305,16 @@ class TestOptions:
 
     def test_instruction_that_is_a_file(self, run) -> None:
         told = run("edit", "page.png", "page.png")
-        is_refused(told, 2, "the instruction 'page.png' is a file", "the instruction comes last")
+        is_refused(told, 2, "the instruction 'page.png' is a file", "the instruction must come last")
 
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["page.png", "page.png", "a"], "name it with -o FOLDER"),
-            (["*.png", "a"], "name it with -o FOLDER"),
-            (["*.jpg", "a", "-o", "out"], "*.jpg names no picture"),
+            (["page.png", "page.png", "a"], "add -o FOLDER"),
+            (["*.png", "a"], "add -o FOLDER"),
+            (["*.jpg", "a", "-o", "out"], "*.jpg matches no pictures"),
             (["page.png", "pgae.png", "a", "-o", "out"], "Did you mean page.png?"),
-            (["*.png", "a", "-o", "page.png"], "cannot make the folder page.png"),
+            (["*.png", "a", "-o", "page.png"], "cannot create the folder page.png"),
             (["*.png", "a", "-o", "out", "--mask", "page.png"], "--mask is for one picture"),
             (["*.png", "a", "-o", "out", "--then", "b"], "--then is for one picture"),
         ],
@@ -322,7 +324,7 @@ class TestOptions:
         assert not (here / "out").exists()
 
     def test_settings_from_a_file_without_any(self, run) -> None:
-        is_refused(run("edit", "page.png", "--from-settings", "page.png"), 2, "page.png carries no settings")
+        is_refused(run("edit", "page.png", "--from-settings", "page.png"), 2, "page.png contains no settings")
 
 
 @pytest.mark.usefixtures("no_model")
@@ -337,7 +339,7 @@ class TestMask:
 
     def test_mask_that_is_no_picture(self, run, here: Path) -> None:
         (here / "mask.png").write_text("white")
-        is_refused(run("edit", "page.png", "a", "--mask", "mask.png"), 2, "mask.png holds text")
+        is_refused(run("edit", "page.png", "a", "--mask", "mask.png"), 2, "mask.png contains text")
 
     def test_black_mask(self, run) -> None:
         Image.new("L", (64, 48)).save("mask.png")
@@ -363,7 +365,9 @@ def test_too_long_instruction_runs_and_names_the_cut_text(run, tiny_model_dir: P
 @pytest.mark.usefixtures("no_model")
 class TestOutput:
     def test_folder_missing(self, run) -> None:
-        is_refused(run("edit", "page.png", "a", "-o", "out/night.png"), 2, "out", "missing", "mkdir -p out")
+        is_refused(
+            run("edit", "page.png", "a", "-o", "out/night.png"), 2, "out", "does not exist", "mkdir -p out"
+        )
 
     def test_folder_is_a_file(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "-o", "page.png/night.png"), 2, "page.png")

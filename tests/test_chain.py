@@ -34,14 +34,14 @@ WORDS = ["make it night", "make it snow", "add a hat"]
 
 def test_each_step_begins_with_the_result_of_the_last() -> None:
     editor = Darker()
-    steps = list(chain.chain(editor, WHITE, WORDS, seed=5))
+    steps = list(chain.edit_chain(editor, WHITE, WORDS, seed=5))
     assert editor.asked == [(200, WORDS[0], [5]), (100, WORDS[1], [6]), (50, WORDS[2], [7])]
     assert [step.image.getpixel((0, 0))[0] for step in steps] == [100, 50, 25]
 
 
 def test_from_original_begins_anew_with_the_instructions_joined() -> None:
     editor = Darker()
-    steps = list(chain.chain(editor, WHITE, WORDS, seed=5, from_original=True))
+    steps = list(chain.edit_chain(editor, WHITE, WORDS, seed=5, from_original=True))
     assert [asked[0] for asked in editor.asked] == [200, 200, 200]
     assert [step.instruction for step in steps] == [
         "make it night",
@@ -56,10 +56,10 @@ def test_drift_is_psnr_and_the_cosine_of_embeddings(tiny_clip_dir: Path) -> None
 
     clip = Clip.load(tiny_clip_dir)
     darker = Image.eval(WHITE, lambda level: level - 51)  # a fifth of the range: 20 log10 5 dB
-    assert chain.drift(WHITE, darker, None).psnr == pytest.approx(20 * np.log10(5), abs=1e-3)
-    assert chain.drift(WHITE, darker, None).clip is None
-    assert chain.drift(WHITE, WHITE, clip).clip == pytest.approx(1, abs=1e-5)
-    assert chain.drift(WHITE, darker, clip).clip < 1
+    assert chain.measure_drift(WHITE, darker, None).psnr == pytest.approx(20 * np.log10(5), abs=1e-3)
+    assert chain.measure_drift(WHITE, darker, None).clip is None
+    assert chain.measure_drift(WHITE, WHITE, clip).clip == pytest.approx(1, abs=1e-5)
+    assert chain.measure_drift(WHITE, darker, clip).clip < 1
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
@@ -97,7 +97,7 @@ def test_the_command_saves_each_step_tells_drift_and_writes_the_animation(
     told = capsys.readouterr()
     assert told.out.split() == ["out-1.png", "out-2.png", "out-3.png", "out.webp"]
     assert "drift from the start" in told.err and "out-3.png" in told.err and " dB" in told.err
-    assert "no CLIP of its own" in told.err and "hf download" in told.err
+    assert "does not include a CLIP model" in told.err and "hf download" in told.err
     found = [parse_infotext(Image.open(f"out-{k}.png").info["parameters"]) for k in (1, 2, 3)]
     assert [(one.instruction, one.seed) for one in found] == [
         ("make it night", 3),

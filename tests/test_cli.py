@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import io
 import json
@@ -99,8 +98,7 @@ def test_unknown_verb(words: list[str], hint: str, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_a_config_a_function_and_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = cli.config_class(verb)
-    module, function = cli.VERBS[verb][1].split(":")
-    run = getattr(importlib.import_module(module), function)
+    run = cli.imported(cli.VERBS[verb][1])
     assert list(inspect.signature(run).parameters) == ["config"]
     assert cli.main([*verb.split(), "--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -189,7 +187,7 @@ def test_variables_take_every_type() -> None:
     [
         ("IP2P_STEPS", "many", "IP2P_STEPS is 'many'; it must be a whole number"),
         ("IP2P_TEXT_CFG", "x", "it must be a number"),
-        ("IP2P_OVERWRITE", "maybe", "write true or false"),
+        ("IP2P_OVERWRITE", "maybe", "it must be true or false"),
         ("IP2P_SAMPLER", "ddim", "choose one of: euler_ancestral"),
         ("IP2P_SIZE", "1x2x3", "576x384"),
     ],
@@ -472,13 +470,13 @@ def test_page_k_is_the_same_whatever_the_count() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "nothing is asked for"),
+        ([], "no output is given"),
         (["-o", "pages", "--size", "8"], "--size is 8; it must be 32 to 1024"),
         (["-o", "pages", "--count", "0"], "--count is 0"),
-        (["-o", "pages"], "pages holds pictures already; add --overwrite"),
+        (["-o", "pages"], "pages already contains pictures; add --overwrite"),
         (["--captions", "no/captions.txt"], "mkdir -p no"),
         (["--sheet", "pages"], "is a folder"),
-        (["-o", "pages/1.png"], "cannot make the folder pages/1.png"),
+        (["-o", "pages/1.png"], "cannot create the folder pages/1.png"),
     ],
 )
 def test_draw_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -544,7 +542,7 @@ def test_the_steps_of_a_chain_and_the_best_results_have_names_of_their_own() -> 
     chain = command.output_paths(EditConfig(image="page.png", then=("make it snow",)), 2)
     best = command.output_paths(EditConfig(image="page.png", count=4, best=2), 2)
     assert not set(chain) & set(best)
-    with pytest.raises(InputError, match="leave --best away"):
+    with pytest.raises(InputError, match="remove --best"):
         EditConfig(image="page.png", then=("make it snow",), best=1).check()
 
 

@@ -35,6 +35,8 @@ NOT_RUN = {
     "ip2p ui": "serves until it is stopped; tests/serve runs it",
     "ip2p serve": "serves until it is stopped; tests/serve runs it",
     "ip2p train": "takes long; tests/train run it",
+    "ip2p distill": "takes long; tests/train run it",
+    "--model fast": "uses a model that the page's distillation makes",
     "--preset cpu": "trains for hours",
     "ip2p storybook score": "takes minutes; tests/storybook run it",
     "--model editor": "uses a model that the page's training makes",

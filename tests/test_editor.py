@@ -321,7 +321,7 @@ def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
         ({"image_cfg": float("inf")}, "inf"),
         ({"sampler": "magic"}, "euler_ancestral, euler, dpmpp_2m"),
         ({"spacing": "magic"}, "linspace, karras"),
-        ({"seeds": []}, "No seed"),
+        ({"seeds": []}, "no seeds"),
         ({"seeds": [-1]}, "Seed -1"),
         ({"batch_size": 0}, "batch"),
         ({"size": 3}, "size is 3"),
@@ -379,7 +379,7 @@ def test_a_picture_far_from_the_model_is_said_once(tiny_model_dir, tmp_path, pag
     (folder / "ip2p.json").write_text(json.dumps({"name": "storybook", "native_size": 32, "known_psnr": 90}))
     editor = Editor.load(folder, device="cpu", dtype="fp32")
     assert editor.working_size((64, 64)) == (32, 32)
-    with pytest.warns(UserWarning, match="far from what storybook knows.*timbrooks/instruct-pix2pix"):
+    with pytest.warns(UserWarning, match="unlike the training data of storybook.*timbrooks/instruct-pix2pix"):
         editor.edit(page, "make it night", **FAST)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

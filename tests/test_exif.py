@@ -140,7 +140,7 @@ def test_a_block_too_long_for_a_jpeg_loses_its_makernote_with_a_line(tmp_path):
     tags.of(EXIF)[0x927C] = 7, bytes(64_900)
     image = load_image(encoded(picture(), "PNG", exif=exif.write_tags(tags)))
     image.info["parameters"] = TEXT
-    with pytest.warns(UserWarning, match="too long for a JPEG: the MakerNote"):
+    with pytest.warns(UserWarning, match="too long for a JPEG; the MakerNote"):
         path = save_image(image, tmp_path / "out.jpg")
     assert piexif.load(str(path))["Exif"][0x829A] == (1, 250)
 
@@ -196,7 +196,7 @@ def test_iptc_is_kept(tmp_path, source, ending):
 def test_iptc_that_a_format_cannot_hold_is_named(tmp_path):
     image = picture()
     image.info["iptc"] = IPTC
-    with pytest.warns(UserWarning, match="PNG holds no IPTC"):
+    with pytest.warns(UserWarning, match="PNG cannot store IPTC"):
         save_image(image, tmp_path / "out.png")
 
 

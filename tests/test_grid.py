@@ -38,7 +38,7 @@ def test_each_cell_has_the_settings_of_its_row_and_column() -> None:
         columns=grid.Axis(setting="text_cfg", values=(2.0, 7.5)),
         rows=grid.Axis(setting="seed", values=(0, 1, 2)),
         cell=100,
-        made=lambda: made.append(1),
+        on_result=lambda: made.append(1),
         seed=9,
         image_cfg=1.5,
         steps=5,

@@ -11,11 +11,11 @@ from PIL import Image, ImageCms
 from ip2p.base.errors import InputError
 from ip2p.pictures.images import (
     EditedImage,
-    check_output,
+    check_picture_output,
+    closest_name,
+    contact_sheet,
     fit_size,
-    grid,
     load_image,
-    nearest,
     save_image,
     to_bytes,
     to_pil,
@@ -66,22 +66,22 @@ def test_a_folder_is_no_picture(tmp_path):
 
 
 def test_the_nearest_name_is_close_or_none():
-    assert nearest("PAGE.PNG", ["page.png", "other.txt"]) == "page.png"
-    assert nearest("zebra", ["page.png"]) is None
+    assert closest_name("PAGE.PNG", ["page.png", "other.txt"]) == "page.png"
+    assert closest_name("zebra", ["page.png"]) is None
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"Dear reader, this is a letter.\n", "holds text"),
-        ("naïve text in UTF-8 ".encode() * 400, "holds text"),
+        (b"Dear reader, this is a letter.\n", "contains text"),
+        ("naïve text in UTF-8 ".encode() * 400, "contains text"),
         (b"  <!DOCTYPE html><html><body>404</body></html>", "HTML"),
         (b"<html>moved</html>", "HTML"),
         (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"></svg>', "SVG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "not a picture in a known format"),
         (bytes(range(128, 256)) * 4, "not a picture in a known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "holds text"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "contains text"),
     ],
 )
 def test_what_is_no_picture_says_what_it_is(tmp_path, data, message):
@@ -104,7 +104,7 @@ def test_a_truncated_picture_is_an_error_and_not_grey(kind, share):
 
 def test_a_truncated_progressive_jpeg_is_an_error():
     data = encoded(noise_image(), "JPEG", progressive=True)
-    with pytest.raises(InputError, match="damaged or cut short"):
+    with pytest.raises(InputError, match="damaged or truncated"):
         load_image(data[: len(data) // 2])
 
 
@@ -154,7 +154,7 @@ def test_the_longer_side_is_at_most_8_times_the_other(size, fine):
 def test_an_animation_is_an_error(kind):
     frames = [noise_image(seed=seed) for seed in range(3)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
-    with pytest.raises(InputError, match="is animated or has pages"):
+    with pytest.raises(InputError, match="has several frames or pages"):
         load_image(data)
 
 
@@ -224,7 +224,7 @@ def test_grey_with_a_profile_looks_as_it_did():
 
 
 def test_transparency_can_be_laid_on_black():
-    with pytest.warns(UserWarning, match="laid on black"):
+    with pytest.warns(UserWarning, match="set to black"):
         loaded = load_image(Image.new("RGBA", (32, 32), (255, 255, 255, 0)), background="black")
     assert loaded.getpixel((5, 5)) == (0, 0, 0)
 
@@ -232,7 +232,7 @@ def test_transparency_can_be_laid_on_black():
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_can_be_laid_on_white_which_is_said(mode):
     image = Image.new(mode, (32, 32), (0,) * (len(mode) - 1) + (0,))
-    with pytest.warns(UserWarning, match="transparent parts: they are laid on white"):
+    with pytest.warns(UserWarning, match="transparent parts; their background is set to white"):
         loaded = load_image(encoded(image, "PNG"), background="white")
     assert loaded.getpixel((5, 5)) == (255, 255, 255)
 
@@ -398,21 +398,21 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_an_output_is_checked_before_any_work(tmp_path):
     (tmp_path / "there.png").write_bytes(b"mine")
-    with pytest.raises(InputError, match="there already"):
-        check_output(tmp_path / "there.png")
-    assert check_output(tmp_path / "there.png", overwrite=True) == tmp_path / "there.png"
+    with pytest.raises(InputError, match="already exists"):
+        check_picture_output(tmp_path / "there.png")
+    assert check_picture_output(tmp_path / "there.png", overwrite=True) == tmp_path / "there.png"
     with pytest.raises(InputError, match="folder"):
-        check_output(tmp_path / "no" / "out.png")
+        check_picture_output(tmp_path / "no" / "out.png")
     with pytest.raises(InputError, match=r"\.png, \.jpg, \.jpeg, \.webp"):
-        check_output(tmp_path / "out.docx")
+        check_picture_output(tmp_path / "out.docx")
 
 
 def test_a_grid_has_room_for_every_picture_and_label():
     rows = [[noise_image(seed=row * 3 + column) for column in range(3)] for row in range(2)]
-    plain = grid(rows)
+    plain = contact_sheet(rows)
     assert plain.size == (3 * 64 + 4 * 8, 2 * 48 + 3 * 8)
     assert plain.crop((8, 8, 72, 56)).tobytes() == rows[0][0].tobytes()
-    labelled = grid(rows, ["one", "two"], header=["before", "after", "exact"])
+    labelled = contact_sheet(rows, ["one", "two"], header=["before", "after", "exact"])
     assert labelled.height > plain.height
     assert labelled.width == plain.width
 
@@ -450,7 +450,7 @@ def test_arrays_and_open_files_are_pictures(tmp_path):
     assert load_image(np.zeros((32, 48), np.uint8)).size == (48, 32)
     with pytest.raises(InputError, match=r"the shape \[3, 32, 32\]"):
         load_image(np.zeros((3, 32, 32), np.uint8))
-    with pytest.raises(InputError, match="floats outside of 0 to 1"):
+    with pytest.raises(InputError, match="floats outside 0 to 1"):
         load_image(np.full((32, 32, 3), 255.0))
     with pytest.raises(InputError, match="A list is not a picture"):
         load_image([[0, 1]])

@@ -21,7 +21,7 @@ import pytest
 
 from ip2p.base import cluster as clusters
 from ip2p.base import jobs, terminal
-from ip2p.base.cluster import Cluster, fitting
+from ip2p.base.cluster import Cluster, plan_workers
 from ip2p.base.errors import InputError, ModelError, ResourceError, Terminated
 from ip2p.base.jobs import StageOutput
 
@@ -63,7 +63,7 @@ def go(tmp_path, said):
     """Run the job of squares in a folder, with whatever is to be otherwise."""
 
     def go(stage=Squares, parts=PARTS, folder=tmp_path / "job", settings=SETTINGS, **more):
-        return jobs.run(stage, parts, folder, settings=settings, say=said.append, **more)
+        return jobs.run_job(stage, parts, folder, settings=settings, say=said.append, **more)
 
     return go
 
@@ -100,7 +100,7 @@ def test_a_finished_job_loads_nothing_and_tells_the_same(go, said):
     again = go()
     assert Squares.loaded == loaded
     assert (again.made, again.rows, again.counts) == (0, first.rows, first.counts)
-    assert said == [said[0]] and said[0].startswith("3 of 3 parts are already in ")
+    assert said == [said[0]] and said[0].startswith("3 of 3 parts already exist in ")
 
 
 def test_an_error_leaves_what_was_committed_and_the_next_call_makes_the_rest(go, tmp_path):
@@ -151,7 +151,7 @@ def test_a_process_that_is_lost_begins_anew_and_one_that_always_is_ends_the_job(
     go(partial(Squares, call=partial(fall, tmp_path / "fallen")), processes=2)
     assert (tmp_path / "fallen").exists()
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
-    with pytest.raises(ResourceError, match=r"were lost 4 times; .* try --workers 1"):
+    with pytest.raises(ResourceError, match=r"died 4 times on part \d; .* try --workers 1"):
         go(partial(Squares, call=die), folder=tmp_path / "other", processes=2)
 
 
@@ -166,7 +166,7 @@ class Slow:
         time.sleep(120)
 
 if __name__ == "__main__":
-    jobs.run(Slow, [range(1), range(1)], Path(sys.argv[1], "job"), settings={}, processes=2)
+    jobs.run_job(Slow, [range(1), range(1)], Path(sys.argv[1], "job"), settings={}, processes=2)
 """
 
 
@@ -251,7 +251,7 @@ def child(folder, fatal):
             return call
         os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
         pq.write_table = deadly(pq.write_table)
-        jobs.run(Squares, PARTS, folder, settings=SETTINGS, say=lambda line: None)
+        jobs.run_job(Squares, PARTS, folder, settings=SETTINGS, say=lambda line: None)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -301,7 +301,7 @@ def test_a_part_that_was_cut_short_is_told_and_made_again(go, tmp_path, said):
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
     assert go().made == 1
-    assert "train-00001.parquet is gone or cut short" in said[0]
+    assert "train-00001.parquet is missing or truncated" in said[0]
     assert path.read_bytes() == whole
     flipped = bytearray(whole)
     flipped[10] ^= 1
@@ -311,7 +311,7 @@ def test_a_part_that_was_cut_short_is_told_and_made_again(go, tmp_path, said):
 
 def test_two_jobs_in_one_folder_are_refused(go):
     def other(part):
-        with pytest.raises(InputError, match="another ip2p is writing into"):
+        with pytest.raises(InputError, match="another ip2p process is writing to"):
             go()
 
     go(partial(Squares, call=other))
@@ -319,11 +319,13 @@ def test_two_jobs_in_one_folder_are_refused(go):
 
 def test_other_settings_are_refused_by_name_unless_overwritten(go, tmp_path):
     go()
-    with pytest.raises(InputError, match=r'begun with key "squares", and now it is "cubes"; add --overwrite'):
+    with pytest.raises(
+        InputError, match=r'started with key "squares", but it is now "cubes"; add --overwrite'
+    ):
         go(settings={"key": "cubes"})
-    with pytest.raises(InputError, match="begun with parts 3, and now it is 1"):
+    with pytest.raises(InputError, match="started with parts 3, but it is now 1"):
         go(parts=PARTS[:1])
-    with pytest.raises(InputError, match="begun with seed null, and now it is 1"):
+    with pytest.raises(InputError, match="started with seed null, but it is now 1"):
         go(settings={**SETTINGS, "seed": 1})
     assert go(overwrite="changed").made == 0
     own = tmp_path / "job" / "notes.txt"
@@ -354,14 +356,14 @@ def test_a_folder_of_something_else_is_refused(go, tmp_path):
     folder.mkdir()
     (folder / "run.json").write_text("{}")
     (folder / "photo.jpg").write_text("mine")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="already contains other files"):
         go()
     assert not (folder / jobs.MANIFEST).exists()
     (folder / "photo.jpg").unlink()
     assert go().made == 3
     for foreign in ('{"convert": {}}\n', '{"convert": {}}', "[1]"):
         (folder / jobs.MANIFEST).write_text(foreign)
-        with pytest.raises(InputError, match="holds something else"):
+        with pytest.raises(InputError, match="already contains other files"):
             go(overwrite=True)
         assert (folder / jobs.MANIFEST).read_text() == foreign
     with pytest.raises(InputError, match=r"holds no manifest\.jsonl of a job"):
@@ -377,7 +379,7 @@ def test_a_full_disk_is_told_and_what_was_committed_stays(go, tmp_path, monkeypa
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pq, "write_table", full)
-    with pytest.raises(ResourceError, match=r"no space left on the disk of .*goes on from the 1 parts"):
+    with pytest.raises(ResourceError, match=r"no space left .* from the 1 parts already written"):
         go()
     monkeypatch.undo()
     assert len(contents(tmp_path / "job")) == 2
@@ -422,15 +424,15 @@ def ray(monkeypatch):
         def __init__(self, worker):
             self.worker = worker
             told.actors += 1
-            self.answer = SimpleNamespace(remote=self.begin)
-            self.begun = SimpleNamespace(remote=self.place)
+            self.process_remotely = SimpleNamespace(remote=self.begin)
+            self.ready = SimpleNamespace(remote=self.place)
 
         def begin(self, part):
-            return (lambda: self.worker.answer(part), tuple(part))
+            return (lambda: self.worker.process_remotely(part), tuple(part))
 
         def place(self):
             told.room -= 1
-            return (self.worker.begun, ("begun", told.room))
+            return (self.worker.ready, ("begun", told.room))
 
     class Remote:
         def __init__(self, kind):
@@ -526,30 +528,30 @@ def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_told(go, ray
     with pytest.raises(ZeroDivisionError):
         go(partial(Squares, call=fail), cluster=Cluster(workers=1))
     ray.lost = (3,)
-    with pytest.raises(ResourceError, match="workers at part 1 were lost 4 times"):
+    with pytest.raises(ResourceError, match="worker was lost on part 1, 4 times"):
         go(cluster=Cluster(workers=1))
     assert [row["n"] for row in rows(tmp_path / "job")] == [0, 1, 2]
     ray.lost, ray.refused = (), (3,)
-    with pytest.raises(ResourceError, match=r"gave up at part 1 \(Worker startup failed\)\. .* goes on"):
+    with pytest.raises(ResourceError, match=r"failed on part 1 \(Worker startup failed\)\. .* resume"):
         go(cluster=Cluster(workers=1))
     assert ray.shut == 4
 
 
 def test_workers_are_as_many_as_fit(ray, go):
-    fits = partial(fitting, parts=100)
+    fits = partial(plan_workers, parts=100)
     cpus, gpus = machines({"CPU": 8.0}), machines({"CPU": 32.0, "GPU": 3.0})
     assert fits(cpus, Cluster(cpus=2)) == (4, {"num_cpus": 2, "num_gpus": 0.0})
     assert fits(gpus, Cluster()) == (3, {"num_cpus": 1, "num_gpus": 1.0})
     assert fits(gpus, Cluster(gpus=0.25)) == (12, {"num_cpus": 1, "num_gpus": 0.25})
-    assert fitting(cpus, Cluster(), 3)[0] == 3
+    assert plan_workers(cpus, Cluster(), 3)[0] == 3
     # A worker is on one machine, and its part of a GPU on one GPU.
     assert fits(machines({"CPU": 6.0}, {"CPU": 6.0}), Cluster(cpus=4))[0] == 2
     assert fits(machines({"CPU": 8.0, "GPU": 2.0}), Cluster(gpus=0.4))[0] == 4
     assert fits(machines({"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 1.0}), Cluster(gpus=2))[0] == 1
     assert fits(machines({"CPU": 64.0}, {"CPU": 2.0, "GPU": 4.0}), Cluster())[0] == 2
-    with pytest.raises(ResourceError, match=r"4 workers of 1 CPU each do not fit .* 3 CPU; 3 would"):
+    with pytest.raises(ResourceError, match=r"4 workers with 1 CPU each do not fit .* 3 CPU; 3 would"):
         go(cluster=Cluster(workers=4))
-    with pytest.raises(ResourceError, match="1 workers of 1 CPU, 1 GPU each do not fit"):
+    with pytest.raises(ResourceError, match="1 workers with 1 CPU, 1 GPU each do not fit"):
         go(cluster=Cluster(gpus=1))
 
 
@@ -561,7 +563,7 @@ def test_a_worker_without_room_keeps_no_part_waiting(go, ray, tmp_path):
 
 
 def test_machines_that_join_get_workers(go, ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(clusters, "LOOK", -1)
+    monkeypatch.setattr(clusters, "POLL_SECONDS", -1)
     ray.nodes = machines({"CPU": 1.0})
 
     def join(part):
@@ -580,9 +582,9 @@ def test_what_a_lost_worker_was_at_is_given_to_another(go, ray, tmp_path):
 
 
 def test_a_cluster_that_does_not_answer_and_a_missing_ray_are_told(ray, go, monkeypatch):
-    with pytest.raises(ResourceError, match="no Ray cluster answers at nowhere:1"):
+    with pytest.raises(ResourceError, match="no Ray cluster responds at nowhere:1"):
         go(cluster=Cluster(address="nowhere:1"))
-    with pytest.raises(ResourceError, match=r"Ray does not start \(the node timed out\)\. .* goes on"):
+    with pytest.raises(ResourceError, match=r"Ray does not start \(the node timed out\)\. .* resume"):
         go(cluster=Cluster(address="busy:1"))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'ip2p\[ray\]'"):

@@ -110,7 +110,7 @@ def test_a_killed_worker_of_ray_costs_nothing_and_an_error_comes_back_as_itself(
             return StageOutput(tables={"data/train": pa.table({"n": list(part)})}, counts={"seen": len(part)})
 
     def go():
-        return jobs.run(Numbers, PARTS, tmp_path / "job", settings={}, cluster=Cluster(workers=1))
+        return jobs.run_job(Numbers, PARTS, tmp_path / "job", settings={}, cluster=Cluster(workers=1))
 
     with pytest.raises(ModelError, match="the model is gone"):
         go()

@@ -49,7 +49,7 @@ def commit(book, part, text="whole"):
 
 def test_the_second_process_is_refused_and_told_who_has_the_folder(tmp_path, holder):
     named = re.escape(f"(process {holder.pid} on {socket.gethostname()})")
-    said = rf"another ip2p is writing into .*held {named}; wait for it"
+    said = rf"another ip2p process is writing to .*held {named}; wait for it"
     with pytest.raises(InputError, match=said), lock_folder(tmp_path / "held"):
         pytest.fail("both have it")
 
@@ -148,7 +148,7 @@ def test_an_unfinished_line_is_removed_by_the_next_and_a_damaged_one_is_a_warnin
     with open(tmp_path / MANIFEST, "a") as file:
         file.write('nonsense\n["a list"]\n{"part": 1, "files": {}}')  # killed before the end of the line
     again = Ledger(tmp_path)
-    assert list(again.done) == [0] and caplog.text.count("cannot be read and does not count") == 2
+    assert list(again.done) == [0] and caplog.text.count("that cannot be read") == 2
     commit(again, 2)
     assert list(again.done) == list(Ledger(tmp_path).done) == [0, 2]
     assert json.loads((tmp_path / MANIFEST).read_text().splitlines()[-1])["part"] == 2
@@ -174,7 +174,7 @@ def test_damage_is_found_by_size_or_hash_and_what_is_lost_no_longer_counts(tmp_p
     book.drop_lost(said.append)
     assert list(book.done) == [0, 1]
     assert said == [
-        f"{tmp_path / 'data' / name} is gone or cut short; it is made again" for name in ("2.txt", "3.txt")
+        f"{tmp_path / 'data' / name} is missing or truncated; recreating it" for name in ("2.txt", "3.txt")
     ]
 
 
@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_at_the_line_keeps_the_lines_before(tmp_path, monkey
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(ledger, "append_row", half)
-    with pytest.raises(ResourceError, match=r"no space left on the disk of .* goes on from the 1 parts"):
+    with pytest.raises(ResourceError, match=r"no space left .* from the 1 parts already written"):
         commit(book, 1)
     monkeypatch.undo()
     assert list(Ledger(tmp_path).done) == [0]
@@ -206,10 +206,10 @@ def test_work_is_resumed_with_the_same_header_only(tmp_path):
     with begin() as book:
         assert list(book.done) == [0] and not book.finished
         book.finish()
-    said = "was begun with seed 1, and now it is 2; add --overwrite"
+    said = "was started with seed 1, but it is now 2; add --overwrite"
     with pytest.raises(InputError, match=said), begin(seed=2):
         pass
-    with pytest.raises(InputError, match="holds something else"), begin("paint"):
+    with pytest.raises(InputError, match="already contains other files"), begin("paint"):
         pass
     with begin(overwrite="changed") as book:
         assert book.finished
@@ -219,6 +219,6 @@ def test_work_is_resumed_with_the_same_header_only(tmp_path):
 
 def test_a_setting_that_is_new_or_gone_is_a_change_too(tmp_path):
     for before, now in (({}, {"seed": 1}), ({"seed": 1}, {})):
-        with pytest.raises(InputError, match="begun with seed"):
+        with pytest.raises(InputError, match="started with seed"):
             check_same(tmp_path, before, now)
     check_same(tmp_path, {}, {})

@@ -276,12 +276,12 @@ def test_what_decides_the_result_may_not_change_meanwhile(triples, painter, capt
     draw(triples, painter, "pairs", *ANY)
     capsys.readouterr()
     for flags, said in (
-        (("--steps", "3"), "begun with steps 2, and now it is 3"),
-        (("--p", "0.2", "0.3"), r"begun with p [0.1, 0.9]"),
-        (("--scale", "2", "3"), r"begun with scale [7.5, 15.0]"),
-        (("--image", "0.5"), "begun with image -1.0, and now it is 0.5"),
-        (("--keep", "all"), 'begun with keep "passed"'),
-        (("--count", "2"), "begun with content of the triples"),
+        (("--steps", "3"), "started with steps 2, but it is now 3"),
+        (("--p", "0.2", "0.3"), r"started with p [0.1, 0.9]"),
+        (("--scale", "2", "3"), r"started with scale [7.5, 15.0]"),
+        (("--image", "0.5"), "started with image -1.0, but it is now 0.5"),
+        (("--keep", "all"), 'started with keep "passed"'),
+        (("--count", "2"), "started with content of the triples"),
     ):
         draw(triples, painter, "pairs", *ANY, *flags, code=2)
         line = capsys.readouterr().err.splitlines()[-1]
@@ -292,7 +292,7 @@ def test_what_decides_the_result_may_not_change_meanwhile(triples, painter, capt
     assert json.loads(Path("pairs/run.json").read_text())["settings"]["steps"] == 1
     words = ("synth", "instruct", captions, "-o", "t", "--model", lm, *GREEDY, *HERE)
     assert ip2p(*words) == 0 and ip2p(*words, "--edits", "2") == 2
-    assert "begun with edits 1, and now it is 2" in capsys.readouterr().err
+    assert "started with edits 1, but it is now 2" in capsys.readouterr().err
 
 
 def test_weights_that_were_trained_further_are_noticed(triples, painter, here, capsys, tmp_path_factory):
@@ -302,7 +302,7 @@ def test_weights_that_were_trained_further_are_noticed(triples, painter, here, c
     draw(triples, own, "pairs", *ANY)
     (own / "unet" / "config.json").write_text((own / "unet" / "config.json").read_text() + " ")
     draw(triples, own, "pairs", *ANY, code=2)
-    assert "begun with content of --model" in capsys.readouterr().err
+    assert "started with content of --model" in capsys.readouterr().err
     (own / "ip2p.json").write_text('{"name": "other"}')
 
 
@@ -475,7 +475,7 @@ def test_refusals_are_counted_over_all_runs_and_no_triple_at_all_is_an_error(
 def test_the_one_file_is_written_whole_and_another_is_not_overwritten(captions, lm, here, capsys):
     words = ("synth", "instruct", captions, "-o", "t.parquet", "--model", lm, *GREEDY, *HERE)
     Path("t.parquet").write_bytes(b"somebody's")
-    assert ip2p(*words) == 2 and "t.parquet is there already" in capsys.readouterr().err
+    assert ip2p(*words) == 2 and "t.parquet already exists" in capsys.readouterr().err
     assert Path("t.parquet").read_bytes() == b"somebody's" and not Path("t.parts").exists()
     assert ip2p(*words, "--overwrite") == 0
     # Killed between the last part and the file, or cut short since.
@@ -778,7 +778,7 @@ def test_stages_cross_to_other_machines(here, painter, lm, monkeypatch):
         made.append(pickle.loads(pickle.dumps(stage)))
         raise InputError("enough")
 
-    monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(jobs, "run_job", run)
     write_triples(here / "t.parquet", TRIPLES)
     (here / "c.txt").write_text("a red cat\n")
     assert ip2p("synth", "pairs", "t.parquet", "-o", "p", "--model", painter, "--ray", *HERE[2:]) == 2

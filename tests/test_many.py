@@ -17,7 +17,7 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, ResourceError, Terminated, as_ip2p_error
 from ip2p.cli.edit import EditConfig
-from ip2p.editing import batch as many
+from ip2p.editing import batch
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -55,7 +55,7 @@ def manifest(folder: Path) -> list[dict[str, object]]:
 
 
 def found(*words: str, out: str = "out") -> dict[str, str]:
-    return {name: path.as_posix() for path, name in many.find_pictures(words, Path(out))}
+    return {name: path.as_posix() for path, name in batch.find_pictures(words, Path(out))}
 
 
 def test_folder_globs_and_files_are_found() -> None:
@@ -78,9 +78,9 @@ def test_results_of_an_earlier_run_are_no_input() -> None:
     ("words", "said"),
     [
         (["none"], "none: no such file"),
-        (["a/*.webp"], "a/*.webp names no picture"),
-        (["empty"], "empty names no picture"),
-        (["a/x.png", "b/x.png"], "would both be written as out/x.png"),
+        (["a/*.webp"], "a/*.webp matches no pictures"),
+        (["empty"], "empty matches no pictures"),
+        (["a/x.png", "b/x.png"], "would both be written to out/x.png"),
     ],
 )
 def test_what_names_no_picture_is_refused(words: list[str], said: str) -> None:
@@ -94,14 +94,14 @@ def test_what_names_no_picture_is_refused(words: list[str], said: str) -> None:
 
 def test_one_picture_is_not_many() -> None:
     save_pages(Path("a"), ["x[1].png"])
-    assert not many.is_many(["a/x[1].png"])
-    assert not many.is_many(["a/none.png"])
-    assert many.is_many(["a"]) and many.is_many(["a/*.png"]) and many.is_many(["a/x.png", "a/y.png"])
+    assert not batch.is_batch(["a/x[1].png"])
+    assert not batch.is_batch(["a/none.png"])
+    assert batch.is_batch(["a"]) and batch.is_batch(["a/*.png"]) and batch.is_batch(["a/x.png", "a/y.png"])
 
 
 def test_several_seeds_have_numbered_names() -> None:
-    [one] = many.tasks([(Path("x.png"), "x.png")], [5])
-    two = many.tasks([(Path("x.png"), "deep/x.y.png")], [5, 6])
+    [one] = batch.list_tasks([(Path("x.png"), "x.png")], [5])
+    two = batch.list_tasks([(Path("x.png"), "deep/x.y.png")], [5, 6])
     assert (one.name, one.seed) == ("x.png", 5)
     assert [(task.name, task.seed) for task in two] == [("deep/x.y-1.png", 5), ("deep/x.y-2.png", 6)]
 
@@ -116,10 +116,10 @@ def invert(pictures, seeds):
 def do(config: EditConfig, *, edit=invert, batch_size: int = 4, jobs: int = 2) -> tuple[list[str], dict]:
     """A job of `config` with `edit` as its network: the names made, and the errors."""
     made: list[str] = []
-    with many.open_job(config, config.out) as job:
-        tasks = many.tasks(many.find_pictures([config.image], config.out), range(config.count))
-        _, todo = many.split(job, tasks, jobs, overwrite=config.overwrite)
-        failed = many.run(
+    with batch.open_job(config, config.out) as job:
+        tasks = batch.list_tasks(batch.find_pictures([config.image], config.out), range(config.count))
+        _, todo = batch.split_tasks(job, tasks, jobs, overwrite=config.overwrite)
+        failed = batch.run_batch(
             job,
             todo,
             edit=edit,
@@ -127,7 +127,7 @@ def do(config: EditConfig, *, edit=invert, batch_size: int = 4, jobs: int = 2) -
             batch_size=batch_size,
             jobs=jobs,
             max_pixels=None,
-            made=lambda task, path: made.append(task.name),
+            on_result=lambda task, path: made.append(task.name),
         )
     return made, failed
 
@@ -165,10 +165,10 @@ def test_a_changed_setting_is_refused_by_name_unless_overwritten() -> None:
     save_pages(Path("pages"), ["a.png"])
     do(CONFIG)
     changed = [
-        ({"steps": 30}, "--steps not given, and now it is 30"),
-        ({"instruction": "make it day"}, 'instruction "make it night", and now it is "make it day"'),
-        ({"cfg_interval": (0.2, 0.9)}, "--cfg-interval [0.0, 1.0], and now it is [0.2, 0.9]"),
-        ({"text_cfg": 3.0}, "--text-cfg not given, and now it is 3.0"),
+        ({"steps": 30}, "--steps not given, but it is now 30"),
+        ({"instruction": "make it day"}, 'instruction "make it night", but it is now "make it day"'),
+        ({"cfg_interval": (0.2, 0.9)}, "--cfg-interval [0.0, 1.0], but it is now [0.2, 0.9]"),
+        ({"text_cfg": 3.0}, "--text-cfg not given, but it is now 3.0"),
     ]
     for fields, said in changed:
         with pytest.raises(InputError) as told:
@@ -183,7 +183,7 @@ def test_files_of_others_are_left_alone() -> None:
     save_pages(Path("pages"), ["a.png", "b.png"])
     Path("out").mkdir()
     Path("out/b.png").write_bytes(b"mine")
-    with pytest.raises(InputError, match="out/b.png is there already; add --overwrite"):
+    with pytest.raises(InputError, match="out/b.png already exists; add --overwrite"):
         do(CONFIG)
     assert Path("out/b.png").read_bytes() == b"mine" and not Path("out/a.png").exists()
     Path("other").mkdir()
@@ -194,7 +194,7 @@ def test_files_of_others_are_left_alone() -> None:
     do(CONFIG)
     save_pages(Path("pages"), ["c.png"])
     Path("out/c.png").write_bytes(b"mine")  # and not only at the beginning
-    with pytest.raises(InputError, match="out/c.png is there already; add --overwrite"):
+    with pytest.raises(InputError, match="out/c.png already exists; add --overwrite"):
         do(CONFIG)
 
 
@@ -210,8 +210,8 @@ def test_a_result_without_a_line_is_made_again() -> None:
 def test_a_second_job_in_the_same_folder_is_refused() -> None:
     save_pages(Path("pages"), ["a.png"])
     with (
-        many.open_job(CONFIG, CONFIG.out),
-        pytest.raises(InputError, match="another ip2p is writing into out"),
+        batch.open_job(CONFIG, CONFIG.out),
+        pytest.raises(InputError, match="another ip2p process is writing to out"),
     ):
         do(CONFIG)
 
@@ -284,14 +284,14 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1]]
 from test_many import CONFIG, do, invert
 from ip2p.pictures import images
-from ip2p.editing import batch as many
+from ip2p.editing import batch
 
-commit = many.Job.commit
+commit = batch.BatchJob.commit
 def said(self, task, result):
     with open("computed.log", "a") as log:
         log.write(task.name + "\\n")
     return commit(self, task, result)
-many.Job.commit = said
+batch.BatchJob.commit = said
 
 def edit(pictures, seeds):
     time.sleep(0.02)
@@ -333,7 +333,7 @@ def test_killed_at_any_time_and_run_again_nothing_is_lost_or_made_twice() -> Non
     computed = Path("computed.log").read_text().split()
     assert len(computed) - len(names) <= kills * (2 + 2 + 2)
     for name in names:
-        assert many.checksum(Path("out") / name) in Path("out/manifest.jsonl").read_text()
+        assert batch.checksum(Path("out") / name) in Path("out/manifest.jsonl").read_text()
 
 
 # The whole program with the tiny model; it writes down which pictures the network was given, and kills itself

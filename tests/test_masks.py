@@ -34,7 +34,7 @@ def test_a_mask_of_any_mode_is_read(tmp_path, mode):
 def test_transparency_is_not_edited():
     mask = Image.new("RGBA", (96, 64), (255, 255, 255, 0))
     mask.paste((255, 255, 255, 255), (10, 10, 30, 30))
-    with pytest.warns(UserWarning, match="laid on black"):
+    with pytest.warns(UserWarning, match="set to black"):
         assert load_mask(mask, (96, 64)).getbbox() == (10, 10, 30, 30)
 
 
@@ -52,7 +52,7 @@ def test_a_black_mask_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [(b"", "empty"), (b"not a mask at all", "holds text"), (b"<html></html>", "HTML")]
+    ("data", "message"), [(b"", "empty"), (b"not a mask at all", "contains text"), (b"<html></html>", "HTML")]
 )
 def test_a_mask_is_read_with_the_checks_of_a_picture(tmp_path, data, message):
     path = tmp_path / "mask.png"
@@ -99,9 +99,9 @@ def test_distances_are_euclidean():
 def test_a_mask_cut_out_closely_has_its_rim_all_around():
     mask = disc()
     box = mask.getbbox()
-    assert masks.cut(mask, box, 4).tobytes() == feather(mask, 4).crop(box).tobytes()
+    assert masks.feathered_part(mask, box, 4).tobytes() == feather(mask, 4).crop(box).tobytes()
     whole = (0, 0, *mask.size)
-    assert masks.cut(mask, whole, 4).tobytes() == feather(mask, 4).tobytes()
+    assert masks.feathered_part(mask, whole, 4).tobytes() == feather(mask, 4).tobytes()
 
 
 def test_grey_is_kept_under_the_rim():
@@ -114,14 +114,14 @@ def test_grey_is_kept_under_the_rim():
 
 
 def test_the_crop_has_padding_and_lies_in_the_picture():
-    assert masks.padded(disc(), 5) == (15, 5, 66, 56)
-    assert masks.padded(disc(), 500) == (0, 0, 96, 64)
+    assert masks.padded_box(disc(), 5) == (15, 5, 66, 56)
+    assert masks.padded_box(disc(), 500) == (0, 0, 96, 64)
 
 
 def test_a_sliver_is_seen_with_its_surroundings():
     sliver = Image.new("L", (2000, 1000))
     sliver.paste(255, (100, 990, 1100, 994))
-    left, top, right, bottom = masks.padded(sliver, 0)
+    left, top, right, bottom = masks.padded_box(sliver, 0)
     assert (right - left, bottom - top) == (1000, 500)
     assert bottom == 1000
 
@@ -129,7 +129,7 @@ def test_a_sliver_is_seen_with_its_surroundings():
 @pytest.mark.parametrize("shape", [(512, 512), (640, 192), (192, 640), (512, 384)])
 @pytest.mark.parametrize("box", [(0, 0, 30, 30), (900, 500, 1000, 700), (300, 100, 310, 400)])
 def test_the_crop_takes_the_models_aspect(box, shape):
-    left, top, right, bottom = masks.widened(box, shape, (1000, 700))
+    left, top, right, bottom = masks.widened_box(box, shape, (1000, 700))
     assert left >= 0 and top >= 0 and right <= 1000 and bottom <= 700
     assert left <= box[0] and top <= box[1] and right >= box[2] and bottom >= box[3]
     assert (right - left) * shape[1] == pytest.approx((bottom - top) * shape[0], abs=max(shape))
@@ -141,10 +141,10 @@ def test_the_crop_takes_the_models_aspect(box, shape):
 def test_a_latent_is_free_if_any_of_its_pixels_is():
     mask = Image.new("L", (64, 32))
     mask.putpixel((9, 9), 1)
-    free = masks.cells(mask, (64, 32), 8)
+    free = masks.free_cells(mask, (64, 32), 8)
     assert free.shape == (1, 1, 4, 8)
     assert free.nonzero().tolist() == [[0, 0, 1, 1]]
-    assert masks.cells(mask, (32, 16), 8).nonzero().tolist() == [[0, 0, 0, 0]]
+    assert masks.free_cells(mask, (32, 16), 8).nonzero().tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -154,7 +154,7 @@ def test_held_latents_follow_the_noised_picture_to_the_picture(sampler):
     free = torch.zeros(1, 1, 8, 8)
     free[..., 4:] = 1
     sigmas = torch.tensor([14.0, 6.0, 2.0, 0.5, 0.0])
-    denoise = masks.held(lambda x, sigma: torch.full_like(x, 7.0), known, free)
+    denoise = masks.hold_known(lambda x, sigma: torch.full_like(x, 7.0), known, free)
     start = noise * sigmas[0] + (1 - free) * known
     more = iter(torch.randn(9, 1, 4, 8, 8, generator=generator))
     seen = list(SAMPLERS[sampler](denoise, start, sigmas, lambda: next(more)))
@@ -177,7 +177,7 @@ def bump(height=16, width=16, rows=slice(4, 8), columns=slice(9, 13), quiet=0.02
 def test_a_region_is_where_prediction_and_result_agree():
     said = bump()[None, None].expand(1, 2, -1, -1, -1)
     stained = bump(seed=1) + bump(rows=slice(12, 15), columns=slice(1, 4), seed=2)
-    (mask,) = masks.found(said, stained[None], 0.5, (64, 64))
+    (mask,) = masks.detect_masks(said, stained[None], 0.5, (64, 64))
     values = np.asarray(mask)
     assert (values[16:32, 36:52] > 127).all()
     assert (values[44:] == 0).all(), "the stain is not what the instruction is about"
@@ -186,7 +186,7 @@ def test_a_region_is_where_prediction_and_result_agree():
 
 def test_a_change_of_everything_is_a_mask_of_everything():
     everywhere = 0.5 + 0.2 * torch.rand(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    (mask,) = masks.found(everywhere[:, None], everywhere, 0.5, (64, 48))
+    (mask,) = masks.detect_masks(everywhere[:, None], everywhere, 0.5, (64, 48))
     assert mask.size == (64, 48)
     assert mask.getextrema() == (255, 255)
 
@@ -195,7 +195,7 @@ def test_a_lower_threshold_takes_more():
     said, done = bump()[None, None], bump(seed=1)[None]
     ramp = torch.linspace(0, 0.8, 16).expand(1, 4, 16, 16)
     areas = [
-        (np.asarray(masks.found(said + ramp[:, None], done + ramp, threshold, (64, 64))[0]) > 0).mean()
+        (np.asarray(masks.detect_masks(said + ramp[:, None], done + ramp, threshold, (64, 64))[0]) > 0).mean()
         for threshold in (0.0, 0.3, 0.6, 1.0)
     ]
     assert areas[0] == 1.0
@@ -205,6 +205,6 @@ def test_a_lower_threshold_takes_more():
 
 def test_where_the_two_disagree_the_result_counts():
     said, done = bump(rows=slice(0, 2))[None, None], bump(rows=slice(12, 14), seed=1)[None]
-    (mask,) = masks.found(said, done, 0.5, (64, 64))
+    (mask,) = masks.detect_masks(said, done, 0.5, (64, 64))
     assert mask.getbbox() is not None
     assert mask.getbbox()[1] > 32

@@ -37,7 +37,7 @@ def test_the_result_that_went_where_the_words_point_ranks_first() -> None:
     before = flat(200, 60, 60)
     right, untouched, wrong = flat(140, 120, 60), flat(200, 60, 60), flat(140, 60, 120)
     for captions in ({}, {"caption": "red"}, {"caption": "red", "edited_caption": "red and green"}):
-        scores = rank.rank(
+        scores = rank.rank_results(
             Plain(), before, [wrong, untouched, right], instruction="make it green", **captions
         )
         order = sorted(range(3), key=lambda k: -scores[k].total)
@@ -48,7 +48,7 @@ def test_the_result_that_went_where_the_words_point_ranks_first() -> None:
 
 def test_captions_say_the_direction_instead_of_the_instruction() -> None:
     results = [flat(140, 120, 60), flat(140, 60, 120)]
-    scores = rank.rank(
+    scores = rank.rank_results(
         Plain(),
         flat(200, 60, 60),
         results,
@@ -61,13 +61,15 @@ def test_captions_say_the_direction_instead_of_the_instruction() -> None:
 
 def test_large_pictures_are_made_small_smoothly() -> None:
     chessboard = Image.effect_noise((2048, 1024), 200).convert("RGB")
-    assert rank.pixels(chessboard).shape == (1, 3, 256, 512)
-    assert rank.pixels(chessboard).std() < 0.1  # not single pixels
+    assert rank.clip_pixels(chessboard).shape == (1, 3, 256, 512)
+    assert rank.clip_pixels(chessboard).std() < 0.1  # not single pixels
 
 
 def test_where_the_clip_comes_from(here: Path, tiny_model_dir: Path, tiny_clip_dir: Path) -> None:
     assert rank.find_clip(str(tiny_clip_dir), "nowhere") == tiny_clip_dir
-    with pytest.raises(ModelError, match="has no CLIP of its own.*hf download openai/clip-vit-large-patch14"):
+    with pytest.raises(
+        ModelError, match="does not include a CLIP model.*hf download openai/clip-vit-large-patch14"
+    ):
         rank.find_clip(None, str(tiny_model_dir))
     with pytest.raises(ModelError, match="./none: no such folder"):
         rank.find_clip("./none", str(tiny_model_dir))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ip2p.base.errors import InputError
-from ip2p.editing.chain import chain
+from ip2p.editing.chain import edit_chain
 from ip2p.editing.grid import Axis, draw_grid
 from ip2p.pictures.infotext import EditRecord, format_infotext, parse_infotext
 from ip2p.settings import (
@@ -60,11 +60,11 @@ class Body(Settings):
         ({"cfg_interval": "0.5"}, r"cfg_interval is .*; it must be 2 numbers"),
         ({"cfg_interval": (0.9, 0.1)}, r"cfg_interval 0\.9 0\.1 is empty"),
         ({"negative": 3}, r"negative is 3; it must be text"),
-        ({"mask": "sky.png", "auto_mask": 0.5}, r"mask names the region and auto_mask looks for it"),
+        ({"mask": "sky.png", "auto_mask": 0.5}, r"mask and auto_mask both select the region"),
         ({"guidance_scale": 7}, r"guidance_scale is called text_cfg here"),
         ({"image_guidance_scale": 7}, r"image_guidance_scale is called image_cfg here"),
         ({"num_inference_steps": 7}, r"num_inference_steps is called steps here"),
-        ({"stepz": 7}, r"'stepz' is no setting; did you mean steps\?"),
+        ({"stepz": 7}, r"'stepz' is not a setting; did you mean steps\?"),
     ],
 )
 def test_what_is_wrong_is_one_line_with_the_limit_and_the_next_step(values, message):
@@ -168,7 +168,7 @@ def test_the_editor_grids_chains_and_batches_take_a_new_setting(tiny_editor, pag
     (made,) = tiny_editor.edit(page, "make it night", settings=settings)
     (also,) = tiny_editor.edit_batch([page], "make it night", seeds=[0], settings=settings)
     assert made.tobytes() == also.tobytes()
-    (step,) = chain(tiny_editor, page, ["make it night"], settings=settings)
+    (step,) = edit_chain(tiny_editor, page, ["make it night"], settings=settings)
     assert step.image.tobytes() == made.tobytes()
     axes = [Axis(setting="sharpness", values=(1.0, 2.0)), Axis(setting="seed", values=(0, 1))]
     assert draw_grid(

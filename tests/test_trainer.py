@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from ip2p.base.errors import InputError, ModelError, Terminated
+from ip2p.base.errors import InputError, ModelError, ResourceError, Terminated
 from ip2p.base.files import write_text
 from ip2p.base.ledger import lock_folder
 from ip2p.cli import main as cli
@@ -228,7 +229,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(config, whol
     newest = config.output / "training" / "step-00000004.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     trainer.run(config)
-    assert "step-00000004.pt is gone or cut short" in caplog.text
+    assert "step-00000004.pt is missing or truncated" in caplog.text
     assert same(weights(config.output), weights(whole.output))
 
 
@@ -261,7 +262,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(conf
 
 
 def test_two_runs_in_one_folder_the_second_is_refused(config):
-    with lock_folder(config.output), pytest.raises(InputError, match="another ip2p is writing into"):
+    with lock_folder(config.output), pytest.raises(InputError, match="another ip2p process is writing to"):
         trainer.run(config)
 
 
@@ -351,9 +352,28 @@ def test_a_lora_of_stable_diffusion_trains_the_widened_input_too(config):
 def test_a_unet_can_start_from_its_config_alone(config, tiny_model_dir, tmp_path):
     own = tmp_path / "unet.json"
     own.write_text((tiny_model_dir / "unet" / "config.json").read_text())
-    with pytest.raises(InputError, match="add --parts MODEL"):
+    with pytest.raises(InputError, match="add --parts-from MODEL"):
         trainer.run(config.changed(base=str(own)))
     assert trainer.run(config.changed(base=str(own), parts=str(tiny_model_dir), steps=2)).finished
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_unet_alone_is_trained_with_the_parts_of_another_model(config, tiny_model_dir, tmp_path, form):
+    """Its own weights are what is trained, not noise: after a step of no length they are unchanged."""
+    from safetensors.torch import load_file, save_file
+
+    own = load_file(tiny_model_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    own = {key: value + 0.01 for key, value in own.items()}
+    base = shutil.copytree(tiny_model_dir / "unet", tmp_path / "unet")
+    save_file(own, base / "diffusion_pytorch_model.safetensors")
+    if form == "file":
+        base = base / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ModelError, match="UNet alone.*--parts-from"):
+        trainer.run(config.changed(base=str(base)))
+    config = config.changed(base=str(base), parts_from=str(tiny_model_dir), steps=1, lr=0.0)
+    assert trainer.run(config).finished
+    written = weights(config.output)  # in fp16, as the base
+    assert all(torch.allclose(written[key].float(), own[key].float(), atol=1e-3) for key in own)
 
 
 @pytest.mark.parametrize("kind", ["sd2", "xl"])
@@ -522,6 +542,29 @@ def test_min_snr_without_a_last_signal_is_refused_for_noise(config, tmp_path):
     path.write_text(json.dumps(told))
     with pytest.raises(InputError, match="--min-snr divides by"):
         trainer.train(config, base=str(base), min_snr=5.0, prediction="epsilon")
+
+
+def test_min_snr_without_a_last_signal_is_warned_of_for_velocity(config, tmp_path, capsys):
+    base = shutil.copytree(config.base, tmp_path / "zero")
+    path = base / "scheduler" / "scheduler_config.json"
+    told = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(told))
+    trainer.train(config, base=str(base), min_snr=5.0, prediction="v_prediction", steps=1)
+    assert "at the last noise level, which has no signal, --min-snr gives velocity no weight" in (
+        capsys.readouterr().err
+    )
+    curve = (config.output / "training" / "log.jsonl").read_text().splitlines()
+    assert math.isfinite(json.loads(curve[0])["loss"])
+
+
+def test_a_run_says_what_memory_it_needs_and_refuses_what_cannot_fit(config, capsys, monkeypatch):
+    trainer.train(config, steps=1, device="cpu")
+    line = next(line for line in capsys.readouterr().err.splitlines() if "memory: about" in line)
+    for part in ("parameters", "gradients", "optimizer", "EMA", "activations about", "cpu has"):
+        assert part in line
+    monkeypatch.setattr(trainer, "free_bytes", lambda device: 1000)
+    with pytest.raises(ResourceError, match="are free. Try --micro-batch 2 .*--checkpointing, --lora 16"):
+        trainer.train(config, steps=2, device="cpu")
 
 
 # --- the command line ---

@@ -98,12 +98,12 @@ def run_noting(notes: Path, run: int, words: list[str]) -> int:
     from ip2p.base import jobs
     from ip2p.cli import main as cli
 
-    plain = jobs.run
+    plain = jobs.run_job
 
     def noting(stage: Callable[[], Any], *rest: Any, **more: Any) -> Any:
         return plain(partial(Noting, stage, str(notes), run), *rest, **more)
 
-    jobs.run = noting  # type: ignore[assignment]
+    jobs.run_job = noting  # type: ignore[assignment]
     return cli.main(words)
 
 

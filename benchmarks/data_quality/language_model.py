@@ -4,7 +4,7 @@
 
 Captions of pages that training never saw go to the model at its default sampling values, through the same
 `Instruct` as in `ip2p synth instruct`, but without retries. An answer parses when it is an instruction and a
-caption; it is right when the storybook's grammar says so (`ip2p_storybook.reading`) and `Instruct` takes it.
+caption; it is right when the storybook's grammar says so (`reading`) and `Instruct` takes it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from benchmarks.data_quality.reading import edit_kind, judge
 from ip2p.synth.instruct import TEMPERATURE, Instruct, LocalWriter, parse_answer
 from ip2p_storybook.captions import Form, form_of, say_page
 from ip2p_storybook.edits import SPLITS, sample_edit
-from ip2p_storybook.reading import edit_kind, judge
 from ip2p_storybook.scene import rng_for
 
 FORMS = ("varied", "canonical")

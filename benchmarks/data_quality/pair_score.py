@@ -37,7 +37,7 @@ from ip2p_storybook.edits import (
     sample_edit,
 )
 from ip2p_storybook.scene import Scene, rng_for, stable_hash
-from ip2p_storybook.triples import ExactTriple, is_told, triple_of
+from ip2p_storybook.triples import ExactTriple, mentions_all, triple_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -184,7 +184,7 @@ def pair_triples(seed: int, size: int, split: str = "test") -> Iterator[ExactTri
         while True:
             edit = sample_edit(rng, kind=PAIR_KINDS[number % len(PAIR_KINDS)], split=split)
             form = form_of(rng)
-            if not (form.sizes and form.sides and is_told(edit, form) and is_unique(edit)):
+            if not (form.sizes and form.sides and mentions_all(edit, form) and is_unique(edit)):
                 continue
             pictures, _ = _answers(edit, size)
             if len(pictures) == OTHER_ANSWERS + 2 and visible(pictures[_PAGE], pictures[_EXACT]):

@@ -1,12 +1,14 @@
 """Seconds of an edit: ip2p beside diffusers' InstructPix2Pix pipeline, the same random weights, in turn.
 
-    python -m benchmarks.speed                    # SD 1.5's size, 512 px, 4 steps
+    python -m benchmarks.speed                    # SD 1.5's size, 512 px, 4 steps, 1 and 4 pictures
     python -m benchmarks.speed --size small       # a quarter of each width, 256 px: a quick run
+    python -m benchmarks.speed --only ip2p diffusers --count 1
 
 Each contestant is loaded in a process of its own, which waits until it is called. In each round all of them
 make the same edit, one after the other, in an order that turns round every time; a ratio is the median of the
 ratios within rounds, so that a machine that slows down falls on all alike. "from start" is the time from the
-start of a process to its first edit.
+start of a process to its first edit. "ip2p distilled" has the network that `ip2p distill` makes, which needs
+one pass a step.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import statistics
 import sys
 import tempfile
@@ -36,7 +39,7 @@ Edit = Callable[[int], Any]  # makes so many results
 class Setup:
     """The work, the same for each contestant."""
 
-    model: Path
+    folder: Path  # of the models
     pixels: int
     steps: int
     device: str
@@ -50,10 +53,25 @@ class Setup:
         return Image.linear_gradient("L").resize((self.pixels, self.pixels)).convert("RGB")
 
 
-def open_ip2p(setup: Setup, **how: Any) -> Edit:
+def write_distilled(model: Path, folder: Path) -> None:
+    """Write the editor `model` again with the guidance scales as an input of its network."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from ip2p.models.widen import add_scales_input
+
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("unet"))
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.bfloat16)
+    add_scales_input(unet)
+    unet.save_pretrained(folder / "unet")
+    ranges = {"text_cfg_range": [1, 12], "image_cfg_range": [1, 2.5]}
+    (folder / "ip2p.json").write_text(json.dumps(ranges))
+
+
+def open_ip2p(setup: Setup, *, model: str = "editor", **how: Any) -> Edit:
     from ip2p.editing.editor import Editor
 
-    editor = Editor.load(str(setup.model), device=setup.device, dtype=setup.dtype, **how)
+    editor = Editor.load(setup.folder / model, device=setup.device, dtype=setup.dtype, **how)
     scales = {f"{name}_cfg": value for name, value in SCALES.items()}
     return lambda count: editor.edit(
         setup.picture, "make it night", seeds=range(count), steps=setup.steps, size=setup.pixels, **scales
@@ -67,7 +85,9 @@ def open_diffusers(setup: Setup, *, channels_last: bool = False, compiled: bool 
     from ip2p.base.devices import DTYPE_ALIASES, DTYPES
 
     dtype = DTYPES[DTYPE_ALIASES[setup.dtype]]
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(setup.model, torch_dtype=dtype)
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        setup.folder / "editor", torch_dtype=dtype
+    )
     pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
     pipeline.to(setup.device).set_progress_bar_config(disable=True)
     if channels_last:
@@ -94,9 +114,9 @@ CONTESTANTS: dict[str, Callable[[Setup], Edit]] = {
     "diffusers": open_diffusers,
     "ip2p": open_ip2p,
     "ip2p compiled": lambda setup: open_ip2p(setup, compile=True),
+    "ip2p distilled": lambda setup: open_ip2p(setup, model="distilled"),
     "diffusers compiled": lambda setup: open_diffusers(setup, channels_last=True, compiled=True),
 }
-USUAL = tuple(name for name in CONTESTANTS if "compiled" not in name)  # compiling takes minutes
 
 
 def serve_edits(name: str, setup: Setup, calls: Connection) -> None:
@@ -159,6 +179,19 @@ class Contestant:
         self.process.join()
 
 
+def open_contestants(names: list[str], setup: Setup) -> list[Contestant]:
+    """Those that can be loaded here; compilation needs a compiler, for one. Raises SystemExit for none."""
+    opened = []
+    for name in names:
+        try:
+            opened.append(Contestant(name, setup))
+        except SystemExit as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not opened:
+        raise SystemExit("none of the contestants could be loaded")
+    return opened
+
+
 def run_rounds(contestants: list[Contestant], counts: list[int], rounds: int) -> None:
     for count in counts:
         for number in range(rounds + 1):
@@ -192,13 +225,13 @@ def results_table(contestants: list[Contestant], counts: list[int]) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--count", type=int, nargs="+", default=[1], help="pictures at once")
+    parser.add_argument("--count", type=int, nargs="+", default=[1, 4], help="pictures at once")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="timed edits of each contestant")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--threads", type=int, help="default: torch's own")
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(USUAL))
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--json", type=Path, help="write every time here")
 
 
@@ -214,9 +247,11 @@ def run(args: argparse.Namespace) -> int:
         model = Path(folder) / "editor"
         layers = {"layers": 1, "blocks": 2, "text_layers": 1} if args.size == "tiny" else {}
         parameters = write_model(model, part=part, size=pixels, in_channels=8, dtype=args.dtype, **layers)
+        if "ip2p distilled" in names:
+            write_distilled(model, Path(folder) / "distilled")
         how = {"steps": args.steps, "device": args.device, "dtype": args.dtype, "threads": args.threads}
-        setup = Setup(model=model, pixels=pixels, **how)
-        contestants = [Contestant(name, setup) for name in names]
+        setup = Setup(folder=Path(folder), pixels=pixels, **how)
+        contestants = open_contestants(names, setup)
         run_rounds(contestants, args.count, args.rounds)
         for each in contestants:
             each.close()

@@ -1,8 +1,8 @@
 """Edit a picture with an instruction: InstructPix2Pix, from data to measurement.
 
 `ip2p.edit` is the one call, `ip2p.Editor` loads a model once and edits many pictures. `ip2p.train` trains an
-editor, `ip2p.synth` makes the data for it, `ip2p.evaluate` scores editors. Importing the package is cheap:
-torch is imported when one of these names is first used.
+editor, `ip2p.distill` makes it faster, `ip2p.synth` makes the data, `ip2p.evaluate` scores editors. Importing
+the package is cheap: torch is imported when one of these names is first used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ip2p.evaluation.run import evaluate
     from ip2p.pictures.images import save_image
     from ip2p.settings import EditSettings, ModelSettings
-    from ip2p.training.settings import TrainConfig
+    from ip2p.training.distill import distill
+    from ip2p.training.settings import DistillConfig, TrainConfig
     from ip2p.training.trainer import train
 
 # Each public name and the module that has it; `synth` is a package itself.
@@ -27,12 +28,14 @@ _PLACES = {
     **dict.fromkeys(("Editor", "edit"), "ip2p.editing.editor"),
     **dict.fromkeys(("EditSettings", "ModelSettings"), "ip2p.settings"),
     **dict.fromkeys(("InputError", "Ip2pError", "ModelError", "ResourceError"), "ip2p.base.errors"),
-    "TrainConfig": "ip2p.training.settings",
+    **dict.fromkeys(("DistillConfig", "TrainConfig"), "ip2p.training.settings"),
+    "distill": "ip2p.training.distill",
     "save_image": "ip2p.pictures.images",
     "train": "ip2p.training.trainer",
     "evaluate": "ip2p.evaluation.run",
 }
 __all__ = [
+    "DistillConfig",
     "EditSettings",
     "Editor",
     "InputError",
@@ -42,6 +45,7 @@ __all__ = [
     "ResourceError",
     "TrainConfig",
     "__version__",
+    "distill",
     "edit",
     "evaluate",
     "save_image",

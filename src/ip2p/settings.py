@@ -1,7 +1,7 @@
-"""Every setting of an edit, declared once: default, range, help text, infotext label, names elsewhere.
+"""The settings of an edit, each declared once: default, range, help text, infotext label, API names.
 
-The command line, the HTTP bodies, the infotext, `Editor.edit`, grids, chains and batches derive from the
-classes here. To add a setting, add one field; `tests/test_settings.py` shows that it then exists everywhere.
+The command line, the HTTP bodies, the infotext, `Editor.edit`, grids, chains and batches are derived from
+these classes. To add a setting, add one field; `tests/test_settings.py` checks that it exists everywhere.
 """
 
 from __future__ import annotations
@@ -51,59 +51,46 @@ Fit = Literal["original", "model"]
 Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations", "paraphrases"]
 Interface = Literal["openai", "a1111"]
 
-MAX_STEPS = 1000  # the number of noise levels that a model is trained on
+MAX_STEPS = 1000  # the number of noise levels in training
 MAX_SCALE = 100.0
 MAX_COUNT = 1000
 MAX_SEED = 2**63 - 1
 MIN_SIZE, MAX_SIZE = 16, 4096
-MAX_PIXELS = 100_000_000  # of a picture to read; about 1.2 GB while it is decoded
-SERVER_PIXELS = 16_000_000  # the same for servers: about 200 MB
-AUTO_MASK = 0.5  # the threshold of a bare --auto-mask, and of auto_mask=True
-
+MAX_PIXELS = 100_000_000  # of an input picture; decoding takes about 1.2 GB
+SERVER_PIXELS = 16_000_000  # the same for servers; about 200 MB
+AUTO_MASK = 0.5  # the threshold of --auto-mask without a value, and of auto_mask=True
 
 COMMON, OTHER, MODEL = "Common options", "Other options", "Model"
 GUIDANCE, MASK, SIZES, CONTROL = "Sampling and guidance", "Mask", "Size", "ControlNet"
 
 
-# --- how a setting is declared ------------------------------------------------------------------
+# --- declaring a setting ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What a setting has beside its type, default, range and help text.
+    """The attributes of a setting in addition to its type, default, range and help text."""
 
-    group: its title in help texts and on the page. name: its name outside of Python, if it differs.
-    label: its name in the infotext ("" keeps it out), where
-    it is always there and "required" to read it back, "always" there, or there when "changed". labels: the
-    infotext's words for its values. fallback: what None stands for if the model's card has no value.
-    example: a good value, for error messages. names: what the other HTTP interfaces call it. aliases: its
-    earlier names, still accepted. flags: more flags of the command line. bare: the value of its flag alone.
-    metavar: what the help shows in place of a value. positional: its place among the words without a flag.
-    called: how a sentence names it. same_job: whether a resumed job must have the same value. hidden: only a
-    settings file or an IP2P_* variable sets it; help texts omit it. fits: whether a word is the value of a
-    bare flag.
-    """
-
-    group: str = OTHER
-    name: str = ""
-    label: str = ""
-    written: Literal["required", "always", "changed"] = "changed"
-    labels: Mapping[str, str] = field(default_factory=dict)
-    fallback: Any = None
-    example: Any = None
-    names: Mapping[Interface, str] = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    bare: Any = None
-    metavar: str = ""
-    positional: int = 0
-    called: str = ""
-    same_job: bool = True
-    hidden: bool = False
-    fits: Callable[[str], bool] | None = None
+    group: str = OTHER  # its group in help texts and on the page
+    name: str = ""  # its name outside Python, if different
+    label: str = ""  # its name in the infotext; "" omits it
+    written: Literal["required", "always", "changed"] = "changed"  # when the infotext includes it
+    labels: Mapping[str, str] = field(default_factory=dict)  # infotext names of its values
+    fallback: Any = None  # replaces None if the model's card has no value
+    example: Any = None  # a valid value, for error messages
+    names: Mapping[Interface, str] = field(default_factory=dict)  # its names in other HTTP interfaces
+    aliases: tuple[str, ...] = ()  # old names, still accepted
+    flags: tuple[str, ...] = ()  # additional command-line flags
+    bare: Any = None  # the value of its flag without a value
+    metavar: str = ""  # the placeholder of its value in help texts
+    positional: int = 0  # its position, if it is a positional argument
+    called: str = ""  # its name in error messages
+    same_job: bool = True  # whether a resumed job must have the same value
+    hidden: bool = False  # omitted from help texts
+    fits: Callable[[str], bool] | None = None  # whether the next argument is the value of a bare flag
 
     def __call__(self, schema: dict[str, Any]) -> None:
-        """Add to the JSON schema what the page builds its controls from (pydantic calls this)."""
+        """Add the group and fallback to the JSON schema, for the web page. Called by pydantic."""
         schema["group"] = self.group
         if self.fallback is not None:
             schema["fallback"] = self.fallback
@@ -119,23 +106,23 @@ def setting(
     lt: float | None = None,
     **meta: Any,
 ) -> Any:
-    """A field of a `Settings` class: its default, its help text, its range, and what `Meta` has."""
-    limits = {name: limit for name, limit in (("ge", ge), ("le", le), ("gt", gt), ("lt", lt))}
-    given: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
-    return Field(default, description=help, json_schema_extra=Meta(**meta), **given)
+    """Declare a field of a `Settings` class: default, help text, range, and the attributes of `Meta`."""
+    limits = {"ge": ge, "le": le, "gt": gt, "lt": lt}
+    present: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
+    return Field(default, description=help, json_schema_extra=Meta(**meta), **present)
 
 
 def meta_of(found: FieldInfo) -> Meta:
-    """What `setting` was given; the defaults for a field that was declared without it."""
+    """The `Meta` of a field; the defaults if it was declared without `setting`."""
     return found.json_schema_extra if isinstance(found.json_schema_extra, Meta) else Meta()
 
 
-# --- how a caller writes a setting --------------------------------------------------------------
+# --- the notation of a setting ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Voice:
-    """How a caller writes a setting: `name(setting)` in a sentence, `example(setting, value)` as a hint."""
+    """How error messages write a setting: `name(setting)`, and `example(setting, value)` in hints."""
 
     name: Callable[[str], str]
     example: Callable[[str, Any], str]
@@ -147,7 +134,7 @@ def flag_of(name: str) -> str:
 
 
 def written_value(value: Any) -> str:
-    """A value as it is typed on a command line: 7.5, 576x384, "0.2 0.9"."""
+    """A value in command-line notation: 7.5, 576x384, "0.2 0.9"."""
     if isinstance(value, tuple | list):
         return " ".join(map(written_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -158,7 +145,7 @@ COMMAND_LINE = Voice(flag_of, lambda name, value: f"{flag_of(name)} {written_val
 
 
 def voice_of(interface: Interface, settings: type[Settings] | None = None) -> Voice:
-    """How another HTTP interface writes the settings."""
+    """The notation of another HTTP interface."""
 
     def name(setting: str) -> str:
         found = (settings or EditSettings).model_fields.get(setting)
@@ -168,7 +155,7 @@ def voice_of(interface: Interface, settings: type[Settings] | None = None) -> Vo
 
 
 class SettingError(InputError):
-    """A setting that cannot be used; `field` is its name in the settings class, "" if several are."""
+    """An invalid setting; `field` is its name in the settings class, "" for a combination of several."""
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
@@ -176,7 +163,7 @@ class SettingError(InputError):
 
 
 class Conflict(Exception):
-    """Settings that do not go together; {text_cfg} in the message becomes the name that the caller writes."""
+    """Settings that cannot be combined; "{text_cfg}" in the message becomes the caller's name for it."""
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
@@ -184,30 +171,30 @@ class Conflict(Exception):
 
 
 class Settings(BaseModel):
-    """The base of all settings: frozen, without unknown names; what is wrong becomes one SettingError.
+    """The base of all settings: frozen; unknown names and invalid values raise SettingError.
 
-    A class may hold settings under their earlier names too (`Meta.aliases`).
+    Old names of settings are accepted, too (`Meta.aliases`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-    # How callers are used to calling something, and what it is called here.
+    # Names in other libraries → names in ip2p, for error messages.
     foreign_names: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def read(cls, values: Mapping[str, Any], voice: Voice = PYTHON) -> Self:
-        """The settings with these values; SettingError in the caller's voice for what is wrong."""
+        """Settings with these values. Raises SettingError in the notation `voice`."""
         return cls.model_validate(dict(values), context={"voice": voice})
 
     def changed(self, **values: Any) -> Self:
-        """The same settings but for `values`, which are checked."""
+        """A copy with some values replaced. Raises SettingError."""
         return type(self).read({**dict(self), **values}) if values else self
 
     def part(self, kind: type[SomeSettings]) -> SomeSettings:
-        """Those of the settings that the class `kind` has."""
+        """The settings that the class `kind` has."""
         return kind.read({name: getattr(self, name) for name in kind.model_fields})
 
     def resolved(self, card: object = None) -> Self:
-        """None replaced by the value of the same name in the model's card, else by the setting's fallback."""
+        """A copy with None replaced by the value in the model's card, else by the setting's fallback."""
         chosen = {}
         for name, found in type(self).model_fields.items():
             meta = meta_of(found)
@@ -218,16 +205,16 @@ class Settings(BaseModel):
 
     @classmethod
     def inherited(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """More values, from a file that the given ones name; flags take their place."""
+        """Additional values from a file that `values` refer to; flags override them."""
         return {}
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values, in their order."""
+        """The settings as JSON values, in their order."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in self}
 
     @classmethod
     def field_names(cls) -> dict[str, str]:
-        """Each accepted name, earlier ones included, and the field that it stands for."""
+        """Each accepted name, including old ones, and its field."""
         fields = cls.model_fields
         earlier = {alias: name for name, found in fields.items() for alias in meta_of(found).aliases}
         outer = {meta_of(found).name: name for name, found in fields.items() if meta_of(found).name}
@@ -236,31 +223,31 @@ class Settings(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, values: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        """Accept earlier names, and say in the caller's voice what is wrong."""
+        """Accept old names, and raise errors in the caller's notation."""
         voice = (info.context or {}).get("voice", PYTHON)
         if isinstance(values, dict):
             known = cls.field_names()
             values = {known.get(name, name): value for name, value in values.items()}
         try:
-            made = handler(values)
-            made.check_together()
+            settings = handler(values)
+            settings.check_together()
         except ValidationError as error:
             raise explained(error, cls, voice) from None
         except Conflict as error:
             raise SettingError(_in_voice(str(error), voice), field=error.field) from None
-        return made
+        return settings
 
     def check_together(self) -> None:
-        """Raise Conflict for settings that are right alone and not together."""
+        """Raise Conflict for valid settings that cannot be combined."""
 
 
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
 
 def first_difference(settings: Settings, before: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """The first setting of `run.json` that a resumed job may not change and that differs: flag, old, new.
+    """The first setting that differs from `run.json` and must not change on resume: flag, old, new.
 
-    A setting that the file lacks had its default.
+    Settings that are missing in the file had their defaults.
     """
     known = settings.field_names()
     before = {known.get(name, name): value for name, value in before.items()}
@@ -276,20 +263,20 @@ def first_difference(settings: Settings, before: Mapping[str, Any]) -> tuple[str
 
 
 def run_json(settings: Settings, **also: object) -> str:
-    """The text of the `run.json` beside an output: version, settings, and what else is given."""
+    """The text of the `run.json` beside an output: version, settings, and the values in `also`."""
     record = {"ip2p": __version__, "settings": settings.as_dict(), **also}
     return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
-# --- what is wrong, in one line -----------------------------------------------------------------
+# --- error messages -----------------------------------------------------------------------------
 
 
 def explained(error: ValidationError, kind: type[BaseModel], voice: Voice = PYTHON) -> SettingError:
-    """The first thing that is wrong as one line: the setting, its value, the limit, the next step."""
+    """The first error as one line: the setting, its value, the limit, the next step."""
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
     if not first["loc"]:
-        return SettingError(f"these are no settings: {first['msg']}.")
+        return SettingError(f"the settings are invalid: {first['msg']}.")
     name, value = str(first["loc"][0]), first["input"]
     if first["type"] == "extra_forbidden":
         return _unknown(name, kind, voice)
@@ -307,18 +294,15 @@ def explained(error: ValidationError, kind: type[BaseModel], voice: Voice = PYTH
 
 
 def _in_voice(message: str, voice: Voice) -> str:
-    """The message with each {setting} as the caller writes it."""
+    """The message with each {setting} in the caller's notation."""
     return re.sub(r"\{(\w+)\}", lambda found: voice.name(found[1]), message)
 
 
 def _unknown(name: str, kind: type[BaseModel], voice: Voice) -> SettingError:
     known = kind.field_names() if issubclass(kind, Settings) else {each: each for each in kind.model_fields}
-    foreign = kind.foreign_names if issubclass(kind, Settings) else {}
-    if name in foreign:
-        ours = foreign[name]
-        return SettingError(
-            f"{name} is called {voice.name(ours)} here; write {voice.name(ours)}.", field=name
-        )
+    if issubclass(kind, Settings) and name in kind.foreign_names:
+        ours = voice.name(kind.foreign_names[name])
+        return SettingError(f"{name} is called {ours} here; use {ours}.", field=name)
     near = difflib.get_close_matches(name, known, n=1)
     hint = (
         f"did you mean {voice.name(known[near[0]])}?"
@@ -326,15 +310,15 @@ def _unknown(name: str, kind: type[BaseModel], voice: Voice) -> SettingError:
         else f"known: {', '.join(map(voice.name, kind.model_fields))}."
     )
     shown = name if len(name) <= 40 else name[:37] + "..."
-    return SettingError(f"{shown!a} is no setting; {hint}", field=name)
+    return SettingError(f"{shown!a} is not a setting; {hint}", field=name)
 
 
 def _limit(found: FieldInfo, error: Any) -> str:
-    """What a value must be: "it must be 1 to 1000"."""
+    """The allowed values, as in "it must be 1 to 1000"."""
     if error["type"] == "literal_error":
         return f"choose one of: {', '.join(map(str, choices_of(found.annotation)))}"
     if error["type"].startswith("bool"):
-        return "write true or false"
+        return "it must be true or false"
     kinds = flat_types(found.annotation)
     pair = next((kind for kind in kinds if typing.get_origin(kind) is tuple), None)
     parts = typing.get_args(pair) if pair is not None else ()
@@ -346,12 +330,7 @@ def _limit(found: FieldInfo, error: Any) -> str:
     whole = float not in kinds
     low, high = limits_of(found)
     numeral = f"{len(parts)} numbers" if parts and Ellipsis not in parts else "a number"
-    misread = (
-        "missing" in error["type"]
-        or "parsing" in error["type"]
-        or "type" in error["type"]
-        or "from_float" in error["type"]
-    )
+    misread = any(sign in error["type"] for sign in ("missing", "parsing", "type", "from_float"))
     if whole and misread:
         numeral = "a whole number"
     if low is None and high is None:
@@ -362,11 +341,9 @@ def _limit(found: FieldInfo, error: Any) -> str:
         return f"it must be at least {lowest} and less than {highest}"
     if high is None:
         return f"it must be {numeral} of at least {lowest}" if misread else f"it must be at least {lowest}"
-    return (
-        f"it must be {numeral} from {lowest} to {highest}"
-        if misread or not whole
-        else (f"it must be {lowest} to {highest}")
-    )
+    if misread or not whole:
+        return f"it must be {numeral} from {lowest} to {highest}"
+    return f"it must be {lowest} to {highest}"
 
 
 def _shown(value: object) -> str:
@@ -375,7 +352,7 @@ def _shown(value: object) -> str:
 
 
 def flat_types(hint: Any) -> list[Any]:
-    """The types that an annotation allows: `int | None` gives [int, NoneType]."""
+    """The types in an annotation: `int | None` → [int, NoneType]."""
     if typing.get_origin(hint) is Annotated:
         return flat_types(typing.get_args(hint)[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -394,7 +371,7 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
 
 
 def limits_of(found: FieldInfo) -> tuple[float | None, float | None]:
-    """The least and the largest value of a setting, or of each number of a pair."""
+    """The minimum and maximum of a setting, or of each number of a pair."""
     metadata: Iterable[Any] = found.metadata
     for kind in flat_types(found.annotation):
         if typing.get_origin(kind) is tuple:
@@ -409,11 +386,11 @@ def limits_of(found: FieldInfo) -> tuple[float | None, float | None]:
     return low, high
 
 
-# --- types that need reading --------------------------------------------------------------------
+# --- parsing values -----------------------------------------------------------------------------
 
 
 def parse_size(value: Any) -> Any:
-    """256 → 256, "256" → 256, "576x384" → (576, 384); ValueError for anything else."""
+    """256 → 256, "256" → 256, "576x384" → (576, 384). Raises ValueError for other values."""
     if isinstance(value, str):
         try:
             sides = [int(side) for side in value.lower().split("x")]
@@ -431,17 +408,17 @@ def parse_size(value: Any) -> Any:
 
 
 def _read_threshold(value: Any) -> Any:
-    """True is the usual threshold and False is none, as a bare --auto-mask."""
+    """True → the default threshold, as for --auto-mask without a value; False → None."""
     return (AUTO_MASK if value else None) if isinstance(value, bool) else value
 
 
 def read_pair(value: Any) -> Any:
-    """ "0.2 0.9", "0.2,0.9" and "0.2 to 0.9" are pairs of numbers."""
+    """Split "0.2 0.9", "0.2,0.9" or "0.2 to 0.9" into two numbers."""
     return value.replace(",", " ").replace(" to ", " ").split() if isinstance(value, str) else value
 
 
 def _read_texts(value: Any) -> Any:
-    """A text alone is a list of one; a file with its weight, ("a.safetensors", 0.8), is written as text."""
+    """A single text → a list; a file with a weight, ("a.safetensors", 0.8), → "a.safetensors:0.8"."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list | tuple):
@@ -456,9 +433,9 @@ def _check_loras(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """The file and the weight of FILE:WEIGHT, or of FILE alone, whose weight is 1.
+    """The file and the weight of FILE:WEIGHT; the weight of FILE is 1.
 
-    The file's name may hold colons: only a number after the last one is a weight. Raises ValueError.
+    File names may contain colons: only a number after the last colon is a weight. Raises ValueError.
     """
     file, colon, number = text.rpartition(":")
     try:
@@ -468,7 +445,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if weight is None:
         file, weight = text, 1.0
     if not file.strip():
-        raise ValueError("it names no file")
+        raise ValueError("it has no file name")
     if not -10 <= weight <= 10:
         raise ValueError(f"the weight {weight:g} must be a number from -10 to 10")
     return Path(file), weight
@@ -488,7 +465,7 @@ SharePair = Annotated[tuple[UnitFloat, UnitFloat], BeforeValidator(read_pair)]
 
 
 def _drawn_seed(value: Any) -> Any:
-    """-1 becomes a random seed, as in A1111's tools; results say which."""
+    """-1 → a random seed, as in A1111; the results record it."""
     return secrets.randbelow(2**32) if value in (-1, "-1") else value
 
 
@@ -500,6 +477,40 @@ def _check_color(value: str | None) -> str | None:
     return value
 
 
+# The fields of a pair as the user names them: their names in `data.records.Pair`.
+PAIR_PARTS = {"original": "before", "edited": "after", "instruction": "instruction", "caption": "caption"}
+PAIR_PARTS |= {"edited_caption": "edited_caption", "mask": "mask", "id": "id"}
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """The columns of `original=COLUMN,instruction=COLUMN,edited=COLUMN` by field of `Pair`.
+
+    `before` and `after` are accepted for original and edited. Raises ValueError.
+    """
+    columns: dict[str, str] = {}
+    for entry in text.split(","):
+        part, _, name = (word.strip() for word in entry.partition("="))
+        if not part or not name:
+            raise ValueError("write PART=COLUMN, separated by commas, such as original=src,edited=tgt")
+        field = PAIR_PARTS.get(part, part)
+        if field not in PAIR_PARTS.values():
+            raise ValueError(f"{part} is no part of a pair: {', '.join(PAIR_PARTS)}")
+        if field in columns:
+            raise ValueError(f"{part_name(field)} is named twice")
+        columns[field] = name
+    return columns
+
+
+def part_name(field: str) -> str:
+    """The user's name of a field of `Pair`."""
+    return next(part for part, name in PAIR_PARTS.items() if name == field)
+
+
+def _check_columns(value: str | None) -> str | None:
+    return value and ",".join(f"{part_name(part)}={name}" for part, name in parse_columns(value).items())
+
+
+Columns = Annotated[str | None, AfterValidator(_check_columns)]
 Color = Annotated[str | None, AfterValidator(_check_color)]
 Seed = Annotated[int, BeforeValidator(_drawn_seed)]
 Threshold = Annotated[float | None, BeforeValidator(_read_threshold)]
@@ -510,7 +521,7 @@ AnyPicture = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type
 
 
 def picture_name(picture: Any) -> str | None:
-    """The name of the file that a picture setting is, None if it is no file."""
+    """The file name of a picture setting, None if it is not a file."""
     name = picture if isinstance(picture, str | Path) else getattr(picture, "filename", None)
     return Path(name).as_posix() if isinstance(name, str | Path) and str(name) else None
 
@@ -519,11 +530,11 @@ def picture_name(picture: Any) -> str | None:
 
 
 class InstructionSettings(Settings):
-    """What an edit is asked for."""
+    """What to change."""
 
     instruction: str = setting(
         "",
-        "what to change, in words",
+        "what to change",
         group=COMMON,
         positional=3,
         metavar="INSTRUCTION",
@@ -532,7 +543,7 @@ class InstructionSettings(Settings):
     )
     negative: str = setting(
         "",
-        "what to stay away from",
+        "what to avoid in the result",
         group=GUIDANCE,
         metavar="TEXT",
         names={"openai": "negative_prompt", "a1111": "negative_prompt"},
@@ -540,7 +551,7 @@ class InstructionSettings(Settings):
 
 
 class StepSettings(Settings):
-    """How a diffusion model is sampled."""
+    """How to sample."""
 
     steps: int | None = setting(
         None,
@@ -572,7 +583,7 @@ class StepSettings(Settings):
 
 
 class ScaleSettings(Settings):
-    """How strongly an edit is guided, and its noise."""
+    """The guidance scales and the seed."""
 
     text_cfg: float | None = setting(
         None,
@@ -598,7 +609,7 @@ class ScaleSettings(Settings):
     )
     seed: Seed = setting(
         0,
-        "seed of the first result; the next ones count up; -1 draws one",
+        "seed of the first result, increased by 1 for each further one; -1: random",
         ge=0,
         le=MAX_SEED,
         example=7,
@@ -609,11 +620,11 @@ class ScaleSettings(Settings):
 
 
 class PictureSettings(Settings):
-    """The working size, and the noise levels."""
+    """The working size and the noise schedule."""
 
     size: Size = setting(
         None,
-        "working size of the model, in pixels; default: near the size it was trained at",
+        "working size of the model in pixels; default: close to its training size",
         example=256,
         group=COMMON,
         label="Size",
@@ -626,7 +637,7 @@ class PictureSettings(Settings):
         fallback="linspace",
         group=GUIDANCE,
         label="Schedule type",
-        # A1111's "SGM Uniform" takes the times of trailing before they are rounded.
+        # A1111's "SGM Uniform" is "trailing" without rounding of the times.
         labels={
             "linspace": "Uniform",
             "karras": "Karras",
@@ -640,9 +651,9 @@ class PictureSettings(Settings):
 
 
 class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSettings):
-    """The settings of an edit. `None` takes the value of the model's card, else the usual one.
+    """The settings of an edit. None means the value in the model's card, else the usual default.
 
-    The order of the fields is that of the infotext: the last base comes first.
+    The infotext has the order of the fields: those of the last base class come first.
     """
 
     foreign_names: ClassVar[Mapping[str, str]] = {
@@ -661,7 +672,7 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
 
     text_cfg_rescale: float = setting(
         0.0,
-        "0 to 1: reduce the contrast that high scales add",
+        "reduce the contrast that high scales add; 0 to 1",
         ge=0,
         le=1,
         example=0.7,
@@ -670,7 +681,7 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
     )
     cfg_interval: SharePair = setting(
         (0.0, 1.0),
-        "use guidance only between these noise levels; 1 is the noisiest",
+        "apply guidance only between these noise levels; 1 is the highest",
         example=(0.2, 0.9),
         group=GUIDANCE,
         label="CFG interval",
@@ -678,7 +689,7 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
     )
     mask: AnyPicture = setting(
         None,
-        "picture of the input's size: white is edited, black stays the same to the byte",
+        "picture of the input's size: white is edited, black stays unchanged to the byte",
         group=MASK,
         label="Mask",
         metavar="FILE",
@@ -686,7 +697,7 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
     )
     mask_padding: int = setting(
         32,
-        "pixels around the white area that the model sees too",
+        "pixels around the white area to show the model",
         ge=0,
         le=MAX_SIZE,
         group=MASK,
@@ -695,7 +706,7 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
     )
     feather: float | None = setting(
         None,
-        "pixels over which the edit fades inside the mask; default: 1/128 of its longer side",
+        "width in pixels of the soft edge inside the mask; default: 1/128 of its longer side",
         ge=0,
         le=MAX_SIZE,
         example=8.0,
@@ -705,7 +716,7 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
     )
     auto_mask: Threshold = setting(
         None,
-        "let the model find the region to edit; a lower threshold takes more (default alone: 0.5)",
+        "let the model find the region to edit; lower thresholds select more (without a value: 0.5)",
         ge=0,
         le=1,
         example=AUTO_MASK,
@@ -716,22 +727,22 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
     )
     fit: Fit = setting(
         "original",
-        "original: apply the change at the picture's own resolution; model: keep the working size",
+        "original: apply the change at the input resolution; model: keep the working size",
         group=SIZES,
         label="Fit",
     )
     background: Color = setting(
         None,
-        "color to lay transparent parts on: a name or #rrggbb; default: results stay transparent",
+        "color behind transparent parts: a name or #rrggbb; default: results stay transparent",
         group=SIZES,
         label="Background",
         metavar="COLOR",
         example="white",
-        names={"openai": "background_color"},  # its own `background` is opaque, transparent or auto
+        names={"openai": "background_color"},  # OpenAI's `background` is opaque, transparent or auto
     )
     control_image: AnyPicture = setting(
         None,
-        "picture that the ControlNet reads: edges, a depth map, …",
+        "input of the ControlNet: edges, a depth map, …",
         group=CONTROL,
         label="Control image",
         metavar="FILE",
@@ -750,16 +761,28 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
         low, high = self.cfg_interval
         if low >= high:
             raise Conflict(
-                f"{{cfg_interval}} {low:g} {high:g} is empty: the first number must be the smaller one.",
+                f"{{cfg_interval}} {low:g} {high:g} is empty; the first number must be the smaller one.",
                 field="cfg_interval",
             )
         if self.mask is not None and self.auto_mask is not None:
             raise Conflict(
-                "{mask} names the region and {auto_mask} looks for it; give one of them.", field="auto_mask"
+                "{mask} and {auto_mask} both select the region; give one of them.", field="auto_mask"
             )
 
 
-class ModelChoice(Settings):
+class PartsSettings(Settings):
+    """Where the parts of a UNet-only file come from."""
+
+    parts_from: str | None = setting(
+        None,
+        "model that provides the parts a UNet-only file lacks",
+        group=MODEL,
+        label="Model parts",
+        metavar="MODEL",
+    )
+
+
+class ModelChoice(PartsSettings):
     """Which model to load."""
 
     model: str = setting(
@@ -779,15 +802,15 @@ class ModelChoice(Settings):
     )
     weights: WeightSet = setting(
         "auto",
-        "of a file that holds both: ema or plain weights; auto takes ema unless it is another model's",
+        "for files with both: ema or plain weights; auto uses ema unless it belongs to another model",
         group=MODEL,
         label="Model weights",
     )
     vae: str | None = setting(
         None,
-        "another autoencoder: a folder, a Hugging Face model id, or a file",
+        "replace the autoencoder: a folder, a Hugging Face model id, or a file",
         group=MODEL,
-        label="VAE model",  # A1111's VAE is a file's name in its own folder
+        label="VAE model",  # "VAE" in A1111 is a file name in its own folder
         metavar="MODEL",
     )
 
@@ -796,15 +819,15 @@ class DeviceSettings(Settings):
     """Where to run."""
 
     device: str = setting(
-        "auto", "cuda, cuda:N, mps or cpu; auto takes the first that exists", group=MODEL, same_job=False
+        "auto", "cuda, cuda:N, mps or cpu; auto: the first available one", group=MODEL, same_job=False
     )
 
 
 class DTypeSettings(Settings):
-    """In which number format to run."""
+    """The number format."""
 
     dtype: DType = setting(
-        "auto", "fp32, bf16 or fp16; auto takes half precision where the device is fast at it", group=MODEL
+        "auto", "fp32, bf16 or fp16; auto: half precision if the device supports it well", group=MODEL
     )
 
 
@@ -813,7 +836,7 @@ class MemorySettings(Settings):
 
     memory: MemoryUse = setting(
         "auto",
-        "low saves memory and is slower, high never saves, auto looks at what is free",
+        "low: save memory, slower; high: never save memory; auto: depends on the free memory",
         group=MODEL,
         same_job=False,
     )
@@ -824,7 +847,7 @@ class CompileSettings(Settings):
 
     compile: bool = setting(
         False,
-        "compile the networks; the first edit of each size takes minutes, those after it are faster",
+        "compile the networks; the first edit of each size takes minutes, later ones are faster",
         group=MODEL,
         same_job=False,
     )
@@ -833,16 +856,9 @@ class CompileSettings(Settings):
 class ModelSettings(CompileSettings, MemorySettings, DTypeSettings, DeviceSettings, ModelChoice):
     """Which model to load, what to add to it, and where to run it."""
 
-    parts_from: str | None = setting(
-        None,
-        "model that brings what a file of a UNet alone lacks",
-        group=MODEL,
-        label="Model parts",
-        metavar="MODEL",
-    )
     lora: Loras = setting(
         (),
-        "add a LoRA file with a weight (1 if none is given); may be repeated",
+        "LoRA file, with a weight (default: 1); may be repeated",
         group=MODEL,
         label="LoRA",
         metavar="FILE:WEIGHT",
@@ -858,39 +874,51 @@ class ModelSettings(CompileSettings, MemorySettings, DTypeSettings, DeviceSettin
     )
 
 
-# --- what several stages share -------------------------------------------------------------------
+# --- shared by several stages --------------------------------------------------------------------
 
 
 class RunSettings(Settings):
-    """What every verb has."""
+    """Settings of every verb."""
 
     config: Path | None = setting(
         None, "settings file, TOML or YAML; default: ip2p.toml in this folder", metavar="FILE", same_job=False
     )
-    debug: bool = setting(False, "show the traceback of an error", same_job=False)
+    debug: bool = setting(False, "show the traceback of errors", same_job=False)
 
 
 class OverwriteSettings(Settings):
-    """What every verb that writes has."""
+    """Settings of every verb that writes files."""
 
     overwrite: bool = setting(False, "replace an existing output", same_job=False)
 
 
+class ColumnSettings(Settings):
+    """Which columns of a data set hold what."""
+
+    columns: Columns = setting(
+        None,
+        "original=NAME,instruction=NAME,edited=NAME; default: known names (docs/data.md)",
+        example="original=src,edited=tgt",
+        group="Data",
+        metavar="PART=NAME,…",
+    )
+
+
 class HubDataSettings(Settings):
-    """What data sets of Hugging Face need."""
+    """Settings of Hugging Face data sets."""
 
     split: str = setting(
-        "train", "split of the data set; storybook: as in `storybook draw`", group="Data", hidden=True
+        "train", "split of the data set; for storybook as in `storybook draw`", group="Data", hidden=True
     )
     revision: str | None = setting(None, "branch, tag or commit on Hugging Face", group="Data")
-    stream: bool = setting(False, "read a Hugging Face data set without downloading it first", group="Data")
+    stream: bool = setting(False, "stream a Hugging Face data set instead of downloading it", group="Data")
 
 
 WORKERS = "Workers"
 
 
 def is_cluster(word: str) -> bool:
-    """Whether a word after --ray is the address of a cluster, and not the file that the verb reads."""
+    """Whether the argument after --ray is the address of a cluster, not an input file of the verb."""
     return re.fullmatch(r"auto|local|ray://\S+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", word) is not None
 
 
@@ -899,7 +927,7 @@ class RaySettings(Settings):
 
     ray: str | None = setting(
         None,
-        "run on a Ray cluster: at this address, else at RAY_ADDRESS, else a local one",
+        "run on a Ray cluster: at this address, else RAY_ADDRESS, else a local one",
         group=WORKERS,
         metavar="[ADDRESS]",
         bare="",
@@ -909,7 +937,7 @@ class RaySettings(Settings):
 
 
 class WorkerSettings(RaySettings):
-    """How many processes a stage has, here or on a cluster."""
+    """The number of workers of a stage, locally or on a cluster."""
 
     workers: int | None = setting(
         None,
@@ -933,7 +961,7 @@ class WorkerSettings(RaySettings):
     )
     threads: int | None = setting(
         None,
-        "threads per worker; default: 1 where there are several workers or --ray is given, else all",
+        "threads per worker; default: 1 with several workers or --ray, else all",
         ge=1,
         le=10**9,
         example=1,
@@ -953,13 +981,13 @@ class WorkerSettings(RaySettings):
 
 
 def check_needed(settings: Settings, *needed: tuple[str, str], example: str) -> None:
-    """Raise InputError for a setting without which nothing can be done; each with its words."""
+    """Raise InputError if a required setting is empty. needed: names, and how a message starts."""
     for name, called in needed:
         if not str(getattr(settings, name) or "").strip():
             raise InputError(f"{called} missing; write: {example}")
 
 
-# --- the settings under the names of another HTTP interface -------------------------------------
+# --- HTTP bodies --------------------------------------------------------------------------------
 
 
 def interface_body(
@@ -971,21 +999,21 @@ def interface_body(
     leave_out: Iterable[str] = (),
     nullable: bool = False,
 ) -> type[_Body]:
-    """The request body `base` and, under the interface's names, the fields of `settings` that it lacks.
+    """The request body `base` plus the fields of `settings` that it lacks, under the interface's names.
 
-    defaults: of settings, in place of their own. leave_out: settings that the interface has not. nullable:
-    null stands for a setting's default, as some clients send it.
+    defaults: override those of the settings. leave_out: settings to omit. nullable: accept null for the
+    default, as some clients send it.
     """
     fields: dict[str, Any] = {}
     for name, found in settings.model_fields.items():
         called = _name_in(found, name, interface)
         if called in base.model_fields or name in set(leave_out):
             continue
-        own = copy.copy(found)
+        copied = copy.copy(found)
         if defaults is not None and name in defaults:
-            own.default = defaults[name]
+            copied.default = defaults[name]
         annotation: Any = found.annotation
-        fields[called] = (annotation | None if nullable else annotation, own)
+        fields[called] = (annotation | None if nullable else annotation, copied)
     return create_model(
         base.__name__, __base__=base, __doc__=base.__doc__, __module__=base.__module__, **fields
     )
@@ -998,9 +1026,9 @@ def settings_from_body(
     settings: type[SomeSettings] = EditSettings,  # type: ignore[assignment]
     **values: Any,
 ) -> SomeSettings:
-    """The settings in a body of `interface_body`; `values` take the place of its own.
+    """The settings in a body of `interface_body`; `values` override them.
 
-    Raises SettingError, in the interface's names.
+    Raises SettingError with the interface's names.
     """
     kind: Any = settings
     found = {}
@@ -1018,7 +1046,7 @@ def _name_in(found: FieldInfo, name: str, interface: Interface | None) -> str:
 
 @functools.cache
 def numeric_settings(kind: type[Settings] = EditSettings) -> tuple[str, ...]:
-    """The names of the settings that are one number, over which a grid can be drawn."""
+    """The names of the settings that are a single number and can be an axis of a grid."""
     return tuple(
         name
         for name, found in kind.model_fields.items()

@@ -1,4 +1,4 @@
-"""The drawing pen: shapes from short texts, light, and how each picture style lays down a colour.
+"""The drawing pen: shapes from short texts, light, and the color rendering of each picture style.
 
 Coordinates grow to the right and down. A page is the unit square; a kind is drawn in its own box,
 about 100 units high, standing on y = 100.
@@ -17,9 +17,9 @@ from ip2p_storybook.scene import Scene
 
 RGB = tuple[float, float, float]
 
-# Styles in which every part has its own line, not only the whole silhouette.
+# Styles with a line around every part, not only around the silhouette.
 LINE_STYLES = ("pencil", "blueprint", "comic")
-# How far a silhouette's contour reaches outwards, as a share of the page's height.
+# The outward width of a silhouette's contour, as a fraction of the page height.
 CONTOUR = {
     "plain": 0.0045,
     "pencil": 0.006,
@@ -113,7 +113,7 @@ def tilted(path: skia.Path, degrees: float, cx: float, cy: float) -> skia.Path:
 
 
 def stroke(text: str, width: float) -> skia.Path:
-    """The outline of a thick, round-ended line."""
+    """The outline of a thick line with round ends."""
     paint = skia.Paint(
         Style=skia.Paint.kStroke_Style,
         StrokeWidth=width,
@@ -126,7 +126,7 @@ def stroke(text: str, width: float) -> skia.Path:
 
 
 def both(*paths: skia.Path) -> skia.Path:
-    """Several shapes as one."""
+    """The union of several shapes."""
     out = skia.Path()
     for path in paths:
         out.addPath(path)
@@ -135,19 +135,19 @@ def both(*paths: skia.Path) -> skia.Path:
 
 @dataclass(frozen=True)
 class Part:
-    """One shape of a drawing: its path, what colours it, and how it is shaded.
+    """One shape of a drawing: its path, its color role and its shading.
 
-    `role` is 'body', 'light', 'dark', 'deep', 'pale' (all from the thing's colour), 'patch' (what
-    stands out from it), 'glass' (lit at night), or a fixed '#rrggbb'.
+    `role` is 'body', 'light', 'dark', 'deep', 'pale' (all from the thing's color), 'patch' (contrasts with
+    it), 'glass' (lit at night), or a fixed '#rrggbb'.
     `form` is 'flat', 'tall' (lighter above) or 'round' (lit from the upper left).
     """
 
     path: skia.Path
     role: str
     form: str = "flat"
-    solid: bool = True  # counts for the silhouette; parts that lie within it need not
+    solid: bool = True  # part of the silhouette; not needed for parts inside it
     bounds: tuple[float, float, float, float] = field(init=False)
-    small: bool = field(init=False)  # too small for shading to be seen
+    small: bool = field(init=False)  # too small for visible shading
 
     def __post_init__(self) -> None:
         b = self.path.getBounds()
@@ -169,13 +169,13 @@ def union(parts: Sequence[Part]) -> skia.Path:
 
 @dataclass(frozen=True)
 class Light:
-    """The light of a time and weather: what a colour is multiplied by and what is added."""
+    """The light of a time and weather: factors and offsets of colors."""
 
     back: tuple[RGB, RGB]
     things: tuple[RGB, RGB]
     lamps: bool  # windows are lit
-    shadow_lean: float  # how far a shadow reaches sideways, in heights
-    shadow_depth: float  # and towards the reader
+    shadow_lean: float  # sideways extent of a shadow, in heights
+    shadow_depth: float  # and toward the viewer
     shadow_alpha: int
 
 
@@ -203,7 +203,7 @@ _HAZE: dict[str, RGB] = {
 
 
 def haze(time: str) -> RGB:
-    """The colour of fog and of the far distance."""
+    """The color of fog and of the far distance."""
     return _HAZE[time]
 
 
@@ -231,7 +231,7 @@ def light_for(time: str, weather: str, side: int) -> Light:
 
 
 class Pen:
-    """Lays shapes on a canvas in a scene's light and style."""
+    """Draws shapes on a canvas in the light and style of a scene."""
 
     def __init__(self, canvas: skia.Canvas, scene: Scene, light: Light) -> None:
         self.canvas = canvas
@@ -254,7 +254,7 @@ class Pen:
         self.mul, self.add = light
 
     def ink(self, c: RGB, alpha: int = 255, *, lit: bool = True) -> int:
-        """Colour c (0..255 each) in this light and style as ARGB; `lit` False for what shines itself."""
+        """Colour c (0..255 each) in this light and style as ARGB; `lit` is False for light sources."""
         r, g, b = c
         if lit:
             m, a = self.mul, self.add
@@ -278,7 +278,7 @@ class Pen:
         return self.ink(shade(body, -0.5 if y < 215 else -0.45))
 
     # -- filling
-    # Skia's gradient shaders take 20 ns a pixel on a CPU; a clip filled with flat bands takes a tenth.
+    # Skia's gradient shaders take 20 ns per pixel on a CPU; a clip filled with flat bands takes a tenth.
 
     def _bands(
         self,
@@ -287,7 +287,7 @@ class Pen:
         stops: Sequence[tuple[float, int]],
         fine: int,
     ) -> None:
-        """Fill a path with level bands that fade from stop to stop, `fine` levels a band."""
+        """Fill a path with horizontal bands that fade from stop to stop, `fine` levels per band."""
         canvas, paint = self.canvas, self._band
         x0, x1 = bounds[0] - 1, bounds[2] + 1
         canvas.save()
@@ -315,7 +315,7 @@ class Pen:
     def _rings(
         self, path: skia.Path, x: float, y: float, radius: float, colours: tuple[int, int, int]
     ) -> None:
-        """Fill a path with rings about (x, y) that fade from the first colour to the last at the radius."""
+        """Fill a path with rings around (x, y) that fade from the first color to the last one."""
         canvas, paint = self.canvas, self._band
         light, middle, dark = colours
         canvas.save()
@@ -390,7 +390,7 @@ class Pen:
         self.canvas.drawPoints(skia.Canvas.kLines_PointMode, _points(xy), paint)
 
     def glow(self, x: float, y: float, radius: float, c: RGB, alpha: int) -> None:
-        """A soft round light that fades to nothing: rings laid over one another."""
+        """A soft round light that fades out, drawn as overlapping rings."""
         paint = self._fill
         n = 10
         keep = (1 - alpha / 255) ** (1 / n)
@@ -399,7 +399,7 @@ class Pen:
             self.canvas.drawCircle(x, y, radius * (1 - i / n * 0.9), paint)
 
     def veil(self, y0: float, y1: float, c: RGB, alpha0: int, alpha1: int) -> None:
-        """A see-through curtain over the whole width, from y0 to y1."""
+        """A translucent veil over the whole width, from y0 to y1."""
         paint = self._band
         n = abs(alpha1 - alpha0) // 6 + 1
         for i in range(n):
@@ -411,7 +411,7 @@ class Pen:
     # -- things
 
     def role(self, role: str, body: RGB) -> tuple[RGB, bool]:
-        """The colour that a role means for this body, and whether the scene's light falls on it."""
+        """The color of a role for this body, and whether the scene's light affects it."""
         if role[0] == "#":
             return rgb(role), True
         if role == "body":
@@ -432,7 +432,7 @@ class Pen:
         raise ValueError(f"unknown role {role!r}")
 
     def part(self, part: Part, body: RGB, width: float) -> None:
-        """One part of a thing; `width` is that of its line, in the thing's own units."""
+        """Draw one part of a thing; `width` is its line width in the units of the thing."""
         c, lit = self.role(part.role, body)
         if part.form == "flat" or self.blueprint or part.small:
             paint = self._fill

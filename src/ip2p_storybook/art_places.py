@@ -1,6 +1,6 @@
-"""Sky, far hills, middle ground and near ground of the ten places, and the weather's particles.
+"""Sky, hills, middle ground and foreground of the ten places, and the particles of the weather.
 
-Everything here follows from the scene's seed, place, time and weather, never from its things.
+Everything here depends on the scene's seed, place, time and weather only, never on its things.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def horizon_of(scene: Scene) -> float:
 
 
 def sun_side(scene: Scene) -> int:
-    """-1 when the morning sun stands on the left, +1 on the right."""
+    """-1 if the morning sun is on the left, +1 if it is on the right."""
     return 1 if rng_for(scene.seed, "sun side").random() < 0.5 else -1
 
 
 def _ridge(rng: random.Random, y: float, rise: float, n: int, *, sharp: bool = False) -> skia.Path:
-    """A range of n hills (or peaks) over the page's width, filled a little below its foot at y."""
+    """A range of n hills (or peaks) over the width of the page, filled slightly below its base at y."""
     path = skia.Path()
     step = 1.3 / n
     x = -0.15 - rng.random() * step
@@ -83,7 +83,7 @@ def _unit_blob() -> skia.Path:
 
 
 def _one(*parts: skia.Path) -> skia.Path:
-    """The outline of several shapes together, without the lines within."""
+    """The outline of several shapes together, without inner lines."""
     whole = skia.Path()
     for part in parts:
         whole = skia.Op(whole, part, skia.PathOp.kUnion_PathOp)
@@ -588,7 +588,7 @@ _PLACES: dict[str, Callable[[Pen, Scene, float, random.Random], None]] = {
 
 
 def backdrop(p: Pen, scene: Scene) -> None:
-    """Paint all that lies behind the things."""
+    """Paint everything behind the things."""
     h = horizon_of(scene)
     sky(p, scene, h)
     _PLACES[scene.place](p, scene, h, rng_for(scene.seed, "place", scene.place))
@@ -597,7 +597,7 @@ def backdrop(p: Pen, scene: Scene) -> None:
 
 
 def weather_before(p: Pen, scene: Scene) -> None:
-    """Paint the weather that lies before the things."""
+    """Paint the weather in front of the things."""
     rng = rng_for(scene.seed, "weather")
     night = scene.time == "night"
     if scene.weather == "rain":

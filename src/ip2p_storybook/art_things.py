@@ -1,6 +1,6 @@
 """The 32 kinds and the five things to wear, as lists of parts in a box 100 units high.
 
-Side views look to the right. A thing's own colour fills most of it; everything else is small.
+Side views face right. The color of a thing fills most of it; everything else is small.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GREY = "#8c8c98"
 
 @dataclass(frozen=True)
 class Art:
-    """A kind's parts, the width of its box, and where what it wears belongs."""
+    """The parts of a kind, the width of its box, and the anchors of wearables."""
 
     width: float
     parts: tuple[Part, ...]
@@ -45,7 +45,7 @@ def outer(path: skia.Path, role: str, form: str = "flat") -> Part:
 
 
 def inner(path: skia.Path, role: str, form: str = "flat") -> Part:
-    """A part that lies within the silhouette."""
+    """A part inside the silhouette."""
     return Part(path, role, form, solid=False)
 
 
@@ -843,7 +843,7 @@ def art(kind: str) -> Art:
 
 @dataclass(frozen=True)
 class Wear:
-    """What is worn: parts behind the body, parts before it, and their silhouettes."""
+    """A wearable: parts behind the body, parts in front of it, and their silhouettes."""
 
     behind: tuple[Part, ...]
     before: tuple[Part, ...]
@@ -915,7 +915,7 @@ def _scarf() -> Parts:
 
 @lru_cache(maxsize=128)
 def wear(kind: str, what: str) -> Wear:
-    """A thing to wear, fitted to a kind."""
+    """A wearable, fitted to a kind."""
     a = art(kind)
     behind: Parts = []
     before: Parts = []

@@ -1,4 +1,4 @@
-"""Which thing covers which part of a page: maps of a picture's pixels and of its latent cells."""
+"""Which thing covers which part of a page: maps of pixels and of latent cells."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIN_COVER = 0.25
 def thing_map(scene: Scene, size: int = 128) -> NDArray[np.uint8]:
     """The thing in front at each pixel: uint8 [size, size], 0 for none.
 
-    Thing k of `scene.things` has number k + 1. It includes what it wears, but not its shadow and contour.
+    Thing k of `scene.things` has number k + 1. This includes its wearable, but not its shadow and contour.
     """
     pixels, surface = _surface(size)
     canvas = surface.getCanvas()
@@ -43,7 +43,7 @@ def thing_map(scene: Scene, size: int = 128) -> NDArray[np.uint8]:
 
 
 def cell_map(pixels: NDArray[np.uint8], cells: int) -> NDArray[np.uint8]:
-    """The thing of each cell of a `thing_map`: uint8 [cells, cells], numbered as there.
+    """The thing in each cell of a `thing_map`: uint8 [cells, cells], with the same numbers.
 
     A cell belongs to the thing that covers most of it, if that is at least `MIN_COVER`.
     """
@@ -55,14 +55,14 @@ def cell_map(pixels: NDArray[np.uint8], cells: int) -> NDArray[np.uint8]:
     return cover.argmax(-1).astype(np.uint8)
 
 
-MAX_THINGS = 6  # of a page of four after two additions
+MAX_THINGS = 6  # a page of four after two additions
 
 
 def scene_classes(scene: Scene) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """The classes of the things [MAX_THINGS, thing fields], -1 for none, and of the page [page fields].
 
-    Fields and classes are those of `labels.THING_CLASSES` and `labels.PAGE_CLASSES`. Raises ValueError for a
-    page of more things.
+    The fields and classes are in `labels.THING_CLASSES` and `labels.PAGE_CLASSES`. Raises ValueError for a
+    page with more things.
     """
     things = np.full((MAX_THINGS, len(THING_CLASSES)), -1, np.int8)
     if len(scene.things) > MAX_THINGS:

@@ -1,4 +1,4 @@
-"""What each kind of edit makes of a page and of a thing on it: the rules that `edits` lists."""
+"""The effect of each kind of edit on a page and its things: the rules listed in `edits`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _WEARERS = frozenset(WEARER_KINDS)
 
 
 def added_uid(scene: Scene, slot: str, *, sky: bool) -> int:
-    """The `uid` of a thing added to a slot of the page: the page's seed and the slot settle it."""
+    """The `uid` of a thing added to a slot of the page, from the page's seed and the slot."""
     return stable_hash("added", scene.seed, slot, sky) & 0xFFFFFFFF
 
 
 def with_kind(thing: Thing, kind: str, colour: str) -> Thing:
-    """The thing replaced by one of another kind, which wears the same if it can wear."""
+    """The thing as another kind, with the same wearable if that kind can wear."""
     return replace(thing, kind=kind, colour=colour, wears=thing.wears if kind in _WEARERS else None)
 
 

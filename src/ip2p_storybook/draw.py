@@ -1,9 +1,8 @@
 """Pictures and masks of scenes.
 
-`draw` paints back to front: backdrop, ground shadows, things, the weather before them; then the
-style works on the pixels, each from a bounded neighbourhood. All that is random about a thing comes
-from the scene's seed and the thing's `uid` alone, so that an edit touches only the pixels of
-`thing_mask` of the things it names.
+`draw` paints back to front: backdrop, ground shadows, things, the weather in front of them. Then the style
+filters the pixels, each from a bounded neighborhood. The randomness of a thing depends only on the scene's
+seed and the thing's `uid`, so that an edit affects only the pixels in `thing_mask` of its things.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MIN_SIZE, MAX_SIZE = 32, 1024
 
 _HEIGHT = {"small": 0.24, "medium": 0.34, "large": 0.46}
 _SLOT_X = {"left": 0.2, "middle": 0.5, "right": 0.8}
-# Where a group's copies stand, back row first: (across, up) and the copies' share of the size.
+# The positions of the copies in a group, back row first: (across, up), and their relative size.
 _GROUPS: dict[int, tuple[float, tuple[tuple[float, float], ...]]] = {
     1: (1.0, ((0.0, 0.0),)),
     2: (0.62, ((-0.29, 0.03), (0.29, 0.0))),
@@ -39,7 +38,7 @@ _CELLS = 64
 
 
 class _Figure:
-    """A thing made ready to be drawn: its art, its own shade, and where each copy stands."""
+    """A thing prepared for drawing: its art, its shade, and the position of each copy."""
 
     def __init__(self, scene: Scene, thing: Thing) -> None:
         rng = rng_for(scene.seed, "thing", thing.uid)
@@ -68,7 +67,7 @@ class _Figure:
         self.spots = tuple((x + dx * size, self.ground - up * size) for dx, up in spots)
 
     def matrices(self) -> Iterator[tuple[float, float, skia.Matrix]]:
-        """For each copy its ground point and the way from the kind's box to the page, back to front."""
+        """For each copy, back to front, its ground point and the matrix from the kind's box to the page."""
         for x, y in self.spots:
             sx = -self.sx if self.flip else self.sx
             matrix = skia.Matrix()
@@ -90,7 +89,7 @@ def _paint_shadow(pen: Pen, figure: _Figure) -> None:
     canvas = pen.canvas
     for _, y, matrix in figure.matrices():
         cast = skia.Matrix()
-        # A point h above the ground falls lean * h aside and depth * h towards the reader.
+        # The shadow of a point at height h is at lean * h sideways and depth * h toward the viewer.
         cast.setAll(
             1,
             -light.shadow_lean,
@@ -160,7 +159,7 @@ def _paint(scene: Scene, size: int) -> np.ndarray:
 
 
 # --- styles -------------------------------------------------------------------------------------
-# Each works on pixels from a bounded neighbourhood; _reach says how far it carries a change.
+# Each filter uses a bounded neighborhood; _reach is the distance over which it spreads a change.
 # Pillow's 8-bit operations are exact, and several times as fast here as numpy's.
 
 
@@ -175,7 +174,7 @@ def _three(grey: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _hatching(size: int, phase: int) -> Image.Image:
-    """A family of slanted lines as darkness 0..255."""
+    """Slanted hatching lines as darkness 0..255."""
     v, u = np.mgrid[0:size, 0:size].astype(np.float64) / size
     wave = 0.5 + 0.5 * np.cos(2 * np.pi * (30 * (0.8 * u + 0.6 * v) + phase / 8))
     return Image.fromarray(np.round(255 * wave**1.5).astype(np.uint8))
@@ -215,14 +214,14 @@ _COMIC_DOTS = _table(lambda y: 52 * max(0.0, min(1.0, (190 - y) / 40)) * max(0.0
 
 def _comic(page: Image.Image) -> Image.Image:
     grey = page.convert("L")
-    # Flat tones, hue kept: every channel moves by what brings the brightness to its level.
+    # Flat tones that keep the hue: every channel is shifted by the change of the brightness.
     dots = ImageChops.multiply(grey.point(_COMIC_DOTS), _halftone(page.width))
     darker = ImageChops.add(grey.point(_COMIC_DARKER), dots)
     return ImageChops.subtract(ImageChops.add(page, _three(grey.point(_COMIC_LIGHTER))), _three(darker))
 
 
 def _wash(scene: Scene, size: int) -> Image.Image:
-    """How much pigment the uneven paper takes, 0..255: the same at every size of picture."""
+    """The amount of pigment on the uneven paper, 0..255, the same at every picture size."""
     noise = np.random.default_rng(scene.seed)
     coarse = Image.fromarray(noise.integers(172, 249, (12, 12), np.uint8))
     fine = Image.fromarray(noise.integers(172, 249, (48, 48), np.uint8))
@@ -243,7 +242,7 @@ def _watercolour(page: Image.Image, scene: Scene) -> Image.Image:
     soft = page.filter(ImageFilter.BoxBlur(r))
     wide = soft.filter(ImageFilter.BoxBlur(2 * r))
     washed = Image.composite(soft, Image.new("RGB", (size, size), (252, 252, 252)), _wash(scene, size))
-    # Pigment gathers where colours meet; between edges the wash lets the paper through.
+    # Pigment gathers where colors meet; between edges the paper shows through.
     return ImageChops.subtract(washed, ImageChops.difference(soft, wide))
 
 
@@ -276,7 +275,7 @@ def _blueprint(out: np.ndarray, scene: Scene) -> np.ndarray:
 
 
 def _opaque(rgba: np.ndarray) -> np.ndarray:
-    """Without the last channel; three strided copies are four times as fast as one of a slice."""
+    """Drop the last channel; three strided copies are four times as fast as one copy of a slice."""
     out = np.empty((*rgba.shape[:2], 3), np.uint8)
     for k in range(3):
         out[..., k] = rgba[..., k]
@@ -284,7 +283,7 @@ def _opaque(rgba: np.ndarray) -> np.ndarray:
 
 
 def _reach(style: str, size: int) -> int:
-    """How many pixels from where the paint changed the picture may change."""
+    """The distance in pixels over which a change of the paint may affect the picture."""
     return 3 * _blur_radius(size) + 2 if style == "watercolour" else 2
 
 
@@ -318,10 +317,10 @@ def draw(scene: Scene, size: int = 256) -> np.ndarray:
 
 
 def thing_mask(scene: Scene, index: int, size: int = 256) -> np.ndarray:
-    """Where thing `index` (with what it wears and its shadow) may change the picture: bool [size, size].
+    """Where thing `index` (with its wearable and shadow) may affect the picture: bool [size, size].
 
-    Outside it, the picture without the thing is equal to the pixel. Raises ValueError for a size
-    outside 32 to 1024 and IndexError where there is no such thing.
+    Outside it, the picture without the thing has identical pixels. Raises ValueError for a size outside 32
+    to 1024 and IndexError if there is no such thing.
     """
     _check_size(size)
     figure = _Figure(scene, scene.things[index])

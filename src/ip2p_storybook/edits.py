@@ -1,16 +1,16 @@
-"""Edits of storybook pages whose exact answer is known.
+"""Edits of storybook pages with a known exact answer.
 
-An edit changes a `Scene` in the one aspect that its instruction names; everything else of the record,
-and so of the picture, stays. Each kind of edit is deterministic given the page and the instruction:
+An edit changes the one aspect of a `Scene` that its instruction names; the rest of the record, and of the
+picture, is unchanged. Each kind of edit is deterministic given the page and the instruction:
 
-- recolour: the colour; shape and shades keep their seed (`uid`).
-- replace: the kind; colour is kept unless named, size, slot, count and `uid` are kept, and so is what it
-  wears if the new kind can wear.
-- add: kind, colour and slot are named; size is medium and count 1 unless named; the `uid` follows from
-  the page's seed and the slot, and so does the colour where the style shows none.
-- remove, put on, take off: what is named. bigger, smaller: one step of `SIZES`.
-- move: to the named side, or one slot to the named way. count: the named number, in the same slot.
-- place, time, weather, style: that field of the page.
+- recolour: changes the color; shape and shades keep their seed (`uid`).
+- replace: changes the kind; keeps size, slot, count and `uid`, the color unless another is named, and the
+  wearable if the new kind can wear it.
+- add: the instruction names kind, color and slot; size is medium and count 1 unless named; the `uid` depends
+  on the page's seed and the slot, and so does the color if the style shows none.
+- remove, put on, take off: the named thing. bigger, smaller: one step of `SIZES`.
+- move: to the named side, or one slot in the named direction. count: the named number, in the same slot.
+- place, time, weather, style: changes that field of the page.
 - two: two of these on different aspects, one after the other.
 """
 
@@ -70,7 +70,7 @@ _SKY = frozenset(SKY_KINDS)
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """An instruction with the page before and the exact answer after.
+    """An instruction with the page before and the exact answer after it.
 
     phrasing: id of the sentence frame; for "two" the joint and both parts, "two/3+time/1+add/2".
     target: index of the thing in `before.things` (for "add" in `after.things`); None for
@@ -97,11 +97,11 @@ class Edit:
 
 @dataclass(frozen=True)
 class _Draw:
-    """What a proposal may use: its lots, the phrasings of its split, and which combinations are allowed."""
+    """The inputs of a proposal: random generator, phrasings of the split, and allowed combinations."""
 
     rng: random.Random
     held_out_phrasing: bool
-    combinations: str  # "seen": none held out; "unseen": the named thing's is held out; "any"
+    combinations: str  # "seen": none held out; "unseen": that of the named thing is held out; "any"
     earlier: Edit | None = None  # the first of two edits, when this is the second
     pronouns: bool = True
 
@@ -129,7 +129,7 @@ class _Draw:
         return options[int(self.rng.random() * len(options))]
 
     def name(self, scene: Scene, index: int, *, owner: bool = False, side: bool = True) -> say.Name:
-        """Name a thing; as the second of two edits, so that it is right on the page before both too."""
+        """Name a thing; for the second of two edits, so that the name also fits the page before both."""
         if self.earlier is None:
             return say.name_thing(scene, index, self.rng, owner=owner, side=side, pronouns=self.pronouns)
         thing = scene.things[index]
@@ -143,7 +143,7 @@ class _Draw:
 
 
 class _Plain(random.Random):
-    """Lots that always choose the plainest name, "the cat"."""
+    """A random generator that always chooses the plainest name, "the cat"."""
 
     def random(self) -> float:
         return 0.99
@@ -162,7 +162,7 @@ def _has_held(scene: Scene) -> bool:
 
 
 def propose(scene: Scene, rng: random.Random, kind: str | None = None, split: str = "train") -> Edit | None:
-    """Draw an edit of the page, or None if no edit of that kind applies within the split.
+    """Sample an edit of the page. Returns None if no edit of that kind is possible in the split.
 
     split: "train" and "test": training phrasings, no held-out combination before or after;
     "unseen_phrasings": only held-out phrasings, no held-out combination; "unseen_combinations":
@@ -202,10 +202,10 @@ def _check_kind(kind: str) -> str:
 def sample_edit(
     rng: random.Random, kind: str | None = None, split: str = "train", page_split: str | None = None
 ) -> Edit:
-    """Draw a page and an edit of it.
+    """Sample a page and an edit of it.
 
-    Pages of training have even seeds, all others odd ones, so no test page was ever trained on.
-    page_split: whose pages to use ("train" or "test") if not those of `split`.
+    Training pages have even seeds and all others odd ones, so test pages are never in the training set.
+    page_split: the split of the pages ("train" or "test"), if it differs from `split`.
     """
     if kind is None:
         kind = rng.choices(tuple(_WEIGHTS), tuple(_WEIGHTS.values()))[0]
@@ -233,7 +233,7 @@ def _propose_paraphrase(scene: Scene, rng: random.Random, kind: str) -> Edit | N
 
 
 def _say_paraphrase(paraphrase: Paraphrase, scene: Scene) -> Edit | None:
-    """The page edited as the paraphrase asks; None where it leaves more than one answer, or none."""
+    """The page edited by the paraphrase; None unless there is exactly one answer."""
     page, steps = scene, list[Edit]()
     for number, change in enumerate(paraphrase.changes, start=1):
         done = change.apply(page)
@@ -559,7 +559,7 @@ _ASPECTS = {
     "bigger": "size", "smaller": "size", "move": "slot", "count": "count",
 }  # fmt: skip
 _SINGLE = {k: w for k, w in _WEIGHTS.items() if k != "two"}
-# Two edits may be about one thing only if the first leaves it recognisable in the picture before.
+# Two edits may concern one thing only if it stays recognizable after the first.
 _SAME_THING = frozenset(("recolour", "put_on", "take_off", "bigger", "smaller", "move"))
 
 
@@ -595,7 +595,7 @@ def _two(scene: Scene, draw: _Draw) -> Edit | None:
 
 
 def _go_together(first: Edit, second: Edit) -> bool:
-    """Whether both edits show in the end, and neither changes what the other's words mean."""
+    """Whether both edits are visible in the result, and neither changes the meaning of the other."""
     if first.kind == "recolour" and second.after.style in say.COLOURLESS_STYLES:
         return False
     if second.after.time == "night" and say.names_sun(first.instruction):
@@ -609,7 +609,7 @@ def _go_together(first: Edit, second: Edit) -> bool:
     if first.kind == "add":
         return one != first.after.things[first.target].uid and second.kind != "move"
     if one != first.before.things[first.target].uid:
-        # A slot that the first edit frees is not free in the picture, and a removed kind may not come back.
+        # A slot that the first edit frees is occupied in the picture, and a removed kind must not return.
         return not (first.kind in ("remove", "move") and second.kind == "move") and not (
             first.kind in ("remove", "replace") and second.kind == "replace"
         )
@@ -619,7 +619,7 @@ def _go_together(first: Edit, second: Edit) -> bool:
 
 
 def _shows_unseen(before: Scene, after: Scene) -> bool:
-    """Whether a thing that the edit changes is a held-out combination before or after it."""
+    """Whether a changed thing is a held-out combination before or after the edit."""
     if before.place != after.place:
         return _has_held(before) or _has_held(after)
     gone, come = _differing(before, after)
@@ -651,9 +651,9 @@ _PROPOSERS: dict[str, Callable[[Scene, _Draw], Edit | None]] = {
 
 
 def is_unique(edit: Edit) -> bool:
-    """Whether page and instruction leave exactly one right answer (see the module's rules).
+    """Whether page and instruction have exactly one right answer (see the rules of the module).
 
-    A picture in a style without colours does not tell the colours that another style would show.
+    A picture in a style without colors does not determine the colors in another style.
     """
     colourless = say.COLOURLESS_STYLES
     if edit.before.style in colourless and edit.after.style not in colourless:
@@ -661,7 +661,7 @@ def is_unique(edit: Edit) -> bool:
     if edit.steps:
         return all(is_unique(step) for step in edit.steps)
     if is_paraphrase(edit.phrasing):
-        return True  # it is said only of pages where it has one answer
+        return True  # used only on pages where it has one answer
     phrasing = say.phrasing_of(edit.phrasing)
     if phrasing.kind == "add" and phrasing.variant == "anywhere":
         assert edit.target is not None
@@ -670,10 +670,10 @@ def is_unique(edit: Edit) -> bool:
 
 
 def change_mask(edit: Edit, size: int = 256) -> np.ndarray:
-    """What the edit may change: bool [size, size].
+    """The pixels that the edit may change: bool [size, size].
 
-    The things that differ, as drawn before and after, with their shadows; the whole page for place,
-    time, weather and style.
+    These are the different things before and after, with their shadows, or the whole page for place, time,
+    weather and style.
     """
     import numpy as np
 
@@ -701,28 +701,28 @@ def _differing(before: Scene, after: Scene) -> tuple[list[Thing], list[Thing]]:
 # --- other answers ------------------------------------------------------------------------------
 
 MIN_ALTERNATIVES = 15
-_USUAL_ALTERNATIVES = 24  # some to spare, for pages where two records look alike
+_USUAL_ALTERNATIVES = 24  # a few extra, because two records can look alike
 
 
 def alternatives(edit: Edit, n: int | None = None) -> list[Scene]:
-    """Other exact answers of the same kind of edit on the same page, the most alike first.
+    """Wrong answers: exact results of similar edits on the same page, the most similar first.
 
-    First come answers that differ from the right one in one respect: another colour, kind, slot, size,
-    wearable, number, place … of the same thing, or the same change of another thing. Where those are
-    fewer than `n` (at least 15; 24 if None) the nearest in spirit follow:
+    The first ones differ from the right answer in one respect: another color, kind, slot, size, wearable,
+    number, place … of the same thing, or the same change of another thing. If these are fewer than `n` (at
+    least 15; 24 if None), others follow:
 
-    - recolour, replace: the right colour on another kind, the right kind in another colour;
+    - recolour, replace: the right color on another kind, the right kind in another color;
     - put_on, take_off, bigger, smaller, move, count: the right change and then a wrong one, together with
-      another colour;
-    - remove: the thing is replaced, shrunk or made fewer instead of removed;
+      another color;
+    - remove: the thing is replaced, shrunk or reduced in number instead of removed;
     - place, time, weather, style: the right value with another time or weather, then wrong values with those;
     - two: only one of both edits done, then one done right and the other replaced by its alternatives;
     - last, for any edit of a thing, other kinds in its place, of all sizes and numbers.
 
-    In styles without colours no two answers differ in colours only.
-    Never equal to `edit.after` or `edit.before`, and all different.
+    In styles without colors, no two answers differ in colors only. All answers are different, and none
+    equals `edit.after` or `edit.before`.
     """
-    wanted = _USUAL_ALTERNATIVES if n is None else max(n, MIN_ALTERNATIVES)
+    count = _USUAL_ALTERNATIVES if n is None else max(n, MIN_ALTERNATIVES)
     seen = {_looks(edit.before), _looks(edit.after)}
     found: list[Scene] = []
     for scene in _others(edit):
@@ -730,13 +730,13 @@ def alternatives(edit: Edit, n: int | None = None) -> list[Scene]:
         if looks not in seen:
             seen.add(looks)
             found.append(scene)
-            if len(found) == wanted:
+            if len(found) == count:
                 break
     return found
 
 
 def _looks(scene: Scene) -> Scene:
-    """The scene without what its style does not show."""
+    """The scene without the fields that its style does not show."""
     if scene.style not in say.COLOURLESS_STYLES:
         return scene
     return replace(scene, things=tuple(replace(t, colour="white") for t in scene.things))
@@ -754,7 +754,7 @@ def _others(edit: Edit) -> Iterator[Scene]:
 
 
 def _take_turns(rng: random.Random, *lists: Iterable[Scene]) -> Iterator[Scene]:
-    """One of each list in turn, each list shuffled: no single sort of mistake fills all places."""
+    """Interleave the shuffled lists, so that no single kind of mistake fills all places."""
     shuffled = [rng.sample(scenes, len(scenes)) for scenes in map(list, lists)]
     for row in zip_longest(*shuffled):
         yield from (scene for scene in row if scene is not None)
@@ -836,7 +836,7 @@ def _others_thing(edit: Edit, rng: random.Random) -> Iterator[Scene]:
 
 
 def _changes(kind: str, page: Scene, i: int) -> list[Thing]:
-    """All that an edit of this kind can make of thing `i`."""
+    """All results of an edit of this kind on thing `i`."""
     thing = page.things[i]
     if kind == "recolour":
         return [replace(thing, colour=c) for c in _COLOURS]
@@ -855,7 +855,7 @@ def _changes(kind: str, page: Scene, i: int) -> list[Thing]:
 
 
 def _same_change(edit: Edit, thing: Thing) -> Thing | None:
-    """The edit's own change made to another thing of the page; None where it does not apply."""
+    """The change of the edit applied to another thing of the page; None if it does not apply."""
     assert edit.target is not None
     now = edit.after.things[edit.target]
     if edit.kind == "recolour":
@@ -887,7 +887,7 @@ def _others_two(edit: Edit) -> Iterator[Scene]:
 
 
 def _carry_over(edit: Edit, page: Scene) -> Scene | None:
-    """Make the edit's change on another page; None where it does not fit."""
+    """Apply the change of the edit to another page; None if it does not apply."""
     globals_ = {f: getattr(edit.after, f) for f in GLOBAL_KINDS}
     changed = {f: v for f, v in globals_.items() if v != getattr(edit.before, f)}
     old = {t.uid: t for t in edit.before.things}

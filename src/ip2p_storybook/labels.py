@@ -1,4 +1,4 @@
-"""A page or an edit as class numbers, for networks that learn to tell what is there."""
+"""Class labels of a page or an edit, for training networks to recognize them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ip2p_storybook.scene import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-IGNORED = -100  # what torch's cross-entropy leaves out
-# Where a thing can be, as the page shows it: a row in the sky, a row on the ground.
+IGNORED = -100  # ignored by torch's cross-entropy
+# The visible positions of things: a row in the sky and a row on the ground.
 SPOTS = tuple((sky, slot) for sky in (True, False) for slot in SLOTS)
 THING_CLASSES: dict[str, tuple[object, ...]] = {
-    "kind": (None, *ALL_KINDS),  # None: nothing is there
+    "kind": (None, *ALL_KINDS),  # None: empty
     "colour": tuple(COLOURS),
     "size": SIZES,
     "count": tuple(range(1, MAX_COUNT + 1)),
@@ -47,16 +47,16 @@ EDIT_SIZES = (len(EDIT_KINDS), *2 * (*THING_SIZES, len(SLOTS)), *PAGE_SIZES)
 
 
 def scene_labels(scene: Scene) -> NDArray[np.int64]:
-    """[spots · thing classes + page classes]: what is at each of `SPOTS`, and the page's own fields."""
+    """[spots · thing classes + page classes]: the thing at each of `SPOTS`, and the fields of the page."""
     at = {(thing.in_sky, thing.slot): thing for thing in scene.things}
     spots = [_thing(at.get(spot), nothing=0) for spot in SPOTS]
     return np.array([*(label for spot in spots for label in spot), *_page(scene)], dtype=np.int64)
 
 
 def edit_labels(edit: Edit) -> NDArray[np.int64]:
-    """[EDIT_SIZES]: the kind of edit, the thing it is about before and after, and the page's new fields.
+    """[EDIT_SIZES]: the kind of edit, its thing before and after, and the new fields of the page.
 
-    Of the page only what the edit changes is labelled, since its words tell no more.
+    Of the page, only the changed fields are labeled, because the instruction mentions no others.
     """
     before = after = None
     if edit.target is not None:

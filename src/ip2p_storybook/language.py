@@ -1,10 +1,10 @@
-"""How an edit is said: the closed language of the storybook's instructions.
+"""The closed language of storybook instructions.
 
 A *phrasing* is one sentence frame of one kind of edit, such as ``turn {t} into {new}``. Frames are
-filled with ways to name things (by kind, colour, side, group or pronoun), then made polite, cased,
-spelt the British or the American way and, for training only, now and then mistyped.
+filled with names of things (by kind, color, side, group or pronoun), then varied in politeness, case,
+British or American spelling and, for training only, occasional typos.
 
-A tenth of each kind's phrasings is kept out of training by `is_held_out_phrasing`.
+A tenth of the phrasings of each kind are held out from training by `is_held_out_phrasing`.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ from ip2p_storybook.words import (
 )
 
 # --- phrasings ----------------------------------------------------------------------------------
-# `phrasings.txt` has the frames. Fields: {t} {s} {p} name the thing as object, subject and owner; {be} agrees
-# with it. The rest is filled by the kind of edit. A frame stands under the variant that it can say.
+# `phrasings.txt` contains the frames, grouped by the variants they can express. Fields: {t} {s} {p} are the
+# thing as object, subject and owner; {be} agrees with it. The kind of edit fills the other fields.
 
 PHRASINGS_FILE = Path(__file__).with_name("phrasings.txt")
 _HEADING = re.compile(r"\[(\w+)(?: (\w+))?\]")
 
 
-# Pictures in these styles do not show colours: nothing is named by colour or recoloured there.
+# Pictures in these styles show no colors: colors are not used in names or edits.
 COLOURLESS_STYLES = ("pencil", "blueprint")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phrasing:
-    """One sentence frame. `vague` frames leave more than one right answer."""
+    """One sentence frame. `vague` frames have more than one right answer."""
 
     id: str
     kind: str
@@ -79,7 +79,7 @@ class Phrasing:
         return self.variant == "vague"
 
 
-# The first frames of each kind are the classic templates, which training must see.
+# The first frames of each kind are the classic templates, which are always in training.
 _CLASSICS = 4
 
 
@@ -107,9 +107,9 @@ def phrasing_of(phrasing_id: str) -> Phrasing:
 
 @cache
 def held_out_phrasings() -> frozenset[str]:
-    """The ids that training never sees: in each kind the tenth with the smallest hashes, at least one.
+    """The held-out ids: in each kind the tenth with the smallest hashes, at least one.
 
-    The classic templates always stay in training; vague frames are never scored and so never held out.
+    The classic templates are always in training. Vague frames are never scored and so never held out.
     """
     held: set[str] = set()
     for phrasings in PHRASINGS.values():
@@ -120,7 +120,7 @@ def held_out_phrasings() -> frozenset[str]:
 
 
 def is_held_out_phrasing(phrasing_id: str) -> bool:
-    """Whether the phrasing, or any part of a joined one ("two/3+time/1+add/2"), is kept out of training."""
+    """Whether the phrasing, or any part of a joined one ("two/3+time/1+add/2"), is held out."""
     return any(part in held_out_phrasings() for part in phrasing_id.split("+"))
 
 
@@ -134,7 +134,7 @@ def _pool(kind: str, held_out: bool, variants: tuple[str, ...]) -> tuple[Phrasin
 def pick_phrasing(
     kind: str, rng: random.Random, *, held_out: bool = False, variants: tuple[str, ...] = ("",)
 ) -> Phrasing | None:
-    """A phrasing of `kind` in one of the `variants`; None if no such phrasing lies in that part."""
+    """A phrasing of `kind` in one of the `variants`; None if that part has no such phrasing."""
     pool = _pool(kind, held_out, variants)
     return pool[int(rng.random() * len(pool))] if pool else None
 
@@ -143,12 +143,12 @@ def pick_phrasing(
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 MALE_KINDS, FEMALE_KINDS = ("boy", "wizard"), ("girl", "queen")
-_OTHER_SHARE = 0.2  # how often instructions take another word than the plain one
+_OTHER_SHARE = 0.2  # how often instructions use a word other than the plain one
 _Words = TypeVar("_Words")
 
 
 def choose_words(options: Sequence[_Words], rng: random.Random, share: float = _OTHER_SHARE) -> _Words:
-    """The first of the options or, with the chance `share`, one of the others."""
+    """The first option or, with probability `share`, one of the others."""
     lot = rng.random()
     if lot >= share or len(options) == 1:
         return options[0]
@@ -174,7 +174,7 @@ def a(noun: str) -> str:
 
 
 def noun_of(kind: str, rng: random.Random | None = None) -> str:
-    """A caption's noun for the kind: its own or, one time in twelve, another one."""
+    """A noun for the kind in captions: the plain one or, with probability 1/12, another one."""
     if rng is not None and kind in OTHER_NOUNS and rng.random() < 0.08:
         return OTHER_NOUNS[kind]
     return kind
@@ -182,18 +182,18 @@ def noun_of(kind: str, rng: random.Random | None = None) -> str:
 
 @cache
 def nouns_of(kind: str) -> tuple[str, ...]:
-    """All nouns for a kind, its own first."""
+    """All nouns for a kind, the plain one first."""
     other = (OTHER_NOUNS[kind],) if kind in OTHER_NOUNS else ()
     return (kind, *other, *MORE_NOUNS[kind])
 
 
 def vary_noun(kind: str, rng: random.Random) -> str:
-    """An instruction's noun for the kind, mostly its own."""
+    """A noun for the kind in instructions, usually the plain one."""
     return choose_words(nouns_of(kind), rng)
 
 
 def colours_of(colour: str) -> tuple[str, ...]:
-    """All words for a colour, the plain one first; none where it is ""."""
+    """All words for a color, the plain one first; no words for ""."""
     return (colour, *OTHER_COLOURS[colour]) if colour else ("",)
 
 
@@ -210,7 +210,7 @@ _PERSON_NOUNS = frozenset(noun for kind in KINDS["person"] for noun in nouns_of(
 
 
 def described(noun: str, *, size: str = "", colour: str = "", count: int = 1) -> str:
-    """``small red ball``, ``green foxes``; people are told by their clothes, ``small girl in red``."""
+    """``small red ball``, ``green foxes``; people are described by their clothes, ``small girl in red``."""
     is_person = noun in _PERSON_NOUNS
     if count > 1:
         noun = plural(noun)
@@ -231,14 +231,14 @@ def worn(wearable: str, count: int = 1) -> str:
 
 
 def worn_in_words(wearable: str, count: int = 1) -> tuple[str, ...]:
-    """All ways to say what is put on, the plain one first."""
+    """All phrases for a wearable to put on, the plain one first."""
     words = wearables_of(wearable)
     pairs = (f"a pair of {word}" for word in words if word in ALWAYS_PLURAL and count == 1)
     return (*(worn(word, count) for word in words), *pairs)
 
 
 def bare_in_words(wearable: str, count: int = 1) -> tuple[str, ...]:
-    """All words for what is worn, without an article, the plain one first."""
+    """All words for a worn wearable, without an article, the plain one first."""
     return tuple(plural(word) if count > 1 else word for word in wearables_of(wearable))
 
 
@@ -287,12 +287,12 @@ def name_thing(
     pronouns: bool = True,
     also_in: Scene | None = None,
 ) -> Name:
-    """Name thing `index` so that only it can be meant.
+    """An unambiguous name of thing `index`.
 
-    owner: the name must work as an owner, so none that ends in a place ("the cat on the left").
-    side: whether the side may be used; False where the edit itself names a side.
-    pronouns: whether "it", "him", "her", "them" may be used where only one thing can be meant.
-    also_in: a second scene in which the name must be as clear (the page before an earlier edit).
+    owner: the name must work as an owner, so it must not end in a place ("the cat on the left").
+    side: whether the side may be used; False if the edit itself names a side.
+    pronouns: whether "it", "him", "her", "them" may be used if they are unambiguous.
+    also_in: a second scene in which the name must be unambiguous (the page before an earlier edit).
     """
     thing = scene.things[index]
     lot = rng.random()
@@ -325,7 +325,7 @@ def name_thing(
 
 
 def clothes(name: Name) -> Name:
-    """A person's colour is that of the clothes: "the girl's clothes"."""
+    """The name for the color of a person: "the girl's clothes"."""
     text = f"{name.p} clothes"
     return Name(text, text, f"{text}'", "are")
 
@@ -334,18 +334,18 @@ def clothes(name: Name) -> Name:
 
 
 def places_of(place: str) -> tuple[tuple[str, str, str], ...]:
-    """All words for a place, as `PLACE_WORDS` has them, the plain ones first."""
+    """All words for a place from `PLACE_WORDS`, the plain ones first."""
     return (PLACE_WORDS[place], *OTHER_PLACES[place])
 
 
 def weathers_of(weather: str, time: str) -> tuple[tuple[str, str, str, str, str], ...]:
-    """All words for a weather, as `WEATHER_WORDS` has them; at night the sun does not shine."""
+    """All words for a weather from `WEATHER_WORDS`, without the sun at night."""
     options = WEATHER_WORDS[weather]
     return tuple(words for words in options if time != "night" or not names_sun(words[3]))
 
 
 def names_sun(text: str) -> bool:
-    """Whether the text asks for the sun to shine."""
+    """Whether the text requests sunshine."""
     return "sunny" in text.lower() or "sunshine" in text.lower()
 
 
@@ -354,7 +354,7 @@ def without_article(noun: str) -> str:
 
 
 def side_words(slot: str, rng: random.Random | None = None) -> tuple[str, str]:
-    """Where a slot is, as ``on the left`` and ``to the left side``."""
+    """Phrases for a slot: ``on the left`` and ``to the left side``."""
     if rng is None:
         return ON_SIDE[slot][0], TO_SIDE[slot][0]
     return choose_words(ON_SIDE[slot], rng, 0.3), choose_words(TO_SIDE[slot], rng)
@@ -362,7 +362,7 @@ def side_words(slot: str, rng: random.Random | None = None) -> tuple[str, str]:
 
 # --- from a clause to what a person types -------------------------------------------------------
 
-# What people say around an imperative. The first few are the most frequent.
+# Phrases around an imperative. The first few are the most frequent.
 _PLEASE = (
     "please {x}",
     "{x} please",
@@ -439,7 +439,7 @@ _ASIDES = (
     "{x}, that is all",
 )
 POLITE = (*_PLEASE * 6, *_ASIDES)
-# A clause that begins so is a statement or a question; "please" does not go before it.
+# A clause that starts like this is a statement or a question; "please" cannot precede it.
 _STATEMENTS = frozenset(
     (
         *(
@@ -479,12 +479,12 @@ _STATEMENTS = frozenset(
 )
 _QUESTIONS = ("could", "can", "would", "will", "what", "how", "why", "is", "any")
 _MIN_TYPO_LETTERS = 4
-_TYPO_SHARE = 0.024  # of the words of at least four letters: between 1 and 2% of all words
+_TYPO_SHARE = 0.024  # of words with at least four letters; 1 to 2% of all words
 
 
 @cache
 def _imperatives() -> frozenset[str]:
-    """The verbs with which frames begin."""
+    """The verbs that frames start with."""
     firsts = {p.text.split(" ", 1)[0] for phrasings in PHRASINGS.values() for p in phrasings}
     return frozenset(first for first in firsts if "{" not in first) - _STATEMENTS
 
@@ -494,12 +494,12 @@ def is_imperative(clause: str) -> bool:
 
 
 def fill(phrasing: Phrasing, fields: Mapping[str, str]) -> str:
-    """The clause in lower case, without a final stop."""
+    """The clause in lower case, without a final period."""
     return phrasing.text.format_map(fields)
 
 
 def finish(clause: str, rng: random.Random, *, typos: bool = False) -> str:
-    """Make a clause into an instruction as somebody may type it: politeness, spelling, case, stop, typos."""
+    """Turn a clause into an instruction as typed: politeness, spelling, case, period, typos."""
     text = clause
     if rng.random() < 0.18 and is_imperative(text):
         text = POLITE[int(rng.random() * len(POLITE))].format(x=text)
@@ -542,12 +542,12 @@ _WORD = re.compile(r"'(?:s|t|d)\b|[a-z]+|[0-9]")
 
 
 def words_of(text: str) -> list[str]:
-    """The lower-case words of a text; the endings ``'s``, ``'d`` and ``'t`` are words of their own."""
+    """The lower-case words of a text; the endings ``'s``, ``'d`` and ``'t`` are separate words."""
     return _WORD.findall(text.lower())
 
 
 def _texts() -> Iterator[str]:
-    """Texts in which every word of the language stands."""
+    """Texts that contain every word of the language."""
     for phrasings in PHRASINGS.values():
         yield from (re.sub(r"\{\w+\}", " ", p.text) for p in phrasings)
     yield from (re.sub(r"\{\w+\}", " ", t) for t in (*POLITE, *TEMPLATES))

@@ -1,7 +1,7 @@
-"""Metrics of edits whose exact answer is known, and the intervals of their averages.
+"""Metrics of edits with a known exact answer, and confidence intervals of their averages.
 
-Pictures are uint8 arrays [height, width, 3] in 0..255. A region is a bool array [height, width]. The
-arithmetic is done in float64. Nothing here reads a model, a file or the command line.
+Pictures are uint8 arrays [height, width, 3] in 0..255. A region is a bool array [height, width]. All
+computations use float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MIN_GAIN, MAX_GAIN = 0.75, 1.25
 MIN_PRESERVATION = 24.0  # dB
-MAX_PSNR = 60.0  # dB: in an average, a page that is kept to the byte counts as this
+MAX_PSNR = 60.0  # dB; used in averages for a page that is unchanged to the byte
 NORMAL_95 = 1.959964  # 97.5% quantile of the normal distribution
 
 
@@ -26,7 +26,7 @@ NORMAL_95 = 1.959964  # 97.5% quantile of the normal distribution
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape: 10 log10(255² / mean((a - b)²)).
+    """Peak signal-to-noise ratio in dB of two uint8 arrays of equal shape: 10 log10(255² / mean((a - b)²)).
 
     Infinite for equal arrays.
     """
@@ -40,14 +40,14 @@ def is_nearest(
     wrong: Sequence[NDArray[np.uint8]],
     region: NDArray[np.bool_],
 ) -> bool:
-    """Whether the output is nearer to the exact answer than to every wrong one, by mean squared error.
+    """Whether the output is closer to the exact answer than to every wrong one, by mean squared error.
 
-    mean((output - exact)²) < mean((output - w)²) in the region for each w in `wrong`, which holds the
-    unedited page too. A tie is a failure.
+    mean((output - exact)²) < mean((output - w)²) in the region for each w in `wrong`, which includes
+    the unedited page. A tie is a failure.
     """
     inside = output[region]
-    own = _mean_squared_error(inside, exact[region])
-    return all(own < _mean_squared_error(inside, other[region]) for other in wrong)
+    error = _mean_squared_error(inside, exact[region])
+    return all(error < _mean_squared_error(inside, other[region]) for other in wrong)
 
 
 def gain(
@@ -56,23 +56,23 @@ def gain(
     exact: NDArray[np.uint8],
     region: NDArray[np.bool_],
 ) -> float:
-    """How much of the wanted change the output makes: <output - page, exact - page> / |exact - page|².
+    """The fraction of the requested change in the output: <output - page, exact - page> / |exact - page|².
 
     0 for the page, 1 for the exact answer, 0.5 halfway between them; below 0 for a change in the other
-    direction. The sums run over the pixels and colors of the region. NaN where page and exact answer are
-    equal in it.
+    direction. The sums are over the pixels and channels of the region. NaN if the page and the exact answer
+    are equal in it.
     """
     made = _difference(output[region], page[region])
-    wanted = _difference(exact[region], page[region])
-    size = float((wanted**2).sum())
-    return float((made * wanted).sum()) / size if size else math.nan
+    change = _difference(exact[region], page[region])
+    size = float((change**2).sum())
+    return float((made * change).sum()) / size if size else math.nan
 
 
 def is_strict(nearest: bool, gain: float, preservation: float | None) -> bool:
-    """Whether an edit is right by the strict reading.
+    """Whether an edit is correct by the strict criterion.
 
-    It is nearest to the exact answer, its gain is in [0.75, 1.25], and the unchanged region is kept to at
-    least 24 dB (`preservation`: PSNR in dB, or None where the edit may change the whole page).
+    It is nearest to the exact answer, its gain is in [0.75, 1.25], and the PSNR of the unchanged region is at
+    least 24 dB (`preservation`, in dB; None if the edit may change the whole page).
     """
     kept = preservation is None or preservation >= MIN_PRESERVATION
     return nearest and MIN_GAIN <= gain <= MAX_GAIN and kept
@@ -81,10 +81,10 @@ def is_strict(nearest: bool, gain: float, preservation: float | None) -> bool:
 def edge_energy(picture: NDArray[np.uint8], region: NDArray[np.bool_]) -> float:
     """The gradient magnitude of a picture, summed over a region.
 
-    Σ |∇x|, |∇x|² = Σ over colors of (x[i, j + 1] - x[i, j])² + (x[i + 1, j] - x[i, j])², without the step
-    that would leave the picture. Lines and small details lose it when they are blurred, noise adds to it. The
-    squared magnitude would punish blur more than an eye does: of an autoencoder of 30.6 dB it leaves 0.55,
-    the magnitude 0.96.
+    Σ |∇x|, |∇x|² = Σ over channels of (x[i, j + 1] - x[i, j])² + (x[i + 1, j] - x[i, j])², without steps
+    out of the picture. Blur lowers it at lines and small details, noise raises it. The squared magnitude
+    would penalize blur more than the eye does: an autoencoder of 30.6 dB keeps 0.55 of it, and 0.96 of the
+    magnitude.
     """
     x = picture.astype(np.float64)
     squared = np.zeros(picture.shape[:2])
@@ -106,7 +106,7 @@ def _mean_squared_error(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """An average of `count` values with its 95% interval; low and high are None where it is unknown."""
+    """An average of `count` values with its 95% interval; low and high are None if it is unknown."""
 
     value: float
     low: float | None
@@ -117,8 +117,8 @@ class Estimate:
 def wilson(share: float, count: float) -> tuple[float, float]:
     """Wilson's 95% score interval of a share of `count` independent values (Wilson 1927); NaN for none.
 
-    (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n), z = 1.96. It stays within 0 and 1, and is honest
-    for few values and for shares of 0 and 1.
+    (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n), z = 1.96. It stays within 0 and 1, and is
+    accurate for few values and for shares of 0 and 1.
     """
     if not count:
         return math.nan, math.nan
@@ -146,8 +146,8 @@ def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate | None:
     """Σ parts / Σ wholes with its normal 95% interval; None without values, or with Σ wholes = 0.
 
     The standard error is that of a ratio estimator, s_e / (sqrt(n) · mean(wholes)) with e = part - ratio ·
-    whole (Cochran 1977, eq. 6.4). One value alone has no interval. For fewer than about ten values the normal
-    interval is too narrow: look at the count.
+    whole (Cochran 1977, eq. 6.4). A single value has no interval. For fewer than about ten values the
+    normal interval is too narrow.
     """
     count, total = len(wholes), sum(wholes)
     if not total:

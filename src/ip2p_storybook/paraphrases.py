@@ -1,9 +1,9 @@
-"""Instructions in free English, written one by one, in words that no phrasing has: the split `paraphrases`.
+"""Hand-written instructions in free English, with words that no phrasing uses: the split `paraphrases`.
 
-`paraphrases.jsonl` has a line for each: `id`, `kind`, `instruction` and `changes`, one or, for "two", two. A
-change has the `kind` of an edit, the `thing` that it is about and what is `new` of it. A thing is named by
-`kind`, `group`, `pronoun` or `slot`; `colour`, `slot`, `wears` and `count` are further conditions, and a list
-means any of its values. `page` gives conditions on the page itself. The file is frozen: scores depend on it.
+`paraphrases.jsonl` has one instruction per line: `id`, `kind`, `instruction` and `changes` (one, or two for
+"two"). A change has the `kind` of an edit, its `thing` and the `new` values. A thing is selected by `kind`,
+`group`, `pronoun` or `slot`; `colour`, `slot`, `wears` and `count` are further conditions, and a list means
+any of its values. `page` has conditions on the page. The file is frozen, because scores depend on it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _PRONOUN_KINDS = {"him": MALE_KINDS, "her": FEMALE_KINDS}
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One edit, without a page: its kind, the conditions on the thing it is about, and what becomes of it."""
+    """One edit without a page: its kind, the conditions on its thing, and the new values."""
 
     kind: str
     thing: Mapping[str, Any] = field(default_factory=dict)
     new: Mapping[str, Any] = field(default_factory=dict)
 
     def find_thing(self, scene: Scene) -> int | None:
-        """The index of the one thing that can be meant; None where there is none or more than one."""
+        """The index of the thing that matches; None if none or more than one matches."""
         found = [i for i, thing in enumerate(scene.things) if self._names(thing)]
         if len(found) != 1:
             return None
@@ -53,7 +53,7 @@ class Change:
         return found[0] if met else None
 
     def apply(self, scene: Scene) -> tuple[Scene, int | None] | None:
-        """The page after the change and the index of the thing changed; None where it does not fit."""
+        """The page after the change and the index of the changed thing; None if it does not apply."""
         after, index = scene, None
         if self.kind in ("place", "time", "weather", "style"):
             after = replace(scene, **self.new)
@@ -68,7 +68,7 @@ class Change:
         return None if after == scene else (after, index)
 
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of thing that the change can be about."""
+        """The kinds of thing to which the change applies."""
         if "kind" in self.thing:
             return (self.thing["kind"],)
         if "pronoun" in self.thing:
@@ -79,13 +79,13 @@ class Change:
         return tuple(k for k in kinds if k in WEARER_KINDS) if "wears" in self.thing else kinds
 
     def prepare_thing(self, thing: Thing, rng: random.Random) -> Thing:
-        """The thing made one that the change can be about."""
+        """The thing, modified so that the change applies to it."""
         kind = rng.choice(self.kinds())
         drawn = {key: rng.choice(_options(value)) for key, value in self._conditions().items()}
         return replace(with_kind(thing, kind, thing.colour), **drawn)
 
     def _names(self, thing: Thing) -> bool:
-        """Whether the thing is one of those that the name alone can mean."""
+        """Whether the name alone matches the thing."""
         if "kind" in self.thing:
             return thing.kind == self.thing["kind"]
         if "group" in self.thing:
@@ -111,7 +111,7 @@ class Change:
         return replace(scene, things=(*scene.things, thing))
 
     def _change_thing(self, scene: Scene, index: int) -> Scene:
-        """The page after the change; the same page where it cannot be made."""
+        """The page after the change; the same page if it is not possible."""
         thing = scene.things[index]
         if self.kind == "remove":
             return replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
@@ -134,7 +134,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Paraphrase:
-    """An instruction as somebody typed it, and what it asks for."""
+    """An instruction as typed, and the changes it requests."""
 
     id: str
     kind: str
@@ -143,11 +143,11 @@ class Paraphrase:
     page: Mapping[str, Any] = field(default_factory=dict)
 
     def fits(self, scene: Scene) -> bool:
-        """Whether the page meets the conditions on itself."""
+        """Whether the page meets the page conditions."""
         return all(getattr(scene, key) in value for key, value in self.page.items())
 
     def draw_page(self, rng: random.Random) -> Scene | None:
-        """Draw a page that the instruction may be said of; None where the lots fell badly."""
+        """Sample a page to which the instruction applies; None if the sample does not fit."""
         scene = sample_scene(rng, held_out=None)
         scene = replace(scene, **{key: rng.choice(value) for key, value in self.page.items()})
         things, about = list(scene.things), set[int]()

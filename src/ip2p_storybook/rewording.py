@@ -1,7 +1,7 @@
-"""Say the edit that leads from one given page to another, in new words each time.
+"""Instructions for the edit between two given pages, with varied wording.
 
-`edits.propose` draws an edit and so its answer; here the answer is fixed. Two edits of one page give pages
-whose exact reversals, and the way from one to the other, are edits too wherever the language can say them.
+`edits.propose` samples an edit and its answer; here the answer is fixed. For two edits of one page, the
+reverse edits, and the edit from one result to the other, are edits too if the language can express them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ip2p_storybook.edits import (
 )
 from ip2p_storybook.scene import COLOURS, PLACES, SIZES, Scene, Thing
 
-KIND_WEIGHTS = _WEIGHTS  # how often each kind of edit is drawn
+KIND_WEIGHTS = _WEIGHTS  # relative frequency of each kind of edit
 _TRIES = 120
 _FIELDS = ("kind", "colour", "size", "slot", "count", "wears")
 
@@ -32,25 +32,25 @@ _FIELDS = ("kind", "colour", "size", "slot", "count", "wears")
 def say_change(before: Scene, after: Scene, rng: random.Random) -> Edit | None:
     """A training edit of `before` whose exact and only answer is `after`; None if there is no such edit.
 
-    Its `after` may list the things in another order, which shows in no picture.
+    Its `after` may list the things in another order, which does not affect the picture.
     """
     change = _change_of(before, after)
-    return None if change is None else _say(change, before, after, _Directed(rng, wanted=change), rng)
+    return None if change is None else _say(change, before, after, _Directed(rng, target_change=change), rng)
 
 
 def say_two_changes(before: Scene, between: Scene, after: Scene, rng: random.Random) -> Edit | None:
-    """The same for a "two" edit, whose first part leads to the page `between`."""
+    """As `say_change` for a "two" edit, whose first part leads to the page `between`."""
     changes = _change_of(before, between), _change_of(between, after)
     if changes[0] is None or changes[1] is None:
         return None
-    draw = _Directed(rng, wanted=changes[0], pronouns=False)
+    draw = _Directed(rng, target_change=changes[0], pronouns=False)
     joint = draw.phrasing("two")
     assert joint is not None
     for _ in range(4):
         first = _say(changes[0], before, between, draw, None)
         if first is None:
             return None
-        later = replace(draw, earlier=first, wanted=changes[1])
+        later = replace(draw, earlier=first, target_change=changes[1])
         second = _say(changes[1], first.after, after, later, None)
         if second is None:
             return None
@@ -68,22 +68,22 @@ def say_two_changes(before: Scene, between: Scene, after: Scene, rng: random.Ran
 
 
 def same_page(a: Scene, b: Scene) -> bool:
-    """Whether two scenes draw the same picture: equal but for the order of their things."""
+    """Whether two scenes give the same picture: they are equal except for the order of their things."""
     return replace(a, things=()) == replace(b, things=()) and set(a.things) == set(b.things)
 
 
 def reversible(scene: Scene) -> Scene:
-    """The scene with things seeded as if they had been added, so that a removed one can come back."""
+    """The scene with things seeded as if they had been added, so that removing one can be reversed."""
     things = [replace(t, uid=added_uid(scene, t.slot, sky=t.in_sky)) for t in scene.things]
     return replace(scene, things=tuple(things))
 
 
-# --- what changes -------------------------------------------------------------------------------
+# --- the change between two pages ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Change:
-    """The kind of an edit, the thing that it is about (in the page before), and the values that it sets."""
+    """The kind of an edit, its thing (on the page before), and the new values."""
 
     kind: str
     target: int | None
@@ -91,7 +91,7 @@ class _Change:
 
 
 def _change_of(before: Scene, after: Scene) -> _Change | None:
-    """The one change between two pages; None for none or several."""
+    """The single change between two pages; None for no or several changes."""
     if before.seed != after.seed:
         return None
     fields = [field for field in GLOBAL_KINDS if getattr(before, field) != getattr(after, field)]
@@ -132,38 +132,38 @@ def _kind_of(was: Thing, now: Thing) -> str | None:
     return {"colour": "recolour", "slot": "move", "count": "count"}[changed.pop()]
 
 
-# --- drawing lots that lead there ---------------------------------------------------------------
+# --- sampling edits with a given answer ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Directed(_Draw):
-    """Lots whose choices are the wanted ones; all wordings stay open."""
+    """A random generator that makes given choices; wordings stay random."""
 
     held_out_phrasing: bool = False
     combinations: str = "seen"
-    wanted: _Change = _Change("", None, ())
+    target_change: _Change = _Change("", None, ())
 
     def order(self, n: int) -> list[int]:
         order = super().order(n)
-        first: int | None = self.wanted.target
+        first: int | None = self.target_change.target
         for names in (tuple(COLOURS), PLACES):  # longer than any list of things
             if n == len(names):
-                first = next((names.index(v) for v in self.wanted.values if v in names), first)
+                first = next((names.index(v) for v in self.target_change.values if v in names), first)
         if first is not None and first < n:
             order.remove(first)
             order.insert(0, first)
         return order
 
     def choice(self, options: Sequence[Any]) -> Any:
-        return next((value for value in self.wanted.values if value in options), None) or super().choice(
-            options
-        )
+        return next(
+            (value for value in self.target_change.values if value in options), None
+        ) or super().choice(options)
 
 
 def _say(
     change: _Change, before: Scene, after: Scene, draw: _Directed, finish: random.Random | None
 ) -> Edit | None:
-    """Draw edits of the change until one leads to `after`, each try with other lots."""
+    """Sample edits of the change until one leads to `after`."""
     for _ in range(_TRIES):
         edit = _propose(before, draw, change.kind)
         if edit is None or not same_page(edit.after, after) or not is_unique(edit):

@@ -1,8 +1,8 @@
-"""What a storybook page is made of: an immutable record from which everything else follows.
+"""The contents of a storybook page: an immutable record from which everything else follows.
 
-A `Scene` names the place, the time of day, the weather, the picture style and the things in it;
-its seed settles all that the names leave open (horizon, proportions, shades, clouds, stars).
-Picture, captions, masks and the exact answer to every edit are pure functions of the record.
+A `Scene` has the place, the time of day, the weather, the picture style and the things in it; its seed
+determines everything else (horizon, proportions, shades, clouds, stars). The picture, captions, masks and
+the exact answer to every edit are pure functions of the record.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MAX_COUNT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One thing on a page (or a little group of `count` of it). `uid` seeds its own shade and proportions."""
+    """One thing on a page, or a group of `count` of them. `uid` seeds its shade and proportions."""
 
     kind: str
     colour: str
@@ -86,7 +86,7 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One page. `seed` settles everything that the fields leave open."""
+    """One page. `seed` determines everything that the fields do not."""
 
     place: str
     time: str = "noon"
@@ -105,7 +105,7 @@ class Scene:
             raise ValueError("two things stand in the same slot; move one to a free slot")
 
     def with_thing(self, index: int, **changes: object) -> Scene:
-        """The same scene with thing `index` changed in the given fields."""
+        """The same scene with some fields of thing `index` replaced."""
         things = list(self.things)
         things[index] = replace(things[index], **changes)  # type: ignore[arg-type]
         return replace(self, things=tuple(things))
@@ -124,7 +124,7 @@ def _check(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def stable_hash(*parts: object) -> int:
-    """A 64-bit number from the parts' text: equal on every machine and in every process."""
+    """A 64-bit hash of the parts' text, equal on every machine and in every process."""
     text = "\x1f".join(str(p) for p in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -133,11 +133,11 @@ def rng_for(*parts: object) -> random.Random:
     return random.Random(stable_hash(*parts))
 
 
-# --- what training never sees -------------------------------------------------------------------
+# --- held-out combinations ----------------------------------------------------------------------
 
 
 def is_held_out_combination(kind: str, colour: str, place: str) -> bool:
-    """A tenth of all kind-colour-place combinations are kept out of training, by this rule alone."""
+    """Whether training excludes a kind-color-place combination. A tenth of them are held out."""
     return stable_hash("combination", kind, colour, place) % 10 == 0
 
 
@@ -145,7 +145,7 @@ def has_held_out_combination(scene: Scene) -> bool:
     return any(is_held_out_combination(t.kind, t.colour, scene.place) for t in scene.things)
 
 
-# --- drawing lots -------------------------------------------------------------------------------
+# --- random scenes ------------------------------------------------------------------------------
 
 _COUNT_WEIGHTS = (0.82, 0.09, 0.06, 0.03)
 
@@ -165,10 +165,10 @@ def sample_thing(rng: random.Random, slot: str, *, sky: bool, uid: int) -> Thing
 
 
 def sample_scene(rng: random.Random, *, held_out: bool | None = False) -> Scene:
-    """Draw a scene by lot.
+    """Sample a scene.
 
-    `held_out` False gives only combinations that training may see, True only scenes with at least
-    one that it may not, None either.
+    held_out: False allows only combinations from training, True requires at least one held-out combination,
+    None allows both.
     """
     while True:
         ground = rng.choices((1, 2, 3), (0.45, 0.4, 0.15))[0]

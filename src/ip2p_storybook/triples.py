@@ -1,4 +1,4 @@
-"""Exact triples: a caption, an instruction, and the caption after just what it asks for."""
+"""Exact triples: a caption, an instruction, and the caption of the exact answer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ip2p_storybook.scene import rng_for, stable_hash
 
 TRIPLE_COLUMNS = ("id", "caption", "instruction", "edited_caption", "source")
 SOURCE = "storybook"
-_CANONICAL_SHARE = 0.2  # the other captions are varied, as the editor's training saw them
+_CANONICAL_SHARE = 0.2  # the other captions are varied, as in the training of the editor
 _SIDE_WORDS = frozenset(("left", "right", "middle", "centre", "center"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactTriple:
-    """An edit, and the captions of both its pages in one form."""
+    """An edit, and the captions of both pages in the same form."""
 
     id: str
     edit: Edit
@@ -33,37 +33,37 @@ class ExactTriple:
 
 
 def exact_triples(count: int, seed: int, split: str = "train", *, first: int = 0) -> Iterator[ExactTriple]:
-    """Triples `first` to `first + count - 1` of a seed, in the phrasings and on the pages of the split.
+    """Triples `first` to `first + count - 1` of a seed, with the phrasings and pages of the split.
 
-    None moves a thing, for Prompt-to-Prompt keeps things where they are, and none is mistyped. Captions are
-    in varied forms, a fifth canonical; none leaves out what the instruction tells or changes.
+    No triple moves a thing, because Prompt-to-Prompt keeps positions, and none has typos. A fifth of the
+    captions are canonical, the others varied; none omits anything that the instruction mentions or changes.
     """
     for number in range(first, first + count):
         yield exact_triple(rng_for("exact triple", seed, split, number), split)
 
 
 def exact_triple(rng: random.Random, split: str = "train") -> ExactTriple:
-    """Draw one triple by lot."""
+    """Sample one triple."""
     while True:
-        # Training's phrasings, as the split "test" has them: without mistakes of typing.
+        # Training phrasings without typos, as in the split "test".
         phrasings = "test" if split == "train" else split
         edit = sample_edit(rng, split=phrasings, page_split="train" if split == "train" else None)
         form = Form() if rng.random() < _CANONICAL_SHARE else form_of(rng)
-        if is_told(edit, form):
+        if mentions_all(edit, form):
             return triple_of(edit, form)
 
 
 def triple_of(edit: Edit, form: Form) -> ExactTriple:
-    """The edit in words, its captions in this form."""
+    """The edit as a triple, with captions in this form."""
     caption, edited = say_page(edit.before, form), say_page(edit.after, form)
     id = f"{stable_hash('triple', caption, edit.instruction, edited):016x}"
     return ExactTriple(id=id, edit=edit, form=form, caption=caption, edited_caption=edited)
 
 
-def is_told(edit: Edit, form: Form) -> bool:
-    """Whether captions in this form tell all that the instruction tells, and show each of its changes.
+def mentions_all(edit: Edit, form: Form) -> bool:
+    """Whether captions in this form mention everything in the instruction, and show each change.
 
-    Never so for an edit that moves a thing.
+    Always False for an edit that moves a thing.
     """
     steps = edit.steps or (edit,)
     if any(step.kind == "move" for step in steps):

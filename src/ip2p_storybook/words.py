@@ -1,14 +1,14 @@
-"""The words of the storybook's language: what instructions and captions call things, places, times and so on.
+"""The vocabulary of instructions and captions: words for things, places, times and so on.
 
-Where there are several words for one value, the plain one comes first. Each word has one meaning among
-the storybook's values: "navy" is a blue, for there is no other one.
+If a value has several words, the plain one comes first. Each word has one meaning among the storybook's
+values: "navy" means blue, because there is no other shade of it.
 """
 
 from __future__ import annotations
 
 # --- things -------------------------------------------------------------------------------------
 
-# The nouns that captions may use too.
+# Nouns for both captions and instructions.
 OTHER_NOUNS = {
     "cat": "kitty",
     "dog": "puppy",
@@ -17,7 +17,7 @@ OTHER_NOUNS = {
     "truck": "lorry",
     "teddy bear": "teddy",
 }
-# The nouns of instructions alone.
+# Nouns for instructions only.
 MORE_NOUNS: dict[str, tuple[str, ...]] = {
     "cat": ("kitten", "pussycat"),
     "dog": ("pup", "doggy", "hound"),
@@ -52,7 +52,7 @@ MORE_NOUNS: dict[str, tuple[str, ...]] = {
     "teddy bear": ("bear", "stuffed bear", "plush bear"),
     "rocket": ("rocket ship", "spaceship"),
 }
-# What a thing may be called where no other of its group is on the page.
+# Names of a thing if no other thing of its group is on the page.
 GROUP_NOUNS: dict[str, tuple[str, ...]] = {
     "animal": ("animal", "creature", "critter", "beast"),
     "person": ("person", "human", "character"),
@@ -61,7 +61,7 @@ GROUP_NOUNS: dict[str, tuple[str, ...]] = {
     "plant": ("plant",),
     "toy": ("toy", "plaything"),
 }
-# What a thing may be called that stands alone on its side.
+# Names of a thing that is alone on its side.
 THING_NOUNS = ("thing", "one", "object")
 OTHER_COLOURS: dict[str, tuple[str, ...]] = {
     "red": ("scarlet", "crimson", "ruby red"),
@@ -82,9 +82,9 @@ OTHER_WEARABLES: dict[str, tuple[str, ...]] = {
     "sunglasses": ("shades", "dark glasses", "glasses"),
     "cape": ("cloak", "superhero cape"),
 }
-# Plural words for one thing: no article, and the same for many.
+# Plural words for a single thing: no article, same plural.
 ALWAYS_PLURAL = ("sunglasses", "shades", "dark glasses", "glasses")
-# The size of a thing that is added.
+# Sizes of an added thing.
 ADDED_SIZES: dict[str, tuple[str, ...]] = {
     "small": ("small", "little", "tiny", "mini"),
     "medium": ("",),
@@ -99,7 +99,7 @@ ON_SIDE: dict[str, tuple[str, ...]] = {
     "middle": ("in the middle", "in the centre", "at the centre", "in the very middle"),
     "right": ("on the right", "on the right side", "on the right-hand side", "at the right"),
 }
-# Each slot: "move it …". Without "side" it would be one step only.
+# Each slot: "move it …". Without "side" it would mean one step only.
 TO_SIDE: dict[str, tuple[str, ...]] = {
     "left": ("to the left side", "to the left-hand side"),
     "middle": ("to the middle", "to the centre"),
@@ -248,7 +248,7 @@ WEATHER_WORDS: dict[str, tuple[tuple[str, str, str, str, str], ...]] = {
         ("very foggy", "be very foggy", "thick fog", "very foggy", "very foggy"),
     ),
 }
-# The weather that an edit ends: "stop the …".
+# The weather to end: "stop the …".
 OLD_WEATHER: dict[str, tuple[str, ...]] = {
     "clear": ("sunshine",),
     "cloudy": ("clouds",),
@@ -311,15 +311,15 @@ TEMPLATES = (
     "{things}, {place}, {time}{weather}, {style}",
 )
 SIZE_WORDS = {"small": "small", "medium": "", "large": "large"}
-TIME_SAID = {"morning": "in the morning", "noon": "at noon", "sunset": "at sunset", "night": "at night"}
-WEATHER_SAID = {
+TIME_PHRASES = {"morning": "in the morning", "noon": "at noon", "sunset": "at sunset", "night": "at night"}
+WEATHER_PHRASES = {
     "clear": (" under a clear sky", " in clear weather"),
     "cloudy": (" under a cloudy sky", " in cloudy weather"),
     "rain": (" in the rain", " in rainy weather"),
     "snow": (" in the snow", " in snowy weather"),
     "fog": (" in the fog", " in foggy weather"),
 }
-STYLE_SAID = {
+STYLE_PHRASES = {
     "plain": ("an illustration", "a plain picture"),
     "pencil": ("a pencil drawing", "a pencil sketch"),
     "watercolour": ("a watercolour", "a watercolour painting"),
@@ -327,10 +327,10 @@ STYLE_SAID = {
     "blueprint": ("a blueprint", "a blueprint drawing"),
     "comic": ("a comic", "a comic book page"),
 }
-# All words of captions that stand in no template.
+# All words in captions that are in no template.
 CAPTION_WORDS = (
     *SIZE_WORDS.values(),
-    *TIME_SAID.values(),
-    *(w for options in (*WEATHER_SAID.values(), *STYLE_SAID.values()) for w in options),
+    *TIME_PHRASES.values(),
+    *(w for options in (*WEATHER_PHRASES.values(), *STYLE_PHRASES.values()) for w in options),
     "and wearing in with nothing in the sky",
 )

@@ -2,7 +2,10 @@
 
 from types import SimpleNamespace
 
-from benchmarks.speed import edit
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.speed import edit, peaks
 
 
 def contestant(name, seconds):
@@ -32,4 +35,32 @@ def test_rounds_turn_the_order_round_and_leave_out_the_first():
 
 
 def test_diffusers_and_ip2p_are_among_the_contestants():
-    assert {"ip2p", "diffusers", "diffusers channels-last"} == set(edit.USUAL) < set(edit.CONTESTANTS)
+    ours = {"ip2p", "ip2p compiled", "ip2p distilled"}
+    theirs = {"diffusers", "diffusers channels-last", "diffusers compiled"}
+    assert set(edit.CONTESTANTS) == ours | theirs
+
+
+def test_a_contestant_that_cannot_be_loaded_is_left_out(monkeypatch, capsys):
+    def open_one(name, setup):
+        if name == "b":
+            raise SystemExit("b: no compiler")
+        return name
+
+    monkeypatch.setattr(edit, "Contestant", open_one)
+    assert edit.open_contestants(["a", "b", "c"], None) == ["a", "c"]
+    assert "left out: b: no compiler" in capsys.readouterr().err
+
+
+def test_weights_that_are_pages_of_a_file_count_and_copies_do_not(tmp_path):
+    save_file({"a": torch.ones(1000), "b": torch.ones(500)}, tmp_path / "model.safetensors")
+    weights = load_file(tmp_path / "model.safetensors")
+    there = peaks.mapped_bytes(weights.values())
+    assert there in (0, 6000)  # 0 where the library reads a file instead of mapping it
+    assert peaks.mapped_bytes([weights["a"].clone(), *[weights["b"]][:there]]) == min(there, 2000)
+
+
+def test_a_peak_on_the_cpu_is_what_was_in_use_at_most():
+    peak = peaks.Peak("cpu")
+    with peak:
+        torch.ones(50_000_000).sum()
+    assert 190e6 < peak.bytes < 300e6

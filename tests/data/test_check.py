@@ -75,7 +75,7 @@ def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
     report = check(open_source(str(every_defect(tmp_path / "set"))))
     told = {line.split("  ")[0]: " ".join(line.split()) for line in report.lines()}
     starts = {
-        "broken picture": "1 row: cannot be read or decoded: cut (after: is damaged or cut short",
+        "broken picture": "1 row: cannot be read or decoded: cut (after: is damaged or truncated",
         "missing picture": "1 row: a picture or the texts of the row are missing: no-picture (after: ",
         "empty instruction": "1 row: the instruction is empty: silent",
         "duplicate ids": "1 row: an id that occurs more than once: right-3",
@@ -218,3 +218,65 @@ def test_the_sheet_shows_pairs_evenly_and_names_broken_rows(tmp_path):
     assert shown.width > 3 * 2 * 160 and shown.height > 4 * 160
     grey = np.asarray(shown.convert("RGB")) == (211, 211, 211)  # the broken row's place
     assert grey.all(-1).sum() >= 2 * 160 * 160 - 100
+
+
+# --- values -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("nan", "a missing value written out"),
+        ("None", "a missing value written out"),
+        ("17", "a number"),
+        ("0.25", "a number"),
+        ("-1e-3", "a number"),
+        ("https://x.example/a", "an address"),
+        ("images/0001.png", "a file name"),
+        ('{"edit": "make it snow"}', "JSON"),
+        ("[1, 2]", "JSON"),
+        ("b'make it snow'", "Python's notation of a value"),
+        ("<PIL.Image.Image image mode=RGB size=8x8>", "Python's notation of a value"),
+        ("???", "signs alone"),
+    ],
+)
+def test_an_instruction_that_is_not_words_is_a_defect(value, reason):
+    report = check(Rows([make_pair(0), make_pair(1, instruction=value)]))
+    [finding] = report.defects
+    assert (finding.name, finding.ids) == ("no words", (f"pair-1 ({reason})",))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "make it 2024",
+        "3 cats",
+        "雪を降らせて",
+        "make photo.png darker",
+        "[bold] letters",
+        "{x} red",
+        "🦊",
+        "nantucket",
+    ],
+)
+def test_words_are_words(words):
+    assert not check(Rows([make_pair(0, instruction=words)])).findings
+
+
+def test_captions_in_the_column_of_instructions_are_named():
+    report = check(Rows([make_pair(k, instruction=f"another page — “{k}”") for k in range(2)]))
+    assert [finding.name for finding in report.findings] == ["caption for instruction"]
+
+
+def test_one_instruction_for_all_rows_is_named():
+    report = check(Rows([make_pair(k, instruction="make it snow") for k in range(12)]))
+    [finding] = report.findings
+    assert (finding.name, finding.kind, finding.count) == ("one instruction", "warning", 12)
+    assert not check(Rows([make_pair(k, instruction="make it snow") for k in range(5)])).findings
+
+
+def test_a_blank_picture_is_named():
+    gray = np.full((20, 24, 3), 128, np.uint8)
+    report = check(Rows([make_pair(0, after=gray)]))
+    [finding] = report.findings
+    assert (finding.name, finding.ids) == ("blank picture", ("pair-0 (after)",))

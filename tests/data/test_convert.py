@@ -128,7 +128,7 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
     assert converted.rows == 3
     told = [json.loads(line) for line in (tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()]
     assert [row["id"] for row in told] == ["lost", "pair-4"]
-    assert "damaged or cut short" in told[1]["reason"]
+    assert "damaged or truncated" in told[1]["reason"]
     assert "2 broken rows" in converted.lines("shards")[0]
     assert [pair.id for pair in read(tmp_path / "a")] == ["pair-0", "pair-1", "pair-2"]
 
@@ -248,13 +248,13 @@ def test_a_file_lost_or_cut_since_is_made_again(tmp_path):
 def test_another_conversion_does_not_go_on_in_the_folder(tmp_path):
     convert(Rows(make_pairs()), tmp_path / "a", "shards", shard_rows=2)
     for changes, words in (
-        ({"to": "folders"}, "begun --to shards, and now it is --to folders"),
-        ({"shard_rows": 3}, "begun --shard-rows 2, and now it is --shard-rows 3"),
-        ({"count": 3}, "begun of 5 rows, and now it is of 3 rows"),
+        ({"to": "folders"}, "started with --to shards, but it is now --to folders"),
+        ({"shard_rows": 3}, "started with --shard-rows 2, but it is now --shard-rows 3"),
+        ({"count": 3}, "started with 5 rows, but it is now 3 rows"),
     ):
         with pytest.raises(InputError, match=words):
             convert(Rows(make_pairs()), tmp_path / "a", **({"to": "shards", "shard_rows": 2} | changes))
-    with pytest.raises(InputError, match="of other data: they have changed since"):
+    with pytest.raises(InputError, match="started from other data; add --overwrite"):
         convert(Rows(make_pairs(), key="new"), tmp_path / "a", "shards", shard_rows=2)
     convert(Rows(make_pairs(2)), tmp_path / "a", "folders", overwrite=True)
     assert len(read(tmp_path / "a")) == 2
@@ -263,7 +263,7 @@ def test_another_conversion_does_not_go_on_in_the_folder(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="already contains other files"):
         convert(Rows(make_pairs()), tmp_path, "shards", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(InputError, match="must be a folder; remove .parquet from its name"):
@@ -273,7 +273,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_two_conversions_do_not_write_into_one_folder(tmp_path):
     class Meddling(Rows):
         def __getitem__(self, row):
-            with pytest.raises(InputError, match="another ip2p is writing into"):
+            with pytest.raises(InputError, match="another ip2p process is writing to"):
                 convert(Rows(make_pairs(5)), tmp_path / "a", "shards")
             return super().__getitem__(row)
 

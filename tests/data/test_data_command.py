@@ -53,7 +53,7 @@ def test_the_report_as_json(capsys):
 def test_a_sheet_that_is_there_is_refused_before_any_work(tmp_path):
     (tmp_path / "sheet.png").write_bytes(b"x")
     unread = Rows([])
-    with pytest.raises(InputError, match="is there already; add --overwrite"):
+    with pytest.raises(InputError, match="already exists; add --overwrite"):
         command.check_source(Check(sheet=tmp_path / "sheet.png"), unread)
 
 
@@ -69,5 +69,5 @@ def test_a_conversion_prints_its_folder_and_says_what_it_left_out(tmp_path, caps
 
 
 def test_a_conversion_needs_a_target():
-    with pytest.raises(InputError, match="no folder to write is named"):
+    with pytest.raises(InputError, match="no output folder is given"):
         command.convert_source(Convert(), Rows(make_pairs()))

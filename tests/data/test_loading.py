@@ -229,7 +229,7 @@ def test_a_shard_that_is_cut_short_keeps_its_whole_rows(tmp_path):
         with pytest.raises(BrokenRow) as error:
             source[row]
         reasons.append(str(error.value))
-    assert any("cut short" in reason for reason in reasons)
+    assert any("truncated" in reason for reason in reasons)
 
 
 def test_a_packed_shard_or_another_file_is_refused(tmp_path):
@@ -414,7 +414,7 @@ def test_the_output_of_a_job_that_was_stopped_is_no_data_set(tmp_path):
             return jobs.StageOutput(tables={"data/train": pair_table([pair_row(source[k]) for k in part])})
 
     def go():
-        jobs.run(Rows, [range(0, 2), range(2, 4)], tmp_path / "out", settings={}, unit="pairs")
+        jobs.run_job(Rows, [range(0, 2), range(2, 4)], tmp_path / "out", settings={}, unit="pairs")
 
     with pytest.raises(Stopped):
         go()

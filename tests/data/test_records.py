@@ -19,7 +19,7 @@ def test_encoded_and_plain_pictures_open_as_rgb():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (picture(1, "JPEG")[:-200], "damaged or cut short"),
+        (picture(1, "JPEG")[:-200], "damaged or truncated"),
         (b"<html>gone</html>", "web page"),
         (b"", "empty"),
         (np.zeros((20, 24), np.uint8), r"uint8 \[20, 24\], not uint8"),

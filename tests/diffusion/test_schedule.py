@@ -99,7 +99,7 @@ def test_other_betas_are_read():
 
 @pytest.mark.parametrize(
     "change",
-    [{"beta_schedule": "laplace"}, {"prediction_type": "sample"}],
+    [{"beta_schedule": "laplace"}, {"prediction_type": "flow_prediction"}],
 )
 def test_what_cannot_be_sampled_is_an_error_that_names_it(change):
     with pytest.raises(ModelError, match=next(iter(change))):

@@ -106,8 +106,9 @@ def test_a_hub_name_is_looked_up_in_the_cache(monkeypatch, bases):
 
 def test_what_is_not_trained_is_refused_in_one_line(copy, xl_dir, tmp_path):
     scheduler = copy / "scheduler" / "scheduler_config.json"
-    change(scheduler, prediction_type="sample")
-    with pytest.raises(ModelError, match="prediction_type is 'sample'; epsilon and v_prediction") as told:
+    change(scheduler, prediction_type="flow_prediction")
+    refusal = "prediction_type is 'flow_prediction'; epsilon, v_prediction and sample"
+    with pytest.raises(ModelError, match=refusal) as told:
         load_base(copy)
     change(scheduler, prediction_type="epsilon", _class_name="FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ModelError, match="is a flow model"):

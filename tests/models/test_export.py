@@ -190,6 +190,17 @@ def test_a_velocity_file_of_sd_1_warns_and_gets_the_config_that_others_read(tmp_
     assert unet["context_dim"] == config["cross_attention_dim"]
 
 
+def test_a_file_that_predicts_x0_warns_and_comes_back_as_it_was(tmp_path):
+    from conftest import make_sd_model
+
+    stored = open_model(make_sd_model(tmp_path / "x0", prediction="sample", in_channels=8))
+    with pytest.warns(UserWarning, match="predicts the picture itself.*Only ip2p and diffusers"):
+        export_file(stored, tmp_path / "model.safetensors")
+    back = open_model(tmp_path / "model.safetensors")
+    assert back.configs["scheduler"] == stored.configs["scheduler"]
+    assert back.configs["scheduler"]["prediction_type"] == "sample"
+
+
 def test_a_noise_prediction_file_has_no_config_beside(sd1_dir, tmp_path, recwarn):
     export_file(open_model(sd1_dir), tmp_path / "model.safetensors")
     assert not (tmp_path / "model.yaml").exists() and not recwarn

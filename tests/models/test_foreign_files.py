@@ -324,6 +324,21 @@ def test_a_unet_alone_opens_with_the_parts_of_another_model(plain, place, sd1_di
     assert torch.equal(load_bundle(place / "out").unet.conv_in.weight, plain[INPUT])
 
 
+def test_a_unet_alone_is_served_and_draws_pairs(plain, place, sd1_dir):
+    from ip2p.serve.app import _loader
+    from ip2p.serve.options import ServeConfig
+    from ip2p.synth.pairs import PairMaker
+
+    path = place / "unet.safetensors"
+    safetensors.torch.save_file({k: v for k, v in plain.items() if k.startswith(keys.UNET)}, path)
+    editor = _loader(str(path), ServeConfig(parts_from=str(sd1_dir), device="cpu", dtype="fp32"))()
+    painter = PairMaker(path, parts_from=sd1_dir, device="cpu", dtype="fp32", steps=1)
+    for bundle in (editor.bundle, painter.editor.bundle):
+        assert torch.equal(bundle.unet.conv_in.weight, plain[INPUT])
+    with pytest.raises(ModelError, match="UNet alone.*--parts-from"):
+        PairMaker(path, device="cpu")
+
+
 def test_a_unet_of_another_kind_than_the_parts_is_refused(plain, place, xl_dir):
     path = place / "unet.safetensors"
     safetensors.torch.save_file({k: v for k, v in plain.items() if k.startswith(keys.UNET)}, path)

@@ -324,3 +324,17 @@ def test_tokenizers_are_written_as_transformers_4_reads_them_too(request, tmp_pa
         own = getattr(bundle, name)
         for text in ("make it night", "a café at 7:30 — won't it?"):
             assert rebuilt(text).input_ids == own(text).input_ids
+
+
+def test_an_editor_that_predicts_x0_gets_a_sampler_that_diffusers_runs():
+    from diffusers import EulerDiscreteScheduler
+
+    config = edit_scheduler({"_class_name": "PNDMScheduler", "prediction_type": "sample"})
+    assert config["_class_name"] == "EulerDiscreteScheduler"
+    scheduler = EulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(4)
+    x0 = torch.full((1, 4, 8, 8), 0.5)
+    x = torch.randn(1, 4, 8, 8) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.step(x0, t, x).prev_sample
+    torch.testing.assert_close(x, x0)

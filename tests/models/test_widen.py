@@ -5,8 +5,9 @@ from conftest import make_model
 from torch import nn
 
 from ip2p.base.errors import ModelError
-from ip2p.models.base import load_base, widen_conv_in
+from ip2p.models.base import load_base
 from ip2p.models.load import load_part
+from ip2p.models.widen import widen_conv_in
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_euler_ancestral_matches_diffusers(pipeline, tiny_editor, page, text_cfg
     torch.testing.assert_close(ours(tiny_editor, page, text_cfg, image_cfg, negative), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_euler_matches_diffusers(pipeline, tiny_editor, page, prediction, monkeypatch):
     pipeline.scheduler = EulerDiscreteScheduler.from_config(
         tiny_editor.bundle.scheduler_config, timestep_spacing="linspace", prediction_type=prediction

@@ -21,6 +21,7 @@ from ip2p.models.bundle import Card
 from ip2p.pictures.infotext import EditRecord, format_infotext, parse_infotext
 from ip2p.serve import maker as makers
 from ip2p.serve import models as pools
+from ip2p.serve.engine import JoinedEditor
 from ip2p.serve.jobs import Stopped
 from ip2p.serve.maker import LocalMaker
 from ip2p.serve.queue import Draining, Full
@@ -43,7 +44,7 @@ def request(kind=EditSettings, **changes):
 
 
 def service_of(editors, *, join=4, **how):
-    makes = ("loaded", "check", "finish")
+    makes = ("loaded", "check", "finish", "tiny_vae")
     own = {name: how.pop(name) for name in makes if name in how}
     return Service(LocalMaker(editors, join=join, **own), **how)
 
@@ -145,6 +146,34 @@ def test_where_results_are_checked_there_are_no_previews(serve, editor):
     check.refuses = True
     job, previews = made()
     assert job.state == "failed" and not previews and job.previews == [None]
+
+
+def test_a_tiny_autoencoder_decodes_the_previews_alone(serve, editor, tmp_path, monkeypatch):
+    from diffusers import AutoencoderTiny
+
+    blocks = editor.bundle.latent_factor.bit_length()
+    widths = {f"{side}coder_block_out_channels": (8,) * blocks for side in ("en", "de")}
+    counts = {f"num_{side}coder_blocks": (1,) * blocks for side in ("en", "de")}
+    channels = editor.bundle.vae.config.latent_channels
+    AutoencoderTiny(latent_channels=channels, **widths, **counts).save_pretrained(tmp_path / "taesd")
+    oracle = AutoencoderTiny.from_pretrained(tmp_path / "taesd")
+    decoded, previewed = [], []
+    plain, tiny = JoinedEditor.decode, JoinedEditor.decode_preview
+    monkeypatch.setattr(JoinedEditor, "decode", lambda self, x: decoded.append(x) or plain(self, x))
+
+    def preview(self, x):
+        previewed.append((x, tiny(self, x)))
+        return previewed[-1][1]
+
+    monkeypatch.setattr(JoinedEditor, "decode_preview", preview)
+    editor.bundle.unet.seconds = 0.03
+    service = serve(tiny_vae=tmp_path / "taesd")
+    job = service.submit(request(steps=8, previews=1), client="a")
+    events = list(job.events())
+    assert job.state == "done" and any(event.kind == "preview" for event in events)
+    assert len(decoded) == 1 and previewed
+    with torch.no_grad():
+        torch.testing.assert_close(previewed[0][1], oracle.decode(previewed[0][0]).sample)
 
 
 def test_previews_of_what_failed_are_seen_no_more(serve, editor):
@@ -335,7 +364,7 @@ def test_a_result_that_is_not_a_number_fails_its_own_job(serve, editor):
     jobs = [service.submit(request(image=image), client="a") for image in (PICTURE, bad, PICTURE)]
     assert all(job.wait(60) for job in jobs)
     assert [job.state for job in jobs] == ["done", "failed", "done"]
-    assert isinstance(jobs[1].error, ModelError) and "not a number" in str(jobs[1].error)
+    assert isinstance(jobs[1].error, ModelError) and "not finite" in str(jobs[1].error)
 
 
 def test_running_out_of_memory_fails_only_what_is_too_large_by_itself(serve, editor):

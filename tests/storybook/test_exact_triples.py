@@ -9,7 +9,7 @@ from ip2p_storybook.edits import sample_edit
 from ip2p_storybook.language import is_held_out_phrasing
 from ip2p_storybook.scene import has_held_out_combination, rng_for
 from ip2p_storybook.triples import TRIPLE_COLUMNS as COLUMNS
-from ip2p_storybook.triples import exact_triples, is_told
+from ip2p_storybook.triples import exact_triples, mentions_all
 
 
 def test_no_triple_moves_a_thing_or_hides_its_change() -> None:
@@ -27,14 +27,15 @@ def test_no_triple_moves_a_thing_or_hides_its_change() -> None:
 def test_a_form_without_sides_or_sizes_tells_no_edit_by_them() -> None:
     silent = Form(sides=False, sizes=False)
     told = [
-        is_told(sample_edit(rng_for("bigger", k), kind="bigger", split="test"), silent) for k in range(30)
+        mentions_all(sample_edit(rng_for("bigger", k), kind="bigger", split="test"), silent)
+        for k in range(30)
     ]
     assert not any(told)
     edits = [sample_edit(rng_for("recolour", k), kind="recolour", split="test") for k in range(60)]
     by_side = ["left" in e.instruction or "right" in e.instruction for e in edits]
     assert any(by_side)
-    assert not any(is_told(e, silent) for e, by in zip(edits, by_side, strict=True) if by)
-    assert all(is_told(edit, Form()) for edit in edits)
+    assert not any(mentions_all(e, silent) for e, by in zip(edits, by_side, strict=True) if by)
+    assert all(mentions_all(edit, Form()) for edit in edits)
 
 
 def test_triples_follow_from_seed_and_number_alone() -> None:

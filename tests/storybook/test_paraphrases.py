@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from ip2p_storybook import language, reading, words
+from benchmarks.data_quality import reading
+from ip2p_storybook import language, words
 from ip2p_storybook.edits import EDIT_KINDS, GLOBAL_KINDS, Edit, is_unique, propose, sample_edit
 from ip2p_storybook.paraphrases import PARAPHRASES_FILE, is_paraphrase, paraphrases_of, read_paraphrases
 from ip2p_storybook.scene import (

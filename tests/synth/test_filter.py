@@ -291,7 +291,7 @@ def test_the_safety_check_is_loaded_once_and_asked_of_both_pictures(tmp_path):
     assert len(loaded) == 1
     assert select(scored, ALL)[1] == "unsafe"
     # Another check is another job.
-    with pytest.raises(InputError, match="begun with safety"):
+    with pytest.raises(InputError, match="started with safety"):
         score_rows(Rows(rows), tmp_path / "s", part_rows=2, **quiet)
 
 
@@ -321,7 +321,7 @@ def test_other_thresholds_cost_no_scoring(unmeasured, tiny_clip_dir, tmp_path, m
     assert filter_pairs(unmeasured, kept, ALL, clip=tiny_clip_dir, **quiet).kept == 4
     monkeypatch.setattr(Scorer, "__call__", None)
     assert filter_pairs(unmeasured, kept, ALL, clip=tiny_clip_dir, **quiet).kept == 4
-    with pytest.raises(InputError, match=r"begun with image -1, and now it is 2; add --overwrite"):
+    with pytest.raises(InputError, match=r"started with image -1, but it is now 2; add --overwrite"):
         filter_pairs(unmeasured, kept, dataclasses.replace(ALL, image=2), clip=tiny_clip_dir, **quiet)
     told = filter_pairs(
         unmeasured, kept, dataclasses.replace(ALL, image=2), clip=tiny_clip_dir, overwrite=True, **quiet
@@ -450,11 +450,13 @@ def test_another_commands_folder_and_one_of_something_else_are_refused_before_an
     monkeypatch.setattr("ip2p.synth.filter.score_rows", None)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="home holds something else"):
+    with pytest.raises(InputError, match="home already contains other files"):
         filter_pairs(measured, tmp_path / "home", ALL, **quiet)
     assert len(list((tmp_path / "home").iterdir())) == 1
     other = tmp_path / "pairs"
-    jobs.run(lambda: lambda part: jobs.StageOutput(tables={}), [[1]], other, settings={"seed": 1}, **quiet)
+    jobs.run_job(
+        lambda: lambda part: jobs.StageOutput(tables={}), [[1]], other, settings={"seed": 1}, **quiet
+    )
     for overwrite in (False, True):
         with pytest.raises(InputError, match="pairs contains the output of another command"):
             filter_pairs(measured, other, ALL, overwrite=overwrite, **quiet)

@@ -141,7 +141,7 @@ def test_bars_add_up_to_the_rows_that_are_known():
 
 def test_a_page_that_is_there_stays_unless_overwritten(source, text, tmp_path):
     again = tmp_path / "page.html"
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         inspect(source, known_scores(source), again, PRESETS["paper"])
     assert again.read_text(encoding="utf-8") == text
     inspect(source, known_scores(source), again, PRESETS["paper"], overwrite=True)

@@ -5,6 +5,7 @@ from ip2p.training.loss import (
     change_weights,
     noise_loss,
     null_conditions,
+    prediction_target,
     random_timesteps,
     scaled_linear_alpha_bar,
     snr_weight,
@@ -77,8 +78,8 @@ def test_velocity_equals_diffusers():
     torch.testing.assert_close(ours, oracle.get_velocity(clean, noise, t))
 
 
-def test_noise_and_velocity_loss_weigh_the_same_error_of_x0_alike():
-    """One wrong x0 gives one wrong noise and one wrong velocity; weighted, both cost the same."""
+def test_all_predictions_weigh_the_same_error_of_x0_alike():
+    """One wrong x0 gives one wrong noise and one wrong velocity; weighted, all three cost the same."""
     alpha_bar = scaled_linear_alpha_bar()[[50, 400, 900]]
     a = alpha_bar[:, None, None, None]
     clean, noise, off = torch.randn(3, 3, 4, 8, 8)
@@ -92,7 +93,10 @@ def test_noise_and_velocity_loss_weigh_the_same_error_of_x0_alike():
         else:
             right = velocity(clean, noise, alpha_bar)
             losses.append(noise_loss(velocity(clean + off, wrong, alpha_bar), right, weight))
+    weight = snr_weight(alpha_bar, (0.25, 5.0), "sample")
+    losses.append(noise_loss(clean + off, prediction_target("sample", clean, noise, alpha_bar), weight))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=1e-5)
 
 
 def test_power_one_draws_timesteps_uniformly_and_a_smaller_one_favours_noise():

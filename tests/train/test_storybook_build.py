@@ -365,7 +365,7 @@ def test_other_numbers_are_refused_on_resume(tmp_path, monkeypatch):
 
 
 def test_two_builds_in_one_folder_the_second_is_refused(tmp_path):
-    with lock_folder(tmp_path), pytest.raises(InputError, match="another ip2p is writing into"):
+    with lock_folder(tmp_path), pytest.raises(InputError, match="another ip2p process is writing to"):
         build.run("smoke", tmp_path, device="cpu", log=quiet)
 
 

@@ -1,5 +1,6 @@
 """The heads that name what is on a page, and what they count."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ip2p.training.objective import Draws, EditBatch
-from ip2p.training.storybook.editor import head_weight, missed_gates, new_unet
+from ip2p.training.storybook.editor import head_weight, missed_gates, new_unet, start_as_copy
 from ip2p.training.storybook.perception import (
     FIELDS,
     CellHead,
@@ -209,3 +210,22 @@ def test_the_heads_weight_halves_and_then_stays():
     half = round(preset.head_half_life / 32)
     assert weight(half) == pytest.approx(preset.head_weight / 2)
     assert weight(100 * half) == preset.head_weight_least
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_new_network_that_predicts_x0_returns_the_page(name):
+    preset = PRESETS[name]
+    torch.manual_seed(0)
+    unet = new_unet(preset)
+    start_as_copy(unet)
+    page = torch.randn(2, preset.latent_channels, preset.cells, preset.cells)
+    noisy, text = 3 * torch.randn_like(page), torch.randn(2, 7, preset.text_width)
+    with torch.no_grad():
+        predicted = unet(torch.cat([noisy, page], dim=1), torch.tensor(500), text).sample
+    assert (predicted - page).square().mean() < 1e-4
+
+
+def test_a_network_too_narrow_to_copy_is_refused():
+    unet = new_unet(replace(PRESETS["smoke"], unet_channels=(16, 32)))
+    with pytest.raises(ValueError, match="8 groups of 2 channels cannot hold 16 latent channels"):
+        start_as_copy(unet)

@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, devices, the terminal, committed work."""
+"""The foundation: errors, files, devices, the terminal, crash-safe jobs."""

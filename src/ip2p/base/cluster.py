@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: how many fit, and parts that go to those that have begun."""
+"""Run a stage over the parts of a job on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,83 +14,85 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ip2p.base.errors import InputError, Ip2pError, ResourceError, first_line
-from ip2p.base.work import RETRIES, NewStage, Work, Worker
+from ip2p.base.errors import InputError, Ip2pError, ResourceError
+from ip2p.base.work import RESUME, RETRIES, Outputs, StageFactory, Worker
 
-LOOK = 20  # seconds between two looks at what machines the cluster has
+POLL_SECONDS = 20  # between two checks of the cluster's machines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Workers on Ray. address: of the cluster; "" takes RAY_ADDRESS, else starts one on this machine."""
+    """A Ray cluster, and the workers to run on it.
+
+    address: of the cluster; "" means RAY_ADDRESS, else a new local cluster.
+    """
 
     address: str = ""
     workers: int | None = None  # None: as many as fit
-    cpus: float = 1  # a worker; Ray gives a worker as many threads
-    gpus: float | None = None  # a worker; None: one if the cluster has any
+    cpus: float = 1  # per worker; Ray gives a worker as many threads
+    gpus: float | None = None  # per worker; None: one if the cluster has any
 
 
 def work_on_ray(
-    stage: NewStage,
+    factory: StageFactory,
     parts: Sequence[Any],
     todo: Sequence[int],
     cluster: Cluster,
     threads: int | None,
-) -> Work:
-    """A pool of actors, one part at a time each, so that a kill costs at most one part a worker.
+) -> Outputs:
+    """Process the parts in a pool of actors, one part at a time in each, so a kill costs at most one part.
 
-    A part goes only to a worker that has started: one for which there is no room, because a machine left or
-    another program took it, holds up nothing. Machines that join later get workers too. Ray's own pools do
-    not serve here: `ray.util.ActorPool` hands parts to actors that may never start and does not say which
-    part was lost; Ray Data merges parts into blocks and by default retries without limit.
+    Parts go only to workers that have started: a worker that cannot be scheduled, because a machine left or
+    another program uses it, delays nothing. Machines that join later get workers too. Ray's own pools do not
+    work here: `ray.util.ActorPool` hands parts to actors that may never start and does not report which part
+    was lost; Ray Data merges parts into blocks and retries without limit by default.
     """
-    with ray_of(cluster) as ray:
-        count, resources = fitting(ray.nodes(), cluster, len(todo))
+    with connect_to_ray(cluster) as ray:
+        count, resources = plan_workers(ray.nodes(), cluster, len(todo))
         actor = ray.remote(Worker).options(max_restarts=0, **resources)
         waiting: deque[int] = deque(todo)
         free: deque[Any] = deque()
         pool: list[Any] = []
-        running: dict[Any, tuple[int | None, Any]] = {}  # None: it is to say that it has begun
-        lost: Counter[int | None] = Counter()
-        looked = time.monotonic()
+        running: dict[Any, tuple[int | None, Any]] = {}  # None: waiting for the worker to start
+        losses: Counter[int | None] = Counter()
+        checked = time.monotonic()
 
-        def begin(count: int) -> None:
+        def start(count: int) -> None:
             for _ in range(count):
-                worker = actor.remote(stage, threads, os.getcwd())
+                worker = actor.remote(factory, threads, os.getcwd())
                 pool.append(worker)
-                running[worker.begun.remote()] = (None, worker)
+                running[worker.ready.remote()] = (None, worker)
 
-        begin(count)
+        start(count)
         try:
-            while waiting or any(part is not None for part, _ in running.values()):
+            while waiting or any(number is not None for number, _ in running.values()):
                 while waiting and free:
                     number, worker = waiting.popleft(), free.popleft()
-                    running[worker.answer.remote(parts[number])] = (number, worker)
-                if waiting and time.monotonic() - looked > LOOK:
-                    looked = time.monotonic()
-                    target = cluster.workers or fits(ray.nodes(), cluster)
-                    begin(min(target, len(waiting) + len(running)) - len(pool))
-                found, _ = ray.wait(list(running), num_returns=1, timeout=LOOK)
-                if not found:
+                    running[worker.process_remotely.remote(parts[number])] = (number, worker)
+                if waiting and time.monotonic() - checked > POLL_SECONDS:
+                    checked = time.monotonic()
+                    target = cluster.workers or capacity(ray.nodes(), cluster)
+                    start(min(target, len(waiting) + len(running)) - len(pool))
+                finished, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+                if not finished:
                     continue
-                part, worker = running.pop(found[0])
+                part, worker = running.pop(finished[0])
                 try:
-                    answer = ray.get(found[0])
+                    output = ray.get(finished[0])
                 except ray.exceptions.RayActorError as error:
-                    lost[part] += 1
-                    if lost[part] > RETRIES * (count if part is None else 1):
-                        what = "workers" if part is None else f"workers at part {part}"
+                    losses[part] += 1
+                    if losses[part] > RETRIES * (count if part is None else 1):
+                        what = "workers did not start" if part is None else f"worker was lost on part {part}"
                         raise ResourceError(
-                            f"the {what} were lost {lost[part]} times ({first_line(error)}); "
-                            "give each more memory with fewer workers. What is written stays, and the same "
-                            "command goes on."
+                            f"the {what}, {losses[part]} times ({_first_line(error)}); run fewer workers to "
+                            f"give each more memory. {RESUME}"
                         ) from None
                     pool.remove(worker)
                     with contextlib.suppress(Exception):
-                        ray.kill(worker)  # it may only have been out of reach
+                        ray.kill(worker)  # it may only have been unreachable
                     if part is not None:
                         waiting.appendleft(part)
-                    begin(1)
+                    start(1)
                     continue
                 except ray.exceptions.RayTaskError as error:
                     cause = getattr(error, "cause", None)
@@ -98,15 +100,14 @@ def work_on_ray(
                 except ray.exceptions.RayError as error:
                     # A worker that could not be started, a result lost with its machine, no memory.
                     raise ResourceError(
-                        f"Ray gave up at part {part} ({first_line(error)}). What is written stays, and the "
-                        "same command goes on."
+                        f"Ray failed on part {part} ({_first_line(error)}). {RESUME}"
                     ) from None
-                if isinstance(answer, Ip2pError):
-                    raise answer
+                if isinstance(output, Ip2pError):
+                    raise output
                 free.append(worker)
                 if part is not None:
-                    del lost[None]
-                    yield part, *answer
+                    del losses[None]
+                    yield part, *output
         finally:
             for each in pool:
                 with contextlib.suppress(Exception):
@@ -114,8 +115,8 @@ def work_on_ray(
 
 
 @contextlib.contextmanager
-def ray_of(cluster: Cluster) -> Iterator[Any]:
-    """Ray, connected. If it was started here, it is stopped at the end."""
+def connect_to_ray(cluster: Cluster) -> Iterator[Any]:
+    """Yield the `ray` module, connected. Shuts Ray down at the end unless it was already initialized."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         import ray
@@ -128,17 +129,14 @@ def ray_of(cluster: Cluster) -> Iterator[Any]:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="warning")
             except ConnectionError:
-                named = address or os.environ.get("RAY_ADDRESS", "")
+                shown = address or os.environ.get("RAY_ADDRESS", "")
                 raise ResourceError(
-                    f"no Ray cluster answers at {named}; start one: ray start --head, "
-                    "or leave the address out."
+                    f"no Ray cluster responds at {shown}; start one with `ray start --head`, or omit the "
+                    "address."
                 ) from None
-            except Exception as error:  # such as a machine that is too busy to start it within half a minute
-                raise ResourceError(
-                    f"Ray does not start ({first_line(error)}). What is written stays, and the same command "
-                    "goes on."
-                ) from error
-        # Ray takes SIGTERM for itself as it is imported, and would end without unwinding to our exit code.
+            except Exception as error:  # for example, the machine is too busy to start Ray within 30 seconds
+                raise ResourceError(f"Ray does not start ({_first_line(error)}). {RESUME}") from error
+        # Importing Ray installs a SIGTERM handler that exits without unwinding to ip2p's exit code.
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, handler)
         yield ray
@@ -148,9 +146,9 @@ def ray_of(cluster: Cluster) -> Iterator[Any]:
 
 
 def _address(cluster: Cluster) -> str | None:
-    """For `ray.init`, which without one joins the cluster that was last started on this machine, if any.
+    """The address for `ray.init`, which by default joins the last cluster started on this machine, if any.
 
-    For a cluster that was killed, or ended by a restart of the machine, it would search for minutes and fail.
+    If that cluster no longer runs, `ray.init` would search for minutes and fail; this returns "local" then.
     """
     if cluster.address or os.environ.get("RAY_ADDRESS"):
         return cluster.address or None
@@ -168,36 +166,35 @@ def _address(cluster: Cluster) -> str | None:
 Nodes = Sequence[Mapping[str, Any]]  # machines, as `ray.nodes()` lists them
 
 
-def fitting(nodes: Nodes, cluster: Cluster, parts: int) -> tuple[int, dict[str, float]]:
-    """How many workers, and what each requests from Ray. ResourceError if not enough of them fit."""
+def plan_workers(nodes: Nodes, cluster: Cluster, parts: int) -> tuple[int, dict[str, float]]:
+    """The number of workers, and the resources each requests. Raises ResourceError if too few workers fit."""
     needs = _needs(nodes, cluster)
-    there = fits(nodes, cluster)
-    wanted = max(1, there) if cluster.workers is None else cluster.workers
-    if there < wanted:
-        # It would wait for them without end.
-        short = ", ".join(f"{need:g} {kind}" for kind, need in needs.items() if need)
-        found = ", ".join(f"{_sum(nodes, kind):g} {kind}" for kind, need in needs.items() if need)
+    fitting = capacity(nodes, cluster)
+    count = max(1, fitting) if cluster.workers is None else cluster.workers
+    if fitting < count:  # Ray would wait for resources forever
+        each = ", ".join(f"{need:g} {kind}" for kind, need in needs.items() if need)
+        total = ", ".join(f"{_sum(nodes, kind):g} {kind}" for kind, need in needs.items() if need)
         raise ResourceError(
-            f"{wanted} workers of {short} each do not fit into the cluster's {found}; {there} would. "
-            "Ask for fewer, or add machines: ray start --address HEAD:6379"
+            f"{count} workers with {each} each do not fit on the cluster, which has {total}; {fitting} would "
+            "fit. Request fewer workers, or add machines: ray start --address HEAD:6379"
         )
-    return min(wanted, parts), {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"]}
+    return min(count, parts), {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"]}
 
 
-def fits(nodes: Nodes, cluster: Cluster) -> int:
-    """How many workers fit on the machines, counted machine by machine."""
+def capacity(nodes: Nodes, cluster: Cluster) -> int:
+    """The number of workers that fit on the machines, counted machine by machine."""
     needs = _needs(nodes, cluster)
-    room = 0
+    total = 0
     for node in _alive(nodes):
-        there = node["Resources"]
-        each = [math.floor(there.get("CPU", 0) / needs["CPU"] + 1e-9)] if needs["CPU"] else []
+        resources = node["Resources"]
+        limits = [math.floor(resources.get("CPU", 0) / needs["CPU"] + 1e-9)] if needs["CPU"] else []
         if gpus := needs["GPU"]:
-            whole = int(there.get("GPU", 0))
-            # A part of a GPU is of one GPU.
-            shares = whole * math.floor(1 / gpus + 1e-9) if gpus < 1 else math.floor(whole / gpus)
-            each.append(shares)
-        room += min(each, default=0)
-    return room
+            available = int(resources.get("GPU", 0))
+            # A fraction of a GPU must be on a single GPU.
+            shared = available * math.floor(1 / gpus + 1e-9) if gpus < 1 else math.floor(available / gpus)
+            limits.append(shared)
+        total += min(limits, default=0)
+    return total
 
 
 def _needs(nodes: Nodes, cluster: Cluster) -> dict[str, float]:
@@ -211,3 +208,7 @@ def _sum(nodes: Nodes, kind: str) -> float:
 
 def _alive(nodes: Nodes) -> list[Mapping[str, Any]]:
     return [node for node in nodes if node.get("Alive")]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""The device, the number format, the allocator, and noise that depends on the seed alone."""
+"""Devices, dtypes, the memory allocator, and noise that depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from ip2p.base.errors import InputError, ResourceError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# The largest seed that every tool around this one reads back (A1111 keeps seeds below 2**32 too).
-MAX_SEED = 2**63 - 1
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device named, or for "auto" the first of cuda, mps, cpu that is there.
+    """The device of this name; "auto" takes the first of cuda, mps, cpu that is available.
 
-    Raises InputError for a name torch does not know, ResourceError for a device this machine lacks.
+    Raises InputError for a name that torch does not know, ResourceError for a device this machine lacks.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -29,16 +27,15 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise InputError(f"Device {device!r} is not known; use auto, cuda, cuda:N, mps or cpu.") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ResourceError(f"Device {device} is not on this machine; use --device auto or cpu.")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ResourceError("Device mps is not on this machine; use --device auto or cpu.")
+        raise InputError(f"Device {device!r} is unknown; use auto, cuda, cuda:N, mps or cpu.") from None
+    missing_gpu = chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()
+    if missing_gpu or (chosen.type == "mps" and not torch.backends.mps.is_available()):
+        raise ResourceError(f"Device {device} is not available on this machine; use --device auto or cpu.")
     return chosen
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware on `device` (on a CPU: AMX or AVX512-BF16)."""
+    """Whether `device` has hardware for bf16 matrix products (on a CPU: AMX or AVX512-BF16)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -48,7 +45,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
-    """The dtype named, or for "auto": fp16 on a GPU, bf16 on a CPU that has it fast, else fp32."""
+    """The dtype of this name; "auto" is fp16 on a GPU, bf16 on a CPU with bf16 hardware, else fp32."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -58,15 +55,15 @@ def pick_dtype(device: torch.device, dtype: str | torch.dtype = "auto") -> torch
     try:
         return DTYPES[DTYPE_ALIASES.get(dtype, dtype)]
     except KeyError:
-        raise InputError(f"Number format {dtype!r} is not known; use auto, fp32, fp16 or bf16.") from None
+        raise InputError(f"Number format {dtype!r} is unknown; use auto, fp32, fp16 or bf16.") from None
 
 
 @functools.cache
 def reuse_freed_memory() -> bool:
-    """Make the C library keep freed memory for the next tensor; False where that cannot be set.
+    """Make glibc keep freed memory for the next tensor. Returns False where that is not supported.
 
-    By default glibc returns each large tensor to the system, and the next one is zeroed page by page: some
-    300,000 page faults in a pass of Stable Diffusion's UNet. `return_freed_memory` gives the memory back.
+    By default glibc returns each large tensor to the system, and the next one is zeroed page by page: about
+    300,000 page faults per pass of Stable Diffusion's UNet. `return_freed_memory` releases the memory.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -75,21 +72,21 @@ def reuse_freed_memory() -> bool:
     mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # malloc.h
     # glibc before 2.35 refuses more than 32 MiB.
     large = mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)
-    # Only the main arena grows beyond 64 MiB, and servers compute in other threads.
+    # Only the main arena grows beyond 64 MiB, but servers compute in other threads.
     return bool(large and mallopt(trim_threshold, 2**31 - 1) and mallopt(arena_max, 1))
 
 
 def return_freed_memory() -> None:
-    """Give memory that `reuse_freed_memory` kept back to the system."""
+    """Return the memory that `reuse_freed_memory` kept to the system."""
     if reuse_freed_memory.cache_info().currsize and reuse_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class NoiseStream:
-    """Standard normal noise, one generator a seed: `stream()` gives the next [len(seeds), *shape].
+    """Standard normal noise with one generator per seed: `stream()` returns the next [len(seeds), *shape].
 
-    Row k depends on seed k alone, whatever else is in the batch. Drawn in fp32 on the CPU, so that
-    one seed means one picture on every device and in every dtype.
+    Row k depends on seed k alone, not on the rest of the batch. The noise is drawn in fp32 on the CPU, so
+    that a seed gives the same picture on every device and in every dtype.
     """
 
     def __init__(
@@ -102,13 +99,3 @@ class NoiseStream:
     def __call__(self) -> Tensor:
         rows = [torch.randn((1, *self.shape), generator=g) for g in self.generators]
         return torch.cat(rows).to(self.device)
-
-
-def seeded_noise(
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The first draw of `NoiseStream`: [len(seeds), *shape], row k from seed k alone."""
-    return NoiseStream(seeds, shape, device)().to(dtype)

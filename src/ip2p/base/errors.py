@@ -1,4 +1,4 @@
-"""What went wrong, in one line that names the thing, the limit and the next step; and its exit code."""
+"""The errors of ip2p. Each message is one line that names the problem, the limit and the next step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class InputError(Ip2pError):
 
 
 class ModelError(Ip2pError):
-    """A model that is missing, unreadable or of the wrong kind, or a network that is needed for it."""
+    """A model that is missing, unreadable or of the wrong kind, or that needs a network connection."""
 
     code = 3
 
@@ -33,7 +33,7 @@ class ResourceError(Ip2pError):
 
 
 class Terminated(BaseException):
-    """SIGTERM came. Not an Exception, so that no handler in between swallows it."""
+    """SIGTERM was received. Not an Exception, so that `except Exception` does not swallow it."""
 
 
 def first_line(error: BaseException) -> str:
@@ -49,10 +49,10 @@ OUT_OF_MEMORY = "out of memory; try a smaller picture (--size 256) or fewer at o
 def as_ip2p_error(
     error: BaseException, *, memory: str = OUT_OF_MEMORY, disk: str | None = None
 ) -> Ip2pError | None:
-    """The map from foreign exceptions (torch, the system, PIL) to ours; None for a fault of the program.
+    """Map an exception of torch, the system or PIL to an ip2p error; None for a bug of the program.
 
-    memory, disk: the messages for memory and for a disk that ran out, where the caller knows better advice.
-    Nothing is imported: exceptions are known by the names of their classes.
+    memory, disk: messages for an out-of-memory error and for a full disk, if the caller has better advice.
+    Exceptions are recognized by the names of their classes, so nothing is imported.
     """
     if isinstance(error, Ip2pError):
         return error
@@ -71,7 +71,7 @@ def as_ip2p_error(
 
 @contextlib.contextmanager
 def translated_errors(*, memory: str = OUT_OF_MEMORY, disk: str | None = None) -> Iterator[None]:
-    """Raise foreign exceptions of the block as ours: `as_ip2p_error`."""
+    """Raise the block's exceptions as ip2p errors where `as_ip2p_error` knows them."""
     try:
         yield
     except Exception as error:
@@ -82,7 +82,7 @@ def translated_errors(*, memory: str = OUT_OF_MEMORY, disk: str | None = None) -
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, by Python's, NumPy's, Arrow's, torch's and the system's errors."""
+    """Whether Python, NumPy, Arrow, torch or the system reports that memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
@@ -94,7 +94,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a disk or a quota is full. Libraries in Rust and C++ say so in their text alone."""
+    """Whether a disk or a quota is full. Libraries in Rust and C++ report it only in the message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "No space left on device" in str(error)
@@ -108,9 +108,10 @@ def hub_error(
     what: Literal["model", "data set"] = "model",
     revision: str | None = None,
 ) -> Ip2pError:
-    """An exception of the hub's client, of its transport or of the system, while `name` was fetched.
+    """Map an exception that was raised while `name` was fetched from the hub.
 
-    command: fetches it where there is a network. A full disk is a ResourceError, all else a ModelError.
+    command: fetches `name` on a machine with a network. Returns a ResourceError for a full disk or memory,
+    else a ModelError.
     """
     kinds = {kind.__name__ for kind in type(error).__mro__}
     known = as_ip2p_error(error, disk=f"no space left on the disk of the cache for {name}; free some.")
@@ -128,4 +129,4 @@ def hub_error(
         "model": f"{name} is not in the cache and the hub cannot be reached",
         "data set": f"The hub cannot be reached for the data set {name}",
     }[what]
-    return ModelError(f"{reason} ({type(error).__name__}). Where there is a network: {command}")
+    return ModelError(f"{reason} ({type(error).__name__}). With a network connection, run: {command}")

@@ -1,4 +1,4 @@
-"""Output files: refused before any work when they cannot be written, and never half-written."""
+"""Output files: checked before any work starts, and written atomically."""
 
 from __future__ import annotations
 
@@ -19,55 +19,55 @@ _SAMPLED = 1 << 20  # bytes
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raise InputError unless `path` can be written now: its folder is there, and the file is free."""
+    """Raise InputError unless `path` can be written: its folder exists, and the file does not."""
     folder = path.parent
     if not folder.exists():
         raise InputError(
-            f"the folder {folder} of the output {path.name} is missing; make it: mkdir -p {folder}"
+            f"the folder {folder} of the output {path.name} does not exist; create it: mkdir -p {folder}"
         )
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is a file, so {path.name} cannot be written into it; choose another place with -o."
+            f"{folder} is a file, so {path.name} cannot be written to it; choose another path with -o."
         )
     if path.is_dir():
-        raise InputError(f"the output {path} is a folder; name a file in it.")
+        raise InputError(f"the output {path} is a folder; give a file in it.")
     if path.exists():
         if not overwrite:
-            raise InputError(f"{path} is there already; add --overwrite, or choose another name with -o.")
+            raise InputError(f"{path} already exists; add --overwrite, or choose another name with -o.")
         if not os.access(path, os.W_OK):
             raise InputError(f"{path} is not writable; choose another name with -o.")
     _probe(folder)
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and what is missing above it; InputError when that cannot be, or nothing fits in it."""
+    """Create `folder` and its parents. Raises InputError if it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"cannot make the folder {folder}: {error.strerror}; choose another with -o."
+            f"cannot create the folder {folder}: {error.strerror}; choose another with -o."
         ) from None
     _probe(folder)
 
 
 def _probe(folder: Path) -> None:
-    # Asking for permission is not enough: a read-only disk says yes to root.
+    # `os.access` is not enough: it reports a read-only disk as writable for root.
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"cannot write into the folder {folder}: {error.strerror}; choose another with -o."
+            f"cannot write to the folder {folder}: {error.strerror}; choose another with -o."
         ) from None
 
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path`, which replaces it when the block succeeds and is removed when it fails.
+    """Yield a temporary path beside `path`. It replaces `path` if the block succeeds, else it is removed.
 
-    `sync` waits for the disk, so that the file survives a power cut too; too slow for thousands of pictures.
-    The temporary name keeps the suffix, by which some writers choose the format. `remove_temporaries` removes
-    what killed processes leave.
+    sync: wait for the disk, so that the file also survives a power failure; too slow for thousands of
+    pictures. The temporary name keeps the suffix, because some writers choose the format by it.
+    `remove_temporaries` removes the temporary files of killed processes.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.tmp-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -76,9 +76,9 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode hides the file from others
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes the file private
         if sync:
-            with open(temporary, "r+b") as file:  # Windows syncs no file that is open for reading only
+            with open(temporary, "r+b") as file:  # Windows cannot sync a file that is open for reading only
                 os.fsync(file.fileno())
         os.replace(temporary, path)
         if sync:
@@ -89,9 +89,9 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: Path, stem: str = "*") -> None:
-    """Remove the temporary files of `replacing` that killed processes left in a folder. stem: of one file."""
-    for half in folder.glob(f".{stem}.tmp-????????*"):
-        half.unlink(missing_ok=True)
+    """Remove temporary files of `replacing` that killed processes left in a folder. stem: of one file."""
+    for path in folder.glob(f".{stem}.tmp-????????*"):
+        path.unlink(missing_ok=True)
 
 
 def checksum(path: Path) -> str:
@@ -104,10 +104,10 @@ def checksum(path: Path) -> str:
 
 
 def content_key(path: Path, *patterns: str) -> str:
-    """A short hash of a file, or of the files in a folder that fit a pattern, by default all.
+    """A short hash of a file, or of the files in a folder that match a pattern (default: all files).
 
-    Of each its name, size, beginning and end: weights that were trained further differ there, and gigabytes
-    need not be read. Unlike times of modification it is the same on every machine.
+    It covers the name, size, start and end of each file: weights differ there after more training, and
+    gigabytes need not be read. Unlike modification times, it is the same on every machine.
     """
     files = [path]
     if path.is_dir():
@@ -125,13 +125,13 @@ def content_key(path: Path, *patterns: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a line of JSON: on the disk when this returns, and never joined to a torn line before it."""
+    """Append a line of JSON and sync it. An incomplete last line of the file gets a line break first."""
     text = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     with open(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
@@ -144,11 +144,11 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":  # which cannot open a folder
+    if sys.platform == "win32":  # Windows cannot open a folder
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # of a folder that may be written and not read
+    except PermissionError:  # a folder that can be written but not read
         return
     try:
         os.fsync(descriptor)

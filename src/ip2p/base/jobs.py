@@ -1,7 +1,7 @@
-"""Run a stage over numbered parts into a folder, here or on Ray. It can be killed at any point and resumed.
+"""Run a stage over numbered parts into a folder, locally or on Ray. Jobs can be killed and resumed.
 
-A stage maps a part (some items) to tables. Workers send their tables to the calling process, so they need no
-shared disk; only that process writes, through the `ledger`.
+A stage maps a part (a batch of items) to tables. Workers send their tables to the calling process, so they
+need no shared disk; only that process writes, through the `ledger`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from ip2p.base.cluster import Cluster, work_on_ray
 from ip2p.base.errors import InputError
 from ip2p.base.files import make_folder
 from ip2p.base.ledger import MANIFEST, Files, Ledger, Line, check_free, is_kind, open_ledger
-from ip2p.base.work import work_here, work_in_processes
+from ip2p.base.work import work_in_processes, work_in_this_process
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 KIND = "job"
-FORMAT = 1  # goes up when the lines change: older folders are then refused
-ROWS_A_GROUP = 100  # a row may hold two pictures, and a reader takes a group whole
-BESIDE = ("run.json",)  # what may be in a folder before its job begins
+FORMAT = 1  # increases when the lines change; folders of another format are refused
+ROWS_A_GROUP = 100  # a row may hold two pictures, and readers load whole groups
+BESIDE = ("run.json",)  # files that may be in a folder before its job starts
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutput:
-    """What a stage made of a part.
+    """The output of a stage for one part.
 
-    tables: by the first part of their file names in the job's folder; "data/train" of part 7 is written as
-    data/train-00007.parquet. Every part has the same tables, though some may have no rows. counts: numbers
-    that are summed over the parts, such as network evaluations, or rejections by reason.
+    tables: by the stem of their file names in the job's folder; "data/train" of part 7 is written to
+    data/train-00007.parquet. Every part has the same tables, possibly without rows. counts: numbers that are
+    summed over the parts, such as network evaluations, or rejections by reason.
     """
 
     tables: Mapping[str, pa.Table]
@@ -45,9 +45,9 @@ class StageOutput:
 
 
 class Stage(Protocol):
-    """Loads what it needs in `__init__` and turns parts into tables; the same class runs here and on Ray.
+    """Loads its models in `__init__` and turns parts into tables; the same class runs locally and on Ray.
 
-    Its result must depend on the part alone, not on earlier parts.
+    The output must depend on the part alone, not on earlier parts.
     """
 
     def __call__(self, part: Any) -> StageOutput: ...
@@ -55,16 +55,16 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Summary:
-    """The state of a job's folder. made: how many parts this run made; the rest is over all runs."""
+    """The state of a job's folder. made: the number of parts this run made; the rest covers all runs."""
 
     parts: int
     made: int
-    rows: dict[str, int]  # of each table
-    counts: dict[str, float]  # the sums of what the parts counted
-    seconds: float  # that the stage took, over all workers
+    rows: dict[str, int]  # per table
+    counts: dict[str, float]  # summed over the parts
+    seconds: float  # spent in the stage, summed over all workers
 
 
-def run(
+def run_job(
     stage: Callable[[], Stage],
     parts: Sequence[Any],
     folder: Path,
@@ -78,23 +78,23 @@ def run(
     threads: int | None = None,
     say: Callable[[str], None] = terminal.say,
 ) -> Summary:
-    """Have `stage()` make every part into `folder`, here or on a cluster, with the same files as the result.
+    """Run the stage over every part and write the outputs into `folder`. The files do not depend on where.
 
-    Called again after it was stopped, it makes the parts that are missing or truncated. A part is any value
+    After an interruption, the same call makes the parts that are missing or truncated. A part is any value
     with a length, counted in `unit`s: a list of triples, a range of rows. stage: a class, or
     `functools.partial(Class, ...)`; called once in each worker, and not at all if nothing is left to do.
-    settings: what determines the result, as JSON values: a hash of the input, models, seeds. They must be
-    the same on resume. overwrite: begin again; "changed": only if they changed. beside: names of files that
-    may be in the folder before the job begins. processes: how many work here, if there is no cluster; 1 is
-    this process, and for more the stage must be picklable. threads: of torch, in each worker; on a CPU their
-    number can change the last bits of a result, and Ray's default is different.
+    settings: everything that determines the result, as JSON values: a hash of the input, models, seeds. They
+    must be the same on resume. overwrite: start over; "changed": only if they changed. beside: names of files
+    that may be in the folder before the job starts. processes: the number of local processes if there is no
+    cluster; 1 means this process, and for more the stage must be picklable. threads: torch threads per
+    worker; on a CPU their number can change the last bits of a result, and Ray's default is different.
 
-    Raises InputError for a folder that holds something else, was begun with other settings, or is locked by
+    Raises InputError if the folder contains other files, was started with other settings, or is locked by
     another process, and if Ray is missing; ResourceError for a full disk, or a cluster that is too small or
-    keeps losing workers; and what the stage raises. What was committed always stays.
+    keeps losing workers; and any error of the stage. Committed parts are always kept.
     """
     make_folder(folder)
-    # As they come back from JSON, so that they compare.
+    # Convert to JSON and back, so that they compare equal to what is read.
     plain: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
     head = {"format": FORMAT, **plain, "parts": len(parts)}
     with open_ledger(
@@ -102,38 +102,38 @@ def run(
     ) as ledger:
         todo = [part for part in range(len(parts)) if part not in ledger.done]
         if len(todo) < len(parts):
-            say(f"{len(parts) - len(todo):,} of {len(parts):,} parts are already in {folder}")
+            say(f"{len(parts) - len(todo):,} of {len(parts):,} parts already exist in {folder}")
         if todo:
             if cluster is not None:
-                work = work_on_ray(stage, parts, todo, cluster, threads)
+                outputs = work_on_ray(stage, parts, todo, cluster, threads)
             elif min(processes, len(todo)) > 1:
-                work = work_in_processes(stage, parts, todo, min(processes, len(todo)), threads)
+                outputs = work_in_processes(stage, parts, todo, min(processes, len(todo)), threads)
             else:
-                work = work_here(stage, parts, todo, threads)
+                outputs = work_in_this_process(stage, parts, todo, threads)
             items = sum(len(parts[part]) for part in todo)
-            with contextlib.closing(work), terminal.progress(folder.name, items, unit) as advance:
-                for part, made, seconds in work:
-                    _commit(ledger, part, made, seconds)
+            with contextlib.closing(outputs), terminal.progress(folder.name, items, unit) as advance:
+                for part, output, seconds in outputs:
+                    _commit(ledger, part, output, seconds)
                     advance(len(parts[part]))
         ledger.finish()
         return _summary(ledger, len(todo))
 
 
-def _commit(ledger: Ledger, part: int, made: StageOutput, seconds: float) -> None:
+def _commit(ledger: Ledger, part: int, output: StageOutput, seconds: float) -> None:
     """Write the tables of a part, then its line."""
     import pyarrow.parquet as pq
 
     files: Files = {}
-    for stem, table in made.tables.items():
+    for stem, table in output.tables.items():
         with ledger.write(f"{stem}-{part:05}.parquet", files) as temporary:
             pq.write_table(table, temporary, row_group_size=ROWS_A_GROUP)
-    rows = {stem: table.num_rows for stem, table in made.tables.items()}
-    line = {"part": part, "files": files, "rows": rows, "counts": dict(made.counts)}
+    rows = {stem: table.num_rows for stem, table in output.tables.items()}
+    line = {"part": part, "files": files, "rows": rows, "counts": dict(output.counts)}
     ledger.append(line | {"seconds": round(seconds, 3)})
 
 
 def _remove(folder: Path) -> None:
-    """Remove a job's tables, also those that a killed run renamed but did not commit: readers glob."""
+    """Remove a job's tables, including files that a killed run did not commit: readers glob."""
     for pattern in ("*.parquet", "*/*.parquet"):
         for path in folder.glob(pattern):
             if re.fullmatch(r"[^-]+-\d{5,}\.parquet", path.name):
@@ -149,12 +149,12 @@ def is_job(folder: Path) -> bool:
 
 
 def check_folder(folder: Path, *, beside: Collection[str] = BESIDE) -> None:
-    """Raise InputError for a folder that holds anything but a job, as `run` does when it begins."""
+    """Raise InputError for a folder that holds anything but a job, as `run_job` does at its start."""
     check_free(folder, KIND, beside=beside)
 
 
 def committed(folder: Path, table: str) -> list[Path]:
-    """The committed files of a table in the order of their parts, whether the job is done or not.
+    """The committed files of a table in the order of their parts, of a finished or unfinished job.
 
     Raises InputError if the folder holds no job.
     """
@@ -169,7 +169,7 @@ def summary(folder: Path) -> Summary:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """The settings that `run` was called with. Raises InputError if the folder holds no job."""
+    """The settings that `run_job` was called with. Raises InputError if the folder holds no job."""
     return {name: value for name, value in _head(_read(folder)).items() if name not in ("format", "parts")}
 
 
@@ -186,7 +186,7 @@ def damaged(folder: Path) -> list[str]:
 
 def _read(folder: Path) -> Ledger:
     if not is_job(folder):
-        raise InputError(f"{folder} holds no {MANIFEST} of a job. Name the folder that a stage wrote.")
+        raise InputError(f"{folder} holds no {MANIFEST} of a job. Give a folder that a stage wrote.")
     return Ledger(folder)
 
 
@@ -198,7 +198,7 @@ def _head(ledger: Ledger) -> Line:
 def _summary(ledger: Ledger, made: int) -> Summary:
     rows: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    lines = [line for _, line in sorted(ledger.done.items())]  # in one order: sums of floats are the same
+    lines = [line for _, line in sorted(ledger.done.items())]  # a fixed order keeps float sums equal
     for line in lines:
         rows.update(line["rows"])
         counts.update(line["counts"])

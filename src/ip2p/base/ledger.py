@@ -1,14 +1,13 @@
-"""The ledger of a folder, which lists its committed files, and the lock that keeps a second process out.
+"""The ledger of a folder, which lists its committed files, and the lock that excludes other processes.
 
 A file is written under a temporary name in the same folder, synced and renamed, and the folder is synced.
-Only then is a line with its size and SHA-256 appended to the folder's `manifest.jsonl`. The manifest is the
-only truth: a file that no line names does not count, and neither does a truncated line.
+Then a line with its size and SHA-256 is appended to the folder's `manifest.jsonl`. The manifest is the single
+source of truth: files that no line lists and truncated lines are ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from ip2p.base import terminal
-from ip2p.base.errors import InputError, ResourceError
+from ip2p.base.errors import InputError, translated_errors
 from ip2p.base.files import append_row, checksum, remove_temporaries, replacing, write_text
 
 MANIFEST, LOCK = "manifest.jsonl", ".lock"
@@ -39,15 +38,15 @@ log = logging.getLogger("ip2p")
 
 
 class Lock:
-    """A file that one process at a time can lock. The lock ends with its process, even if that is killed."""
+    """A file that one process at a time can lock. The system releases the lock of a killed process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Without `flock` the library would fall back to a file that outlives a killed process.
+        # The library's fallback without `flock` is a file that stays when its process is killed.
         self._lock = FileLock(path, thread_local=False, fallback_to_soft=False)
 
     def acquire(self, *, wait: bool = False) -> bool:
-        """Take the lock; False when another process has it. Raises InputError when the disk has no locks."""
+        """Take the lock; False if another process has it. Raises InputError if the disk supports no locks."""
         try:
             self._lock.acquire(blocking=wait, poll_interval=0.01)
         except Timeout:
@@ -60,7 +59,7 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Remove the file and unlock it. A process that has opened it sees that it is gone and retries."""
+        """Remove the file and unlock it. A process that has it open notices the removal and retries."""
         if sys.platform != "win32":  # on Windows the library removes it after the release
             self.path.unlink(missing_ok=True)
         self._lock.release()
@@ -77,7 +76,7 @@ class Lock:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process. Raises InputError with the owner's name if another process has it."""
+    """Lock a folder for this process. Raises InputError that names the owner if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / LOCK)
     if not lock.acquire():
@@ -86,10 +85,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
             number, host = lock.path.read_text(encoding="utf-8").split()
             owner = f" (process {number} on {host})"
         raise InputError(
-            f"another ip2p is writing into {folder}{owner}; wait for it, or choose another folder with -o."
+            f"another ip2p process is writing to {folder}{owner}; wait for it to finish, or choose another "
+            "folder with -o."
         )
     try:
-        with contextlib.suppress(OSError):  # on a full disk the lock still holds, without its owner's name
+        with contextlib.suppress(OSError):  # on a full disk the lock works, only without its owner's name
             lock.path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
@@ -102,8 +102,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 class Ledger:
     """The manifest of a folder.
 
-    lines: all readable lines, in order. done: the lines that commit something, by their `key`; the last line
-    of a key counts. shared: other processes append too. files_of: the files that a line names.
+    lines: all readable lines, in order. done: the last line of each value of `key`; these lines commit
+    files. shared: other processes append too. files_of: returns the files that a line lists.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Ledger:
         self.key, self.files_of = key, files_of
         self.lines: list[Line] = []
         self.done: dict[Any, Line] = {}
-        self._end = 0  # of the last whole line
+        self._end = 0  # offset after the last complete line
         self._threads = threading.Lock()
         self._others = Lock(folder / f"{LOCK}-{MANIFEST}") if shared else None
         self.refresh()
@@ -141,7 +141,7 @@ class Ledger:
         with self._threads, waited, self._full_disk(self.path):
             self.refresh()
             if self.path.exists() and self.path.stat().st_size > self._end:
-                os.truncate(self.path, self._end)  # a line that a killed process left unfinished
+                os.truncate(self.path, self._end)  # remove an incomplete line of a killed process
             append_row(self.path, line)
             self.refresh()
 
@@ -157,7 +157,7 @@ class Ledger:
     def write(self, name: str, files: Files, *, sync: bool = True) -> Iterator[Path]:
         """A temporary path for the file `name`. When the block succeeds, the file is renamed to `name`.
 
-        Its size and SHA-256 are added to `files`. sync: as in `replacing`. Raises ResourceError when the disk
+        Its size and SHA-256 are added to `files`. sync: as in `replacing`. Raises ResourceError if the disk
         is full.
         """
         path = self.folder / name
@@ -168,7 +168,7 @@ class Ledger:
                 files[name] = (temporary.stat().st_size, checksum(temporary))
 
     def finish(self) -> None:
-        """Record that everything is committed."""
+        """Record that all work is committed."""
         if not self.finished:
             self.append(DONE)
 
@@ -177,46 +177,40 @@ class Ledger:
         return DONE in self.lines
 
     def drop_lost(self, say: Say) -> None:
-        """Check the sizes of all committed files; report the wrong ones and drop their lines from `done`."""
+        """Check the sizes of all committed files; report wrong ones and drop their lines from `done`."""
         for key, line in list(self.done.items()):
             for name, (size, _) in self.files_of(line).items():
-                if trouble := find_damage(self.folder / name, size):
-                    say(f"{self.folder / name} {trouble}; it is made again")
+                if damage := find_damage(self.folder / name, size):
+                    say(f"{self.folder / name} {damage}; recreating it")
                     del self.done[key]
                     break
 
     def damaged(self) -> list[str]:
-        """The committed files that are missing or changed. Reads and hashes all of them."""
+        """The committed files that are missing or changed. Hashes all of them."""
         files = (item for line in self.done.values() for item in self.files_of(line).items())
         return [name for name, (size, sha256) in files if find_damage(self.folder / name, size, sha256)]
 
-    @contextlib.contextmanager
-    def _full_disk(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceError(
-                    f"no space left on the disk of {path}; free some, and the same command goes on from the "
-                    f"{len(self.done):,} parts that are written."
-                ) from None
-            raise
+    def _full_disk(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        return translated_errors(
+            disk=f"no space left on the disk of {path}; free some space and run the same command again to "
+            f"resume from the {len(self.done):,} parts already written."
+        )
 
 
 def find_damage(path: Path, size: int | None, sha256: str | None = None) -> str | None:
-    """What is wrong with a committed file, or None. The file is read only if its hash is given."""
+    """What is wrong with a committed file, or None. The file is read only if `sha256` is given."""
     try:
         if size is not None and path.stat().st_size != size:
-            return "is gone or cut short"
+            return "is missing or truncated"
         if sha256 is not None and checksum(path) != sha256:
-            return "is damaged (another SHA-256)"
+            return "is damaged (its SHA-256 differs)"
     except OSError:
-        return "is gone or cut short"
+        return "is missing or truncated"
     return None
 
 
 def parse_lines(data: bytes, path: Path) -> Iterator[Line]:
-    """The readable lines of the manifest `path`; each of the others is a warning."""
+    """The readable lines of the manifest `path`; warns of each other line."""
     for text in data.splitlines():
         try:
             line = json.loads(text)
@@ -225,14 +219,14 @@ def parse_lines(data: bytes, path: Path) -> Iterator[Line]:
         if isinstance(line, dict):
             yield line
         else:
-            log.warning("a line of %s cannot be read and does not count", path)
+            log.warning("ignoring a line of %s that cannot be read", path)
 
 
 # --- a folder of one kind of work -----------------------------------------------------------------
 
 
 def is_kind(folder: Path, kind: str) -> bool:
-    """Whether a folder holds a kind of work, which the first line of its manifest names."""
+    """Whether a folder holds work of this kind; the first line of its manifest names the kind."""
     with contextlib.suppress(OSError, ValueError), open(folder / MANIFEST, "rb") as file:
         line = file.readline()
         first = json.loads(line)
@@ -243,18 +237,18 @@ def is_kind(folder: Path, kind: str) -> bool:
 def check_free(folder: Path, kind: str, *, beside: Collection[str] = ()) -> None:
     """Raise InputError for a folder that holds anything but this kind of work.
 
-    beside: names of other files that may be there before the work begins.
+    beside: names of other files that may be there before the work starts.
     """
     if not folder.is_dir() or is_kind(folder, kind):
         return
     known = {*beside, LOCK}
     with contextlib.suppress(OSError):
-        # A killed run may have left an unfinished first line, before any file.
+        # A killed run may leave an incomplete first line, before any file.
         data = (folder / MANIFEST).read_bytes()
         if json.dumps({kind: {}}).encode().startswith(data[: len(kind) + 5]):
             known.add(MANIFEST)
     if any(path.name not in known for path in folder.iterdir()):
-        raise InputError(f"{folder} holds something else; choose another folder.")
+        raise InputError(f"{folder} already contains other files; choose another folder.")
 
 
 @contextlib.contextmanager
@@ -269,12 +263,12 @@ def open_ledger(
     phrase: Phrase | None = None,
     say: Say = terminal.say,
 ) -> Iterator[Ledger]:
-    """Begin a kind of work in a folder, or resume it. Yields its ledger, locked for this process.
+    """Start work of a kind in a folder, or resume it. Yields its ledger, locked for this process.
 
-    header: what determines the result, as JSON values; it must be the same on resume. overwrite: delete what
-    the work wrote, by `remove`, and begin again; "changed": only if the header changed. beside: as in
-    `check_free`. phrase: as in `check_same`. Raises InputError for a folder that holds something else, was
-    begun with another header, or is locked by another process.
+    header: everything that determines the result, as JSON values; it must be the same on resume. overwrite:
+    delete the outputs with `remove` and start over; "changed": only if the header changed. beside: as in
+    `check_free`. phrase: as in `check_same`. Raises InputError for a folder that contains other files, was
+    started with another header, or is locked by another process.
     """
     check_free(folder, kind, beside=beside)
     with lock_folder(folder):
@@ -294,21 +288,21 @@ def open_ledger(
         yield ledger
 
 
-Phrase = Callable[[str, Any, Any], tuple[str, str]]  # name, old value, new value → the words for both values
+Phrase = Callable[[str, Any, Any], tuple[str, str]]  # name, old value, new value → texts for both values
 
 
 def check_same(
     folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], phrase: Phrase | None = None
 ) -> None:
-    """Raise InputError that names the first setting that changed since the work in a folder began."""
+    """Raise InputError that names the first setting that changed since the work in a folder started."""
     for name in dict.fromkeys([*now, *before]):
         values = before.get(name), now.get(name)
         if values[0] != values[1]:
-            one, two = (phrase or _phrase)(name, *values)
-            change = f"{one}, and now it is {two}" if one != two else f"{one}: they have changed since"
-            raise InputError(f"{folder} was begun {change}; add --overwrite, or choose another folder.")
+            old, new = (phrase or _phrase)(name, *values)
+            change = f"{old}, but it is now {new}" if old != new else old
+            raise InputError(f"{folder} was started {change}; add --overwrite, or choose another folder.")
 
 
 def _phrase(name: str, before: object, now: object) -> tuple[str, str]:
-    one, two = (json.dumps(value, ensure_ascii=False) for value in (before, now))
-    return f"with {name} {one}", two
+    old, new = (json.dumps(value, ensure_ascii=False) for value in (before, now))
+    return f"with {name} {old}", new

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees beside the results: notes, warnings and progress, all on stderr."""
+"""Messages and progress bars on stderr; stdout is for results."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 
 
 def say(message: str) -> None:
-    """A line for the person, on stderr, so that stdout holds results alone."""
+    """Print a message on stderr, so that stdout holds only results."""
     print(f"ip2p: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "steps") -> Iterator[Callable[..., None]]:
-    """A bar on stderr with its rate and the time left; call what it yields once a step, or with a number.
+    """A progress bar on stderr with its rate and remaining time; yields `advance(count=1)`.
 
-    The rate is the mean since the start: rich's own looks at the last seconds only, in which a part of many
-    minutes shows nothing. Silent without a terminal, and with nothing to do.
+    The rate is the mean since the start: rich's own rate covers only the last seconds, too short for steps
+    that take minutes. Shows nothing without a terminal or if `total` is 0.
     """
     if not sys.stderr.isatty() or total <= 0:
         yield lambda count=1: None
@@ -26,25 +26,25 @@ def progress(label: str, total: int, unit: str = "steps") -> Iterator[Callable[.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    # rich itself honours NO_COLOR.
+    # rich itself respects NO_COLOR.
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         TextColumn("{task.fields[pace]}"),
     )
-    begun, done = time.monotonic(), 0
+    start, done = time.monotonic(), 0
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total, pace="")
 
         def advance(count: int = 1) -> None:
             nonlocal done
             done += count
-            bar.update(task, advance=count, pace=pace(done, total, time.monotonic() - begun, unit))
+            bar.update(task, advance=count, pace=pace(done, total, time.monotonic() - start, unit))
 
         yield advance
 
 
 def pace(done: int, total: int, seconds: float, unit: str) -> str:
-    """The rate and the time left in words: "12.5 rows/s, 3:20 left"; "" before anything is done."""
+    """The rate and the remaining time: "12.5 rows/s, 3:20 left"; "" before anything is done."""
     if done <= 0 or seconds <= 0:
         return ""
     rate = done / seconds

@@ -1,4 +1,4 @@
-"""Workers that make the parts of a job: this process, or processes beside it. `cluster` has those on Ray."""
+"""Run a stage over the parts of a job in this process or in local worker processes; `cluster` uses Ray."""
 
 from __future__ import annotations
 
@@ -18,124 +18,128 @@ from typing import Any
 
 from ip2p.base.errors import Ip2pError, ResourceError
 
-RETRIES = 3  # of one part, after the worker at it was lost
+RETRIES = 3  # of one part, after its worker was lost
+RESUME = "Completed parts are kept; run the same command again to resume."
 
-NewStage = Callable[[], Callable[[Any], Any]]  # makes a stage, which maps a part to what is made of it
-Work = Generator[tuple[int, Any, float], None, None]  # part, what was made of it, seconds
+StageFactory = Callable[[], Callable[[Any], Any]]  # creates a stage, which maps a part to an output
+Outputs = Generator[tuple[int, Any, float], None, None]  # part number, output, seconds
 
 
 class Worker:
-    """The stage in one process, loaded with its first part."""
+    """A stage in one process. The stage is loaded with the first part."""
 
-    def __init__(self, stage: NewStage, threads: int | None, folder: str | None = None) -> None:
-        self.new, self.threads, self.folder = stage, threads, folder
+    def __init__(self, factory: StageFactory, threads: int | None, folder: str | None = None) -> None:
+        self.factory, self.threads, self.folder = factory, threads, folder
         self.stage: Callable[[Any], Any] | None = None
 
-    def make(self, part: Any) -> tuple[Any, float]:
-        """What the stage makes of a part, and the seconds that took."""
+    def process(self, part: Any) -> tuple[Any, float]:
+        """The stage's output for a part, and the seconds it took."""
         if self.stage is None:
             if self.threads is not None:
                 import torch
 
                 torch.set_num_threads(self.threads)
-            self.stage = self.new()
-        begun = time.monotonic()
-        made = self.stage(part)
-        return made, time.monotonic() - begun
+            self.stage = self.factory()
+        start = time.monotonic()
+        output = self.stage(part)
+        return output, time.monotonic() - start
 
-    def begun(self) -> None:
-        """Answers as soon as there was room for this worker."""
+    def ready(self) -> None:
+        """Return as soon as this worker has been scheduled."""
 
-    def answer(self, part: Any) -> tuple[Any, float] | Ip2pError:
-        """As `make`, on another machine. Errors of ours come back as values: Ray would wrap them."""
+    def process_remotely(self, part: Any) -> tuple[Any, float] | Ip2pError:
+        """`process` on another machine. Returns ip2p errors as values, because Ray would wrap them."""
         if self.folder is not None:
-            # So that relative paths mean what they meant to the command, where that folder is to be seen.
+            # Resolve relative paths as the command does, if its folder is visible here.
             with contextlib.suppress(OSError):
                 os.chdir(self.folder)
         try:
-            return self.make(part)
+            return self.process(part)
         except Ip2pError as error:
             return error
 
 
-def work_here(stage: NewStage, parts: Sequence[Any], todo: Sequence[int], threads: int | None) -> Work:
-    """Parts made in this process."""
-    worker = Worker(stage, threads)
-    for part in todo:
-        yield part, *worker.make(parts[part])
+def work_in_this_process(
+    factory: StageFactory, parts: Sequence[Any], todo: Sequence[int], threads: int | None
+) -> Outputs:
+    """Process the parts one after the other in this process."""
+    worker = Worker(factory, threads)
+    for number in todo:
+        yield number, *worker.process(parts[number])
 
 
 def work_in_processes(
-    stage: NewStage, parts: Sequence[Any], todo: Sequence[int], count: int, threads: int | None
-) -> Work:
-    """Parts made in processes beside this one, one part at a time each.
+    factory: StageFactory, parts: Sequence[Any], todo: Sequence[int], count: int, threads: int | None
+) -> Outputs:
+    """Process the parts in `count` local processes, one part at a time in each.
 
-    Each process is a pool of its own: in a larger pool, the death of one process loses the parts of all.
+    Each process is its own pool: in a larger pool, the death of one process loses the parts of all.
     """
     spawn = multiprocessing.get_context("spawn")  # a fork would share torch's threads and open files
-    owned, hold = spawn.Pipe(duplex=False)
+    child_end, parent_end = spawn.Pipe(duplex=False)
     pools: list[ProcessPoolExecutor] = []
     free: list[ProcessPoolExecutor] = []
 
-    def begin() -> None:
-        pool = ProcessPoolExecutor(1, spawn, initializer=_begin_process, initargs=(stage, threads, owned))
+    def start() -> None:
+        pool = ProcessPoolExecutor(
+            1, spawn, initializer=_start_process, initargs=(factory, threads, child_end)
+        )
         pools.append(pool)
         free.append(pool)
 
     waiting = deque(todo)
     running: dict[Future[Any], tuple[int, ProcessPoolExecutor]] = {}
-    lost: Counter[int] = Counter()
+    losses: Counter[int] = Counter()
     try:
         for _ in range(count):
-            begin()
+            start()
         while waiting or running:
             while waiting and free:
                 pool = free.pop()
                 try:
-                    running[pool.submit(_make_part, parts[waiting[0]])] = waiting[0], pool
+                    running[pool.submit(_process_part, parts[waiting[0]])] = waiting[0], pool
                     waiting.popleft()
                 except BrokenProcessPool:  # its process died while idle
-                    begin()
+                    start()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                part, pool = running.pop(future)
+                number, pool = running.pop(future)
                 try:
-                    made, seconds = future.result()
+                    output, seconds = future.result()
                 except BrokenProcessPool:
-                    lost[part] += 1
-                    if lost[part] > RETRIES:
+                    losses[number] += 1
+                    if losses[number] > RETRIES:
                         raise ResourceError(
-                            f"the processes at part {part} were lost {RETRIES + 1} times; there may be too "
-                            "little memory for so many: try --workers 1. What is written stays, and the same "
-                            "command goes on."
+                            f"the worker process died {losses[number]} times on part {number}; there may be "
+                            f"too little memory for {count} workers: try --workers 1. {RESUME}"
                         ) from None
-                    waiting.appendleft(part)
-                    begin()
+                    waiting.appendleft(number)
+                    start()
                     continue
                 free.append(pool)
-                yield part, made, seconds
+                yield number, output, seconds
     finally:
-        hold.close()  # ends the processes, even in the middle of a part
+        parent_end.close()  # ends the processes, even in the middle of a part
         for pool in pools:
             pool.shutdown(cancel_futures=True)
-        owned.close()
+        child_end.close()
 
 
-_worker: Worker  # of a process that `work_in_processes` began
+_worker: Worker  # of a process that `work_in_processes` started
 
 
-def _begin_process(stage: NewStage, threads: int | None, owner: Connection) -> None:
+def _start_process(factory: StageFactory, threads: int | None, parent: Connection) -> None:
     global _worker
-    _worker = Worker(stage, threads)
+    _worker = Worker(factory, threads)
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         with contextlib.suppress(EOFError, OSError):
-            owner.recv()  # nothing is ever sent; this returns when the other end is closed
+            parent.recv()  # nothing is ever sent; this returns when the other end is closed
         os._exit(1)  # even in the middle of a part
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     warnings.simplefilter("ignore")
 
 
-def _make_part(part: Any) -> tuple[Any, float]:
-    return _worker.make(part)
+def _process_part(part: Any) -> tuple[Any, float]:
+    return _worker.process(part)

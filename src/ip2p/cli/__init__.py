@@ -1,1 +1,1 @@
-"""The command line: one module per noun."""
+"""The command line, with one module per noun."""

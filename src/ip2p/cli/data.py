@@ -1,4 +1,4 @@
-"""`ip2p data check | convert`: what is wrong with a data set, and the same one in another layout."""
+"""`ip2p data check | convert`: find problems in a data set, convert it to another layout."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ip2p.pictures import images
 from ip2p.settings import (
     COMMON,
     MAX_SEED,
+    ColumnSettings,
     HubDataSettings,
     OverwriteSettings,
     RunSettings,
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 LayoutName = Literal["parquet", "magicbrush", "original", "shards", "folders"]
 
 
-class _AnyData(HubDataSettings):
-    """A data set of any layout, or the storybook's."""
+class _AnyData(HubDataSettings, ColumnSettings):
+    """A data set of any layout, or storybook pairs."""
 
     data: str = setting(
         "",
@@ -40,36 +41,38 @@ class _AnyData(HubDataSettings):
 
 
 class DataCheckConfig(RunSettings, OverwriteSettings, _AnyData):
-    """Report what is in a data set and what is wrong with it: ip2p data check pairs --sheet sheet.png"""
+    """Report the contents and problems of a data set: ip2p data check pairs --sheet sheet.png"""
 
     limit: int | None = setting(
         None,
-        "check only the first N rows; default: all, or 1000 of the storybook",
+        "check only the first N rows; default: all, or 1000 for storybook",
         ge=1,
         le=10**9,
         example=1000,
         group=COMMON,
     )
     sheet: Path | None = setting(
-        None, "write a contact sheet with pairs from all over the set", group=COMMON, metavar="FILE"
+        None, "save a contact sheet with pairs from the whole data set", group=COMMON, metavar="FILE"
     )
     print_json: bool = setting(False, "print the report as JSON", group=COMMON, name="json")
 
 
 class DataConvertConfig(RunSettings, OverwriteSettings, _AnyData):
-    """Write a data set in another layout: ip2p data convert pairs shards --to shards"""
+    """Convert a data set to another layout: ip2p data convert pairs shards --to shards"""
 
-    target: str = setting("", "a folder; the same command resumes", positional=2, metavar="TARGET")
+    target: str = setting(
+        "", "output folder; run the same command again to resume", positional=2, metavar="TARGET"
+    )
     to: LayoutName = setting("parquet", "layout to write", group=COMMON)
     count: int | None = setting(
         None,
-        "write only the first N rows; the storybook needs it",
+        "convert only the first N rows; required for storybook",
         ge=1,
         le=10**9,
         example=1000,
         group=COMMON,
     )
-    shard_rows: int = setting(1000, "rows per file and per commit", ge=1, le=1_000_000, hidden=True)
+    shard_rows: int = setting(1000, "rows per file", ge=1, le=1_000_000, hidden=True)
 
 
 def run_data_check(config: DataCheckConfig) -> None:
@@ -83,12 +86,12 @@ def run_data_convert(config: DataConvertConfig) -> None:
 
 
 def check_source(config: DataCheckConfig, source: Source) -> None:
-    """Print the report, as lines or JSON, and write the sheet. Raises InputError when there are defects."""
+    """Print the report as text or JSON, and write the sheet. Raises InputError if there are defects."""
     from ip2p.data.check import OF_ENDLESS, sheet  # imports pyarrow
     from ip2p.data.check import check as check_rows
 
     if config.sheet is not None:
-        images.check_output(config.sheet, overwrite=config.overwrite)
+        images.check_picture_output(config.sheet, overwrite=config.overwrite)
     total = min(OF_ENDLESS if source.endless else len(source), config.limit or len(source))
     with progress("rows", total) as advance:
         report = check_rows(source, limit=config.limit, done=advance)
@@ -104,19 +107,14 @@ def check_source(config: DataCheckConfig, source: Source) -> None:
 
 
 def convert_source(config: DataConvertConfig, source: Source) -> None:
-    """Write the rows into the folder `config.target`, and print its path; say what was left out."""
+    """Convert the rows into the folder `config.target`, report skipped rows and print the path."""
     from ip2p.data.convert import convert as convert_rows  # imports pyarrow
 
     if not config.target.strip():
-        raise InputError("no folder to write is named; write: ip2p data convert DATA TARGET --to shards")
+        raise InputError("no output folder is given; write: ip2p data convert DATA TARGET --to shards")
     target = Path(config.target)
     total = min(config.count or len(source), len(source))
     with progress("rows", total) as advance:
-
-        def done(rows: int) -> None:
-            for _ in range(rows):
-                advance()
-
         converted = convert_rows(
             source,
             target,
@@ -124,7 +122,7 @@ def convert_source(config: DataConvertConfig, source: Source) -> None:
             count=config.count,
             shard_rows=config.shard_rows,
             overwrite=config.overwrite,
-            done=done,
+            done=advance,
         )
     write_text(target / "run.json", run_json(config))
     for line in converted.lines(config.to):
@@ -142,4 +140,5 @@ def _open(config: DataCheckConfig | DataConvertConfig) -> Source:
         split=config.split,
         stream=config.stream,
         revision=config.revision,
+        columns=config.columns,
     )

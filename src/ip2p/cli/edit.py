@@ -1,4 +1,4 @@
-"""`ip2p edit` and `ip2p grid`: files in, files out, around the functions of `editing`."""
+"""`ip2p edit` and `ip2p grid`: read and write files around the functions of `editing`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from PIL import Image
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.files import check_output
 from ip2p.base.terminal import progress, say
-from ip2p.editing import advice, chain
-from ip2p.editing import batch as many
-from ip2p.editing import grid as grids
+from ip2p.editing import advice, batch, chain, grid
 from ip2p.pictures import images, infotext
 from ip2p.pictures.address import file_name, is_url
 from ip2p.settings import (
@@ -45,14 +43,14 @@ class EditConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
     """Edit a picture with an instruction: ip2p edit page.png "make it night" -o night.png"""
 
     image: str = setting(
-        "", "picture to edit; or a folder or glob of pictures", positional=1, metavar="IMAGE", same_job=False
+        "", "picture to edit, or a folder or glob of pictures", positional=1, metavar="IMAGE", same_job=False
     )
     more: tuple[str, ...] = setting(
         (), "more pictures, folders or globs", positional=2, metavar="IMAGE", same_job=False
     )
     out: Path | None = setting(
         None,
-        "file or folder; default: IMAGE-edited beside the picture",
+        "output file or folder; default: IMAGE-edited next to the picture",
         group=COMMON,
         flags=("-o",),
         same_job=False,
@@ -60,9 +58,7 @@ class EditConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
     count: int = setting(
         1, "number of results; several are named out-1, out-2, …", ge=1, le=MAX_COUNT, example=4, group=COMMON
     )
-    show_mask: Path | None = setting(
-        None, "write the edited region as a picture", group="Mask", metavar="FILE"
-    )
+    show_mask: Path | None = setting(None, "save the mask of the edited region", group="Mask", metavar="FILE")
     best: int | None = setting(
         None,
         "keep this many of the --count results, ranked by CLIP",
@@ -73,25 +69,25 @@ class EditConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
     )
     clip: str | None = setting(
         None,
-        "CLIP that ranks and measures drift; default: the model's own",
+        "CLIP for ranking and drift; default: the one that comes with the model",
         group=RANKING,
         metavar="MODEL",
     )
-    caption: str | None = setting(None, "what the picture shows", group=RANKING)
+    caption: str | None = setting(None, "description of the input picture", group=RANKING)
     edited_caption: str | None = setting(
-        None, "what the result should show; default: the instruction", group=RANKING
+        None, "description of the desired result; default: the instruction", group=RANKING
     )
     then: Texts = setting(
         (),
-        "edit the result again with this instruction; may be repeated",
+        "apply another instruction to the result; may be repeated",
         group=CHAIN,
         metavar="INSTRUCTION",
     )
     from_original: bool = setting(
-        False, "start each step from the original, with all instructions so far joined", group=CHAIN
+        False, "start each step from the original, with all instructions so far combined", group=CHAIN
     )
     animation: Path | None = setting(
-        None, "write the steps as an animated .gif or .webp", group=CHAIN, metavar="FILE"
+        None, "save the steps as an animated .gif or .webp", group=CHAIN, metavar="FILE"
     )
     frame_ms: int = setting(
         1000, "milliseconds per step of the animation", ge=20, le=60_000, group=CHAIN, hidden=True
@@ -110,57 +106,55 @@ class EditConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
     )
     from_settings: Path | None = setting(
         None,
-        "take the settings and the instruction from this edited file",
+        "use the settings and the instruction stored in this edited picture",
         group=FILES,
         metavar="FILE",
         same_job=False,
     )
     max_pixels: int = setting(
-        MAX_PIXELS, "refuse a larger picture before decoding it", ge=1, le=2**40, group=FILES, same_job=False
+        MAX_PIXELS, "reject larger pictures before decoding them", ge=1, le=2**40, group=FILES, same_job=False
     )
     print_json: bool = setting(
         False, "print the outputs and their settings as JSON", group=OTHER, same_job=False, name="json"
     )
-    examples: bool = setting(False, "print instructions that work, and advice", group=OTHER, same_job=False)
+    examples: bool = setting(False, "print example instructions and advice", group=OTHER, same_job=False)
 
     @classmethod
     def inherited(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that the edited file of --from-settings carries."""
+        """The settings stored in the picture of --from-settings."""
         source = values.get("from_settings")
         return {} if not source else settings_of_file(Path(source), given=values)
 
     def check(self) -> None:
-        """Raise InputError for settings that cannot be used together."""
+        """Raise InputError for options that cannot be combined."""
         if self.show_mask and not self.mask and self.auto_mask is None:
-            raise InputError("--show-mask has no mask to show; add --mask FILE or --auto-mask.")
+            raise InputError("--show-mask needs a mask; add --mask FILE or --auto-mask.")
         if (self.controlnet is None) != (self.control_image is None):
-            lacks = "--control-image FILE" if self.controlnet else "--controlnet MODEL"
-            raise InputError(f"a ControlNet needs a model and a picture to read; add {lacks}.")
+            missing = "--control-image FILE" if self.controlnet else "--controlnet MODEL"
+            raise InputError(f"a ControlNet needs both a model and a control image; add {missing}.")
         if self.best is not None and self.best > self.count:
             raise InputError(
                 f"--best {self.best} is more than --count {self.count}. Try --count {4 * self.best}."
             )
         if self.edited_caption is not None and self.caption is None:
-            raise InputError(
-                "--edited-caption says where to go; add --caption to say what the picture shows."
-            )
+            raise InputError("--edited-caption needs a description of the input picture; add --caption.")
         if self.caption is not None and self.best is None:
-            raise InputError("--caption helps to rank results; add --count 8 --best 2.")
+            raise InputError("--caption is used to rank results; add --count 8 --best 2.")
         if any(not words.strip() for words in self.then):
-            raise InputError('an instruction after --then is empty; write: --then "make it snow"')
+            raise InputError('the instruction of --then is empty; try --then "make it snow".')
         if self.then and self.count > 1:
-            raise InputError("--then goes on from one result; leave --count away.")
+            raise InputError("--then continues from a single result; remove --count.")
         if self.then and self.best is not None:
-            raise InputError("--then goes on from one result, so there is none to choose; leave --best away.")
+            raise InputError("--then continues from a single result; remove --best.")
         if self.then and self.mask and self.fit == "model":
             raise InputError(
-                "--fit model cuts the picture to the mask, which --then needs again; leave it away."
+                "--fit model crops the picture to the mask, which --then needs again; remove it."
             )
         if (self.from_original or self.animation) and not self.then:
             flag = "--from-original" if self.from_original else "--animation"
-            raise InputError(f'{flag} is for edits in a row; add --then "make it snow".')
+            raise InputError(f'{flag} is for chained edits; add --then "make it snow".')
         if self.animation and self.animation.suffix.lower() not in (".gif", ".webp"):
-            raise InputError(f"{self.animation}: animations are written as .gif or .webp. Change the ending.")
+            raise InputError(f"{self.animation}: animations must be .gif or .webp. Change the extension.")
 
 
 class GridConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
@@ -168,56 +162,55 @@ class GridConfig(RunSettings, OverwriteSettings, ModelSettings, EditSettings):
 
     image: str = setting("", "picture to edit", positional=1, metavar="IMAGE")
     out: Path | None = setting(
-        None, "file of the grid; default: IMAGE-grid beside the picture", group=COMMON, flags=("-o",)
+        None, "output file; default: IMAGE-grid next to the picture", group=COMMON, flags=("-o",)
     )
     columns: str = setting(
         "text-cfg",
-        "a setting that is a number; with values: text-cfg=3,5,7.5",
+        "a numeric setting, optionally with values: text-cfg=3,5,7.5",
         group=COMMON,
         metavar="SETTING[=VALUES]",
     )
     rows: str = setting("image-cfg", "another setting", group=COMMON, metavar="SETTING[=VALUES]")
     cell: int = setting(
-        256, "longer side of a picture in the grid, in pixels", ge=32, le=2048, group=FILES, hidden=True
+        256, "longer side of each picture in the grid, in pixels", ge=32, le=2048, group=FILES, hidden=True
     )
     max_pixels: int = setting(
-        MAX_PIXELS, "refuse a larger picture before decoding it", ge=1, le=2**40, group=FILES
+        MAX_PIXELS, "reject larger pictures before decoding them", ge=1, le=2**40, group=FILES
     )
 
     def check(self) -> None:
-        """Raise InputError for axes that cannot be drawn."""
-        columns, rows = (grids.parse_axis(f"--{name}", getattr(self, name)) for name in ("columns", "rows"))
+        """Raise InputError for invalid axes."""
+        columns, rows = (grid.parse_axis(f"--{name}", getattr(self, name)) for name in ("columns", "rows"))
         if columns[0] == rows[0]:
             shown = rows[0].replace("_", "-")
-            raise InputError(f"--columns and --rows are both {shown}; choose another, as in: --rows seed")
+            raise InputError(f"--columns and --rows are both {shown}; change one, for example --rows seed")
         if len(columns[1] or ()) * len(rows[1] or ()) > MAX_COUNT:
             raise InputError(
-                f"a grid has at most {MAX_COUNT} pictures; give --columns and --rows fewer values."
+                f"a grid can have at most {MAX_COUNT} pictures; use fewer values for --columns and --rows."
             )
 
 
 def settings_of_file(source: Path, given: Collection[str] = ()) -> dict[str, Any]:
-    """The settings that an edited file carries, by their names in EditConfig.
+    """The settings stored in an edited picture, by their names in EditConfig.
 
-    given: settings that are named elsewhere; the file's values of these are not read, so that they may be
-    ones that ip2p does not know. Raises InputError.
+    given: settings from other sources; their values in the picture are ignored, and may be unknown to ip2p.
+    Raises InputError.
     """
     text = infotext.read_infotext(source)
     if text is None:
-        raise InputError(f"{source} carries no settings; give a picture that ip2p edit wrote.")
+        raise InputError(f"{source} contains no settings; give a picture that ip2p edit wrote.")
     try:
         record = infotext.parse_infotext(text, without=given)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     names = [name for name in infotext.labeled_settings() if name not in given]
-    carried = {name: getattr(record, name) for name in names}
-    return carried if record.model else {name: value for name, value in carried.items() if name != "model"}
+    return {name: getattr(record, name) for name in names if name != "model" or record.model}
 
 
 def run_edit(config: EditConfig) -> None:
-    """Edit one picture or many; the paths of the results go to stdout.
+    """Edit one or more pictures and print the paths of the results.
 
-    All that can be wrong with the input, the output and the numbers is told before a model is loaded.
+    All inputs, outputs and settings are checked before a model is loaded.
     """
     if config.examples:
         print(advice.TEXT, end="")
@@ -225,13 +218,13 @@ def run_edit(config: EditConfig) -> None:
     check_words(config, "edit")
     if os.path.isfile(config.instruction):
         raise InputError(
-            f"the instruction {config.instruction!r} is a file; the instruction comes last, as in: "
+            f"the instruction {config.instruction!r} is a file; the instruction must come last, as in: "
             'ip2p edit page.png "make it night"'
         )
-    if many.is_many([config.image, *config.more]):
-        edit_many(config)
+    if batch.is_batch([config.image, *config.more]):
+        edit_pictures(config)
     elif config.then:
-        edit_in_a_row(config)
+        edit_steps(config)
     else:
         edit_one(config)
 
@@ -239,29 +232,23 @@ def run_edit(config: EditConfig) -> None:
 def edit_one(config: EditConfig) -> None:
     """Edit a picture `config.count` times, and keep all results or the `config.best` of them."""
     picture = open_input(config)
-    paths = output_paths(config, config.best or config.count)
-    shown = numbered(config.show_mask, len(paths)) if config.show_mask else []
-    check_outputs([*paths, *shown], config)
+    paths, mask_paths = check_outputs(config, config.best or config.count)
     clip = load_clip(config) if config.best else None
     editor = load_editor(config)
     results: list[tuple[int, Image.Image]] = []
-    made: list[dict[str, Any]] = []
+    outputs: list[dict[str, Any]] = []
 
     def keep(seed: int, result: Image.Image) -> None:
-        path = paths[len(made)]
-        images.save_image(result, path, overwrite=config.overwrite)
-        if shown:
-            images.save_image(result.info["mask"], shown[len(made)], overwrite=config.overwrite)
-        made.append({"file": str(path), "seed": seed, "parameters": result.info.get("parameters", "")})
-        if not config.print_json:
-            print(path, flush=True)
+        path = paths[len(outputs)]
+        save_result(config, result, path, mask_paths[len(outputs)])
+        outputs.append({"file": str(path), "seed": seed, "parameters": result.info.get("parameters", "")})
 
-    at_once = config.batch_size or editor.batch_size
+    batch_size = config.batch_size or editor.batch_size
     settings = editor.resolved(config.part(EditSettings))
-    with progress("editing", (settings.steps or 0) * -(-config.count // at_once)) as advance:
-        for start in range(0, config.count, at_once):
-            seeds = [config.seed + k for k in range(start, min(start + at_once, config.count))]
-            some = editor.edit(
+    with progress("editing", (settings.steps or 0) * -(-config.count // batch_size)) as advance:
+        for start in range(0, config.count, batch_size):
+            seeds = [config.seed + k for k in range(start, min(start + batch_size, config.count))]
+            edited = editor.edit(
                 picture,
                 seeds=seeds,
                 settings=settings,
@@ -269,32 +256,34 @@ def edit_one(config: EditConfig) -> None:
                 max_pixels=config.max_pixels,
                 callback=lambda step, steps, latents: advance(),
             )
-            for seed, result in zip(seeds, some, strict=True):
+            for seed, result in zip(seeds, edited, strict=True):
                 if clip is None:
                     keep(seed, result)
                 else:
                     results.append((seed, result))
-    candidates = [] if clip is None else best_first(clip, picture, results, config)
-    for number, (seed, result, _) in enumerate(candidates[: len(paths)]):
-        keep(seed, result)
-        candidates[number][2]["file"] = str(paths[number])
-    if candidates:
-        say("seed  directional + image similarity = score")
-    for _, _, row in candidates:
+    if clip is None:
+        print_json(config, outputs=outputs)
+        return
+    candidates = score_results(clip, picture, results, config)
+    say("seed  directional + image similarity = score")
+    for number, (result, row) in enumerate(candidates):
+        if number < len(paths):
+            keep(row["seed"], result)
+            row["file"] = str(paths[number])
         say(
             f"{row['seed']:>4}  {row['directional']:.3f} + {row['image_similarity']:.3f} = {row['score']:.3f}"
             f"  {row.get('file', '')}"
         )
-    print_json(config, outputs=made, **({"candidates": [row for _, _, row in candidates]} if clip else {}))
+    print_json(config, outputs=outputs, candidates=[row for _, row in candidates])
 
 
-def best_first(
+def score_results(
     clip: Clip, picture: Image.Image, results: Sequence[tuple[int, Image.Image]], config: EditConfig
-) -> list[tuple[int, Image.Image, dict[str, Any]]]:
+) -> list[tuple[Image.Image, dict[str, Any]]]:
     """The results with their seeds and scores, the highest score first."""
-    from ip2p.editing.rank import rank
+    from ip2p.editing.rank import rank_results
 
-    scores = rank(
+    scores = rank_results(
         clip,
         picture,
         [result for _, result in results],
@@ -303,27 +292,25 @@ def best_first(
         edited_caption=config.edited_caption,
     )
     rows = [
-        (seed, result, {"seed": seed, **vars(score), "score": score.total})
+        (result, {"seed": seed, **vars(score), "score": score.total})
         for (seed, result), score in zip(results, scores, strict=True)
     ]
-    return sorted(rows, key=lambda row: -row[2]["score"])
+    return sorted(rows, key=lambda row: -row[1]["score"])
 
 
-def edit_in_a_row(config: EditConfig) -> None:
-    """Edit a picture by one instruction after the other; every step is saved, and its drift told."""
+def edit_steps(config: EditConfig) -> None:
+    """Apply the instructions one after the other. Saves each step and reports its drift."""
     picture = open_input(config)
     instructions = [config.instruction, *config.then]
-    paths = output_paths(config, len(instructions))
-    shown = numbered(config.show_mask, len(paths)) if config.show_mask else []
-    check_outputs([*paths, *shown], config)
+    paths, mask_paths = check_outputs(config, len(instructions))
     if config.animation:
         check_output(config.animation, overwrite=config.overwrite)
     clip = load_clip(config, optional=True)
     editor = load_editor(config)
-    frames, drifts, made = [picture], [], []
+    frames, drifts, outputs = [picture], [], []
     settings = editor.resolved(config.part(EditSettings))
     with progress("editing", (settings.steps or 0) * len(instructions)) as advance:
-        steps = chain.chain(
+        steps = chain.edit_chain(
             editor,
             picture,
             instructions,
@@ -332,86 +319,83 @@ def edit_in_a_row(config: EditConfig) -> None:
             max_pixels=config.max_pixels,
             callback=lambda step, steps, latents: advance(),
         )
-        for k, step in enumerate(steps):
-            images.save_image(step.image, paths[k], overwrite=config.overwrite)
-            if shown:
-                images.save_image(step.image.info["mask"], shown[k], overwrite=config.overwrite)
+        for step, path, mask_path in zip(steps, paths, mask_paths, strict=True):
+            save_result(config, step.image, path, mask_path)
+            drift = chain.measure_drift(picture, step.image, clip)
             frames.append(step.image)
-            drifts.append(chain.drift(picture, step.image, clip))
-            made.append(
+            drifts.append(drift)
+            outputs.append(
                 {
-                    "file": str(paths[k]),
+                    "file": str(path),
                     "instruction": step.instruction,
                     "seed": step.seed,
-                    "drift": {"psnr": drifts[k].psnr, "clip": drifts[k].clip},
+                    "drift": {"psnr": drift.psnr, "clip": drift.clip},
                     "parameters": step.image.info.get("parameters", ""),
                 }
             )
-            if not config.print_json:
-                print(paths[k], flush=True)
-    for line in chain.report(drifts, [path.name for path in paths]):
+    for line in chain.format_drift(drifts, [path.name for path in paths]):
         say(line)
     if config.animation:
         chain.save_animation(frames, config.animation, frame_ms=config.frame_ms)
         if not config.print_json:
             print(config.animation, flush=True)
     animation = {"animation": str(config.animation)} if config.animation else {}
-    print_json(config, outputs=made, **animation)
+    print_json(config, outputs=outputs, **animation)
 
 
-def edit_many(config: EditConfig) -> None:
-    """Edit many pictures into the folder `config.out`, or go on there; what failed is told at the end."""
+def edit_pictures(config: EditConfig) -> None:
+    """Edit many pictures into a folder, or resume. Raises InputError at the end if some failed."""
     for flag in ("mask", "show_mask", "control_image", "then", "best"):
         if getattr(config, flag):
             raise InputError(
-                f"--{flag.replace('_', '-')} is for one picture, and {config.image} stands for many; "
-                "edit them one by one."
+                f"--{flag.replace('_', '-')} is for one picture, and {config.image} means a batch; edit the "
+                "pictures one by one."
             )
     folder = config.out
     if folder is None:
         if config.more or not Path(config.image).is_dir():
-            raise InputError("many pictures need a folder to go into; name it with -o FOLDER.")
+            raise InputError("a batch of pictures needs an output folder; add -o FOLDER.")
         folder = Path(config.image).with_name(f"{Path(config.image).resolve().name}-edited")
-    pictures = many.find_pictures([config.image, *config.more], folder)
+    pictures = batch.find_pictures([config.image, *config.more], folder)
     check_models(config)
     seeds = [config.seed + k for k in range(config.count)]
-    tasks = many.tasks(pictures, seeds)
-    with many.open_job(config, folder) as job:
-        done, todo = many.split(job, tasks, config.jobs, overwrite=config.overwrite)
+    tasks = batch.list_tasks(pictures, seeds)
+    with batch.open_job(config, folder) as job:
+        done, todo = batch.split_tasks(job, tasks, config.jobs, overwrite=config.overwrite)
         if done:
-            say(f"{len(done)} of {len(tasks)} results are already in {folder}")
-        made = [(task, True) for task in done]
+            say(f"{len(done)} of {len(tasks)} results already exist in {folder}")
+        results = [(task, True) for task in done]
         failed: dict[Path, str] = {}
         if todo:
             editor = load_editor(config)
             if isinstance(config.size, tuple):
-                editor.working_size((512, 512), config.size)  # refused once, not once a picture
+                editor.working_size((512, 512), config.size)  # reject it once, not for each picture
             with progress("editing", len(todo)) as advance:
 
-                def told(task: many.Task, path: Path) -> None:
-                    made.append((task, False))
+                def report(task: batch.Task, path: Path) -> None:
+                    results.append((task, False))
                     advance()
                     if not config.print_json:
                         print(path, flush=True)
 
-                def edit_some(some: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
+                def edit(images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
                     return editor.edit_batch(
-                        some,
+                        images,
                         config.instruction,
                         seeds=seeds,
                         settings=config.part(EditSettings),
                         max_pixels=config.max_pixels,
                     )
 
-                failed = many.run(
+                failed = batch.run_batch(
                     job,
                     todo,
-                    edit=edit_some,
+                    edit=edit,
                     working_size=lambda pixels: editor.working_size(pixels, config.size),
                     batch_size=config.batch_size or editor.batch_size,
                     jobs=config.jobs,
                     max_pixels=config.max_pixels,
-                    made=told,
+                    on_result=report,
                 )
     print_json(
         config,
@@ -420,9 +404,9 @@ def edit_many(config: EditConfig) -> None:
                 "file": str(folder / task.name),
                 "source": str(task.source),
                 "seed": task.seed,
-                "already": before,
+                "already": existed,
             }
-            for task, before in made
+            for task, existed in results
         ],
         failed=[{"source": str(source), "error": error} for source, error in failed.items()],
     )
@@ -436,44 +420,50 @@ def edit_many(config: EditConfig) -> None:
 
 
 def run_grid(config: GridConfig) -> None:
-    """Draw the results over two settings as one picture; its path goes to stdout."""
+    """Draw the results over two settings as one picture and print its path."""
     check_words(config, "grid")
     picture = images.load_image(config.image, max_pixels=config.max_pixels, background=config.background)
     source = local_path(config.image)
-    out = place(config.out, source, f"{source.stem}-grid.png")
-    images.check_output(out, overwrite=config.overwrite)
+    out = output_path(config.out, source, f"{source.stem}-grid.png")
+    images.check_picture_output(out, overwrite=config.overwrite)
     check_models(config)
     editor = load_editor(config)
     settings = editor.resolved(config.part(EditSettings))
     columns, rows = (
-        grids.Axis(setting=name, values=values or grids.default_values(name, settings))
+        grid.Axis(setting=name, values=values or grid.default_values(name, settings))
         for name, values in (
-            grids.parse_axis("--columns", config.columns),
-            grids.parse_axis("--rows", config.rows),
+            grid.parse_axis("--columns", config.columns),
+            grid.parse_axis("--rows", config.rows),
         )
     )
     with progress("editing", len(columns.values) * len(rows.values)) as advance:
-        sheet = grids.draw_grid(
-            editor, picture, columns=columns, rows=rows, cell=config.cell, made=advance, settings=settings
+        sheet = grid.draw_grid(
+            editor,
+            picture,
+            columns=columns,
+            rows=rows,
+            cell=config.cell,
+            on_result=advance,
+            settings=settings,
         )
     images.save_image(sheet, out, overwrite=config.overwrite)
     print(out)
 
 
-# --- what the verbs share -------------------------------------------------------------------------
+# --- shared by the verbs --------------------------------------------------------------------------
 
 
 def check_words(config: EditConfig | GridConfig, verb: str) -> None:
-    """Raise InputError unless a picture is named and the instruction says something."""
+    """Raise InputError if the picture or the instruction is missing."""
     example = f'ip2p {verb} page.png "make it night"'
     if not config.image:
-        raise InputError(f"no picture is named; write: {example}")
+        raise InputError(f"no picture is given; write: {example}")
     if not config.instruction.strip():
         raise InputError(f"the instruction is empty; say what to change, as in: {example}")
 
 
 def open_input(config: EditConfig) -> Image.Image:
-    """The picture to edit, when it and every file that goes with it can be used. Raises as the files do."""
+    """Load the picture to edit, and check all other input files. Raises InputError and ModelError."""
     picture = images.load_image(config.image, max_pixels=config.max_pixels, background=config.background)
     if config.mask:
         from ip2p.pictures.masks import load_mask  # imports torch
@@ -486,7 +476,7 @@ def open_input(config: EditConfig) -> Image.Image:
 
 
 def check_models(config: EditConfig | GridConfig) -> None:
-    """Raise ModelError for a LoRA file that cannot be used: the model's weights take long to read."""
+    """Raise ModelError for an unusable LoRA file, before the weights of the model are read."""
     if config.lora:
         from ip2p.models.lora import check_loras  # imports torch
 
@@ -496,23 +486,12 @@ def check_models(config: EditConfig | GridConfig) -> None:
 def load_editor(config: EditConfig | GridConfig) -> Editor:
     from ip2p.editing.editor import Editor  # imports torch
 
-    return Editor.load(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        revision=config.revision,
-        weights=config.weights,
-        vae=config.vae,
-        parts_from=config.parts_from,
-        loras=config.lora,
-        controlnet=config.controlnet,
-        memory=config.memory,
-        compile=config.compile,
-    )
+    chosen = dict(config.part(ModelSettings))
+    return Editor.load(loras=chosen.pop("lora"), **chosen)
 
 
 def load_clip(config: EditConfig, *, optional: bool = False) -> Clip | None:
-    """The CLIP that `--clip` names, else the model's own; None when there is neither and it is optional."""
+    """The CLIP of `--clip`, else of the model; None if there is neither and it is optional."""
     from ip2p.base.devices import pick_device
     from ip2p.editing.rank import find_clip
     from ip2p.models.clip import Clip
@@ -527,40 +506,53 @@ def load_clip(config: EditConfig, *, optional: bool = False) -> Clip | None:
     return Clip.load(folder, pick_device(config.device))
 
 
-def check_outputs(paths: Sequence[Path], config: EditConfig) -> None:
-    for path in paths:
-        images.check_output(path, overwrite=config.overwrite)
+def check_outputs(config: EditConfig, count: int) -> tuple[list[Path], Sequence[Path | None]]:
+    """The paths of `count` results and of their masks, if --show-mask is given. Raises InputError."""
+    paths = output_paths(config, count)
+    mask_paths = numbered(config.show_mask, count) if config.show_mask else []
+    for path in [*paths, *mask_paths]:
+        images.check_picture_output(path, overwrite=config.overwrite)
+    return paths, mask_paths or [None] * count
+
+
+def save_result(config: EditConfig, result: Image.Image, path: Path, mask_path: Path | None) -> None:
+    """Save a result and its mask, and print its path unless --json is given."""
+    images.save_image(result, path, overwrite=config.overwrite)
+    if mask_path is not None:
+        images.save_image(result.info["mask"], mask_path, overwrite=config.overwrite)
+    if not config.print_json:
+        print(path, flush=True)
 
 
 def output_paths(config: EditConfig, count: int | None = None) -> list[Path]:
-    """`out`, or out-1, out-2, … for several; IMAGE-edited where `out` is a folder or not given."""
+    """The path `out`, or out-1, out-2, … for several results; default: IMAGE-edited or IMAGE-chain."""
     source = local_path(config.image)
     suffix = source.suffix if source.suffix.lower() in images.WRITES else ".png"
-    # The steps of a chain have a name of their own: they are no choice of results.
+    # Chains have another name, because their steps are not alternatives.
     name = "chain" if config.then else "edited"
-    out = place(config.out, source, f"{source.stem}-{name}{suffix}")
+    out = output_path(config.out, source, f"{source.stem}-{name}{suffix}")
     return numbered(out, config.count if count is None else count)
 
 
 def local_path(image: str) -> Path:
-    """The path of a picture; of an address, its file name in the current folder."""
+    """The path of a picture; for an address, its file name in the current folder."""
     return Path(file_name(image)) if is_url(image) else Path(image)
 
 
-def place(out: Path | None, source: Path, name: str) -> Path:
-    """`out`; or `name` in it where it is a folder, or beside `source` where nothing is given."""
+def output_path(out: Path | None, source: Path, name: str) -> Path:
+    """The file `out`; `name` in it if it is a folder, or next to `source` if it is None."""
     if out is None:
         return source.with_name(name)
     return out / name if out.is_dir() else out
 
 
 def numbered(path: Path, count: int) -> list[Path]:
-    """The path itself for one, path-1, path-2, … for several."""
+    """[path] for a count of 1, else [path-1, path-2, …]."""
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(1, count + 1)]
 
 
-def print_json(config: EditConfig, **said: object) -> None:
+def print_json(config: EditConfig, **report: object) -> None:
     if config.print_json:
-        print(json.dumps({**said, "settings": config.as_dict()}, indent=2, ensure_ascii=False))
+        print(json.dumps({**report, "settings": config.as_dict()}, indent=2, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""`ip2p evaluate`: editors scored on a data set."""
+"""`ip2p evaluate`: score editors on a data set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ip2p.evaluation.settings import EvaluateConfig
 
 
 def run_evaluate(config: EvaluateConfig) -> None:
-    """Score, or resume; the table and the path of the page go to stdout."""
+    """Score editors, or resume. Prints the table and the path of the report."""
     from ip2p.evaluation.metrics import METRICS  # imports torch
     from ip2p.evaluation.report import as_table
 

@@ -1,7 +1,7 @@
-"""The command line: verb → (settings, function), and what happens around every verb.
+"""The command line: finds the verb, reads its settings, runs it and reports errors.
 
-Errors become one line on stderr and an exit code: 2 input, 3 model or network, 4 resources,
-130 Ctrl-C, 143 SIGTERM, 1 a fault of ours. Nothing heavy is imported before a verb runs.
+Errors become one line on stderr and an exit code: 2 input, 3 model or network, 4 resources, 130 Ctrl-C,
+143 SIGTERM, 1 a bug in ip2p. Heavy modules are imported only when a verb runs.
 """
 
 from __future__ import annotations
@@ -23,102 +23,79 @@ from ip2p import __version__
 from ip2p.base.errors import InputError, Terminated, as_ip2p_error
 from ip2p.base.terminal import say
 
-# verb: (its settings class, the function that runs it, what it does in a few words)
+# verb: (settings class, function, description); modules are below `ip2p`
 VERBS = {
-    "edit": (
-        "ip2p.cli.edit:EditConfig",
-        "ip2p.cli.edit:run_edit",
-        "edit a picture, or many, with an instruction",
-    ),
-    "grid": (
-        "ip2p.cli.edit:GridConfig",
-        "ip2p.cli.edit:run_grid",
-        "draw the results over two settings as one picture",
-    ),
-    "ui": ("ip2p.serve.options:UiConfig", "ip2p.cli.serve:run_ui", "edit in the browser"),
-    "serve": (
-        "ip2p.serve.options:ServeConfig",
-        "ip2p.cli.serve:run_serve",
-        "serve edits over HTTP, with the page",
-    ),
-    "train": (
-        "ip2p.training.settings:TrainConfig",
-        "ip2p.cli.train:run_train",
-        "train an editor on pairs of pictures",
+    "edit": ("cli.edit:EditConfig", "cli.edit:run_edit", "edit a picture, or many, with an instruction"),
+    "grid": ("cli.edit:GridConfig", "cli.edit:run_grid", "draw the results over two settings as one picture"),
+    "ui": ("serve.options:UiConfig", "cli.serve:run_ui", "edit in the browser"),
+    "serve": ("serve.options:ServeConfig", "cli.serve:run_serve", "serve edits over HTTP, with the web page"),
+    "train": ("training.settings:TrainConfig", "cli.train:run_train", "train an editor on pairs of pictures"),
+    "distill": (
+        "training.settings:DistillConfig",
+        "cli.train:run_distill",
+        "make an editor faster: fewer passes a step, fewer steps",
     ),
     "evaluate": (
-        "ip2p.evaluation.settings:EvaluateConfig",
-        "ip2p.cli.evaluate:run_evaluate",
+        "evaluation.settings:EvaluateConfig",
+        "cli.evaluate:run_evaluate",
         "score editors on a data set",
     ),
     "synth instruct": (
-        "ip2p.synth.settings:SynthInstructConfig",
-        "ip2p.cli.synth:run_instruct",
-        "write edits of captions in words",
+        "synth.settings:SynthInstructConfig",
+        "cli.synth:run_instruct",
+        "write instructions and edited captions for captions",
     ),
     "synth tune-lm": (
-        "ip2p.synth.settings:SynthTuneConfig",
-        "ip2p.cli.synth:run_tune_lm",
-        "tune a language model that writes edits",
+        "synth.settings:SynthTuneConfig",
+        "cli.synth:run_tune_lm",
+        "fine-tune a language model that writes edits",
     ),
     "synth pairs": (
-        "ip2p.synth.settings:SynthPairsConfig",
-        "ip2p.cli.synth:run_pairs",
-        "draw pairs of pictures for edits in words",
+        "synth.settings:SynthPairsConfig",
+        "cli.synth:run_pairs",
+        "generate pairs of pictures for written edits",
     ),
     "synth filter": (
-        "ip2p.synth.settings:SynthFilterConfig",
-        "ip2p.cli.synth:run_filter_pairs",
+        "synth.settings:SynthFilterConfig",
+        "cli.synth:run_filter_pairs",
         "keep the good pairs, by CLIP",
     ),
     "synth inspect": (
-        "ip2p.synth.settings:SynthInspectConfig",
-        "ip2p.cli.synth:run_inspect",
-        "show on a page what is kept and rejected",
+        "synth.settings:SynthInspectConfig",
+        "cli.synth:run_inspect",
+        "show kept and rejected pairs on a page",
     ),
-    "data check": (
-        "ip2p.cli.data:DataCheckConfig",
-        "ip2p.cli.data:run_data_check",
-        "report what is wrong with a data set",
-    ),
+    "data check": ("cli.data:DataCheckConfig", "cli.data:run_data_check", "report problems in a data set"),
     "data convert": (
-        "ip2p.cli.data:DataConvertConfig",
-        "ip2p.cli.data:run_data_convert",
-        "write a data set in another layout",
+        "cli.data:DataConvertConfig",
+        "cli.data:run_data_convert",
+        "convert a data set to another layout",
     ),
     "model info": (
-        "ip2p.cli.model:InfoConfig",
-        "ip2p.cli.model:run_model_info",
-        "describe a model, and what is missing in it",
+        "cli.model:InfoConfig",
+        "cli.model:run_model_info",
+        "describe a model and report missing parts",
     ),
     "model convert": (
-        "ip2p.cli.model:ConvertConfig",
-        "ip2p.cli.model:run_model_convert",
+        "cli.model:ConvertConfig",
+        "cli.model:run_model_convert",
         "convert a diffusers folder to one file, or back",
     ),
-    "model list": (
-        "ip2p.cli.model:ListConfig",
-        "ip2p.cli.model:run_model_list",
-        "list the models on this machine",
-    ),
+    "model list": ("cli.model:ListConfig", "cli.model:run_model_list", "list the models on this machine"),
     "storybook draw": (
-        "ip2p.cli.storybook:DrawConfig",
-        "ip2p.cli.storybook:run_draw",
+        "cli.storybook:DrawConfig",
+        "cli.storybook:run_draw",
         "draw pages, edit pairs, captions",
     ),
-    "storybook build": (
-        "ip2p.cli.storybook:BuildConfig",
-        "ip2p.cli.storybook:run_build",
-        "train the storybook model",
-    ),
+    "storybook build": ("cli.storybook:BuildConfig", "cli.storybook:run_build", "train the storybook model"),
     "storybook score": (
-        "ip2p.cli.storybook:ScoreConfig",
-        "ip2p.cli.storybook:run_score",
-        "score a model on exact answers",
+        "cli.storybook:ScoreConfig",
+        "cli.storybook:run_score",
+        "score a model on edits with exact answers",
     ),
 }
-# What people type for a verb that is called otherwise here.
-MEANT = {
+# Verbs of other tools, and the ip2p verb to suggest.
+SUGGESTIONS = {
     **dict.fromkeys(("eval", "score", "benchmark", "test", "metrics"), "evaluate"),
     **dict.fromkeys(("infer", "inference", "run", "generate", "sample"), "edit"),
     **dict.fromkeys(("web", "gui", "app"), "ui"),
@@ -143,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except BrokenPipeError:
-        # Who read the output has closed it, as `| head` does. Nothing more can be written, not even at exit.
+        # The reader closed the pipe, like `| head`. Nothing more can be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -153,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         if known is None:
-            say(f"{type(error).__name__}: {error} (a fault of ip2p; --debug shows where)")
+            say(f"{type(error).__name__}: {error} (a bug in ip2p; --debug shows the traceback)")
             return 1
         say(" ".join(str(known).split()))
         return known.code
@@ -170,7 +147,7 @@ def _run(words: list[str]) -> int:
         print(f"ip2p {__version__}")
         return 0
     plain = list(words)
-    while plain and plain[0] == "--debug":  # allowed before the verb too
+    while plain and plain[0] == "--debug":  # also allowed before the verb
         plain.pop(0)
     for verb in VERBS:
         parts = verb.split()
@@ -182,8 +159,8 @@ def _run(words: list[str]) -> int:
         print(overview(group))
         return 0
     known = [v.removeprefix(f"{group} ") for v in VERBS if v.startswith(group)]
-    if not group and rest[0] in MEANT:
-        raise InputError(f"ip2p has no verb {rest[0]!r}; did you mean ip2p {MEANT[rest[0]]}?")
+    if not group and rest[0] in SUGGESTIONS:
+        raise InputError(f"ip2p has no verb {rest[0]!r}; did you mean ip2p {SUGGESTIONS[rest[0]]}?")
     near = difflib.get_close_matches(rest[0], [k.split()[0] for k in known], n=1)
     name = " ".join(filter(None, ("ip2p", group)))
     hint = f"did you mean {name} {near[0]}?" if near else f"{name} --help lists the verbs."
@@ -191,27 +168,32 @@ def _run(words: list[str]) -> int:
 
 
 def overview(group: str = "") -> str:
-    """The help of `ip2p`, or of a group of verbs."""
+    """The help text of `ip2p` or of a group of verbs."""
     verbs = {verb: row[2] for verb, row in VERBS.items() if verb.startswith(group)}
     width = max(map(len, verbs)) + 2
     return "\n".join(
         [
             f"usage: ip2p {group + ' ' if group else ''}VERB [OPTIONS]",
             "",
-            "Edit pictures by instruction, and train and measure the models that do.",
+            "Edit pictures by instruction, and train and evaluate editing models.",
             "",
             *(f"  {verb:<{width}}{words}" for verb, words in verbs.items()),
             "",
-            "`ip2p VERB --help` shows a verb's options. Any option can also come from an IP2P_* variable",
-            "(IP2P_STEPS=30) or from ip2p.toml in this folder.",
+            "`ip2p VERB --help` shows the options of a verb. Options can also be set by IP2P_* environment",
+            "variables (IP2P_STEPS=30) or in ip2p.toml in this folder.",
         ]
     )
 
 
 def config_class(verb: str) -> type[Any]:
     """The settings class of a verb."""
-    module, name = VERBS[verb][0].split(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    return imported(VERBS[verb][0])  # type: ignore[no-any-return]
+
+
+def imported(name: str) -> Any:
+    """An object of ip2p by name: "cli.edit:run_edit"."""
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(f"ip2p.{module}"), attribute)
 
 
 def _run_verb(verb: str, words: list[str]) -> int:
@@ -220,13 +202,12 @@ def _run_verb(verb: str, words: list[str]) -> int:
         return 0
     if hasattr(config, "check"):
         config.check()
-    module, function = VERBS[verb][1].split(":")
-    getattr(importlib.import_module(module), function)(config)
+    imported(VERBS[verb][1])(config)
     return 0
 
 
 def parse(verb: str, words: Sequence[str]) -> Any:
-    """The verb's settings from its words, None when they ask for help (which is then printed)."""
+    """The verb's settings from its arguments. For --help, prints the help and returns None."""
     from ip2p.cli.options import read_options, write_help
 
     kind = config_class(verb)
@@ -239,14 +220,14 @@ def parse(verb: str, words: Sequence[str]) -> Any:
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that temporary files go away, as Ctrl-C does."""
+    """Raise Terminated on SIGTERM, so that temporary files are removed, as for Ctrl-C."""
 
     def raise_terminated(number: int, frame: types.FrameType | None) -> None:
         raise Terminated
 
     try:
         before = signal.signal(signal.SIGTERM, raise_terminated)
-    except ValueError:  # not the main thread: the process's owner handles signals
+    except ValueError:  # not the main thread: the owner of the process handles signals
         yield
         return
     try:
@@ -257,21 +238,21 @@ def _sigterm_raises() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _messages_to_stderr(debug: bool) -> Iterator[None]:
-    """Show what ip2p logs and warns of as a line each; warnings of the libraries below only with --debug."""
+    """Print the log messages and warnings of ip2p as one line each; those of libraries only with --debug."""
 
     class Line(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             say(level + " ".join(record.getMessage().split()))
 
-    ours = str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[1])
 
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
-        if debug or filename.startswith(ours):
+        if debug or filename.startswith(package):
             log.warning("%s", message)
 
     if not debug:
-        # These libraries log rather than warn, and read their level when they are first imported.
+        # These libraries log instead of warning, and read their log level when they are first imported.
         for library in ("TRANSFORMERS", "DIFFUSERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")
     log, line = logging.getLogger("ip2p"), Line(logging.INFO)

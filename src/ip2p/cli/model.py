@@ -1,4 +1,4 @@
-"""`ip2p model info | convert | list`: what a model is, in another layout, and which are here."""
+"""`ip2p model info | convert | list`: describe, convert and list models."""
 
 from __future__ import annotations
 
@@ -10,96 +10,82 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ip2p.base.errors import InputError, ModelError
-from ip2p.settings import OTHER, OverwriteSettings, RunSettings, WeightSet, setting
+from ip2p.settings import OTHER, OverwriteSettings, PartsSettings, RunSettings, WeightSet, setting
 
 if TYPE_CHECKING:
     from ip2p.models.load import Stored
 
-SHOWN = 5  # names of a list; --json has all
-COMPONENTS = (
-    "unet",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "image_encoder",
-    "safety_checker",
-)  # of a folder
+SHOWN = 5  # names per list; --json prints all
+# Subfolders of a model, whose files are not listed as models.
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder", "safety_checker")
 NUMBERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
 ANY_MODEL = "a Hugging Face model id, a diffusers folder, a .safetensors or .ckpt file"
 
 
-class InfoConfig(RunSettings):
-    """Describe a model and report what is missing in it: ip2p model info editor.safetensors"""
+class InfoConfig(RunSettings, PartsSettings):
+    """Describe a model and report missing parts: ip2p model info editor.safetensors"""
 
     model: str = setting("", f"storybook, {ANY_MODEL}", positional=1, metavar="MODEL")
-    parts_from: str | None = setting(
-        None, "model that brings what a file of a UNet alone lacks", metavar="MODEL"
-    )
-    print_json: bool = setting(False, "print it as JSON", group=OTHER, name="json")
+    print_json: bool = setting(False, "print the result as JSON", group=OTHER, name="json")
 
 
-class ConvertConfig(RunSettings, OverwriteSettings):
+class ConvertConfig(RunSettings, OverwriteSettings, PartsSettings):
     """Convert a diffusers folder to one file, or back: ip2p model convert editor.ckpt editor"""
 
     source: str = setting("", ANY_MODEL, positional=1, metavar="MODEL")
     target: str = setting("", "a .safetensors file, or a folder", positional=2, metavar="TARGET")
-    dtype: Literal["keep", "fp32", "bf16", "fp16"] = setting("keep", "number format of the written weights")
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = setting("keep", "number format of the saved weights")
     weights: WeightSet = setting(
-        "auto", "of a file that holds both: ema or plain weights; auto takes ema unless it is another model's"
-    )
-    parts_from: str | None = setting(
-        None, "model that brings what a file of a UNet alone lacks", metavar="MODEL"
+        "auto", "for files with both: ema or plain weights; auto uses ema unless it belongs to another model"
     )
     names: Literal["kohya"] | None = setting(
-        None, "rename a LoRA file's layers as ComfyUI and A1111's tools read them: kohya"
+        None, "rename the layers of a LoRA file for ComfyUI and A1111: kohya"
     )
 
 
 class ListConfig(RunSettings):
     """List the models in the package, in a folder, and in the Hugging Face cache: ip2p model list"""
 
-    folder: Path = setting(Path("."), "folder whose models are listed too", positional=1, metavar="FOLDER")
-    print_json: bool = setting(False, "print it as JSON", group=OTHER, name="json")
+    folder: Path = setting(Path("."), "folder to search for models, too", positional=1, metavar="FOLDER")
+    print_json: bool = setting(False, "print the result as JSON", group=OTHER, name="json")
 
 
 def run_model_info(config: InfoConfig) -> None:
-    """Print what a model is; no weights are read. Raises ModelError for what is no model."""
+    """Print a description of a model without reading its weights. Raises ModelError if it is no model."""
     if not config.model:
-        raise InputError("no model is named; write: ip2p model info editor.safetensors")
+        raise InputError("no model is given; write: ip2p model info editor.safetensors")
     from ip2p.models.bundle import find_model, not_an_editor, open_parts  # imports torch
     from ip2p.models.load import open_model
 
     stored = open_model(find_model(config.model), parts=open_parts(config.parts_from))
-    said = describe(stored)
+    info = describe(stored)
     if config.print_json:
-        print(json.dumps(said, indent=2, ensure_ascii=False))
+        print(json.dumps(info, indent=2, ensure_ascii=False))
         return
     rows = {
-        "model": said["model"],
-        "layout": "single file, LDM" if said["layout"] == "file" else "diffusers folder",
-        "architecture": said["architecture"]
-        + (", CosXL" if said["cosxl"] else "")
-        + (", an editor" if said["editor"] else ", not an editor")
-        + f" (input of {said['channels']} channels)",
-        "predicts": said["prediction"],
-        "parameters": ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in said["parameters"].items()),
-        "dtype": ", ".join(f"{part} {'+'.join(kinds)}" for part, kinds in said["dtype"].items()),
-        "EMA": _ema(said),
-        "tokenizer": "its own" if said["tokenizer"] else "CLIP's, from the hub's cache",
-        "missing": _names(said["missing"]),
-        "unexpected": _names(said["unexpected"]),
+        "model": info["model"],
+        "layout": "single file, LDM" if info["layout"] == "file" else "diffusers folder",
+        "architecture": info["architecture"]
+        + (", CosXL" if info["cosxl"] else "")
+        + (", an editor" if info["editor"] else ", not an editor")
+        + f" (input of {info['channels']} channels)",
+        "predicts": info["prediction"],
+        "parameters": ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in info["parameters"].items()),
+        "dtype": ", ".join(f"{part} {'+'.join(kinds)}" for part, kinds in info["dtype"].items()),
+        "EMA": _ema(info),
+        "tokenizer": "included" if info["tokenizer"] else "CLIP's, from the Hugging Face cache",
+        "missing": _names(info["missing"]),
+        "unexpected": _names(info["unexpected"]),
     }
     width = max(map(len, rows)) + 2
     for name, text in rows.items():
         print(f"{name:<{width}}{text}")
-    if not said["editor"]:
+    if not info["editor"]:
         print(f"{'next':<{width}}{not_an_editor(stored)}")
 
 
 def describe(stored: Stored) -> dict[str, Any]:
-    """What `info` tells, as JSON values. parameters, dtype: by network; missing, unexpected: names."""
+    """The output of `model info` as JSON values. parameters and dtype are given per network."""
     from ip2p.models import keys
     from ip2p.models.load import KNOWN_REST, empty_network, missing, table_of, unused
 
@@ -144,10 +130,10 @@ def describe(stored: Stored) -> dict[str, Any]:
     }
 
 
-def _ema(said: dict[str, Any]) -> str:
-    if not said["ema"]:
-        return "none" if said["layout"] == "file" else "none (a folder holds one set)"
-    return f"{said['ema']} averaged weights; used: {said['weights'] or 'the plain weights'}"
+def _ema(info: dict[str, Any]) -> str:
+    if not info["ema"]:
+        return "none" if info["layout"] == "file" else "none (a folder has one set of weights)"
+    return f"{info['ema']} averaged weights; used: {info['weights'] or 'the plain weights'}"
 
 
 def _names(names: list[str]) -> str:
@@ -158,12 +144,12 @@ def _names(names: list[str]) -> str:
 
 
 def run_model_convert(config: ConvertConfig) -> None:
-    """Write `config.source` in the other layout: a name that ends in .safetensors is a file, else a folder.
+    """Write `config.source` as a file if the target ends in .safetensors, else as a folder.
 
-    Raises InputError for a target that cannot be written, ModelError for a source that is not whole.
+    Raises InputError if the target cannot be written, ModelError if the source is incomplete.
     """
     if not config.source or not config.target:
-        raise InputError("name a model and a target; write: ip2p model convert editor.ckpt editor")
+        raise InputError("give a model and a target; write: ip2p model convert editor.ckpt editor")
     from ip2p.base.devices import DTYPE_ALIASES, DTYPES  # imports torch
     from ip2p.models.bundle import find_model, open_parts
     from ip2p.models.export import check_target, export_file, export_folder
@@ -184,12 +170,12 @@ def run_model_convert(config: ConvertConfig) -> None:
 
 
 def rename_lora(source: Path, target: Path) -> None:
-    """Write a LoRA file under Kohya's names. Raises InputError, and ModelError for what these cannot say."""
+    """Write a LoRA file with Kohya's layer names. Raises InputError, or ModelError for unknown layers."""
     from ip2p.models.lora import check_loras, write_kohya
 
     check_loras([(source, 1.0)])
     if target.suffix != ".safetensors" or source.resolve() == target.resolve():
-        raise InputError(f"{target}: name another file that ends in .safetensors for the renamed LoRA.")
+        raise InputError(f"{target}: give another file that ends in .safetensors for the renamed LoRA.")
     write_kohya(source, target)
     print(target)
 
@@ -205,7 +191,7 @@ def run_model_list(config: ListConfig) -> None:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     if not rows:
-        print("no models here; fetch one: hf download timbrooks/instruct-pix2pix")
+        print("no models found; download one: hf download timbrooks/instruct-pix2pix")
         return
     width = max(len(row["name"]) for row in rows) + 2
     for row in rows:
@@ -215,7 +201,7 @@ def run_model_list(config: ListConfig) -> None:
 
 
 def _local(folder: Path) -> Iterator[dict[str, Any]]:
-    """The models in a folder and one level below it: diffusers folders, and files of whole models."""
+    """The models in a folder and one level below it: diffusers folders, and files of complete models."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; write: ip2p model list FOLDER")
     from ip2p.models.load import open_model  # imports torch
@@ -230,7 +216,7 @@ def _local(folder: Path) -> Iterator[dict[str, Any]]:
             try:
                 stored = open_model(path)
                 channels, needed = stored.channels
-            except Exception:  # an optimizer's state, a LoRA, a network alone: no model
+            except Exception:  # not a complete model: an optimizer state, a LoRA, a single network
                 continue
             yield {
                 "name": name,

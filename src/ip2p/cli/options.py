@@ -1,8 +1,8 @@
-"""From the words of a command line, the environment and the settings file to a verb's settings; and its help.
+"""Read a verb's settings from the command line, the environment and the settings file; write its help.
 
 A setting comes from its flag, else from an `IP2P_*` variable (`IP2P_STEPS=30`), else from the settings file
-(`ip2p.toml` in the working folder, or `--config FILE`), else from its default. Every one of them is checked
-by the settings class itself.
+(`ip2p.toml` in the working folder, or `--config FILE`), else from its default. The settings class validates
+all of them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ CONFIG_FILE = "ip2p.toml"
 HELP_COLUMN = 30
 
 
-# --- from words to settings ---------------------------------------------------------------------
+# --- reading settings ---------------------------------------------------------------------------
 
 
 def read_options(
     kind: type[_Options], verb: str, words: Sequence[str], env: Mapping[str, str] = os.environ
 ) -> _Options:
-    """The verb's settings from its words, the environment and the settings file. Raises InputError."""
+    """The verb's settings from its arguments, the environment and the settings file. Raises InputError."""
     given, places = parse_words(kind, words)
     given |= assign_places(kind, places)
     file = given.get("config")
@@ -64,7 +64,7 @@ def read_options(
 
 
 def parse_words(kind: type[Settings], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The values of the flags, and the words that belong to none. Raises InputError for an unknown flag."""
+    """The values of the flags, and the positional arguments. Raises InputError for an unknown flag."""
     flags = flags_of(kind)
     values: dict[str, Any] = {}
     places: list[str] = []
@@ -107,33 +107,33 @@ def parse_words(kind: type[Settings], words: Sequence[str]) -> tuple[dict[str, A
 
 
 def assign_places(kind: type[Settings], places: Sequence[str]) -> dict[str, Any]:
-    """The words without a flag by the settings that they are: one each, and a list takes what is over."""
+    """Assign positional arguments to settings: one each; a list takes the surplus ones."""
     fields = {name: kind.model_fields[name] for name in positional_settings(kind)}
     single = [name for name, found in fields.items() if not is_list(found)]
     lists = [name for name, found in fields.items() if is_list(found)]
-    over = len(places) - len(single)
-    if over > 0 and not lists:
+    surplus = len(places) - len(single)
+    if surplus > 0 and not lists:
         raise InputError(
-            f"{places[len(single)]!r} is one word too many; put quotes around a text of several."
+            f"{places[len(single)]!r} is one argument too many; put quotes around a text of several words."
         )
     values: dict[str, Any] = {}
     left = list(places)
     for name in fields:
         if name in lists:
-            values[name], left = left[: max(0, over)], left[max(0, over) :]
+            values[name], left = left[: max(0, surplus)], left[max(0, surplus) :]
         elif left:
             values[name] = left.pop(0)
-    return values if over > 0 else {name: value for name, value in values.items() if value}
+    return values if surplus > 0 else {name: value for name, value in values.items() if value}
 
 
 def outer_values(
     kind: type[Settings], verb: str, *, file: Path | None = None, env: Mapping[str, str] = os.environ
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the settings file and the environment set, and how a message names each: "steps in ip2p.toml".
+    """The values in the settings file and the environment, and their sources: "steps in ip2p.toml".
 
-    `verb` is the file's table: `[edit]`, or `[storybook.draw]` for "storybook draw". The file is `file`,
-    else the one that IP2P_CONFIG names, else `ip2p.toml` in the working folder if there is one. Raises
-    InputError for an unknown setting.
+    verb: selects the table of the file, `[edit]`, or `[storybook.draw]` for "storybook draw". file: default:
+    the file in IP2P_CONFIG, else `ip2p.toml` in the working folder if it exists. Raises InputError for an
+    unknown setting.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -147,7 +147,7 @@ def outer_values(
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kind.model_fields)}."
             raise InputError(f"{shown} sets {key} for {verb}, which has no such setting; {hint}")
-        if value is not None:  # YAML's null leaves a setting as it is
+        if value is not None:  # null in YAML keeps the default
             values[known[name]], sources[known[name]] = value, f"{key} in {shown}"
     for alias, name in known.items():
         variable = f"IP2P_{alias.upper()}"
@@ -159,7 +159,7 @@ def outer_values(
 def read_outer(
     kind: type[_Options], verb: str, *, file: Path | None = None, env: Mapping[str, str] = os.environ
 ) -> _Options:
-    """The verb's settings without a command line: from the settings file and the environment."""
+    """The verb's settings from the settings file and the environment only."""
     values, sources = outer_values(kind, verb, file=file, env=env)
 
     def name(setting: str) -> str:
@@ -169,7 +169,7 @@ def read_outer(
 
 
 def _from_variable(text: str) -> Any:
-    """Several values are a JSON list."""
+    """The value of a variable; several values are written as a JSON list."""
     if text.startswith("["):
         try:
             return json.loads(text)
@@ -179,7 +179,7 @@ def _from_variable(text: str) -> Any:
 
 
 def _file_table(file: Path | None, verb: str) -> dict[str, Any]:
-    """The verb's table of the settings file, {} when there is none."""
+    """The verb's table in the settings file, {} if there is none."""
     path = file or Path(CONFIG_FILE)
     if file is None and not path.is_file():
         return {}
@@ -211,7 +211,7 @@ def _toml_table(text: str, path: Path, verb: str) -> dict[str, Any]:
 
 
 def _yaml_table(text: str, path: Path, verb: str) -> dict[str, Any]:
-    """A recipe: the verb's settings at its top, or under the verb's name."""
+    """A recipe: the verb's settings at the top level, or under the name of the verb."""
     import yaml
 
     try:
@@ -221,15 +221,15 @@ def _yaml_table(text: str, path: Path, verb: str) -> dict[str, Any]:
         raise InputError(f"the settings file {path} is not YAML: {reason}. Correct it.") from None
     inner = table.get(verb, table) if isinstance(table, dict) else table
     if not isinstance(inner, dict):
-        raise InputError(f"{path} holds no settings; write lines such as: lr: 0.0001")
+        raise InputError(f"{path} contains no settings; write lines such as: lr: 0.0001")
     return inner
 
 
-# --- what a field is on the command line --------------------------------------------------------
+# --- flags and arguments ------------------------------------------------------------------------
 
 
 def flags_of(kind: type[Settings]) -> dict[str, str]:
-    """Each flag and the field that it sets, with those of earlier names and those that the help omits."""
+    """Each flag and its field, including old names and flags that the help omits."""
     flags: dict[str, str] = {}
     for alias, name in kind.field_names().items():
         meta = meta_of(kind.model_fields[name])
@@ -239,18 +239,18 @@ def flags_of(kind: type[Settings]) -> dict[str, str]:
 
 
 def positional_settings(kind: type[Settings]) -> list[str]:
-    """The settings without a flag, in their order."""
+    """The settings that are positional arguments, in their order."""
     places = {name: meta_of(found).positional for name, found in kind.model_fields.items()}
     return sorted((name for name, place in places.items() if place), key=lambda name: places[name])
 
 
 def is_list(found: FieldInfo) -> bool:
-    """Whether its flag may be repeated."""
+    """Whether the flag of a field may be repeated."""
     return any(Ellipsis in typing.get_args(kind) for kind in flat_types(found.annotation))
 
 
 def count_words(found: FieldInfo) -> int:
-    """How many words of a command line it takes after its flag."""
+    """The number of arguments after the flag of a field."""
     kinds = [kind for kind in flat_types(found.annotation) if kind is not type(None)]
     if kinds == [bool]:
         return 0
@@ -276,7 +276,7 @@ def _try(name: str, found: FieldInfo) -> str:
 
 
 def write_help(kind: type[Settings], verb: str, *, width: int | None = None) -> str:
-    """The help of a verb: what it does, and its options under titles, the common ones first."""
+    """The help of a verb: its description, and its options in groups, the common ones first."""
     width = min(width or shutil.get_terminal_size((100, 24)).columns, 120)
     places = positional_settings(kind)
     shown = [_place(kind, name) for name in places]
@@ -294,7 +294,7 @@ def write_help(kind: type[Settings], verb: str, *, width: int | None = None) -> 
         if not meta.hidden:
             groups.setdefault("" if meta.positional else meta.group, []).append(name)
     groups[""] = places
-    for title in groups.keys() - {""}:  # those with a short flag first
+    for title in groups.keys() - {""}:  # options with a short flag first
         groups[title].sort(key=lambda name: not meta_of(kind.model_fields[name]).flags)
     order = sorted(groups, key=lambda title: (title != "", title != COMMON, title == OTHER))
     for title in order if places else order[1:]:
@@ -347,7 +347,7 @@ def _metavar(found: FieldInfo) -> str:
 
 
 def hidden_settings(kind: type[Settings]) -> Iterator[tuple[str, str]]:
-    """The settings that only a settings file or a variable sets, with their help texts."""
+    """The settings that the help omits, with their help texts."""
     for name, found in kind.model_fields.items():
         if meta_of(found).hidden:
             yield name, found.description or ""

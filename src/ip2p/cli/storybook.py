@@ -1,4 +1,4 @@
-"""`ip2p storybook draw`: pages, edit pairs, captions, edits in words and a contact sheet, from a seed."""
+"""`ip2p storybook draw | build | score`: draw the storybook, train and score the storybook model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from PIL import Image
 from ip2p.base.errors import InputError
 from ip2p.base.files import check_output, make_folder, replacing, write_text
 from ip2p.base.terminal import progress
-from ip2p.pictures.images import grid
+from ip2p.pictures.images import contact_sheet
 from ip2p.settings import (
     COMMON,
-    MAX_SCALE,
     MAX_SEED,
-    MAX_STEPS,
     DeviceSettings,
     DTypeSettings,
     OverwriteSettings,
     RunSettings,
-    SamplerName,
+    ScaleSettings,
     ScheduleName,
+    Seed,
     Size,
     Split,
+    StepSettings,
     Texts,
     run_json,
     setting,
@@ -37,31 +37,31 @@ if TYPE_CHECKING:
 class DrawConfig(RunSettings, OverwriteSettings):
     """Draw pages of the storybook: ip2p storybook draw --count 16 -o pages"""
 
-    out: Path | None = setting(None, "folder for the pictures", group=COMMON, flags=("-o",))
+    out: Path | None = setting(None, "output folder for the pictures", group=COMMON, flags=("-o",))
     count: int = setting(
-        16, "number of pages; a pair edits the page of its number", ge=1, le=10_000_000, group=COMMON
+        16, "number of pages, pairs, captions and triples", ge=1, le=10_000_000, group=COMMON
     )
     seed: int = setting(
-        0, "page k of a seed is the same whatever the count", ge=0, le=MAX_SEED, example=7, group=COMMON
+        0, "seed; page k does not depend on the count", ge=0, le=MAX_SEED, example=7, group=COMMON
     )
     size: int = setting(256, "side of a picture, in pixels", ge=32, le=1024, group=COMMON)
-    split: Split = setting("train", "pages and phrasings of training, or a held-out set", group=COMMON)
+    split: Split = setting("train", "pages and phrasings for training, or a held-out split", group=COMMON)
     pairs: Path | None = setting(
         None,
-        "write edit pairs as parquet, in the columns of the published data set",
+        "save edit pairs as parquet, in the columns of the published data set",
         group=COMMON,
         metavar="FILE",
     )
-    captions: Path | None = setting(None, "write the captions, one a line", group=COMMON, metavar="FILE")
-    varied: bool = setting(False, "write captions in many forms, as training does", hidden=True)
+    captions: Path | None = setting(None, "save the captions, one per line", group=COMMON, metavar="FILE")
+    varied: bool = setting(False, "write captions in varied forms, as for training", hidden=True)
     triples: Path | None = setting(
         None,
-        "write exact edits in words as parquet: caption, instruction, edited_caption",
+        "save exact text edits as parquet: caption, instruction, edited_caption",
         group=COMMON,
         metavar="FILE",
     )
     sheet: Path | None = setting(
-        None, "write a contact sheet of the first 64 pages", group=COMMON, metavar="FILE"
+        None, "save a contact sheet of the first 64 pages", group=COMMON, metavar="FILE"
     )
 
 
@@ -69,19 +69,22 @@ class BuildConfig(RunSettings, DeviceSettings):
     """Train the storybook model: ip2p storybook build --preset smoke -o model"""
 
     preset: Literal["smoke", "cpu", "h100"] = setting(
-        "smoke", "smoke takes seconds, cpu hours, h100 one GPU", group=COMMON
+        "smoke", "smoke takes seconds; cpu takes hours; h100 needs a GPU", group=COMMON
     )
     out: Path = setting(
-        Path("storybook-model"), "folder; the same command resumes", group=COMMON, flags=("-o",)
+        Path("storybook-model"),
+        "output folder; run the same command again to resume",
+        group=COMMON,
+        flags=("-o",),
     )
     bundle: Path | None = setting(
-        None, "folder of the half-precision model; default: OUT/bundle", hidden=True
+        None, "output folder of the half-precision model; default: OUT/bundle", hidden=True
     )
     start: str | None = setting(
-        None, "train the UNet of this model further; it was made by this verb", group=COMMON, metavar="MODEL"
+        None, "continue training the UNet of this model, made by this verb", group=COMMON, metavar="MODEL"
     )
     stage: Literal["all", "encoder", "decoder", "text", "clip", "perception", "unet", "decay", "lm"] = (
-        setting("all", "train only this part", group=COMMON)
+        setting("all", "train only this stage", group=COMMON)
     )
     seconds: float | None = setting(
         None, "save and stop after this many seconds", ge=0, le=1e9, example=540.0, group=COMMON
@@ -96,7 +99,7 @@ class BuildConfig(RunSettings, DeviceSettings):
     )
     steps: int | None = setting(
         None,
-        "optimizer steps of every stage, instead of the preset's",
+        "optimizer steps per stage, instead of the preset's",
         ge=1,
         le=10**9,
         example=100,
@@ -104,10 +107,10 @@ class BuildConfig(RunSettings, DeviceSettings):
     )
 
 
-class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings):
-    """Score a model on storybook edits whose answer is known: ip2p storybook score --count 500"""
+class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings, ScaleSettings, StepSettings):
+    """Score a model on storybook edits with exact answers: ip2p storybook score --count 500"""
 
-    model: str = setting("storybook", "a name, or a diffusers folder", group=COMMON)
+    model: str = setting("storybook", "model name, or a diffusers folder", group=COMMON)
     split: Texts = setting(
         (),
         "test, unseen_phrasings, …; may be repeated; default: all but train",
@@ -115,29 +118,16 @@ class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings)
         metavar="SPLIT",
     )
     count: int = setting(500, "number of edits per split", ge=1, le=1_000_000, group=COMMON)
-    seed: int = setting(0, "seed of the edits and the noise", ge=0, le=MAX_SEED, example=7, group=COMMON)
-    out: Path | None = setting(None, "write every number as JSON", group=COMMON, flags=("-o",))
+    seed: Seed = setting(0, "seed of the edits and the noise", ge=0, le=MAX_SEED, example=7, group=COMMON)
+    out: Path | None = setting(None, "save all numbers as JSON", group=COMMON, flags=("-o",))
     sheet: Path | None = setting(
         None,
-        "write a picture of pages, instructions, results and exact answers",
+        "save a picture with pages, instructions, results and exact answers",
         group=COMMON,
         metavar="FILE",
     )
-    steps: int | None = setting(None, "sampling steps", ge=1, le=MAX_STEPS, fallback=20, group=COMMON)
-    sampler: SamplerName | None = setting(None, "sampler", fallback="euler_ancestral", group=COMMON)
     schedule: ScheduleName | None = setting(
         None, "noise schedule", fallback="linspace", group=COMMON, aliases=("spacing",)
-    )
-    text_cfg: float | None = setting(
-        None,
-        "how strongly to follow the instruction",
-        ge=0,
-        le=MAX_SCALE,
-        fallback=7.5,
-        group=COMMON,
-    )
-    image_cfg: float | None = setting(
-        None, "how strongly to keep the input picture", ge=0, le=MAX_SCALE, fallback=1.5, group=COMMON
     )
     size: Size = setting(
         None,
@@ -154,23 +144,22 @@ ON_SHEET, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 160
 
 
 def run_draw(config: DrawConfig) -> None:
-    """Write what the config asks for; the paths of the outputs go to stdout."""
+    """Write the requested outputs and print their paths."""
     from ip2p.training.storybook.pairs import write_pairs, write_triples  # imports pyarrow
     from ip2p_storybook.triples import exact_triples
 
-    asked = (config.pairs, config.captions, config.triples, config.sheet)
-    files = [path for path in asked if path is not None]
+    files = [
+        path for path in (config.pairs, config.captions, config.triples, config.sheet) if path is not None
+    ]
     if config.out is None and not files:
-        raise InputError(
-            "nothing is asked for; name a folder (-o pages), --pairs, --captions, --triples or --sheet."
-        )
+        raise InputError("no output is given; add -o FOLDER, --pairs, --captions, --triples or --sheet.")
     for path in files:
         check_output(path, overwrite=config.overwrite)
     if config.out is not None:
         make_folder(config.out)
         if not config.overwrite and any(config.out.glob("*.png")):
             raise InputError(
-                f"{config.out} holds pictures already; add --overwrite, or choose another folder."
+                f"{config.out} already contains pictures; add --overwrite, or choose another folder."
             )
 
     if config.out is not None or config.sheet is not None:
@@ -190,7 +179,7 @@ def run_draw(config: DrawConfig) -> None:
 
 
 def edits(config: DrawConfig) -> Iterator[Edit]:
-    """The edits of the config's seed; their pages are the pages that are drawn."""
+    """The edits of the config's seed. Their pages before the edit are the pages to draw."""
     from ip2p_storybook.edits import sample_edit
     from ip2p_storybook.scene import rng_for
 
@@ -224,12 +213,8 @@ def _pictures(config: DrawConfig) -> None:
         write_text(config.out / "run.json", run_json(config))
     if config.sheet is not None:
         rows = [shown[i : i + SHEET_COLUMNS] for i in range(0, len(shown), SHEET_COLUMNS)]
-        save_sheet(grid(rows), config.sheet)
-
-
-def save_sheet(sheet: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        sheet.save(temporary)
+        with replacing(config.sheet) as temporary:
+            contact_sheet(rows).save(temporary)
 
 
 def _each(items: Iterator[T], advance: Callable[[], None]) -> Iterator[T]:
@@ -239,7 +224,7 @@ def _each(items: Iterator[T], advance: Callable[[], None]) -> Iterator[T]:
 
 
 def run_build(config: BuildConfig) -> None:
-    """Train into `config.out`, or go on there; `run.json` beside the model says with what."""
+    """Train the model into `config.out`, or resume. Writes the settings to `run.json`."""
     make_folder(config.out)
     write_text(config.out / "run.json", run_json(config))
     bundle = config.bundle or config.out / "bundle"
@@ -263,7 +248,7 @@ def run_build(config: BuildConfig) -> None:
 
 
 def run_score(config: ScoreConfig) -> None:
-    """Score a model on edits whose answer is known; the numbers go to stdout."""
+    """Score a model on edits with exact answers and print the numbers."""
     from ip2p.evaluation.storybook import run  # imports torch
 
     run(config)

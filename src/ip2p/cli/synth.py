@@ -112,7 +112,7 @@ def run_instruct(config: SynthInstructConfig) -> None:
     )
     if file and config.overwrite:
         file.unlink(missing_ok=True)  # its parts are deleted too, so a stale file must not remain
-    summary = jobs.run(
+    summary = jobs.run_job(
         partial(InstructStage, _writer(config), edits=config.edits, retries=config.retries, limits=limits),
         [texts[start : start + size] for start in range(0, len(texts), size)],
         folder,
@@ -228,7 +228,7 @@ def run_pairs(config: SynthPairsConfig) -> None:
     how = config.how(storybook=storybook)
     vaes = {"vae": config.vae, "tiny-vae": how["tiny_vae"]}
     named = ("model", "revision", "weights", "vae", "keep", "p", "size", "license", "dtype")
-    more = {"p_cross": None, "reweight": 1.0, "blend": None}  # recorded only if set
+    more = {"p_cross": None, "reweight": 1.0, "blend": None, "parts_from": None}  # recorded only if set
     settings: dict[str, Any] = {
         "content of the triples": _hash([asdict(triple) for triple in triples]),
         **{name: getattr(config, name) for name in named},
@@ -245,7 +245,7 @@ def run_pairs(config: SynthPairsConfig) -> None:
     stage = partial(PairStage, chosen, clip=clip, clip_name=clip_name, thresholds=thresholds)
     size = 1 if config.as_paper else TRIPLES_A_PART
     make_folder(config.out)
-    summary = jobs.run(
+    summary = jobs.run_job(
         stage,
         [triples[start : start + size] for start in range(0, len(triples), size)],
         config.out,

@@ -1,16 +1,18 @@
 """Checks a data set, row by row and as a whole, and draws a contact sheet of pairs.
 
-A defect is certain: a broken or missing picture, no instruction, a duplicate id. A warning comes from a rule
-of thumb, which its line states, or is a fact worth knowing before training.
+A defect is certain: a broken or missing picture, an instruction without words, a duplicate id. A warning
+comes from a rule of thumb, which its line states, or is a fact worth knowing before training.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
 import statistics
+import string
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +28,7 @@ from ip2p.pictures import images
 
 SHOWN = 5  # ids listed per finding
 OF_ENDLESS = 1000  # rows checked in an endless source
+MANY = 10  # rows with one instruction that are worth a line
 MAX_TOKENS = 77  # of CLIP, including start and end tokens
 ON_SHEET, SHEET_COLUMNS, SHEET_SIDE = 24, 3, 160
 
@@ -138,6 +141,10 @@ def _look(pair: Pair | BrokenRow) -> _Row:
     found: dict[str, str] = {}
     if not pair.instruction.strip():
         found["empty instruction"] = ""
+    elif reason := why_no_words(pair.instruction):
+        found["no words"] = reason
+    elif pair.instruction in (pair.caption, pair.edited_caption):
+        found["caption for instruction"] = ""
     elif imperative(pair.caption or pair.edited_caption) and not imperative(pair.instruction):
         found["swapped words"] = ""
     opened = []
@@ -149,6 +156,10 @@ def _look(pair: Pair | BrokenRow) -> _Row:
     if len(opened) < 2:
         return _Row(pair.id, words, found=found)
     one, two = opened
+    for part, picture in zip(("before", "after"), opened, strict=True):
+        bands: Any = picture.getextrema()
+        if all(low == high for low, high in bands):
+            found["blank picture"] = part
     if one.size != two.size:
         found["size mismatch"] = "{}x{} and {}x{}".format(*one.size, *two.size)
     hashes = _hash(one), _hash(two)
@@ -157,6 +168,33 @@ def _look(pair: Pair | BrokenRow) -> _Row:
     elif one.size == two.size and (move := find_move(one, two)):
         found["misaligned"] = str(move)
     return _Row(pair.id, words, *hashes, one.size, found)
+
+
+def why_no_words(text: str) -> str:
+    """What a text is that says nothing to a person: "a number", "a file name", …; "" for words."""
+    plain = text.strip()
+    if plain.lower() in ("nan", "none", "null", "n/a", "na", "<na>", "undefined", "nat"):
+        return "a missing value written out"
+    for pattern, name in _NO_WORDS.items():
+        if re.fullmatch(pattern, plain, re.IGNORECASE | re.DOTALL):
+            return name
+    if plain[0] in "[{":
+        try:
+            json.loads(plain)
+        except ValueError:
+            return ""
+        return "JSON"
+    return ""
+
+
+_SIGNS = re.escape(string.punctuation)
+_NO_WORDS = {
+    r"[-+]?[\d.,]+(e[-+]?\d+)?%?": "a number",
+    r"[a-z]+://\S+": "an address",
+    r"\S+\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic|txt|json)": "a file name",
+    r"b'.*'|b\".*\"|<[\w.]+ (object|image) .*>": "Python's notation of a value",
+    rf"[{_SIGNS}\s]+": "signs alone",
+}
 
 
 def imperative(words: str) -> bool:
@@ -182,9 +220,13 @@ _DEFECTS = {
     "broken picture": "cannot be read or decoded",
     "missing picture": "a picture or the texts of the row are missing",
     "empty instruction": "the instruction is empty",
+    "no words": "the instruction is a number, a name, a missing value, or something else that is not words",
     "duplicate ids": "an id that occurs more than once",
 }
 _WARNINGS = {
+    "caption for instruction": "the instruction equals a caption; the column may hold captions",
+    "one instruction": "all rows have the same instruction",
+    "blank picture": "a picture has a single color",
     "swapped words": "the caption starts like an instruction and the instruction does not; the columns "
     "may be swapped",
     "swapped pictures": "pairs share the picture after rather than the picture before; before and after may "
@@ -221,6 +263,7 @@ def check(
         ("duplicate ids", _repeated(rows)),
         ("duplicate pairs", _duplicates(rows)),
         ("swapped pictures", _swapped_pictures(rows)),
+        ("one instruction", _one_instruction(rows)),
     ):
         found[name] = [(id, "") for id in ids]
     kinds: list[tuple[Literal["defect", "warning"], dict[str, str]]] = [
@@ -280,6 +323,12 @@ def _lengths(texts: Sequence[str]) -> dict[str, Any]:
         "max": max(words, default=0),
         "long": sum(tokens(text) > MAX_TOKENS for text in texts),
     }
+
+
+def _one_instruction(rows: Sequence[_Row]) -> list[str]:
+    """All rows, if they are many and have one instruction."""
+    same = len({row.words[0] for row in rows}) == 1 and len(rows) >= MANY and rows[0].words[0]
+    return [row.id for row in rows] if same else []
 
 
 def _repeated(rows: Sequence[_Row]) -> list[str]:
@@ -346,7 +395,7 @@ def sheet(source: Source, path: Path, *, count: int = ON_SHEET, limit: int | Non
     """Write a contact sheet of up to `count` pairs with their instructions, evenly spaced over the rows.
 
     For an endless source, or with `limit`, only the first rows are used. A broken row is shown as its error.
-    Raises InputError as `images.check_output` does.
+    Raises InputError as `images.check_picture_output` does.
     """
     total = min(len(source) if not source.endless else OF_ENDLESS, limit or len(source))
     count = min(count, total)
@@ -365,7 +414,7 @@ def sheet(source: Source, path: Path, *, count: int = ON_SHEET, limit: int | Non
     # Labels must not overlap; the letters of Pillow's font are about 6 pixels wide at this size.
     labels = [label if len(label) <= 52 else label[:51] + "…" for label in labels]
     parts = [
-        images.grid(
+        images.contact_sheet(
             rows[start : start + high], labels[start : start + high], header=("before", "after"), font_size=12
         )
         for start in range(0, len(rows), high)

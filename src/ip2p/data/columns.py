@@ -13,12 +13,14 @@ from typing import Any
 
 from ip2p.base.errors import InputError
 from ip2p.data.records import BrokenRow, MissingPart
+from ip2p.settings import part_name
 
 # First the name in the Hugging Face version (if any), then MagicBrush's, then other obvious names.
 PICTURES: dict[str, tuple[str, ...]] = {
     "before": (
         *("original_image", "source_img", "before", "source_image", "input_image", "before_image"),
-        *("input_img", "src_img", "image_file", "original", "source", "input"),
+        *("input_img", "src_img", "image_file", "local_input_image", "original", "source", "input"),
+        "open_image_input_url",
     ),
     "after": (
         *("edited_image", "target_img", "after", "target_image", "output_image", "after_image"),
@@ -33,11 +35,11 @@ WORDS: dict[str, tuple[str, ...]] = {
     ),
     "caption": (
         *("original_prompt", "caption", "original_caption", "source_caption", "input_caption"),
-        *("source_prompt", "input_prompt", "before_caption"),
+        *("source_prompt", "input_prompt", "before_caption", "input_caption_by_llama"),
     ),
     "edited_caption": (
         *("edited_prompt", "edited_caption", "target_caption", "output_caption"),
-        *("target_prompt", "output_prompt", "after_caption"),
+        *("target_prompt", "output_prompt", "after_caption", "output_caption_by_llama"),
     ),
     "id": ("id", "key", "pair_id"),
 }
@@ -52,29 +54,67 @@ SCORES = (
     *("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"),
 )
 NEEDED = ("before", "after", "instruction")
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+# Captions of sets whose pictures have other names, such as HQ-Edit and AnyEdit.
+_SPARE_CAPTIONS = {"caption": "input", "edited_caption": "output"}
 _PATH_ENDING = re.compile(r"_?(file_?name|path|file)$")
 
 
-def find_columns(names: Iterable[str], *, of: str, paths: bool = False) -> dict[str, str]:
+def find_columns(
+    names: Iterable[str], *, of: str, paths: bool = False, chosen: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Maps the fields of a row to the columns that hold them.
 
-    `paths`: pictures are given as file paths, so `before_path` also names before. Raises InputError, with the
-    columns of `of` and the missing fields, unless both pictures and an instruction are present.
+    `paths`: pictures are given as file paths, so `before_path` also names before. `chosen`: columns that the
+    user names, by field. Raises InputError, with the columns of `of` and the missing fields, unless both
+    pictures and an instruction are present, and for a chosen column that is not.
     """
     seen = list(names)
+    found = match_columns(seen, of=of, paths=paths, chosen=chosen)
+    if lacking := [part for part in NEEDED if part not in found]:
+        raise unknown_columns(of, seen, lacking)
+    return found
+
+
+def match_columns(
+    seen: Sequence[str], *, of: str, paths: bool = False, chosen: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """As `find_columns`, but fields may be missing."""
+    picked = {part: pick(name, seen, part, of=of) for part, name in (chosen or {}).items()}
+    plain = {name: fold(name) for name in seen if name not in picked.values()}
     folded: dict[str, str] = {}
-    for name in seen:
-        plain = name.strip().lower().replace(" ", "_").replace("-", "_")
-        folded.setdefault(_PATH_ENDING.sub("", plain) or plain if paths else plain, name)
+    for name, known in plain.items():
+        folded.setdefault(known, name)
+    for name, known in plain.items() if paths else ():
+        folded.setdefault(_PATH_ENDING.sub("", known), name)
     found = {
         part: folded[next(known for known in knowns if known in folded)]
         for part, knowns in (PICTURES | WORDS).items()
         if any(known in folded for known in knowns)
-    }
-    if lacking := [part for part in NEEDED if part not in found]:
-        raise unknown_columns(of, seen, lacking)
+    } | picked
+    for part, spare in _SPARE_CAPTIONS.items():
+        if part not in found and folded.get(spare, "") not in ("", *found.values()):
+            found[part] = folded[spare]
     return found
+
+
+def fold(name: str) -> str:
+    """A column's name without the differences in writing that do not count."""
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def pick(name: str, seen: Sequence[str], part: str, *, of: str, what: str = "column") -> str:
+    """The column that the user calls `name`. Raises InputError when it is not among `seen`."""
+    near = {fold(one): one for one in reversed(seen)}
+    if name in seen or fold(name) in near:
+        return name if name in seen else near[fold(name)]
+    raise InputError(
+        f"{of} has no {what} {name!r} (--columns {part_name(part)}={name}); it has {_listing(seen)}."
+    )
+
+
+def _listing(seen: Sequence[str]) -> str:
+    return (", ".join(seen[:12]) or "(none)") + (", …" if len(seen) > 12 else "")
 
 
 def unknown_columns(
@@ -82,12 +122,22 @@ def unknown_columns(
 ) -> InputError:
     """The error for a table that lacks a required field."""
     needs = "; ".join(f"{part} ({', '.join((PICTURES | WORDS)[part][:3])} …)" for part in lacking)
-    shown = ", ".join(seen[:12]) + (" …" if len(seen) > 12 else "")
-    return InputError(f"{of} has the {what} {shown or '(none)'}; missing: {needs}. Rename them.")
+    option = ",".join(f"{part_name(part)}=NAME" for part in lacking)
+    return InputError(
+        f"{of} has the {what} {_listing(seen)}; missing: {needs}. Rename them, or add --columns {option}."
+    )
 
 
-def words_of(row: Mapping[str, Any], names: Mapping[str, Sequence[str]] = WORDS) -> dict[str, str]:
-    """The texts of a row: instruction, caption, edited_caption and id; "" if absent."""
+def words_of(
+    row: Mapping[str, Any],
+    names: Mapping[str, Sequence[str]] = WORDS,
+    chosen: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The texts of a row: instruction, caption, edited_caption and id; "" if absent.
+
+    `names`: the known keys by field; `chosen`: keys that the user names, which stand for these.
+    """
+    names = {**names, **{part: (key.lower(),) for part, key in (chosen or {}).items()}}
     folded = {str(key).lower(): value for key, value in row.items()}
     found = {}
     for part in WORDS:
@@ -167,6 +217,11 @@ def read_picture(path: Path | None, part: str, id: str) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if match := re.search(r"(https?):/+(.*)", path.as_posix()):
+            address = f"{match[1]}://{match[2]}"
+            raise MissingPart(
+                id, f"{part}: {address} is an address; download the picture and name its file"
+            ) from None
         raise MissingPart(id, f"{part}: the picture {path} is missing") from None
     except OSError as error:
         raise BrokenRow(id, f"{part}: {path} cannot be read ({error.strerror})") from None

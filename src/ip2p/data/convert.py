@@ -173,9 +173,9 @@ def _remove_written(folder: Path) -> None:
 
 
 def _phrase(name: str, before: object, now: object) -> tuple[str, str]:
-    words = {"source": "of {}", "key": "of other data", "to": "--to {}", "rows": "of {} rows"}
-    text = (words | {"shard_rows": "--shard-rows {}"})[name]
-    return text.format(before), text.format(now)
+    texts = {"source": "from {}", "key": "from other data", "to": "with --to {}", "rows": "with {} rows"}
+    text = (texts | {"shard_rows": "with --shard-rows {}"})[name]
+    return text.format(before), text.removeprefix("with ").format(now)
 
 
 # --- the layouts ----------------------------------------------------------------------------------
@@ -306,14 +306,17 @@ class _Shards(_Writer):
 
 
 class _Folders(_Writer):
-    """before/, after/ and mask/, then metadata.jsonl."""
+    """before/, after/ and mask/, then metadata.jsonl: an imagefolder of Hugging Face's `datasets`.
+
+    Each picture is a column that ends in `_file_name`; `datasets` calls it before, after and mask.
+    """
 
     def write(self, part: int, rows: Iterator[tuple[int, Pair]]) -> tuple[Files, list[Any]]:
         files: Files = {}
         index = []
         for row, pair in rows:
             line = {
-                name: self.put(files, f"{name}/{row:07}{ending(data)}", data)
+                f"{name}_file_name": self.put(files, f"{name}/{row:07}{ending(data)}", data)
                 for name, data in _pictures(pair)
             }
             index.append(line | _words(pair))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ip2p.base.errors import InputError
 from ip2p.data import columns
 from ip2p.data.handles import Lately
 from ip2p.data.records import MissingPart, Pair
+from ip2p.settings import part_name
 
 SEEDS, PROMPT, METADATA = "seeds.json", "prompt.json", "metadata.jsonl"
 _PICTURE = re.compile(r"(\d+)_[01]\.(jpg|jpeg|png|webp)")
@@ -38,8 +40,13 @@ class OriginalSource:
 
     endless = False
 
-    def __init__(self, folder: Path, *, name: str) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, *, name: str, chosen: Mapping[str, str] | None = None) -> None:
+        self.folder, self.name, self._chosen = folder, name, dict(chosen or {})
+        if fixed := [part_name(part) for part in self._chosen if part not in columns.ORIGINAL_WORDS]:
+            raise InputError(
+                f"{name} has the layout of the paper's code; the pictures of this layout have fixed names; "
+                f"leave {', '.join(fixed)} away from --columns."
+            )
         self._rows = self._listed() if (folder / SEEDS).is_file() else self._found()
         if not self._rows:
             raise InputError(f"{name} has no pairs: no NAME/{PROMPT} with SEED_0.jpg and SEED_1.jpg in it.")
@@ -80,7 +87,7 @@ class OriginalSource:
             if (self.folder / name).is_dir()
             for entry in sorted(os.scandir(self.folder / name), key=lambda entry: entry.name)
         )
-        return columns.stamp(files, "original", self._rows)
+        return columns.stamp(files, "original", self._rows, *sorted(self._chosen.items()))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,7 +98,7 @@ class OriginalSource:
     def __getitem__(self, row: int) -> Pair:
         name, seed = self._rows[row]
         id = f"{name}/{seed}"
-        words, metadata = self._prompts.get(name, lambda: _prompt(self.folder / name))
+        words, metadata = self._prompts.get(name, lambda: _prompt(self.folder / name, self._chosen))
         line = metadata.get(seed, {})
         id = columns.text(line.get("id")) or id
         if isinstance(words, str):
@@ -115,7 +122,9 @@ class OriginalSource:
         raise MissingPart(id, f"{part}: the picture {stem}.jpg is missing")
 
 
-def _prompt(folder: Path) -> tuple[dict[str, str] | str, dict[int, dict[str, Any]]]:
+def _prompt(
+    folder: Path, chosen: Mapping[str, str]
+) -> tuple[dict[str, str] | str, dict[int, dict[str, Any]]]:
     """The texts of a prompt (or why they are missing), and its metadata by seed."""
     metadata: dict[int, dict[str, Any]] = {}
     try:
@@ -129,6 +138,6 @@ def _prompt(folder: Path) -> tuple[dict[str, str] | str, dict[int, dict[str, Any
         pass
     try:
         prompt = json.loads((folder / PROMPT).read_text(encoding="utf-8"))
-        return columns.words_of(prompt, columns.ORIGINAL_WORDS), metadata
+        return columns.words_of(prompt, columns.ORIGINAL_WORDS, chosen), metadata
     except (OSError, ValueError, AttributeError) as error:
         return f"{folder / PROMPT} is missing or cannot be read ({type(error).__name__})", metadata

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ class ParquetSource:
     """The rows of parquet files, in file order; a row group is read whole and cached.
 
     Sequential reads are cheap; a random read loads a row group. `files`: paths, or with `remote` paths in the
-    Hub's file system. A row without an id is named by its number, a MagicBrush row by its picture and turn.
-    Raises InputError for an unreadable file, unknown columns, or no rows.
+    Hub's file system; `chosen`: columns by field. A row without an id is named by its number, a MagicBrush
+    row by its picture and turn. Raises InputError for an unreadable file, unknown columns, or no rows.
     """
 
     endless = False
@@ -39,11 +39,14 @@ class ParquetSource:
         root: Path | None = None,
         key: str | None = None,
         remote: bool = False,
+        chosen: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.remote = name, remote
         self.files = [str(path) for path in files]
         self.root = root  # base folder of pictures given by path
-        self.key = key or columns.stamp((Path(path) for path in self.files), "parquet")
+        self.key = key or columns.stamp(
+            (Path(path) for path in self.files), "parquet", *sorted((chosen or {}).items())
+        )
         self._open: Lately[Any] = Lately(FILES_KEPT)
         self._groups: Lately[Any] = Lately(GROUPS_KEPT)
         with ThreadPoolExecutor(READ_AT_ONCE if remote else 1) as pool:
@@ -53,7 +56,7 @@ class ParquetSource:
         self._starts = [0]
         self._columns: list[dict[str, str]] = []
         for number, (names, sizes) in enumerate(footers):
-            self._columns.append(columns.find_columns(names, of=self.files[number]))
+            self._columns.append(columns.find_columns(names, of=self.files[number], chosen=chosen))
             rest = {"img_id", "turn_index", "scores", *columns.SCORES} & set(names)
             self._columns[-1] |= {name: name for name in sorted(rest)}
             for group, rows in enumerate(sizes):
@@ -144,8 +147,9 @@ class ParquetSource:
         if isinstance(cell, dict):
             if cell.get("bytes"):
                 return bytes(cell["bytes"])
-            if cell.get("path") and self.root is not None:
-                return columns.read_picture(self.root / cell["path"], part, id)
+            cell = cell.get("path")
+        if isinstance(cell, str) and cell and self.root is not None:
+            return columns.read_picture(self.root / cell, part, id)
         raise MissingPart(id, f"{part}: the picture is missing")
 
 

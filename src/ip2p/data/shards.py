@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ class ShardSource:
 
     endless = False
 
-    def __init__(self, files: Sequence[Path], *, name: str) -> None:
-        self.name, self.files = name, list(files)
-        self.key = columns.stamp(self.files, "shards")
+    def __init__(self, files: Sequence[Path], *, name: str, chosen: Mapping[str, str] | None = None) -> None:
+        self.name, self.files, self._chosen = name, list(files), dict(chosen or {})
+        self.key = columns.stamp(self.files, "shards", *sorted(self._chosen.items()))
+        parts = {stem: part for stem, part in _NAMES.items() if part not in self._chosen}
+        parts |= {stem.lower(): part for part, stem in self._chosen.items()}
         self._open: Lately[Any] = Lately(FILES_KEPT)
         self._keys: list[str] = []
         self._shards: list[int] = []
@@ -50,7 +52,7 @@ class ShardSource:
         self._blocks: list[range] = []
         for number, path in enumerate(self.files):
             first = len(self._keys)
-            rows, why = _index(path, seen)
+            rows, why = _index(path, seen, parts)
             for key, members in rows.items():
                 self._keys.append(key)
                 places.append([value for part in _PARTS for value in members.get(part, (-1, 0))])
@@ -69,6 +71,8 @@ class ShardSource:
         ]
         if not self._keys:
             raise InputError(f"{name} has no rows. Choose another data set.")
+        for part in set(lacking) & self._chosen.keys():
+            columns.pick(self._chosen[part], list(seen), part, of=name, what="file of a key")
         if lacking:
             raise columns.unknown_columns(name, list(seen), lacking, what="files of a key")
         self._repeated = len(set(self._keys)) < len(self._keys)
@@ -95,11 +99,13 @@ class ShardSource:
                 raise BrokenRow(id, f"its JSON cannot be read ({error})") from None
             if not isinstance(metadata, dict):
                 raise BrokenRow(id, "its JSON is not an object")
-        words = columns.words_of(metadata)
+        words = columns.words_of(metadata, chosen=self._chosen)
         id = words.pop("id") or id
         for part in words:
             if not words[part] and (data := self._read(row, part, id)) is not None:
                 words[part] = data.decode("utf-8", "replace").strip()
+        if not words["instruction"] and (key := self._chosen.get("instruction")):
+            raise MissingPart(id, f"instruction: there is no {key} in its JSON and no .{key}.txt")
         pictures = {part: self._read(row, part, id) for part in ("before", "after", "mask")}
         for part in ("before", "after"):
             if not pictures[part]:
@@ -131,10 +137,12 @@ class ShardSource:
         return data
 
 
-def _index(path: Path, seen: dict[str, None]) -> tuple[dict[str, dict[str, tuple[int, int]]], str]:
+def _index(
+    path: Path, seen: dict[str, None], parts: Mapping[str, str]
+) -> tuple[dict[str, dict[str, tuple[int, int]]], str]:
     """Key → field → offset and size, in file order; and why the file is truncated, if it is.
 
-    `seen` collects the name endings of all files, known or not.
+    `seen` collects the name endings of all files, known or not; `parts`: the fields by name.
     """
     rows: dict[str, dict[str, tuple[int, int]]] = {}
     size = path.stat().st_size
@@ -147,7 +155,7 @@ def _index(path: Path, seen: dict[str, None]) -> tuple[dict[str, dict[str, tuple
                     folder, _, file = member.name.removeprefix("./").rpartition("/")
                     key, _, ending = file.partition(".")
                     seen[ending] = None
-                    if part := _part(ending):
+                    if part := _part(ending, parts):
                         whole = f"{folder}/{key}" if folder else key
                         place = (member.offset_data, member.size)
                         rows.setdefault(whole, {}).setdefault(part, place)
@@ -165,15 +173,15 @@ def _is_packed(path: Path) -> bool:
     return path.read_bytes()[:4].startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
 
 
-def _part(ending: str) -> str | None:
+def _part(ending: str, parts: Mapping[str, str]) -> str | None:
     """The field of a file name ending: before.png → before, json → json, txt → instruction."""
     stem, _, kind = ending.lower().rpartition(".")
     if f".{kind}" in columns.PICTURE_ENDINGS:
-        part = _NAMES.get(stem)
+        part = parts.get(stem)
         return part if part in columns.PICTURES else None
     if kind == "json":
         return "json" if not stem else None
     if kind == "txt":
-        part = _NAMES.get(stem or "instruction")
+        part = parts.get(stem) if stem else "instruction"
         return part if part in columns.WORDS else None
     return None

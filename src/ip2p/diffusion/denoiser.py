@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ip2p.diffusion import Denoiser, Latent, Sigma, guidance
-from ip2p.diffusion.guidance import guide, passes
+from ip2p.diffusion.guidance import embed_scales, guide, passes
 from ip2p.diffusion.schedule import Schedule
 
 
@@ -46,7 +46,12 @@ def x0_from_velocity(x: Latent, velocity: Latent, sigma: Float[Tensor, "*b"]) ->
     return x / (sigma**2 + 1) - velocity * sigma / (sigma**2 + 1).sqrt()
 
 
-X0 = {"epsilon": x0_from_epsilon, "v_prediction": x0_from_velocity}
+def x0_from_sample(x: Latent, sample: Latent, sigma: Float[Tensor, "*b"]) -> Latent:
+    """The network predicts x0 itself."""
+    return sample
+
+
+X0 = {"epsilon": x0_from_epsilon, "v_prediction": x0_from_velocity, "sample": x0_from_sample}
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,22 @@ class UNetDenoiser:
 
     x and image are latents [batch, channels, h, w]; text is [batch, tokens, features] or a Prompt; sigma is a
     scalar. The network runs in its own dtype; x stays in fp32. The image latents are multiplied by
-    condition_scale.
+    condition_scale. scales_size: of a distilled UNet, the size of `guidance.embed_scales`, its input for the
+    guidance scales.
     """
 
     unet: nn.Module
     schedule: Schedule
     condition_scale: float = 1.0
     control: Control | None = None
+    scales_size: int | None = None
 
     def __call__(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
         """x0 from x = x0 + sigma · noise."""
         return self.x0(x, self.predict(x, sigma, text, image), sigma)
 
     def predict(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
-        """The UNet's prediction (noise or velocity) at x / sqrt(sigma² + 1)."""
+        """The UNet's prediction (noise, velocity or x0) at x / sqrt(sigma² + 1)."""
         return self.tell(x, sigma, told(text, len(x)), image)
 
     def tell(self, x: Latent, sigma: Sigma, told: Told, image: Latent) -> Latent:
@@ -87,6 +94,8 @@ class UNetDenoiser:
         added = {name: told[name] for name in ("text_embeds", "time_ids") if name in told}
         if added:
             more = more | {"added_cond_kwargs": added}
+        if "timestep_cond" in told:
+            more = more | {"timestep_cond": told["timestep_cond"]}
         hidden = told["encoder_hidden_states"]
         output = self.unet(channels, time, encoder_hidden_states=hidden, return_dict=False, **more)[0]
         return output.to(x.dtype)
@@ -120,6 +129,8 @@ def guided(
 ) -> Denoiser:
     """Classifier-free guidance (equation 3) for an edit model: a denoiser with one to three passes per call.
 
+    A distilled model, which takes the scales as an input, needs one. It has no null text and no rescaling.
+
     text and null_text: [1 or batch, tokens, features] or Prompts. image: [1 or batch, channel, h, w], or None
     to draw from the text alone; the two null branches are then the same. rescale: the strength of
     `guidance.rescale`. interval: the range of noise levels with guidance, as fractions (1 is the noisiest);
@@ -132,6 +143,12 @@ def guided(
         count = len(x)
         inside = low <= model.schedule.share(sigma) <= high
         s_text, s_image = (text_cfg, image_cfg) if inside else (1.0, 1.0)
+        if model.scales_size is not None:
+            scales = embed_scales(torch.tensor([[s_text, s_image]]), model.scales_size).expand(count, -1)
+            shown = torch.zeros_like(x) if image is None else image.to(x).expand(count, -1, -1, -1)
+            return model.x0(
+                x, model.tell(x, sigma, {**told(text, count), "timestep_cond": scales}, shown), sigma
+            )
         # Without a picture, e0I = e00, so the image scale has no effect.
         need = passes(text=s_text, image=s_image if image is not None else 1.0)
         if rescale:

@@ -55,9 +55,9 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     Raises ModelError for an unsupported beta schedule or prediction type.
     """
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
+    if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ModelError(
-            f"The scheduler's prediction_type is {prediction!r}; only epsilon and v_prediction are "
+            f"The scheduler's prediction_type is {prediction!r}; only epsilon, v_prediction and sample are "
             "supported. Use another model."
         )
     if "sigma_data" in config:

@@ -1,1 +1,1 @@
-"""Editing pictures: one, many, in a chain, over a grid."""
+"""Edit pictures: one, a batch, a chain, a grid."""

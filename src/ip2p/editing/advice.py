@@ -1,16 +1,16 @@
 """How to word instructions and choose scales: printed by `ip2p edit --examples`, and the page docs/advice.md.
 
-The text is Markdown that reads well in a terminal too: commands and templates are indented.
+The text is Markdown that is also readable in a terminal: commands and templates are indented.
 """
 
 from __future__ import annotations
 
 TEXT = """\
-# What to ask, and how much
+# How to get good edits
 
 ## Instructions that work
 
-An instruction says what to change, not what the whole picture shows. One change at a time works best.
+Describe the change, not the whole picture. One change at a time works best.
 
     turn the … into a …          turn the dog into a fox
     make the … …                 make the house red
@@ -23,93 +23,96 @@ An instruction says what to change, not what the whole picture shows. One change
     change the background to …   change the background to a beach
 
 If an instruction fails, reword it: "turn him into a robot", "make him a robot" and "as a robot" give
-different results. If there are several things of a kind, name the one you mean ("the cat on the left").
+different results. If a thing appears more than once, say which one you mean ("the cat on the left").
 
-## How much
+## The strength of the edit
 
-Two scales control the strength. Compare them side by side first:
+Two scales control the strength. Start by comparing them side by side:
 
     ip2p grid page.png "make it night" -o grid.png
 
-`--text-cfg` is how strongly the instruction is followed, `--image-cfg` how strongly the picture is kept. The
-defaults are the model's own: 7.5 and 1.5 for the published models, where 5 to 10 and 1 to 2 are useful; the
+`--text-cfg` sets how strongly to follow the instruction, `--image-cfg` how strongly to keep the picture. The
+defaults come from the model: 7.5 and 1.5 for the published models, where 5 to 10 and 1 to 2 are useful; the
 storybook model has smaller ones.
 
-### It changes too little
+### The edit changes too little
 
-Lower `--image-cfg` in steps of 0.1 to 0.2, or raise `--text-cfg` by a third. Then try another seed or other
-words:
+Lower `--image-cfg` in steps of 0.1 to 0.2, or raise `--text-cfg` by a third. If that is not enough, try
+another seed or reword the instruction:
 
     ip2p edit page.png "make it night" --image-cfg 1.2
     ip2p edit page.png "make it night" --text-cfg 10
     ip2p edit page.png "make it night" --count 8 --best 2
 
-### It changes too much
+### The edit changes too much
 
-Raise `--image-cfg` or lower `--text-cfg`. If high scales make the colors and the contrast too hard, reduce
-them with `--text-cfg-rescale`, or use guidance only in the middle of the sampling:
+Raise `--image-cfg` or lower `--text-cfg`. If high scales make colors and contrast too strong, use
+`--text-cfg-rescale`, or apply guidance only in the middle of the sampling:
 
     ip2p edit page.png "make it night" --image-cfg 1.8
     ip2p edit page.png "make it night" --text-cfg 5
     ip2p edit page.png "make it night" --text-cfg-rescale 0.7
     ip2p edit page.png "make it night" --cfg-interval 0.2 0.9
 
-### It changes what was not named
+### The edit changes other things too
 
-"Make the house red" may turn the sky red, too. No scale fixes that; a mask does. Let the model find the
-region, look at it, and move the threshold (a lower one selects more), or draw the mask yourself, white where
-the edit may change the picture:
+"Make the house red" may turn the sky red, too. Scales do not fix that, but a mask does. Let the model find
+the region, check it, and adjust the threshold (a lower one selects more), or paint the mask yourself, white
+where the picture may change:
 
     ip2p edit page.png "make the house red" --auto-mask --show-mask region.png
     ip2p edit page.png "make the house red" --auto-mask 0.35
     ip2p edit page.png "make the house red" --mask house.png
 
-Outside the mask, every pixel stays the same (in PNG, to the byte).
+Outside the mask, every pixel stays identical (in PNG, to the byte).
 
-## Edits in a row
+## Chained edits
 
     ip2p edit page.png "make it night" --then "make it snow" --animation chain.gif
 
-Each step starts from the result of the one before, so losses add up; the report at the end shows how far each
-step is from the start. With `--from-original`, each step starts from the original with the instructions
-joined: less is lost, but some of many instructions may be ignored.
+Each step starts from the previous result, so losses add up; a report at the end shows how far each step is
+from the original. With `--from-original`, each step starts from the original with all instructions so far
+combined: less detail is lost, but some instructions may be ignored.
 
 ## More advice
 
-- More steps (`--steps 50`) help with fine details, but seldom with an edit that fails altogether.
-- Small faces come out badly, because the autoencoder keeps few of their details. Mask them, so that the model
-  sees them enlarged, or crop the picture first.
-- The same command with the same seed gives the same picture, and every result carries its settings:
-  `ip2p edit page.png --from-settings night.png` makes it again, and any other flag changes that one setting.
+- More steps (`--steps 50`) improve fine details, but rarely fix an edit that fails completely.
+- Small faces often look bad, because the autoencoder loses their details. Mask them, so that the model sees
+  them enlarged, or crop the picture first.
+- The same command with the same seed gives the same picture, and every result stores its settings:
+  `ip2p edit page.png --from-settings night.png` repeats the edit, and any other flag overrides one setting.
 """
 
-# Which picture of docs/pictures/ the page shows at the end of a section, and what it says of it.
+# The picture in docs/pictures/ at the end of a section, and its caption.
 PICTURES = {
-    "## How much": ("grid.png", "One instruction over both scales, as ip2p grid draws it"),
-    "### It changes too much": ("scales.png", "A page; edited too little, as asked, and too much"),
-    "### It changes what was not named": ("mask.png", "A page; edited without a mask; the region; with it"),
-    "## Edits in a row": ("chain.png", "A page, and the steps of a chain after it"),
+    "## The strength of the edit": ("grid.png", "One instruction over both scales, drawn by ip2p grid"),
+    "### The edit changes too much": ("scales.png", "A page; edited too little, as intended, and too much"),
+    "### The edit changes other things too": (
+        "mask.png",
+        "A page; edited without a mask; the region; with it",
+    ),
+    "## Chained edits": ("chain.png", "A page, followed by the steps of a chain"),
 }
 
 
 def page() -> str:
-    """The text with a picture at the end of the sections that have one."""
+    """The text with the pictures of `PICTURES`."""
     lines: list[str] = []
     heading = ""
     for line in [*TEXT.splitlines(), "## "]:
         if line.startswith("#"):
             if heading in PICTURES:
-                name, words = PICTURES[heading]
-                lines += [f"![{words}](pictures/{name})", ""]
+                name, caption = PICTURES[heading]
+                lines += [f"![{caption}](pictures/{name})", ""]
             heading = line
         lines.append(line)
     return "\n".join(lines[:-1]) + "\n"
 
 
 def templates() -> list[tuple[str, str]]:
-    """The instructions that work, each with its first example: ("make it …", "make it night")."""
+    """The instruction templates, each with its first example: ("make it …", "make it night")."""
     pairs = []
-    for line in TEXT.split("## How much")[0].splitlines():
+    for line in TEXT.split("## The strength of the edit")[0].splitlines():
         if line.startswith("    ") and (words := line.strip()):
             template, _, examples = (part.strip() for part in words.partition("  "))
             pairs.append((template, examples.split(";")[0].split(",")[0]))

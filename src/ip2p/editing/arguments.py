@@ -8,9 +8,9 @@ from ip2p.pictures.images import Picture
 
 
 class EditArguments(TypedDict, total=False):
-    """What `Editor.edit` takes beside the picture, the instruction and the seeds; see `EditSettings`."""
+    """Keyword arguments of `Editor.edit` besides the picture, instruction and seeds; see `EditSettings`."""
 
-    # what to stay away from
+    # what to avoid in the result
     negative: str
     # sampling steps
     steps: int | None
@@ -20,29 +20,29 @@ class EditArguments(TypedDict, total=False):
     text_cfg: float | None
     # how strongly to keep the input picture
     image_cfg: float | None
-    # seed of the first result; the next ones count up; -1 draws one
+    # seed of the first result, increased by 1 for each further one; -1: random
     seed: int
-    # working size of the model, in pixels; default: near the size it was trained at
+    # working size of the model in pixels; default: close to its training size
     size: int | tuple[int, int] | None
     # noise schedule
     schedule: Literal["linspace", "karras", "exponential", "trailing", "lcm"] | None
-    # 0 to 1: reduce the contrast that high scales add
+    # reduce the contrast that high scales add; 0 to 1
     text_cfg_rescale: float
-    # use guidance only between these noise levels; 1 is the noisiest
+    # apply guidance only between these noise levels; 1 is the highest
     cfg_interval: tuple[float, float]
-    # picture of the input's size: white is edited, black stays the same to the byte
+    # picture of the input's size: white is edited, black stays unchanged to the byte
     mask: Picture | None
-    # pixels around the white area that the model sees too
+    # pixels around the white area to show the model
     mask_padding: int
-    # pixels over which the edit fades inside the mask; default: 1/128 of its longer side
+    # width in pixels of the soft edge inside the mask; default: 1/128 of its longer side
     feather: float | None
-    # let the model find the region to edit; a lower threshold takes more (default alone: 0.5)
+    # let the model find the region to edit; lower thresholds select more (without a value: 0.5)
     auto_mask: float | None
-    # original: apply the change at the picture's own resolution; model: keep the working size
+    # original: apply the change at the input resolution; model: keep the working size
     fit: Literal["original", "model"]
-    # color to lay transparent parts on: a name or #rrggbb; default: results stay transparent
+    # color behind transparent parts: a name or #rrggbb; default: results stay transparent
     background: str | None
-    # picture that the ControlNet reads: edges, a depth map, …
+    # input of the ControlNet: edges, a depth map, …
     control_image: Picture | None
     # strength of the ControlNet
     control_scale: float

@@ -1,7 +1,7 @@
-"""Edit many pictures into a folder, batched by size. It can be killed at any point and resumed.
+"""Edit many pictures into a folder, batched by size. A batch job can be killed at any point and resumed.
 
-The `ledger` of the folder has a line for each result. The names of all results are noted there before the
-first is made. `run.json` beside it holds the settings, which must be the same on resume.
+The folder's `ledger` has a line for each result. The names of all results are recorded in it before the
+first is written. `run.json` beside it holds the settings, which must be the same on resume.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import mimetypes
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,37 +31,43 @@ from ip2p.settings import OverwriteSettings, first_difference, run_json
 RUN = "run.json"
 log = logging.getLogger("ip2p")
 
-# Names of pictures that `mimetypes` does not know. Those that are not read are named as failures.
+# Extensions of pictures that `mimetypes` does not know. Pictures that cannot be read are listed as failures.
 ENDINGS = {".ppm", ".pgm", ".jxl", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
+ENDINGS |= {".avifs", ".cur", ".dds", ".dib", ".icns", ".j2k", ".jp2", ".kra", ".mpo", ".pef", ".qoi", ".srw"}
+ENDINGS |= {".tga", ".x3f", ".xcf"}
 
 
-# --- what is to be done ---------------------------------------------------------------------------
+# --- tasks ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One result: the picture it is made from, its seed, and its place below the job's folder."""
+    """One result: its source picture, its seed, and its path below the job's folder."""
 
     source: Path
     seed: int
     name: str
 
 
-def is_many(words: Sequence[str]) -> bool:
-    """Whether the names of pictures on a command line stand for a job of many."""
+def is_batch(words: Sequence[str]) -> bool:
+    """Whether the picture arguments of a command line mean a batch job."""
     return len(words) > 1 or any(os.path.isdir(word) or _is_glob(word) for word in words)
 
 
 def looks_like_picture(path: Path) -> bool:
-    """Whether a file of a folder is one to edit: by its ending, or, if it has none, by its first bytes."""
+    """Whether an entry of a folder is a picture: by its extension, or, without one, by its content."""
     kind, _ = mimetypes.guess_type(path.name)
     if path.suffix.lower() in ENDINGS or (kind or "").startswith("image/"):
         return True
     if path.suffix and kind:
         return False
     try:
-        with Image.open(path, formats=images.READS):
-            return True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=images.READS):
+                return True
+    except Image.DecompressionBombError:
+        return True
     except Exception:  # decoders raise anything
         return False
 
@@ -68,63 +75,73 @@ def looks_like_picture(path: Path) -> bool:
 def find_pictures(words: Sequence[str], out: Path) -> list[tuple[Path, str]]:
     """The pictures that files, folders and globs name, each with its name below `out`.
 
-    A folder stands for the pictures in it, not for those in its folders; a glob with `**` goes down.
-    Raises InputError for a word that names none, and for two pictures with one name.
+    Subfolders of a folder are not searched; a glob with `**` is recursive. Broken links and folders with the
+    name of a picture are included, so that they fail by name; a message lists hidden files, which are not
+    included. Raises InputError for an argument without pictures, and for two pictures with the same name.
     """
     found: dict[Path, str] = {}
     for word in words:
         path = Path(word)
         if path.is_dir():
-            here = [(p, p.name) for p in sorted(path.iterdir()) if p.is_file() and looks_like_picture(p)]
+            here = [(p, p.name) for p in sorted(path.iterdir()) if looks_like_picture(p)]
+            hidden = [name for _, name in here if name.startswith(".")]
+            if hidden:
+                count = f"{len(hidden)} hidden files" if len(hidden) > 1 else "1 hidden file"
+                more = ", …" if len(hidden) > 5 else ""
+                left = "are" if len(hidden) > 1 else "is"
+                log.info("%s of %s %s left out: %s%s", count, word, left, ", ".join(hidden[:5]), more)
         elif _is_glob(word):
             root = _root(word)
             here = [
                 (Path(p), Path(p).relative_to(root).as_posix())
                 for p in sorted(glob.glob(word, recursive=True))
+                if os.path.isfile(p) or os.path.islink(p)
             ]
         elif path.is_file():
             here = [(path, path.name)]
         elif is_url(word):
-            raise InputError(f"{word}: addresses are edited one at a time. Download the pictures first.")
+            raise InputError(
+                f"{word}: addresses can only be edited one at a time. Download the pictures first."
+            )
         else:
             raise images.missing_file(path)
         here = [
             (p, name)
             for p, name in here
-            # Results of an earlier run are no input.
-            if p.is_file() and not p.name.startswith(".") and out.resolve() not in p.resolve().parents
+            # Skip results of an earlier run. `Path.resolve` fails for circular links.
+            if not p.name.startswith(".") and out.resolve() not in Path(os.path.realpath(p)).parents
         ]
         if not here:
             raise InputError(
-                f"{word} names no picture. Give a folder of pictures, or a glob in quotes: 'photos/*.jpg'."
+                f"{word} matches no pictures. Give a folder of pictures, or a glob in quotes: 'photos/*.jpg'."
             )
         for p, name in here:
             found.setdefault(p, name)
     named: dict[str, Path] = {}
     for p, name in found.items():
-        # Another picture may have the name with the written ending, so the own one stays before it.
+        # Keep the original extension before .png: another picture may have the name with .png instead.
         name = name if p.suffix.lower() in images.WRITES else f"{name}.png"
         if name in named:
             raise InputError(
-                f"{named[name]} and {p} would both be written as {out / name}. Edit them into two folders."
+                f"{named[name]} and {p} would both be written to {out / name}. Edit them into two folders."
             )
         named[name] = p
     return [(p, name) for name, p in named.items()]
 
 
-def tasks(pictures: Iterable[tuple[Path, str]], seeds: Sequence[int]) -> list[Task]:
-    """A task for each picture and seed; of several seeds, NAME-1.png, NAME-2.png, …"""
+def list_tasks(pictures: Iterable[tuple[Path, str]], seeds: Sequence[int]) -> list[Task]:
+    """A task for each picture and seed. Several seeds are written to NAME-1.png, NAME-2.png, …"""
     several = len(seeds) > 1
-    made = []
+    tasks = []
     for source, name in pictures:
         stem, dot, ending = name.rpartition(".")
         for k, seed in enumerate(seeds, 1):
-            made.append(Task(source=source, seed=seed, name=f"{stem}-{k}{dot}{ending}" if several else name))
-    return made
+            tasks.append(Task(source=source, seed=seed, name=f"{stem}-{k}{dot}{ending}" if several else name))
+    return tasks
 
 
 def _is_glob(word: str) -> bool:
-    # A file's own name may hold brackets.
+    # The name of an existing file may contain brackets.
     return glob.has_magic(word) and not os.path.exists(word) and not is_url(word)
 
 
@@ -135,11 +152,11 @@ def _root(pattern: str) -> Path:
     return Path(*parts[:fixed])
 
 
-# --- what is done already -------------------------------------------------------------------------
+# --- the state of a job ---------------------------------------------------------------------------
 
 
-class Job:
-    """A folder of results and its ledger, held by one process at a time. `open_job` makes one."""
+class BatchJob:
+    """A folder of results and its ledger, used by one process at a time. Create one with `open_job`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -156,18 +173,18 @@ class Job:
         return path
 
     def is_done(self, task: Task) -> bool:
-        """Whether the result is undamaged and was made from the picture as it is now."""
+        """Whether the result is undamaged and was made from the current version of the source."""
         line = self.ledger.done.get(task.name)
         if line is None:
             return False
         path = self.folder / task.name
         if damage := find_damage(path, None, str(line.get("sha256"))):
-            log.warning("%s %s; it is made again", path, damage)
+            log.warning("%s %s; recreating it", path, damage)
             return False
         return find_damage(task.source, None, str(line.get("source_sha256"))) is None
 
     def plan(self, tasks: Sequence[Task]) -> None:
-        """Record that the files of these results will be this job's."""
+        """Record that the files of these results belong to this job."""
         names = [task.name for task in tasks if task.name not in self.planned]
         if names:
             self.ledger.append({"plan": names})
@@ -175,11 +192,11 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(config: OverwriteSettings, folder: Path) -> Iterator[Job]:
-    """Begin a job in `folder`, or resume the one in it.
+def open_job(config: OverwriteSettings, folder: Path) -> Iterator[BatchJob]:
+    """Start a job in `folder`, or resume it. With `overwrite`, start over.
 
-    Raises InputError when another process is at it, when its settings were others (naming the first that
-    differs), or when the folder holds a run of another kind. `overwrite` begins again.
+    Raises InputError if another process works on it, if its settings were different (naming the first one),
+    or if the folder holds another kind of run.
     """
     make_folder(folder)
     run = folder / RUN
@@ -188,12 +205,12 @@ def open_job(config: OverwriteSettings, folder: Path) -> Iterator[Job]:
             f"{folder} holds another run ({RUN}); choose another folder with -o, or add --overwrite."
         )
     with lock_folder(folder):
-        job = Job(folder)
+        job = BatchJob(folder)
         if run.exists() and not config.overwrite:
             _same_settings(config, run)
         else:
             if config.overwrite or not job.ledger.path.exists():
-                job.ledger.replace([])  # before the settings: alone they are another run's
+                job.ledger.replace([])  # before run.json: a folder with run.json alone holds another run
                 job.planned.clear()
             write_text(run, run_json(config))
         yield job
@@ -210,26 +227,29 @@ def _same_settings(config: OverwriteSettings, run: Path) -> None:
     if difference is not None:
         flag, old, new = difference
         raise InputError(
-            f"{run.parent} was begun with {flag} {old}, and now it is {new}; "
-            "use the same again, choose another folder with -o, or add --overwrite."
+            f"{run.parent} was started with {flag} {old}, but it is now {new}; "
+            "use the same value, choose another folder with -o, or add --overwrite."
         )
 
 
-def split(job: Job, tasks: Sequence[Task], jobs: int, *, overwrite: bool) -> tuple[list[Task], list[Task]]:
-    """The tasks whose results are in the folder, and those to do.
+def split_tasks(
+    job: BatchJob, tasks: Sequence[Task], jobs: int, *, overwrite: bool
+) -> tuple[list[Task], list[Task]]:
+    """The finished tasks and the remaining ones. Removes temporary files of a killed run.
 
-    Raises InputError for a result whose place another file has; half-written files of a killed run go.
+    Raises InputError if another file has the name of a result.
     """
+    done: list[Task] = []
+    todo: list[Task] = []
     with ThreadPoolExecutor(jobs) as pool:
-        there = list(pool.map(job.is_done, tasks))
-    done = [task for task, is_there in zip(tasks, there, strict=True) if is_there]
-    todo = [task for task, is_there in zip(tasks, there, strict=True) if not is_there]
-    # Killed between the renaming and its line, a run leaves a result that was only planned.
+        for task, is_done in zip(tasks, pool.map(job.is_done, tasks), strict=True):
+            (done if is_done else todo).append(task)
+    # A run that is killed after renaming a file and before writing its line leaves a planned result.
     foreign = [task for task in todo if task.name not in job.planned and (job.folder / task.name).exists()]
     if foreign and not overwrite:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise InputError(
-            f"{job.folder / foreign[0].name} is there already{more}; add --overwrite, or choose another "
+            f"{job.folder / foreign[0].name} already exists{more}; add --overwrite, or choose another "
             "folder with -o."
         )
     job.plan(tasks)
@@ -238,11 +258,11 @@ def split(job: Job, tasks: Sequence[Task], jobs: int, *, overwrite: bool) -> tup
     return done, todo
 
 
-# --- doing it -------------------------------------------------------------------------------------
+# --- running a job --------------------------------------------------------------------------------
 
 
-def run(
-    job: Job,
+def run_batch(
+    job: BatchJob,
     todo: Sequence[Task],
     *,
     edit: Callable[[Sequence[Image.Image], Sequence[int]], Sequence[Image.Image]],
@@ -250,22 +270,22 @@ def run(
     batch_size: int,
     jobs: int,
     max_pixels: int | None,
-    made: Callable[[Task, Path], object],
+    on_result: Callable[[Task, Path], object],
 ) -> dict[Path, str]:
-    """Make the results of `todo` and commit each; the errors of pictures that cannot be edited come back.
+    """Make the results of `todo` and commit each. Returns the errors of pictures that cannot be edited.
 
-    `edit(pictures, seeds)` is called with at most `batch_size` pictures of one working size. Files are read
-    and written in `jobs` threads each while it runs. `made` is told of each result that lies in the folder.
+    `edit(pictures, seeds)` is called with at most `batch_size` pictures of one working size. Meanwhile `jobs`
+    threads read files and `jobs` threads write files. on_result: called for each committed result.
     """
     failed: dict[Path, str] = {}
     readers, writers = (ThreadPoolExecutor(jobs, thread_name_prefix=name) for name in ("read", "write"))
     writing: deque[tuple[Task, Future[Path]]] = deque()
 
     def settle(most: int) -> None:
-        """Tell of what is written, and wait until no more than `most` results are not."""
+        """Report written results, and wait until at most `most` results are still being written."""
         while writing and (len(writing) > most or writing[0][1].done()):
             task, future = writing.popleft()
-            made(task, future.result())
+            on_result(task, future.result())
 
     def edit_some(some: Sequence[tuple[Task, Image.Image]]) -> None:
         try:
@@ -274,20 +294,19 @@ def run(
             if len(some) == 1:
                 failed[some[0][0].source] = str(error)
                 return
-            for one in some:  # to find out which it is
+            for one in some:  # find the picture that fails
                 edit_some([one])
             return
         for (task, _), result in zip(some, results, strict=True):
             writing.append((task, writers.submit(job.commit, task, result)))
 
     try:
-        sources = list(dict.fromkeys(task.source for task in todo))
-        of_source: dict[Path, list[Task]] = {source: [] for source in sources}
+        of_source: dict[Path, list[Task]] = {}
         for task in todo:
-            of_source[task.source].append(task)
+            of_source.setdefault(task.source, []).append(task)
         waiting: dict[tuple[int, int], list[tuple[Task, Image.Image]]] = {}
         read = _read_ahead(
-            sources,
+            list(of_source),
             lambda source: images.load_image(source, max_pixels=max_pixels),
             readers,
             batch_size + jobs,
@@ -312,7 +331,7 @@ def run(
         settle(0)
     finally:
         readers.shutdown(cancel_futures=True)
-        # Whatever stops the job, what is computed is written.
+        # Write all computed results, whatever stops the job.
         writers.shutdown()
     return failed
 
@@ -320,7 +339,7 @@ def run(
 def _read_ahead(
     sources: Sequence[Path], read: Callable[[Path], Image.Image], pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[tuple[Path, Future[Image.Image]]]:
-    """Each source with its picture to come, in order; at most `ahead` of them are held."""
+    """Each source with the future of its picture, in order; at most `ahead` pictures are in memory."""
     waiting: deque[tuple[Path, Future[Image.Image]]] = deque()
     left = iter(sources)
     while True:

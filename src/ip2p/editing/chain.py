@@ -1,4 +1,4 @@
-"""Edits in a row (`ip2p edit page.png "make it night" --then "make it snow"`), and how far they drift."""
+"""Chained edits (`ip2p edit page.png "make it night" --then "make it snow"`), and their drift."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class ChainStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far a step is from the chain's first picture; clip is None where no CLIP is there."""
+    """The distance of a step from the first picture: PSNR in dB; CLIP similarity, None without a CLIP."""
 
     psnr: float
     clip: float | None
 
 
-def chain(
+def edit_chain(
     editor: Editor,
     picture: Image.Image,
     instructions: Sequence[str],
@@ -49,62 +49,62 @@ def chain(
     callback: Callback | None = None,
     **changes: Unpack[EditArguments],
 ) -> Iterator[ChainStep]:
-    """Edit `picture` by each instruction, each step beginning where the last one ended.
+    """Apply the instructions one after the other; each step edits the result of the previous one.
 
-    The seeds count up from the settings' seed: the same noise on top of itself would print its pattern in.
-    With `from_original` each step edits the first picture by all instructions so far, joined by commas, with
-    one seed: what earlier steps lost comes back, and what they drew may come out otherwise. `settings` and
-    `changes` are `Editor.edit`'s.
+    The seed increases by one at each step, because repeating the same noise would leave its pattern in the
+    picture. from_original: each step edits the first picture with all instructions so far, joined by commas,
+    and the same seed; this avoids accumulated losses, but earlier changes may look different. settings,
+    changes: as in `Editor.edit`.
     """
     shown = picture
     chosen = (settings or EditSettings()).changed(**changes)
     for k, instruction in enumerate(instructions):
-        words = ", ".join(instructions[: k + 1]) if from_original else instruction
+        text = ", ".join(instructions[: k + 1]) if from_original else instruction
         seed = chosen.seed if from_original else chosen.seed + k
         [result] = editor.edit(
             picture if from_original else shown,
-            words,
+            text,
             seeds=[seed],
             settings=chosen,
             max_pixels=max_pixels,
             callback=callback,
         )
-        yield ChainStep(instruction=words, seed=seed, image=result)
+        yield ChainStep(instruction=text, seed=seed, image=result)
         shown = result
 
 
-def drift(start: Image.Image, step: Image.Image, clip: Clip | None) -> Drift:
-    """PSNR in dB (at most 106), and the cosine of CLIP's embeddings."""
+def measure_drift(start: Image.Image, step: Image.Image, clip: Clip | None) -> Drift:
+    """PSNR in dB (at most 106), and the cosine similarity of the CLIP embeddings."""
     from ip2p.editing.rank import image_similarity
 
-    start = resized(start, step.size)  # they differ with --fit model
+    start = resized(start, step.size)  # the sizes differ with --fit model
     error = (to_tensor(start) - to_tensor(step)).square().mean()
     return Drift(
         psnr=signed_psnr(error).item(), clip=None if clip is None else image_similarity(clip, start, step)
     )
 
 
-def report(drifts: Sequence[Drift], names: Sequence[str]) -> list[str]:
-    """Lines of a table: how far each step is from the start."""
+def format_drift(drifts: Sequence[Drift], names: Sequence[str]) -> list[str]:
+    """The lines of a table with the drift of each step."""
     width = max(len(name) for name in names)
     lines = [
         f"{'drift from the start':<{width + 2}}   PSNR" + ("   CLIP" if drifts[0].clip is not None else "")
     ]
-    for name, far in zip(names, drifts, strict=True):
-        alike = "" if far.clip is None else f"  {far.clip:.3f}"
-        lines.append(f"{name:<{max(width + 2, 20)}}  {far.psnr:4.1f} dB{alike}")
+    for name, drift in zip(names, drifts, strict=True):
+        similarity = "" if drift.clip is None else f"  {drift.clip:.3f}"
+        lines.append(f"{name:<{max(width + 2, 20)}}  {drift.psnr:4.1f} dB{similarity}")
     return lines
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, *, frame_ms: int) -> Path:
-    """Write pictures as a GIF or WebP that repeats, at the last one's size; that one stays twice as long."""
+    """Write a looping GIF or WebP at the size of the last picture, which is shown twice as long."""
     durations = [frame_ms] * (len(frames) - 1) + [2 * frame_ms]
     size = frames[-1].size
     shown = [resized(flattened(frame, "white"), size) for frame in frames]
     kind = {".gif": "GIF", ".webp": "WEBP"}[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 90} if kind == "WEBP" else {"disposal": 1}
     if kind == "GIF":
-        # One palette a frame; dithered, since 256 colours are few for a photograph.
+        # One palette per frame; dithered, because 256 colors are few for a photograph.
         shown = [frame.quantize(256, dither=Image.Dither.FLOYDSTEINBERG) for frame in shown]
     with replacing(path) as partial:
         shown[0].save(

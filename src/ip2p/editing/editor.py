@@ -61,8 +61,7 @@ from ip2p.pictures.images import (
     with_alpha,
 )
 from ip2p.pictures.infotext import format_infotext, record_class
-from ip2p.pictures.masks import held
-from ip2p.settings import MAX_SEED, EditSettings, ModelSettings, parse_lora, picture_name
+from ip2p.settings import MAX_SEED, EditSettings, ModelSettings, SettingError, parse_lora, picture_name
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel
@@ -75,11 +74,11 @@ Callback = Callable[[int, int, Tensor], object]
 
 
 class Editor:
-    """A model, ready to edit. `Editor.load(...)` makes one.
+    """A loaded model that edits pictures. Create one with `Editor.load(...)`.
 
-    memory: "low", "auto" or "high", the thrift that an edit takes (`models.memory.choose_memory`).
-    device: where the parts work; if they do not lie there, each is brought when it is needed. origin: what
-    the model was loaded from, for the settings in the results.
+    memory: the memory mode "low", "auto" or "high" (`models.memory.choose_memory`). device: where to compute;
+    networks on another device are moved there when they are needed. origin: what the model was loaded from,
+    for the settings in the results.
     """
 
     def __init__(
@@ -102,14 +101,19 @@ class Editor:
         self._offloads = device is not None and device.type != home.type
         self.device = device if device is not None and self._offloads else home
         self.schedule = schedule_from_config(bundle.scheduler_config)
-        self.model = UNetDenoiser(bundle.unet, self.schedule, bundle.condition_scale)
-        # On a CPU a batch saves little, and half-precision kernels round by its size: alone, an image that is
-        # made again is equal to the byte.
+        self.model = UNetDenoiser(
+            bundle.unet,
+            self.schedule,
+            bundle.condition_scale,
+            scales_size=bundle.unet.config.time_cond_proj_dim,
+        )
+        # On a CPU a batch saves little, and half-precision rounding depends on the batch size: without
+        # batches, repeated edits are identical to the byte.
         self.batch_size = 1 if self.device.type == "cpu" or memory == "low" else 4
-        self.warn_once = True  # of pictures that are far from what the model knows: to look costs a decoding
-        self._said_far = False
+        self.warn_once = True  # about pictures unlike the training data: each check decodes once
+        self._warned_far = False
         self._footprint = footprint(bundle, controlnet)
-        # What works together lies on the device together.
+        # The networks of a group are on the device at the same time.
         groups = [bundle.text_encoder, bundle.text_encoder_2], [bundle.unet, controlnet], [bundle.vae]
         self._parts = [[part for part in group if part is not None] for group in groups]
         if self._offloads:
@@ -140,25 +144,23 @@ class Editor:
         memory: MemoryMode = "auto",
         compile: bool = False,
     ) -> Editor:
-        """Load an editor: `storybook`, a hub name, a diffusers folder or a single file (`load_bundle`).
+        """Load an editor: `storybook`, a hub id, a diffusers folder or a single file (`load_bundle`).
 
-        revision: of a hub name. weights: which of a single file's two sets. vae: another autoencoder.
-        parts_from: a model that brings what a file of a UNet alone lacks.
-        loras: files, each with its weight, or "FILE:WEIGHT". controlnet: a ControlNet's folder or hub name.
-        memory: as in the class. compile: compile the networks at their first use (`compile_networks`); not
-        with weights that are moved to save memory. Raises ModelError, InputError, and ResourceError for more
-        than the device can hold.
+        revision: branch, tag or commit of a hub id. weights: which set of a file with EMA and plain weights.
+        vae: another autoencoder. parts_from: a model that provides what a UNet-only file lacks. loras: files
+        with weights, or "FILE:WEIGHT". controlnet: a ControlNet's folder or hub id. memory: as in the class.
+        compile: compile the networks at their first use (`compile_networks`), unless the weights are moved
+        between devices to save memory. Raises ModelError, InputError, and ResourceError if the device has too
+        little memory.
         """
         place, number = pick_device(device), pick_dtype(pick_device(device), dtype)
+        sources = {"model": model, "vae": vae, "parts_from": parts_from, "controlnet": controlnet}
         origin = ModelSettings.read(
             {
-                "model": str(model),
+                **{name: None if source is None else str(source) for name, source in sources.items()},
                 "revision": revision,
                 "weights": weights,
-                "vae": None if vae is None else str(vae),
-                "parts_from": None if parts_from is None else str(parts_from),
                 "lora": loras,
-                "controlnet": None if controlnet is None else str(controlnet),
                 "memory": memory,
                 "compile": compile,
             }
@@ -170,7 +172,7 @@ class Editor:
         shapes = None if control_folder is None else part_weights(control_folder).shapes
         stored = open_model(found, weights=weights, parts=open_parts(parts_from))
         need = footprint_of_stored(stored, number, shapes)
-        # The autoencoder's own size is the one that the model was made for.
+        # Plan for the training size: the tile size of the autoencoder.
         plan = choose_memory(need, memory, free_bytes(place), (need.tile, need.tile), device=place.type)
         home = torch.device("cpu") if plan.offload else place
         bundle = load_bundle(
@@ -181,13 +183,15 @@ class Editor:
         if control_folder is not None:
             control = load_controlnet(control_folder, device=home, dtype=number)
         editor = cls(bundle, controlnet=control, memory=memory, device=place, origin=origin)
-        # Not in `__init__`: an editor around networks in training must leave their layout alone.
+        # Not in `__init__`: an editor must not change the memory layout of networks in training.
         if not editor._offloads:
             use_fast_layout(bundle)
         if editor.device.type == "cpu":
             reuse_freed_memory()
         if compile and editor._offloads:
-            warnings.warn("Nothing is compiled, since the weights are moved to save memory.", stacklevel=2)
+            warnings.warn(
+                "The networks are not compiled, because their weights are moved to save memory.", stacklevel=2
+            )
         elif compile:
             compile_networks(bundle)
         return editor
@@ -206,29 +210,29 @@ class Editor:
         callback: Callback | None = None,
         **changes: Unpack[EditArguments],
     ) -> EditResults:
-        """Edit a picture, once for each seed; the results have the picture's own size.
+        """Edit a picture once for each seed. The results have the size of the picture.
 
         image: a path, the bytes of a file, an open file, a PIL image or an array. instruction: what to
-        change, in words. seeds: one result each; the settings' seed if None. settings and changes: what
-        `EditSettings` has; changes come last, so `edit(page, "make it night", text_cfg=5)` is enough.
-        batch_size: how many seeds run at once, `self.batch_size` if None. max_pixels: refuse a larger
-        picture.
+        change. seeds: one result each; default: the seed of the settings. settings and changes: the fields of
+        `EditSettings`; changes take precedence, so `edit(page, "make it night", text_cfg=5)` is enough.
+        batch_size: how many seeds run at once; default: `self.batch_size`, or less if memory is short.
+        max_pixels: refuse a larger picture. callback: called after each step.
 
-        fit="original" carries the change to the picture's own pixels (`pictures.carry`), "model" gives the
-        result at the working size. mask: a picture of the same size, white where the edit may go; nothing
-        else changes by a byte. The model sees it with mask_padding pixels around, at its full size.
-        auto_mask: the region is found from the model itself. A picture with transparent parts gives results
-        with the same; the model sees it on gray. background: lay it on this color first. text_cfg_rescale,
-        cfg_interval: `diffusion.denoiser.guided` has them.
+        fit="original" applies the change to the picture's own pixels (`pictures.carry`), "model" returns the
+        result at the working size. mask: a picture of the same size, white where the edit may change it; all
+        other pixels stay identical. The model sees the white area with mask_padding pixels around it.
+        auto_mask: detect the region with the model. Transparent parts stay transparent; the model sees them
+        on gray. background: put this color behind them first. text_cfg_rescale, cfg_interval: see
+        `diffusion.denoiser.guided`.
 
-        Each result's `info` has the settings as "parameters", the picture's exif and ICC profile, which
-        `save_image` writes, the "mask" if there was one, a picture in "L", and "warnings", a list of texts:
-        what is outside of what the model knows. Raises InputError, or ResourceError out of memory.
+        The `info` of each result has the settings as "parameters", the picture's metadata, which `save_image`
+        writes, the "mask" if there is one, a picture in mode "L", and "warnings", a list of texts about input
+        that the model does not support. Raises InputError, or ResourceError if memory runs out.
         """
         chosen = self.resolved(settings, instruction, changes)
         seeds = check_seeds([chosen.seed] if seeds is None else seeds)
-        sheet = self._open(image, chosen, max_pixels)
-        return EditResults(self._results([sheet] * len(seeds), seeds, chosen, batch_size, callback))
+        prepared = self._prepare(image, chosen, max_pixels)
+        return EditResults(self._edit_prepared([prepared] * len(seeds), seeds, chosen, batch_size, callback))
 
     def edit_batch(
         self,
@@ -242,11 +246,11 @@ class Editor:
         callback: Callback | None = None,
         **changes: Unpack[EditArguments],
     ) -> EditResults:
-        """Edit several pictures, each once, with a seed and an instruction each (or one for all).
+        """Edit several pictures once each, with a seed for each and one instruction for each or for all.
 
-        Those of one working size go through the network together, all of them if batch_size is None.
-        In fp32 each result is what the picture alone would give, but for the rounding of sums. settings,
-        changes: those of `edit`, the same for all. Raises as `edit` does.
+        Pictures of the same working size run as one batch, of at most batch_size. In fp32 each result equals
+        that of the picture alone, up to rounding. settings, changes: as in `edit`, the same for all pictures.
+        Raises as `edit` does.
         """
         seeds = check_seeds(seeds)
         texts = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
@@ -256,34 +260,69 @@ class Editor:
                 "Give one of each for every picture."
             )
         chosen = self.resolved(settings, "", changes)
-        sheets = [
-            self._open(image, chosen.changed(instruction=text), max_pixels)
+        inputs = [
+            self._prepare(image, chosen.changed(instruction=text), max_pixels)
             for image, text in zip(images, texts, strict=True)
         ]
         groups: dict[tuple[int, int], list[int]] = {}
-        for number, sheet in enumerate(sheets):
-            groups.setdefault(sheet.shown.size, []).append(number)
+        for number, prepared in enumerate(inputs):
+            groups.setdefault(prepared.shown.size, []).append(number)
         results: dict[int, Image.Image] = {}
         for numbers in groups.values():
-            some, own = [sheets[k] for k in numbers], [seeds[k] for k in numbers]
-            made = self._results(some, own, chosen, batch_size or len(numbers), callback)
-            results |= dict(zip(numbers, made, strict=True))
-        return EditResults(results[number] for number in range(len(sheets)))
+            edited = self._edit_prepared(
+                [inputs[k] for k in numbers],
+                [seeds[k] for k in numbers],
+                chosen,
+                batch_size or len(numbers),
+                callback,
+            )
+            results |= dict(zip(numbers, edited, strict=True))
+        return EditResults(results[number] for number in range(len(inputs)))
 
     def resolved(
         self, settings: EditSettings | None = None, instruction: str = "", changes: Mapping[str, Any] = {}
     ) -> EditSettings:
-        """The settings with `changes`, and the model's own values in place of None."""
-        settings = settings or EditSettings()
-        given = {"instruction": instruction, **changes} if instruction else dict(changes)
-        asked = settings.changed(**given)
-        if asked.schedule is None and asked.sampler in OWN_SPACING:
-            asked = asked.changed(schedule=OWN_SPACING[asked.sampler])
-        return asked.resolved(self.bundle.card)
+        """The settings with `changes` applied and None replaced by the model's defaults."""
+        chosen = (settings or EditSettings()).changed(**changes)
+        if instruction and "instruction" not in changes:
+            chosen = chosen.changed(instruction=instruction)
+        if chosen.schedule is None and chosen.sampler in OWN_SPACING:
+            chosen = chosen.changed(schedule=OWN_SPACING[chosen.sampler])
+        chosen = chosen.resolved(self.bundle.card)
+        if self.model.scales_size is not None:
+            self._check_distilled(chosen)
+        return chosen
+
+    def _check_distilled(self, settings: EditSettings) -> None:
+        """Raise InputError for what a distilled model has not learned."""
+        card = self.bundle.card
+        inside = True
+        for name, limits in (("text_cfg", card.text_cfg_range), ("image_cfg", card.image_cfg_range)):
+            assert limits is not None, "a distilled model's card has both"
+            (low, high), scale = limits, getattr(settings, name)
+            inside = inside and low <= 1 <= high
+            if not low <= scale <= high:
+                raise SettingError(
+                    f"{name} is {scale:g}, and {card.name} was distilled for {low:g} to {high:g}. "
+                    f"Try {min(max(scale, low), high):g}, or use the model that it was distilled from.",
+                    field=name,
+                )
+        lost = {
+            "negative": bool(settings.negative),
+            "text_cfg_rescale": settings.text_cfg_rescale != 0,
+            # Outside of the interval both scales are 1.
+            "cfg_interval": settings.cfg_interval != (0.0, 1.0) and not inside,
+        }
+        for name in (name for name, used in lost.items() if used):
+            raise SettingError(
+                f"{name} has no effect on {card.name}, which is distilled. Leave it out, or use the model "
+                "that it was distilled from.",
+                field=name,
+            )
 
     @torch.inference_mode()
-    def _open(self, image: Picture, settings: EditSettings, max_pixels: int | None) -> _Sheet:
-        """The picture, the part of it to edit, and that part as the model sees it."""
+    def _prepare(self, image: Picture, settings: EditSettings, max_pixels: int | None) -> _PreparedImage:
+        """Load the picture, crop the part to edit, resize it to the working size and encode it."""
         if not settings.instruction.strip():
             raise InputError('The instruction is empty. Say what to change, for example "make it night".')
         cutout = load_image(image, max_pixels=max_pixels, background=settings.background)
@@ -291,13 +330,14 @@ class Editor:
         box, part, mask = (0, 0, *picture.size), picture, None
         if settings.mask is not None:
             mask = masks.load_mask(settings.mask, picture.size, max_pixels=max_pixels)
-            box = masks.padded(mask, settings.mask_padding)
+            box = masks.padded_box(mask, settings.mask_padding)
         working = self.working_size((box[2] - box[0], box[3] - box[1]), settings.size)
         if mask is not None:
-            box = masks.widened(box, working, picture.size)
+            box = masks.widened_box(box, working, picture.size)
             part = picture.crop(box)
-            mask = masks.cut(mask, box, feather_of(settings, part.size))
-        # All of it is resized, not cropped to fit: the result lies on the input pixel for pixel.
+            feather = max(part.size) / 128 if settings.feather is None else settings.feather
+            mask = masks.feathered_part(mask, box, feather)  # by default, 4 pixels at 512
+        # The whole part is resized, not cropped, so that the result matches the input pixel for pixel.
         shown = resized(part, working)
         control = None
         if settings.control_image is not None:
@@ -308,13 +348,13 @@ class Editor:
         with _memory_error(*working):
             latent = self.encode_image(to_tensor(shown))
             rebuilt = None
-            said = self.words_without_effect(settings.instruction)
-            look = self.bundle.card.known_psnr is not None and not (self.warn_once and self._said_far)
-            if look or (part is not shown and settings.fit == "original"):
-                # The condition's latents are not scaled and the decoder's input is.
+            messages = self.words_without_effect(settings.instruction)
+            compare = self.bundle.card.known_psnr is not None and not (self.warn_once and self._warned_far)
+            if compare or (part is not shown and settings.fit == "original"):
+                # The image condition uses unscaled latents; `decode` expects scaled ones.
                 rebuilt = self.decode(latent * self.bundle.latent_scale)
-                said += self._far_from_known(shown, rebuilt)
-        return _Sheet(
+                messages += self._compare_with_training(shown, rebuilt)
+        return _PreparedImage(
             instruction=settings.instruction,
             picture=picture,
             cutout=cutout if cutout.mode == "RGBA" else None,
@@ -325,186 +365,185 @@ class Editor:
             rebuilt=None if rebuilt is None else to_pil(_finite(rebuilt)),
             latent=latent,
             control=control,
-            warnings=tuple(said),
+            warnings=tuple(messages),
         )
 
     @torch.inference_mode()
-    def _results(
+    def _edit_prepared(
         self,
-        sheets: Sequence[_Sheet],
+        inputs: Sequence[_PreparedImage],
         seeds: Sequence[int],
         settings: EditSettings,
         batch_size: int | None,
         callback: Callback | None,
     ) -> list[Image.Image]:
-        """One result for each sheet and seed; the sheets are of one working size."""
-        size = sheets[0].shown.size
+        """One result for each input and its seed. All inputs have the same working size."""
+        size = inputs[0].shown.size
         batch_size = self.fitting_batch(size) if batch_size is None else batch_size
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1. Try batch_size=4.")
-        steps = settings.steps or 0
+        assert settings.steps is not None and settings.schedule is not None and settings.sampler is not None
+        assert settings.text_cfg is not None and settings.image_cfg is not None
         results = []
         with _memory_error(*size):
             null_text = self.encode_text(settings.negative, size)
-            texts = {sheet.instruction: self.encode_text(sheet.instruction, size) for sheet in sheets}
-            for start in range(0, len(sheets), batch_size):
-                some, own = sheets[start : start + batch_size], seeds[start : start + batch_size]
+            texts = {
+                prepared.instruction: self.encode_text(prepared.instruction, size) for prepared in inputs
+            }
+            for start in range(0, len(inputs), batch_size):
+                chunk = slice(start, start + batch_size)
+                batch, batch_seeds = inputs[chunk], seeds[chunk]
                 # Several seeds of one picture share its latents and its text.
-                rows = some[:1] if all(sheet is some[0] for sheet in some) else some
-                latents = torch.cat([sheet.latent for sheet in rows])
-                text = join_prompts([texts[sheet.instruction] for sheet in rows])
-                regions: Sequence[Image.Image | None] = [sheet.mask for sheet in some]
-                for step, x in enumerate(
-                    self.edit_latents(
-                        latents,
-                        text,
-                        null_text,
-                        noise=NoiseStream(own, latents.shape[1:], self.device),
-                        **self._sampling(settings),
-                        control=some[0].control,
-                        hold=self._hold(latents, regions, size),
-                    ),
-                    1,
-                ):
+                rows = batch[:1] if all(prepared is batch[0] for prepared in batch) else batch
+                latents = torch.cat([prepared.latent for prepared in rows])
+                text = join_prompts([texts[prepared.instruction] for prepared in rows])
+                regions: Sequence[Image.Image | None] = [prepared.mask for prepared in batch]
+                sampling = self.edit_latents(
+                    latents,
+                    text,
+                    null_text,
+                    noise=NoiseStream(batch_seeds, latents.shape[1:], self.device),
+                    text_cfg=settings.text_cfg,
+                    image_cfg=settings.image_cfg,
+                    sampler=settings.sampler,
+                    sigmas=SPACINGS[settings.schedule](self.schedule, settings.steps),
+                    rescale=settings.text_cfg_rescale,
+                    interval=settings.cfg_interval,
+                    control=batch[0].control,
+                    hold=self._known_region(latents, regions, size),
+                )
+                for step, x in enumerate(sampling, 1):
                     if callback is not None:
-                        callback(step, steps, x)
+                        callback(step, settings.steps, x)
                 if settings.auto_mask is not None:
-                    said = self._said(latents, text, null_text, own)
-                    regions = masks.found(
-                        said, x - latents * self.bundle.latent_scale, settings.auto_mask, size
-                    )
-                for sheet, seed, region, row in zip(some, own, regions, x, strict=True):
+                    relevance = self._relevance(latents, text, null_text, batch_seeds)
+                    change = x - latents * self.bundle.latent_scale
+                    regions = masks.detect_masks(relevance, change, settings.auto_mask, size)
+                for prepared, seed, region, row in zip(batch, batch_seeds, regions, x, strict=True):
                     # One at a time: a decoder's largest maps are far larger than the UNet's.
                     edited = to_pil(_finite(self.decode(row[None])))
-                    results.append(self._finished(sheet, edited, region, seed, settings))
+                    results.append(self._compose(prepared, edited, region, seed, settings))
         return results
 
-    def _sampling(self, settings: EditSettings) -> dict[str, Any]:
-        assert settings.schedule is not None and settings.steps is not None
-        return {
-            "text_cfg": settings.text_cfg,
-            "image_cfg": settings.image_cfg,
-            "sampler": settings.sampler,
-            "sigmas": SPACINGS[settings.schedule](self.schedule, settings.steps),
-            "rescale": settings.text_cfg_rescale,
-            "interval": settings.cfg_interval,
-        }
-
-    def _hold(
+    def _known_region(
         self, latents: Tensor, regions: Sequence[Image.Image | None], size: tuple[int, int]
     ) -> tuple[Tensor, Tensor] | None:
-        """What the latents of the result are where the masks are black, and 1 where they are free."""
+        """The latents to keep where the masks are black, and a map that is 1 where latents may change."""
         drawn = [region for region in regions if region is not None]
         if not drawn:
             return None
         if all(region is drawn[0] for region in drawn):
             drawn = drawn[:1]
-        free = torch.cat([masks.cells(region, size, self.bundle.latent_factor) for region in drawn])
+        free = torch.cat([masks.free_cells(region, size, self.bundle.latent_factor) for region in drawn])
         return latents * self.bundle.latent_scale, free.to(self.device)
 
-    def _said(
+    def _relevance(
         self, latents: Tensor, text: Tensor | Prompt, null_text: Tensor | Prompt, seeds: Sequence[int]
     ) -> Tensor:
-        """What the instruction adds to the model's predictions of x0, [batch, draws, channels, h, w]."""
+        """The effect of the instruction on the predicted x0, [batch, draws, channels, h, w]."""
+        card = self.bundle.card
+        text_cfg, image_cfg = (
+            min(max(1.0, low), high)
+            for low, high in (card.text_cfg_range or (1, 1), card.image_cfg_range or (1, 1))
+        )
         noise = NoiseStream(seeds, latents.shape[1:], self.device)
         time = torch.tensor(masks.LEVEL * (len(self.schedule.levels) - 1), dtype=torch.float64)
         sigma = self.schedule.sigma(time).float()
         differences = []
         for _ in range(masks.DRAWS):
             x = latents * self.bundle.latent_scale + sigma * noise()
-            told, untold = (
+            conditional, unconditional = (
                 guided(
-                    self.model, text=words, null_text=null_text, image=latents, text_cfg=1.0, image_cfg=1.0
+                    self.model,
+                    text=each,
+                    null_text=null_text,
+                    image=latents,
+                    text_cfg=text_cfg,
+                    image_cfg=image_cfg,
                 )(x, sigma)
-                for words in (text, null_text)
+                for each in (text, null_text)
             )
-            differences.append(told - untold)
+            differences.append(conditional - unconditional)
         return torch.stack(differences, dim=1)
 
-    def _finished(
+    def _compose(
         self,
-        sheet: _Sheet,
+        prepared: _PreparedImage,
         edited: Image.Image,
         region: Image.Image | None,
         seed: int,
         settings: EditSettings,
     ) -> Image.Image:
-        """The result of one row: at its size, within its mask, with what belongs to it."""
-        original, box = sheet.part, sheet.box
+        """The final picture of one row: at full size, limited to its mask, with settings and metadata."""
+        original, box = prepared.part, prepared.box
         if settings.fit == "model":
-            original, box = sheet.shown, (0, 0, *edited.size)
+            original, box = prepared.shown, (0, 0, *edited.size)
         elif edited.size != original.size:
-            edited = carry(original, sheet.rebuilt or sheet.shown, edited)
+            edited = carry(original, prepared.rebuilt or prepared.shown, edited)
         result = edited
-        info = dict(sheet.picture.info)
+        info = dict(prepared.picture.info)
         if region is not None:
             region = region.resize(original.size, Image.Resampling.BILINEAR)
             result = masks.paste(original, edited, region)
-            if settings.fit == "original" and result.size != sheet.picture.size:
-                whole = sheet.picture.copy()
+            if settings.fit == "original" and result.size != prepared.picture.size:
+                whole = prepared.picture.copy()
                 whole.paste(result, box[:2])
                 black = Image.new("L", whole.size)
                 black.paste(region, box[:2])
                 result, region = whole, black
             info["mask"] = region
-        if sheet.cutout is not None:
-            cutout = sheet.cutout
+        if prepared.cutout is not None:
+            cutout = prepared.cutout
             if result.size != cutout.size:
-                cutout = resized(cutout.crop(sheet.box), result.size)
+                cutout = resized(cutout.crop(prepared.box), result.size)
             result = with_alpha(result, cutout)
         record = record_class(type(settings)).read(
             {
                 **dict(self.origin),
                 **dict(settings),
-                "instruction": sheet.instruction,
+                "instruction": prepared.instruction,
                 "seed": seed,
-                "size": sheet.shown.size,
+                "size": prepared.shown.size,
                 "model": self.bundle.card.name,
                 "mask": picture_name(settings.mask),
                 "control_image": picture_name(settings.control_image),
-                # What belongs to a mask or a ControlNet is written only with one.
+                # The settings of masks and ControlNets are written only if one is used.
                 **({} if settings.mask is not None else {"mask_padding": 32, "feather": None}),
                 **({} if settings.control_image is not None else {"control_scale": 1.0}),
                 "version": f"ip2p {__version__}",
             }
         )
         result = EditedImage.of(result)
-        result.info = info | {"parameters": format_infotext(record), "warnings": list(sheet.warnings)}
+        result.info = info | {"parameters": format_infotext(record), "warnings": list(prepared.warnings)}
         return result
-
-    def scales(self, text_cfg: float | None, image_cfg: float | None) -> tuple[float, float]:
-        """The scales given; for None those that the model's card recommends, else the paper's 7.5 and 1.5."""
-        chosen = self.resolved(EditSettings(text_cfg=text_cfg, image_cfg=image_cfg))
-        assert chosen.text_cfg is not None and chosen.image_cfg is not None
-        return chosen.text_cfg, chosen.image_cfg
 
     def working_size(
         self, pixels: tuple[int, int], size: int | tuple[int, int] | None = None
     ) -> tuple[int, int]:
-        """The width and height at which the model sees a picture of `pixels` (`images.fit_size`).
+        """The working width and height of the model for a picture of size `pixels` (`images.fit_size`).
 
-        Raises InputError for a size that the UNet cannot halve often enough.
+        size: the setting. Raises InputError for sides that are no multiple of the model's downsampling.
         """
         multiple = self.bundle.size_multiple
         if isinstance(size, tuple):
             if any(side < multiple or side % multiple for side in size):
                 near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
                 raise InputError(
-                    f"Size {size[0]}x{size[1]} does not fit this model: sides are multiples of {multiple}. "
-                    f"Try {near}."
+                    f"Size {size[0]}x{size[1]} does not fit this model; sides must be multiples of "
+                    f"{multiple}. Try {near}."
                 )
             return size
         size = EditSettings(size=size).size
         assert not isinstance(size, tuple)
         return fit_size(*pixels, native=size or self.bundle.card.native_size, multiple=multiple)
 
-    # --- its parts -------------------------------------------------------------------------------
+    # --- the components -------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def encode_text(self, text: str, size: tuple[int, int] | None = None) -> Tensor | Prompt:
-        """[1, tokens, features], or for SDXL a Prompt, which knows the size (width, height) of the picture.
+        """Encode a text as [1, tokens, features], or for SDXL as a Prompt for a picture of `size`.
 
-        A warning names the text cut off.
+        Warns of text that is truncated.
         """
         native = self.bundle.card.native_size
         prompt = encode_prompt(self.bundle, text, size or (native, native))
@@ -512,29 +551,29 @@ class Editor:
 
     @torch.inference_mode()
     def encode_image(self, pictures: Tensor) -> Tensor:
-        """Pictures [batch, 3, H, W] in [-1, 1] → the latents that condition: the mode, not scaled; fp32.
+        """Pictures [batch, 3, H, W] in [-1, 1] → latents for the image condition, fp32.
 
-        Raises ResourceError for a size at which an edit cannot fit.
+        The latents are the mode of the posterior, unscaled as in training. Raises ResourceError for a size at
+        which an edit does not fit in memory.
         """
-        vae = self._thrifty_vae(len(pictures), *pictures.shape[-2:])
-        # The input image's latents stay unscaled: training saw them so.
+        vae = self._vae_for(len(pictures), *pictures.shape[-2:])
         return vae.encode(pictures.to(self.device, vae.dtype)).latent_dist.mode().float()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """A sampler's latents [batch, channels, h, w] → pictures [batch, 3, H, W] in about [-1, 1]; fp32."""
+        """Scaled latents [batch, channels, h, w] → pictures [batch, 3, H, W], about in [-1, 1], fp32."""
         factor = self.bundle.latent_factor
-        vae = self._thrifty_vae(1, *(side * factor for side in latents.shape[-2:]))
+        vae = self._vae_for(1, *(side * factor for side in latents.shape[-2:]))
         return vae.decode((latents / self.bundle.latent_scale).to(vae.dtype)).sample.float()
 
     def control(self, picture: Image.Image, size: tuple[int, int], scale: float = 1.0) -> Control:
-        """A picture for the ControlNet, upright RGB, at the working size (width, height).
+        """The ControlNet input for an upright RGB picture, at the working size (width, height).
 
-        Raises InputError without a ControlNet.
+        Raises InputError if no ControlNet is loaded.
         """
         if self.controlnet is None:
             raise InputError(
-                f"A control image needs a ControlNet. Name one, for example --controlnet {CONTROLNET}."
+                f"A control image needs a ControlNet. Add one, for example --controlnet {CONTROLNET}."
             )
         return Control(self.controlnet, control_tensor(picture, size).to(self.device), scale)
 
@@ -554,14 +593,14 @@ class Editor:
         control: Control | None = None,
         hold: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """Sample, yielding the latents [batch, channels, h, w] after each step; the last are the result's.
+        """Sample, yielding the latents [batch, channels, h, w] after each step; the last ones are the result.
 
-        image_latent: [1 or batch, channels, h, w] from `encode_image`, or None to draw from the text alone.
-        text, null_text: [1 or batch, tokens, features] or Prompts of as many rows. `noise()` gives the start
-        and then what the sampler asks for. sigmas: falling, with a final zero, as `diffusion.schedule` makes
-        them. rescale, interval: see `guided`. control: from `self.control`. hold: latents [1 or batch,
-        channels, h, w] of what the result is, and where it may become another, 1 or 0 [1 or batch, 1, h, w];
-        where not, they are held to the former at every step (`masks.held`).
+        image_latent: [1 or batch, channels, h, w] from `encode_image`, or None to generate from text alone.
+        text, null_text: [1 or batch, tokens, features] or Prompts with as many rows. noise: called for the
+        start and then by the sampler. sigmas: decreasing, with a final zero, as from `diffusion.schedule`.
+        rescale, interval: see `guided`. control: from `self.control`. hold: known latents [1 or batch,
+        channels, h, w], and a map [1 or batch, 1, h, w] that is 1 where the result may change and 0 where it
+        is kept equal to the known latents (`masks.hold_known`).
         """
         start = noise() * sigmas[0]
         factor = self.bundle.latent_factor
@@ -580,10 +619,10 @@ class Editor:
         if hold is not None:
             known, free = hold
             start = start + (1 - free) * known
-            denoise = held(denoise, known, free)
+            denoise = masks.hold_known(denoise, known, free)
         sampling = sampler_for(sampler, self.schedule)(denoise, start, sigmas, noise)
         while True:
-            # Entered anew for each step: a generator must not hold the mode open over its caller's code.
+            # Entered for each step: a generator must not keep inference mode on while its caller runs.
             with torch.inference_mode():
                 x = next(sampling, None)
             if x is None:
@@ -591,7 +630,7 @@ class Editor:
             yield x
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
-        """How many results to make at once at a size: `batch_size`, or fewer where memory is short."""
+        """The batch size for a working size: `batch_size`, or less if memory is short."""
         width, height = size
         batch = self.batch_size
         while batch > 1:
@@ -602,7 +641,7 @@ class Editor:
         return batch
 
     def _plan(self, batch: int, height: int, width: int) -> Memory:
-        """How to go about an edit of this size with what is free now. Raises ResourceError."""
+        """The memory plan for an edit of this size, given the free memory. Raises ResourceError."""
         free = free_bytes(self.device)
         if free is not None:
             free += bytes_on(self._parts, self.device)
@@ -616,21 +655,21 @@ class Editor:
             offload=self._offloads,
         )
 
-    def _thrifty_vae(self, batch: int, height: int, width: int) -> AutoencoderKL:
+    def _vae_for(self, batch: int, height: int, width: int) -> AutoencoderKL:
         plan = self._plan(batch, height, width)
         vae = self.bundle.vae
         vae.use_tiling = plan.vae_tiling
-        vae.use_slicing = plan != Memory()  # one picture at a time, with the same result
+        vae.use_slicing = plan != Memory()  # one picture at a time; the result is the same
         return vae
 
     def words_without_effect(self, text: str) -> list[str]:
-        """A warning for what the model does not read of a text (`models.text`)."""
+        """Warnings for the parts of a text that the model ignores (`models.text`)."""
         return words_without_effect(self.bundle, text)
 
-    def _far_from_known(self, shown: Image.Image, rebuilt: Tensor) -> list[str]:
-        """A warning when the autoencoder keeps a picture worse than those that it was trained on.
+    def _compare_with_training(self, shown: Image.Image, rebuilt: Tensor) -> list[str]:
+        """A message if the autoencoder reconstructs a picture worse than its training data.
 
-        The first is Python's warning too.
+        The first one is also issued as a Python warning.
         """
         known = self.bundle.card.known_psnr
         if known is None:
@@ -639,27 +678,23 @@ class Editor:
         psnr = signed_psnr(error).item()
         if psnr >= known:
             return []
-        words = (
-            f"This picture is far from what {self.bundle.card.name} knows (it keeps it to {psnr:.1f} dB, "
-            f"and its own pages to {known:.1f} or more). For photographs: --model {PHOTO_MODEL}"
+        message = (
+            f"This picture is unlike the training data of {self.bundle.card.name}: the autoencoder "
+            f"reconstructs it at {psnr:.1f} dB, and training pictures at {known:.1f} dB or more. For "
+            f"photographs use --model {PHOTO_MODEL}"
         )
-        if not self._said_far:
-            self._said_far = True
-            warnings.warn(words, stacklevel=1)
-        return [words]
-
-
-def feather_of(settings: EditSettings, size: tuple[int, int]) -> float:
-    """The feather in pixels for a part of `size`; unless given, what is 4 pixels at 512."""
-    return max(size) / 128 if settings.feather is None else settings.feather
+        if not self._warned_far:
+            self._warned_far = True
+            warnings.warn(message, stacklevel=1)
+        return [message]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sheet:
-    """A picture made ready: `part` is what `box` cuts out of it, `shown` the part as the model sees it.
+class _PreparedImage:
+    """A picture prepared for an edit: `box` crops `part` from it, `shown` is `part` at the working size.
 
-    cutout: the picture in RGBA if it has transparent parts. rebuilt: `shown` through the autoencoder, where
-    it was needed. mask: the part of the one drawn, feathered.
+    cutout: the picture in RGBA if it has transparent parts. rebuilt: `shown` after the autoencoder, if it is
+    needed. mask: the part of the user's mask, feathered.
     """
 
     instruction: str
@@ -691,20 +726,20 @@ def edit(
     settings: EditSettings | None = None,
     **changes: Unpack[EditArguments],
 ) -> EditResults:
-    """Edit a picture in one call, as `Editor.edit` does. The last model used stays loaded."""
+    """Edit a picture in one call, as `Editor.edit` does. The last used model stays loaded."""
     editor = _loaded(model, device, dtype)
     return editor.edit(image, instruction, seeds=seeds, settings=settings, **changes)
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """The seeds as a list. Raises InputError for none, a single number, or one out of range."""
+    """The seeds as a list. Raises InputError for no seed, a single number, or a seed out of range."""
     if not isinstance(seeds, Iterable):
         raise InputError(
             f"seeds is {seeds}; it must be a list with one seed per result. Try seeds=[{seeds}]."
         )
     seeds = [int(seed) for seed in seeds]
     if not seeds:
-        raise InputError("No seed was given. Give one for each result, for example seeds=[1, 2].")
+        raise InputError("There are no seeds. Give one for each result, for example seeds=[1, 2].")
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise InputError(f"Seed {seed} is out of range; use 0 to {MAX_SEED}.")
@@ -712,14 +747,14 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
 
 
 def _finite(pixels: Tensor) -> Tensor:
-    # A network that overflows its number format gives a black picture and no error.
+    # A network that overflows its number format would give a black picture without an error.
     if not pixels.isfinite().all():
-        raise ModelError("The model's result is not a number: its values overflow. Use --dtype fp32.")
+        raise ModelError("The model's output is not finite: its number format overflows. Use --dtype fp32.")
     return pixels
 
 
 def _memory_error(width: int, height: int) -> contextlib.AbstractContextManager[None]:
-    """Running out of memory becomes a ResourceError that names a smaller size."""
+    """Raise an out-of-memory error as a ResourceError that suggests a smaller size."""
     size = max(width, height) // 2
     return translated_errors(
         memory=f"Out of memory at {width}x{height}. Try --size {size} or --batch-size 1."

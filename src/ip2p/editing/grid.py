@@ -1,4 +1,4 @@
-"""The results over two settings as one labelled picture: how much to ask for, seen at a glance."""
+"""Draw the results over two settings as one labeled picture, to choose good values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FONT, GAP = 14, 6
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """A setting that is one number, as EditSettings calls it, and the values that it takes."""
+    """A numeric field of EditSettings and the values to try."""
 
     setting: str
     values: Sequence[float]
@@ -35,10 +35,10 @@ class Axis:
 def parse_axis(
     flag: str, text: str, kind: type[EditSettings] = EditSettings
 ) -> tuple[str, tuple[float, ...] | None]:
-    """ "text-cfg=3,5" → ("text_cfg", (3.0, 5.0)); without values None. Raises InputError for any other."""
+    """ "text-cfg=3,5" → ("text_cfg", (3.0, 5.0)); the values are None if omitted. Raises InputError."""
     name, equals, listed = text.partition("=")
     name = name.strip().replace("-", "_")
-    # The four that have values of their own come first.
+    # List the settings with default values first.
     known = sorted(numeric_settings(kind), key=lambda name: name not in DEFAULTS)
     if name not in known:
         names = ", ".join(each.replace("_", "-") for each in known)
@@ -54,17 +54,17 @@ def parse_axis(
     return name, tuple(getattr(kind.read({name: word}, voice), name) for word in listed.split(","))
 
 
-# The values of an axis that names none: around the values that the settings have.
+# The values of an axis without values, around those of the settings.
 DEFAULTS: dict[str, Callable[[EditSettings], Sequence[float]]] = {
-    "text_cfg": lambda own: [round((own.text_cfg or 7.5) * share, 2) for share in (0.5, 0.75, 1, 1.5)],
-    "image_cfg": lambda own: [round((own.image_cfg or 1.5) * share, 2) for share in (0.8, 1, 1.25, 1.5)],
-    "seed": lambda own: [own.seed + k for k in range(4)],
-    "steps": lambda own: [5, 10, 20, 50],
+    "text_cfg": lambda base: [round((base.text_cfg or 7.5) * factor, 2) for factor in (0.5, 0.75, 1, 1.5)],
+    "image_cfg": lambda base: [round((base.image_cfg or 1.5) * factor, 2) for factor in (0.8, 1, 1.25, 1.5)],
+    "seed": lambda base: [base.seed + k for k in range(4)],
+    "steps": lambda base: [5, 10, 20, 50],
 }
 
 
 def default_values(setting: str, settings: EditSettings) -> Sequence[float]:
-    """The values of an axis that names none."""
+    """The values of an axis without values."""
     return DEFAULTS[setting](settings)
 
 
@@ -76,19 +76,19 @@ def draw_grid(
     columns: Axis,
     rows: Axis,
     cell: int = 256,
-    made: Callable[[], object] = lambda: None,
+    on_result: Callable[[], object] = lambda: None,
     settings: EditSettings | None = None,
     **changes: Unpack[EditArguments],
 ) -> Image.Image:
-    """Edit `picture` once for each value of both axes and lay the results out, the picture itself above.
+    """Edit `picture` for each pair of values and arrange the results in a grid, the input at the left.
 
-    `cell`: the longer side of a result in the grid, in pixels; none is enlarged. `settings` and `changes`
-    are those of `Editor.edit`; `made` is called after each result.
+    cell: the longer side of a result in the grid, in pixels; results are never enlarged. on_result: called
+    after each result. settings, changes: as in `Editor.edit`.
     """
     chosen = (settings or EditSettings()).changed(**changes)
     chosen = chosen.changed(instruction=instruction) if instruction else chosen
-    share = min(1, cell / max(picture.size))
-    size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
+    scale = min(1, cell / max(picture.size))
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     cells: list[list[Image.Image]] = []
     for row in rows.values:
         cells.append([])
@@ -96,7 +96,7 @@ def draw_grid(
             varied = chosen.changed(**{rows.setting: row, columns.setting: column})
             [result] = editor.edit(picture, settings=varied)
             cells[-1].append(resized(flattened(result, "white"), size))
-            made()
+            on_result()
     return draw_sheet(
         cells,
         columns=[columns.label(value) for value in columns.values],
@@ -114,7 +114,7 @@ def draw_sheet(
     title: str = "",
     picture: Image.Image | None = None,
 ) -> Image.Image:
-    """Pictures of one size on white: labels above the columns and before the rows, the input at the left."""
+    """Arrange pictures of one size on white, with labels for columns and rows and the input at the left."""
     width, height = cells[0][0].size
     font = ImageFont.load_default(FONT)
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
@@ -123,7 +123,7 @@ def draw_sheet(
         return int(pen.textlength(words, font)) + 1
 
     line = FONT + GAP
-    # The input stands in a column of its own, above which no label is.
+    # The input has its own column, without a label of its own.
     left = GAP + (0 if picture is None else width + 2 * GAP)
     labels = left + max(map(length, rows)) + 2 * GAP
     step = max(width, *map(length, columns)) + GAP

@@ -1,18 +1,18 @@
-"""What an edit gives: a list of pictures that a notebook shows."""
+"""The results of an edit: a list of pictures that notebooks display."""
 
 from __future__ import annotations
 
 from PIL import Image
 
 from ip2p.base.errors import InputError
-from ip2p.pictures.images import grid, to_bytes
+from ip2p.pictures.images import contact_sheet, to_bytes
 from ip2p.pictures.infotext import parse_infotext
 
 SHEET_WIDTH = 4
 
 
 class EditResults(list[Image.Image]):
-    """The results of an edit, in the order of their seeds. A notebook shows them with their seeds below."""
+    """The results of an edit, in the order of their seeds. Notebooks show them with their seeds below."""
 
     def __repr__(self) -> str:
         pairs = zip(self._labels(), self, strict=True)
@@ -26,7 +26,7 @@ class EditResults(list[Image.Image]):
         starts = range(0, len(self), SHEET_WIDTH)
         labels = self._labels()
         return to_bytes(
-            grid(
+            contact_sheet(
                 [self[start : start + SHEET_WIDTH] for start in starts],
                 labels=[", ".join(labels[start : start + SHEET_WIDTH]) for start in starts],
             )

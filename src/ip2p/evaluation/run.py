@@ -103,7 +103,7 @@ def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, 
         "shown": min(config.shown, len(source)),
         "judge": None if judge is None else judge.as_json(),
     }
-    summary = jobs.run(
+    summary = jobs.run_job(
         stage,
         parts,
         folder / JOB,
@@ -120,11 +120,16 @@ def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, 
 
 def open_rows(config: EvaluateConfig) -> tuple[RowSource, Protocol]:
     """The rows that the config names, and what is measured on them. Raises InputError."""
+    drawn = config.data == STORYBOOK and not Path(STORYBOOK).exists()
+    if config.columns and (config.benchmark is not None or drawn):
+        raise InputError(
+            f"{config.benchmark or STORYBOOK} has its own columns; leave --columns away, which are for pairs."
+        )
     if config.benchmark is not None:
         from ip2p.evaluation.benchmarks import open_benchmark
 
         return open_benchmark(config)
-    if config.data == STORYBOOK and not Path(STORYBOOK).exists():
+    if drawn:
         if config.split not in get_args(Split):
             raise InputError(f"--split is {config.split!r}; of the storybook: {', '.join(get_args(Split))}.")
         side = config.size or STORYBOOK_SIDE
@@ -135,7 +140,13 @@ def open_rows(config: EvaluateConfig) -> tuple[RowSource, Protocol]:
         )
         usual: tuple[str, ...] = (*EXACT, *USUAL)
     else:
-        pairs = open_source(config.data, stream=config.stream, revision=config.revision, split=config.split)
+        pairs = open_source(
+            config.data,
+            stream=config.stream,
+            revision=config.revision,
+            split=config.split,
+            columns=config.columns,
+        )
         source, usual = PairRows(pairs, config.count), USUAL
     chosen = AS_CODE_METRICS if config.as_code else config.metric_names
     return source, Protocol(metrics=chosen or usual, judged=config.judge is not None)

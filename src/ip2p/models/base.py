@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from ip2p.base.errors import ModelError
 from ip2p.models.bundle import Bundle, find_model, make_bundle, open_parts
 from ip2p.models.load import Choice, Stored, empty_network, open_model, read_json, unreadable
+from ip2p.models.widen import widen_conv_in
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 def load_base(
@@ -88,26 +87,6 @@ def new_from_config(
     return make_bundle(fresh, "new", device=device, dtype=torch.float32, vae=vae, unet=unet)
 
 
-def widen_conv_in(unet: Any, channels: int) -> None:
-    """Widen a UNet's input to `channels` channels, in place; the new weights are zero, the bias is copied.
-
-    Before training, the output does not depend on the new channels (paper, section 3.2). Updates the config.
-    Raises ModelError if the UNet takes more channels already.
-    """
-    old = unet.conv_in
-    if old.in_channels > channels:
-        raise ModelError(
-            f"This UNet takes {old.in_channels} channels, more than the {channels} of an editor. "
-            "Use one that takes fewer."
-        )
-    new = copy.deepcopy(old)
-    new.in_channels = channels
-    zeros = old.weight.new_zeros(old.out_channels, channels - old.in_channels, *old.kernel_size)
-    new.weight = nn.Parameter(torch.cat([old.weight.detach(), zeros], dim=1))
-    unet.conv_in = new.requires_grad_(old.weight.requires_grad)
-    unet.register_to_config(in_channels=channels)
-
-
 def prediction_of(bundle: Bundle) -> Prediction:
     """What the base's UNet predicts, by its scheduler's config. Raises ModelError for any other type."""
     return _prediction(bundle.scheduler_config, bundle.folder)
@@ -134,10 +113,10 @@ def _prediction(config: Mapping[str, Any], path: Path) -> Prediction:
             f"{path} is a flow model ({name}); editors are trained from ones that predict noise or "
             "velocity. Use an SD 1.x, SD 2.x or SDXL model."
         )
-    if prediction == "epsilon" or prediction == "v_prediction":
+    if prediction in get_args(Prediction):
         return prediction  # type: ignore[no-any-return]
     raise ModelError(
-        f"{path}: its scheduler's prediction_type is {prediction!r}; epsilon and v_prediction can be "
+        f"{path}: its scheduler's prediction_type is {prediction!r}; epsilon, v_prediction and sample can be "
         "trained. Use a model of one of these kinds."
     )
 

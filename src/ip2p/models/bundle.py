@@ -39,7 +39,7 @@ from ip2p.models.load import (
     table_of,
     tokenizer_texts,
 )
-from ip2p.pictures.images import close_file, nearest
+from ip2p.pictures.images import closest_file, closest_name
 from ip2p.settings import EditSettings
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Card:
 
     native_size: the side in pixels of the training pictures. known_psnr: a picture that the autoencoder
     reconstructs with a lower PSNR (dB) is far from the training data. closed_vocabulary: the model does not
-    know words that its tokenizer splits (`models.text.unknown_words`). The other fields are recommended
+    know words that its tokenizer splits (`models.text.unknown_words`). text_cfg_range, image_cfg_range: the
+    range of each scale for which it was distilled (`ip2p distill`). The other fields are recommended
     settings, with the defaults of `Settings.resolved`.
     """
 
@@ -82,6 +83,8 @@ class Card:
     native_size: int
     known_psnr: float | None = None
     closed_vocabulary: bool = False
+    text_cfg_range: tuple[float, float] | None = None
+    image_cfg_range: tuple[float, float] | None = None
     steps: int = 20
     sampler: str = "euler_ancestral"
     schedule: str = "linspace"
@@ -476,8 +479,8 @@ def packaged_models() -> list[str]:
 
 
 def _closest(path: Path, packaged: list[str]) -> str:
-    ours = nearest(path.name, packaged) if path.parent == Path(".") else None
-    if close := ours or close_file(path):
+    ours = closest_name(path.name, packaged) if path.parent == Path(".") else None
+    if close := ours or closest_file(path):
         return f"Did you mean {close}?"
     return f"Use storybook, a folder, a .safetensors or .ckpt file, or a hub name like {PHOTO_MODEL}."
 
@@ -577,8 +580,26 @@ def _card(stored: Stored, name: str, native_size: int) -> Card:
         native_size=int(values.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
         closed_vocabulary=bool(values.get("closed_vocabulary")),
+        **_ranges(stored),
         **_recommended(values, stored.path),
     )
+
+
+def _ranges(stored: Stored) -> dict[str, Any]:
+    """The scales of a distilled model. Raises ModelError if its card does not say them."""
+    if not stored.configs["unet"].get("time_cond_proj_dim"):
+        return {}
+    found = {}
+    for name in ("text_cfg_range", "image_cfg_range"):
+        try:
+            low, high = map(float, stored.card[name])
+        except (KeyError, TypeError, ValueError):
+            raise ModelError(
+                f"{stored.path}: its UNet takes guidance scales as an input, and its ip2p.json has no usable "
+                f'{name}, such as [1, 12]. Use a model that "ip2p distill" wrote.'
+            ) from None
+        found[name] = (low, high)
+    return found
 
 
 def _recommended(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -95,6 +95,12 @@ def export_file(stored: Stored, path: Path, *, dtype: torch.dtype | None = None)
             "ModelSamplingDiscrete with v_prediction.",
             stacklevel=2,
         )
+    if _prediction(stored) == "sample":
+        warnings.warn(
+            f"{path} predicts the picture itself (prediction_type sample). Only ip2p and diffusers can use "
+            "it: other tools will read it as noise prediction.",
+            stacklevel=2,
+        )
 
 
 def original_config(stored: Stored) -> str:
@@ -308,7 +314,8 @@ def _marks(stored: Stored) -> Iterator[Item]:
 
 
 def _prediction(stored: Stored) -> str:
-    return "v" if stored.configs["scheduler"].get("prediction_type") == "v_prediction" else "epsilon"
+    prediction = str(stored.configs["scheduler"].get("prediction_type", "epsilon"))
+    return "v" if prediction == "v_prediction" else prediction
 
 
 # --- to the disk -------------------------------------------------------------------------------

@@ -358,6 +358,7 @@ def _open_unet_file(path: Path, weights: Weights, parts: Stored | None, average:
     scheduler = parts.configs["scheduler"]
     if weights.metadata.get("modelspec.prediction_type") or ldm.VELOCITY in weights.shapes:
         kind = "v_prediction" if _velocity(weights, parts.architecture) else "epsilon"
+        kind = "sample" if weights.metadata.get("modelspec.prediction_type") == "sample" else kind
         scheduler = scheduler | {"prediction_type": kind}
     return _with_parts(path, "file", config, weights, parts, scheduler=scheduler, **average)
 

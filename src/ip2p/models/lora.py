@@ -17,7 +17,7 @@ from ip2p.base.errors import InputError, ModelError
 from ip2p.base.files import replacing
 from ip2p.models.keys import unet_table
 from ip2p.models.load import Weights, open_weights, unreadable
-from ip2p.pictures.images import close_file
+from ip2p.pictures.images import closest_file
 
 if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle
@@ -55,7 +55,7 @@ def check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
         if not math.isfinite(weight):
             raise InputError(f"The weight of {name} is {weight}; use a number, for example --lora {name}:1")
         if not path.is_file():
-            close = close_file(path)
+            close = closest_file(path)
             hint = f"Did you mean {close}?" if close else "Check the path."
             raise InputError(f"{name}: no such LoRA file. {hint}")
 

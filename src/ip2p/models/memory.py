@@ -59,7 +59,8 @@ class Memory:
 class Footprint:
     """Bytes of each part's weights, and of the largest maps for one latent cell, and for one pixel.
 
-    factor: pixels a latent cell's side; tile: the side from which on the autoencoder can tile.
+    factor: pixels a latent cell's side; tile: the side from which on the autoencoder can tile; passes: of a
+    step, 1 for a distilled model.
     """
 
     unet: int
@@ -70,6 +71,7 @@ class Footprint:
     pixel: float
     factor: int = 8
     tile: int = 512
+    passes: int = 3
 
     @property
     def weights(self) -> int:
@@ -79,7 +81,7 @@ class Footprint:
     def peak(self, plan: Memory, size: tuple[int, int], batch: int = 1) -> int:
         """Bytes at the fullest moment of an edit of `batch` results at `size`, weights included."""
         pixels = size[0] * size[1]
-        rows = batch * (3 if plan.passes_at_once else 1)
+        rows = batch * (self.passes if plan.passes_at_once else 1)
         sampling = int(self.cell * pixels / self.factor**2 * rows)
         # Decoding goes one picture at a time.
         coding = int(self.pixel * (min(pixels, self.tile**2) if plan.vae_tiling else pixels))
@@ -165,6 +167,7 @@ def footprint(bundle: Bundle, controlnet: nn.Module | None = None) -> Footprint:
         vae_width=vae.config.block_out_channels[0] * vae.dtype.itemsize,
         factor=bundle.latent_factor,
         tile=vae.tile_sample_min_size,
+        passes=_passes(unet.config),
     )
 
 
@@ -196,6 +199,7 @@ def footprint_of_stored(
         vae_width=widths[0] * vae_item,
         factor=2 ** (len(widths) - 1),
         tile=side if isinstance(side, int) else max(side),
+        passes=_passes(model.configs["unet"]),
     )
 
 
@@ -204,6 +208,10 @@ def _footprint(*, unet_width: int, vae_width: int, control: int, **more: int) ->
     return Footprint(
         control=control, cell=maps * WORKSPACE * unet_width, pixel=VAE_MAPS * WORKSPACE * vae_width, **more
     )
+
+
+def _passes(unet_config: Mapping[str, Any]) -> int:
+    return 1 if unet_config.get("time_cond_proj_dim") else 3
 
 
 def _numbers(shapes: Mapping[str, Shape]) -> int:

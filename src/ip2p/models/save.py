@@ -115,7 +115,9 @@ def edit_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     if name == EULER or name.startswith("EDM"):
         return dict(config)
     noise = {key: config[key] for key in NOISE if key in config}
-    return {"_class_name": EULER, "timestep_spacing": "linspace", "steps_offset": 0, **noise, **_version()}
+    # diffusers' ancestral sampler does not take a network that predicts x0.
+    name = "EulerDiscreteScheduler" if config.get("prediction_type") == "sample" else EULER
+    return {"_class_name": name, "timestep_spacing": "linspace", "steps_offset": 0, **noise, **_version()}
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,12 +231,14 @@ def model_card(
     base_license: str | None = None,
     lora: str | None = None,
     notes: str = "",
+    distilled: bool = False,
 ) -> str:
     """The README.md of a trained editor, with the hub's metadata header.
 
     base: the model that training started from, or None for a randomly initialized UNet. recipe: every setting
     by name. curves: the validation metrics, a row per validation, with its `step`. picture, lora: file names
-    in the folder. Paths are cut to their last part, since the card is for other machines.
+    in the folder. distilled: its UNet takes the guidance scales, which diffusers' pipeline does not pass.
+    Paths are cut to their last part, since the card is for other machines.
     """
     from huggingface_hub import ModelCardData
 
@@ -260,12 +264,19 @@ def model_card(
         f"---\n{header}\n---",
         f"# {name}",
         "Edits a picture as an instruction says "
-        f"([InstructPix2Pix](https://arxiv.org/abs/2211.09800)). Trained with ip2p from {start}.",
+        "([InstructPix2Pix](https://arxiv.org/abs/2211.09800)). "
+        f"{'Distilled' if distilled else 'Trained'} with ip2p from {start}.",
         *([notes] if notes else []),
         "## Use",
         f'```sh\nip2p edit photo.jpg "make it snow" --model {name}\n```',
-        "With diffusers:",
-        f"```python\n{_snippet(name, kind, native_size, text_cfg, image_cfg)}```",
+        *(
+            ["diffusers opens its networks, but no pipeline there passes two guidance scales to the UNet."]
+            if distilled
+            else [
+                "With diffusers:",
+                f"```python\n{_snippet(name, kind, native_size, text_cfg, image_cfg)}```",
+            ]
+        ),
         f"It was trained at {native_size} pixels; pictures near that size come out best.",
         *([f"`{lora}` is the LoRA alone, for {start}: `--lora {lora}`."] if lora else []),
         "## Data",

@@ -1,1 +1,1 @@
-"""Pictures and their metadata, masks, settings text, full-resolution output."""
+"""Pictures: files, metadata, masks, infotext, full-resolution output."""

@@ -1,4 +1,4 @@
-"""Transfers an edit from the model's size to the full-size photograph and keeps the photograph's detail.
+"""Transfer an edit from the model's size to the full-size photograph and keep the photograph's detail.
 
 A model sees a downscaled photograph through its autoencoder. Both steps lose detail, so the result is not
 simply enlarged. With o the photograph, r the model's reconstruction of it without an edit, and e the edited
@@ -8,9 +8,11 @@ result (both small), the output is
 
 where K, a 3x3 matrix at each position, controls how much of the lost detail is restored, and how. It is the
 local linear model e ≈ K r + b of the guided filter (He et al. 2013, with the joint upsampling of section
-3.4), fitted at the small size and applied at the full size: - no change: e = r and K = 1, so the photograph
-is unchanged; - new light, color or weather: the detail is dimmed or tinted like its surroundings; - new
-content: e is unrelated to r, K falls to 0, and only the enlarged result remains.
+3.4), fitted at the small size and applied at the full size:
+
+- no change: e = r and K = 1, so the photograph is unchanged;
+- new light, color or weather: the detail is dimmed or tinted like its surroundings;
+- new content: e is unrelated to r, K falls to 0, and only the enlarged result remains.
 """
 
 from __future__ import annotations

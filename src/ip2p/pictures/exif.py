@@ -1,7 +1,7 @@
-"""EXIF, byte for byte: what is kept of a photograph's tags has the type and the bytes that its camera wrote.
+"""Read and write EXIF byte for byte: each tag keeps the type and the bytes that the camera wrote.
 
-Pillow reads tags into Python values and writes them with types that it guesses, so that a MakerNote or a
-UserComment changes its type. Here an entry is its type and its raw bytes (TIFF 6.0, section 2).
+Pillow reads tags into Python values and guesses their types when it writes them, which changes the type of a
+MakerNote or a UserComment. Here an entry is its type and its raw bytes (TIFF 6.0, section 2).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import IO
 
 import numpy as np
 
-EXIF, GPS, INTEROP = 0x8769, 0x8825, 0xA005  # entries that point to folders of their own
+EXIF, GPS, INTEROP = 0x8769, 0x8825, 0xA005  # entries that point to subfolders
 ORIENTATION, XMP, IPTC = 0x0112, 0x02BC, 0x83BB
 MAKER_NOTE, USER_COMMENT, WIDTH, HEIGHT = 0x927C, 0x9286, 0xA002, 0xA003
 BYTE, SHORT, LONG, UNDEFINED = 1, 3, 4, 7
 MAGIC = {"<": b"II*\0", ">": b"MM\0*"}
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
-# What a TIFF says of its own pixels is among these tags; in another file it would be wrong. The ICC profile,
-# XMP, IPTC and Photoshop's resources (with a preview) travel by themselves or not at all.
+# Tags that describe the pixels of a TIFF; in another file they would be wrong. The ICC profile, XMP and IPTC
+# are copied separately; Photoshop's resources, which contain a preview, are dropped.
 OF_PIXELS = (
     *(0x00FE, 0x00FF, 0x0100, 0x0101, 0x0102, 0x0103, 0x0106, 0x010A, 0x0111, 0x0115, 0x0116, 0x0117),
     *(0x0118, 0x0119, 0x011C, 0x0120, 0x0121, 0x013D, 0x0140, 0x0142, 0x0143, 0x0144, 0x0145, 0x014A),
@@ -34,8 +34,8 @@ Entries = dict[int, tuple[int, bytes]]  # tag → type and bytes
 class Tags:
     """The entries of an EXIF block by folder: 0 is the first one, the others are EXIF, GPS and INTEROP.
 
-    order: "<" or ">", as struct has it. maker_at: where the MakerNote was; those of many cameras count from
-    the block's start, so it stays there.
+    order: the byte order as in struct, "<" or ">". maker_at: the offset of the MakerNote, which is kept: in
+    the MakerNotes of many cameras, offsets count from the start of the block.
     """
 
     order: str = ">"
@@ -49,12 +49,12 @@ class Tags:
         return self.folders.setdefault(folder, {})
 
     def number(self, folder: int, tag: int, value: int) -> None:
-        """Set a tag to a whole number."""
+        """Set a tag to an integer."""
         kind = SHORT if value < 2**16 else LONG
         self.of(folder)[tag] = kind, struct.pack(self.order + ("H" if kind == SHORT else "I"), value)
 
     def in_order(self, order: str) -> Tags:
-        """The same values in a byte order. MakerNotes and comments are bytes in any order."""
+        """The same values in another byte order. MakerNotes and comments do not depend on it."""
         if order == self.order:
             return self
         folders = {
@@ -65,11 +65,11 @@ class Tags:
 
 
 def read_tags(data: bytes) -> Tags:
-    """The tags of an EXIF block or of a TIFF file. Raises ValueError for what is neither."""
+    """The tags of an EXIF block or a TIFF file. Raises ValueError for other or truncated data."""
     data = data.removeprefix(b"Exif\0\0")
     order = next((order for order, magic in MAGIC.items() if data.startswith(magic)), None)
     if order is None:
-        raise ValueError("it does not start as EXIF does")
+        raise ValueError("it does not start like EXIF")
     tags = Tags(order)
 
     def read(folder: int, at: int) -> None:
@@ -82,7 +82,7 @@ def read_tags(data: bytes) -> Tags:
                 (place,) = struct.unpack_from(order + "I", data, place + 8)
             else:
                 place += 8
-            if size and place + size <= len(data):  # what is cut short or of an unknown type is left out
+            if size and place + size <= len(data):  # skip truncated values and unknown types
                 entries[tag] = kind, data[place : place + size]
                 if (folder, tag) == (EXIF, MAKER_NOTE) and size > 4:
                     tags.maker_at = place
@@ -94,24 +94,24 @@ def read_tags(data: bytes) -> Tags:
     try:
         read(0, *struct.unpack_from(order + "I", data, 4))
     except struct.error:
-        raise ValueError("it is cut short") from None
+        raise ValueError("it is truncated") from None
     return tags
 
 
 def write_tags(tags: Tags) -> bytes:
-    """The EXIF block of tags, with the prefix that it has in a JPEG."""
+    """The EXIF block of tags, with its JPEG prefix."""
     first, body = _body(tags, 8, {})
     return b"Exif\0\0" + MAGIC[tags.order] + struct.pack(tags.order + "I", first) + body
 
 
 def add_tags(file: IO[bytes], tags: Tags) -> None:
-    """Add tags to a TIFF file, which is open for reading and writing; those that it has stay its own."""
+    """Add tags to a TIFF file that is open for reading and writing. Existing tags are kept."""
     file.seek(0)
     order = "<" if file.read(4) == MAGIC["<"] else ">"
     file.seek(struct.unpack(order + "I", file.read(4))[0])
     (count,) = struct.unpack(order + "H", file.read(2))
-    own = [file.read(12) for _ in range(count)]
-    fixed = {struct.unpack_from(order + "H", entry)[0]: entry for entry in own}
+    existing = [file.read(12) for _ in range(count)]
+    fixed = {struct.unpack_from(order + "H", entry)[0]: entry for entry in existing}
     end = file.seek(0, 2)
     first, body = _body(replace(tags.in_order(order), maker_at=0), end, fixed)
     file.write(body)
@@ -120,19 +120,19 @@ def add_tags(file: IO[bytes], tags: Tags) -> None:
 
 
 def _body(tags: Tags, start: int, fixed: dict[int, bytes]) -> tuple[int, bytes]:
-    """Where the first folder is in a file, and the bytes from `start` on: the folders and their values.
+    """The offset of the first folder, and the bytes from `start` on: the folders and their values.
 
-    fixed: packed entries of the first folder, which are there already.
+    fixed: packed entries of the first folder that already exist.
     """
     order, end = tags.order, start
     maker = tags.of(EXIF).get(MAKER_NOTE)
-    held = (tags.maker_at, tags.maker_at + len(maker[1])) if maker and tags.maker_at >= start else (0, 0)
+    reserved = (tags.maker_at, tags.maker_at + len(maker[1])) if maker and tags.maker_at >= start else (0, 0)
 
     def place(size: int) -> int:
         nonlocal end
         end += end % 2
-        if end < held[1] and end + size > held[0]:
-            end = held[1] + held[1] % 2
+        if end < reserved[1] and end + size > reserved[0]:
+            end = reserved[1] + reserved[1] % 2
         end += size
         return end - size
 
@@ -158,8 +158,8 @@ def _body(tags: Tags, start: int, fixed: dict[int, bytes]) -> tuple[int, bytes]:
             elif len(raw) <= 4:
                 value = raw.ljust(4, b"\0")
             else:
-                stays = held[1] and (folder, tag) == (EXIF, MAKER_NOTE)
-                at = held[0] if stays else place(len(raw))
+                stays = reserved[1] and (folder, tag) == (EXIF, MAKER_NOTE)
+                at = reserved[0] if stays else place(len(raw))
                 pieces.append((at, raw))
                 value = struct.pack(order + "I", at)
             packed[folder][tag] = struct.pack(order + "HHI", tag, kind, len(raw) // SIZES[kind]) + value

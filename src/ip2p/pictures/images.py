@@ -1,4 +1,4 @@
-"""Pictures in and out: loading with every check, PIL ⇄ tensor, sizes, saving with settings, grids."""
+"""Load and check pictures, convert them to and from tensors, save them with their settings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from ip2p.base.errors import InputError, ResourceError
-from ip2p.base.files import check_output as check_file
-from ip2p.base.files import replacing
+from ip2p.base.files import check_output, replacing
 from ip2p.pictures import exif
 from ip2p.pictures.address import fetch_picture, is_url
 from ip2p.settings import MAX_PIXELS
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 Picture = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any]
 
 MIN_SIDE = 16
-NEUTRAL = "#808080"  # what a model sees behind transparent parts; 0 in [-1, 1]
+NEUTRAL = "#808080"  # the background of transparent parts for the model; 0 in [-1, 1]
 MAX_ASPECT = 8
-# Only formats with a plain decoder: some of Pillow's others start programs or fetch fonts.
+# Only formats with a plain decoder: some of Pillow's other decoders start programs or load fonts.
 READS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM")
 HEIC_BRANDS = (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftyphevc", b"ftypmif1")
 WRITES = {
@@ -42,10 +41,10 @@ WRITES = {
 WRITE_OPTIONS: dict[str, dict[str, object]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
-    "TIFF": {},  # with its compressions libtiff cannot write EXIF folders
+    "TIFF": {},  # uncompressed: libtiff cannot write EXIF folders with compression
     "BMP": {},
 }
-SECOND_PICTURE = re.compile(  # what XMP says of a gain map or another picture in its file
+SECOND_PICTURE = re.compile(  # XMP elements that describe a gain map or another picture in the file
     r'\s(?:hdrgm|GCamera|HDRGainMap|apdi):[\w.]+="[^"]*"'
     r"|<(Container|GContainer|hdrgm|HDRGainMap|apdi):(\w+)\b[^>]*(?:/>|>.*?</\1:\2>)",
     re.DOTALL,
@@ -56,44 +55,44 @@ JPEG_SEGMENT = 65533  # the longest EXIF block of a JPEG, with its prefix
 # --- paths -------------------------------------------------------------------------------------
 
 
-def nearest(name: str, names: Sequence[str]) -> str | None:
-    """The one of `names` that `name` was most likely meant to be, or None."""
+def closest_name(name: str, names: Sequence[str]) -> str | None:
+    """The one of `names` that is most similar to `name`, or None."""
     folded = {other.lower(): other for other in names}
     close = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
     return folded[close[0]] if close else None
 
 
-def close_file(path: Path) -> Path | None:
-    """What lies in the folder of `path` under the name most like its own, or None."""
+def closest_file(path: Path) -> Path | None:
+    """The entry in the folder of `path` with the most similar name, or None."""
     try:
         names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:  # no folder, or one that cannot be read
+    except OSError:
         return None
-    close = nearest(path.name, names)
+    close = closest_name(path.name, names)
     return path.parent / close if close else None
 
 
 def missing_file(path: Path) -> InputError:
-    """The error for a file that is not there, with the nearest name beside it."""
+    """The error for a file that does not exist; it suggests the file with the closest name."""
     folder = path.parent
     if not folder.is_dir():
         return InputError(f"{path}: the folder {folder} does not exist. Check the path.")
-    close = close_file(path)
+    close = closest_file(path)
     hint = f"Did you mean {close}?" if close else "Check the path."
     return InputError(f"{path}: no such file. {hint}")
 
 
-def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Make sure, before any work, that a picture can be written to `path`, which comes back as a Path.
+def check_picture_output(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Check, before any work, that a picture can be written to `path`. Returns it as a Path.
 
-    Raises InputError for an ending that is not written, and as `files.check_output` does.
+    Raises InputError for an unsupported extension, and as `files.check_output` does.
     """
     path = Path(path)
     if path.suffix.lower() not in WRITES:
         raise InputError(
-            f"{path}: pictures are written as {', '.join(WRITES)}. Change the ending of the name."
+            f"{path}: supported picture formats are {', '.join(WRITES)}. Change the file extension."
         )
-    check_file(path, overwrite=overwrite)
+    check_output(path, overwrite=overwrite)
     return path
 
 
@@ -107,17 +106,17 @@ def load_image(
     background: str | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Image.Image:
-    """Read a picture as upright 8-bit RGB or RGBA; `info` keeps what belongs to it (exif, icc_profile).
+    """Load a picture as upright 8-bit RGB or RGBA; `info` keeps its metadata (exif, icc_profile, xmp, iptc).
 
-    `source`: a path, an http(s) address (`address.fetch_picture`), the bytes of a file, an open file, a PIL
-    image, or an array [height, width] or [height, width, 1, 3 or 4] of uint8, or of floats from 0 to 1.
-    HEIC needs the extra `heic`. `max_pixels` does not concern images and
-    arrays: their pixels are in memory already. Sizes are checked from the header, before anything is
-    decoded. background: a color that transparent parts are laid on, with a warning; without one, a picture
-    that has some is RGBA. warn: is called with each warning in place of Python's. Raises InputError for
-    whatever cannot be edited, ModelError for an address that does not answer.
+    source: a path, an http(s) address (`address.fetch_picture`), the bytes of a file, an open file, a PIL
+    image, or an array [height, width] or [height, width, 1, 3 or 4] of uint8 or of floats from 0 to 1. HEIC
+    needs the extra `heic`. max_pixels: checked in the header, before anything is decoded; ignored for images
+    and arrays, which are in memory already. background: a color to put behind transparent parts, with a
+    warning; None returns a picture with transparent parts as RGBA. warn: called with each warning instead of
+    `warnings.warn`. Raises InputError for anything that cannot be edited, ModelError for an address that
+    cannot be downloaded.
     """
-    warn = warn or (lambda words: warnings.warn(words, stacklevel=3))
+    warn = warn or (lambda message: warnings.warn(message, stacklevel=3))
     if isinstance(source, np.ndarray):
         source = _from_array(source)
     if isinstance(source, Image.Image):
@@ -139,10 +138,10 @@ def load_image(
             "a NumPy array."
         )
     if not data:
-        raise InputError(f"{name} is empty (0 bytes). Give a picture, or fetch this one again.")
+        raise InputError(f"{name} is empty (0 bytes). Give a picture, or download this one again.")
     try:
         with warnings.catch_warnings():
-            # Our own limit, checked below, takes the place of Pillow's warning.
+            # `_checked` applies our own limit instead of Pillow's warning.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_formats(data, name)) as image:
                 _checked(image, name, max_pixels)
@@ -155,16 +154,22 @@ def load_image(
     except Image.UnidentifiedImageError:
         raise InputError(f"{name} {_what_is(data)}") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name} is too large: {error} Make it smaller first.") from None
+        pixels = re.search(r"\d+", str(error))
+        size = f"{int(pixels[0]) / 1e6:,.0f}" if pixels else "too many"
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise InputError(
+            f"{name} is too large: {size} megapixels by its header, and at most {most:.0f} are read. "
+            "Make it smaller first."
+        ) from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error, …
         raise InputError(
-            f"{name} is damaged or cut short ({str(error).rstrip('.') or type(error).__name__}). "
-            "Fetch it again, or save it anew from a viewer."
+            f"{name} is damaged or truncated ({str(error).rstrip('.') or type(error).__name__}). "
+            "Download it again, or open it in a viewer and save it again."
         ) from None
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
-    """A PIL image of an array [height, width(, 1, 3 or 4)]: uint8, or floats from 0 to 1."""
+    """A PIL image from an array [height, width(, 1, 3 or 4)] of uint8 or floats from 0 to 1."""
     values = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
         raise InputError(
@@ -172,7 +177,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
         )
     if np.issubdtype(values.dtype, np.floating):
         if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > 1:
-            raise InputError("The array has floats outside of 0 to 1. Scale it, or give uint8.")
+            raise InputError("The array has floats outside 0 to 1. Scale it, or give uint8.")
         values = (values * 255).round().astype(np.uint8)
     if values.dtype != np.uint8:
         raise InputError(f"The array has the type {values.dtype}. Give uint8, or floats from 0 to 1.")
@@ -181,7 +186,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 def _read(path: Path) -> bytes:
     if path.is_dir():
-        raise InputError(f"{path} is a folder. Name a picture in it.")
+        raise InputError(f"{path} is a folder. Give a picture in it.")
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -191,22 +196,22 @@ def _read(path: Path) -> bytes:
 
 
 def _formats(data: bytes, name: str) -> tuple[str, ...]:
-    """What may be decoded. Raises InputError for HEIC without its library."""
+    """The formats to try. Raises InputError for HEIC if its decoder is not installed."""
     if data[4:12] not in HEIC_BRANDS:
         return READS
     try:
         import pillow_heif
     except ImportError:
         raise InputError(
-            f"{name} is a HEIC photograph, and its decoder is not installed. Run: pip install 'ip2p[heic]' "
-            "(or save it as JPEG)."
+            f"{name} is a HEIC photograph, and the HEIC decoder is not installed. Run: pip install "
+            "'ip2p[heic]' (or save the photograph as JPEG)."
         ) from None
     pillow_heif.register_heif_opener()
     return ("HEIF",)
 
 
 def _what_is(data: bytes) -> str:
-    """What a file that no decoder knows seems to be, and what to do about it."""
+    """A guess at what an undecodable file is, and the next step."""
     head = data[:512].lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "is a web page (HTML), not a picture. Save the picture itself, not the page around it."
@@ -215,7 +220,7 @@ def _what_is(data: bytes) -> str:
     try:
         text = data[:4096].decode("utf-8", "strict" if len(data) <= 4096 else "ignore")
         if all(letter.isprintable() or letter in "\r\n\t" for letter in text):
-            return "holds text, not a picture. Give a PNG, JPEG or WebP file."
+            return "contains text, not a picture. Give a PNG, JPEG or WebP file."
     except UnicodeDecodeError:
         pass
     return "is not a picture in a known format. Give a PNG, JPEG, WebP or AVIF file."
@@ -237,15 +242,15 @@ def _checked(image: Image.Image, name: str, max_pixels: int | None) -> Image.Ima
             f"{name} is {width}x{height} pixels; one side may be at most {MAX_ASPECT} times the other. "
             "Crop it first."
         )
-    # A JPEG of several pictures (MPO) is a photograph with a preview: its first one is the photograph.
+    # An MPO is a JPEG photograph with previews; its first picture is the photograph.
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        # How many are not counted: that walks through the whole file, which may have millions.
-        raise InputError(f"{name} is animated or has pages. Save the one to edit as PNG.")
+        # Frames are not counted: that would scan the whole file, which may have millions.
+        raise InputError(f"{name} has several frames or pages. Save the one to edit as PNG.")
     return image
 
 
 def flattened(image: Image.Image, background: str = NEUTRAL) -> Image.Image:
-    """An RGBA picture as RGB on a background, a color's name or #rrggbb; itself if it is RGB already."""
+    """An RGBA picture as RGB on a background color (a name or #rrggbb); other pictures are unchanged."""
     if image.mode != "RGBA":
         return image
     rgb = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
@@ -254,13 +259,13 @@ def flattened(image: Image.Image, background: str = NEUTRAL) -> Image.Image:
 
 
 def with_alpha(edited: Image.Image, original: Image.Image) -> Image.Image:
-    """`edited`, RGB, with the transparency of `original`, RGBA of its size, which the model saw `flattened`.
+    """`edited` (RGB) with the transparency of `original` (RGBA, same size), which the model saw `flattened`.
 
-    A partly transparent pixel gets the change of its flattened color; where nothing changed, and where
-    nothing is visible, all four bytes are the original's.
+    The change of the flattened color is added to each pixel. Unchanged and invisible pixels keep all four
+    bytes of the original.
     """
     result = np.array(original)
-    rows = max(1, 2**20 // original.width)  # in strips: of 100 megapixels the differences fill gigabytes
+    rows = max(1, 2**20 // original.width)  # in strips, because the differences would fill gigabytes
     for top in range(0, original.height, rows):
         box = (0, top, original.width, min(top + rows, original.height))
         before = original.crop(box)
@@ -278,14 +283,14 @@ def _upright_rgb(
     warn: Callable[[str], object],
     block: bytes | None = None,
 ) -> Image.Image:
-    """8-bit RGB or RGBA, upright, on a background. `info` has exif, xmp, iptc and a fitting ICC profile.
+    """Upright 8-bit RGB or RGBA, on a background. `info` has exif, xmp, iptc and a matching ICC profile.
 
-    block: bytes that hold the EXIF, if Pillow does not have them.
+    block: the bytes that contain the EXIF, if Pillow does not expose them.
     """
     info: dict[str | tuple[int, int], Any] = {}
     try:
         upright = ImageOps.exif_transpose(image)
-    except Exception:  # Pillow cannot read the EXIF; `_exif` says so
+    except Exception:  # Pillow cannot read the EXIF; `_exif_and_iptc` warns
         upright = image
     info.update(_exif_and_iptc(image, name, warn, block))
     info.update(_xmp(upright, name, warn))
@@ -295,16 +300,15 @@ def _upright_rgb(
         rgb = layer = upright.convert("RGBA")
         opaque = np.asarray(layer.getchannel("A")).min() == 255
         if background is not None and not opaque:
-            warn(f"{name} has transparent parts: they are laid on {background}.")
+            warn(f"{name} has transparent parts; their background is set to {background}.")
         if background is not None or opaque:
             rgb = flattened(layer, background or "white")
-        # A palette or RGBA profile is an RGB profile; a grey one does not fit the result.
+        # The profile of a palette or RGBA picture is an RGB profile; a gray profile does not match RGB.
         profile = profile if upright.mode not in ("LA", "La", "L") else None
     elif upright.mode in ("CMYK", "L"):
-        # Other inks and other greys than sRGB's: the result is in sRGB and so needs no profile.
         rgb, profile = _to_srgb(upright, profile), None
     elif upright.mode.startswith("I") or upright.mode == "F":
-        rgb, profile = _deep_grey_to_rgb(upright, name, warn), None
+        rgb, profile = _deep_gray_to_rgb(upright, name, warn), None
     elif upright.mode != "RGB":
         rgb = upright.convert("RGB")
         profile = profile if upright.mode == "P" else None
@@ -319,7 +323,7 @@ def _upright_rgb(
 def _exif_and_iptc(
     image: Image.Image, name: str, warn: Callable[[str], object], block: bytes | None
 ) -> dict[str, bytes]:
-    """The EXIF that still holds once the picture stands upright, without its preview, and the IPTC."""
+    """The EXIF that is valid for the upright picture, without its preview, and the IPTC."""
     found: dict[str, bytes] = {}
     iptc = image.info.get("photoshop", {}).get(0x0404) or image.info.get("iptc")
     try:
@@ -331,29 +335,29 @@ def _exif_and_iptc(
                 tags.of(0).pop(tag, None)
             if tags:
                 found["exif"] = exif.write_tags(tags)
-    except Exception as error:  # whatever a camera wrote wrongly, the pixels are not to blame
-        warn(f"{name} has EXIF that cannot be kept ({error}); it is left out.")
+    except Exception as error:  # malformed EXIF does not affect the pixels
+        warn(f"{name} has EXIF that cannot be kept ({error}); it is dropped.")
     return found | ({"iptc": iptc} if iptc else {})
 
 
 def _xmp(image: Image.Image, name: str, warn: Callable[[str], object]) -> dict[str, bytes]:
-    """The XMP. A second picture in the file, which XMP may describe, is left out with a line."""
+    """The XMP, without its description of a second picture in the file, which is dropped with a warning."""
     xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
     text = xmp if isinstance(xmp, str) else xmp.decode("utf-8", "replace")
     text, parts = SECOND_PICTURE.subn("", text.rstrip("\0"))
     if parts or "mp" in image.info or image.info.get("aux"):
-        warn(f"{name} holds a second picture (a gain map or a preview): it is left out.")
+        warn(f"{name} contains a second picture (a gain map or a preview); it is dropped.")
     try:
         if text and "<!DOCTYPE" not in text:
             ElementTree.fromstring(text)
             return {"xmp": text.encode()}
     except ElementTree.ParseError as error:
-        warn(f"{name} has XMP that cannot be kept ({error}); it is left out.")
+        warn(f"{name} has XMP that cannot be kept ({error}); it is dropped.")
     return {}
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB from CMYK or grey, by its ICC profile if it has one of its own kind."""
+    """CMYK or gray converted to sRGB, by the ICC profile if it is of the same kind."""
     if profile:
         try:
             converted = ImageCms.profileToProfile(
@@ -362,15 +366,15 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             if converted is not None:
                 return converted
         except ImageCms.PyCMSError:
-            pass  # a broken profile or another kind's: the conversion below is what viewers show then
+            pass  # a broken or mismatched profile: convert as viewers do
     return image.convert("RGB")
 
 
-def _deep_grey_to_rgb(image: Image.Image, name: str, warn: Callable[[str], object]) -> Image.Image:
-    """Greyscale of 16 bits or floats to 8-bit RGB; Pillow's own conversion would clip at 255.
+def _deep_gray_to_rgb(image: Image.Image, name: str, warn: Callable[[str], object]) -> Image.Image:
+    """16-bit or float grayscale to 8-bit RGB; Pillow's own conversion would clip at 255.
 
-    White is the largest value of the fewest bits that cameras and scanners use and that hold the content:
-    12 bits often come in 16. Floats up to 1 are shares of white.
+    White is the largest value of the smallest bit depth (8, 10, 12, 14, 16) that holds all values: 12-bit
+    pictures are often stored in 16 bits. If all floats are at most 1, white is 1.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     most = values.max()
@@ -379,9 +383,9 @@ def _deep_grey_to_rgb(image: Image.Image, name: str, warn: Callable[[str], objec
         whites.insert(0, 1.0)
     white = next((white for white in whites if most <= white), most)
     if image.mode != "F" and white < 2**16 - 1:
-        warn(f"{name} uses {np.log2(white + 1):.0f} of its 16 bits: {white:.0f} is taken for white.")
-    grey = (values * (255 / white)).clip(0, 255).round().astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+        warn(f"{name} uses {np.log2(white + 1):.0f} of its 16 bits; {white:.0f} is used as white.")
+    gray = (values * (255 / white)).clip(0, 255).round().astype(np.uint8)
+    return Image.fromarray(gray).convert("RGB")
 
 
 # --- tensors and sizes -------------------------------------------------------------------------
@@ -392,7 +396,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     import torch
 
     values = torch.from_numpy(np.array(flattened(image).convert("RGB"), dtype=np.float32))
-    # The order of operations and of memory is diffusers': to the last bit, so are the latents.
+    # The same operations and memory layout as diffusers, so that the latents are identical to the last bit.
     return 2 * (values[None].permute(0, 3, 1, 2) / 255) - 1
 
 
@@ -410,11 +414,10 @@ def signed_psnr(squared_error: Tensor) -> Tensor:
 
 
 def fit_size(width: int, height: int, *, native: int = 512, multiple: int = 64) -> tuple[int, int]:
-    """The size at which the model sees a picture of width x height (the original's rule).
+    """The working size of the model for a picture of width x height (the rule of the original code).
 
-    The longer side comes near `native`, then the shorter one is rounded up to a multiple and the
-    longer one follows, down to a multiple. `native` is not a cap: 2048x600 → 640x192 at 512. In
-    whole numbers: f = native / longer, f = ceil(shorter·f / multiple) · multiple / shorter.
+    f = native / longer; f' = ceil(shorter · f / multiple) · multiple / shorter; each side is scaled by f' and
+    rounded down to a multiple. The longer side can exceed `native`: 2048x600 → 640x192 at 512.
     """
     longer, shorter = max(width, height), min(width, height)
     units = -(-shorter * native // (longer * multiple))
@@ -422,58 +425,43 @@ def fit_size(width: int, height: int, *, native: int = 512, multiple: int = 64) 
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture at `size`, width and height; itself if it has it already."""
+    """The picture at `size` (width, height); the same object if it already has that size."""
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 # --- saving ------------------------------------------------------------------------------------
 
 
-# Formats that hold transparency, of those in WRITES.
-TRANSPARENT = ("PNG", "WEBP", "TIFF")
-
-
-def opaque(image: Image.Image, kind: str) -> Image.Image:
-    """The picture as a format can hold it: on white, with a warning, where that is without transparency."""
-    if image.mode != "RGBA" or kind in TRANSPARENT:
-        return image
-    warnings.warn(
-        f"{kind} holds no transparency: the result is laid on white. Write a .png to keep it.", stacklevel=3
-    )
-    return flattened(image, "white")
-
-
 class EditedImage(Image.Image):
-    """A picture whose settings and profile go into the file when Pillow saves it, as with `save_image`."""
+    """A picture whose `save` also writes its settings and metadata, like `save_image`."""
 
     @classmethod
     def of(cls, image: Image.Image) -> EditedImage:
-        """The same pixels, which both share, and the same `info`."""
-        made = cls()
-        made.__dict__.update(image.__dict__)
-        return made
+        """An EditedImage that shares the pixels and `info` of `image`."""
+        edited = cls()
+        edited.__dict__.update(image.__dict__)
+        return edited
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
-        """As `PIL.Image.Image.save`; what the picture's `info` holds is written unless `params` has it."""
+        """`PIL.Image.Image.save`, plus the metadata in `info` unless `params` overrides it."""
         name = fp if isinstance(fp, str | Path) else getattr(fp, "name", "")
         kind = format.upper() if format else WRITES.get(Path(str(name)).suffix.lower(), "")
         kind = {"JPG": "JPEG"}.get(kind, kind)
         if kind not in WRITES.values():
             super().save(fp, format, **params)
-        elif isinstance(fp, str | Path):
-            Path(fp).write_bytes(to_bytes(self, kind, **params))
-        else:
-            fp.write(to_bytes(self, kind, **params))
+            return
+        data = to_bytes(self, kind, **params)
+        Path(fp).write_bytes(data) if isinstance(fp, str | Path) else fp.write(data)
 
 
 def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) -> Path:
-    """Write a picture by the ending of its name, whole or not at all; its `info` travels with it.
+    """Write a picture and its `info` atomically, in the format of the file extension.
 
-    `info["parameters"]` (the settings) goes to PNG's text chunk of that name, and to EXIF
-    UserComment in JPEG, WebP and TIFF; exif, icc_profile and xmp are kept. BMP holds pixels alone.
-    Raises InputError as `check_output` does.
+    `info["parameters"]` (the settings) is written to the PNG text chunk of that name, or to the EXIF
+    UserComment in JPEG, WebP and TIFF; exif, icc_profile, xmp and iptc are kept. BMP stores pixels only.
+    Raises InputError as `check_picture_output` does.
     """
-    path = check_output(path, overwrite=overwrite)
+    path = check_picture_output(path, overwrite=overwrite)
     kind = WRITES[path.suffix.lower()]
     with replacing(path) as partial, open(partial, "w+b") as file:
         _write(image, file, kind)
@@ -481,15 +469,20 @@ def save_image(image: Image.Image, path: str | Path, *, overwrite: bool = True) 
 
 
 def to_bytes(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The bytes of a picture's file, its `info` in it as `save_image` has it; `options` are Pillow's own."""
+    """The bytes of the file that `save_image` would write; `options` are passed to Pillow."""
     file = io.BytesIO()
     _write(image, file, kind, options)
     return file.getvalue()
 
 
 def _write(image: Image.Image, file: IO[bytes], kind: str, options: Mapping[str, Any] = {}) -> None:
-    """Write a picture into a file that is open for reading and writing, with what its `info` holds."""
-    image = opaque(image, kind)
+    """Write a picture and its `info` to a file that is open for reading and writing."""
+    if image.mode == "RGBA" and kind not in ("PNG", "WEBP", "TIFF"):
+        warnings.warn(
+            f"{kind} has no transparency; the result is on white. Write a .png to keep the transparency.",
+            stacklevel=3,
+        )
+        image = flattened(image, "white")
     tags = _tags(image, kind)
     given = {**WRITE_OPTIONS.get(kind, {}), **_metadata(image, kind, tags), **options}
     Image.Image.save(image, file, kind, **given)  # `EditedImage.save` calls this function
@@ -498,13 +491,12 @@ def _write(image: Image.Image, file: IO[bytes], kind: str, options: Mapping[str,
 
 
 def _tags(image: Image.Image, kind: str) -> exif.Tags:
-    """The EXIF for a picture's file: that of its `info`, with its size, and its settings if not PNG's."""
+    """The EXIF to write: that of `info` with the current size, and the settings unless the file is a PNG."""
     block = image.info.get("exif")
     tags = exif.read_tags(block) if block else exif.Tags()
     details = tags.of(exif.EXIF)
-    # Settings of an earlier edit, which came with the input, are not this one's.
-    details.pop(exif.USER_COMMENT, None)
-    # Cameras write the size here too; the picture may have been turned or scaled since.
+    details.pop(exif.USER_COMMENT, None)  # settings of an earlier edit, from the input
+    # Cameras also write the size here; the picture may have been rotated or scaled since.
     for tag, side in zip((exif.WIDTH, exif.HEIGHT), image.size, strict=True):
         if tag in details:
             tags.number(exif.EXIF, tag, side)
@@ -515,13 +507,13 @@ def _tags(image: Image.Image, kind: str) -> exif.Tags:
             if image.info.get(key):
                 tags.of(0)[tag] = type, image.info[key]
     if kind == "JPEG" and tags and len(exif.write_tags(tags)) > JPEG_SEGMENT:
-        warnings.warn("The EXIF is too long for a JPEG: the MakerNote is left out.", stacklevel=4)
+        warnings.warn("The EXIF is too long for a JPEG; the MakerNote is dropped.", stacklevel=4)
         details.pop(exif.MAKER_NOTE, None)
     return tags
 
 
 def _metadata(image: Image.Image, kind: str, tags: exif.Tags) -> dict[str, Any]:
-    """What Pillow is to write beside the pixels."""
+    """The options of Pillow's writer for the metadata."""
     options: dict[str, Any] = {}
     if image.info.get("icc_profile"):
         options["icc_profile"] = image.info["icc_profile"]
@@ -537,19 +529,21 @@ def _metadata(image: Image.Image, kind: str, tags: exif.Tags) -> dict[str, Any]:
     elif xmp and kind in ("JPEG", "WEBP"):
         options["xmp"] = xmp
     if iptc and kind == "JPEG":
-        # One of Photoshop's resources, number 0x0404 without a name, of even length.
+        # A Photoshop resource: number 0x0404, no name, even length.
         resource = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(iptc)) + iptc + b"\0" * (len(iptc) % 2)
         segment = b"Photoshop 3.0\0" + resource
         options["extra"] = b"\xff\xed" + struct.pack(">H", 2 + len(segment)) + segment
     elif iptc and kind != "TIFF":
-        warnings.warn(f"{kind} holds no IPTC: it is left out. Write a .jpg or .tif to keep it.", stacklevel=4)
+        warnings.warn(
+            f"{kind} cannot store IPTC; it is dropped. Write a .jpg or .tif to keep it.", stacklevel=4
+        )
     return options
 
 
 # --- contact sheets ----------------------------------------------------------------------------
 
 
-def grid(
+def contact_sheet(
     rows: Sequence[Sequence[Image.Image]],
     labels: Sequence[str] | None = None,
     *,
@@ -557,11 +551,11 @@ def grid(
     gap: int = 8,
     font_size: int = 14,
 ) -> Image.Image:
-    """Lay pictures out in rows on white; each row may have a label below it, each column a header.
+    """Arrange pictures in rows on white, with optional labels below the rows and headers above the columns.
 
-    Every picture is scaled to the size of the first one; rows may differ in length.
+    All pictures are scaled to the size of the first one; rows may differ in length.
     """
-    assert rows and rows[0], "a grid needs a picture"
+    assert rows and rows[0], "a contact sheet needs a picture"
     width, height = rows[0][0].size
     columns = max(len(row) for row in rows)
     font = ImageFont.load_default(font_size)

@@ -1,4 +1,4 @@
-"""The settings of an edit as A1111's infotext, which pictures carry and from which they are made again."""
+"""The settings of an edit as A1111 infotext, which is stored in each result and can be read back."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from ip2p.settings import (
     setting,
 )
 
-# A name, a colon, and a value that is JSON-quoted where it holds a comma, a colon or a newline.
+# A name, a colon, and a value, which is JSON-quoted if it contains a comma, a colon or a newline.
 FIELD = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 class EditRecord(ModelSettings, EditSettings):
-    """All that an edit was made with; `size` is the width and height at which the model worked.
+    """All settings of an edit; `size` is the working width and height of the model.
 
-    `mask` and `control_image` are the names of files. others: what A1111 and its like wrote beside it.
+    `mask` and `control_image` are file names. others: fields that A1111 and similar tools wrote.
     """
 
     version: str = setting("", "the version of ip2p")
     others: Mapping[str, str] = setting({}, "fields that ip2p does not know")
 
     def check_together(self) -> None:
-        """A record only says what was written; whether it can be edited with is checked when it is."""
+        """Accept every combination: a record is checked when it is used for an edit."""
 
 
 @functools.cache
 def record_class(settings: type[EditSettings]) -> type[EditRecord]:
-    """The record of edits with these settings: an `EditRecord` that has the fields which a subclass adds."""
+    """The record class for these settings: `EditRecord` plus the fields that a subclass adds."""
     if issubclass(EditRecord, settings):
         return EditRecord
     return create_model("EditRecord", __base__=(EditRecord, settings))  # type: ignore[arg-type]
@@ -54,15 +54,15 @@ def record_class(settings: type[EditSettings]) -> type[EditRecord]:
 
 SAMPLER_NAMES = meta_of(EditSettings.model_fields["sampler"]).labels
 SCHEDULE_NAMES = meta_of(EditSettings.model_fields["schedule"]).labels
-# What A1111's "Automatic" means with a sampler; with the others it is the model's schedule, "Uniform".
+# The schedule of A1111's "Automatic" for a sampler; for other samplers it is the model's, "Uniform".
 AUTOMATIC = {"dpmpp_2m": "karras", "lcm": "lcm", "tcd": "lcm"}
 
 
 def read_sampler(sampler: str, schedule: str) -> tuple[str, str | None]:
-    """Our names of A1111's sampler and schedule, in any case, with "_" or " "; unknown names are unchanged.
+    """The ip2p names of an A1111 sampler and schedule. Unknown names are returned unchanged.
 
-    A sampler of A1111 before 1.9 may end in the schedule: "DPM++ 2M Karras". The schedule is None where it is
-    empty or "Automatic" and the sampler is not in AUTOMATIC.
+    Case and "_" versus " " do not matter. Before A1111 1.9, a sampler name could end with the schedule:
+    "DPM++ 2M Karras". The schedule is None if it is empty or "Automatic" and the sampler is not in AUTOMATIC.
     """
 
     def plain(text: str) -> str:
@@ -82,10 +82,10 @@ def read_sampler(sampler: str, schedule: str) -> tuple[str, str | None]:
 
 
 def format_infotext(record: EditRecord) -> str:
-    """The three lines of A1111 (two without a negative prompt).
+    """The infotext of a record: three lines, or two without a negative prompt.
 
-    White space in the texts becomes single blanks: the tokenizer reads it so, and the lines stay lines.
-    Settings with a label are written, those of `Meta.written` always and the others when they were changed.
+    Runs of white space in the texts become single spaces, as for the tokenizer. Settings with a label are
+    written always or only when changed (`Meta.written`).
     """
     first: dict[str, str] = {}
     changed: dict[str, str] = {}
@@ -113,7 +113,10 @@ def format_infotext(record: EditRecord) -> str:
 
 
 def split_infotext(text: str) -> tuple[str, str, dict[str, str]]:
-    """The instruction, the negative prompt and the fields of the last line. Raises InputError without one."""
+    """The instruction, the negative prompt and the fields of the last line.
+
+    Raises InputError if the last line has no fields.
+    """
     lines = text.strip().split("\n")
     found = {name: _unquoted(value.strip()) for name, value in FIELD.findall(lines[-1])}
     if len(lines) < 2 or "Steps" not in found:
@@ -129,9 +132,9 @@ def split_infotext(text: str) -> tuple[str, str, dict[str, str]]:
 def parse_infotext(
     text: str, kind: type[EditRecord] = EditRecord, *, without: Collection[str] = ()
 ) -> EditRecord:
-    """Read what `format_infotext` or A1111 wrote. Raises InputError where a setting is missing or bad.
+    """Parse an infotext of `format_infotext` or A1111. Raises InputError if a setting is missing or invalid.
 
-    without: names of settings whose values are not read, whatever they are.
+    without: names of settings to skip.
     """
     instruction, negative, found = split_infotext(text)
     sampler, schedule = read_sampler(found.pop("Sampler", ""), found.pop("Schedule type", ""))
@@ -170,18 +173,13 @@ def parse_infotext(
 
 
 def labeled_settings() -> list[str]:
-    """The settings that an infotext holds."""
+    """The names of the settings that an infotext stores."""
     fields = EditRecord.model_fields
     return [name for name in fields if meta_of(fields[name]).label or name in ("instruction", "negative")]
 
 
-def amend(text: str, **fields: Any) -> str:
-    """The infotext with other values in some fields of its record."""
-    return format_infotext(parse_infotext(text).changed(**fields))
-
-
 def read_infotext(path: str | Path) -> str | None:
-    """The infotext that a PNG, JPEG or WebP file carries, or None. Raises InputError for any other file."""
+    """The infotext in a PNG, JPEG or WebP file, or None. Raises InputError for any other file."""
     path = Path(path)
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
@@ -201,14 +199,14 @@ def infotext_of(image: Image.Image) -> str | None:
 
 
 def decode_comment(comment: bytes | str | None) -> str | None:
-    """The text of an EXIF UserComment: eight bytes of code name, then the text (either byte order)."""
+    """The text of an EXIF UserComment: an eight-byte encoding name, then the text (either byte order)."""
     if not comment:
         return None
     if isinstance(comment, str):
         return comment
     code, body = comment[:8], comment[8:]
     if code == b"UNICODE\0":
-        # Writers disagree on the byte order; zeros sit in the even places of big-endian Latin text.
+        # Writers disagree on the byte order; big-endian Latin text has zeros at even offsets.
         order = "utf-16-be" if body[0::2].count(0) >= body[1::2].count(0) else "utf-16-le"
         return body.decode(order, "replace")
     if code == b"ASCII\0\0\0":
@@ -217,7 +215,7 @@ def decode_comment(comment: bytes | str | None) -> str | None:
 
 
 def _written(found: FieldInfo, value: Any) -> str:
-    """A value as the infotext has it: 7.5, 512x512, "0.2 to 0.9", a file's name, A1111's word for it."""
+    """A value in infotext form: 7.5, 512x512, "0.2 to 0.9", a file name, A1111's name of a sampler."""
     if isinstance(value, tuple):
         whole = all(isinstance(part, int) for part in value)
         return "x".join(map(str, value)) if whole else " to ".join(map(_number, value))

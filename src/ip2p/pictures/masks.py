@@ -1,4 +1,4 @@
-"""Limits an edit to a region: a mask given by the user, or one detected from the model's own changes.
+"""Limit an edit to a region: a mask from the user, or one that is detected from the model's changes.
 
 A mask is a picture in mode "L": 255 is edited, 0 stays byte-identical, values in between are blended.
 """
@@ -32,7 +32,7 @@ GROW, RIM = 1.5, 0.75  # in latent cells: dilation of a detected region, and the
 
 
 def load_mask(source: Picture, size: tuple[int, int], *, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-    """Read a mask for a picture of `size`, in "L". Transparency is black: what is edited is white.
+    """Load a mask for a picture of `size` (width, height), in mode "L". Transparent pixels become black.
 
     Raises InputError for a mask of another size, for an all-black mask, and as `load_image` does.
     """
@@ -40,7 +40,7 @@ def load_mask(source: Picture, size: tuple[int, int], *, max_pixels: int | None 
     if mask.size != size:
         raise InputError(
             f"The mask is {_times(mask.size)} pixels and the picture {_times(size)}; they must have the same "
-            f"size. Draw the mask on the upright picture, or scale it to {_times(size)}."
+            f"size. Paint the mask on the upright picture, or scale it to {_times(size)}."
         )
     if mask.getbbox() is None:
         raise InputError("The mask is all black, so nothing would change. Paint the region to edit white.")
@@ -51,8 +51,8 @@ def load_mask(source: Picture, size: tuple[int, int], *, max_pixels: int | None 
 def feather(mask: Image.Image, width: float) -> Image.Image:
     """`mask` with a soft rim of `width` pixels inside it: black pixels stay black.
 
-    The value rises with the distance to the nearest black pixel, up to `width`. A mask that is thinner
-    everywhere gets a narrower rim, so that its middle is still white.
+    The value increases with the distance to the nearest black pixel, up to `width`. A mask that is thinner
+    than that everywhere gets a narrower rim, so that its middle stays white.
     """
     values = np.asarray(mask)
     if width < 0.5:
@@ -63,8 +63,8 @@ def feather(mask: Image.Image, width: float) -> Image.Image:
     return Image.fromarray(np.minimum(values, (rim * 255).round()).astype(np.uint8))
 
 
-def cut(mask: Image.Image, box: Box, width: float) -> Image.Image:
-    """The feathered part of the mask inside `box`, which contains all nonblack pixels."""
+def feathered_part(mask: Image.Image, box: Box, width: float) -> Image.Image:
+    """The part of the mask inside `box`, feathered. The box must contain all nonblack pixels."""
     # Include one pixel around the box: the mask ends there, except at the picture's border.
     left, top = max(0, box[0] - 1), max(0, box[1] - 1)
     around = mask.crop((left, top, min(mask.width, box[2] + 1), min(mask.height, box[3] + 1)))
@@ -74,7 +74,7 @@ def cut(mask: Image.Image, box: Box, width: float) -> Image.Image:
 def _depth(inside: NDArray[np.bool_], limit: int) -> NDArray[np.float32]:
     """The Euclidean distance of every pixel to the nearest outside pixel, at most `limit`; [h, w].
 
-    The picture's border is not an edge: a region that touches it is assumed to continue beyond it.
+    The picture's border is not an edge: a region that touches the border is assumed to continue beyond it.
     """
     # Rows first, then columns: a distance transform as a lower envelope (Felzenszwalb & Huttenlocher 2012),
     # by brute force over the few rows within reach.
@@ -91,11 +91,11 @@ def _depth(inside: NDArray[np.bool_], limit: int) -> NDArray[np.float32]:
     return np.sqrt(nearest).clip(max=limit)
 
 
-def padded(mask: Image.Image, padding: int) -> Box:
+def padded_box(mask: Image.Image, padding: int) -> Box:
     """The bounding box of the nonblack pixels, `padding` pixels larger on every side, within the picture.
 
-    If the picture has room, each side is at least 16 pixels and half of the other side: a sliver shows too
-    little context.
+    If the picture has room, each side is at least 16 pixels and at least half of the other side: a narrow
+    strip shows the model too little context.
     """
     box = mask.getbbox()
     assert box is not None, "the mask is black"
@@ -111,8 +111,8 @@ def padded(mask: Image.Image, padding: int) -> Box:
     return _grown(box, max(width, low), max(height, low), mask.size)
 
 
-def widened(box: Box, shape: tuple[int, int], picture: tuple[int, int]) -> Box:
-    """`box` made higher or wider to match the aspect ratio of `shape`, as far as the picture has room."""
+def widened_box(box: Box, shape: tuple[int, int], picture: tuple[int, int]) -> Box:
+    """`box` made taller or wider to match the aspect ratio of `shape`, as far as the picture has room."""
     width, height = box[2] - box[0], box[3] - box[1]
     wide, tall = shape
     if width * tall < height * wide:
@@ -123,7 +123,7 @@ def widened(box: Box, shape: tuple[int, int], picture: tuple[int, int]) -> Box:
 
 
 def _grown(box: Box, width: int, height: int, picture: tuple[int, int]) -> Box:
-    """A box of width x height centered on `box`, moved and, if necessary, cut to fit into the picture."""
+    """A box of width x height centered on `box`, moved and, if necessary, cropped to fit into the picture."""
     width, height = min(width, picture[0]), min(height, picture[1])
     left = min(max(0, (box[0] + box[2] - width) // 2), picture[0] - width)
     top = min(max(0, (box[1] + box[3] - height) // 2), picture[1] - height)
@@ -131,15 +131,15 @@ def _grown(box: Box, width: int, height: int, picture: tuple[int, int]) -> Box:
 
 
 def paste(original: Image.Image, edited: Image.Image, mask: Image.Image) -> Image.Image:
-    """`edited` where the mask is white, exactly `original` where it is black; all RGB of the same size."""
+    """`edited` where the mask is white, exactly `original` where it is black; pictures of the same size."""
     return Image.composite(edited, original, mask)
 
 
 # --- fixed latents -------------------------------------------------------------------------------
 
 
-def cells(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
-    """Which latent cells may change, 1 or 0, [1, 1, h, w]: those with any nonblack pixel.
+def free_cells(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
+    """Which latent cells may change: 1 for cells with any nonblack pixel, else 0; [1, 1, h, w].
 
     size: the working size in pixels; factor: pixels per latent cell.
     """
@@ -150,11 +150,11 @@ def cells(mask: Image.Image, size: tuple[int, int], factor: int) -> Tensor:
     return torch.nn.functional.max_pool2d(free[None, None], factor)
 
 
-def held(denoise: Denoiser, known: Tensor, free: Tensor) -> Denoiser:
+def hold_known(denoise: Denoiser, known: Tensor, free: Tensor) -> Denoiser:
     """A denoiser that predicts `known` wherever `free` is 0.
 
-    There, every sampler goes straight from noise to `known`: at each step the latents are known + sigma ·
-    noise, so the rest of the picture blends with it.
+    There, every sampler moves straight from noise to `known`: at each step the latents are known + sigma ·
+    noise, and the free region is denoised to match them.
     """
     import torch
 
@@ -167,44 +167,46 @@ def held(denoise: Denoiser, known: Tensor, free: Tensor) -> Denoiser:
 # --- detected masks ------------------------------------------------------------------------------
 
 
-def found(said: Tensor, done: Tensor, threshold: float, size: tuple[int, int]) -> list[Image.Image]:
+def detect_masks(
+    relevance: Tensor, change: Tensor, threshold: float, size: tuple[int, int]
+) -> list[Image.Image]:
     """Detect the region of an instruction: a mask of `size` (width, height) for each row.
 
-    said: [batch, draws, channels, h, w], the model's predictions with the instruction minus those without it,
-    from noised latents of the picture. done: [batch, channels, h, w], the latents of the result minus the
-    picture's. A position counts only if both stand out: the first alone ("Watch Your Steps", Mirzaei et al.
-    2023, section 3.2) also marks objects that the instruction merely mentions, the second alone marks every
-    artifact. A change without a background (of the light or the whole scene) gives a mask of the whole
-    picture.
+    relevance: [batch, draws, channels, h, w], the model's predictions with the instruction minus those
+    without it, from noised latents of the picture. change: [batch, channels, h, w], the latents of the result
+    minus those of the picture. A position is selected only if both are high: relevance alone ("Watch Your
+    Steps", Mirzaei et al. 2023, section 3.2) also marks objects that the instruction merely mentions, and
+    change alone marks every artifact. A change without a background (of the light or the whole scene) gives a
+    mask of the whole picture.
     """
     import torch
 
-    factor = size[0] // done.shape[-1]
+    factor = size[0] // change.shape[-1]
     reach, rim = round(GROW * factor), RIM * factor
     masks = []
-    for strength, change in zip(
-        _smooth(said.abs().mean(dim=(1, 2))), _smooth(done.abs().mean(1)), strict=True
+    for predicted, actual in zip(
+        _smooth(relevance.abs().mean(dim=(1, 2))), _smooth(change.abs().mean(1)), strict=True
     ):
-        if change.median() > WHOLE * change.max():
+        if actual.median() > WHOLE * actual.max():
             masks.append(Image.new("L", size, 255))
             continue
-        outcome = standing_out(change)
-        both = outcome.minimum(standing_out(strength))
+        outcome = normalized_strength(actual)
+        both = outcome.minimum(normalized_strength(predicted))
         if both.max() < threshold:  # they disagree: use the actual change
             both = outcome
         fine = torch.nn.functional.interpolate(both[None, None], size[::-1], mode="bilinear")
         inside = (fine >= min(threshold, float(fine.max()))).float()
-        # Grow the region: edges fall between cells, and an object includes its shadow and outline.
+        # Dilate the region: edges fall between cells, and an object includes its shadow and outline.
         grown = torch.nn.functional.max_pool2d(inside, 2 * reach + 1, 1, reach)[0, 0]
         masks.append(feather(Image.fromarray((grown * 255).byte().cpu().numpy()), rim))
     return masks
 
 
-def standing_out(strength: Tensor) -> Tensor:
-    """[h, w] in [0, 1]: 0 up to the median, 1 from the largest value that is not an outlier (1.5 IQR).
+def normalized_strength(strength: Tensor) -> Tensor:
+    """Scale [h, w] to [0, 1]: 0 up to the median, 1 from the largest value that is no outlier (1.5 IQR).
 
-    The limit is at least a quarter of the maximum: with a static background, the whole change would be
-    outliers.
+    The upper limit is at least a quarter of the maximum: with a static background, all changed values would
+    be outliers.
     """
     values = strength.flatten()
     low, high = values.quantile(0.25), values.quantile(0.75)

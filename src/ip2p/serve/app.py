@@ -130,6 +130,7 @@ def local_service(config: ServeConfig, **how: Any) -> Service:
         loaded=len(config.models()),
         check=checker(config),
         finish=marker(config),
+        tiny_vae=config.tiny_vae,
     )
     return Service(maker, **how)
 
@@ -144,6 +145,7 @@ def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
 
         return Editor.load(
             model,
+            parts_from=config.parts_from,
             device=config.device,
             dtype=config.dtype,
             memory=config.memory,

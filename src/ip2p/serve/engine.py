@@ -14,7 +14,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from ip2p.base.errors import ResourceError
 from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.denoiser import UNetDenoiser
 from ip2p.editing.editor import Editor
+from ip2p.models.bundle import load_tiny
 from ip2p.models.memory import Memory
 from ip2p.models.text import Prompt, words_without_effect
 from ip2p.serve.jobs import Stopped
@@ -264,13 +266,13 @@ class Engine:
             work.finish(lambda rows=work.rows: self._predict(rows))  # type: ignore[misc]
 
     def _predict(self, rows: dict[str, Tensor]) -> Tensor:
-        names = {"sample", "timestep", "encoder_hidden_states"}
-        added = {name: value for name, value in rows.items() if name not in names}
+        named = {name: rows[name] for name in ("encoder_hidden_states", "timestep_cond") if name in rows}
+        added = {name: value for name, value in rows.items() if name not in (*named, "sample", "timestep")}
         output: Tensor = self.unet(
             rows["sample"],
             rows["timestep"],
-            encoder_hidden_states=rows["encoder_hidden_states"],
             return_dict=False,
+            **named,
             **({"added_cond_kwargs": added} if added else {}),
         )[0]
         return output
@@ -291,13 +293,16 @@ class _JoinedUNet(nn.Module):
         *,
         encoder_hidden_states: Tensor,
         added_cond_kwargs: dict[str, Tensor] | None = None,
+        timestep_cond: Tensor | None = None,
         **more: Any,
     ) -> tuple[Tensor]:
         rows = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         rows |= added_cond_kwargs or {}
+        if timestep_cond is not None:
+            rows["timestep_cond"] = timestep_cond
         residuals = {name: value for name, value in more.items() if name != "return_dict"}
         if residuals:  # of a ControlNet: lists of maps, which are not joined
-            named = {**more, "encoder_hidden_states": encoder_hidden_states}
+            named = {**more, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
             if added_cond_kwargs:
                 named["added_cond_kwargs"] = added_cond_kwargs
             answer: tuple[Tensor] = self.engine.call(lambda: self.unet(sample, timestep, **named))
@@ -321,6 +326,7 @@ class JoinedEditor(Editor):
 
     join: how many threads' questions are one call at most, and how many pictures an edit makes at once
     where its lane does not say. calls: counts the calls of the network by the number of threads joined.
+    tiny_vae: an AutoencoderTiny for `decode_preview`, a folder or a hub name.
     Close it at the end.
     """
 
@@ -331,6 +337,7 @@ class JoinedEditor(Editor):
         join: int = 8,
         patience: float = PATIENCE,
         calls: Counter[int] | None = None,
+        tiny_vae: str | Path | None = None,
     ) -> None:
         # The same networks, where they are: hooks that move them to the device are replaced, not doubled.
         super().__init__(
@@ -340,11 +347,13 @@ class JoinedEditor(Editor):
             device=editor.device,
             origin=editor.origin,
         )
+        self.tiny_vae = None if tiny_vae is None else load_tiny(tiny_vae, editor.bundle)
         self.batch_size = join
         self.warn_once = False  # each request has a client of its own
         self.calls = Counter() if calls is None else calls
         self.engine = Engine(editor.bundle.unet, join, patience, self.calls)
-        self.model = _WatchedDenoiser(_JoinedUNet(self.engine), self.schedule, self.bundle.condition_scale)
+        own = {each.name: getattr(self.model, each.name) for each in fields(self.model)}
+        self.model = _WatchedDenoiser(**{**own, "unet": _JoinedUNet(self.engine)})
         self._plans: dict[tuple[int, int, int], tuple[float, Memory]] = {}
         self._reading = threading.Lock()
         self._reader = replace(editor.bundle, tokenizer=copy.deepcopy(editor.bundle.tokenizer))
@@ -376,10 +385,23 @@ class JoinedEditor(Editor):
         decode = super().decode
         return self.engine.call(lambda: decode(latents))
 
+    def decode_preview(self, latents: Tensor) -> Tensor:
+        """As `decode`, by the tiny autoencoder if there is one."""
+        tiny = self.tiny_vae
+        if tiny is None:
+            return self.decode(latents)
+
+        @torch.inference_mode()
+        def decode() -> Tensor:
+            scaled = latents / tiny.config.scaling_factor
+            return tiny.decode(scaled.to(tiny.device, tiny.dtype)).sample.float()
+
+        return self.engine.call(decode)
+
     def edit_latents(self, *args: Any, **settings: Any) -> Iterator[Tensor]:
         lane = self.engine.lane
         height, width = (side * self.bundle.latent_factor for side in settings["noise"].shape[-2:])
-        passes = PASSES if self._plan(1, height, width).passes_at_once else 1
+        passes = self._footprint.passes if self._plan(1, height, width).passes_at_once else 1
         lane.most = passes * super().fitting_batch((width, height))
         self.engine.enter(lane)
         try:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -71,7 +72,8 @@ class LocalMaker:
     `loaded` of the functions' stay loaded. join: how many pictures are sampled at once, of all requests
     (`default_join` if None). check: called on every result before anybody sees it; an Ip2pError that it
     raises fails the request. With it there are no previews, which nobody would have checked. finish: called
-    next, with the same right; what it returns takes the result's place.
+    next, with the same right; what it returns takes the result's place. tiny_vae: an AutoencoderTiny that
+    decodes the previews (`bundle.load_tiny`); without one, the model's autoencoder does.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class LocalMaker:
         loaded: int = 1,
         check: Callable[[Image.Image], None] | None = None,
         finish: Callable[[Image.Image], Image.Image] | None = None,
+        tiny_vae: str | Path | None = None,
     ) -> None:
         if not editors:
             raise InputError("The service has no model. Name one, for example --model storybook.")
@@ -90,7 +93,14 @@ class LocalMaker:
         self.changed = threading.Condition(threading.RLock())
         self.calls: Counter[int] = Counter()
         self.check_result, self.finish_result = check, finish
-        self._pool = ModelPool(editors, room=loaded, join=self.slots, calls=self.calls, changed=self.changed)
+        self._pool = ModelPool(
+            editors,
+            room=loaded,
+            join=self.slots,
+            calls=self.calls,
+            changed=self.changed,
+            tiny_vae=tiny_vae,
+        )
         self.reserve, self.release, self.close = self._pool.reserve, self._pool.release, self._pool.close
 
     @property
@@ -181,7 +191,7 @@ def working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple[
     """The width and height at which the model works. Raises SettingError for one over the limit."""
     pixels, settings = request.image.size, request.settings
     if settings.mask is not None:
-        left, top, right, bottom = masks.padded(settings.mask, settings.mask_padding)
+        left, top, right, bottom = masks.padded_box(settings.mask, settings.mask_padding)
         pixels = right - left, bottom - top
     with naming("size"):
         width, height = editor.working_size(pixels, settings.size)
@@ -227,7 +237,7 @@ class _Watch:
     def preview(self) -> None:
         """Decode the model's present idea of the results: whole, if somebody looks and it is cheap.
 
-        With the autoencoder, since a linear map from latents to colors would have to be fitted to every
+        With an autoencoder, since a linear map from latents to colors would have to be fitted to every
         model; the cost is bounded by its share of the time.
         """
         began = time.monotonic()
@@ -235,7 +245,7 @@ class _Watch:
         if x0 is None or not self.job.watched or self.shown > PREVIEW_SHARE * (began - self.began):
             return
         for number, row in enumerate(x0):
-            pixels = self.editor.decode(row[None])
+            pixels = self.editor.decode_preview(row[None])
             if pixels.isfinite().all():
                 self.job.show(self.first + number, to_pil(pixels))
         self.shown += time.monotonic() - began

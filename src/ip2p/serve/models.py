@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
@@ -38,7 +39,7 @@ class ModelPool:
     """Models by name, each an editor or a function that loads one; of the functions' at most `room` stay.
 
     join: how many requests share a call of a network; calls: counts the calls by that number. changed: the
-    lock; it is notified when a model is free.
+    lock; it is notified when a model is free. tiny_vae: for previews.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class ModelPool:
         join: int,
         calls: Counter[int],
         changed: threading.Condition,
+        tiny_vae: str | Path | None = None,
     ) -> None:
         self.names = list(sources)
+        self._tiny_vae = tiny_vae
         self._room, self._join, self._calls, self._changed = max(1, room), join, calls, changed
         self._models = {name: _Model(name, source) for name, source in sources.items()}
 
@@ -106,7 +109,9 @@ class ModelPool:
                     if torch.cuda.is_available():
                         torch.cuda.empty_cache()
                 editor = model.given or model.make()  # type: ignore[misc]
-                model.joined = JoinedEditor(editor, join=self._join, calls=self._calls)
+                model.joined = JoinedEditor(
+                    editor, join=self._join, calls=self._calls, tiny_vae=self._tiny_vae
+                )
             return model.joined
 
     @contextlib.contextmanager

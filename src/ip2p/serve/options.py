@@ -20,6 +20,7 @@ from ip2p.settings import (
     DeviceSettings,
     DTypeSettings,
     MemorySettings,
+    PartsSettings,
     RaySettings,
     RunSettings,
     Texts,
@@ -31,7 +32,7 @@ MIN_KEY = 16  # characters of a server's key: what guessing cannot find
 ACCESS, LIMITS, RESULTS = "Access", "Limits", "Results"
 
 
-class _Served(RunSettings, CompileSettings, MemorySettings, DTypeSettings, DeviceSettings):
+class _Served(RunSettings, PartsSettings, CompileSettings, MemorySettings, DTypeSettings, DeviceSettings):
     """What a server and the page on this machine share."""
 
     port: int = setting(7860, "TCP port to listen on", ge=0, le=65535, group=COMMON)
@@ -40,6 +41,13 @@ class _Served(RunSettings, CompileSettings, MemorySettings, DTypeSettings, Devic
         "model to serve, the default first; may be repeated",
         group=COMMON,
         metavar="[NAME=]MODEL",
+    )
+    tiny_vae: str | None = setting(
+        None,
+        "tiny autoencoder (TAESD) for previews: a folder or a Hugging Face id; default: the model's own",
+        group=MODEL,
+        metavar="MODEL",
+        hidden=True,
     )
     max_pixels: int = setting(
         SERVER_PIXELS, "refuse a larger picture before decoding it", ge=1, le=2**40, group=LIMITS

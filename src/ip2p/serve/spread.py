@@ -23,7 +23,7 @@ from typing import Any, NoReturn, Protocol
 
 from PIL import Image
 
-from ip2p.base.cluster import Cluster, fitting, ray_of
+from ip2p.base.cluster import Cluster, connect_to_ray, plan_workers
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
 from ip2p.models.bundle import Card
 from ip2p.serve.jobs import Job, Result, Stopped
@@ -234,7 +234,7 @@ def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Itera
         cpus=config.replica_cpus,
         gpus=config.replica_gpus,
     )
-    with ray_of(cluster) as ray:
+    with connect_to_ray(cluster) as ray:
         try:
             from ray import serve
         except ImportError:
@@ -245,7 +245,7 @@ def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Itera
             gpus = ray.cluster_resources().get("GPU", 0)
             cluster = dataclasses.replace(cluster, workers=max(1, int(gpus)))
         assert cluster.workers is not None
-        count, resources = fitting(ray.nodes(), cluster, cluster.workers)
+        count, resources = plan_workers(ray.nodes(), cluster, cluster.workers)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # The same at the next start: what one that was killed left on the cluster is replaced.
         name = f"ip2p-{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())}-{config.port}"
@@ -290,7 +290,9 @@ def portable(config: ServeConfig) -> ServeConfig:
 
     return config.changed(
         model=tuple(f"{name}={whole(place)}" for name, place in config.models().items()),
-        safety=None if config.safety is None else whole(config.safety),
+        safety=config.safety and whole(config.safety),
+        tiny_vae=config.tiny_vae and whole(config.tiny_vae),
+        parts_from=config.parts_from and whole(config.parts_from),
         ray=None,
         api_key_file=None,
         config=None,

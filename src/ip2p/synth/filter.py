@@ -341,8 +341,8 @@ def score_rows(
     """Score every row of `source`, or the first `count`, as a job in `folder`; existing scores are kept.
 
     clip, clip_name, device, batch, rescore, safety: as in `Scorer`. clip_key: identifies the weights of the
-    CLIP, if a change of weights should be detected. workers: cluster, processes and threads of `jobs.run`.
-    Raises InputError for an endless source without a count, and as `jobs.run` does.
+    CLIP, to detect a change of weights. workers: cluster, processes and threads of `jobs.run_job`.
+    Raises InputError for an endless source without a count, and as `jobs.run_job` does.
     """
     if source.endless and count is None:
         raise InputError(f"{source.name} is endless; set a number of rows, such as --count 10000.")
@@ -352,7 +352,7 @@ def score_rows(
     settings |= {"clip": name or None, "rescore": rescore, "safety": _name_of(safety)}
     settings |= {"content of --clip": clip_key} if clip_key else {}
     more: dict[str, Any] = {"device": device, "batch": batch, "rescore": rescore, "safety": safety}
-    jobs.run(
+    jobs.run_job(
         partial(Scorer, source=source, find_clip=clip, clip_name=name, **more),
         [range(start, min(start + part_rows, total)) for start in range(0, total, part_rows)],
         folder,
@@ -524,7 +524,7 @@ def filter_pairs(
 
     The rows are written as parquet with the columns of the Hugging Face version; for a local parquet source,
     with all its columns and its pictures byte for byte. scoring: arguments of `score_rows`. A call after an
-    interruption resumes; `overwrite` with other thresholds keeps the scores. Raises InputError as `jobs.run`
+    interruption resumes; `overwrite` with other thresholds keeps the scores. Raises InputError as `run_job`
     does, and for the folder of another stage, which `overwrite` does not replace.
     """
     beside = ("run.json", SCORES_FOLDER)
@@ -542,7 +542,7 @@ def filter_pairs(
     table = _Rows.of(source)
     for line in _lost(source, kept) if table is None else ():
         say(line)
-    jobs.run(
+    jobs.run_job(
         partial(PairWriter, source, scored, table),
         [kept[start : start + part_rows] for start in range(0, len(kept), part_rows)],
         folder,

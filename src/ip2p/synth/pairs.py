@@ -28,7 +28,7 @@ from ip2p.diffusion.denoiser import told as text_inputs
 from ip2p.diffusion.samplers import sampler_for
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editing.editor import Editor
-from ip2p.models.bundle import Bundle, check_tiny, find_model, load_tiny, make_bundle
+from ip2p.models.bundle import Bundle, check_tiny, find_model, load_tiny, make_bundle, open_parts
 from ip2p.models.load import Choice, open_model
 from ip2p.models.text import encode_prompts
 from ip2p.pictures.images import to_pil
@@ -131,7 +131,7 @@ class PairMaker:
             config = SynthPairsConfig.read(PAIRS_AS_PAPER | {"early_at": 0.5} | settings)
         how = config.how()
         if not isinstance(model, Bundle):
-            names = ("device", "dtype", "revision", "weights", "vae")
+            names = ("device", "dtype", "revision", "weights", "vae", "parts_from")
             model = open_painter(model, **{name: getattr(config, name) for name in names})
         unet: Any = model.unet
         taken, latent = unet.config.in_channels, model.vae.config.latent_channels
@@ -452,12 +452,13 @@ def open_painter(
     revision: str | None = None,
     weights: Choice = "auto",
     vae: str | Path | None = None,
+    parts_from: str | Path | None = None,
 ) -> Bundle:
     """Open a model that draws from a caption: Stable Diffusion, or any editor that `load_bundle` opens.
 
     Raises ModelError for another number of input channels, before the weights are read.
     """
-    stored = open_model(find_model(model, revision=revision), weights=weights)
+    stored = open_model(find_model(model, revision=revision), weights=weights, parts=open_parts(parts_from))
     channels, needed = stored.channels
     if channels not in (needed // 2, needed):
         raise _not_a_painter(stored.path, channels, needed // 2)

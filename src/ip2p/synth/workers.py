@@ -16,7 +16,7 @@ SMALL = 256 << 20  # bytes of weights; several copies of a smaller model fit in 
 
 
 def worker_options(config: WorkerSettings, weights: Path | None, *, device: str) -> dict[str, Any]:
-    """Where a job runs, for `jobs.run`: cluster, processes and threads.
+    """Where a job runs, for `jobs.run_job`: cluster, processes and threads.
 
     A small model on a CPU runs in one process per core. Several workers have one thread each: small networks
     gain little from more, and the same number of threads gives bit-identical results locally and on Ray.

@@ -9,8 +9,10 @@ from typing_extensions import TypedDict
 class TrainArguments(TypedDict, total=False):
     """What `train` takes; see `TrainConfig`."""
 
-    # cuda, cuda:N, mps or cpu; auto takes the first that exists
+    # cuda, cuda:N, mps or cpu; auto: the first available one
     device: str
+    # original=NAME,instruction=NAME,edited=NAME; default: known names (docs/data.md)
+    columns: str | None
     # pairs: parquet, folders, shards or a Hugging Face data set (docs/data.md); or storybook
     data: str
     # Stable Diffusion or an editor: a model id, a folder, a file; or a UNet's config.json
@@ -19,8 +21,8 @@ class TrainArguments(TypedDict, total=False):
     output: str | Path | None
     # optimizer steps
     steps: int
-    # with a config as --base: the model that gives autoencoder, text encoder and schedule
-    parts: str | None
+    # with a UNet alone, or its config, as --base: the model that brings the rest
+    parts_from: str | None
     # training size in pixels; default: the base's own
     size: int | tuple[int, int] | None
     # random crops: the shorter side is resized to anything from --size to this
@@ -47,6 +49,10 @@ class TrainArguments(TypedDict, total=False):
     clip_norm: float
     # maximum EMA decay; the EMA weights are saved; 0: none
     ema: float
+    # keep the EMA in the host's memory, updated beside the next step; saves 4 bytes a weight on the GPU
+    ema_on_cpu: bool
+    # adamw8bit keeps its moments in 8 bits, a quarter of the memory: pip install 'ip2p[8bit]'
+    optimizer: Literal["adamw", "adamw8bit"]
     # EMA updates per step; the paper's code has one per micro-batch, which are 4
     ema_updates: int
     # share of samples without their instruction
@@ -58,7 +64,7 @@ class TrainArguments(TypedDict, total=False):
     # gamma of Min-SNR weighting (its paper uses 5); default: none
     min_snr: float | None
     # what the network predicts; auto: as the base
-    prediction: Literal["auto", "epsilon", "v_prediction"]
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"]
     # train a LoRA of this rank instead of all weights
     lora: int | None
     # strength of the LoRA; default: its rank

@@ -53,6 +53,8 @@ class LoopConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = 1.0
     ema: float | None = 0.9999
+    ema_on_cpu: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     ema_updates: int = 1  # a step; the released code makes one a micro-batch
     nan_steps: int = 1  # so many steps in a row that are not finite end the run
     keep: int = 2
@@ -169,9 +171,9 @@ def fit(
     main = accelerator.is_main_process
     folder.mkdir(parents=True, exist_ok=True)
     task.to(accelerator.device)
-    ema = Ema(task, config.ema) if config.ema is not None else None
+    ema = Ema(task, config.ema, on_cpu=config.ema_on_cpu) if config.ema is not None else None
     trained = [p for p in task.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(trained, config), lr=config.lr, betas=config.betas, fused=True)
+    optimizer = new_optimizer(trained, config, config.optimizer)
     checkpoints = Checkpoints(folder, keep=config.keep)
     step, clock, curve, bad = 0, Clock(), [], 0
     parts = parts or {}
@@ -335,6 +337,22 @@ def time_left(seconds: float, minutes: float | None, spent: float) -> str:
     return (
         f", about {seconds / 60:.0f} min left" if seconds < 6000 else f", about {seconds / 3600:.1f} h left"
     )
+
+
+def new_optimizer(
+    trained: Sequence[nn.Parameter], config: LoopConfig, kind: Literal["adamw", "adamw8bit"]
+) -> torch.optim.Optimizer:
+    """AdamW, or with moments in 8 bits (Dettmers et al. 2022, bitsandbytes). Raises InputError without it."""
+    groups = _groups(trained, config)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise InputError(
+            "optimizer: adamw8bit needs bitsandbytes, which is missing; install it: pip install 'ip2p[8bit]'"
+        ) from None
+    return AdamW8bit(groups, lr=config.lr, betas=config.betas)
 
 
 def _groups(trained: Sequence[nn.Parameter], config: LoopConfig) -> list[dict[str, Any]]:

@@ -54,12 +54,40 @@ def velocity(
     return a.sqrt() * noise - (1 - a).sqrt() * clean
 
 
+def prediction_target(
+    prediction: str,
+    clean: Float[Tensor, "batch c h w"],
+    noise: Float[Tensor, "batch c h w"],
+    alpha_bar: Float[Tensor, " batch"],
+) -> Float[Tensor, "batch c h w"]:
+    """What a network of diffusers' `prediction_type` predicts: the noise, the velocity, or x0 ("sample")."""
+    if prediction == "v_prediction":
+        return velocity(clean, noise, alpha_bar)
+    return noise if prediction == "epsilon" else clean
+
+
+def split_noisy(
+    noisy: Float[Tensor, "batch c h w"],
+    predicted: Float[Tensor, "batch c h w"],
+    alpha_bar: Float[Tensor, " batch"],
+    prediction: str,
+) -> tuple[Float[Tensor, "batch c h w"], Float[Tensor, "batch c h w"]]:
+    """The picture and the noise that `add_noise` mixed, by a network's prediction."""
+    a = alpha_bar[:, None, None, None]
+    if prediction == "sample":
+        return predicted, (noisy - a.sqrt() * predicted) / (1 - a).sqrt()
+    if prediction == "epsilon":
+        return (noisy - (1 - a).sqrt() * predicted) / a.sqrt(), predicted
+    return a.sqrt() * noisy - (1 - a).sqrt() * predicted, a.sqrt() * predicted + (1 - a).sqrt() * noisy
+
+
 def snr_weight(
     alpha_bar: Float[Tensor, " batch"], clip: tuple[float, float] | None, prediction: str = "epsilon"
 ) -> Float[Tensor, " batch"]:
     """The loss weight that makes the weight of the x0 loss `clamp(SNR, low, high)`.
 
-    In terms of x0, the squared error of the noise has weight SNR, that of the velocity SNR + 1. The upper
+    In terms of x0, the squared error of the noise has weight SNR, that of the velocity SNR + 1, and that of
+    a predicted x0 has weight 1. The upper
     limit is Min-SNR (Hang et al. 2023), the lower one the truncated SNR of Salimans and Ho (2022): without
     it, a small model hardly learns at the noise levels that determine the edit. None is the plain loss of the
     prediction (the paper's, for noise).
@@ -67,7 +95,8 @@ def snr_weight(
     if clip is None:
         return torch.ones_like(alpha_bar)
     snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(*clip) / (snr if prediction == "epsilon" else snr + 1)
+    weight = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction]
+    return snr.clamp(*clip) / weight
 
 
 def noise_loss(
@@ -117,3 +146,10 @@ def change_weights(
     cells = changed[0].numel()
     count = changed.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
     return 1 + changed * (share * cells / count).clamp(max=most)
+
+
+def pseudo_huber_loss(
+    predicted: Float[Tensor, "batch c h w"], wanted: Float[Tensor, "batch c h w"], width: float = 0.001
+) -> Float[Tensor, ""]:
+    """Mean of `sqrt(d² + width²) - width` over the differences d (Song and Dhariwal 2023, eq. 9)."""
+    return (((predicted - wanted).square() + width**2).sqrt() - width).mean()

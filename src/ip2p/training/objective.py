@@ -17,9 +17,9 @@ from ip2p.training.loss import (
     change_weights,
     noise_loss,
     null_conditions,
+    prediction_target,
     random_timesteps,
     snr_weight,
-    velocity,
 )
 
 
@@ -27,7 +27,7 @@ from ip2p.training.loss import (
 class Objective:
     """The paper's loss; all below `snr_clip` are the storybook's additions, off by default."""
 
-    prediction: str = "epsilon"  # or "v_prediction"
+    prediction: str = "epsilon"  # or "v_prediction", "sample"
     shares: Shares = field(default_factory=Shares)  # of samples that lose the text, the image, both
     snr_clip: tuple[float, float] | None = None  # of the x0 loss's weight; (0, gamma) is Min-SNR
     timestep_power: float = 1.0
@@ -41,7 +41,7 @@ class Draws:
     """All that is random about a batch of samples; row i depends on its seed and its place alone.
 
     posterior, noise: [batch, channels, h, w]. timesteps: [batch]. text_null, image_null, caption_only:
-    [batch].
+    [batch]. scales: for the two guidance scales of a distillation, in [0, 1), [batch, 2].
     """
 
     posterior: Tensor
@@ -50,6 +50,7 @@ class Draws:
     text_null: Tensor
     image_null: Tensor
     caption_only: Tensor
+    scales: Tensor | None = None
 
 
 def place_seed(*parts: object) -> int:
@@ -62,14 +63,15 @@ def draw(places: Sequence[int], seed: int, shape: Sequence[int], objective: Obje
     """The randomness of the samples at `places` of the run's endless row of samples; latents of `shape`.
 
     A sample's draws come from a generator of its own, in this order: r for the dropout, u for the
-    timestep, one for the caption, the posterior's noise, the noise. So they do not depend on the
-    batch, the process or the moment in which they are made.
+    timestep, one for the caption, the posterior's noise, the noise, the scales. So they do not depend on
+    the batch, the process or the moment in which they are made.
     """
-    uniform, gauss = [], []
+    uniform, gauss, scales = [], [], []
     for place in places:
         generator = torch.Generator().manual_seed(place_seed("sample", seed, place))
         uniform.append(torch.rand(3, generator=generator))
         gauss.append(torch.randn((2, *shape), generator=generator))
+        scales.append(torch.rand(2, generator=generator))
     r, u, c = torch.stack(uniform).unbind(1)
     posterior, noise = torch.stack(gauss).unbind(1)
     text_null, image_null = null_conditions(r, objective.shares)
@@ -82,6 +84,7 @@ def draw(places: Sequence[int], seed: int, shape: Sequence[int], objective: Obje
         text_null,
         image_null | caption_only,
         caption_only,
+        torch.stack(scales),
     )
 
 
@@ -115,7 +118,7 @@ class EditBatch:
             if isinstance(value, Mapping):
                 return {k: each(v) for k, v in value.items()}
             if isinstance(value, Draws):
-                return Draws(**{k: change(v) for k, v in vars(value).items()})
+                return Draws(**{k: each(v) for k, v in vars(value).items()})
             return value
 
         return replace(self, **{k: each(v) for k, v in vars(self).items()})
@@ -158,9 +161,7 @@ class EditTask(nn.Module):
     def predict(self, batch: EditBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the UNet predicts, what it should, the samples' alpha_bar, and the text's hidden states."""
         draws = batch.draws
-        # The target is sampled and scaled, the image condition neither; a missing image is a zero latent.
-        target = (batch.mean + batch.std * draws.posterior) * self.latent_scale
-        image = torch.where(draws.image_null[:, None, None, None], 0.0, batch.before * self.condition_scale)
+        target, image = self.latents(batch)
         a = self.alpha_bar[draws.timesteps]
         noisy = add_noise(target, draws.noise, a)
         context = batch.text
@@ -171,8 +172,15 @@ class EditTask(nn.Module):
             more["added_cond_kwargs"] = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
         given = torch.cat([noisy, image], dim=1)
         predicted = self.unet(given, draws.timesteps, context, return_dict=False, **more)[0]
-        wanted = draws.noise if self.objective.prediction == "epsilon" else velocity(target, draws.noise, a)
+        wanted = prediction_target(self.objective.prediction, target, draws.noise, a)
         return predicted, wanted, a, context
+
+    def latents(self, batch: EditBatch) -> tuple[Tensor, Tensor]:
+        """The target, sampled and scaled, and the image condition, neither; a missing image is zeros."""
+        draws = batch.draws
+        target = (batch.mean + batch.std * draws.posterior) * self.latent_scale
+        image = torch.where(draws.image_null[:, None, None, None], 0.0, batch.before * self.condition_scale)
+        return target, image
 
     def _loss(
         self, batch: EditBatch, predicted: Tensor, wanted: Tensor, a: Tensor, context: Tensor

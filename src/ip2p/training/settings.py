@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
 
 from ip2p.base.errors import InputError
 from ip2p.settings import (
     COMMON,
+    MAX_SCALE,
     MAX_SEED,
     MODEL,
+    ColumnSettings,
     Conflict,
     DeviceSettings,
     RunSettings,
     Size,
     check_needed,
+    read_pair,
     setting,
 )
 
 OPTIMIZER, DROPOUT, MEMORY = "Optimizer", "Conditioning dropout", "Speed and memory"
 VALIDATION, RECORDS, DATA = "Checkpoints and validation", "Model card", "Data"
+_Scale = Annotated[float, Field(ge=0, le=MAX_SCALE)]
+ScaleRange = Annotated[tuple[_Scale, _Scale] | None, BeforeValidator(read_pair)]
 
 
-class TrainConfig(RunSettings, DeviceSettings):
+class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     """Train an editor on pairs of pictures: ip2p train --data pairs --base MODEL --output editor --steps N"""
+
+    needed: ClassVar[Mapping[str, str]] = {"data": "--data", "base": "--base", "output": "--output"}
+    usage: ClassVar[str] = "ip2p train --data pairs --base MODEL --output editor --steps 1000"
 
     data: str = setting(
         "",
@@ -46,11 +57,12 @@ class TrainConfig(RunSettings, DeviceSettings):
         same_job=False,
     )
     steps: int = setting(1000, "optimizer steps", ge=1, le=10**9, group=COMMON, same_job=False)
-    parts: str | None = setting(
+    parts_from: str | None = setting(
         None,
-        "with a config as --base: the model that gives autoencoder, text encoder and schedule",
+        "with a UNet alone, or its config, as --base: the model that brings the rest",
         group=MODEL,
         metavar="MODEL",
+        aliases=("parts",),
     )
     size: Size = setting(
         None,
@@ -104,6 +116,19 @@ class TrainConfig(RunSettings, DeviceSettings):
         example=0.9,
         group=OPTIMIZER,
     )
+    ema_on_cpu: bool = setting(
+        False,
+        "keep the EMA in the host's memory, updated beside the next step; saves 4 bytes a weight on the GPU",
+        group=MEMORY,
+        same_job=False,
+        hidden=True,
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = setting(
+        "adamw",
+        "adamw8bit keeps its moments in 8 bits, a quarter of the memory: pip install 'ip2p[8bit]'",
+        group=OPTIMIZER,
+        hidden=True,
+    )
     ema_updates: int = setting(
         1,
         "EMA updates per step; the paper's code has one per micro-batch, which are 4",
@@ -134,7 +159,7 @@ class TrainConfig(RunSettings, DeviceSettings):
         group=OPTIMIZER,
         hidden=True,
     )
-    prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = setting(
         "auto", "what the network predicts; auto: as the base", group=MODEL, hidden=True
     )
     lora: int | None = setting(
@@ -335,8 +360,65 @@ class TrainConfig(RunSettings, DeviceSettings):
 
     def check(self) -> None:
         """Raise InputError when something is missing without which nothing can be trained."""
-        example = "ip2p train --data pairs --base MODEL --output editor --steps 1000"
-        needed = ((name, f"--{name} is") for name in ("data", "base", "output"))
-        check_needed(self, *needed, example=example)
+        check_needed(self, *((name, f"{flag} is") for name, flag in self.needed.items()), example=self.usage)
         if self.output is not None and self.output.is_file():
             raise InputError(f"--output {self.output} is a file; name a folder.")
+
+
+class DistillConfig(TrainConfig):
+    """Make an editor faster: ip2p distill --model MODEL --data pairs --output fast --steps N"""
+
+    needed: ClassVar[Mapping[str, str]] = {"data": "--data", "base": "--model", "output": "--output"}
+    usage: ClassVar[str] = "ip2p distill --model MODEL --data pairs --output fast --steps 1000"
+
+    base: str = setting(
+        "",
+        "the editor to distill: a model id, a folder, a file, or storybook",
+        name="model",
+        called="--model",
+        group=COMMON,
+        metavar="MODEL",
+    )
+    stage: Literal["guidance", "few-steps"] = setting(
+        "guidance",
+        "guidance: one pass a step instead of three; few-steps: that, and 4 steps instead of 20",
+        group=COMMON,
+    )
+    text_range: ScaleRange = setting(
+        None,
+        "least and greatest text CFG to learn; default: 1 12, or the model's if it is distilled",
+        example=(1.0, 12.0),
+        group=OPTIMIZER,
+        metavar="LOW HIGH",
+        hidden=True,
+    )
+    image_range: ScaleRange = setting(
+        None,
+        "least and greatest image CFG to learn; default: 1 2.5, or the model's if it is distilled",
+        example=(1.0, 2.5),
+        group=OPTIMIZER,
+        metavar="LOW HIGH",
+        hidden=True,
+    )
+    lr: float = setting(1e-5, "learning rate; a LoRA needs about 1e-4", ge=0, le=1, group=COMMON)
+    # What only a training has; `check_together` refuses it.
+    parts: str | None = setting(None, "not for a distillation", group=MODEL, hidden=True)
+    min_snr: float | None = setting(None, "not for a distillation", group=OPTIMIZER, hidden=True)
+    prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
+        "auto", "not for a distillation", group=MODEL, hidden=True
+    )
+
+    def check_together(self) -> None:
+        super().check_together()
+        given = {"parts": self.parts, "min_snr": self.min_snr}
+        for name in (name for name, value in given.items() if value is not None):
+            raise Conflict(f"{{{name}}} is for training; a distillation has none. Leave it out.", field=name)
+        if self.prediction != "auto":
+            raise Conflict("{prediction} is for training; a distilled model predicts what its teacher does.")
+        for name in ("text_range", "image_range"):
+            limits = getattr(self, name)
+            if limits is not None and limits[0] >= limits[1]:
+                raise Conflict(
+                    f"{{{name}}} {limits[0]:g} {limits[1]:g} is empty: the first number must be smaller.",
+                    field=name,
+                )

@@ -16,6 +16,7 @@ import time
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,11 @@ from ip2p.evaluation.storybook import score
 from ip2p.models.base import load_base, new_from_config, prediction_of
 from ip2p.models.bundle import Bundle
 from ip2p.models.clip import Clip
+from ip2p.models.memory import bytes_on, free_bytes
 from ip2p.models.save import Data, model_card, save_editor
 from ip2p.models.text import encode_prompts
 from ip2p.settings import Split, first_difference, meta_of, run_json
+from ip2p.training.budget import training_memory
 from ip2p.training.cache import Latents, TextCache, build_cache, encode_pictures, text_key, weights_key
 from ip2p.training.loop import LoopConfig, Result, fit, new_accelerator
 from ip2p.training.loss import Shares
@@ -65,31 +68,84 @@ DONE = "done.json"
 UNTOLD = ("output", "base", "data", "config", "debug", "cache", "track", "profile", "ray", "seconds", "keep")
 
 
+class Recipe:
+    """What a training does in its own way; `distill.Distillation` does it in another."""
+
+    name = "train"
+
+    def open(self, config: TrainConfig, device: torch.device) -> Bundle:
+        """The networks to start from; the UNet is the one to train. Raises InputError and ModelError."""
+        bundle = open_base(config, device)
+        if bundle.card.text_cfg_range is not None:
+            raise InputError(
+                f"{config.base} is distilled, and its guidance would be lost. Train the model that it was "
+                "distilled from, and distill the result: ip2p distill."
+            )
+        return bundle
+
+    def objective(self, config: TrainConfig, prediction: str) -> Objective:
+        """The loss; `config` has the shares of samples without a condition."""
+        return Objective(
+            prediction=prediction,
+            shares=shares_of(config),
+            snr_clip=None if config.min_snr is None else (0.0, config.min_snr),
+        )
+
+    def task(
+        self, config: TrainConfig, bundle: Bundle, objective: Objective, size: tuple[int, int]
+    ) -> EditTask:
+        """What is trained, around the bundle's UNet; size: width and height in pixels."""
+        return EditTask(
+            bundle.unet,
+            alpha_bar_from_config(bundle.scheduler_config),
+            objective,
+            latent_scale=bundle.latent_scale,
+            condition_scale=bundle.condition_scale,
+        )
+
+    def validation_steps(self, config: TrainConfig) -> int:
+        """Sampling steps of a validation's edits."""
+        return config.validate_steps
+
+    def notes(self, bundle: Bundle) -> str:
+        """A paragraph for the README; "" for none."""
+        return ""
+
+
+def shares_of(config: TrainConfig) -> Shares:
+    """The shares of samples that lose their text, their picture, both."""
+    return Shares(config.text_null, config.image_null, config.both_null)
+
+
 def train(config: TrainConfig | None = None, **changes: Unpack[TrainArguments]) -> Path:
     """Train an editor, or resume, and return its folder. config and changes: what `TrainConfig` has.
 
     `train(data="pairs", base="timbrooks/instruct-pix2pix", output="editor", steps=1000)`. Raises InputError,
     ModelError and ResourceError.
     """
-    config = (config or TrainConfig()).changed(**changes)
+    return start((config or TrainConfig()).changed(**changes), Recipe)
+
+
+def start(config: TrainConfig, recipe: type[Recipe]) -> Path:
+    """Run a training, here or on a Ray cluster, and return its folder. Raises as `run` does."""
     config.check()
     if config.ray is not None:
         from ip2p.training.ray import launch
 
         make_folder(Path(str(config.output)))
         launch(
-            run,
+            partial(run, recipe=recipe),
             config.changed(ray=None),
             workers=config.ray,
             storage=Path(str(config.output)) / TRAINING / "ray",
             use_gpu=False if config.device == "cpu" else None,
         )
     else:
-        run(config)
+        run(config, recipe)
     return Path(str(config.output))
 
 
-def run(config: TrainConfig) -> Result | None:
+def run(config: TrainConfig, recipe: type[Recipe] = Recipe) -> Result | None:
     """What every process of a training does; None when the run was finished already.
 
     Raises InputError, ModelError and ResourceError as `fit`, `build_cache` and `load_base` do.
@@ -102,10 +158,8 @@ def run(config: TrainConfig) -> Result | None:
             if is_main_process():
                 say(ended)
             return None
-        half = max(1, (config.micro_batch or config.batch) // 2)
-        advice = f"--micro-batch {half} (the result stays the same), --checkpointing, or --lora 16"
-        with translated_errors(memory=f"out of memory; try {advice}."):
-            return _run(config, folder)
+        with translated_errors(memory=f"out of memory; try {_memory_advice(config)}."):
+            return _run(config, folder, recipe())
 
 
 def is_main_process() -> bool:
@@ -149,6 +203,7 @@ class _Setting:
     """What a run stands on."""
 
     config: TrainConfig
+    recipe: Recipe
     folder: Path  # of the run's own files
     accelerator: Accelerator
     bundle: Bundle
@@ -162,11 +217,11 @@ class _Setting:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
 
 
-def _run(config: TrainConfig, output: Path) -> Result:
+def _run(config: TrainConfig, output: Path, recipe: Recipe) -> Result:
     started = time.monotonic()
     accelerator = _accelerator(config, output / TRAINING)
     main = accelerator.is_main_process
-    bundle = open_base(config, accelerator.device)
+    bundle = recipe.open(config, accelerator.device)
     if config.prediction != "auto":
         # The folder that comes out says it too, or it would be sampled wrongly.
         told = {**bundle.scheduler_config, "prediction_type": config.prediction}
@@ -187,13 +242,10 @@ def _run(config: TrainConfig, output: Path) -> Result:
         split=config.split,
         stream=config.stream,
         revision=config.data_revision,
+        columns=config.columns,
     )
     transform = Transform(size=size, resize_to=config.resize_to, flip=not (config.no_flip or source.endless))
-    objective = Objective(
-        prediction=prediction_of(bundle),
-        shares=Shares(config.text_null, config.image_null, config.both_null),
-        snr_clip=None if config.min_snr is None else (0.0, config.min_snr),
-    )
+    objective = recipe.objective(config, prediction_of(bundle))
     if config.min_snr is not None and alpha_bar_from_config(bundle.scheduler_config)[-1] < 1e-6:
         if objective.prediction == "epsilon":
             raise InputError(
@@ -204,11 +256,14 @@ def _run(config: TrainConfig, output: Path) -> Result:
     world = accelerator.num_processes
     micro = config.micro_batch or max(1, config.batch // world)
     share = Share(batch=config.batch, micro=micro, rank=accelerator.process_index, world=world)
-    here = _Setting(config, output / TRAINING, accelerator, bundle, source, transform, objective, share)
+    here = _Setting(
+        config, recipe, output / TRAINING, accelerator, bundle, source, transform, objective, share
+    )
     here.folder.mkdir(parents=True, exist_ok=True)
     start_key = weights_key(bundle.unet)
-    samples, reader, held, data = _samples(here)
     task = _task(here)
+    _check_memory(here)
+    samples, reader, held, data = _samples(here)
     if config.stop_when_worse and not held:
         raise InputError(
             f"--stop-when-worse needs held-out pairs, at most a tenth of all, and {config.data} has "
@@ -231,6 +286,8 @@ def _run(config: TrainConfig, output: Path) -> Result:
             clip_norm=config.clip_norm or None,
             ema=config.ema or None,
             ema_updates=config.ema_updates,
+            ema_on_cpu=config.ema_on_cpu,
+            optimizer=config.optimizer,
             nan_steps=config.nan_steps,
             keep=config.keep,
             save_every=config.save_every,
@@ -239,7 +296,7 @@ def _run(config: TrainConfig, output: Path) -> Result:
         folder=here.folder,
         accelerator=accelerator,
         fingerprint=fingerprint(config, source, start_key),
-        name="train",
+        name=recipe.name,
         deadline=None if config.seconds is None else started + config.seconds,
         # The others wait for the main process as it validates, and learn whether to stop.
         check=checks or (_no_check if held else None),
@@ -262,10 +319,12 @@ def _run(config: TrainConfig, output: Path) -> Result:
 
 def fingerprint(config: TrainConfig, source: Source, start: str) -> dict[str, Any]:
     """What must be the same when a run goes on: the settings that decide its numbers, data and base."""
-    fields = TrainConfig.model_fields
+    fields = type(config).model_fields
     kept = {name: value for name, value in config.as_dict().items() if meta_of(fields[name]).same_job}
     if config.schedule == "cosine":
         kept["steps"] = config.steps  # the learning rate's way down follows from it
+    if config.optimizer == "adamw":
+        kept.pop("optimizer")  # checkpoints of earlier versions do not name it
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
     return kept | {"content of --data": source.key, "weights of --base": start}
 
@@ -311,27 +370,50 @@ def _trackers(track: str) -> str | None:
 
 
 def open_base(config: TrainConfig, device: torch.device) -> Bundle:
-    """The networks to start from; a UNet's config (a .json file) with --parts starts from noise."""
+    """The networks to start from; a UNet's config with --parts-from starts from noise."""
     path = Path(config.base).expanduser()
-    alone = path.suffix == ".json" or (path.is_dir() and not (path / "model_index.json").exists())
-    if alone and (path.is_file() or (path / "config.json").is_file()):
-        if config.parts is None:
+    folder = path.is_dir() and not (path / "model_index.json").exists()
+    trained = folder and any(path.glob("diffusion_pytorch_model*"))
+    if (path.suffix == ".json" and path.is_file()) or (
+        folder and not trained and (path / "config.json").is_file()
+    ):
+        if config.parts_from is None:
             raise InputError(
-                f"{config.base} is the config of a UNet alone; add --parts MODEL for its autoencoder, its "
-                "text encoder and its noise schedule."
+                f"{config.base} is the config of a UNet alone; add --parts-from MODEL for its autoencoder, "
+                "its text encoder and its noise schedule."
             )
         return new_from_config(
-            path, config.parts, device=device, revision=config.revision, vae=config.vae, seed=config.seed
+            path,
+            config.parts_from,
+            device=device,
+            revision=config.revision,
+            vae=config.vae,
+            seed=config.seed,
         )
-    return load_base(config.base, device=device, revision=config.revision, vae=config.vae)
+    return load_base(
+        config.base,
+        device=device,
+        revision=config.revision,
+        vae=config.vae,
+        parts_from=config.parts_from,
+    )
 
 
 def find_source(
-    data: str, side: int | None, *, seed: int, split: str, stream: bool, revision: str | None
+    data: str,
+    side: int | None,
+    *,
+    seed: int,
+    split: str,
+    stream: bool,
+    revision: str | None,
+    columns: str | None = None,
 ) -> Source:
     """The data named; `storybook` is drawn as it is needed, `side` pixels wide and high."""
     if data != STORYBOOK or Path(STORYBOOK).exists():
-        return open_source(data, stream=stream, revision=revision, split=split)
+        return open_source(data, stream=stream, revision=revision, split=split, columns=columns)
+    if columns:
+        raise InputError("the storybook is drawn and has no columns; leave --columns away.")
     if side is None:
         raise InputError("storybook pages are square; give --size one side, as in --size 256.")
     if split not in typing.get_args(Split):
@@ -373,13 +455,49 @@ def _task(here: _Setting) -> EditTask:
         torch.backends.cuda.matmul.allow_tf32 = True
     if config.compile:
         unet.compile()
-    return EditTask(
-        unet,
-        alpha_bar_from_config(bundle.scheduler_config),
-        here.objective,
-        latent_scale=bundle.latent_scale,
-        condition_scale=bundle.condition_scale,
+    return here.recipe.task(config, bundle, here.objective, here.transform.size)
+
+
+def _check_memory(here: _Setting) -> None:
+    """Print what the run needs on its device. Raises ResourceError when it cannot fit."""
+    config, bundle, device = here.config, here.bundle, here.accelerator.device
+    networks = [bundle.unet, bundle.vae, bundle.text_encoder, bundle.text_encoder_2]
+    parts = [part for part in networks if part is not None]
+    width, height = here.transform.size
+    need = training_memory(
+        bundle.unet,
+        parts[1:],
+        micro_batch=here.share.micro,
+        latent_size=(height // bundle.latent_factor, width // bundle.latent_factor),
+        optimizer=config.optimizer,
+        ema=bool(config.ema) and not (config.ema_on_cpu and device.type != "cpu"),
+        half=here.autocast is not None,
+        checkpointing=config.checkpointing,
     )
+    need = replace(need, loaded=bytes_on([parts], device))
+    free = free_bytes(device)
+    warning = need.check(str(device), free, _memory_advice(config))
+    if here.accelerator.is_main_process:
+        say(need.line(str(device), free))
+        if warning is not None:
+            say(warning)
+
+
+def _memory_advice(config: TrainConfig) -> str:
+    """What makes a run need less memory, of what it does not do yet."""
+    ways = []
+    if (config.micro_batch or config.batch) > 1:
+        half = (config.micro_batch or config.batch) // 2
+        ways.append(f"--micro-batch {half} (the result stays the same)")
+    if not config.checkpointing:
+        ways.append("--checkpointing")
+    if config.lora is None:
+        ways.append("--lora 16")
+    if config.ema and not config.ema_on_cpu and config.device != "cpu":
+        ways.append("ema_on_cpu: true in a recipe")
+    if config.optimizer == "adamw":
+        ways.append("optimizer: adamw8bit in a recipe")
+    return ", ".join(ways) or "a smaller --size or another --device"
 
 
 def _encode_texts(here: _Setting) -> Callable[[list[str]], Any]:
@@ -524,7 +642,7 @@ class _Checks:
             pairs,
             here.folder,
             size,
-            settings={"steps": config.validate_steps},
+            settings={"steps": here.recipe.validation_steps(config)},
             clip=self._clip(),
             score=self._score if drawn else None,
             # A grid's row is three pictures; so many rows can be looked at.
@@ -554,7 +672,7 @@ class _Checks:
             editor,
             count=4 * len(self.edits.pairs),
             seed=self.here.config.seed,
-            steps=self.here.config.validate_steps,
+            steps=self.here.recipe.validation_steps(self.here.config),
             size=self.here.transform.size[0],
             splits=("test",),
             baselines=(),
@@ -604,7 +722,7 @@ def _write(here: _Setting, output: Path, task: EditTask, data: Data, checks: _Ch
     if config.lora is not None:
         from ip2p.training.lora import merged, save_lora
 
-        if not bundle.widened:
+        if all(".lora_" in name for name, weight in unet.named_parameters() if weight.requires_grad):
             lora = LORA_FILE
             save_lora(unet, output / lora)
         unet = merged(unet)
@@ -612,6 +730,7 @@ def _write(here: _Setting, output: Path, task: EditTask, data: Data, checks: _Ch
     picture = curves.draw() if curves is not None else None
     size = here.transform.size
     card = {
+        "name": output.resolve().name,
         "native_size": min(size),
         "base": None if bundle.card.name == "new" else _told(config.base),
         # The drawn pages alone are what the autoencoder of a drawn base keeps that well.
@@ -631,6 +750,8 @@ def _write(here: _Setting, output: Path, task: EditTask, data: Data, checks: _Ch
         license=config.license,
         base_license=config.base_license,
         lora=lora,
+        notes=here.recipe.notes(bundle),
+        distilled=bundle.card.text_cfg_range is not None,
     )
     fresh = output / TRAINING / "editor"
     save_editor(

@@ -25,7 +25,7 @@ from ip2p.data.records import BrokenRow, Pair
 from ip2p.editing.editor import Editor
 from ip2p.evaluation import metrics
 from ip2p.models.clip import Clip, similarities
-from ip2p.pictures.images import grid, save_image
+from ip2p.pictures.images import contact_sheet, save_image
 from ip2p.training.cache import LatentCache, Latents
 from ip2p.training.loss import TIMESTEPS
 from ip2p.training.objective import place_seed
@@ -170,7 +170,7 @@ class HeldOut:
         """Write the grid of a step: one row per pair (before, result, after) with its instruction."""
         shown = range(min(self.shown, len(self.pairs)))
         rows = [[_picture(column[k]) for column in (self.before, results, self.after)] for k in shown]
-        sheet = grid(
+        sheet = contact_sheet(
             rows,
             [" ".join(self.pairs[k].instruction.split()) for k in shown],
             header=("before", f"step {step}", "after"),

@@ -51,6 +51,53 @@ def new_unet(preset: Preset) -> Any:
     )
 
 
+@torch.no_grad()
+def start_as_copy(unet: Any) -> None:
+    """Set a new network that predicts x0 to return its image condition, whatever the noise and the text.
+
+    An edit leaves most of the page as it is, and a network that starts from nothing takes most of its samples
+    to learn that. Half of the first convolution's channels hold the image condition c as c and -c, with
+    constants beside them. The last skip connection brings them to the output, where the constants fix the
+    scale of the normalization and SiLU(c) - SiLU(-c) = c. The other half starts as usual.
+    """
+    latents, width, groups = (
+        unet.config.out_channels,
+        unet.conv_in.out_channels,
+        unet.conv_norm_out.num_groups,
+    )
+    size = width // groups  # channels that are normalized together
+    # A group of copies holds as many constants as components with their opposites, or more.
+    each = max((n for n in range(1, size // 4 + 1) if latents % n == 0), default=0)
+    if not each or size % 2 or 2 * (latents // each) > groups:
+        raise ValueError(f"{groups} groups of {size} channels cannot hold {latents} latent channels")
+    place = torch.arange(latents)
+    plus = place // each * size + place % each  # the channel of c; that of -c is `each` further
+    copies = torch.arange(latents // each * size)
+    constants = copies[copies % size >= 2 * each]
+    level = 6.0
+    scale = ((level**2 * (size - 2 * each) + 2 * each) / size) ** 0.5  # for components of unit variance
+
+    first, end = unet.conv_in, unet.up_blocks[-1]
+    block = end.resnets[-1]
+    first.weight[copies], first.bias[copies] = 0, 0
+    first.weight[plus, latents + place, 1, 1] = 1
+    first.weight[plus + each, latents + place, 1, 1] = -1
+    first.bias[constants] = level * (1 - 2.0 * (constants % 2))
+
+    skip = block.in_channels - width  # the skip connection follows the hidden channels
+    block.conv_shortcut.weight[copies], block.conv_shortcut.bias[copies] = 0, 0
+    block.conv_shortcut.weight[copies, skip + copies] = 1
+    branches = [block.conv2, *(attention.proj_out for attention in getattr(end, "attentions", [])[-1:])]
+    for branch in branches:
+        branch.weight[copies], branch.bias[copies] = 0, 0
+
+    unet.conv_norm_out.weight[copies] = scale
+    out = unet.conv_out
+    out.weight.zero_()
+    out.bias.zero_()
+    out.weight[place, plus, 1, 1], out.weight[place, plus + each, 1, 1] = 1, -1
+
+
 @dataclass
 class EditorParts:
     """All that the three runs share: the task, and where its samples come from."""
@@ -76,7 +123,12 @@ def build_parts(run: Run) -> EditorParts:
     use_plain_attention(text_encoder, device)
     torch.manual_seed(preset.seed)
     start = run.output / "start" / "unet"
-    unet = UNet2DConditionModel.from_pretrained(start) if start.exists() else new_unet(preset)
+    if start.exists():
+        unet = UNet2DConditionModel.from_pretrained(start)
+    else:
+        unet = new_unet(preset)
+        if preset.prediction == "sample":
+            start_as_copy(unet)
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # trains faster there, as in `use_plain_attention`
     heads = Perception(unet, preset.text_width)

@@ -92,9 +92,9 @@ class Preset:
     # The least shares at which perception ends (`editor.measure_perception`), and the most minutes it gets.
     gates: Mapping[str, float] = field(default_factory=lambda: {"kind": 0.9, "change": 0.7})
     perception_most: float
-    # A small network that predicts noise takes long to learn even to copy the page at high noise levels;
-    # velocity asks for the picture itself there. "epsilon" is the paper's.
-    prediction: str = "v_prediction"
+    # A small network that predicts noise or velocity takes most of its samples to learn to copy the page. One
+    # that predicts x0 starts as the copy (`editor.start_as_copy`). "epsilon" is the paper's.
+    prediction: str = "sample"
     snr_clip: tuple[float, float] | None = (1.0, 5.0)
     # t = 1000 u^power: below 1 favors the noisy steps, where an edit is decided. 1 is the paper's.
     timestep_power: float = 0.5
@@ -149,7 +149,7 @@ PRESETS: dict[str, Preset] = {
         perception=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=2),
         unet=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2),
         decay=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=0, schedule="cosine"),
-        unet_channels=(16, 32),
+        unet_channels=(128, 32),
         heads=2,
         gates={},
         perception_most=1,

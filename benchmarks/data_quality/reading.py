@@ -41,13 +41,13 @@ from ip2p_storybook.words import (
     ON_SIDE,
     PLACE_WORDS,
     SIZE_WORDS,
-    STYLE_SAID,
+    STYLE_PHRASES,
     STYLE_WORDS,
     TEMPLATES,
     THING_NOUNS,
-    TIME_SAID,
+    TIME_PHRASES,
     TIME_WORDS,
-    WEATHER_SAID,
+    WEATHER_PHRASES,
     WEATHER_WORDS,
 )
 
@@ -157,10 +157,10 @@ def read(text: str) -> Said | None:
     )
 
 
-_STYLE_OF = {words: style for style, options in STYLE_SAID.items() for words in options}
+_STYLE_OF = {words: style for style, options in STYLE_PHRASES.items() for words in options}
 _PLACE_OF = {words[0]: place for place, words in PLACE_WORDS.items()}
-_TIME_OF = {words: time for time, words in TIME_SAID.items()}
-_WEATHER_OF = {words.strip(): weather for weather, options in WEATHER_SAID.items() for words in options}
+_TIME_OF = {words: time for time, words in TIME_PHRASES.items()}
+_WEATHER_OF = {words.strip(): weather for weather, options in WEATHER_PHRASES.items() for words in options}
 _SIZE_OF = {words: size for size, words in SIZE_WORDS.items()}
 _SLOT_OF = {say.side_words(slot)[0]: slot for slot in SLOTS}
 _COUNT_OF = {word: number for number, word in enumerate(say.NUMBERS)}

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.data_quality.reading import VERDICTS, judge, judge_triple, read, read_caption
 from ip2p_storybook.captions import TEMPLATES, Form, caption, form_of, say_page
 from ip2p_storybook.edits import alternatives, sample_edit
 from ip2p_storybook.language import COLOURLESS_STYLES, phrasing_of
-from ip2p_storybook.reading import VERDICTS, judge, judge_triple, read, read_caption
 from ip2p_storybook.scene import PLACES, TIMES, WEATHERS, Scene, Thing, rng_for, sample_scene
 from ip2p_storybook.triples import exact_triples
 

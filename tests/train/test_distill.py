@@ -1,0 +1,420 @@
+"""`ip2p distill` on tiny models: what the student is taught, what comes out, and going on after a kill."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZE
+
+import ip2p
+from ip2p.base.errors import InputError, ModelError
+from ip2p.cli import main as cli
+from ip2p.diffusion.denoiser import UNetDenoiser, guided
+from ip2p.diffusion.guidance import embed_scales
+from ip2p.diffusion.schedule import lcm_sigmas, schedule_from_config
+from ip2p.editing.editor import Editor
+from ip2p.models.widen import add_scales_input
+from ip2p.training import loop, trainer
+from ip2p.training.checkpoints import Checkpoints
+from ip2p.training.distill import LEVELS, Distillation, DistillTask
+from ip2p.training.loss import add_noise, split_noisy, velocity
+from ip2p.training.objective import Draws, EditBatch
+from ip2p.training.settings import DistillConfig
+from ip2p.training.storybook.pairs import write_pairs
+from ip2p_storybook.edits import sample_edit
+from ip2p_storybook.scene import rng_for
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> dict[str, Path]:
+    """A parquet of 24 storybook pairs, and a folder for the cache."""
+    folder = tmp_path_factory.mktemp("distill")
+    path = folder / "pairs.parquet"
+    write_pairs((sample_edit(rng_for("test", 0, k)) for k in range(24)), path, size=SIZE)
+    return {"data": path, "cache": folder / "cache"}
+
+
+@pytest.fixture
+def config(shared, tiny_model_dir, tmp_path) -> DistillConfig:
+    """Four steps in fp32, with a checkpoint after every second."""
+    return DistillConfig.read(
+        {
+            "model": str(tiny_model_dir),
+            "data": str(shared["data"]),
+            "cache": shared["cache"],
+            "output": tmp_path / "fast",
+            **{"steps": 4, "batch": 4, "lr": 1e-3, "precision": "fp32", "save_every": 2, "workers": 0},
+            **{"validate_every": 0, "track": "none", "device": "cpu", "dtype": "fp32"},
+        }
+    )
+
+
+def task_of(config: DistillConfig) -> DistillTask:
+    recipe = Distillation()
+    bundle = recipe.open(config, torch.device("cpu"))
+    objective = recipe.objective(config, "epsilon")
+    return recipe.task(config, bundle, objective, (SIZE, SIZE)).eval()
+
+
+def batch_of(count: int, *, times=None, scales=None) -> EditBatch:
+    torch.manual_seed(0)
+    shape, no = (count, 4, 16, 16), torch.zeros(count, dtype=torch.bool)
+    if times is None:
+        times = torch.randint(0, 1000, (count,))
+    draws = Draws(torch.randn(shape), torch.randn(shape), times, no, no, no, scales)
+    before, mean, std = torch.randn(shape), torch.randn(shape), 0.1 * torch.rand(shape)
+    return EditBatch(before, mean, std, draws, torch.randn(count, 77, 32), ids=())
+
+
+def stir(unet) -> None:
+    """As if trained: the scales have an effect."""
+    torch.manual_seed(5)
+    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.1)
+
+
+# --- what is taught ---
+
+
+def test_the_teacher_is_what_an_edit_with_guidance_computes(config):
+    """Oracle: `diffusion.denoiser.guided`, one sample after the other."""
+    task = task_of(config)
+    scales = torch.tensor([[7.5, 1.5], [1.0, 1.0], [3.0, 2.0]])
+    batch = batch_of(3, times=torch.tensor([999, 400, 20]))
+    target, image = task.latents(batch)
+    times, a = batch.draws.timesteps, task.alpha_bar[batch.draws.timesteps]
+    x = add_noise(target, batch.draws.noise, a)
+    with torch.no_grad():
+        told = task.guided(x, image, times, {"text": batch.text}, scales)
+        x0, _ = split_noisy(x, told, a, "epsilon")
+        schedule = schedule_from_config(
+            json.loads(Path(config.base, "scheduler/scheduler_config.json").read_text())
+        )
+        model = UNetDenoiser(task.teacher, schedule)
+        for k in range(3):
+            sigma = schedule.sigma(times[k].double()).float()
+            denoise = guided(
+                model,
+                text=batch.text[k : k + 1],
+                null_text=task.null["text"],
+                image=image[k : k + 1],
+                text_cfg=float(scales[k, 0]),
+                image_cfg=float(scales[k, 1]),
+            )
+            ours = denoise(x[k : k + 1] * (1 + sigma**2).sqrt(), sigma)
+            torch.testing.assert_close(x0[k : k + 1], ours, rtol=1e-4, atol=1e-4 * float(1 + sigma))
+
+
+def test_a_new_student_predicts_what_the_teacher_does_without_guidance(config):
+    task, batch = task_of(config), batch_of(3, scales=torch.rand(3, 2))
+    with torch.no_grad():
+        predicted, wanted, a, _ = task.predict(batch)
+        target, image = task.latents(batch)
+        x = torch.cat([add_noise(target, batch.draws.noise, a), image], dim=1)
+        plain = task.teacher(x, batch.draws.timesteps, batch.text).sample
+    assert torch.equal(predicted, plain)
+    assert not torch.allclose(predicted, wanted, atol=1e-3)
+
+
+def test_the_scales_reach_the_network_and_are_drawn_within_their_ranges(config):
+    task = task_of(config.changed(text_range=(2, 9), image_range=(1, 2)))
+    stir(task.unet)
+    drawn = task._scales(torch.tensor([[0.0, 0.0], [0.5, 0.5], [0.999, 0.999]]), 3)
+    torch.testing.assert_close(drawn, torch.tensor([[2.0, 1.0], [5.5, 1.5], [8.993, 1.999]]))
+    outputs = []
+    with torch.no_grad():
+        for scale in (0.0, 0.9):
+            batch = batch_of(1, scales=torch.tensor([[scale, 0.2]]))
+            outputs.append(task.predict(batch)[0])
+    assert not torch.allclose(*outputs, atol=1e-4)
+
+
+def test_scales_that_differ_are_embedded_apart_and_near_ones_near():
+    scales = torch.tensor([[7.5, 1.5], [7.6, 1.5], [7.5, 1.6], [3.0, 1.5]])
+    rows = embed_scales(scales, 128)
+    assert rows.shape == (4, 128) and rows.abs().max() <= 1
+    near, other, far = (float((rows[0] - rows[k]).norm()) for k in (1, 2, 3))
+    assert 0 < near < far and near == pytest.approx(other, rel=0.01)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_picture_and_the_noise_are_those_that_were_mixed(prediction):
+    torch.manual_seed(0)
+    clean, noise, a = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.9, 0.5, 0.01])
+    predicted = noise if prediction == "epsilon" else velocity(clean, noise, a)
+    found = split_noisy(add_noise(clean, noise, a), predicted, a, prediction)
+    for one, other in zip(found, (clean, noise), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+def test_few_steps_teach_one_euler_step_and_the_students_own_end_from_there(config):
+    """Oracle: diffusers' DDIMScheduler for the step; the last level's target is the teacher's own end."""
+    from diffusers import DDIMScheduler
+
+    task = task_of(config.changed(stage="few-steps"))
+    stir(task.unet)
+    batch = batch_of(2, times=torch.tensor([991, 3]), scales=torch.full((2, 2), 0.5))
+    with torch.no_grad():
+        predicted, wanted, a, _ = task.predict(batch)
+        times = torch.tensor([999, 19])
+        assert torch.equal(a, task.alpha_bar[times])
+        target, image = task.latents(batch)
+        x = add_noise(target, batch.draws.noise, a)
+        scales = task._scales(batch.draws.scales, 2)
+        told = task.guided(x, image, times, {"text": batch.text}, scales)
+        ddim = DDIMScheduler.from_pretrained(config.base, subfolder="scheduler", clip_sample=False)
+        ddim.set_timesteps(LEVELS)
+        later = ddim.step(told[:1], 999, x[:1]).prev_sample
+        condition = embed_scales(scales[:1], 128)
+        channels = torch.cat([later, image[:1]], dim=1)
+        e = task.unet(channels, 979, batch.text[:1], timestep_cond=condition).sample
+        b = task.alpha_bar[[979]]
+    torch.testing.assert_close(wanted[:1], split_noisy(later, e, b, "epsilon")[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(wanted[1:], split_noisy(x[1:], told[1:], a[1:], "epsilon")[0])
+    assert predicted.shape == wanted.shape
+
+
+def test_few_step_models_are_sampled_at_the_levels_that_they_learned():
+    schedule = schedule_from_config({"beta_schedule": "scaled_linear"})
+    times = schedule.time(lcm_sigmas(schedule, LEVELS)[:-1].double()).round().long().tolist()
+    assert times == list(range(999, 0, -20))
+
+
+@pytest.mark.parametrize("stage", ["guidance", "few-steps"])
+@pytest.mark.parametrize("lora", [None, 4])
+def test_the_loss_decreases(config, stage, lora):
+    if lora:
+        from ip2p.training.lora import add_lora
+    config = config.changed(stage=stage, lora=lora)
+    recipe = Distillation()
+    bundle = recipe.open(config, torch.device("cpu"))
+    if lora:
+        add_lora(bundle.unet, lora)
+    task = recipe.task(config, bundle, recipe.objective(config, "epsilon"), (SIZE, SIZE))
+    task.train()
+    assert not task.teacher.training
+    before = copy.deepcopy(task.teacher.state_dict())
+    optimizer = torch.optim.AdamW(
+        [p for p in task.parameters() if p.requires_grad], lr=1e-2 if lora else 2e-3
+    )
+    batch = batch_of(4, times=torch.tensor([900, 700, 500, 300]), scales=torch.rand(4, 2))
+    losses = []
+    for _ in range(25):
+        loss, _ = task(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert task.unet.time_embedding.cond_proj.weight.abs().max() > 0
+    after = task.teacher.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+# --- what comes out ---
+
+
+@pytest.fixture(scope="module")
+def fast(shared, tiny_model_dir, tmp_path_factory) -> Path:
+    """A distilled model of two steps, by the command line."""
+    output = tmp_path_factory.mktemp("fast") / "fast"
+    words = ["--model", tiny_model_dir, "--data", shared["data"], "--cache", shared["cache"], "-o", output]
+    more = ["--steps", "2", "--batch", "4", "--lr", "1e-3", "--device", "cpu", "--workers", "0"]
+    few = ["--validate-every", "2", "--validate-steps", "2", "--track", "none", "--dtype", "fp32"]
+    assert cli.main(["distill", *map(str, [*words, *more, *few])]) == 0
+    return output
+
+
+def test_an_editor_makes_one_pass_a_step_and_both_scales_have_an_effect(fast, page, monkeypatch):
+    editor = Editor.load(fast, device="cpu", dtype="fp32")
+    assert editor.model.scales_size == 128
+    assert editor.bundle.card.text_cfg_range == (1, 12) and editor.bundle.card.image_cfg_range == (1, 2.5)
+    stir(editor.bundle.unet)
+    sizes = []
+    editor.bundle.unet.register_forward_pre_hook(lambda unet, args: sizes.append(len(args[0])))
+
+    def edited(**changes):
+        return np.asarray(editor.edit(page, "make it night", steps=3, **changes)[0], int)
+
+    usual = edited()
+    assert sizes == [1, 1, 1]
+    for changed in (edited(text_cfg=2), edited(image_cfg=2.2)):
+        assert np.abs(changed - usual).max() > 0
+    assert len(editor.edit(page, "make it night", steps=2, auto_mask=True)) == 1
+
+
+def test_a_step_is_the_network_at_these_scales(fast):
+    """Oracle: diffusers' UNet2DConditionModel, opened from the folder, with timestep_cond."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(fast, subfolder="unet")
+    assert unet.config.time_cond_proj_dim == 128
+    editor = Editor.load(fast, device="cpu", dtype="fp32")
+    stir(unet), stir(editor.bundle.unet)
+    torch.manual_seed(3)
+    x, image, text = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16), editor.encode_text("make it night")
+    sigma = editor.schedule.sigma(torch.tensor(500.0)).float()
+    with torch.inference_mode():
+        ours = guided(editor.model, text=text, null_text=text, image=image, text_cfg=4.0, image_cfg=1.2)(
+            x, sigma
+        )
+        condition = embed_scales(torch.tensor([[4.0, 1.2]]), 128)
+        given = torch.cat([x / (1 + sigma**2).sqrt(), image], dim=1)
+        theirs = x - sigma * unet(given, 500, text, timestep_cond=condition).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"text_cfg": 20}, "text_cfg is 20, and fast was distilled for 1 to 12. Try 12"),
+        ({"image_cfg": 0.5}, "image_cfg is 0.5, and fast was distilled for 1 to 2.5. Try 1"),
+        ({"negative": "blurry"}, "negative has no effect on fast"),
+        ({"text_cfg_rescale": 0.5}, "text_cfg_rescale has no effect on fast"),
+    ],
+)
+def test_what_it_has_not_learned_is_refused(fast, page, changes, says):
+    with pytest.raises(InputError, match=says):
+        Editor.load(fast, device="cpu").edit(page, "make it night", **changes)
+
+
+def test_the_interval_of_guidance_works_where_both_ranges_hold_1(fast, page):
+    editor = Editor.load(fast, device="cpu", dtype="fp32")
+    assert len(editor.edit(page, "make it night", steps=2, cfg_interval=(0.2, 0.9))) == 1
+
+
+def test_the_server_joins_edits_of_a_distilled_model(fast, page):
+    from ip2p.serve.engine import JoinedEditor
+
+    editor = Editor.load(fast, device="cpu", dtype="fp32")
+    stir(editor.bundle.unet)
+    expected = editor.edit(page, "make it night", steps=2, text_cfg=3)
+    joined = JoinedEditor(editor)
+    try:
+        [result] = joined.edit(page, "make it night", steps=2, text_cfg=3)
+    finally:
+        joined.close()
+    assert np.abs(np.asarray(result, int) - np.asarray(expected[0], int)).max() <= 1
+
+
+def test_its_card_says_what_it_is(fast):
+    card = (fast / "README.md").read_text()
+    assert "Distilled with ip2p" in card and "text CFG 1 to 12 and image CFG 1 to 2.5" in card
+    assert "from diffusers import" not in card
+    assert json.loads((fast / "ip2p.json").read_text())["text_cfg_range"] == [1, 12]
+    assert (fast / "training" / "curves.png").is_file()
+
+
+def test_without_its_ranges_it_is_refused(fast, tmp_path):
+    import shutil
+
+    shutil.copytree(fast, tmp_path / "bare", ignore=shutil.ignore_patterns("training", "ip2p.json"))
+    with pytest.raises(ModelError, match="ip2p.json has no usable text_cfg_range"):
+        Editor.load(tmp_path / "bare", device="cpu")
+
+
+def test_few_steps_of_a_distilled_model_come_out_at_four(fast, config, page):
+    output = ip2p.distill(config, model=str(fast), stage="few-steps", steps=1, validate_every=1, held_out=1)
+    editor = Editor.load(output, device="cpu", dtype="fp32")
+    card = editor.bundle.card
+    assert (card.steps, card.sampler, card.schedule) == (4, "lcm", "lcm")
+    calls = []
+    editor.bundle.unet.register_forward_hook(lambda *_: calls.append(1))
+    editor.edit(page, "make it night")
+    assert len(calls) == 4
+
+
+def test_a_lora_is_merged_into_a_whole_model(config, page):
+    output = ip2p.distill(config, lora=2, steps=1)
+    assert not (output / trainer.LORA_FILE).exists()
+    state = Checkpoints(output / trainer.TRAINING).load()["model"]
+    assert any("cond_proj" in name for name in state) and all(
+        ".lora_" in name or "cond_proj" in name for name in state
+    )
+    assert len(Editor.load(output, device="cpu").edit(page, "make it night", steps=1)) == 1
+
+
+@pytest.mark.parametrize("kind", ["sd2", "xl"])
+def test_sd2_and_sdxl_editors_are_distilled_too(config, sd2_dir, xl_dir, page, kind):
+    output = ip2p.distill(config, model=str({"sd2": sd2_dir, "xl": xl_dir}[kind]), steps=1, size=SIZE)
+    assert len(Editor.load(output, device="cpu").edit(page, "make it night", steps=1)) == 1
+
+
+# --- going on ---
+
+
+@pytest.mark.parametrize("stage", ["guidance", "few-steps"])
+def test_killed_and_resumed_is_as_undisturbed_to_the_bit(config, tmp_path, monkeypatch, stage):
+    def killed(loop_config, step, progress):
+        if step == 3:
+            raise KeyError("killed")
+        return real(loop_config, step, progress)
+
+    real = loop.learning_rate
+    config = config.changed(stage=stage)
+    whole = ip2p.distill(config, output=tmp_path / "whole")
+    monkeypatch.setattr(loop, "learning_rate", killed)
+    with pytest.raises(KeyError):
+        ip2p.distill(config)
+    monkeypatch.setattr(loop, "learning_rate", real)
+    again = ip2p.distill(config)
+    one, other = (Checkpoints(folder / trainer.TRAINING).load() for folder in (whole, again))
+    for part in ("model", "ema"):
+        left, right = (state[part]["average"] if part == "ema" else state[part] for state in (one, other))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+# --- what cannot be done ---
+
+
+def test_training_a_distilled_model_is_refused(fast, config):
+    from ip2p.training.settings import TrainConfig
+
+    values = {name: getattr(config, name) for name in TrainConfig.model_fields}
+    with pytest.raises(InputError, match="is distilled, and its guidance would be lost"):
+        trainer.train(TrainConfig(**values).changed(base=str(fast)))
+
+
+def test_a_base_without_a_picture_is_refused(config, tmp_path):
+    from conftest import make_model
+
+    base = make_model(tmp_path / "sd", in_channels=4)
+    with pytest.raises(InputError, match="is no editor yet"):
+        ip2p.distill(config, model=str(base))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--text-range", "5", "2"], "--text-range 5 2 is empty"),
+        (["--text-range", "1", "5"], "--text-range 1 5 leaves out 7.5"),
+        (["--min-snr", "5"], "--min-snr is for training"),
+        (["--stage", "all"], "--stage"),
+        ([], "--output is missing; write: ip2p distill --model MODEL"),
+    ],
+)
+def test_bad_settings_of_a_distillation_exit_2(capsys, config, tmp_path, words, says):
+    output = ["--output", str(tmp_path / "out")] if words else []
+    given = ["--model", config.base, "--data", config.data, *output, *words]
+    assert cli.main(["distill", *given]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_range_beyond_the_teachers_is_refused(fast, config):
+    with pytest.raises(InputError, match=r"--text-range 1 30: .*fast knows 1 to 12"):
+        ip2p.distill(config, model=str(fast), text_range=(1, 30))
+
+
+def test_the_scales_input_adds_nothing_at_first(tiny_editor):
+    unet = copy.deepcopy(tiny_editor.bundle.unet)
+    inputs = torch.randn(1, 8, 16, 16), 500, torch.randn(1, 77, 32)
+    with torch.no_grad():
+        before = unet(*inputs).sample
+        add_scales_input(unet, 16)
+        assert torch.equal(unet(*inputs, timestep_cond=torch.randn(1, 16)).sample, before)
+    assert unet.config.time_cond_proj_dim == 16
