@@ -23,7 +23,7 @@ from ip2p.base import cluster as clusters
 from ip2p.base import jobs, terminal
 from ip2p.base.cluster import Cluster, fitting
 from ip2p.base.errors import InputError, ModelError, ResourceError, Terminated
-from ip2p.base.jobs import Made
+from ip2p.base.jobs import StageOutput
 
 PARTS = [range(0, 3), range(3, 6), range(6, 7)]
 SETTINGS = {"key": "squares"}
@@ -42,7 +42,7 @@ class Squares:
         self.call(part)
         self.made.append(part)
         kept = [n for n in part if n not in self.none]
-        return Made(
+        return StageOutput(
             tables={
                 "data/train": pa.table({"n": pa.array(kept, pa.int64()), "square": [n * n for n in kept]}),
                 "rejected/rejected": pa.table(

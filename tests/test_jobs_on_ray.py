@@ -18,7 +18,7 @@ from PIL import Image
 from ip2p.base import jobs
 from ip2p.base.cluster import Cluster
 from ip2p.base.errors import ModelError
-from ip2p.base.jobs import Made
+from ip2p.base.jobs import StageOutput
 from ip2p.cli import main as cli
 from ip2p.cli import synth as maker
 from ip2p.synth.records import Triple, triple_id, write_triples
@@ -107,7 +107,7 @@ def test_a_killed_worker_of_ray_costs_nothing_and_an_error_comes_back_as_itself(
             if part[0] == 6 and not broken.exists():
                 broken.touch()
                 raise ModelError("the model is gone")
-            return Made(tables={"data/train": pa.table({"n": list(part)})}, counts={"seen": len(part)})
+            return StageOutput(tables={"data/train": pa.table({"n": list(part)})}, counts={"seen": len(part)})
 
     def go():
         return jobs.run(Numbers, PARTS, tmp_path / "job", settings={}, cluster=Cluster(workers=1))

@@ -29,6 +29,7 @@ from ip2p.synth.filter import KEPT, PRESETS, SIMILARITIES, clips_of, preset_for
 from ip2p.synth.instruct import Answer, Ask, LocalWriter
 from ip2p.synth.records import Triple, read_triples, triple_id, write_triples
 from ip2p.synth.safety import Classifier
+from ip2p.synth.server import server_key
 from ip2p.synth.settings import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthInstructConfig, SynthPairsConfig
 from ip2p.synth.tune import Tuning, new_lm, tune_lm
 
@@ -548,7 +549,7 @@ def test_a_servers_key_comes_from_the_environment(here, monkeypatch, variables, 
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert maker._key(SynthInstructConfig(key_variable=named)) == key
+    assert server_key(named) == key
 
 
 def test_the_packaged_language_model_is_the_default(

@@ -411,7 +411,7 @@ def test_the_output_of_a_job_that_was_stopped_is_no_data_set(tmp_path):
         def __call__(self, part):
             if 2 in part and self.broken:
                 raise Stopped
-            return jobs.Made(tables={"data/train": pair_table([pair_row(source[k]) for k in part])})
+            return jobs.StageOutput(tables={"data/train": pair_table([pair_row(source[k]) for k in part])})
 
     def go():
         jobs.run(Rows, [range(0, 2), range(2, 4)], tmp_path / "out", settings={}, unit="pairs")

@@ -453,7 +453,7 @@ def test_another_commands_folder_and_one_of_something_else_are_refused_before_an
         filter_pairs(measured, tmp_path / "home", ALL, **quiet)
     assert len(list((tmp_path / "home").iterdir())) == 1
     other = tmp_path / "pairs"
-    jobs.run(lambda: lambda part: jobs.Made(tables={}), [[1]], other, settings={"seed": 1}, **quiet)
+    jobs.run(lambda: lambda part: jobs.StageOutput(tables={}), [[1]], other, settings={"seed": 1}, **quiet)
     for overwrite in (False, True):
         with pytest.raises(InputError, match="pairs contains the output of another command"):
             filter_pairs(measured, other, ALL, overwrite=overwrite, **quiet)

@@ -32,7 +32,7 @@ BESIDE = ("run.json",)  # what may be in a folder before its job begins
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class StageOutput:
     """What a stage made of a part.
 
     tables: by the first part of their file names in the job's folder; "data/train" of part 7 is written as
@@ -50,7 +50,7 @@ class Stage(Protocol):
     Its result must depend on the part alone, not on earlier parts.
     """
 
-    def __call__(self, part: Any) -> Made: ...
+    def __call__(self, part: Any) -> StageOutput: ...
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def run(
         return _summary(ledger, len(todo))
 
 
-def _commit(ledger: Ledger, part: int, made: Made, seconds: float) -> None:
+def _commit(ledger: Ledger, part: int, made: StageOutput, seconds: float) -> None:
     """Write the tables of a part, then its line."""
     import pyarrow.parquet as pq
 

@@ -293,9 +293,8 @@ def run_pairs(config: SynthPairsConfig) -> None:
         "content of --clip": content_key(clip()),
         **{f"content of --{flag}": content_key(path) for flag, path in _lying_here(vaes)},
     }
-    stage = partial(
-        PairStage, config, how=how, clip=clip, clip_name=clip_name, thresholds=thresholds, scale=scale
-    )
+    chosen = config.changed(scale=scale, **how)
+    stage = partial(PairStage, chosen, clip=clip, clip_name=clip_name, thresholds=thresholds)
     size = 1 if config.as_paper else TRIPLES_A_PART
     make_folder(config.out)
     told = jobs.run(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError
-from ip2p.base.jobs import Made
+from ip2p.base.jobs import StageOutput
 from ip2p.data.records import BrokenRow
 from ip2p.evaluation.encoders import Encoders
 from ip2p.evaluation.judge import JudgeSettings, VisionJudge
@@ -86,7 +86,7 @@ class EvaluateStage:
         self.encoders = Encoders(names, device=pick_device(device), signed=as_code)
         self._loaded: tuple[tuple[str, bool], Any] | None = None
 
-    def __call__(self, part: EvalPart) -> Made:
+    def __call__(self, part: EvalPart) -> StageOutput:
         import pyarrow as pa
 
         variant = part.variant
@@ -128,7 +128,7 @@ class EvaluateStage:
                 ("judge_date", pa.string()),
             ]
         rows = pa.Table.from_pylist([cells[k] for k in part.rows], pa.schema([*_known(), *columns]))
-        return Made(
+        return StageOutput(
             tables={ROWS: rows, PICTURES: pa.Table.from_pylist(pictures, pa.schema(_shown()))}, counts=counts
         )
 

@@ -24,8 +24,8 @@ from ip2p.serve.options import ServeConfig, UiConfig
 
 try:
     import h11
-    import prometheus_client  # noqa: F401 - missed only when the numbers are asked for
-    import python_multipart  # noqa: F401 - FastAPI misses it only when a form comes
+    import prometheus_client  # noqa: F401 - else missed when the metrics are read
+    import python_multipart  # noqa: F401 - else missed when a form comes
     import uvicorn
     from fastapi import FastAPI
     from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -43,7 +43,7 @@ from ip2p.serve.service import Service
 if TYPE_CHECKING:
     from ip2p.editing.editor import Editor
 
-HEADER_SECONDS = 20.0  # for a request line and its headers to come
+HEADER_SECONDS = 20.0  # for a request line and its headers to arrive
 OVER_BYTES = 16_000_000  # of a body that is let in after its answer
 FLUSH_SECONDS = 5  # after the last edit: for its answer to go out
 
@@ -61,20 +61,24 @@ def ui(config: UiConfig) -> None:
 def run(config: ServeConfig, *, browser: bool = False, any_port: bool = False) -> None:
     """Load the first model, listen, and serve until a signal; the address goes to stderr.
 
-    browser: open the page. any_port: the next free port will do. Raises what the model's loading raises, and
-    InputError for an address that cannot be listened at.
+    browser: open the page. any_port: if the port is in use, take the next free one. Raises what the model's
+    loading raises, and InputError for an address that cannot be listened at.
     """
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listening(config.host, config.port, tries=20 if any_port else 1))
         service = stack.enter_context(make_service(config, stack))
         service.warm()
-        app = make_app(service, config)
-        place = _address(config.host, listening)
-        server = _Server(
-            server_config(app),
-            lambda: service.drain(config.drain_seconds),
-            ready=lambda: _say_ready(place, browser),
-        )
+
+        def ready() -> None:
+            port = listening.getsockname()[1]
+            name = socket.gethostname() if config.host in ("0.0.0.0", "::") else config.host
+            place = f"http://{f'[{name}]' if ':' in name else name}:{port}"
+            say(f"the page is at {place}/ and the interfaces at {place}/docs; Ctrl-C stops it")
+            if browser:
+                webbrowser.open(place)
+
+        settings = server_config(make_app(service, config))
+        server = _Server(settings, lambda: service.drain(config.drain_seconds), ready)
         with _access_log():
             server.run(sockets=[listening])
 
@@ -87,8 +91,7 @@ def server_config(app: FastAPI) -> uvicorn.Config:
         log_config=None,
         log_level="warning",
         access_log=False,
-        # Whoever calls from this machine could name any other as the caller.
-        proxy_headers=False,
+        proxy_headers=False,  # with them a caller on this machine could claim any address
         server_header=False,
         lifespan="on",
         timeout_keep_alive=15,
@@ -109,37 +112,25 @@ def make_service(config: ServeConfig, stack: contextlib.ExitStack) -> Service:
         queue=config.queue,
         per_client=config.per_client,
     )
-    how = {"limits": limits, "keep_seconds": config.keep_seconds, "store": store}
-    how["store_bytes"] = config.store_mb * 1_000_000
+    options: dict[str, Any] = {"limits": limits, "keep_seconds": config.keep_seconds, "store": store}
+    options["store_bytes"] = config.store_mb * 1_000_000
     if config.ray is None:
-        return local_service(config, **how)
+        return Service(_local_maker(config), **options)
     from ip2p.serve import spread
 
-    # What one replica takes is bounded here, in the one queue.
-    within = dataclasses.replace(limits, queue=10**6, per_client=10**6, waiting_pixels=2**62)
-    build = functools.partial(_replica, spread.portable(config), within)
+    # The one queue here bounds what a replica gets.
+    unbounded = dataclasses.replace(limits, queue=10**6, per_client=10**6, waiting_pixels=2**62)
+    build = functools.partial(_replica_service, spread.portable(config), unbounded)
     each = config.join or default_join(pick_device(config.device))
-    return stack.enter_context(spread.spread(config, build, each=each, **how))
+    return stack.enter_context(spread.spread(config, build, each=each, **options))
 
 
-def local_service(config: ServeConfig, **how: Any) -> Service:
-    """The service whose models are in this process; how: further words for `Service`."""
-    maker = LocalMaker(
-        {name: _loader(model, config) for name, model in config.models().items()},
-        join=config.join or default_join(pick_device(config.device)),
-        loaded=len(config.models()),
-        check=checker(config),
-        finish=marker(config),
-    )
-    return Service(maker, **how)
+def _replica_service(config: ServeConfig, limits: Limits, stack: contextlib.ExitStack) -> Service:
+    return Service(_local_maker(config), limits=limits, keep_seconds=1)
 
 
-def _replica(config: ServeConfig, limits: Limits, stack: contextlib.ExitStack) -> Service:
-    return local_service(config, limits=limits, keep_seconds=1)
-
-
-def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
-    def load() -> Editor:
+def _local_maker(config: ServeConfig) -> LocalMaker:
+    def load(model: str) -> Editor:
         from ip2p.editing.editor import Editor
 
         return Editor.load(
@@ -150,14 +141,21 @@ def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
             compile=config.compile,
         )
 
-    return load
+    models = config.models()
+    return LocalMaker(
+        {name: functools.partial(load, model) for name, model in models.items()},
+        join=config.join or default_join(pick_device(config.device)),
+        loaded=len(models),
+        check=checker(config),
+        finish=marker(config),
+    )
 
 
 class _Impatient(H11Protocol):
     """uvicorn's HTTP/1.1, which closes a connection that lingers.
 
-    That is one whose request line and headers do not come, or whose body goes on after it was answered: the
-    rest of it is let in for a while, since a client that is cut off while it sends does not read the answer.
+    Either the request line and headers do not arrive, or the body goes on after the answer. The rest of such
+    a body is let in for a while, since a client that is cut off while it sends does not read the answer.
     """
 
     _late: asyncio.TimerHandle | None = None
@@ -181,7 +179,7 @@ class _Impatient(H11Protocol):
 
     @property
     def _answered(self) -> bool:
-        """Whether a body still comes in though the answer went out."""
+        """Whether a body still comes in after its answer."""
         return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
 
     def _watch(self) -> None:
@@ -194,9 +192,9 @@ class _Impatient(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which at a signal first lets the service finish: its answers still have to go out.
+    """uvicorn that lets the service finish at the first signal and ends at once at the second.
 
-    A second signal ends it at once. The process then ends well: to be asked to stop is no failure.
+    The process then exits with 0: a request to stop is no failure.
     """
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Any], ready: Callable[[], None]) -> None:
@@ -225,7 +223,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _listening(host: str, port: int, *, tries: int) -> Iterator[socket.socket]:
-    """A listening socket at `port`, or at the first free one of so many from it on. Raises InputError."""
+    """A listening socket at `port` or the first free port of the `tries` from it on. Raises InputError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -239,26 +237,14 @@ def _listening(host: str, port: int, *, tries: int) -> Iterator[socket.socket]:
             raise InputError(
                 f"cannot listen at {host} port {port}: {reason}. Try --port {(port % 65535) + 1}."
             )
-        # Whoever comes while the model loads waits, and is not turned away.
+        # Requests that come while the model loads wait.
         sock.listen(128)
         yield sock
 
 
-def _address(host: str, listening: socket.socket) -> str:
-    port = listening.getsockname()[1]
-    name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
-
-
-def _say_ready(place: str, browser: bool) -> None:
-    say(f"the page is at {place}/ and the interfaces at {place}/docs; Ctrl-C stops it")
-    if browser:
-        webbrowser.open(place)
-
-
 @contextlib.contextmanager
 def _access_log() -> Iterator[None]:
-    """A line of JSON a request on stderr, as it is."""
+    """A line of JSON for each request on stderr, without a prefix."""
     access = logging.getLogger("ip2p.serve.access")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,4 +1,4 @@
-"""The application: three interfaces over one service, the page, and every error in its interface's form."""
+"""The application: three interfaces over one service, the page, and errors in each interface's form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 from ip2p import __version__
 from ip2p.base.errors import Ip2pError
 from ip2p.serve import metrics
-from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
+from ip2p.serve.errors import Refusal, declared_errors, error_response
 from ip2p.serve.faces import a1111, native, openai, start
 from ip2p.serve.guard import Guard
 from ip2p.serve.options import ServeConfig
@@ -28,10 +28,7 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 
 def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> FastAPI:
-    """The application over a service, whose `store` keeps the results that are asked for by address.
-
-    page: with the page at `/`. The guard is its outermost layer.
-    """
+    """The application over a service with a store. page: with the page at `/`."""
     desk = Desk(service, config)
     app = FastAPI(
         title="ip2p",
@@ -73,67 +70,40 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
     async def read_docs() -> Response:
         return FileResponse(PAGE / "docs.html")
 
-    # Before the page, which would answer in its own way what no interface knows.
+    # Before the page, whose errors look different.
     for path in ("/v1/{rest:path}", "/sdapi/{rest:path}", "/healthz", "/readyz", "/metrics"):
-        app.add_api_route(path, _answer_nothing, methods=METHODS, include_in_schema=False)
-    answer_errors(app)
+        app.add_api_route(path, _refuse_method, methods=METHODS, include_in_schema=False)
+    for kind in (Ip2pError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     if page:
         app.mount("/", GZipMiddleware(StaticFiles(directory=PAGE, html=True)), name="page")
-    # Last, and so around everything, the page too.
+    # Last, so it is around everything, the page too.
     app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
     return app
 
 
-async def _answer_nothing(request: Request) -> Response:
+async def _refuse_method(request: Request) -> Response:
     """404, or 405 where the address takes other methods."""
-    found = [
+    methods = [
         method.upper()
         for path, operations in request.app.openapi()["paths"].items()
         if compile_path(path)[0].match(request.url.path)
         for method in operations
     ]
-    if found:
-        allowed = ", ".join(found)
-        raise Refusal(
-            f"{request.method} does nothing at this address; it takes {allowed}.",
-            status=405,
-            headers={"Allow": allowed},
-        )
-    raise Refusal(f"{request.method} does nothing at this address. See /docs.", status=404)
+    if not methods:
+        raise Refusal(f"{request.method} does nothing at this address. See /docs.", status=404)
+    allowed = ", ".join(methods)
+    raise Refusal(
+        f"{request.method} does nothing at this address; it takes {allowed}.",
+        status=405,
+        headers={"Allow": allowed},
+    )
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Every error in the form of the interface that was called."""
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_response(error, request.url.path)
 
-    def answer(request: Request, refusal: Refusal) -> Response:
-        return JSONResponse(
-            body_of(request.url.path, refusal), status_code=refusal.status, headers=refusal.headers
-        )
 
-    async def ours(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Ip2pError)
-        return answer(request, refusal_of(error, request.url.path))
-
-    async def by_status(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        words = {
-            404: "There is nothing at this address. See /docs.",
-            405: "This address takes another method.",
-        }
-        message = words.get(error.status_code, str(error.detail))
-        refusal = Refusal(message, status=error.status_code, headers=error.headers)
-        return answer(request, refusal)
-
-    async def by_field(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        name = str(first["loc"][-1])
-        return answer(request, Refusal(f"{name} cannot be used: {first['msg']}.", status=422, field=name))
-
-    async def gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it; the log tells it from an answer
-
-    app.add_exception_handler(Ip2pError, ours)
-    app.add_exception_handler(HTTPException, by_status)
-    app.add_exception_handler(RequestValidationError, by_field)
-    app.add_exception_handler(ClientDisconnect, gone)
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # the client has gone; the log tells it from an answer

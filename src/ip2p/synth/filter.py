@@ -29,7 +29,7 @@ from ip2p.base import jobs, terminal
 from ip2p.base.cluster import Cluster
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError
-from ip2p.base.jobs import Made
+from ip2p.base.jobs import StageOutput
 from ip2p.data import columns
 from ip2p.data.convert import encoded, ending, hub_schema
 from ip2p.data.parquet import ParquetSource
@@ -265,13 +265,13 @@ class Scorer:
         self.clip: Clip | None = None
         self.is_safe = safety() if safety is not None else None
 
-    def __call__(self, part: range) -> Made:
+    def __call__(self, part: range) -> StageOutput:
         rows: list[dict[str, Any]] = []
         counts: Counter[str] = Counter(scored=0, broken=0)
         # In batches: a thousand decoded pairs do not fit in memory.
         for start in range(0, len(part), self.batch):
             rows += self._scored(part[start : start + self.batch], counts)
-        return Made(tables={SCORED: pa.Table.from_pylist(rows, _SCORE_FIELDS)}, counts=counts)
+        return StageOutput(tables={SCORED: pa.Table.from_pylist(rows, _SCORE_FIELDS)}, counts=counts)
 
     def _scored(self, part: range, counts: Counter[str]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -622,15 +622,15 @@ class Writer:
         self.source, self.scored, self.table = source, scored, table
         self.measured = any(scored.clips)  # over all parts, so that they have the same columns
 
-    def __call__(self, part: Sequence[int]) -> Made:
+    def __call__(self, part: Sequence[int]) -> StageOutput:
         if self.table is not None:
-            return Made(tables={KEPT: self._with_scores(self.table.take(part), part)})
+            return StageOutput(tables={KEPT: self._with_scores(self.table.take(part), part)})
         pairs = (self.source[row] for row in part)
         rows = [
             pair_row(pair, f"{row:07}", clip=self.scored.clips[row] or None, **self.scored.of(row))
             for pair, row in zip(pairs, part, strict=True)
         ]
-        return Made(tables={KEPT: pair_table(rows)})
+        return StageOutput(tables={KEPT: pair_table(rows)})
 
     def _with_scores(self, table: Any, part: Sequence[int]) -> Any:
         """A table of a parquet source with the scores in their columns, and an id column if it has none."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ip2p.base.jobs import Made
+from ip2p.base.jobs import StageOutput
 from ip2p.data.records import open_picture
 from ip2p.models.bundle import called
 from ip2p.models.clip import Clip
@@ -25,7 +26,7 @@ from ip2p.synth.filter import KEPT, Thresholds, measure, pair_row, pair_table
 from ip2p.synth.instruct import Instruct, Limits, Writer, reasons
 from ip2p.synth.pairs import PairMaker, shared_candidate
 from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, triple_table
-from ip2p.synth.rounds import Rounds, run
+from ip2p.synth.rounds import Rounds, draw_in_rounds
 from ip2p.synth.settings import SynthPairsConfig
 
 REJECTED = "rejected/rejected"  # the table of rejected answers
@@ -43,7 +44,7 @@ class InstructStage:
     def __init__(self, writer: Callable[[], Writer], *, edits: int, retries: int, limits: Limits) -> None:
         self.instruct = Instruct(writer, edits=edits, retries=retries, limits=limits)
 
-    def __call__(self, part: Sequence[str]) -> Made:
+    def __call__(self, part: Sequence[str]) -> StageOutput:
         import pyarrow as pa
 
         before = self._used()
@@ -60,7 +61,7 @@ class InstructStage:
         }
         schema = pa.schema([(name, pa.string()) for name in Rejected.__dataclass_fields__])
         tables = {TABLE: triple_table(triples), REJECTED: pa.Table.from_pylist(refused, schema)}
-        return Made(tables=tables, counts=counts)
+        return StageOutput(tables=tables, counts=counts)
 
     def _used(self) -> dict[str, float]:
         writer: Any = self.instruct.writer
@@ -71,9 +72,8 @@ class InstructStage:
 class PairStage:
     """Triples to pairs: draws, measures and judges candidates in rounds (paper, section 3.1.2).
 
-    clip: returns the folder of the CLIP that judges; clip_name: its name in the table. scale: the interval of
-    the guidance scale. Only the drawing and judging settings of the config are used. All triples of a part
-    are drawn together.
+    config: its drawing and judging settings are used, with `how` for those that are None. clip: returns the
+    folder of the CLIP that judges; clip_name: its name in the table. All triples of a part are drawn together.
 
     Counts candidates and their fates (made, passed, early, judged, overflow), UNet evaluations, decoded and
     previewed pictures, triples and how each ended (enough, hopeless, most), triples without a pair, and
@@ -87,42 +87,29 @@ class PairStage:
         clip: Callable[[], Path],
         clip_name: str,
         thresholds: Thresholds,
-        scale: tuple[float, float] = SCALE,
-        how: Mapping[str, Any] | None = None,
     ) -> None:
-        how = config.how() if how is None else how
+        config = config.changed(**config.how())
         self.thresholds = thresholds
-        self.drawn: dict[str, Any] = {"p": config.p, "p_cross": config.p_cross, "scale": scale}
-        self.early_thresholds = lowered(thresholds, config.early_margin)
-        self.per_source: int = how["p_per_source"]
+        self.drawn: dict[str, Any] = {
+            "p": config.p,
+            "p_cross": config.p_cross,
+            "scale": config.scale or SCALE,
+        }
+        self.per_source = config.p_per_source or 1
         self.keep_all = config.keep == "all"
-        self.rounds = Rounds.of(how)
-        tiny = how["tiny_vae"]
+        self.rounds = Rounds.of(config)
         self.painter = PairMaker(
             config.model,
-            device=config.device,
-            dtype=config.dtype,
-            revision=config.revision,
-            weights=config.weights,
-            vae=config.vae,
-            steps=how["steps"],
-            sampler=how["sampler"],
-            schedule=how["schedule"],
-            size=config.size,
-            attention=how["attention"],
-            reweight=config.reweight,
-            blend=config.blend,
-            batch_size=config.batch_size,
-            early=self._early if how["early_at"] else None,
-            early_at=how["early_at"],
+            config,
+            early=partial(self._pass, lowered(thresholds, config.early_margin)) if config.early_at else None,
             # Candidates that fail on the previews are not decoded in full, unless all are kept.
-            judge=self._previewed if tiny is not None and not self.keep_all else None,
-            tiny_vae=tiny,
+            judge=partial(self._pass, thresholds) if config.tiny_vae and not self.keep_all else None,
+            tiny_vae=config.tiny_vae,
         )
         self.clip = Clip.load(clip(), self.painter.device)
         self.known = {"model": called(config.model), "clip": clip_name, "license": config.license}
 
-    def __call__(self, part: Sequence[Triple]) -> Made:
+    def __call__(self, part: Sequence[Triple]) -> StageOutput:
         painter = self.painter
         before = painter.evaluations, painter.decoded, painter.previewed
         counts: Counter[str] = Counter(dict.fromkeys(FATES, 0))
@@ -135,7 +122,7 @@ class PairStage:
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The text is longer than")  # counted as cut
-            prompts = run(part, self.rounds, judge, new=self._candidate)
+            prompts = draw_in_rounds(part, self.rounds, judge, new=self._candidate)
         order = {triple.id: place for place, triple in enumerate(part)}
         drawn.sort(key=lambda row: (order[row["triple_id"]], row["candidate"]))
         ends = Counter(prompt.ended for prompt in prompts)
@@ -146,7 +133,7 @@ class PairStage:
         after = painter.evaluations, painter.decoded, painter.previewed
         names = ("evaluations", "decoded", "previewed")
         counts.update({n: b - a for n, a, b in zip(names, before, after, strict=True)})
-        return Made(tables={KEPT: pair_table(drawn)}, counts=counts)
+        return StageOutput(tables={KEPT: pair_table(drawn)}, counts=counts)
 
     def _candidate(self, triple: Triple, number: int) -> Candidate:
         return shared_candidate(triple, number, self.per_source, **self.drawn)
@@ -175,16 +162,6 @@ class PairStage:
                 rows.append(row | self.known | {"kind": "whole" if one.triple.is_whole else "part"})
         counts["passed"] += sum(passes.values())
         return [passes.get(one.id) or None for one in candidates], rows
-
-    def _early(
-        self, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor
-    ) -> list[bool]:
-        return self._pass(self.early_thresholds, candidates, before, after)
-
-    def _previewed(
-        self, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor
-    ) -> list[bool]:
-        return self._pass(self.thresholds, candidates, before, after)
 
     def _pass(
         self, least: Thresholds, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor

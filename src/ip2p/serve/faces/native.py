@@ -316,7 +316,7 @@ class _Answers:
         self, job: Job, response: Literal["b64", "url"], path: str
     ) -> AsyncIterator[tuple[str, Mapping[str, Any]]]:
         """A job's events until its end, as names and JSON."""
-        async for event in job.aevents():
+        async for event in job.events():
             record = _record(self.state(job))
             if event.kind == "preview" and event.image is not None:
                 picture = await self.desk.by_hand(Encoding("jpeg", 80).base64, event.image)

@@ -300,7 +300,7 @@ async def _events(
         about = {"b64_json": wire.base64_of(data), "created_at": int(time.time()), **_about(image, encoding)}
         return name, {"type": name, **about, **more}
 
-    async for news in job.aevents():
+    async for news in job.events():
         if news.kind == "preview" and news.image is not None and not news.number:
             if sent < partial and job.state == "running":
                 yield await event("image_edit.partial_image", news.image, partial_image_index=sent)
