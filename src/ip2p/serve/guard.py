@@ -40,8 +40,8 @@ LONGEST_NAME = 255  # bytes between two slashes
 BODY_SECONDS = 60.0  # for a body to arrive
 SILENT_SECONDS = 15.0  # between two of its parts
 BODIES_AT_ONCE = 8  # of the largest size; more bytes than that are not held at once
-# Brackets, braces and commas of a body that may be JSON, on top of what the texts of an edit may hold. Each may
-# become an object of 60 bytes, and parsing blocks the server. A file's base64 has none, an edit about 50.
+# Brackets, braces and commas of a body that may be JSON, besides those in an edit's texts. Each may become an
+# object of 60 bytes, and parsing blocks the server. A file's base64 has none, an edit about 50.
 STRUCTURE = 20_000
 
 # The page: files of this server alone, no script or style in the HTML, and pictures that it made itself.

@@ -139,8 +139,8 @@ def _check_value(name: str, value: object) -> None:
         if isinstance(value, list | dict):
             if depth == DEEPEST:
                 raise SettingError(f"{name} is nested deeper than {DEEPEST}. Send a flatter one.", field=name)
-            inner += [(part, depth + 1) for part in value]
-            inner += [(part, depth + 1) for part in value.values()] if isinstance(value, dict) else []
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            inner += [(part, depth + 1) for part in parts]
 
 
 def body_within(

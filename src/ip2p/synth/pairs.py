@@ -65,8 +65,8 @@ class CandidateResult:
     """The result for one candidate.
 
     before, after: uint8 [height, width, 3]. latents: the sampler's latents of both, fp32 [2, channels, h, w]
-    on the CPU. All three are None unless `fate` is "made". evaluations: UNet evaluations, two per guided step;
-    those of a shared source picture count for its first candidate.
+    on the CPU. All three are None unless `fate` is "made". evaluations: of the UNet, two per guided step; those
+    of a shared source picture count for its first candidate.
     """
 
     candidate: Candidate
@@ -115,10 +115,9 @@ class PairMaker:
     """Draws image pairs for candidates. This is a stage: it loads the model once and is called on batches.
 
     model: anything that `models.load.open_model` reads (Stable Diffusion, or an editor, which gets no input
-    picture), or a Bundle. settings: the model and drawing settings of `SynthPairsConfig` (or, instead, config:
-    all of them); by default as in the paper's code. size None is the model's native size. batch_size:
-    candidates per batch; None is 4 on a CPU and 8 elsewhere. In fp32 the result depends on it only through
-    rounding.
+    picture), or a Bundle. settings: the model and drawing settings of `SynthPairsConfig`, by default as in the
+    paper's code; config: all of them instead. size None is the model's native size. batch_size: candidates
+    per batch; None is 4 on a CPU and 8 elsewhere. In fp32 the result depends on it only through rounding.
 
     attention: what a pair shares: self-attention maps (the paper's code), cross-attention maps of words at
     the same position ("replace") or of common words ("refine"; Hertz et al. 2022), or both. reweight:

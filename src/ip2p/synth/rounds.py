@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from ip2p.synth.records import Candidate, Triple, candidate
-from ip2p.synth.settings import SynthPairsConfig
 
 T = TypeVar("T")
 
@@ -40,9 +39,8 @@ class Rounds:
     shared: int = 1  # candidates per source trajectory; they are not independent, so they count as one try
 
     @classmethod
-    def of(cls, config: SynthPairsConfig) -> Rounds:
-        """Rounds from the settings of `synth pairs`, where `enough=0` draws all candidates."""
-        how = config.how()
+    def of(cls, how: Mapping[str, Any]) -> Rounds:
+        """Rounds from `SynthPairsConfig.how`, where `enough=0` draws all candidates."""
         quotas = {name: how[name] or None for name in ("enough", "enough_whole")}
         names = {
             "most": "most",

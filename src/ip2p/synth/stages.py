@@ -72,8 +72,9 @@ class InstructStage:
 class PairStage:
     """Triples to pairs: draws, measures and judges candidates in rounds (paper, section 3.1.2).
 
-    config: its drawing and judging settings are used, with `how` for those that are None. clip: returns the
-    folder of the CLIP that judges; clip_name: its name in the table. All triples of a part are drawn together.
+    config: its drawing and judging settings are used; those of None have the defaults of its `how`. clip:
+    returns the folder of the CLIP that judges; clip_name: its name in the table. All triples of a part are
+    drawn together.
 
     Counts candidates and their fates (made, passed, early, judged, overflow), UNet evaluations, decoded and
     previewed pictures, triples and how each ended (enough, hopeless, most), triples without a pair, and
@@ -97,7 +98,7 @@ class PairStage:
         }
         self.per_source = config.p_per_source or 1
         self.keep_all = config.keep == "all"
-        self.rounds = Rounds.of(config)
+        self.rounds = Rounds.of(config.how())
         self.painter = PairMaker(
             config.model,
             config,

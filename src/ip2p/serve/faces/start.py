@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,7 +21,7 @@ from ip2p.serve import mark, wire
 from ip2p.serve.errors import Refusal, declared_errors
 from ip2p.serve.faces import native
 from ip2p.serve.requests import naming
-from ip2p.serve.wire import Desk, Encoding, Format
+from ip2p.serve.wire import Desk, Encoding, Format, PictureField
 from ip2p.settings import EditSettings
 
 FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
@@ -69,7 +69,7 @@ class PictureBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image: native.PictureField = Field(description="the picture: PNG, JPEG, WebP, BMP, TIFF, GIF, PPM")
+    image: PictureField = Field(description="the picture: PNG, JPEG, WebP, BMP, TIFF, GIF, PPM")
     side: int = Field(1024, ge=16, le=4096, description="the longer side of the preview; none is enlarged")
     convert: Format | None = Field(
         None, description="answer with the picture's file in this format, its metadata and settings inside"
@@ -144,17 +144,16 @@ def router(desk: Desk) -> APIRouter:
         "/v1/pictures",
         summary="Look at a picture: its size, its settings, a preview; or convert its file",
         openapi_extra=wire.request_body(PictureBody),
-        response_model=None,
         responses={200: {"model": PictureAnswer, "content": native.FILES}},
     )
-    async def read_picture(request: Request) -> Any:
+    async def read_picture(request: Request) -> Response:
         """Nothing is kept. With `convert` it answers with a file that has the picture's EXIF, color profile
         and settings; a result of this server keeps its mark."""
         service.check_room(wire.caller_of(request))
         body = await wire.read_body(request, PictureBody, desk)
         data = body.image if isinstance(body.image, bytes) else wire.from_base64(body.image, "image")
         async with desk.opening:
-            return await desk.by_hand(_looked_at, data, body, desk.config.max_pixels)
+            return await desk.by_hand(_inspect, data, body, desk.config.max_pixels)
 
     return routes
 
@@ -188,11 +187,16 @@ def drawn_examples() -> list[tuple[bytes, str, tuple[str, ...]]]:
     return made
 
 
-def _looked_at(data: bytes, body: PictureBody, max_pixels: int) -> PictureAnswer | Response:
+def _inspect(data: bytes, body: PictureBody, max_pixels: int) -> Response:
     warnings: list[str] = []
     with naming("image"):
         picture = load_image(data, max_pixels=max_pixels, warn=warnings.append)
-        infotext, kind, marked = _carried(data)
+    # The infotext, the format, and whether this server marked the file.
+    with Image.open(io.BytesIO(data)) as image:
+        infotext, kind = infotext_of(image) or None, image.format or ""
+        image.load()  # a PNG's XMP may stand behind its pixels
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+        marked = mark.SOURCE_TYPE.encode() in (xmp.encode() if isinstance(xmp, str) else xmp)
     if body.convert is not None:
         picture.info["parameters"] = infotext
         if marked:
@@ -202,30 +206,20 @@ def _looked_at(data: bytes, body: PictureBody, max_pixels: int) -> PictureAnswer
     settings = None
     if infotext is not None:
         try:
-            record = parse_infotext(infotext)
-            settings = record.model_dump(mode="json", exclude_unset=True)
+            settings = parse_infotext(infotext).model_dump(mode="json", exclude_unset=True)
         except InputError as error:
             warnings.append(f"The settings in the file cannot be read: {error}")
     share = min(1.0, body.side / max(picture.size))
     width, height = (max(1, round(side * share)) for side in picture.size)
-    shown = picture.copy() if share == 1 else resized(picture, (width, height))
-    shown.info = {}
-    return PictureAnswer(
+    small = picture.copy() if share == 1 else resized(picture, (width, height))
+    small.info = {}
+    answer = PictureAnswer(
         width=picture.width,
         height=picture.height,
         format=FORMATS.get(kind, "png"),
         infotext=infotext,
         settings=settings,
         warnings=warnings,
-        preview=Encoding("webp", 92).base64(shown),
+        preview=Encoding("webp", 92).base64(small),
     )
-
-
-def _carried(data: bytes) -> tuple[str | None, str, bool]:
-    """The infotext of a file that `load_image` takes, its format, and whether it has this server's mark."""
-    with Image.open(io.BytesIO(data)) as image:
-        text = infotext_of(image)
-        image.load()  # a PNG's XMP may stand behind its pixels
-        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
-        xmp = xmp.encode() if isinstance(xmp, str) else xmp
-        return text or None, image.format or "", mark.SOURCE_TYPE.encode() in xmp
+    return JSONResponse(answer.model_dump(mode="json"))
