@@ -22,6 +22,25 @@ const step = (id, parent, made) => ({ id, parent, made, title: id });
 const treeOf = (steps) =>
   steps.reduce((tree, [id, parent], k) => trees.addStep(tree, step(id, parent, k)), trees.emptyTree());
 
+// --- suggestions --------------------------------------------------------------------------------
+
+test("suggestions come once, and none that was done", () => {
+  const found = words.ideas(["night", "snow", "snow"], ["snow", "rain", "fog"], ["night", "fog"]);
+  assert.deepEqual(found, { sure: ["snow"], general: ["rain"] });
+  assert.deepEqual(words.ideas([], [], ["night"]), { sure: [], general: [] });
+});
+
+test("a surprise is another instruction than the last, if there is one", () => {
+  for (let k = 0; k < 20; k++) assert.equal(words.anyOf(["night", "snow"], "night"), "snow");
+  assert.equal(words.anyOf(["night"], "night"), "night");
+});
+
+test("the path leads from the step shown to the picture that was opened", () => {
+  const tree = treeOf([["a", null], ["b", "a"], ["c", "a"]]);
+  assert.deepEqual(trees.path(tree).map((each) => each.id), ["c", "a"]);
+  assert.deepEqual(trees.path(trees.emptyTree()), []);
+});
+
 // --- the history --------------------------------------------------------------------------------
 
 test("undo and redo walk the chain", () => {

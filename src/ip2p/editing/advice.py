@@ -104,13 +104,3 @@ def page() -> str:
             heading = line
         lines.append(line)
     return "\n".join(lines[:-1]) + "\n"
-
-
-def templates() -> list[tuple[str, str]]:
-    """The instructions that work, each with its first example: ("make it …", "make it night")."""
-    pairs = []
-    for line in TEXT.split("## How much")[0].splitlines():
-        if line.startswith("    ") and (words := line.strip()):
-            template, _, examples = (part.strip() for part in words.partition("  "))
-            pairs.append((template, examples.split(";")[0].split(",")[0]))
-    return pairs

@@ -13,8 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ip2p import __version__
 from ip2p.base.errors import InputError
-from ip2p.editing import advice, grid
-from ip2p.models.bundle import Card
+from ip2p.editing import grid
 from ip2p.pictures.images import load_image, resized, to_bytes
 from ip2p.pictures.infotext import infotext_of, parse_infotext
 from ip2p.serve import mark, wire
@@ -25,11 +24,17 @@ from ip2p.serve.wire import Desk, Encoding, Format, PictureField
 from ip2p.settings import EditSettings
 
 FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
-# What the storybook model does to any page; its score is best on changes of the whole page.
+# Changes of the whole picture, which need nothing particular in it: they suit the model, and are not tried on
+# the client's picture. The storybook model does these best.
 STORYBOOK = (
     *("make it night", "make it snow", "make it sunset", "make it rain", "make it foggy"),
-    *("change the background to a beach", "put them on the moon", "put them in the desert"),
+    *("change the background to the beach", "put them on the moon", "put them in the desert"),
     *("make it a pencil drawing", "make it pixel art", "make it a watercolour"),
+)
+PHOTOS = (
+    *("make it night", "make it snow", "make it sunset", "make it rain", "what if it were autumn?"),
+    *("change the background to a beach", "put them in the desert", "make it look like a watercolor"),
+    *("make it a pencil drawing", "make it look like an oil painting", "make it look like a comic book"),
 )
 # Bright pages of the test split by their number, and what may be changed in each.
 EXAMPLES = {
@@ -38,7 +43,7 @@ EXAMPLES = {
     128: ("make the dog orange", "make it sunset", "make the bus blue", "make it snow"),
     223: ("put a hat on the pig", "make it night", "make the pig pink", "make it rain"),
     252: ("make it a pencil drawing", "make the balloon red", "make it night", "make it foggy"),
-    885: ("change the background to a beach", "make the flower blue", "make it night", "make it snow"),
+    885: ("change the background to the beach", "make the flower blue", "make it night", "make it snow"),
 }
 
 
@@ -52,7 +57,7 @@ class ModelCard(BaseModel):
     native_size: int = Field(description="the side in pixels at which the model was trained")
     defaults: dict[str, Any] = Field(description="the settings that the model recommends")
     grid: dict[str, list[float]] = Field(description="values of text_cfg and image_cfg worth comparing")
-    suggestions: list[str] = Field(description="instructions that the model can follow")
+    suggestions: list[str] = Field(description="instructions that suit the model, whatever the picture shows")
     limits: dict[str, int] = Field(description="of this server: pixels, body_bytes, count, steps, per_client")
 
 
@@ -100,17 +105,18 @@ def router(desk: Desk) -> APIRouter:
         name = model or service.models[0]
         limits = service.limits
         card = await desk.by_hand(service.card, name)
+        about = f"photos and pictures, at its best near {card.native_size} × {card.native_size} pixels"
         defaults = EditSettings().resolved(card)
         defaults = defaults.changed(steps=min(defaults.steps or 1, limits.steps))
         return ModelCard(
             model=name,
             models=service.models,
             version=__version__,
-            about=about(card),
+            about="drawn storybook pages only" if card.closed_vocabulary else about,
             native_size=card.native_size,
             defaults={key: getattr(defaults, key) for key in EditSettings.model_fields if key != "seed"},
             grid={axis: list(grid.default_values(axis, defaults)) for axis in ("text_cfg", "image_cfg")},
-            suggestions=list(STORYBOOK) if card.closed_vocabulary else photo_suggestions(),
+            suggestions=list(STORYBOOK if card.closed_vocabulary else PHOTOS),
             limits={
                 "pixels": limits.pixels,
                 "body_bytes": desk.config.max_mb * 1_000_000,
@@ -158,20 +164,7 @@ def router(desk: Desk) -> APIRouter:
     return routes
 
 
-def about(card: Card) -> str:
-    """What a model is for."""
-    if card.closed_vocabulary:
-        return "drawn storybook pages only"
-    return f"photos and pictures, at its best near {card.native_size} × {card.native_size} pixels"
-
-
 @functools.cache
-def photo_suggestions() -> list[str]:
-    """The first example of each instruction that works (docs/advice.md)."""
-    return [example for _, example in advice.templates() if "…" not in example]
-
-
-@functools.lru_cache(maxsize=1)
 def drawn_examples() -> list[tuple[bytes, str, tuple[str, ...]]]:
     """Storybook pages that no model was trained on: a PNG file, a title, and instructions."""
     from ip2p_storybook.captions import caption  # brings the drawing library
