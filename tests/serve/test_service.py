@@ -739,12 +739,12 @@ def test_the_newest_job_is_kept_whatever_its_size_and_who_made_room_is_known(ser
     first, second = (service.submit(request(seeds=(1, 2, 3)), client="a") for _ in range(2))
     assert first.wait(60) and second.wait(60)
     assert service.job(second.id) is second and service.job(first.id) is None
-    assert service.jobs.went_early(first.id) and not service.jobs.went_early(second.id)
+    assert service.jobs.dropped_early(first.id) and not service.jobs.dropped_early(second.id)
     service = serve({"x": lambda: None}, join=1, keep_seconds=0.05)
     job = service.submit(request(), client="a")
     assert job.wait(60)
     time.sleep(0.06)
-    assert service.job(job.id) is None and not service.jobs.went_early(job.id)
+    assert service.job(job.id) is None and not service.jobs.dropped_early(job.id)
 
 
 def encode(picture):

@@ -1,4 +1,4 @@
-"""`ip2p serve` and `ip2p ui`: how the server starts, listens, and stops."""
+"""`ip2p serve` and `ip2p ui`: the HTTP application, and how the server starts, listens and stops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ip2p.base.devices import pick_device
-from ip2p.base.errors import InputError
+from ip2p.base.errors import InputError, Ip2pError
 from ip2p.base.terminal import say
 from ip2p.serve.options import ServeConfig, UiConfig
 
@@ -27,22 +27,36 @@ try:
     import prometheus_client  # noqa: F401 - else missed when the metrics are read
     import python_multipart  # noqa: F401 - else missed when a form comes
     import uvicorn
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import FileResponse, JSONResponse, Response
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.gzip import GZipMiddleware
+    from starlette.requests import ClientDisconnect
+    from starlette.routing import compile_path
+    from starlette.staticfiles import StaticFiles
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise InputError(
         f"the server needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
     ) from None
 
-from ip2p.serve.asgi import make_app
+from ip2p import __version__
+from ip2p.serve import metrics
+from ip2p.serve.errors import Refusal, declared_errors, error_response
+from ip2p.serve.faces import a1111, native, openai, start
+from ip2p.serve.guard import Guard
 from ip2p.serve.maker import LocalMaker, default_join
 from ip2p.serve.mark import checker, marker
 from ip2p.serve.requests import Limits
 from ip2p.serve.service import Service
+from ip2p.serve.wire import Desk
 
 if TYPE_CHECKING:
     from ip2p.editing.editor import Editor
 
+PAGE = Path(__file__).parent / "page"
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 HEADER_SECONDS = 20.0  # for a request line and its headers to arrive
 OVER_BYTES = 16_000_000  # of a body that is let in after its answer
 FLUSH_SECONDS = 5  # after the last edit: for its answer to go out
@@ -79,15 +93,19 @@ def run(config: ServeConfig, *, browser: bool = False, any_port: bool = False) -
 
         settings = server_config(make_app(service, config))
         server = _Server(settings, lambda: service.drain(config.drain_seconds), ready)
-        with _access_log():
-            server.run(sockets=[listening])
+        # A line of JSON for each request on stderr, without a prefix.
+        access = logging.getLogger("ip2p.serve.access")
+        access.addHandler(logging.StreamHandler(sys.stderr))
+        access.setLevel(logging.INFO)
+        access.propagate = False
+        server.run(sockets=[listening])
 
 
 def server_config(app: FastAPI) -> uvicorn.Config:
     """How uvicorn serves the application."""
     return uvicorn.Config(
         app,
-        http=_Impatient,
+        http=_TimedProtocol,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -134,11 +152,7 @@ def _local_maker(config: ServeConfig) -> LocalMaker:
         from ip2p.editing.editor import Editor
 
         return Editor.load(
-            model,
-            device=config.device,
-            dtype=config.dtype,
-            memory=config.memory,
-            compile=config.compile,
+            model, device=config.device, dtype=config.dtype, memory=config.memory, compile=config.compile
         )
 
     models = config.models()
@@ -151,7 +165,7 @@ def _local_maker(config: ServeConfig) -> LocalMaker:
     )
 
 
-class _Impatient(H11Protocol):
+class _TimedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, which closes a connection that lingers.
 
     Either the request line and headers do not arrive, or the body goes on after the answer. The rest of such
@@ -242,19 +256,86 @@ def _listening(host: str, port: int, *, tries: int) -> Iterator[socket.socket]:
         yield sock
 
 
-@contextlib.contextmanager
-def _access_log() -> Iterator[None]:
-    """A line of JSON for each request on stderr, without a prefix."""
-    access = logging.getLogger("ip2p.serve.access")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    access.addHandler(handler)
-    access.propagate, before = False, access.propagate
-    level = access.level
-    access.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        access.removeHandler(handler)
-        access.propagate = before
-        access.setLevel(level)
+# --- the application -----------------------------------------------------------------------------
+
+
+def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> FastAPI:
+    """The application over a service with a store. page: with the page at `/`."""
+    desk = Desk(service, config)
+    app = FastAPI(
+        title="ip2p",
+        version=__version__,
+        summary="Edit pictures by instruction",
+        # FastAPI's own pages fetch their viewer from another server.
+        docs_url=None,
+        redoc_url=None,
+        responses=declared_errors("native"),
+    )
+    for face in (native, start, openai, a1111):
+        app.include_router(face.router(desk))
+
+    @app.get("/healthz", tags=["server"], summary="Whether the server lives")
+    async def read_health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get(
+        "/readyz",
+        tags=["server"],
+        summary="Whether it takes requests",
+        responses={503: {"description": "Not now", "content": {"application/json": {}}}},
+    )
+    async def read_ready() -> JSONResponse:
+        ready = service.ready
+        return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
+
+    @app.get(
+        "/metrics",
+        tags=["server"],
+        summary="Numbers for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def read_metrics() -> Response:
+        return Response(metrics.prometheus_text(service.stats()), media_type=metrics.MEDIA_TYPE)
+
+    @app.get("/docs", include_in_schema=False)
+    async def read_docs() -> Response:
+        return FileResponse(PAGE / "docs.html")
+
+    # Before the page, whose errors look different.
+    for path in ("/v1/{rest:path}", "/sdapi/{rest:path}", "/healthz", "/readyz", "/metrics"):
+        app.add_api_route(path, _refuse_method, methods=METHODS, include_in_schema=False)
+    for kind in (Ip2pError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    if page:
+        app.mount("/", GZipMiddleware(StaticFiles(directory=PAGE, html=True)), name="page")
+    # Last, so it is around everything, the page too.
+    app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
+    return app
+
+
+async def _refuse_method(request: Request) -> Response:
+    """404, or 405 where the address takes other methods."""
+    methods = [
+        method.upper()
+        for path, operations in request.app.openapi()["paths"].items()
+        if compile_path(path)[0].match(request.url.path)
+        for method in operations
+    ]
+    if not methods:
+        raise Refusal(f"{request.method} does nothing at this address. See /docs.", status=404)
+    allowed = ", ".join(methods)
+    raise Refusal(
+        f"{request.method} does nothing at this address; it takes {allowed}.",
+        status=405,
+        headers={"Allow": allowed},
+    )
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_response(error, request.url.path)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # the client has gone; the log tells it from an answer

@@ -315,12 +315,7 @@ class JoinedEditor(Editor):
     """
 
     def __init__(
-        self,
-        editor: Editor,
-        *,
-        join: int = 8,
-        patience: float = PATIENCE,
-        calls: Counter[int] | None = None,
+        self, editor: Editor, *, join: int = 8, patience: float = PATIENCE, calls: Counter[int] | None = None
     ) -> None:
         # The same networks, where they are: hooks that move them to the device are replaced, not doubled.
         super().__init__(

@@ -158,7 +158,7 @@ class Guard:
         except Exception:
             if body.refusal is None:
                 faults.exception("%s %s", scope["method"], shown(path))
-                refusal = Refusal("The server failed at this; its log says how.", status=500)
+                refusal = Refusal("The server failed at this request; the reason is in its log.", status=500)
         finally:
             body.let_go()
         refusal = body.refusal or refusal
@@ -170,7 +170,8 @@ class Guard:
         if "\0" in path or any(len(part.encode()) > LONGEST_NAME for part in path.split("/")):
             # No file system takes it, so the app would fail at it.
             raise Refusal(
-                f"The address holds a name longer than {LONGEST_NAME} bytes, or a zero.", status=404
+                f"The address has a part longer than {LONGEST_NAME} bytes, or a zero byte. See /docs.",
+                status=404,
             )
         name = host_name(host)
         if name not in self.hosts and not (self.any_address and is_address(name)):

@@ -41,7 +41,8 @@ def _families(stats: Stats) -> Iterator[Metric]:
         yield family
     sizes = sorted(stats.joined)
     calls = accumulate(stats.joined[size] for size in sizes)
-    joined = {**dict(zip(sizes, calls, strict=True)), math.inf: sum(stats.joined.values())}
+    joined: dict[float, int] = dict(zip(sizes, calls, strict=True))
+    joined[math.inf] = sum(stats.joined.values())
     rows = sum(size * count for size, count in stats.joined.items())
     for name, text, upto, total in (  # upto: how many were at most each bound
         ("request_seconds", "From the request to its end.", stats.seconds, stats.seconds_sum),

@@ -59,9 +59,7 @@ class ServeConfig(RaySettings, _Served):
     """Serve edits over HTTP, with a page in the browser: ip2p serve --port 7860"""
 
     host: str = setting(
-        "127.0.0.1",
-        "address to listen on; 0.0.0.0 admits other machines, and only with a key",
-        group=COMMON,
+        "127.0.0.1", "address to listen on; 0.0.0.0 admits other machines, and only with a key", group=COMMON
     )
     api_key_file: Path | None = setting(
         None, "file with API keys, one a line; or one key in IP2P_API_KEY", group=ACCESS, metavar="FILE"

@@ -76,7 +76,7 @@ class Shelf:
                     if len(self._early) > REMEMBERED:
                         del self._early[next(iter(self._early))]
 
-    def went_early(self, name: str) -> bool:
+    def dropped_early(self, name: str) -> bool:
         """Whether a name was dropped before its time, to make room."""
         return name in self._early
 
@@ -158,10 +158,10 @@ class Store:
         except OSError:
             return None
 
-    def went_early(self, name: str) -> bool:
+    def dropped_early(self, name: str) -> bool:
         """Whether a file was dropped before its time, to make room."""
         with self._lock:
-            return self.shelf.went_early(name)
+            return self.shelf.dropped_early(name)
 
     def remove(self, name: str) -> None:
         """Drop a file, if it is kept."""
@@ -232,10 +232,10 @@ class JobShelf:
             self._drop_old()
             return self._jobs.get(id)
 
-    def went_early(self, id: str) -> bool:
+    def dropped_early(self, id: str) -> bool:
         """Whether the job of an id was forgotten before its time, to make room."""
         with self._lock:
-            return self.shelf.went_early(id)
+            return self.shelf.dropped_early(id)
 
     def end(self, job: Job) -> None:
         """Keep a job that ends, for its time."""

@@ -17,7 +17,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -55,17 +55,6 @@ class News:
     preview: Image.Image | None = None
     result: Result | None = None
     error: Ip2pError | None = None
-
-
-class Replicas(Protocol):
-    """Where edits are made.
-
-    The answer to `edit` is an iterable of News, which raises Lost or Stopped; its `stop` ends the edit.
-    """
-
-    def edit(self, request: EditRequest) -> Any: ...
-
-    def card(self, model: str) -> Card | Ip2pError: ...
 
 
 class Replica:
@@ -118,10 +107,12 @@ class Replica:
 class ReplicaMaker(Maker):
     """Has replicas make the edits. Every replica has every model, and checks what only a model knows.
 
-    each: how many pictures one of the `count` replicas samples at once.
+    replicas: an object with `edit` and `card` of a Replica. Its `edit` returns an iterable of News, which
+    raises Lost or Stopped, and whose `stop` ends the edit. each: how many pictures one of the `count`
+    replicas samples at once.
     """
 
-    def __init__(self, replicas: Replicas, models: Sequence[str], *, count: int, each: int) -> None:
+    def __init__(self, replicas: Any, models: Sequence[str], *, count: int, each: int) -> None:
         super().__init__(models, count * each)
         self._replicas = replicas
         self._cards: dict[str, Card] = {}
@@ -188,10 +179,7 @@ def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Itera
     a model raises.
     """
     cluster = Cluster(
-        address=config.ray or "",
-        workers=config.replicas,
-        cpus=config.replica_cpus,
-        gpus=config.replica_gpus,
+        address=config.ray or "", workers=config.replicas, cpus=config.replica_cpus, gpus=config.replica_gpus
     )
     with ray_of(cluster) as ray, contextlib.ExitStack() as stack:
         try:

@@ -50,18 +50,18 @@ OptionalPicture = Annotated[bytes | str | None, WithJsonSchema({"anyOf": [PICTUR
 class Desk:
     """What every interface works with.
 
-    hands: bounds how many pictures are decoded or encoded at once. opening: bounds how many requests have
+    threads: bounds how many pictures are decoded or encoded at once. opening: bounds how many requests have
     decoded pictures and do not count in the queue yet.
     """
 
     service: Service
     config: ServeConfig
-    hands: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
+    threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
     opening: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
 
-    async def by_hand(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
+    async def in_thread(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
         """Run `work` in a thread, so that the server answers others meanwhile."""
-        return await anyio.to_thread.run_sync(functools.partial(work, *args, **named), limiter=self.hands)
+        return await anyio.to_thread.run_sync(functools.partial(work, *args, **named), limiter=self.threads)
 
 
 # --- bodies --------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ async def read_body(request: Request, kind: type[Body], desk: Desk, voice: Voice
         values = await _form_values(read, kind, desk)
     elif content in ("application/json", ""):
         try:
-            values = await desk.by_hand(json.loads, await read.body())
+            values = await desk.in_thread(json.loads, await read.body())
         except (ValueError, RecursionError) as error:
             raise SettingError(f"body is not JSON: {error}", field="body") from None
     else:
@@ -91,7 +91,7 @@ async def read_body(request: Request, kind: type[Body], desk: Desk, voice: Voice
         )
     if not isinstance(values, dict):
         raise SettingError(
-            'body is no object. Send JSON such as {"instruction": "make it snow"}.', field="body"
+            'body is not an object. Send JSON such as {"instruction": "make it snow"}.', field="body"
         )
     for name, value in values.items():
         _check_value(name, value)
@@ -116,7 +116,7 @@ async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> d
             info = kind.model_fields.get(name)
             types = "" if info is None else str(info.annotation).lower()
             if len(several) > 1 and "list" not in types and "tuple" not in types:
-                raise SettingError(f"{name} came twice. Send it once.", field=name)
+                raise SettingError(f"{name} was sent twice. Send it once.", field=name)
             if len(several) == 1 and "list" not in types:
                 [values[name]] = several
     except HTTPException as error:
@@ -200,7 +200,7 @@ class Opened:
                     data, max_pixels=self._desk.config.max_pixels, background=None, warn=self.warnings.append
                 )
 
-        return await self._desk.by_hand(decode)
+        return await self._desk.in_thread(decode)
 
     async def mask(self, value: bytes | str) -> Image.Image:
         """The field `mask` in "L", white where the edit may go; what is transparent is black."""
@@ -234,7 +234,7 @@ async def submitted(
         async with desk.opening:
             edit = await edit_of(Opened(desk))
             submit = functools.partial(desk.service.submit, edit, client=client, place=place)
-            job = await desk.by_hand(submit, encode=encode, keep=keep)
+            job = await desk.in_thread(submit, encode=encode, keep=keep)
     if not hold:
         let_go(request, body)
     return edit, job

@@ -212,7 +212,7 @@ def router(desk: Desk) -> APIRouter:
         except Refusal:  # interrupted: clients expect the finished results, not an error
             if job.state != "cancelled":
                 raise
-        images = [await desk.by_hand(wire.PNG.base64, result.image) for result in job.results]
+        images = [await desk.in_thread(wire.PNG.base64, result.image) for result in job.results]
         return Img2ImgAnswer(
             images=images if body.send_images else [],
             parameters=body.model_dump(exclude=None if hold else set(PICTURES)),
@@ -226,7 +226,7 @@ def router(desk: Desk) -> APIRouter:
     )
     async def read_png_info(request: Request) -> PngInfoAnswer:
         body = await wire.read_body(request, PngInfo, desk)
-        return await desk.by_hand(_png_info, body.image)
+        return await desk.in_thread(_png_info, body.image)
 
     @routes.get("/options", summary="The model that this client has chosen")
     async def read_options(request: Request) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def router(desk: Desk) -> APIRouter:
         if job is not None and job.active and not skip_current_image:
             preview = next((image for image in job.previews if image is not None), None)
             if preview is not None:
-                picture = await desk.by_hand(wire.PNG.base64, preview)
+                picture = await desk.in_thread(wire.PNG.base64, preview)
         return _progress(job, picture)
 
     # Results are made together, so that one alone cannot be skipped.
@@ -360,8 +360,8 @@ async def _edit_of(
                 f"resize_mode is {body.resize_mode}; it must be 0, 1 or 2.", field="resize_mode"
             )
         how = RESIZE_MODES[body.resize_mode]
-        picture = await desk.by_hand(wire.sized, picture, size, how)
-        mask = mask and await desk.by_hand(wire.sized, mask, size, how)
+        picture = await desk.in_thread(wire.sized, picture, size, how)
+        mask = mask and await desk.in_thread(wire.sized, mask, size, how)
     settings = settings_from_body(
         body,
         "a1111",

@@ -145,7 +145,7 @@ def router(desk: Desk) -> APIRouter:
         await wire.finished(desk, request, job)
         if accept.startswith("image/"):
             return await answers.file(job, 0)
-        return _json(await answers.whole(job, body.response))
+        return _json(await answers.with_results(job, body.response))
 
     @routes.get(
         "/v1/edits/{id}",
@@ -156,7 +156,7 @@ def router(desk: Desk) -> APIRouter:
         job = answers.find(id)
         if "text/event-stream" in request.headers.get("accept", ""):
             return wire.event_stream(desk, None, answers.events(job, "url", request.url.path))
-        answer = await answers.whole(job, "url")
+        answer = await answers.with_results(job, "url")
         if job.error is not None:
             answer = answer.model_copy(update=error_body(job.error, request.url.path))
         return _json(answer)
@@ -228,47 +228,44 @@ class _Answers:
         job = self.service.job(id)
         if job is not None:
             return job
-        if self.service.jobs.went_early(id):
-            raise Refusal(
-                "id names an edit that went early, to make room for newer ones. Send it again; with "
-                "wait=false its results are kept on disk, where there is more room.",
-                status=410,
-                field="id",
-            )
-        seconds = self.service.keep_seconds
-        raise Refusal(
-            f"id names no edit that is known here. Edits are forgotten after {seconds:g} s.",
-            status=404,
-            field="id",
-        )
+        hint = "Send it again; with wait=false its results are kept on disk, where there is more room."
+        raise self._missing("id", "edit", self.service.jobs.dropped_early(id), hint)
+
+    def _missing(self, field: str, what: str, early: bool, hint: str) -> Refusal:
+        if early:
+            message = f"{field} names a {what} that was dropped early, to make room for newer ones. {hint}"
+            return Refusal(message, status=410, field=field)
+        message = f"{field} names no {what} that is kept here; each is dropped after"
+        message = f"{message} {self.service.keep_seconds:g} seconds. Send the edit again."
+        return Refusal(message, status=404, field=field)
 
     def state(self, job: Job, **more: Any) -> EditAnswer:
         names = ("id", "state", "model", "position", "step", "steps", "seconds_left", "warnings")
         return EditAnswer(**{name: getattr(job, name) for name in names}, **more)
 
-    async def whole(self, job: Job, response: Delivery) -> EditAnswer:
+    async def with_results(self, job: Job, response: Delivery) -> EditAnswer:
         """The state of a job, with its results if it is done."""
         answer = self.state(job)
         if answer.state != "done":
             return answer
-        by_hand, encoding, store = self.desk.by_hand, _encoding_of(job), self.service.store
+        in_thread, encoding, store = self.desk.in_thread, _encoding_of(job), self.service.store
         results: list[EditResult] = []
         made = job.results  # read before `kept`, which replaces them
         if response == "b64" and made:
             for result in made:
                 entry = EditResult(seed=result.seed, format=encoding.format, settings=result.parameters)
-                entry.b64 = await by_hand(encoding.base64, result.image)
+                entry.b64 = await in_thread(encoding.base64, result.image)
                 if result.mask is not None:
-                    entry.mask = await by_hand(wire.PNG.base64, result.mask)
+                    entry.mask = await in_thread(wire.PNG.base64, result.mask)
                 results.append(entry)
         else:
-            for kept in await by_hand(self.service.keep, job, encoding):
+            for kept in await in_thread(self.service.keep, job, encoding):
                 entry = EditResult(seed=kept.seed, format=encoding.format, settings=kept.parameters)
                 if response == "url":
                     entry.url = f"/v1/files/{kept.file}"
                 else:
                     entry.b64 = wire.base64_of(await self.stored(kept.file))
-                if kept.mask and store and (mask := await by_hand(store.read, kept.mask)):
+                if kept.mask and store and (mask := await in_thread(store.read, kept.mask)):
                     entry.mask = wire.base64_of(mask)
                 results.append(entry)
         return answer.model_copy(update={"results": results})
@@ -280,10 +277,10 @@ class _Answers:
         async for event in job.events():
             record = _record(self.state(job))
             if event.image is not None:
-                picture = await self.desk.by_hand(Encoding("jpeg", 80).base64, event.image)
+                picture = await self.desk.in_thread(Encoding("jpeg", 80).base64, event.image)
                 record |= {"result": event.number, "b64": picture, "format": "jpeg"}
             elif event.kind == "done":
-                record = _record(await self.whole(job, response))
+                record = _record(await self.with_results(job, response))
             elif event.kind == "failed" and job.error is not None:
                 record |= error_body(job.error, path)
             yield event.kind, record
@@ -292,35 +289,25 @@ class _Answers:
         """A file of the store. Raises Refusal for one that is gone or never was."""
         store = self.service.store
         assert store is not None
-        data = await self.desk.by_hand(store.read, name)
-        if data is not None:
-            return data
-        if store.went_early(name):
-            raise Refusal(
-                "name is a file that went early, to make room for newer ones. Send the edit again.",
-                status=410,
-                field="name",
-            )
-        raise Refusal(
-            f"name is no file that is kept here. Files go after {self.service.keep_seconds:g} seconds.",
-            status=404,
-            field="name",
-        )
+        data = await self.desk.in_thread(store.read, name)
+        if data is None:
+            raise self._missing("name", "file", store.dropped_early(name), "Send the edit again.")
+        return data
 
     async def file(
         self, job: Job, number: int, format: Format | None = None, quality: int = wire.QUALITY
     ) -> Response:
         """One result of a job that is done, in its own format or another."""
-        own, made, by_hand = _encoding_of(job), job.results, self.desk.by_hand
+        own, made, in_thread = _encoding_of(job), job.results, self.desk.in_thread
         encoding = own if format is None else Encoding(format, quality)
         if made:
             seed = made[number].seed
-            data, _ = await by_hand(encoding, made[number].image)
+            data, _ = await in_thread(encoding, made[number].image)
         else:
-            kept = (await by_hand(self.service.keep, job, own))[number]
+            kept = (await in_thread(self.service.keep, job, own))[number]
             seed, data = kept.seed, await self.stored(kept.file)
             if encoding.format != own.format:
-                data, _ = await by_hand(lambda: encoding(wire.reopened(data, kept.parameters)))
+                data, _ = await in_thread(lambda: encoding(wire.reopened(data, kept.parameters)))
         return file_response(data, encoding.format, f"edit-{seed}.{encoding.format}")
 
 

@@ -19,15 +19,7 @@ from ip2p.serve.faces.native import EVENTS, check_model
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
 from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Encoding, Format, Opened, OptionalPicture
-from ip2p.settings import (
-    MAX_SEED,
-    MAX_SIZE,
-    MIN_SIZE,
-    SettingError,
-    parse_size,
-    settings_from_body,
-    voice_of,
-)
+from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, parse_size, settings_from_body, voice_of
 
 PATH = "/v1/images/edits"
 # There are no tokens here, but clients read the counts.
@@ -144,11 +136,11 @@ def router(desk: Desk) -> APIRouter:
         data = []
         about = _about(job.results[0].image, encoding)
         if body.response_format == "url":
-            for kept in await desk.by_hand(service.keep, job, encoding):
+            for kept in await desk.in_thread(service.keep, job, encoding):
                 data.append({"url": str(request.base_url.replace(path=f"/v1/files/{kept.file}"))})
         else:
             for result in job.results:
-                data.append({"b64_json": await desk.by_hand(encoding.base64, result.image)})
+                data.append({"b64_json": await desk.in_thread(encoding.base64, result.image)})
         answer = {"created": int(time.time()), "data": data, "usage": USAGE, **about}
         return JSONResponse({**answer, "warnings": job.warnings})
 
@@ -173,17 +165,11 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
         size = _result_size(body.size, desk.config.max_pixels)
         if abs(picture.width * size[1] - picture.height * size[0]) > max(*size, *picture.size):
             warnings.append(f"size has another shape than the picture, which is cropped to {body.size}.")
-        picture = await desk.by_hand(wire.sized, picture, size, "crop")
-        mask = mask and await desk.by_hand(wire.sized, mask, size, "crop")
+        picture = await desk.in_thread(wire.sized, picture, size, "crop")
+        mask = mask and await desk.in_thread(wire.sized, mask, size, "crop")
     control = body.control_image and await opened.picture(body.control_image, "control_image")
     settings = settings_from_body(
-        body,
-        "openai",
-        settings=limited_settings(limits),
-        size=None,
-        seed=0,
-        mask=mask,
-        control_image=control,
+        body, "openai", settings=limited_settings(limits), size=None, seed=0, mask=mask, control_image=control
     )
     partial = (body.partial_images or 0) if body.stream else 0
     steps = settings.resolved().steps or 1
@@ -275,7 +261,7 @@ async def _events(
     sent = 0
 
     async def event(name: str, image: Image.Image, **more: Any) -> tuple[str, dict[str, Any]]:
-        data, _ = await desk.by_hand(encoding, image)
+        data, _ = await desk.in_thread(encoding, image)
         about = {"b64_json": wire.base64_of(data), "created_at": int(time.time()), **_about(image, encoding)}
         return name, {"type": name, **about, **more}
 

@@ -104,7 +104,7 @@ def router(desk: Desk) -> APIRouter:
         native.check_model(model, service.models)
         name = model or service.models[0]
         limits = service.limits
-        card = await desk.by_hand(service.card, name)
+        card = await desk.in_thread(service.card, name)
         about = f"photos and pictures, at its best near {card.native_size} × {card.native_size} pixels"
         defaults = EditSettings().resolved(card)
         defaults = defaults.changed(steps=min(defaults.steps or 1, limits.steps))
@@ -128,7 +128,7 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get("/v1/examples", summary="Pictures to try an edit on, with instructions")
     async def read_examples() -> list[Example]:
-        made = await desk.by_hand(drawn_examples)
+        made = await desk.in_thread(drawn_examples)
         return [
             Example(url=f"/v1/examples/{number}.png", title=title, instructions=list(words))
             for number, (_, title, words) in enumerate(made)
@@ -141,7 +141,7 @@ def router(desk: Desk) -> APIRouter:
         responses={200: {"content": {"image/png": native.FILES["image/png"]}}},
     )
     async def read_example(number: int) -> Response:
-        made = await desk.by_hand(drawn_examples)
+        made = await desk.in_thread(drawn_examples)
         if not 0 <= number < len(made):
             raise Refusal(f"number is {number}; it must be 0 to {len(made) - 1}.", status=404, field="number")
         return Response(made[number][0], media_type="image/png")
@@ -159,7 +159,7 @@ def router(desk: Desk) -> APIRouter:
         body = await wire.read_body(request, PictureBody, desk)
         data = body.image if isinstance(body.image, bytes) else wire.from_base64(body.image, "image")
         async with desk.opening:
-            return await desk.by_hand(_inspect, data, body, desk.config.max_pixels)
+            return await desk.in_thread(_inspect, data, body, desk.config.max_pixels)
 
     return routes
 
