@@ -8,7 +8,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -115,7 +115,7 @@ class Job:
         self._sampled: float | None = None  # when its sampling began
         self._worker: Stoppable | None = None
         self._stopped = False
-        self._reason: Ip2pError | None = None  # why it was stopped, unless its client did
+        self.stop_reason: Ip2pError | None = None  # unless its client stopped it
         self._over = threading.Event()
         self._listeners: set[Callable[[], None]] = set()  # called at each change
         self._enders: set[Callable[[], None]] = set()  # called at the end
@@ -217,7 +217,8 @@ class Job:
 
     def add_result(self, result: Result, *, preview: bool) -> None:
         self.results = [*self.results, result]
-        self.warn(result.image.info.get("warnings", ()))
+        found = result.image.info.get("warnings", ())
+        self.warnings += [text for text in found if text not in self.warnings]
         if preview:
             self.show(len(self.results) - 1, result.image)
 
@@ -227,9 +228,6 @@ class Job:
         small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         small.info = {}
         self._previews[number] = small
-
-    def warn(self, messages: Iterable[str]) -> None:
-        self.warnings += [text for text in messages if text not in self.warnings]
 
     def put_away(self, kept: list[Kept]) -> None:
         """Name the files that replace the results."""
@@ -257,7 +255,7 @@ class Job:
     def stop(self, reason: Ip2pError | None = None) -> None:
         """Have what works on it end within a step. reason: the error that the job fails with."""
         with self._lock:
-            self._reason, self._stopped = self._reason or reason, True
+            self.stop_reason, self._stopped = self.stop_reason or reason, True
             if self._worker is not None:
                 self._worker.stop()
 
@@ -265,10 +263,6 @@ class Job:
         """Raise Stopped if `stop` was called."""
         if self._stopped:
             raise Stopped
-
-    def end_of_stopped(self) -> tuple[State, Ip2pError | None]:
-        """How a stopped job ends."""
-        return ("cancelled", None) if self._reason is None else ("failed", self._reason)
 
     def settle(self, state: State, error: Ip2pError | None) -> None:
         """Drop what a job that ends in `state` no longer needs."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ip2p.base.errors import Ip2pError, as_ip2p_error
 from ip2p.models.bundle import Card
-from ip2p.serve.jobs import Encode, Job, State, Stopped
+from ip2p.serve.jobs import ENDED, Encode, Job, State, Stopped
 from ip2p.serve.maker import Maker
 from ip2p.serve.queue import Draining, FairQueue, Place
 from ip2p.serve.requests import EditRequest, Limits, check_request
@@ -157,9 +157,7 @@ class Service:
                 waiting=len(self.queue.waiting),
                 running=len(self.queue.running),
                 clients=self.queue.clients,
-                done=self._outcomes["done"],
-                failed=self._outcomes["failed"],
-                cancelled=self._outcomes["cancelled"],
+                **{state: self._outcomes[state] for state in ENDED},
                 rejected=dict(self.queue.rejected),
                 seconds=upto | {math.inf: sum(self._buckets.values())},
                 seconds_sum=self._seconds_sum,
@@ -223,7 +221,8 @@ class Service:
                 self.keep(job, job.encode)
             state = "done"
         except Stopped:
-            state, error = job.end_of_stopped()
+            error = job.stop_reason
+            state = "failed" if error else "cancelled"
         except Ip2pError as known:
             error = known.with_traceback(None)  # which would hold the pictures
         except Exception as unknown:
