@@ -46,6 +46,7 @@ DType = Literal["auto", "fp32", "bf16", "fp16"]
 SamplerName = Literal["euler_ancestral", "euler", "dpmpp_2m", "lcm", "tcd"]
 ScheduleName = Literal["linspace", "karras", "exponential", "trailing", "lcm"]
 WeightSet = Literal["auto", "ema", "plain"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]  # diffusers' prediction_type
 MemoryUse = Literal["auto", "low", "high"]
 Fit = Literal["original", "model"]
 Split = Literal["train", "test", "unseen_phrasings", "unseen_combinations", "paraphrases"]

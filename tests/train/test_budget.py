@@ -159,7 +159,7 @@ def test_8_bit_adam_keeps_bytes_and_resumes_to_the_bit(tmp_path):
     assert torch.equal(train(tmp_path / "b", 6, optimizer="adamw8bit"), whole)
     task = Task()
     optimizer = loop.new_optimizer(
-        list(task.parameters()), LoopConfig(steps=1, batch=8, lr=1e-2), "adamw8bit"
+        list(task.parameters()), LoopConfig(steps=1, batch=8, lr=1e-2, optimizer="adamw8bit")
     )
     task(next(batches(0))[0])[0].backward()
     optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -418,3 +419,13 @@ def test_the_scales_input_adds_nothing_at_first(tiny_editor):
         add_scales_input(unet, 16)
         assert torch.equal(unet(*inputs, timestep_cond=torch.randn(1, 16)).sample, before)
     assert unet.config.time_cond_proj_dim == 16
+
+
+def test_an_editor_of_a_unet_alone_gets_its_other_parts_from_another(config, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir / "unet", tmp_path / "alone")
+    whole = Distillation().open(config, torch.device("cpu"))
+    alone = config.changed(base=str(tmp_path / "alone"), parts_from=str(tiny_model_dir))
+    found = Distillation().open(alone, torch.device("cpu"))
+    for part in ("unet", "vae", "text_encoder"):
+        weights = getattr(whole, part).state_dict()
+        assert all(torch.equal(v, weights[k]) for k, v in getattr(found, part).state_dict().items())

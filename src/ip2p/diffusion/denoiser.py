@@ -143,19 +143,17 @@ def guided(
         count = len(x)
         inside = low <= model.schedule.share(sigma) <= high
         s_text, s_image = (text_cfg, image_cfg) if inside else (1.0, 1.0)
-        if model.scales_size is not None:
-            scales = embed_scales(torch.tensor([[s_text, s_image]]), model.scales_size).expand(count, -1)
-            shown = torch.zeros_like(x) if image is None else image.to(x).expand(count, -1, -1, -1)
-            return model.x0(
-                x, model.tell(x, sigma, {**told(text, count), "timestep_cond": scales}, shown), sigma
-            )
         # Without a picture, e0I = e00, so the image scale has no effect.
         need = passes(text=s_text, image=s_image if image is not None else 1.0)
         if rescale:
             need = need._replace(full=True)  # the reference for its spread
         nothing = torch.zeros_like(x)
         shown = nothing if image is None else image.to(x).expand(count, -1, -1, -1)
-        wanted, null = told(text, count), told(null_text, count)
+        wanted = told(text, count)
+        if model.scales_size is not None:
+            scales = embed_scales(torch.tensor([[s_text, s_image]]), model.scales_size).expand(count, -1)
+            return model.x0(x, model.tell(x, sigma, {**wanted, "timestep_cond": scales}, shown), sigma)
+        null = told(null_text, count)
         branches = []
         if need.full:
             branches.append((wanted, shown))

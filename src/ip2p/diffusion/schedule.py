@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ip2p.base.errors import ModelError
+from ip2p.settings import Prediction
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     Raises ModelError for an unsupported beta schedule or prediction type.
     """
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction", "sample"):
+    if prediction not in get_args(Prediction):
         raise ModelError(
             f"The scheduler's prediction_type is {prediction!r}; only epsilon, v_prediction and sample are "
             "supported. Use another model."

@@ -135,7 +135,7 @@ def open_rows(config: EvaluateConfig) -> tuple[RowSource, Protocol]:
     drawn = config.data == STORYBOOK and not Path(STORYBOOK).exists()
     if config.columns and (config.benchmark is not None or drawn):
         raise InputError(
-            f"{config.benchmark or STORYBOOK} has its own columns; leave --columns away, which are for pairs."
+            f"{config.benchmark or STORYBOOK} has its own columns; remove --columns, which is for pairs."
         )
     if config.benchmark is not None:
         from ip2p.evaluation.benchmarks import open_benchmark

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -13,11 +13,10 @@ from ip2p.base.errors import ModelError
 from ip2p.models.bundle import Bundle, find_model, make_bundle, open_parts
 from ip2p.models.load import Choice, Stored, empty_network, open_model, read_json, unreadable
 from ip2p.models.widen import widen_conv_in
+from ip2p.settings import Prediction
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-
-Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 def load_base(

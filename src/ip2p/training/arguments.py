@@ -21,7 +21,7 @@ class TrainArguments(TypedDict, total=False):
     output: str | Path | None
     # optimizer steps
     steps: int
-    # with a UNet alone, or its config, as --base: the model that brings the rest
+    # model that provides the other parts when --base is a UNet alone or its config
     parts_from: str | None
     # training size in pixels; default: the base's own
     size: int | tuple[int, int] | None

@@ -171,7 +171,13 @@ class Distillation(Recipe):
 
     def open(self, config: TrainConfig, device: torch.device) -> Bundle:
         assert isinstance(config, DistillConfig)
-        bundle = load_base(config.base, device=device, revision=config.revision, vae=config.vae)
+        bundle = load_base(
+            config.base,
+            device=device,
+            revision=config.revision,
+            vae=config.vae,
+            parts_from=config.parts_from,
+        )
         if bundle.widened:
             raise InputError(
                 f"{config.base} is no editor yet: its UNet takes no picture. Train it first: "

@@ -173,7 +173,7 @@ def fit(
     task.to(accelerator.device)
     ema = Ema(task, config.ema, on_cpu=config.ema_on_cpu) if config.ema is not None else None
     trained = [p for p in task.parameters() if p.requires_grad]
-    optimizer = new_optimizer(trained, config, config.optimizer)
+    optimizer = new_optimizer(trained, config)
     checkpoints = Checkpoints(folder, keep=config.keep)
     step, clock, curve, bad = 0, Clock(), [], 0
     parts = parts or {}
@@ -339,12 +339,10 @@ def time_left(seconds: float, minutes: float | None, spent: float) -> str:
     )
 
 
-def new_optimizer(
-    trained: Sequence[nn.Parameter], config: LoopConfig, kind: Literal["adamw", "adamw8bit"]
-) -> torch.optim.Optimizer:
+def new_optimizer(trained: Sequence[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
     """AdamW, or with moments in 8 bits (Dettmers et al. 2022, bitsandbytes). Raises InputError without it."""
     groups = _groups(trained, config)
-    if kind == "adamw":
+    if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit

@@ -86,11 +86,10 @@ def snr_weight(
 ) -> Float[Tensor, " batch"]:
     """The loss weight that makes the weight of the x0 loss `clamp(SNR, low, high)`.
 
-    In terms of x0, the squared error of the noise has weight SNR, that of the velocity SNR + 1, and that of
-    a predicted x0 has weight 1. The upper
-    limit is Min-SNR (Hang et al. 2023), the lower one the truncated SNR of Salimans and Ho (2022): without
-    it, a small model hardly learns at the noise levels that determine the edit. None is the plain loss of the
-    prediction (the paper's, for noise).
+    In terms of x0, the squared error of the noise has weight SNR, that of the velocity SNR + 1, and that of a
+    predicted x0 has weight 1. The upper limit is Min-SNR (Hang et al. 2023), the lower one the truncated SNR
+    of Salimans and Ho (2022): without it, a small model hardly learns at the noise levels that determine the
+    edit. None is the plain loss of the prediction (the paper's, for noise).
     """
     if clip is None:
         return torch.ones_like(alpha_bar)

@@ -17,6 +17,7 @@ from ip2p.settings import (
     ColumnSettings,
     Conflict,
     DeviceSettings,
+    Prediction,
     RunSettings,
     Size,
     check_needed,
@@ -59,7 +60,7 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     steps: int = setting(1000, "optimizer steps", ge=1, le=10**9, group=COMMON, same_job=False)
     parts_from: str | None = setting(
         None,
-        "with a UNet alone, or its config, as --base: the model that brings the rest",
+        "model that provides the other parts when --base is a UNet alone or its config",
         group=MODEL,
         metavar="MODEL",
         aliases=("parts",),
@@ -159,7 +160,7 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
         group=OPTIMIZER,
         hidden=True,
     )
-    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = setting(
+    prediction: Literal["auto", Prediction] = setting(
         "auto", "what the network predicts; auto: as the base", group=MODEL, hidden=True
     )
     lora: int | None = setting(
@@ -402,17 +403,17 @@ class DistillConfig(TrainConfig):
     )
     lr: float = setting(1e-5, "learning rate; a LoRA needs about 1e-4", ge=0, le=1, group=COMMON)
     # What only a training has; `check_together` refuses it.
-    parts: str | None = setting(None, "not for a distillation", group=MODEL, hidden=True)
     min_snr: float | None = setting(None, "not for a distillation", group=OPTIMIZER, hidden=True)
-    prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
+    prediction: Literal["auto", Prediction] = setting(
         "auto", "not for a distillation", group=MODEL, hidden=True
     )
 
     def check_together(self) -> None:
         super().check_together()
-        given = {"parts": self.parts, "min_snr": self.min_snr}
-        for name in (name for name, value in given.items() if value is not None):
-            raise Conflict(f"{{{name}}} is for training; a distillation has none. Leave it out.", field=name)
+        if self.min_snr is not None:
+            raise Conflict(
+                "{min_snr} is for training; a distillation has none. Leave it out.", field="min_snr"
+            )
         if self.prediction != "auto":
             raise Conflict("{prediction} is for training; a distilled model predicts what its teacher does.")
         for name in ("text_range", "image_range"):

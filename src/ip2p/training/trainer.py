@@ -413,7 +413,7 @@ def find_source(
     if data != STORYBOOK or Path(STORYBOOK).exists():
         return open_source(data, stream=stream, revision=revision, split=split, columns=columns)
     if columns:
-        raise InputError("the storybook is drawn and has no columns; leave --columns away.")
+        raise InputError("the storybook is drawn and has no columns; remove --columns.")
     if side is None:
         raise InputError("storybook pages are square; give --size one side, as in --size 256.")
     if split not in typing.get_args(Split):
