@@ -29,8 +29,9 @@ from ip2p.synth.filter import KEPT, PRESETS, SIMILARITIES, clips_of, preset_for
 from ip2p.synth.instruct import Answer, Ask, LocalWriter
 from ip2p.synth.records import Triple, read_triples, triple_id, write_triples
 from ip2p.synth.safety import Classifier
+from ip2p.synth.server import server_key
 from ip2p.synth.settings import PAIRS, PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthInstructConfig, SynthPairsConfig
-from ip2p.synth.tune import Tuning, new_lm, tune_lm
+from ip2p.synth.tune import new_lm, tune_lm
 
 CHANGES = (("cat", "dog"), ("hill", "lake"), ("boat", "kite"), ("tree", "rock"))
 TRIPLES = [
@@ -56,8 +57,8 @@ def lm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
     texts = [text for t in TRIPLES for text in (t.caption, t.instruction, t.edited_caption)]
     new_lm(texts, folder / "base", vocabulary=320, width=64, layers=2, heads=2, context=64)
-    tuning = Tuning(epochs=110, batch=4, rate=1e-2)
-    tune_lm(folder / "base", folder / "writer", TRIPLES, tuning=tuning, backend="plain", device="cpu")
+    tuning = {"epochs": 110, "batch": 4, "rate": 1e-2}
+    tune_lm(folder / "base", folder / "writer", TRIPLES, **tuning, backend="plain", device="cpu")
     return folder / "writer"
 
 
@@ -518,7 +519,7 @@ def test_a_server_that_goes_away_costs_no_answer_twice_and_no_key_is_written(
     server = Server(until=2)
     monkeypatch.setattr("ip2p.synth.server.ServerWriter._post", lambda *given: server(*given))
     assert ip2p(*words) == 3
-    assert "it goes on where it stopped" in capsys.readouterr().err
+    assert "it resumes" in capsys.readouterr().err
     assert len(jobs.committed(Path("t.parts"), KEPT)) == 1 and not Path("t.parquet").exists()
     server.asked, server.until = 0, 99
     assert ip2p(*words) == 0
@@ -548,7 +549,7 @@ def test_a_servers_key_comes_from_the_environment(here, monkeypatch, variables, 
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert maker._key(SynthInstructConfig(key_variable=named)) == key
+    assert server_key(named) == key
 
 
 def test_the_packaged_language_model_is_the_default(
@@ -571,7 +572,7 @@ def test_the_packaged_language_model_is_the_default(
 def test_the_configs_say_the_values_of_the_papers_code(here):
     config = SynthInstructConfig()
     assert config.temperature == instructing.TEMPERATURE and config.max_tokens == instructing.MAX_TOKENS
-    assert config.frequency_penalty == instructing.FREQUENCY_PENALTY and config.retries == instructing.RETRIES
+    assert config.frequency_penalty == 0.1 and config.retries == 3
     assert SynthPairsConfig().p == records.P
 
 

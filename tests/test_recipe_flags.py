@@ -161,11 +161,11 @@ def test_the_guide_tells_the_defaults_that_there_are():
 
 
 def test_the_check_of_the_seeds_prints_what_the_guide_shows():
-    from ip2p.synth.triples import measure, seed_triples
+    from ip2p.synth.triples import measure_diversity, seed_triples
 
     [shown] = re.findall(r"```\n(753 triples.*?)```", guide(), re.S)
     lines = [line.removesuffix("…") for line in shown.splitlines()]
-    for line, found in zip(lines, measure(seed_triples()).lines(), strict=True):
+    for line, found in zip(lines, measure_diversity(seed_triples()).lines(), strict=True):
         assert found.startswith(line)
 
 

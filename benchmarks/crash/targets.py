@@ -198,14 +198,14 @@ def some_triples(count: int) -> list[Any]:
 def write_lm(folder: Path) -> None:
     """Train a language model that has just learned how edits of these captions look: most of them parse."""
     from ip2p.synth.instruct import completion_of, prompt_of
-    from ip2p.synth.tune import Tuning, new_lm, tune_lm
+    from ip2p.synth.tune import new_lm, tune_lm
 
     triples = some_triples(240)
     base = folder.with_name("lm-base")
     texts = [prompt_of(triple.caption) + completion_of(triple) for triple in triples]
     new_lm(texts, base, vocabulary=320, width=64, layers=2, heads=2, context=256)
-    tuning = Tuning(epochs=6, rate=5e-3, batch=16)
-    tune_lm(base, folder, triples, tuning=tuning, backend="plain", device="cpu", say=lambda line: None)
+    tuning = {"epochs": 6, "rate": 5e-3, "batch": 16}
+    tune_lm(base, folder, triples, **tuning, backend="plain", device="cpu", say=lambda line: None)
 
 
 def write_tables(root: Path, triples: int = 96, pairs: int = 3500) -> None:

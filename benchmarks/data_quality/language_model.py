@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.data_quality.reading import edit_kind, judge
-from ip2p.synth.instruct import FREQUENCY_PENALTY, TEMPERATURE, Instruct, LocalWriter, parse
+from ip2p.synth.instruct import TEMPERATURE, Instruct, LocalWriter, parse_answer
 from ip2p_storybook.captions import Form, form_of, say_page
 from ip2p_storybook.edits import SPLITS, sample_edit
 from ip2p_storybook.scene import rng_for
@@ -55,7 +55,7 @@ def measure(writer: LocalWriter, captions: list[str]) -> list[Measured]:
             found = (triple.caption, answer, True, verdict.right, verdict.why, edit_kind(triple.instruction))
         else:
             refused = written.rejected[0]
-            edit = parse(refused.text)
+            edit = parse_answer(refused.text)
             parsed = edit is not None and refused.reason != "too_long"
             kind = "none" if edit is None else edit_kind(edit.instruction)
             found = (written.caption, refused.text, parsed, False, f"refused: {refused.reason}", kind)
@@ -71,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", choices=FORMS, default="varied", help="of the captions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
-    parser.add_argument("--frequency-penalty", type=float, default=FREQUENCY_PENALTY)
+    parser.add_argument("--frequency-penalty", type=float, default=0.1)
     parser.add_argument("--show", type=int, default=0, help="number of wrong answers to print")
     parser.add_argument("--json", action="store_true", help="print only the figures, as JSON")
 

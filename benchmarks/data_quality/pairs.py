@@ -54,9 +54,9 @@ from ip2p.models.bundle import find_model
 from ip2p.models.clip import Clip
 from ip2p.pictures.images import save_image, to_pil
 from ip2p.synth import rounds
-from ip2p.synth.filter import PRESETS, SIMILARITIES, TOP, Scored, Thresholds, measure, select
-from ip2p.synth.pairs import PairMaker, shared_candidate
-from ip2p.synth.records import Candidate, P, Triple
+from ip2p.synth.filter import PRESETS, SIMILARITIES, TOP, Scored, Thresholds, measure_similarities, select
+from ip2p.synth.pairs import PairMaker
+from ip2p.synth.records import Candidate, P, Triple, candidate
 from ip2p.synth.settings import PAIRS_AS_PAPER, PAIRS_STORYBOOK, SynthPairsConfig
 from ip2p_storybook.triples import ExactTriple
 
@@ -113,7 +113,7 @@ def replay(
     new: Callable[[Triple, int], Candidate],
     early: Early | None = None,
     done: Callable[[], None] | None = None,
-) -> list[tuple[rounds.Prompt[Row], list[Row]]]:
+) -> list[tuple[rounds.TripleResult[Row], list[Row]]]:
     """What the rounds make of each triple, and all rows that were drawn for it.
 
     The rounds are those of `ip2p synth pairs`; `row_of` gives a candidate's row instead of drawing it.
@@ -133,7 +133,7 @@ def replay(
             drawn.extend(some)
             return [row if judged(row) else None for row in some]
 
-        [prompt] = rounds.run([triple], plan, judge, new=new)
+        [prompt] = rounds.draw_in_rounds([triple], plan, judge, new=new)
         found.append((prompt, drawn))
         if done:
             done()
@@ -169,7 +169,7 @@ class Way:
         return "_".join(_said(value).replace("+", "-and-") for value in asdict(self).values()) + ".jsonl"
 
     def candidate(self, triple: Triple, number: int) -> Candidate:
-        return shared_candidate(triple, number, self.per_source, p=self.p, scale=self.scale)
+        return candidate(triple, number, per_source=self.per_source, p=self.p, scale=self.scale)
 
 
 def _said(value: Any) -> str:
@@ -293,7 +293,7 @@ class Measured:
     ) -> list[dict[str, float]]:
         triples = [one.triple for one in some]
         words = [t.caption for t in triples], [t.edited_caption for t in triples]
-        found = measure(self.clip, before, after, *words)
+        found = measure_similarities(self.clip, before, after, *words)
         return [{name: float(values[k]) for name, values in found.items()} for k in range(len(some))]
 
     def _draw(self, way: Way, candidates: Sequence[Candidate]) -> list[Row]:
@@ -539,7 +539,7 @@ def _costs(
 
 
 def _summary(
-    found: Sequence[tuple[rounds.Prompt[Row], list[Row]]], early: Early | None, top: int = TOP
+    found: Sequence[tuple[rounds.TripleResult[Row], list[Row]]], early: Early | None, top: int = TOP
 ) -> list[object]:
     kept = [_kept(prompt, top) for prompt, _ in found]
     cost = [sum(evaluations(row, early) for row in rows) for _, rows in found]
@@ -551,7 +551,7 @@ def _summary(
     return [a_pair, _right(every), _right(every, "changed"), with_one, _right(drawn)]
 
 
-def _kept(prompt: rounds.Prompt[Row], top: int = TOP) -> list[Row]:
+def _kept(prompt: rounds.TripleResult[Row], top: int = TOP) -> list[Row]:
     """Of the pairs that passed, the best, as the filter takes them."""
     rows = [row for _, row in prompt.passed]
     return sorted(rows, key=lambda row: -row["clip_sim_dir"])[:top]
@@ -566,7 +566,7 @@ def paper(args: argparse.Namespace) -> None:
     measured = Measured(args, max(args.count, args.prompts))
     tops = {"default": TOP, "--as-paper": max(1, round(TOP * args.drawn / PAIRS_AS_PAPER["most"]))}
     least = _thresholds(args)
-    results: dict[str, list[tuple[rounds.Prompt[Row], list[Row]]]] = {}
+    results: dict[str, list[tuple[rounds.TripleResult[Row], list[Row]]]] = {}
     rejections: dict[str, Early | None] = {}
     for name, how, number in (
         ("default", PAIRS_STORYBOOK, args.count),

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.data_quality import pairs, stats
 from ip2p.synth.filter import PRESETS, SIMILARITIES, Thresholds
 from ip2p.synth.records import Triple
-from ip2p.synth.rounds import Rounds, run
+from ip2p.synth.rounds import Rounds, draw_in_rounds
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_replayed_rounds_are_the_real_rounds(tool):
             for one in candidates
         ]
 
-    real = run(triples, plan, judge, new=way.candidate)
+    real = draw_in_rounds(triples, plan, judge, new=way.candidate)
     replayed = tool.replay(
         triples, plan, least, lambda one: rows[one.triple.id, one.number], new=way.candidate
     )

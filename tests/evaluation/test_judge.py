@@ -18,9 +18,9 @@ from ip2p.evaluation.judge import (
     count_failures,
     parse_score_lines,
     parse_scores,
-    server_key,
 )
 from ip2p.evaluation.metrics import Shot
+from ip2p.synth.server import server_key
 
 GOOD = '{"score": [8, 6], "reasoning": "fine"}'
 SLOW = 1.0

@@ -25,10 +25,10 @@ from ip2p.synth.filter import (
     Thresholds,
     filter_pairs,
     known_scores,
-    measure,
+    measure_similarities,
     picture_cell,
     picture_hash,
-    score,
+    score_rows,
     select,
 )
 
@@ -123,20 +123,20 @@ def test_similarities_are_clips_own_whatever_the_batch_and_the_sizes(clip):
     before = [picture(0), picture(1, (64, 64)), picture(6, (64, 64)), picture(2)]
     after = [picture(3), picture(4), picture(7, (64, 64)), picture(5, (64, 64))]
     words = ["a cat", "a longer text about a cat", "night", "a cat"], ["a dog", "night", "day", "snow"]
-    told = measure(clip, before, after, *words)
+    told = measure_similarities(clip, before, after, *words)
     for k in range(4):
         one, two = (torch.from_numpy(np.array(p[k])).permute(2, 0, 1)[None] / 255 for p in (before, after))
         found = similarities(clip.images(one), clip.images(two), *(clip.texts([w[k]]) for w in words))
         for name, of in SIMILARITIES.items():
             assert told[name][k] == pytest.approx(getattr(found, of).item(), abs=2e-6)
-    small = measure(clip, before, after, *words, batch=1)
+    small = measure_similarities(clip, before, after, *words, batch=1)
     for name, values in told.items():
         np.testing.assert_allclose(values, small[name], atol=2e-6)
     assert len({value for values in told.values() for value in values.tolist()}) == 16
 
 
 def test_without_captions_only_the_pictures_are_compared(clip):
-    told = measure(clip, [picture(0)] * 2, [picture(1)] * 2, ["", "a cat"], ["a dog", " "])
+    told = measure_similarities(clip, [picture(0)] * 2, [picture(1)] * 2, ["", "a cat"], ["a dog", " "])
     assert not np.isnan(told["clip_sim_image"]).any()
     assert np.isnan(told["clip_sim_0"]).tolist() == [True, False]
     assert np.isnan(told["clip_sim_1"]).tolist() == [False, True]
@@ -147,7 +147,8 @@ def test_large_pictures_are_made_smaller_smoothly_before_clip_sees_them(clip):
     large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8))
     small = large.resize((512, 384), Image.Resampling.LANCZOS)
     one, two = (
-        measure(clip, [each], [picture(0)], [""], [""])["clip_sim_image"][0] for each in (large, small)
+        measure_similarities(clip, [each], [picture(0)], [""], [""])["clip_sim_image"][0]
+        for each in (large, small)
     )
     assert one == pytest.approx(two, abs=1e-4)
     assert large.size == (1600, 1200)
@@ -172,7 +173,7 @@ def test_a_similarity_at_its_threshold_passes_and_an_unknown_one_is_not_asked_fo
 
 
 def test_rows_go_by_the_first_reason_and_the_best_of_each_edit_stay(measured, tmp_path):
-    scored = score(measured, tmp_path / "scores", **quiet)
+    scored = score_rows(measured, tmp_path / "scores", **quiet)
     code = select(scored, PRESETS["code"], top=2)
     assert code == [
         *("surplus", "", "", "clip_sim_image", "", "clip_sim_0", "clip_sim_1", "clip_sim_dir", ""),
@@ -234,12 +235,12 @@ def test_a_hash_survives_what_does_not_change_a_picture_and_tells_pictures_apart
 
 
 def test_every_row_is_scored_and_broken_rows_are_told(unmeasured, clip, tiny_clip_dir, tmp_path):
-    scored = score(unmeasured, tmp_path / "s", clip=tiny_clip_dir, part_rows=2, **quiet)
+    scored = score_rows(unmeasured, tmp_path / "s", clip=tiny_clip_dir, part_rows=2, **quiet)
     assert scored.ids == [f"p{n}" for n in range(5)]
     assert scored.flaws == ["", "broken", "", "", ""]
     assert scored.instructions[1] == "cut short"
     assert scored.clips == [tiny_clip_dir.name, "", *[tiny_clip_dir.name] * 3]
-    expected = measure(clip, [picture(0)], [picture(1)], ["cat 0"], ["dog 0"])
+    expected = measure_similarities(clip, [picture(0)], [picture(1)], ["cat 0"], ["dog 0"])
     assert scored.of(0) == {name: pytest.approx(expected[name][0], abs=2e-6) for name in SIMILARITIES}
     assert set(scored.of(3)) == {"clip_sim_image"} and scored.of(1) == {}
     assert scored.hashes[0].tolist() == [picture_hash(picture(0)), picture_hash(picture(1))]
@@ -250,10 +251,10 @@ def test_every_row_is_scored_and_broken_rows_are_told(unmeasured, clip, tiny_cli
 def test_rows_that_have_their_scores_keep_them_unless_they_are_to_be_measured(
     measured, tiny_clip_dir, tmp_path
 ):
-    scored = score(measured, tmp_path / "a", **quiet)
+    scored = score_rows(measured, tmp_path / "a", **quiet)
     assert scored.of(3) == dict(zip(SIMILARITIES, (0.69, 0.3, 0.3, 0.5), strict=True))
     assert jobs.summary(tmp_path / "a").counts == {"scored": 0, "broken": 1}
-    again = score(measured, tmp_path / "b", clip=tiny_clip_dir, rescore=True, **quiet)
+    again = score_rows(measured, tmp_path / "b", clip=tiny_clip_dir, rescore=True, **quiet)
     assert jobs.summary(tmp_path / "b").counts == {"scored": 10, "broken": 1}
     assert again.of(3) != scored.of(3)
     own = known_scores(measured)
@@ -263,14 +264,14 @@ def test_rows_that_have_their_scores_keep_them_unless_they_are_to_be_measured(
 
 def test_pairs_without_scores_need_a_clip(unmeasured, tmp_path):
     with pytest.raises(InputError, match="p0 of rows has no similarities; choose a CLIP"):
-        score(unmeasured, tmp_path / "s", **quiet)
+        score_rows(unmeasured, tmp_path / "s", **quiet)
 
 
 def test_a_source_without_end_needs_a_count(measured, tmp_path):
     measured.endless = True
     with pytest.raises(InputError, match="is endless; set a number of rows"):
-        score(measured, tmp_path / "s", **quiet)
-    assert len(score(measured, tmp_path / "s", count=3, **quiet)) == 3
+        score_rows(measured, tmp_path / "s", **quiet)
+    assert len(score_rows(measured, tmp_path / "s", count=3, **quiet)) == 3
 
 
 def no_red(limit, loaded):
@@ -285,13 +286,13 @@ def test_the_safety_check_is_loaded_once_and_asked_of_both_pictures(tmp_path):
     rows[1], rows[2] = dataclasses.replace(rows[1], after=red), dataclasses.replace(rows[2], before=red)
     loaded: list[int] = []
     safety = partial(no_red, 200, loaded)
-    scored = score(Rows(rows), tmp_path / "s", safety=safety, part_rows=2, **quiet)
+    scored = score_rows(Rows(rows), tmp_path / "s", safety=safety, part_rows=2, **quiet)
     assert scored.flaws == ["", "unsafe", "unsafe", ""]
     assert len(loaded) == 1
     assert select(scored, ALL)[1] == "unsafe"
     # Another check is another job.
     with pytest.raises(InputError, match="started with safety"):
-        score(Rows(rows), tmp_path / "s", part_rows=2, **quiet)
+        score_rows(Rows(rows), tmp_path / "s", part_rows=2, **quiet)
 
 
 # --- filtering ------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ def test_a_similarity_that_is_not_a_number_is_not_known(table, tiny_clip_dir, tm
     pq.write_table(old.set_column(place, "clip_sim_dir", pa.array([float("nan"), 0.5])), path)
     source = open_source(str(table))
     assert "clip_sim_dir" not in source[0].scores
-    scored = score(source, tmp_path / "scores", clip=tiny_clip_dir, **quiet)
+    scored = score_rows(source, tmp_path / "scores", clip=tiny_clip_dir, **quiet)
     assert scored.clips[:2] == [tiny_clip_dir.name, ""]
     assert "clip_sim_dir" in scored.of(0)
 
@@ -446,7 +447,7 @@ def test_a_similarity_that_is_not_a_number_is_not_known(table, tiny_clip_dir, tm
 def test_another_commands_folder_and_one_of_something_else_are_refused_before_any_work(
     measured, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ip2p.synth.filter.score", None)
+    monkeypatch.setattr("ip2p.synth.filter.score_rows", None)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="home already contains other files"):

@@ -13,15 +13,15 @@ from ip2p.synth.instruct import (
     Answer,
     Ask,
     Edit,
+    EditLimits,
     Instruct,
-    Limits,
     LocalWriter,
     Rejected,
     Triple,
     completion_of,
     is_spatial,
     load_lm,
-    parse,
+    parse_answer,
     prompt_of,
     reasons,
     reject,
@@ -63,7 +63,7 @@ def test_prompt_and_completion_have_the_delimiters_of_the_papers_code():
     ],
 )
 def test_an_answer_is_parsed(text):
-    assert parse(text) == Edit(instruction="make it a wolf", edited_caption="a red wolf in the snow")
+    assert parse_answer(text) == Edit(instruction="make it a wolf", edited_caption="a red wolf in the snow")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_an_answer_is_parsed(text):
     ],
 )
 def test_an_end_on_the_captions_line_is_none_of_it_unless_it_is_meant(text, edited):
-    parsed = parse(text)
+    parsed = parse_answer(text)
     assert parsed is not None and parsed.edited_caption == edited
 
 
@@ -88,12 +88,12 @@ def test_an_end_on_the_captions_line_is_none_of_it_unless_it_is_meant(text, edit
     ],
 )
 def test_what_has_not_two_parts_of_a_line_is_not_parsed(text):
-    assert parse(text) is None
+    assert parse_answer(text) is None
 
 
 def test_every_seed_survives_the_way_to_a_completion_and_back():
     for seed in seed_triples():
-        edit = parse(completion_of(seed))
+        edit = parse_answer(completion_of(seed))
         assert edit == Edit(instruction=seed.instruction, edited_caption=seed.edited_caption)
 
 
@@ -119,9 +119,9 @@ def test_a_triple_is_refused_for_its_reason(changed, reason):
 
 
 def test_limits_can_be_widened():
-    assert reject(triple("flip the picture"), Limits(spatial=False)) is None
-    assert reject(triple(edited="a nude fox"), Limits(block=())) is None
-    assert reject(triple(edited=seed_triples()[5].edited_caption), Limits(seeds=False)) is None
+    assert reject(triple("flip the picture"), EditLimits(spatial=False)) is None
+    assert reject(triple(edited="a nude fox"), EditLimits(block=())) is None
+    assert reject(triple(edited=seed_triples()[5].edited_caption), EditLimits(seeds=False)) is None
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_edits_of_what_is_there_are_not_spatial(instruction):
 
 
 def test_no_seed_would_be_refused():
-    assert Counter(reject(seed, Limits(seeds=False)) for seed in seed_triples()) == {
+    assert Counter(reject(seed, EditLimits(seeds=False)) for seed in seed_triples()) == {
         None: len(seed_triples())
     }
 

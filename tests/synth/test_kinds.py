@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from ip2p.synth.filter import SIMILARITIES, Scored, Thresholds, select
-from ip2p.synth.instruct import Answer, Edit, Instruct, parse
+from ip2p.synth.instruct import Answer, Edit, Instruct, parse_answer
 from ip2p.synth.kinds import kind_of
 from ip2p.synth.records import COLUMNS, Triple, read_triples, write_triples
-from ip2p.synth.rounds import Rounds, run
+from ip2p.synth.rounds import Rounds, draw_in_rounds
 from ip2p.synth.triples import seed_triples
 from ip2p_storybook.edits import GLOBAL_KINDS
 from ip2p_storybook.triples import exact_triples
@@ -63,10 +63,10 @@ def test_a_triple_carries_its_kind_through_a_file(tmp_path):
 
 
 def test_a_writers_kind_is_taken_and_else_the_rules(tmp_path):
-    assert parse("make it glow\n%%\na glowing cat\n%%\nwhole") == Edit(
+    assert parse_answer("make it glow\n%%\na glowing cat\n%%\nwhole") == Edit(
         instruction="make it glow", edited_caption="a glowing cat", kind="whole"
     )
-    assert parse("make it glow\n%%\na glowing cat\n%%\nand a dog") is None
+    assert parse_answer("make it glow\n%%\na glowing cat\n%%\nand a dog") is None
 
     def writer(asks):
         texts = {"a cat": "make it glow\n%%\na glowing cat\n%%\nwhole", "a dog": "add fur\n%%\na furry dog"}
@@ -81,11 +81,11 @@ def test_an_edit_of_the_whole_picture_is_done_sooner():
     part = Triple(id="p", caption="a cat", instruction="make the cat red", edited_caption="a red cat")
     whole = Triple(id="w", caption="a cat", instruction="make it night", edited_caption="a cat at night")
     rounds = Rounds(enough=4, enough_whole=2, size=1)
-    found = run([part, whole], rounds, lambda some: [True] * len(some))
+    found = draw_in_rounds([part, whole], rounds, lambda some: [True] * len(some))
     assert [(len(one.passed), one.ended) for one in found] == [(4, "enough"), (2, "enough")]
     assert rounds.for_triple(dataclasses.replace(whole, kind="part")) == rounds
     every = Rounds(most=6, enough=None, enough_whole=2, risk=0.0)
-    assert [len(one.passed) for one in run([whole], every, lambda some: [True] * len(some))] == [6]
+    assert [len(one.passed) for one in draw_in_rounds([whole], every, lambda some: [True] * len(some))] == [6]
 
 
 def scored(instructions, labels=()):

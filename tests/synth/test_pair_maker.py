@@ -15,7 +15,7 @@ from ip2p.base.errors import InputError, ModelError
 from ip2p.diffusion.schedule import linspace_sigmas
 from ip2p.editing.editor import Editor
 from ip2p.models.text import encode_prompts
-from ip2p.synth.pairs import PairMaker, open_painter, shared_candidate
+from ip2p.synth.pairs import PairMaker, open_painter
 from ip2p.synth.records import Candidate, Triple, candidate
 
 STEPS = 3
@@ -221,12 +221,13 @@ def test_sdxl_and_velocity_draw_the_same_in_every_batch(xl_dir, sd2_dir):
 
 class TestOneSource:
     def test_a_block_of_candidates_has_one_seed_and_scale(self):
-        some = [shared_candidate(CAT, number, 3, p=(0.2, 0.4)) for number in range(6)]
+        some = [candidate(CAT, number, per_source=3, p=(0.2, 0.4)) for number in range(6)]
         assert [(each.seed, each.scale) for each in some[:3]] == [(some[0].seed, some[0].scale)] * 3
         assert some[0] == candidate(CAT, 0, p=(0.2, 0.4)) and some[3] == candidate(CAT, 3, p=(0.2, 0.4))
         assert len({each.p for each in some}) == 6 and len({each.id for each in some}) == 6
         assert all(0.2 <= each.p < 0.4 for each in some)
-        assert shared_candidate(CAT, 4, 1) == candidate(CAT, 4)
+        assert some[4].p == candidate(CAT, 4, p=(0.2, 0.4)).p  # which is its own
+        assert candidate(CAT, 4, per_source=1) == candidate(CAT, 4)
 
     def test_it_is_drawn_once_and_its_pairs_are_as_if_alone(self, bundle):
         some = [one(CAT, p=p, number=n) for n, p in enumerate((0.2, 0.6, 1.0))]

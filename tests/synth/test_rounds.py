@@ -4,7 +4,7 @@ import random
 import pytest
 
 from ip2p.synth.records import Triple, candidate
-from ip2p.synth.rounds import AS_PAPER, Rounds, run
+from ip2p.synth.rounds import AS_PAPER, Rounds, draw_in_rounds
 from ip2p.synth.settings import PAIRS, PAIRS_STORYBOOK
 
 
@@ -30,7 +30,7 @@ class Judge:
 
 def test_a_prompt_ends_with_enough_passes_when_hopeless_or_at_most_candidates():
     judge = Judge({("t0", k) for k in range(100)} | {("t2", 3)})
-    some, none, one = run([triple(0), triple(1), triple(2)], Rounds(), judge)
+    some, none, one = draw_in_rounds([triple(0), triple(1), triple(2)], Rounds(), judge)
     assert [prompt.ended for prompt in (some, none, one)] == ["enough", "hopeless", "most"]
     # 29 tries without a pass are the patience, beyond which no round goes.
     assert [prompt.tried for prompt in (some, none, one)] == [8, 29, 100]
@@ -44,15 +44,15 @@ def test_a_prompts_candidates_do_not_depend_on_the_prompts_beside_it():
     rng = random.Random(0)
     rates = [0.0, 0.05, 0.1, 0.3, 0.7]
     passing = {(f"t{n}", k) for n, rate in enumerate(rates) for k in range(100) if rng.random() < rate}
-    together = run([triple(n) for n in range(5)], Rounds(), Judge(passing))
-    alone = [run([triple(n)], Rounds(), Judge(passing))[0] for n in range(5)]
+    together = draw_in_rounds([triple(n) for n in range(5)], Rounds(), Judge(passing))
+    alone = [draw_in_rounds([triple(n)], Rounds(), Judge(passing))[0] for n in range(5)]
     assert together == alone
     assert len({prompt.tried for prompt in together}) > 3
 
 
 def test_as_paper_makes_a_hundred_of_every_prompt_at_once():
     judge = Judge({("t0", k) for k in range(100)})
-    assert [prompt.tried for prompt in run([triple(0), triple(1)], AS_PAPER, judge)] == [100, 100]
+    assert [prompt.tried for prompt in draw_in_rounds([triple(0), triple(1)], AS_PAPER, judge)] == [100, 100]
     assert len(judge.rounds) == 1
 
 
@@ -68,7 +68,7 @@ def test_a_round_has_the_candidates_by_which_enough_should_pass():
 @pytest.mark.parametrize("how", [PAIRS, PAIRS_STORYBOOK])
 def test_the_defaults_give_up_before_all_candidates_are_drawn(how):
     rounds = Rounds.of(how)
-    [prompt] = run([triple(0)], rounds, Judge(set()))
+    [prompt] = draw_in_rounds([triple(0)], rounds, Judge(set()))
     assert (prompt.tried, prompt.ended) == (rounds.patience, "hopeless")
     assert prompt.tried <= 0.75 * rounds.most
 
@@ -112,9 +112,9 @@ def test_prompts_worth_it_are_given_up_less_often_than_stated(size, rate):
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_prompts_without_hope_cost_their_patience_and_no_more(size):
     rounds = Rounds(size=size, risk=0.05)
-    [prompt] = run([triple(0)], rounds, Judge(set()))
+    [prompt] = draw_in_rounds([triple(0)], rounds, Judge(set()))
     assert (prompt.tried, prompt.ended) == (29, "hopeless")
-    [prompt] = run([triple(0)], Rounds(size=size, shared=2, most=80), Judge(set()))
+    [prompt] = draw_in_rounds([triple(0)], Rounds(size=size, shared=2, most=80), Judge(set()))
     assert (prompt.tried, prompt.ended) == (58, "hopeless")
-    [prompt] = run([triple(0)], Rounds(risk=0.0), Judge(set()))
+    [prompt] = draw_in_rounds([triple(0)], Rounds(risk=0.0), Judge(set()))
     assert (prompt.tried, prompt.ended) == (100, "most")

@@ -13,7 +13,7 @@ import pytest
 
 from ip2p.base.errors import InputError, ModelError
 from ip2p.synth import server as module
-from ip2p.synth.instruct import Answer, Ask, Edit, Instruct, parse, prompt_of
+from ip2p.synth.instruct import Answer, Ask, Edit, Instruct, parse_answer, prompt_of
 from ip2p.synth.server import FORMS, KNOWN, SCHEMA, ServerWriter
 from ip2p.synth.triples import examples
 
@@ -141,7 +141,7 @@ def test_a_tuned_model_completes_the_prompt_with_the_papers_values():
 def test_a_general_model_is_shown_seeds_and_asked_for_json_of_a_schema():
     with serving(lambda body, *_: (200, json_answer(body))) as fake:
         answers = make(fake, way="chat", shots=3, key="secret")(ASKS[:1])
-    assert parse(answers[0].text) == Edit(
+    assert parse_answer(answers[0].text) == Edit(
         instruction="make it a wolf", edited_caption="a picture of 0 foxes and a wolf"
     )
     body = fake.bodies[0]
@@ -167,7 +167,7 @@ def test_a_general_model_is_shown_seeds_and_asked_for_json_of_a_schema():
 def test_json_is_found_in_an_answer_and_what_is_none_is_unparsable(text, parsed):
     reply = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
     with serving(lambda *_: (200, reply)) as fake:
-        edit = parse(make(fake, way="chat")(ASKS[:1])[0].text)
+        edit = parse_answer(make(fake, way="chat")(ASKS[:1])[0].text)
     assert edit == (None if parsed is None else Edit(instruction=parsed[0], edited_caption=parsed[1]))
 
 
@@ -304,7 +304,7 @@ def test_a_server_that_stays_away_is_given_up_with_the_way_on():
     fake = Fake()
     fake.start()
     fake.stop()
-    with pytest.raises(ModelError, match=r"has not answered for 0\.05 s .*goes on where it stopped"):
+    with pytest.raises(ModelError, match=r"has not answered for 0\.05 s .*it resumes"):
         make(fake, patience=0.05)(ASKS)
     with (
         serving(lambda *_: (429, {"error": "quota"}, ("Retry-After", "9999"))) as busy,
@@ -480,7 +480,7 @@ def test_an_answer_that_was_cut_off_says_so():
         ({"url": "http://[::1/v1"}, "write it as http"),
         ({"url": "http://host/v1 x"}, "write it as http"),
         ({"model": " "}, "name one: --model"),
-        ({"way": "talk"}, "--way is talk"),
+        ({"way": "talk"}, "--way is 'talk'"),
         ({"together": 0}, "--together is 0"),
         ({"rate": 0}, "--rate is 0"),
         ({"temperature": 3}, "--temperature is 3"),

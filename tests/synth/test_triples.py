@@ -13,10 +13,10 @@ from ip2p.synth.triples import (
     first_word,
     grams_of,
     jaccard,
-    measure,
+    measure_diversity,
     near_duplicates,
     seed_triples,
-    words_of,
+    words_in,
 )
 
 
@@ -28,7 +28,7 @@ def make(caption, instruction, edited, number=0):
 
 @pytest.fixture(scope="module")
 def diversity():
-    return measure(seed_triples())
+    return measure_diversity(seed_triples())
 
 
 def test_there_are_700_seeds_with_ids_and_captions_of_their_own(diversity):
@@ -38,7 +38,7 @@ def test_there_are_700_seeds_with_ids_and_captions_of_their_own(diversity):
     for seed in seeds:
         for text in (seed.caption, seed.instruction, seed.edited_caption):
             assert text == " ".join(text.split()) and text
-        assert len(words_of(seed.instruction)) <= 20 and len(words_of(seed.edited_caption)) <= 40
+        assert len(words_in(seed.instruction)) <= 20 and len(words_in(seed.edited_caption)) <= 40
 
 
 def test_the_seeds_have_the_variety_of_the_papers(diversity):
@@ -65,10 +65,12 @@ def test_a_set_from_a_template_fails_those_bounds():
         for b in things
         if a != b
     ]
-    found = measure(triples)
+    found = measure_diversity(triples)
     assert found.near and found.overlap > 0.5
     assert found.first_words == {"make": 90} and found.first_word_entropy == 0
-    unchanged = measure([replace(triple, edited_caption=triple.caption.upper()) for triple in triples])
+    unchanged = measure_diversity(
+        [replace(triple, edited_caption=triple.caption.upper()) for triple in triples]
+    )
     assert unchanged.changed == 0 and unchanged.kept == 1
     assert any("100.0% are unchanged" in line for line in unchanged.lines())
 
@@ -91,7 +93,7 @@ def test_the_overlap_is_the_mean_of_the_likeness_to_the_nearest():
     triples = list(seed_triples()[:40])
     grams = [grams_of(triple) for triple in triples]
     slow = [max(jaccard(a, b) for j, b in enumerate(grams) if i != j) for i, a in enumerate(grams)]
-    assert measure(triples).overlap == pytest.approx(sum(slow) / 40)
+    assert measure_diversity(triples).overlap == pytest.approx(sum(slow) / 40)
 
 
 def test_the_first_word_passes_over_what_is_only_polite():

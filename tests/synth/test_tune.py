@@ -8,9 +8,9 @@ import torch
 
 from ip2p.base.errors import InputError
 from ip2p.synth import tune
-from ip2p.synth.instruct import Ask, Instruct, Limits, LocalWriter, load_lm, prompt_of
+from ip2p.synth.instruct import Ask, EditLimits, Instruct, LocalWriter, load_lm, prompt_of
 from ip2p.synth.triples import seed_triples
-from ip2p.synth.tune import Tuning, new_lm, order, rate_at, row_of, tune_lm
+from ip2p.synth.tune import new_lm, order, rate_at, row_of, tune_lm
 
 SHOWN = [seed for seed in seed_triples() if len(seed.caption + seed.edited_caption) < 60][:3]
 
@@ -27,8 +27,8 @@ def base(tmp_path_factory):
 def tuned(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "lm"
     said = []
-    tuning = Tuning(epochs=80, batch=3, rate=1e-2)  # 50 are too few on some processors
-    result = tune_lm(base, folder, SHOWN, tuning=tuning, backend="plain", device="cpu", say=said.append)
+    tuning = {"epochs": 80, "batch": 3, "rate": 1e-2}  # 50 are too few on some processors
+    result = tune_lm(base, folder, SHOWN, **tuning, backend="plain", device="cpu", say=said.append)
     return folder, result, said
 
 
@@ -37,7 +37,7 @@ def test_a_tuned_model_writes_what_it_was_shown(tuned):
     assert result.steps == len(result.losses) == 80 and result.left_out == 0
     assert result.losses[0] > 4 and result.losses[-1] < 0.2 and "loss" in said[-1]
     writer = LocalWriter(folder, device="cpu", dtype="fp32", temperature=0, frequency_penalty=0)
-    written = Instruct(writer, retries=0, limits=Limits(seeds=False))([seed.caption for seed in SHOWN])
+    written = Instruct(writer, retries=0, limits=EditLimits(seeds=False))([seed.caption for seed in SHOWN])
     for each, seed in zip(written, SHOWN, strict=True):
         assert [(t.instruction, t.edited_caption) for t in each.triples] == [
             (seed.instruction, seed.edited_caption)
@@ -76,8 +76,8 @@ def test_the_answer_is_learnt_and_the_caption_before_it_is_not(base):
 
 
 def test_a_lora_is_merged_into_a_whole_model(base, tmp_path):
-    tuning = Tuning(lora=8, epochs=20, batch=3, rate=2e-2)
-    result = tune_lm(base, tmp_path / "lora", SHOWN, tuning=tuning, backend="plain", device="cpu")
+    tuning = {"lora": 8, "epochs": 20, "batch": 3, "rate": 2e-2}
+    result = tune_lm(base, tmp_path / "lora", SHOWN, **tuning, backend="plain", device="cpu")
     assert result.losses[-1] < result.losses[0] - 0.5
     before, after = load_lm(base)[0].state_dict(), load_lm(tmp_path / "lora")[0].state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -89,7 +89,7 @@ def test_the_same_tuning_gives_the_same_weights_and_takes_the_place_of_the_old(b
     folder = tmp_path / "lm"
     states = []
     for epochs in (1, 2, 2):
-        tune_lm(base, folder, SHOWN, tuning=Tuning(epochs=epochs, batch=2), backend="plain", device="cpu")
+        tune_lm(base, folder, SHOWN, epochs=epochs, batch=2, backend="plain", device="cpu")
         states.append(load_lm(folder)[0].state_dict())
     same = [all(torch.equal(one[name], states[2][name]) for name in one) for one in states]
     assert same == [False, True, True]
@@ -97,30 +97,30 @@ def test_the_same_tuning_gives_the_same_weights_and_takes_the_place_of_the_old(b
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_its_own():
-    steps = order(10, Tuning(epochs=2.5, batch=4))
+    steps = order(10, epochs=2.5, batch=4, seed=0)
     places = [place for step in steps for place in step]
     assert [len(step) for step in steps] == [4] * 6 + [1]
     assert sorted(places[:10]) == sorted(places[10:20]) == list(range(10)) and places[:10] != places[10:20]
     assert len(set(places[20:])) == 5
-    assert order(10, Tuning(epochs=2.5, batch=4)) == steps != order(10, Tuning(epochs=2.5, batch=4, seed=1))
+    assert order(10, epochs=2.5, batch=4, seed=0) == steps != order(10, epochs=2.5, batch=4, seed=1)
 
 
 def test_the_rate_climbs_and_then_falls_along_a_cosine():
-    rates = [rate_at(step, 100, Tuning(warm_up=0.1)) for step in range(100)]
+    rates = [rate_at(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == sorted(rates[:10]) and rates[10] == 1 and rates[10:] == sorted(rates[10:])[::-1]
     assert rates[55] == pytest.approx(0.5) and 0 < rates[-1] < 0.001 and min(rates) > 0
-    assert rate_at(0, 1, Tuning()) > 0
+    assert rate_at(0, 1, 0.03) > 0
 
 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"tuning": Tuning(batch=0)}, "--batch is 0"),
-        ({"tuning": Tuning(rate=math.nan)}, "--rate is nan"),
-        ({"tuning": Tuning(lora=0)}, "--lora is 0"),
-        ({"tuning": Tuning(max_length=9)}, "all 3 triples are longer than 9 tokens"),
+        ({"batch": 0}, "--batch is 0"),
+        ({"rate": math.nan}, "--rate is nan"),
+        ({"lora": 0}, "--lora is 0"),
+        ({"max_length": 9}, "all 3 triples are longer than 9 tokens"),
         ({"triples": []}, "no triples"),
-        ({"tuning": Tuning(rate=1e35, epochs=3, batch=1)}, "use a lower --rate"),
+        ({"rate": 1, "weight_decay": 10, "epochs": 60, "batch": 1}, "use a lower --rate"),
     ],
 )
 def test_settings_that_cannot_be_used_are_told_and_nothing_is_written(base, tmp_path, settings, told):
@@ -144,7 +144,8 @@ def test_long_triples_are_left_out_and_said(base, tmp_path):
         base,
         tmp_path / "lm",
         SHOWN,
-        tuning=Tuning(max_length=lengths[1], epochs=1),
+        max_length=lengths[1],
+        epochs=1,
         backend="plain",
         device="cpu",
         say=said.append,

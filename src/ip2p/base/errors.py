@@ -36,6 +36,11 @@ class Terminated(BaseException):
     """SIGTERM was received. Not an Exception, so that `except Exception` does not swallow it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without the final period; the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 # --- errors of other libraries -------------------------------------------------------------------
 
 OUT_OF_MEMORY = "out of memory; try a smaller picture (--size 256) or fewer at once (--batch-size 1)."

@@ -1,4 +1,4 @@
-"""`ip2p synth`: from captions to a filtered set of pairs, composed of the parts of `synth`.
+"""`ip2p synth`: from captions to a filtered set of pairs.
 
 Each verb is a job in a folder (`jobs`). The same command resumes it; settings that affect the result must not
 change.
@@ -6,7 +6,6 @@ change.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -38,10 +37,10 @@ from ip2p.synth.filter import (
     read_scores,
 )
 from ip2p.synth.inspect import inspect as write_page
-from ip2p.synth.instruct import Limits, LocalWriter, Writer, find_lm
+from ip2p.synth.instruct import EditLimits, LocalWriter, Writer, find_lm
 from ip2p.synth.records import SCALE, TABLE, Triple, read_triples, write_triples
 from ip2p.synth.safety import Classifier
-from ip2p.synth.server import KEY, ServerWriter, clean_key
+from ip2p.synth.server import ServerWriter, Usage, server_key
 from ip2p.synth.settings import (
     KeepBestSettings,
     SynthFilterConfig,
@@ -51,7 +50,7 @@ from ip2p.synth.settings import (
     SynthTuneConfig,
 )
 from ip2p.synth.stages import REFUSED, REJECTED, InstructStage, PairStage
-from ip2p.synth.tune import Tuning, tune_lm
+from ip2p.synth.tune import tune_lm
 from ip2p.synth.workers import worker_options
 
 RUN = "run.json"
@@ -59,10 +58,10 @@ CAPTIONS_A_PART = 8, 64  # minimum and maximum
 PARTS = 16  # of a small job: shows progress, and a kill costs little
 TRIPLES_A_PART = 8
 STORYBOOK_SCALE = (3.0, 5.0)  # around its recommended scale, 4
-# What a painter consists of: its folder may hold a CLIP and a language model besides.
+# The files of a painter; its folder may also contain a CLIP and a language model.
 PAINTER_FILES = ("unet/*", "vae/*", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "model_index.json")
 EVERY = Thresholds(image=-2, caption=-2, directional=-2)  # every pair passes
-OUR_KEY = "IP2P_API_KEY"
+SAMPLING = ("shots", "temperature", "frequency_penalty", "max_tokens")  # settings of every writer
 
 
 # --- captions to triples --------------------------------------------------------------------------
@@ -99,10 +98,9 @@ def run_instruct(config: SynthInstructConfig) -> None:
     for line in read.lines():
         say(line)
     texts = [caption.text for caption in read.captions]
-    limits = Limits(block=block, spatial=not config.allow_spatial)
-    named = ("model", "shots", "edits", "retries", "allow_spatial")
-    sampled = ("temperature", "frequency_penalty", "max_tokens")
-    settings = {name: getattr(config, name) for name in (*named, *sampled)}
+    limits = EditLimits(block=block, spatial=not config.allow_spatial)
+    named = ("model", "edits", "retries", "allow_spatial", *SAMPLING)
+    settings = {name: getattr(config, name) for name in named}
     settings |= {"content of the captions": _hash(texts), "content of --block-list": _hash(block)}
     if config.server is None:
         settings |= {"dtype": config.dtype, "content of --model": content_key(find_lm(config.model))}
@@ -113,8 +111,8 @@ def run_instruct(config: SynthInstructConfig) -> None:
         config, None if config.server is not None else find_lm(config.model), device=config.device
     )
     if file and config.overwrite:
-        file.unlink(missing_ok=True)  # its parts go too; what is left of it would not be this job's
-    told = jobs.run_job(
+        file.unlink(missing_ok=True)  # its parts are deleted too, so a stale file must not remain
+    summary = jobs.run_job(
         partial(InstructStage, _writer(config), edits=config.edits, retries=config.retries, limits=limits),
         [texts[start : start + size] for start in range(0, len(texts), size)],
         folder,
@@ -123,13 +121,13 @@ def run_instruct(config: SynthInstructConfig) -> None:
         **workers,
         overwrite=config.overwrite,
     )
-    _write_run(folder, config, told)
-    for line in _instruct_lines(config, told):
+    _write_run(folder, config, summary)
+    for line in _instruct_lines(config, summary):
         say(line)
-    if not told.rows[TABLE]:
+    if not summary.rows[TABLE]:
         raise InputError(
-            f"no answer was taken of {told.counts['captions']:,.0f} captions, so there are no triples; see "
-            f"the answers in {folder / REJECTED}-*.parquet, and try another --model."
+            f"no answer was taken of {summary.counts['captions']:,.0f} captions, so there are no triples; "
+            f"see the answers in {folder / REJECTED}-*.parquet, and try another --model."
         )
     if file:
         _write_whole(file, read_triples(folder))
@@ -139,41 +137,19 @@ def run_instruct(config: SynthInstructConfig) -> None:
 
 def _writer(config: SynthInstructConfig) -> Callable[[], Writer]:
     """A function that makes the writer, here or on another machine."""
-    sampling: dict[str, Any] = {
-        "temperature": config.temperature,
-        "frequency_penalty": config.frequency_penalty,
-        "max_tokens": config.max_tokens,
-    }
     if config.server is None:
-        return partial(
-            LocalWriter,
-            config.model,
-            device=config.device,
-            dtype=config.dtype,
-            batch=config.batch,
-            shots=config.shots or 0,
-            **sampling,
-        )
-    make = partial(
-        ServerWriter,
-        config.server,
-        config.model,
-        way=config.way,
-        shots=config.shots,
-        together=config.together,
-        rate=config.rate,
-        price=config.price,
-        timeout=config.timeout,
-        patience=config.patience,
-        **sampling,
-    )
-    make(key="")  # so that its settings are checked before the work
-    return _Keyed(make, _key(config))
+        names: tuple[str, ...] = ("device", "dtype", "batch", *SAMPLING)
+        return partial(LocalWriter, config.model, **{name: getattr(config, name) for name in names})
+    names = ("way", "together", "rate", "price", "timeout", "patience", *SAMPLING)
+    chosen = {name: getattr(config, name) for name in names}
+    make = partial(ServerWriter, config.server, config.model, **chosen)
+    make(key="")  # checks the settings before any work
+    return _Keyed(make, server_key(config.key_variable))
 
 
 @dataclass(frozen=True)
 class _Keyed:
-    """Makes a server's writer with its key, which is hidden from the repr."""
+    """Makes the writer for a server; its key is hidden from the repr."""
 
     make: Callable[..., Writer]
     key: str = field(repr=False)
@@ -182,22 +158,10 @@ class _Keyed:
         return self.make(key=self.key)
 
 
-def _key(config: SynthInstructConfig) -> str:
-    if config.key_variable is None:
-        name = OUR_KEY if os.environ.get(OUR_KEY) else KEY
-        return clean_key(os.environ.get(name, ""), name)
-    try:
-        return clean_key(os.environ[config.key_variable], config.key_variable)
-    except KeyError:
-        raise InputError(
-            f"the environment has no {config.key_variable}, which --key-variable names; set it to the key."
-        ) from None
-
-
-def _instruct_lines(config: SynthInstructConfig, told: jobs.Summary) -> list[str]:
-    counts = told.counts
+def _instruct_lines(config: SynthInstructConfig, summary: jobs.Summary) -> list[str]:
+    counts = summary.counts
     lines = [
-        f"{told.rows[TABLE]:,} triples of {counts['captions']:,.0f} captions; "
+        f"{summary.rows[TABLE]:,} triples of {counts['captions']:,.0f} captions; "
         f"{counts['captions without']:,.0f} captions have none"
     ]
     refused = {name[len(REFUSED) :]: n for name, n in counts.items() if name.startswith(REFUSED)}
@@ -208,11 +172,8 @@ def _instruct_lines(config: SynthInstructConfig, told: jobs.Summary) -> list[str
             + ", ".join(f"{name} {count:,.0f}" for name, count in most)
         )
     if config.server is not None:
-        cost = f", cost {counts['cost']:,.4f}" if counts["cost"] else ""
-        lines.append(
-            f"{counts['requests']:,.0f} answers, {counts['retries']:,.0f} retries, "
-            f"{counts['prompt_tokens']:,.0f} tokens in, {counts['answer_tokens']:,.0f} out{cost}"
-        )
+        used: dict[str, Any] = {name: counts[name] for name in asdict(Usage())}
+        lines.append(Usage(**used).line())
     return lines
 
 
@@ -221,7 +182,7 @@ def _write_whole(file: Path, triples: Sequence[Triple]) -> None:
     try:
         there = read_triples(file) if file.exists() else []
     except InputError:
-        there = []  # it is damaged, and this job's
+        there = []  # damaged, but written by this job
     if there == triples:
         return
     if there:
@@ -244,20 +205,7 @@ def run_tune_lm(config: SynthTuneConfig) -> None:
         config.base,
         config.out,
         None if config.triples is None else read_triples(config.triples),
-        tuning=Tuning(
-            lora=config.lora,
-            epochs=config.epochs,
-            batch=config.batch,
-            rate=config.rate,
-            warm_up=config.warm_up,
-            weight_decay=config.weight_decay,
-            clip=config.clip_norm,
-            max_length=config.max_length,
-            seed=config.seed,
-        ),
-        backend=config.backend,
-        device=config.device,
-        revision=config.revision,
+        **config.model_dump(exclude={"base", "out", "triples"}),
     )
     write_text(config.out / RUN, run_json(config, steps=tuned.steps, left_out=tuned.left_out))
     say(f"use it: ip2p synth instruct captions.txt -o triples.parquet --model {config.out}")
@@ -280,8 +228,7 @@ def run_pairs(config: SynthPairsConfig) -> None:
     how = config.how(storybook=storybook)
     vaes = {"vae": config.vae, "tiny-vae": how["tiny_vae"]}
     named = ("model", "revision", "weights", "vae", "keep", "p", "size", "license", "dtype")
-    # Named only where they are set.
-    more = {"p_cross": None, "reweight": 1.0, "blend": None, "parts_from": None}
+    more = {"p_cross": None, "reweight": 1.0, "blend": None, "parts_from": None}  # recorded only if set
     settings: dict[str, Any] = {
         "content of the triples": _hash([asdict(triple) for triple in triples]),
         **{name: getattr(config, name) for name in named},
@@ -292,14 +239,13 @@ def run_pairs(config: SynthPairsConfig) -> None:
         **{"scale": scale, "clip": clip_name},
         "content of --model": content_key(painter, *PAINTER_FILES),
         "content of --clip": content_key(clip()),
-        **{f"content of --{flag}": content_key(path) for flag, path in _lying_here(vaes)},
+        **{f"content of --{flag}": content_key(path) for flag, path in _local_models(vaes)},
     }
-    stage = partial(
-        PairStage, config, how=how, clip=clip, clip_name=clip_name, thresholds=thresholds, scale=scale
-    )
+    chosen = config.changed(scale=scale, **how)
+    stage = partial(PairStage, chosen, clip=clip, clip_name=clip_name, thresholds=thresholds)
     size = 1 if config.as_paper else TRIPLES_A_PART
     make_folder(config.out)
-    told = jobs.run_job(
+    summary = jobs.run_job(
         stage,
         [triples[start : start + size] for start in range(0, len(triples), size)],
         config.out,
@@ -308,21 +254,21 @@ def run_pairs(config: SynthPairsConfig) -> None:
         **worker_options(config, painter, device=config.device),
         overwrite=config.overwrite,
     )
-    _write_run(config.out, config, told, thresholds=asdict(thresholds), scale=scale, used=how)
-    for line in _pair_lines(told):
+    _write_run(config.out, config, summary, thresholds=asdict(thresholds), scale=scale, used=how)
+    for line in _pair_lines(summary):
         say(line)
-    if not told.rows[TABLE]:
+    if not summary.rows[TABLE]:
         raise InputError(
-            f"no pair was kept of {told.counts['candidates']:,.0f} candidates; look at them with --keep all "
-            "into another folder and ip2p synth inspect, and lower --image, --caption or --directional."
+            f"no pair was kept of {summary.counts['candidates']:,.0f} candidates; look at them with --keep "
+            "all into another folder and ip2p synth inspect, and lower --image, --caption or --directional."
         )
     say(f"next: ip2p synth filter {config.out} -o kept")
     print(config.out)
 
 
-def _pair_lines(told: jobs.Summary) -> list[str]:
-    n = told.counts
-    kept = told.rows[TABLE]
+def _pair_lines(summary: jobs.Summary) -> list[str]:
+    n = summary.counts
+    kept = summary.rows[TABLE]
     lines = [
         f"{kept:,} pairs are kept of {n['candidates']:,.0f} candidates, {n['passed']:,.0f} of which passed; "
         f"{n['prompts_none']:,.0f} of {n['prompts']:,.0f} triples have none, "
@@ -379,7 +325,7 @@ def run_filter_pairs(config: SynthFilterConfig) -> None:
         rescore=config.rescore,
         safety=safety,
         count=config.count,
-        **worker_options(config, clip() if _lies_here(asked) else None, device=config.device),
+        **worker_options(config, clip() if _is_local(asked) else None, device=config.device),
     )
     write_text(config.out / RUN, run_json(config, thresholds=asdict(thresholds)))
     for line in filtered.lines():
@@ -402,7 +348,7 @@ def _apart(data: str, out: Path) -> None:
     """Raise InputError if the output is inside the input, or the input inside the output."""
     here = Path(data).expanduser()
     if not here.exists():
-        return  # of the hub
+        return  # a hub data set
     one, two = here.resolve(), out.expanduser().resolve()
     if one == two or one in two.parents or two in one.parents:
         raise InputError(f"{out} and {data} are one in the other; write what stays into a folder beside it.")
@@ -446,17 +392,17 @@ def run_inspect(config: SynthInspectConfig) -> None:
 
 
 def _filtered(folder: Path) -> tuple[Source, Scored, dict[str, Any]] | None:
-    """Of a folder of `synth filter`: what it filtered, with its scores, and how. None for another folder.
+    """For a folder of `synth filter`: the filtered data set, its scores, and the settings.
 
-    None too, with a word, when what it filtered is gone or was changed: what stays can be shown alone.
+    None for another folder, and, with a message, if the data set was moved or changed.
     """
     if not (jobs.is_job(folder) and jobs.is_job(folder / SCORES_FOLDER)):
         return None
     asked = jobs.settings(folder)
     if "near_bits" not in asked:
         return None
-    told = read_json(folder / RUN).get("settings", {}) if (folder / RUN).is_file() else {}
-    opened = {name: told[name] for name in ("split", "revision", "stream") if told.get(name)}
+    known = read_json(folder / RUN).get("settings", {}) if (folder / RUN).is_file() else {}
+    opened = {name: known[name] for name in ("split", "revision", "stream") if known.get(name)}
     try:
         source = open_source(asked["source"], **opened)
     except (InputError, ModelError):
@@ -467,7 +413,7 @@ def _filtered(folder: Path) -> tuple[Source, Scored, dict[str, Any]] | None:
     return source, read_scores(folder / SCORES_FOLDER, source), asked
 
 
-# --- what they have in common ---------------------------------------------------------------------
+# --- shared helpers ---------------------------------------------------------------------
 
 
 def _clip_of(clip: str | None, model: str, revision: str | None) -> tuple[Callable[[], Path], str]:
@@ -483,36 +429,36 @@ def _clip_of(clip: str | None, model: str, revision: str | None) -> tuple[Callab
     return partial(find_clip, clip, model), called(clip)
 
 
-def _lying_here(models: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
+def _local_models(models: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
     """The models that are local files or folders, by flag."""
     for flag, model in models.items():
         if model is not None and (path := Path(model).expanduser()).exists():
             yield flag, path
 
 
-def _lies_here(model: str) -> bool:
-    """Whether a model is a local folder or packaged, and need not be downloaded."""
+def _is_local(model: str) -> bool:
+    """Whether a model is a local folder or packaged."""
     return Path(model).expanduser().is_dir() or model in packaged_models()
 
 
 def _model_name(folder: Path, model: str) -> str:
-    """The name in the model's card, else the given one."""
+    """The name in the model's card, else `model`."""
     card = folder / "ip2p.json"
-    said = read_json(card).get("name") if card.is_file() else None
-    return str(said or called(model))
+    name = read_json(card).get("name") if card.is_file() else None
+    return str(name or called(model))
 
 
 def _thresholds(
     config: SynthPairsConfig | SynthFilterConfig | SynthInspectConfig, auto: Thresholds
 ) -> Thresholds:
-    """Those of the preset, `auto` unless one is named, with what the config has instead."""
+    """The thresholds of the preset, by default `auto`, overridden by those of the config."""
     preset = auto if config.preset == "auto" else PRESETS[config.preset]
     given = {name: getattr(config, name) for name in asdict(preset)}
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
 def part_size(captions: int) -> int:
-    """Depends on the number of captions alone, so that a resumed job has the same parts."""
+    """Captions per part; depends only on their number, so that a resumed job has the same parts."""
     fewest, most = CAPTIONS_A_PART
     return min(most, max(fewest, -(-captions // PARTS)))
 
@@ -521,6 +467,6 @@ def _hash(value: object) -> str:
     return sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _write_run(folder: Path, config: Settings, told: jobs.Summary, **also: object) -> None:
-    if told.made or not (folder / RUN).exists():
+def _write_run(folder: Path, config: Settings, summary: jobs.Summary, **also: object) -> None:
+    if summary.made or not (folder / RUN).exists():
         write_text(folder / RUN, run_json(config, **also))

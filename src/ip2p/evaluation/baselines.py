@@ -16,7 +16,7 @@ from ip2p.diffusion.schedule import SPACINGS
 from ip2p.models.text import join_prompts
 from ip2p.pictures.images import resized, to_pil, to_tensor
 from ip2p.settings import EditSettings
-from ip2p.synth.pairs import PairMaker
+from ip2p.synth.pairs import PairMaker, open_painter
 
 
 class CaptionPainter:
@@ -27,7 +27,7 @@ class CaptionPainter:
 
     def __init__(self, base: str | Path, *, device: str = "auto", dtype: str = "auto") -> None:
         # PairMaker opens Stable Diffusion and editors alike, and hides the missing image channels.
-        maker = PairMaker(base, device=device, dtype=dtype)
+        maker = PairMaker(open_painter(base, device=device, dtype=dtype))
         self.editor, self.network = maker.editor, maker.network
 
     @torch.inference_mode()

@@ -20,7 +20,7 @@ from ip2p.base.errors import InputError, ModelError
 from ip2p.editing.rank import CLIP_MODEL, find_clip
 from ip2p.models.bundle import from_hub, packaged_models
 from ip2p.models.clip import MEAN, STD, Clip, pooled_features
-from ip2p.models.load import quiet
+from ip2p.models.load import quiet, unreadable
 from ip2p.pictures.images import to_pil, to_tensor
 
 Picture = Float[Tensor, "3 height width"]  # in [0, 1]
@@ -127,8 +127,7 @@ def load_vit(folder: Path, device: torch.device | str = "cpu") -> Any:
             more = {"add_pooling_layer": False} if config.model_type == "vit" else {}
             model = AutoModel.from_pretrained(folder, local_files_only=True, **more)
     except Exception as error:  # safetensors and transformers each raise their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelError(f"{folder} cannot be read ({reason}). Fetch or save the model again.") from None
+        raise ModelError(unreadable(folder, error)) from None
     return model.float().eval().requires_grad_(False).to(device)
 
 

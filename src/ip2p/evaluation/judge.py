@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import json
 import math
-import os
 import random
 import re
 import statistics
@@ -25,13 +24,11 @@ from ip2p.base.errors import InputError, ModelError
 from ip2p.evaluation.encoders import Encoders, Picture
 from ip2p.evaluation.metrics import Metric, Shot
 from ip2p.pictures.images import to_bytes, to_pil
-from ip2p.synth.records import place_seed
-from ip2p.synth.server import KEY, clean_key
+from ip2p.synth.records import derived_seed
 
 PROMPTS = Path(__file__).parent / "prompts"
 QUESTIONS = {"semantics": 2, "quality": 2}  # prompt file: how many scores it asks for
 INSTRUCTION = "{instruction}"
-OUR_KEY = "IP2P_API_KEY"
 MOST = 10  # the best score; 0 is the worst
 TOGETHER = 8  # questions asked at once
 MAX_TOKENS = 1000
@@ -169,7 +166,7 @@ class VisionJudge:
         if imgedit:
             return published_lines(reply) if published else parse_score_lines(reply)
         if published:
-            return published_scores(reply, place_seed("guess", shot.instruction, name, turn))
+            return published_scores(reply, derived_seed("guess", shot.instruction, name, turn))
         return parse_scores(reply, QUESTIONS[name])
 
     def _reply(self, words: str, pictures: Sequence[Picture]) -> str | tuple[str]:
@@ -225,14 +222,6 @@ def _columns(repeats: Sequence[Mapping[str, list[float] | str]]) -> dict[str, An
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def server_key(variable: str | None) -> str:
-    """The server's key from the environment. Raises InputError for a named variable that is not set."""
-    if variable is not None and variable not in os.environ:
-        raise InputError(f"the environment has no {variable}, which --key-variable names; set it to the key.")
-    name = variable or (OUR_KEY if os.environ.get(OUR_KEY) else KEY)
-    return clean_key(os.environ.get(name, ""), name)
 
 
 def count_failures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

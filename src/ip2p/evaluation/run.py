@@ -16,13 +16,14 @@ from ip2p.base.files import content_key, make_folder, replacing, write_text
 from ip2p.base.terminal import say
 from ip2p.data.loading import open_source
 from ip2p.evaluation.encoders import ENCODERS, find_encoder
-from ip2p.evaluation.judge import JUDGED, PROMPTS, JudgeSettings, count_failures, server_key
+from ip2p.evaluation.judge import JUDGED, PROMPTS, JudgeSettings, count_failures
 from ip2p.evaluation.metrics import EXACT, METRICS, USUAL, Metric, chosen_metrics
 from ip2p.evaluation.rows import PairRows, RowSource, StorybookRows
 from ip2p.evaluation.settings import SAMPLING, STRENGTHS, EvaluateConfig, named_model, sweep_values
 from ip2p.evaluation.stage import PICTURES, ROWS, EvalPart, EvaluateStage, Variant, variant_json
 from ip2p.models.bundle import called, find_model
 from ip2p.settings import Split, run_json
+from ip2p.synth.server import server_key
 from ip2p.synth.workers import worker_options
 
 if TYPE_CHECKING:
@@ -77,26 +78,13 @@ def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, 
     names = encoder_names(config)
     metrics = protocol()
     variants = find_variants(config, source)
-    shown = min(config.shown, len(source))
     size = max(1, min(PART_ROWS, -(-len(source) // PARTS)))
     parts = [
         EvalPart(variant=variant, rows=range(start, min(start + size, len(source))))
         for variant in variants
         for start in range(0, len(source), size)
     ]
-    stage = partial(
-        EvaluateStage,
-        source,
-        protocol,
-        names=names,
-        device=config.device,
-        dtype=config.dtype,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        shown=shown,
-        as_code=config.as_code,
-        judge=judge,
-    )
+    stage = partial(EvaluateStage, source, protocol, config, names=names, judge=judge)
     weights = {model: find_model(model) for v in variants if (model := v.model) is not None}
     slots = dict.fromkeys(slot for metric in metrics.values() for slot in metric.slots)
     # Found before any work, so that a missing model is an error at once.
@@ -112,7 +100,7 @@ def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, 
         "dtype": config.dtype,
         "models": {name: content_key(path) for name, path in weights.items()},
         "encoders": {slot: content_key(path) for slot, path in encoders.items()},
-        "shown": shown,
+        "shown": min(config.shown, len(source)),
         "judge": None if judge is None else judge.as_json(),
     }
     summary = jobs.run_job(
@@ -279,12 +267,12 @@ def write_report(
     title = f"{config.benchmark or called(source.name)}: {len(source):,} edits"
     notes = [f"Protocol: {report['protocol']}. Seed {config.seed}."]
     if judged is not None:
-        said = (
+        failures = (
             ", ".join(f"{count} {reason}" for reason, count in judged["failures"].items() if count) or "none"
         )
         notes.append(
             f"Judge: {judged['model']}, asked {judged['replies']:,} times on {', '.join(judged['dates'])}; "
-            f"replies without a score: {said}."
+            f"replies without a score: {failures}."
         )
     write_text(folder / PAGE, page_html(title, lines, metrics, first, pictures, notes=notes, curves=curves))
     return report

@@ -20,10 +20,11 @@ from ip2p.evaluation.encoders import Encoders
 from ip2p.evaluation.judge import JudgeSettings, VisionJudge
 from ip2p.evaluation.metrics import Metric, Shot, measure_shots
 from ip2p.evaluation.rows import EvalRow, RowSource, as_picture
+from ip2p.evaluation.settings import EvaluateConfig
 from ip2p.evaluation.storybook import edit_tensors
 from ip2p.pictures.images import to_pil
 from ip2p.settings import EditSettings
-from ip2p.synth.records import place_seed
+from ip2p.synth.records import derived_seed
 
 if TYPE_CHECKING:
     from ip2p.editing.editor import Editor
@@ -58,32 +59,25 @@ class EvalPart:
 
 
 class EvaluateStage:
-    """Edits and measures. One model is loaded at a time; encoders stay.
+    """Edits and measures. One model is loaded at a time; encoders stay loaded.
 
-    metrics: makes the metrics, by name. names: encoders in place of the pinned ones. as_code: squeezes the
-    pictures to `size`, and keeps values beyond white and black, as the paper's script does. shown: the rows
-    whose pictures are kept. judge: asked about every result.
+    metrics: returns the metrics by name. names: encoders that replace the pinned ones. judge: asked about
+    every result. Of the config: `as_code` squeezes the pictures to `size` and does not clip values, as the
+    paper's script; pictures of the first `shown` rows are kept.
     """
 
     def __init__(
         self,
         source: RowSource,
         metrics: Callable[[], Mapping[str, Metric]],
+        config: EvaluateConfig,
         *,
         names: Mapping[str, str],
-        device: str,
-        dtype: str,
-        seed: int,
-        batch_size: int | None,
-        shown: int,
-        as_code: bool = False,
         judge: JudgeSettings | None = None,
     ) -> None:
-        self.source, self.metrics = source, dict(metrics())
-        self.device, self.dtype, self.seed, self.batch_size = device, dtype, seed, batch_size
-        self.shown, self.as_code = shown, as_code
+        self.source, self.metrics, self.config = source, dict(metrics()), config
         self.judge = None if judge is None else VisionJudge(judge)
-        self.encoders = Encoders(names, device=pick_device(device), signed=as_code)
+        self.encoders = Encoders(names, device=pick_device(config.device), signed=config.as_code)
         self._loaded: tuple[tuple[str, bool], Any] | None = None
 
     def __call__(self, part: EvalPart) -> StageOutput:
@@ -117,26 +111,23 @@ class EvaluateStage:
             cells[number] |= {
                 name: None if value != value else value for name, value in {**found, **scores}.items()
             }
-            if number < self.shown:
+            if number < self.config.shown:
                 pictures.append(_pictures(number, variant, row, shot))
         self.encoders.forget()
         columns = [(name, pa.float64()) for name in self.metrics]
         if self.judge is not None:
-            columns += [
-                ("judge_replies", pa.int64()),
-                ("judge_failures", pa.string()),
-                ("judge_date", pa.string()),
-            ]
+            columns += [("judge_replies", pa.int64()), ("judge_failures", pa.string())]
+            columns += [("judge_date", pa.string())]
         rows = pa.Table.from_pylist([cells[k] for k in part.rows], pa.schema([*_known(), *columns]))
         return StageOutput(
             tables={ROWS: rows, PICTURES: pa.Table.from_pylist(pictures, pa.schema(_shown()))}, counts=counts
         )
 
     def _seed(self, row: EvalRow) -> int:
-        return place_seed("evaluate", self.seed, row.id)
+        return derived_seed("evaluate", self.config.seed, row.id)
 
     def _shots(self, variant: Variant, rows: Sequence[EvalRow]) -> list[Shot]:
-        if self.as_code and variant.kind == "model":
+        if self.config.as_code and variant.kind == "model":
             inputs, outputs = self._as_code(variant, rows)
         else:
             inputs = [as_picture(row.before) for row in rows]
@@ -218,7 +209,7 @@ class EvaluateStage:
     def _batch(self, editor: Editor, pictures: Sequence[Image.Image]) -> int:
         # Parts are fixed, so a batch changes nothing from run to run; small pictures gain by it on a CPU.
         small = all(max(picture.size) <= SMALL_SIDE for picture in pictures)
-        return self.batch_size or (SMALL_BATCH if small else editor.batch_size)
+        return self.config.batch_size or (SMALL_BATCH if small else editor.batch_size)
 
     def _model(self, variant: Variant) -> Editor | CaptionPainter:
         key = str(variant.model), variant.kind == "model"
@@ -228,7 +219,7 @@ class EvaluateStage:
 
             self._loaded = None  # before the next one is loaded: two may not fit
             load: Any = Editor.load if variant.kind == "model" else CaptionPainter
-            self._loaded = key, load(variant.model, device=self.device, dtype=self.dtype)
+            self._loaded = key, load(variant.model, device=self.config.device, dtype=self.config.dtype)
         return self._loaded[1]  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""What training starts from: a Stable Diffusion that becomes an editor, an editor, or a UNet of noise."""
+"""Models that training starts from: Stable Diffusion, an editor, or a randomly initialized UNet."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def load_base(
     vae: str | Path | None = None,
     parts_from: str | Path | None = None,
 ) -> Bundle:
-    """Open what `bundle.load_bundle` opens, and Stable Diffusion itself, to be trained.
+    """Load an editor (as `bundle.load_bundle` does) or Stable Diffusion for training, in fp32.
 
-    A UNet that takes noise alone is widened to take a picture too (`widened` says so). All is fp32. The UNet
-    takes gradients and its weights are copies of its own: no change reaches a file. The other networks are
-    frozen. Raises ModelError, also for what cannot be trained: a UNet of other channels, CosXL.
+    The UNet of Stable Diffusion is widened to take a picture (`Bundle.widened`). The UNet requires gradients
+    and owns its weights, so no change reaches a file; the other networks are frozen. Raises ModelError, also
+    for a model that cannot be trained: another number of input channels, or CosXL.
     """
     stored = open_model(find_model(base, revision=revision), weights=weights, parts=open_parts(parts_from))
     _check_noise(stored)
@@ -46,7 +46,7 @@ def load_base(
     bundle = make_bundle(stored, str(base), device=device, dtype=torch.float32, vae=vae)
     unet = bundle.unet
     for parameter in unet.parameters():
-        # They may be pages of the file.
+        # The weights may be mapped pages of the file.
         parameter.data = parameter.data.clone()
     if channels != needed:
         widen_conv_in(unet, needed)
@@ -63,14 +63,12 @@ def new_from_config(
     vae: str | Path | None = None,
     seed: int = 0,
 ) -> Bundle:
-    """A UNet of noise, drawn with `seed`, with everything else from the model `parts`.
+    """A UNet initialized randomly with `seed`; all other parts are those of the model `parts`.
 
-    unet_config: as diffusers' UNet2DConditionModel has it, or a JSON file of it, or a folder with
-    `config.json`; its `in_channels`, if it says any, are an editor's. All is as `load_base` has it.
-    Raises ModelError for a config that does not fit the other parts.
+    unet_config: a config of diffusers' UNet2DConditionModel, its JSON file, or a folder with `config.json`.
+    The rest is as in `load_base`. Raises ModelError for a config that does not fit the other parts.
     """
-    given = not isinstance(unet_config, Mapping)
-    source = "the UNet's config" if not given else str(unet_config)
+    source = "the UNet's config" if isinstance(unet_config, Mapping) else str(unet_config)
     if not isinstance(unet_config, Mapping):
         path = Path(unet_config).expanduser()
         unet_config = read_json(path / "config.json" if path.is_dir() else path)
@@ -81,7 +79,7 @@ def new_from_config(
         key: value for key, value in unet_config.items() if not key.startswith("_") or key == "_class_name"
     }
     _check_config(config, stored, source)
-    # What the model says of itself is true of its old UNet, except of its autoencoder.
+    # The card describes the old UNet, except for the value that belongs to the autoencoder.
     card = {key: value for key, value in stored.card.items() if key == "known_psnr"}
     unet = _drawn(config, seed, source).to(device).eval().requires_grad_(True)
     fresh = replace(stored, configs=stored.configs | {"unet": config}, card=card)
@@ -89,7 +87,7 @@ def new_from_config(
 
 
 def prediction_of(bundle: Bundle) -> Prediction:
-    """What the base's UNet predicts, by its scheduler's config. Raises ModelError for what is not trained."""
+    """What the base's UNet predicts, by its scheduler's config. Raises ModelError for any other type."""
     return _prediction(bundle.scheduler_config, bundle.folder)
 
 
@@ -137,18 +135,18 @@ def _check_config(config: Mapping[str, Any], stored: Stored, source: str) -> Non
         "addition_embed_type": "text_time" if xl else None,
     }
     for field, value in wanted.items():
-        said = config.get(field)
-        if said != value and not (isinstance(said, list) and set(said) == {value}):
+        found = config.get(field)
+        if found != value and not (isinstance(found, list) and set(found) == {value}):
             raise ModelError(
-                f"{source} has {field} {said}; an editor with the parts of {stored.path} needs {value}."
+                f"{source} has {field} {found}; an editor with the parts of {stored.path} needs {value}."
             )
 
 
 def _drawn(config: Mapping[str, Any], seed: int, source: str) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
-    empty_network("unet", config)  # says what is wrong with a config, and takes no memory
-    # On the CPU, so that a seed gives the same weights everywhere.
+    empty_network("unet", config)  # checks the config without using memory
+    # On the CPU, so that a seed gives the same weights on every machine.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -1,4 +1,4 @@
-"""An editor's networks: of `storybook` in the package, a hub name, a diffusers folder or a single file."""
+"""Finds and loads an editor: the packaged `storybook`, a hub name, a diffusers folder or a single file."""
 
 from __future__ import annotations
 
@@ -50,33 +50,33 @@ PACKAGED = Path(__file__).parent
 HUB_FILES = (
     *("model_index.json", "ip2p.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt"),
     *("unet/config.json", "vae/config.json", "text_encoder*/config.json"),
-    # The full-precision weights, whole or in shards, and not the fp16 or non-EMA twins beside them.
+    # Full-precision weights, in one file or shards, without the fp16 and non-EMA variants beside them.
     *("*/diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model-*-of-*.safetensors"),
     *("text_encoder*/model.safetensors", "text_encoder*/model-*-of-*.safetensors"),
     "*/*.safetensors.index.json",
 )
-# For a repository that has no others.
-HUB_HALVES = (*("unet/*.fp16*.safetensors", "vae/*.fp16*.safetensors", "text_encoder*/*.fp16*.safetensors"),)
-# For one that has pickles alone, which are read as tensors.
+# For a repository that only has these.
+HUB_HALVES = ("unet/*.fp16*.safetensors", "vae/*.fp16*.safetensors", "text_encoder*/*.fp16*.safetensors")
+# For a repository that only has pickles; only their tensors are read.
 HUB_PICKLES = (
     *("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model-*-of-*.bin"),
     *("vae/diffusion_pytorch_model.bin", "text_encoder*/pytorch_model.bin"),
 )
 # A file of a repository: owner/name/file.safetensors.
 HUB_FILE = re.compile(r"([\w.\-]+/[\w.\-]+)/([\w.\-/]+\.(?:safetensors|ckpt|pt|pth|bin))")
-# Of a network alone, as an autoencoder's repository has it.
+# For the repository of a single network, such as an autoencoder.
 HUB_PART = ("config.json", "diffusion_pytorch_model.safetensors", "vae/config.json", "vae/*model.safetensors")
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a model says of itself in `ip2p.json`; every field may be missing there.
+    """The contents of a model's `ip2p.json`, where every field is optional.
 
-    native_size: the side in pixels that it was trained at. known_psnr: below this reconstruction
-    PSNR in dB of its autoencoder, a picture is far from what it knows. closed_vocabulary: it does not know
-    words that its tokenizer splits (`models.text.unknown_words`). text_cfg_range, image_cfg_range: the least
-    and greatest scale for which it was distilled (`ip2p distill`). The other fields are the settings that it
-    recommends, or the defaults of every model (`Settings.resolved`).
+    native_size: the side in pixels of the training pictures. known_psnr: a picture that the autoencoder
+    reconstructs with a lower PSNR (dB) is far from the training data. closed_vocabulary: the model does not
+    know words that its tokenizer splits (`models.text.unknown_words`). text_cfg_range, image_cfg_range: the
+    range of each scale for which it was distilled (`ip2p distill`). The other fields are recommended
+    settings, with the defaults of `Settings.resolved`.
     """
 
     name: str
@@ -99,10 +99,10 @@ RECOMMENDED = ("steps", "sampler", "schedule", "text_cfg", "image_cfg")
 class Bundle:
     """The parts of an editor, in eval mode and without gradients.
 
-    latent_scale multiplies target latents; condition_scale those of the input image, which most
-    editors saw unscaled. latent_factor is pixels a latent cell; size_multiple is what the pixel sizes must
-    be a multiple of. zero_empty_text: SDXL's empty text is zeros and not encoded. widened: the UNet was no
-    editor's, and its new input channels are still zero (`base.load_base`).
+    latent_scale multiplies target latents; condition_scale those of the input picture, which most editors
+    take unscaled. latent_factor: pixels per latent cell. size_multiple: picture sizes must be a multiple of
+    it. zero_empty_text: SDXL's empty text is all zeros, not encoded. widened: the UNet was not an editor's;
+    its new input channels are still zero (`base.load_base`).
     """
 
     unet: UNet2DConditionModel
@@ -136,13 +136,12 @@ def load_bundle(
 ) -> Bundle:
     """Load an editor of SD 1.x, SD 2.x or SDXL, in eval mode and without gradients.
 
-    `model`: `storybook`, a folder in the diffusers format, a hub name such as
-    timbrooks/instruct-pix2pix (at `revision`), or a single .safetensors or .ckpt file in the LDM
-    layout; of the averaged and the last weights in it, `weights` are taken (`load.open_model`). `vae`:
-    another autoencoder, a folder, a hub name or a single file. `parts_from`: a model that brings what a file
-    of a UNet alone lacks. `stored`: the model, if it was opened already (`load.open_model`). Nothing in a
-    file is run. All take `dtype`, but SDXL's autoencoder stays in fp32, which holds its range.
-    Raises ModelError, and InputError for a revision of what has none.
+    model: `storybook`, a diffusers folder, a hub name such as timbrooks/instruct-pix2pix (at `revision`), or
+    a single .safetensors or .ckpt file in the LDM layout. weights: averaged or last weights, if the file has
+    both (`load.open_model`). vae: another autoencoder: a folder, a hub name or a single file. parts_from: a
+    model that supplies the parts that a UNet file lacks. stored: the model, if already opened. No code from
+    a file is executed. All networks get `dtype`, except that SDXL's autoencoder stays in fp32, whose range it
+    needs. Raises ModelError, and InputError for a revision of a local model.
     """
     stored = stored or open_model(
         find_model(model, revision=revision), weights=weights, parts=open_parts(parts_from)
@@ -152,7 +151,7 @@ def load_bundle(
 
 
 def open_parts(model: str | Path | None) -> Stored | None:
-    """The model that brings missing parts (`--parts-from`), if one is named. Raises ModelError."""
+    """The model that supplies missing parts (`--parts-from`), or None. Raises ModelError."""
     return None if model is None else open_model(find_model(model))
 
 
@@ -165,10 +164,9 @@ def make_bundle(
     vae: str | Path | None = None,
     unet: UNet2DConditionModel | None = None,
 ) -> Bundle:
-    """The networks of an opened model, whatever its UNet takes; `load_bundle` says the rest.
+    """Load an opened model with any number of UNet input channels; otherwise as `load_bundle`.
 
-    name: what the model is called if it does not say. unet: a UNet to take instead of the model's, as
-    it is. Raises ModelError.
+    name: used if the model's card has none. unet: replaces the model's UNet. Raises ModelError.
     """
     path = stored.path
     if vae is None and "vae" in stored.lacking:
@@ -181,7 +179,7 @@ def make_bundle(
         parts["vae"] = _find_vae(vae, stored)
     whole = stored.kind == "sdxl" and parts["vae"].config.get("force_upcast", True)
     half = torch.float32 if whole else dtype
-    # The networks are built from here on: that takes seconds, and a bad file should say so at once.
+    # All files were checked above; building the networks takes seconds.
     networks = {key: _load(part, key, half if key == "vae" else dtype, device) for key, part in parts.items()}
     tokenizers = {
         key: make_tokenizer(files, path / key if stored.layout == "folder" else path)
@@ -214,14 +212,14 @@ def make_bundle(
 
 
 def check_editor(stored: Stored) -> None:
-    """Raise ModelError unless the UNet takes a picture beside the noise."""
+    """Raise ModelError unless the UNet takes noise and a picture."""
     channels, needed = stored.channels
     if channels != needed:
         raise ModelError(not_an_editor(stored))
 
 
 def not_an_editor(stored: Stored) -> str:
-    """Why a model whose UNet takes other channels than an editor's edits nothing, and what to do about it."""
+    """Why a model is not an editor (by its UNet's input channels), and what to do about it."""
     channels, needed = stored.channels
     known = unet_refusal(channels, needed)
     if known is not None:
@@ -235,15 +233,14 @@ def not_an_editor(stored: Stored) -> str:
     config = stored.configs["scheduler"]
     if stored.cosxl or str(config.get("_class_name", "")).startswith(("EDM", "FlowMatch")):
         return (
-            line
-            + f"It is a base whose noise levels are not trained here. Use an editor such as {PHOTO_MODEL}."
+            line + f"Bases with its noise levels cannot be trained here. Use an editor such as {PHOTO_MODEL}."
         )
     return line + f"Train one: ip2p train --base {stored.path}"
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A network on disk: its config, its weights, where each of the network's names lies in them."""
+    """A network on disk: its config, its weights, and the table of their names."""
 
     config: Mapping[str, Any]
     weights: Weights
@@ -281,13 +278,13 @@ def _find_vae(vae: str | Path, stored: Stored) -> _Part:
     else:
         raise ModelError(f"{vae}: no such autoencoder. {_closest(path, [])}")
     tiny = part.config.get("_class_name") == TINY
-    # A tiny one makes scaled latents; which model's, its config does not say.
+    # A tiny one makes scaled latents; its config does not say for which model.
     theirs = scale if tiny else float(part.config.get("scaling_factor") or 0.18215)
     levels = "decoder_block_out_channels" if tiny else "block_out_channels"
     shape = [int(part.config.get("latent_channels", 4)), len(part.config.get(levels, (1,) * 4))]
     wanted = [int(own.get("latent_channels", 4)), len(own.get("block_out_channels", ()))]
     if "vae" in stored.lacking:
-        wanted[1] = shape[1]  # what the file was made with is not known
+        wanted[1] = shape[1]  # the file's own autoencoder is unknown
     if shape != wanted or abs(theirs - scale) > 1e-6:
         raise ModelError(
             f"The autoencoder {vae} has other latents than the model's: {shape[0]} channels of scale "
@@ -312,10 +309,9 @@ def _vae_folder(folder: Path) -> _Part:
 
 
 class ScaledTiny(nn.Module):
-    """An AutoencoderTiny (TAESD) in the place of an AutoencoderKL.
+    """An AutoencoderTiny (TAESD) with the interface of an AutoencoderKL.
 
-    It makes latents that are multiplied by the scale already, [batch, 4, h, w]; here they are divided by it,
-    as those of the large one are. config: the tiny one's, with the large one's scale.
+    TAESD's latents [batch, 4, h, w] are already multiplied by the scale; here they are divided by it.
     """
 
     def __init__(self, tiny: Any, scale: float) -> None:
@@ -336,7 +332,7 @@ class ScaledTiny(nn.Module):
         return self.tiny.device  # type: ignore[no-any-return]
 
     def encode(self, pictures: torch.Tensor) -> SimpleNamespace:
-        """Pictures [batch, 3, H, W] in [-1, 1] to a distribution without spread of latents."""
+        """Pictures [batch, 3, H, W] in [-1, 1] to a distribution of latents with zero variance."""
         latents = self.tiny.encode(pictures).latents / self.scale
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents, sample=lambda *_: latents))
 
@@ -352,15 +348,13 @@ class ScaledTiny(nn.Module):
 
 
 def load_tiny(tiny: str | Path, bundle: Bundle) -> AutoencoderTiny:
-    """An AutoencoderTiny (TAESD) of a folder or a hub name, for previews of `bundle`'s latents.
+    """An AutoencoderTiny (TAESD) from a folder or a hub name, for previews of `bundle`'s latents.
 
-    It decodes scaled latents, as samplers make them. Raises ModelError for one of other latents.
+    It decodes scaled latents, as samplers return them. Raises ModelError if its latents differ.
     """
-    path = Path(tiny).expanduser()
-    if is_hub_name(str(tiny), path):
-        path = from_hub(str(tiny), HUB_PART, _has_config)
     from diffusers import AutoencoderTiny
 
+    path = find_folder(tiny, HUB_PART, _has_config, what="tiny autoencoder")
     network = load_part(AutoencoderTiny, path, bundle.vae.dtype)
     check_tiny(network, bundle)
     return network.to(bundle.vae.device)  # type: ignore[no-any-return]
@@ -399,13 +393,11 @@ def _vae_file(path: Path, scale: float) -> _Part:
 
 
 def find_model(model: str | Path, *, revision: str | None = None) -> Path:
-    """Where a model lies: the packaged one, a folder, a single file, or a hub one fetched into the cache."""
+    """The path of a model: packaged, a folder, a single file, or from the hub's cache. Raises ModelError."""
     name = str(model)
     if not name.strip():
         raise ModelError(
-            "The model's name is empty. Use storybook, a folder, a file, or a hub name like "
-            + PHOTO_MODEL
-            + "."
+            f"The model's name is empty. Use storybook, a folder, a file, or a hub name like {PHOTO_MODEL}."
         )
     path = Path(name).expanduser()
     packaged = packaged_models()
@@ -476,10 +468,7 @@ def is_hub_name(name: str, path: Path) -> bool:
 
 
 def called(model: str | Path) -> str:
-    """What tables call a model: the name that was given, of a path the last part alone.
-
-    A table may go to other machines, where the place means nothing, and is nobody's business.
-    """
+    """The name of a model in tables: a path's last part only, since the table may go to other machines."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else str(model)
 
@@ -506,7 +495,7 @@ def _unopened(path: Path) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    # A snapshot may hold other files of the repository than an editor's.
+    # A cached snapshot may lack some files of the repository.
     parts = [part for part in PARTS if part in ("unet", "vae", "text_encoder")]
     if (folder / "text_encoder_2").is_dir():
         parts.append("text_encoder_2")
@@ -520,10 +509,36 @@ def _is_model(folder: Path) -> bool:
     return _is_whole(folder) or (alone and any(map(_is_root_model, folder.iterdir())))
 
 
+def find_folder(
+    model: str | Path,
+    files: Sequence[str],
+    whole: Callable[[Path], bool],
+    *,
+    what: str,
+    revision: str | None = None,
+) -> Path:
+    """A local folder, or that of a hub repository's files (`from_hub`). what: names the model in errors.
+
+    Raises ModelError if it is neither, and InputError for the revision of a local folder.
+    """
+    folder = Path(model).expanduser()
+    if folder.exists():
+        if revision is not None:
+            raise InputError(
+                f"{model} is a local folder, so --revision {revision} does not apply; remove it."
+            )
+        return folder
+    if is_hub_name(str(model), folder):
+        return from_hub(str(model), files, whole, revision=revision)
+    close = close_file(folder)
+    hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
+    raise ModelError(f"{model}: no such {what}. {hint}")
+
+
 def from_hub(
     name: str, files: Sequence[str], whole: Callable[[Path], bool], *, revision: str | None = None
 ) -> Path:
-    """The folder of a hub repository's files in the cache, fetched if they are not there. ModelError."""
+    """The folder of a hub repository in the cache, downloaded if needed. Raises ModelError."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -552,21 +567,21 @@ def from_hub(
         raise hub_error(error, name, command, revision=revision) from None
 
 
-# --- what a model says of itself ---------------------------------------------------------------
+# --- cards ---------------------------------------------------------------
 
 
 def _card(stored: Stored, name: str, native_size: int) -> Card:
-    said = stored.card
-    psnr = said.get("known_psnr")
+    values = stored.card
+    psnr = values.get("known_psnr")
     path = Path(name)
     own = name if not os.path.exists(name) else path.stem if path.is_file() else path.resolve().name
     return Card(
-        name=str(said.get("name") or own),
-        native_size=int(said.get("native_size") or native_size),
+        name=str(values.get("name") or own),
+        native_size=int(values.get("native_size") or native_size),
         known_psnr=None if psnr is None else float(psnr),
-        closed_vocabulary=bool(said.get("closed_vocabulary")),
+        closed_vocabulary=bool(values.get("closed_vocabulary")),
         **_ranges(stored),
-        **_recommended(said, stored.path),
+        **_recommended(values, stored.path),
     )
 
 
@@ -587,9 +602,9 @@ def _ranges(stored: Stored) -> dict[str, Any]:
     return found
 
 
-def _recommended(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The settings that a card names. Raises ModelError for one that no edit can have."""
-    found = {name: said[name] for name in RECOMMENDED if said.get(name) is not None}
+def _recommended(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The settings that a card recommends. Raises ModelError for one out of range."""
+    found = {name: values[name] for name in RECOMMENDED if values.get(name) is not None}
     try:
         settings = EditSettings.read(found)
     except InputError as error:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ip2p.base.errors import ModelError
-from ip2p.models.load import quiet
+from ip2p.models.load import quiet, unreadable
 
 Pictures = Float[Tensor, "batch 3 height width"]
 Embedding = Float[Tensor, "batch features"]
@@ -32,7 +32,7 @@ class Similarities(NamedTuple):
 
 
 class Clip:
-    """A transformers CLIPModel with its tokenizer; embeddings come out with length one."""
+    """A transformers CLIPModel with its tokenizer. Embeddings have unit length."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -42,9 +42,9 @@ class Clip:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Clip":
-        """Load a CLIPModel folder in fp32; the tokenizer lies in it, or in `tokenizer` beside it.
+        """Load a CLIPModel folder in fp32, with the tokenizer in it or in the folder `tokenizer` beside it.
 
-        Safetensors are read, else a `.bin`, as tensors alone. Raises ModelError for a folder that is not one.
+        Reads safetensors, else a `.bin` (tensors only). Raises ModelError for any other folder.
         """
         from transformers import CLIPModel, CLIPTokenizer
 
@@ -63,16 +63,14 @@ class Clip:
                 )
                 tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
         except Exception as error:  # safetensors and transformers each raise their own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ModelError(f"{folder} cannot be read ({reason}). Fetch or save the model again.") from None
+            raise ModelError(unreadable(folder, error)) from None
         return cls(model.to(device), tokenizer)
 
     @torch.inference_mode()
     def images(self, pictures: Pictures) -> Embedding:
-        """Embed pictures in [0, 1], squeezed to the model's square by bicubic without antialiasing.
+        """Embed pictures in [0, 1], resized to the model's square (bicubic, no antialias: the paper's code).
 
-        That is what the paper's code does. Raises ValueError for values outside [0, 1]: fed [-1, 1],
-        CLIP still answers, only wrongly.
+        Raises ValueError for values outside [0, 1]: with [-1, 1], CLIP would silently give wrong embeddings.
         """
         if pictures.min() < 0 or pictures.max() > 1:
             low, high = pictures.min().item(), pictures.max().item()
@@ -85,7 +83,7 @@ class Clip:
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Embedding:
-        """Embed texts; what goes beyond the model's tokens is cut."""
+        """Embed texts, truncated to the model's maximum number of tokens."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
         features = self.model.get_text_features(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]

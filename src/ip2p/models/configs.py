@@ -1,7 +1,7 @@
-"""An LDM file's configs, read from the shapes of its weights: SD 1.x, SD 2.x, SDXL and CosXL.
+"""Infers the configs of an LDM file from the shapes of its weights: SD 1.x, SD 2.x, SDXL and CosXL.
 
-What shapes do not say is what all published models of a kind share: heads of 64 (SD 1.x: 8 heads),
-groups of 32, the noise schedule, the scale of the latents.
+Values that shapes do not determine are those that all published models of an architecture share: heads of
+64 (SD 1.x: 8 heads), groups of 32, the noise schedule, the scale of the latents.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ip2p.models.keys import CLIP, CLIP_XL, OPENCLIP, OPENCLIP_XL, UNET, VAE, Sh
 INPUT = UNET + "input_blocks.0.0.weight"
 HEAD = 64
 LATENT_SCALES = {"SD 1.x": 0.18215, "SD 2.x": 0.18215, "SDXL": 0.13025}
-# CosXL names the ends of its noise levels as weights; the values are those of the published file.
+# CosXL stores the ends of its noise levels as weights; the values are those of the published file.
 COSXL_MAX, COSXL_MIN = "edm_vpred.sigma_max", "edm_vpred.sigma_min"
 COSXL_SIGMAS = {"sigma_max": 120.0, "sigma_min": 0.002}
-# Empty weights with which other tools mark a model that predicts velocity, and one of zero terminal SNR.
+# Empty marker weights of other tools: the model predicts velocity; it has zero terminal SNR.
 VELOCITY, ZERO_SNR = "v_pred", "ztsnr"
 SCHEDULER = {
     "_class_name": "EulerAncestralDiscreteScheduler",
@@ -33,7 +33,7 @@ Config = dict[str, Any]
 
 
 def architecture(shapes: Mapping[str, Shape]) -> str:
-    """SD 1.x, SD 2.x or SDXL, by which text encoders lie in the file. Raises ModelError for none."""
+    """SD 1.x, SD 2.x or SDXL, by the text encoders in the file. Raises ModelError for none."""
     if f"{OPENCLIP_XL}token_embedding.weight" in shapes and any(key.startswith(CLIP_XL) for key in shapes):
         return "SDXL"
     if OPENCLIP + "token_embedding.weight" in shapes:
@@ -46,7 +46,7 @@ def architecture(shapes: Mapping[str, Shape]) -> str:
 
 
 def has_text_encoder(shapes: Mapping[str, Shape]) -> bool:
-    """Whether a file holds any text encoder, of a known kind or not."""
+    """Whether a file contains any text encoder, known or not."""
     return any(key.startswith(("cond_stage_model.", "conditioner.")) for key in shapes)
 
 
@@ -55,8 +55,8 @@ def ldm_configs(
 ) -> dict[str, Config]:
     """The configs of every part, by its name in a diffusers folder.
 
-    sigmas: CosXL's own, {} if the file is none. velocity: whether it predicts that. Raises ModelError
-    for a file that is not of a known architecture.
+    sigmas: those of a CosXL file, else {}. velocity: whether the UNet predicts velocity. Raises ModelError
+    for an unknown architecture.
     """
     if INPUT not in shapes:
         raise ModelError(
@@ -69,7 +69,7 @@ def ldm_configs(
     if any(key.startswith(VAE) for key in shapes):
         vae = vae_config(shapes, scale=LATENT_SCALES[kind], side=side)
     else:
-        vae = usual_vae(LATENT_SCALES[kind], side, int(shapes[f"{UNET}out.2.weight"][0]))
+        vae = _usual_vae(scale=LATENT_SCALES[kind], side=side, latent=int(shapes[f"{UNET}out.2.weight"][0]))
     configs = {
         "unet": unet_config(shapes, sample_size=side // 2 ** (len(vae["block_out_channels"]) - 1)),
         "vae": vae,
@@ -83,7 +83,7 @@ def ldm_configs(
     if xl:
         configs["text_encoder_2"] = _openclip_config(shapes, OPENCLIP_XL)
         projected = configs["text_encoder_2"]["projection_dim"]
-        # Of six numbers: the sizes before and after cropping, and the crop.
+        # Six numbers: the sizes before and after cropping, and the crop.
         each, rest = divmod(configs["unet"]["projection_class_embeddings_input_dim"] - projected, 6)
         configs["unet"]["addition_time_embed_dim"] = each if not rest else 256
     if sigmas:
@@ -159,12 +159,9 @@ def vae_config(shapes: Mapping[str, Shape], *, scale: float, side: int, prefix: 
     layers = _count(shapes, rf"{re.escape(prefix)}encoder\.down\.0\.block\.(\d+)\.conv1\.weight")
     if not levels or f"{prefix}decoder.conv_in.weight" not in shapes:
         raise ModelError("It holds no autoencoder in the LDM layout. Use a whole model's file.")
-    return {
-        "_class_name": "AutoencoderKL",
-        "sample_size": side,
+    return _usual_vae(scale=scale, side=side, latent=shapes[f"{prefix}decoder.conv_in.weight"][1]) | {
         "in_channels": shapes[f"{prefix}encoder.conv_in.weight"][1],
         "out_channels": shapes[f"{prefix}decoder.conv_out.weight"][0],
-        "latent_channels": shapes[f"{prefix}decoder.conv_in.weight"][1],
         "block_out_channels": [shapes[first % (level, 0)][0] for level in range(levels)],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
@@ -172,12 +169,11 @@ def vae_config(shapes: Mapping[str, Shape], *, scale: float, side: int, prefix: 
         "mid_block_add_attention": f"{prefix}encoder.mid.attn_1.q.weight" in shapes,
         "use_quant_conv": f"{prefix}quant_conv.weight" in shapes,
         "use_post_quant_conv": f"{prefix}post_quant_conv.weight" in shapes,
-        "scaling_factor": scale,
     }
 
 
-def usual_vae(scale: float, side: int, latent: int) -> Config:
-    """The config of the autoencoder that the published models share, for a file that holds none."""
+def _usual_vae(*, scale: float, side: int, latent: int) -> Config:
+    """The config of the autoencoder that the published models share."""
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": side,
@@ -193,43 +189,44 @@ def usual_vae(scale: float, side: int, latent: int) -> Config:
 
 
 def clip_inner(shapes: Mapping[str, Shape], prefix: str) -> str:
-    """`text_model.`, or "" in older files, which leave it out."""
+    """`text_model.`, or "" for older files, which omit it."""
     return "text_model." if any(key.startswith(prefix + "text_model.") for key in shapes) else ""
 
 
 def _clip_config(shapes: Mapping[str, Shape], prefix: str) -> Config:
     prefix += clip_inner(shapes, prefix)
-    try:
-        vocabulary, width = shapes[prefix + "embeddings.token_embedding.weight"]
-        return _text_config(
-            vocabulary=vocabulary,
-            width=width,
-            tokens=shapes[prefix + "embeddings.position_embedding.weight"][0],
-            inner=shapes[prefix + "encoder.layers.0.mlp.fc1.weight"][0],
-            layers=_count(shapes, rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.mlp\.fc1\.weight"),
-            activation="quick_gelu",
-            projection=width,
-        )
-    except KeyError as error:
-        raise ModelError(f"Its text encoder lacks {error.args[0]}. Fetch it again.") from None
+    layer = "encoder.layers.{}.mlp.fc1.weight"
+    names = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight", layer)
+    return _encoder_config(shapes, prefix, *names, activation="quick_gelu")
 
 
 def _openclip_config(shapes: Mapping[str, Shape], prefix: str) -> Config:
+    layer = "transformer.resblocks.{}.mlp.c_fc.weight"
+    names = ("token_embedding.weight", "positional_embedding", layer)
+    config = _encoder_config(shapes, prefix, *names, activation="gelu")
+    projection = shapes.get(prefix + "text_projection")
+    if projection is not None:
+        config["projection_dim"] = projection[1]
+        # SD 2.x reads the penultimate layer, with the last norm. A file that has the last layer too also has
+        # its projection, which only that layer feeds; diffusers' folders omit both.
+        config["num_hidden_layers"] -= prefix == OPENCLIP
+    return config
+
+
+def _encoder_config(
+    shapes: Mapping[str, Shape], prefix: str, words: str, positions: str, layer: str, *, activation: str
+) -> Config:
+    """A text encoder's config. layer: the first MLP weight, with {} for the number of the layer."""
     try:
-        vocabulary, width = shapes[prefix + "token_embedding.weight"]
-        layers = _count(shapes, rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.mlp\.c_fc\.weight")
-        projection = shapes.get(prefix + "text_projection", (0, width))[1]
-        # SD 2.x reads the penultimate layer, with the last norm. A file with the last one too holds its
-        # projection, which that layer alone feeds; diffusers' folders leave out both.
-        unread = prefix == OPENCLIP and prefix + "text_projection" in shapes
+        vocabulary, width = shapes[prefix + words]
         return _text_config(
             vocabulary=vocabulary,
             width=width,
-            tokens=shapes[prefix + "positional_embedding"][0],
-            inner=shapes[prefix + "transformer.resblocks.0.mlp.c_fc.weight"][0],
-            layers=layers - unread,
-            activation="gelu",
-            projection=projection,
+            tokens=shapes[prefix + positions][0],
+            inner=shapes[prefix + layer.format(0)][0],
+            layers=_count(shapes, re.escape(prefix + layer).replace(r"\{\}", r"(\d+)")),
+            activation=activation,
+            projection=width,
         )
     except KeyError as error:
         raise ModelError(f"Its text encoder lacks {error.args[0]}. Fetch it again.") from None

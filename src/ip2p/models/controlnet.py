@@ -1,4 +1,4 @@
-"""ControlNet beside an editor: a second picture (edges, a pose, depth) that says where things go."""
+"""ControlNet for an editor: a second picture (edges, a pose, depth) that controls the layout."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ if TYPE_CHECKING:
 
 HUB_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 EXAMPLE = "lllyasviel/control_v11p_sd15_canny"
-# What of a ControlNet's shape must be the UNet's, for its residuals to be of the same shapes.
+# Config fields in which a ControlNet must equal the UNet, so that its residuals have the same shapes.
 SHARED = ("cross_attention_dim", "block_out_channels", "layers_per_block")
 
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet with its picture [1 or batch, 3, H, W] in [0, 1]; called, it gives a UNet's residuals."""
+    """A ControlNet with its picture [1 or batch, 3, H, W] in [0, 1]; a call returns the residuals."""
 
     network: ControlNetModel
     picture: Tensor
     scale: float = 1.0
 
-    def __call__(self, noisy: Tensor, time: Tensor, told: Mapping[str, Tensor]) -> dict[str, Any]:
-        """From noisy latents [batch, channels, h, w], the time [batch] and the text: the UNet's arguments."""
+    def __call__(self, noisy: Tensor, time: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The UNet's keyword arguments, from noisy latents [batch, channels, h, w], time [batch] and text."""
         picture = self.picture.to(noisy).repeat(len(noisy) // len(self.picture), 1, 1, 1)
         down, middle = self.network(
             noisy,
             time,
-            encoder_hidden_states=told["encoder_hidden_states"],
+            encoder_hidden_states=text["encoder_hidden_states"],
             controlnet_cond=picture,
             conditioning_scale=self.scale,
-            added_cond_kwargs=dict(told),
+            added_cond_kwargs=dict(text),
             return_dict=False,
         )
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
 
 def control_tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """An RGB picture at the working size, width and height: [1, 3, H, W] in [0, 1]."""
+    """An RGB picture at the working size (width, height): [1, 3, H, W] in [0, 1]."""
     return (to_tensor(resized(picture, size)) + 1) / 2
 
 
 def find_controlnet(model: str | Path) -> Path:
-    """The folder of a ControlNet: a local one, or a hub one fetched into the cache. Raises ModelError."""
+    """The folder of a ControlNet: local, or from the hub's cache. Raises ModelError."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -78,7 +78,7 @@ def find_controlnet(model: str | Path) -> Path:
 def load_controlnet(
     model: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> ControlNetModel:
-    """Load a diffusers ControlNetModel, a folder or a hub name, from safetensors. Raises ModelError."""
+    """Load a diffusers ControlNetModel from a folder or a hub name. Raises ModelError."""
     folder = find_controlnet(model)
     kind = read_json(folder / "config.json").get("_class_name")
     if kind != "ControlNetModel":
@@ -89,7 +89,7 @@ def load_controlnet(
 
 
 def check_controlnet(network: ControlNetModel, bundle: Bundle) -> None:
-    """Raises ModelError for a ControlNet of another base model than the editor's."""
+    """Raise ModelError for a ControlNet of another base model than the editor's."""
     ours, theirs = bundle.unet.config, network.config
     for name in SHARED:
         mine, other = getattr(ours, name), getattr(theirs, name)

@@ -1,7 +1,7 @@
-"""A model written: as one .safetensors file in the LDM layout, or as a diffusers folder.
+"""Writes a model as one .safetensors file in the LDM layout, or as a diffusers folder.
 
-Tensors go to the disk one by one, so that a conversion needs the memory of the largest of them. Names
-and values survive the way there and back exactly; what LDM has no place for lies in the file's header.
+Tensors are written one by one, so a conversion needs the memory of the largest one. A round trip keeps all
+names and values exactly; the file's header stores what the LDM layout has no place for.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ip2p.base.errors import InputError, ModelError
+from ip2p.base.errors import InputError
 from ip2p.base.files import check_output, make_folder, replacing, write_text
 from ip2p.models import configs as ldm
 from ip2p.models import keys
@@ -36,9 +37,9 @@ from ip2p.models.load import (
     LEFTOVERS,
     TOKENIZERS_ENTRY,
     Stored,
+    check_complete,
     empty_network,
     ldm_table,
-    missing,
     packed,
     part_weights,
     table_of,
@@ -52,7 +53,7 @@ FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor to be written, which `make` gives when its turn comes."""
+    """A tensor to be written; `make` returns it when its turn comes."""
 
     name: str
     shape: Shape
@@ -61,10 +62,10 @@ class Item:
 
 
 def export_file(stored: Stored, path: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write one file in the LDM layout; `dtype` of the networks' weights, None keeps theirs.
+    """Write one file in the LDM layout. dtype: of the networks' weights; None keeps theirs.
 
-    The averaged weights, if they were chosen, take the place of the others. Raises ModelError if one
-    is missing or has no place there.
+    If the averaged weights were chosen, they replace the others. Raises ModelError for a weight that is
+    missing or has no place in the layout.
     """
     items: list[Item] = []
     for part in stored.networks:
@@ -75,17 +76,12 @@ def export_file(stored: Stored, path: Path, *, dtype: torch.dtype | None = None)
     items += [item for item in _leftovers(stored) if item.name not in taken]
     taken |= {item.name for item in items}
     items += [item for item in _marks(stored) if item.name not in taken]
-    header = {
-        "configs": stored.configs,
-        "card": stored.card,
-        "prefixed": sorted(stored.prefixed),
-    }
+    header = {"configs": stored.configs, "card": stored.card, "prefixed": sorted(stored.prefixed)}
     metadata = {
         "format": "pt",
         "modelspec.prediction_type": _prediction(stored),
         CONFIGS_ENTRY: json.dumps(header),
     }
-    # A foreign file is not asked to bring more than it has.
     if stored.tokenizers:
         metadata[TOKENIZERS_ENTRY] = packed(stored.tokenizers)
     with replacing(path) as temporary:
@@ -94,7 +90,7 @@ def export_file(stored: Stored, path: Path, *, dtype: torch.dtype | None = None)
         config = path.with_suffix(".yaml")
         write_text(config, original_config(stored))
         warnings.warn(
-            f"{path} predicts velocity, which no file of SD 1.x can say: other tools will read it as noise "
+            f"{path} predicts velocity, which an SD 1.x file cannot declare, so other tools assume noise "
             f"prediction. {config.name} beside it tells AUTOMATIC1111's family; ComfyUI needs the node "
             "ModelSamplingDiscrete with v_prediction.",
             stacklevel=2,
@@ -108,7 +104,7 @@ def export_file(stored: Stored, path: Path, *, dtype: torch.dtype | None = None)
 
 
 def original_config(stored: Stored) -> str:
-    """The YAML of an SD 1.x model as the original code and AUTOMATIC1111's family read it beside the file."""
+    """The YAML config of an SD 1.x model for the original code and AUTOMATIC1111's family."""
     import yaml
 
     unet, vae, noise = (stored.configs[part] for part in ("unet", "vae", "scheduler"))
@@ -175,7 +171,7 @@ def original_config(stored: Stored) -> str:
 
 
 def export_folder(stored: Stored, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a diffusers folder, whole or not at all; `dtype` as in `export_file`. Raises ModelError."""
+    """Write a diffusers folder atomically; `dtype` as in `export_file`. Raises ModelError."""
     parts = {}
     for part in stored.networks:
         table, names, shapes = _read_table(stored, part)
@@ -197,12 +193,11 @@ def write_folder(
     files: Mapping[str, Path] | None = None,
     shard: int | None = None,
 ) -> None:
-    """Write a diffusers folder in the place of all that `folder` holds, whole or not at all.
+    """Write a diffusers folder atomically; it replaces all contents of `folder`.
 
-    configs: of each part, the scheduler and `model_index`. parts: the weights of the networks, which are
-    written one by one, in files of at most `shard` bytes (or one of a single tensor). tokenizers: their
-    files. rest: what else lay in a single file. texts, files: more to lie there, by name; a file may be
-    a folder.
+    configs: of each part, the scheduler and `model_index`. parts: the weights of the networks, written one by
+    one, in files of at most `shard` bytes (or of a single tensor). tokenizers: their files. rest: other
+    tensors of a single file. texts, files: further files by name; a file may be a folder.
     """
     with replacing_folder(folder) as temporary:
         for part, items in parts.items():
@@ -227,7 +222,7 @@ def write_folder(
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise InputError unless a file or a folder of that name can be written now."""
+    """Raise InputError unless the target can be written."""
     if target.suffix == ".safetensors":
         check_output(target, overwrite=overwrite)
     elif target.suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -249,15 +244,11 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def _read_table(stored: Stored, part: str) -> tuple[Table, list[str], dict[str, Shape]]:
-    """Where a network's weights lie, its own names, and their shapes. ModelError if one is missing."""
+    """The table of a network's weights, its own names, and their shapes. ModelError if one is missing."""
     network = empty_network(part, stored.configs[part])
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     table = table_of(stored, part, network)
-    absent = missing(network, table, stored.weights[part])
-    if absent:
-        raise ModelError(
-            f"{stored.path} lacks {len(absent)} weights, {absent[0]} first. Fetch or save it again."
-        )
+    check_complete(network, table, stored.weights[part], source=stored.path)
     return table, list(shapes), shapes
 
 
@@ -286,8 +277,8 @@ def _turned(
 
 
 def folder_name(name: str, part: str, prefixed: Container[str]) -> str:
-    """What a weight of a part is called in a folder; `prefixed` as in `Stored`."""
-    # `text_encoder_2` has the prefix in its network's own names too.
+    """The name of a part's weight in a folder; `prefixed` as in `Stored`."""
+    # The network of `text_encoder_2` has the prefix in its own names too.
     plain = name.removeprefix("text_model.")
     bare = not part.startswith("text_encoder") or plain == "text_projection.weight"
     if bare or (part not in prefixed and plain == name):
@@ -296,7 +287,7 @@ def folder_name(name: str, part: str, prefixed: Container[str]) -> str:
 
 
 def _leftovers(stored: Stored) -> Iterator[Item]:
-    """What else lies in a single file, beside the networks and the twins of the UNet."""
+    """The other tensors of a single file, besides the networks and the UNet's averaged weights."""
     if stored.layout == "folder":
         path = stored.path / LEFTOVERS
         weights = part_weights(path.parent) if path.exists() else None
@@ -306,16 +297,11 @@ def _leftovers(stored: Stored) -> Iterator[Item]:
         names = unused(stored)
     for name in names:
         assert weights is not None
-        yield Item(
-            name,
-            weights.shapes[name],
-            weights.dtypes[name],
-            lambda name=name: weights.read(name),  # type: ignore[misc]
-        )
+        yield Item(name, weights.shapes[name], weights.dtypes[name], partial(weights.read, name))
 
 
 def _marks(stored: Stored) -> Iterator[Item]:
-    """The weights by which other tools know what an SDXL file predicts."""
+    """The marker weights by which other tools detect what an SDXL file predicts."""
     config = stored.configs["scheduler"]
     marks = {}
     if stored.cosxl:
@@ -336,7 +322,7 @@ def _prediction(stored: Stored) -> str:
 
 
 def write_safetensors(path: Path, items: Iterable[Item], metadata: dict[str, str]) -> None:
-    """Write tensors one by one in the safetensors format, those that can all lie aligned first."""
+    """Write tensors one by one in the safetensors format, those of aligned sizes first."""
 
     def order(item: Item) -> tuple[bool, int, str]:
         return bool(_bytes(item) % ALIGNED), -item.dtype.itemsize, item.name
@@ -346,14 +332,11 @@ def write_safetensors(path: Path, items: Iterable[Item], metadata: dict[str, str
     end = 0
     for item in ordered:
         size = _bytes(item)
-        table[item.name] = {
-            "dtype": NAMES[item.dtype],
-            "shape": list(item.shape),
-            "data_offsets": [end, end + size],
-        }
+        offsets = [end, end + size]
+        table[item.name] = {"dtype": NAMES[item.dtype], "shape": list(item.shape), "data_offsets": offsets}
         end += size
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    # So that the tensors can be used where they lie (`load.fill`).
+    # Alignment lets `load.fill` use mapped tensors without a copy.
     header += b" " * (-(8 + len(header)) % ALIGNED)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -365,7 +348,7 @@ def write_safetensors(path: Path, items: Iterable[Item], metadata: dict[str, str
 
 
 def _write_weights(folder: Path, stem: str, items: Sequence[Item], shard: int | None) -> None:
-    """One file, or several with an index as diffusers and transformers have it."""
+    """Write one file, or several with an index in the format of diffusers and transformers."""
     groups: list[list[Item]] = [[]]
     for item in items:
         if shard and groups[-1] and sum(map(_bytes, groups[-1])) + _bytes(item) > shard:
@@ -389,9 +372,9 @@ def _bytes(item: Item) -> int:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when not.
+    """A temporary folder that replaces `folder` if the block succeeds, and is deleted if it fails.
 
-    What is killed before the end leaves the old folder, and the temporary one beside it.
+    A kill leaves the old folder, and the temporary one beside it.
     """
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -418,9 +401,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step, so that there is none at no moment. False where none can."""
-    exchange = 2  # RENAME_EXCHANGE of Linux' renameat2, which Python does not offer
-    here = -100  # AT_FDCWD
+    """Swap two folders atomically. Returns False where the system cannot."""
+    exchange, here = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux's renameat2, which Python lacks
     call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 

@@ -1,4 +1,4 @@
-"""Models of other families, known by their pipelines or their weights, and what opens them."""
+"""Recognizes models of other families, by pipeline or weights, and names the tools that open them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Family:
         return f"This is a {self.name} model. diffusers' {self.pipeline} and ComfyUI open it; {EDITORS}"
 
 
-# The names of diffusers' pipelines begin so; the first that fits counts.
+# Prefixes of diffusers' pipeline names; the first match counts.
 PIPELINES = {
     "FluxKontext": Family("FLUX.1 Kontext", "FluxKontextPipeline"),
     "Flux2": Family("FLUX.2", "Flux2Pipeline"),
@@ -43,12 +43,12 @@ PREFIXES = r"(?:model\.diffusion_model\.|diffusion_model\.|transformer\.|module\
 
 
 def of_pipeline(name: str) -> Family | None:
-    """The family of a diffusers pipeline's class name; None if it may be one that is opened here."""
+    """The family of a diffusers pipeline class; None if ip2p may open it."""
     return next((family for start, family in PIPELINES.items() if name.startswith(start)), None)
 
 
 def of_weights(names: Iterable[str]) -> Family | None:
-    """The family of a single file by the names of its weights; None if it may be one that is opened here."""
+    """The family of a single file by the names of its weights; None if ip2p may open it."""
     patterns = {re.compile(PREFIXES + pattern): family for pattern, family in WEIGHTS.items()}
     for name in names:
         for pattern, family in patterns.items():
@@ -57,7 +57,7 @@ def of_weights(names: Iterable[str]) -> Family | None:
     return None
 
 
-# What the UNets of Stable Diffusion with other inputs than an editor's are for: channels, purpose, opened by.
+# Stable Diffusion UNets with other inputs than an editor's, by channels: purpose, and what opens them.
 UNETS = {
     5: ("an SD 2 depth-to-image model", "diffusers' StableDiffusionDepth2ImgPipeline"),
     7: ("the SD upscaler", "diffusers' StableDiffusionUpscalePipeline"),
@@ -69,7 +69,7 @@ UNETS = {
 
 
 def unet_refusal(channels: int, needed: int) -> str | None:
-    """A line for a UNet of `channels` channels that is known to be for another purpose; else None."""
+    """A line for a UNet whose number of channels shows another purpose, else None."""
     if channels not in UNETS:
         return None
     what, opener = UNETS[channels]

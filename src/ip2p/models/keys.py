@@ -1,8 +1,8 @@
-"""The names of weights: diffusers' on one side, those of a single LDM file on the other, in one table.
+"""Tables that map diffusers' names of weights to those of a single LDM file.
 
-A table maps each diffusers name of a network to its `Place`, and is made from the network's own names,
-so that it fits any number of blocks and layers. Read one way it loads an LDM file, read the other it
-writes one: `from_ldm` and `to_ldm` undo each other exactly.
+A table maps each diffusers name of a network to its `Place`. It is built from the network's own names, so it
+fits any number of blocks and layers. `from_ldm` reads an LDM file with it and `to_ldm` writes one; they are
+exact inverses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, cat
 from ip2p.base.errors import ModelError
 
 UNET, EMA, VAE = "model.diffusion_model.", "model_ema.", "first_stage_model."
-# Where a text encoder lies: SD 1.x, SD 2.x, and the two of SDXL.
+# Prefixes of text encoders: SD 1.x, SD 2.x, and the two of SDXL.
 CLIP, OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 CLIP_XL, OPENCLIP_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 Shape = tuple[int, ...]
@@ -25,10 +25,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a diffusers tensor lies in a file, and in which form.
+    """The name and form of a diffusers tensor in a file.
 
-    third: it is the first, second or last third of the tensor there, along the rows (OpenCLIP packs query,
-    key and value). turned: it lies there transposed. conv: it lies there as a convolution of 1x1.
+    third: it is this third of the file's tensor, along the rows (OpenCLIP packs query, key and value).
+    turned: the file's tensor is transposed. conv: the file's tensor is a 1x1 convolution.
     """
 
     key: str
@@ -41,17 +41,17 @@ Table = dict[str, Place]
 
 
 def from_ldm(place: Place, stored: Tensor) -> Tensor:
-    """The diffusers tensor out of the stored one, a view of it."""
+    """The diffusers tensor, a view of the stored one."""
     if place.third is not None:
         return stored.chunk(3)[place.third]
     if place.turned:
         return stored.T
-    # Newer files store these as linear layers, which the squeeze leaves as they are.
+    # Newer files store linear layers, which `flatten` does not change.
     return stored.flatten(1) if place.conv else stored
 
 
 def to_ldm(table: Table, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Each LDM name with a function that makes its tensor from diffusers tensors, which `read` gives."""
+    """Each LDM name with a function that makes its tensor from the diffusers tensors that `read` returns."""
     thirds: dict[str, dict[int, str]] = {}
     for name, place in table.items():
         if place.third is not None:
@@ -71,7 +71,7 @@ def _stored(place: Place, tensor: Tensor) -> Tensor:
 
 
 def stored_shape(place: Place, shape: Shape) -> Shape:
-    """The shape in the file of a diffusers tensor of this shape."""
+    """The shape in the file, for the shape of a diffusers tensor."""
     if place.third is not None:
         return (3 * shape[0], *shape[1:])
     if place.turned:
@@ -126,10 +126,11 @@ def unet_table(names: Iterable[str], config: Mapping[str, Any], prefix: str = UN
             raise _unknown("UNet", name)
         side, block, part, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
         if part == "downsamplers":
-            # The rows count each level's layers and what halves it, after the first convolution.
-            return Place(f"{prefix}input_blocks.{sum(down[: block + 1]) + block + 1}.0.{_op(rest)}")
+            # After the first convolution, the rows count each level's layers and its downsampler.
+            row = sum(down[: block + 1]) + block + 1
+            return Place(f"{prefix}input_blocks.{row}.0.{rest.replace('conv.', 'op.', 1)}")
         if part == "upsamplers":
-            # It lies in the row of its level's last layer, after the attention if there is one.
+            # In the row of its level's last layer, after the attention if there is one.
             row, slot = sum(up[: block + 1]) - 1, 2 if block in attends else 1
             return Place(f"{prefix}output_blocks.{row}.{slot}.{rest}")
         row = layer + (sum(down[:block]) + block + 1 if side == "down" else sum(up[:block]))
@@ -140,17 +141,13 @@ def unet_table(names: Iterable[str], config: Mapping[str, Any], prefix: str = UN
 
 
 def _inside(part: str, rest: str) -> str:
-    # The transformer blocks have the same names on both sides.
+    # Transformer blocks have the same names in both layouts.
     if part == "attentions":
         return rest
     head, _, last = rest.rpartition(".")
     if head not in RESNET:
         raise _unknown("UNet", rest)
     return f"{RESNET[head]}.{last}"
-
-
-def _op(rest: str) -> str:
-    return rest.replace("conv.", "op.", 1)
 
 
 def ema_name(key: str) -> str:
@@ -161,7 +158,7 @@ def ema_name(key: str) -> str:
 # --- the autoencoder ---------------------------------------------------------------------------
 
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# What diffusers called these layers at first; many folders on the hub still do.
+# diffusers' former names of these layers, which many folders on the hub still have.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -245,8 +242,8 @@ def openclip_table(names: Iterable[str], prefix: str = OPENCLIP) -> Table:
 def folder_table(stored: Sequence[str], names: Sequence[str]) -> Table:
     """The table of a diffusers folder: names are the network's own, stored those of its files.
 
-    They differ where the libraries renamed: a text encoder's `text_model.` came and went, and the
-    autoencoder's attention had other names.
+    They differ where the libraries renamed layers: a text encoder's `text_model.`, and the autoencoder's
+    attention.
     """
     known = set(names)
     table: Table = {}

@@ -1,7 +1,7 @@
-"""Weights from files: opened without being read, run or copied, and put into networks one by one.
+"""Opens model files without reading all of them, and loads weights into networks one by one.
 
-A model is `Stored` when its configs are known and its weights lie on disk under known names; a diffusers
-folder and a single LDM file are then the same thing. Nothing in a file is ever run.
+A `Stored` model has its configs read and its weights on disk under known names; it hides the difference
+between a diffusers folder and a single LDM file. No code from a file is ever executed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ip2p.base.errors import ModelError
+from ip2p.base.errors import ModelError, first_line
 from ip2p.models import configs as ldm
 from ip2p.models import families, keys
 from ip2p.models.keys import Shape, Table
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 PHOTO_MODEL = "timbrooks/instruct-pix2pix"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-SECOND = ("text_encoder_2", "tokenizer_2")  # which SDXL has besides
+SECOND = ("text_encoder_2", "tokenizer_2")  # only SDXL has these
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# Single files that are opened; .ckpt and its like are pickles, of which only tensors are read (`pickles`).
+# Single files that can be opened; of pickles such as .ckpt, only the tensors are read (`pickles`).
 TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")
 SINGLE_FILES = (".safetensors", *TORCH_FILES)
-# Weights that are pickles: opening one carelessly can run code.
+# Pickles can execute code when opened.
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
-# All published SD models read with this tokenizer; these are where it may lie in the hub's cache.
+# All published SD models use this tokenizer; it may be in the hub's cache in these places.
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 CLIP_TOKENIZERS = (
     (CLIP_TOKENIZER, ""),
@@ -58,9 +58,9 @@ CLIP_TOKENIZERS = (
 FETCH_TOKENIZER = "hf download " + CLIP_TOKENIZER + " vocab.json merges.txt tokenizer_config.json"
 CLIP_WORDS = 49408
 TINY = "AutoencoderTiny"
-# In a written file's header: the configs, and the tokenizers' files.
+# Entries of a written file's header: the configs, and the tokenizers' files.
 CONFIGS_ENTRY, TOKENIZERS_ENTRY = "ip2p", "ip2p.tokenizers"
-# Beside a folder's parts: what else lay in the single file that it came from.
+# In a folder: the other tensors of the single file that it was converted from.
 LEFTOVERS = "ip2p_leftovers.safetensors"
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -69,14 +69,14 @@ DTYPES = {
 }
 Choice = Literal["auto", "ema", "plain"]
 log = logging.getLogger("ip2p")
-MAPPED = 64 * 2**20  # bytes of a file that stay mapped beside the weights made from them
+MAPPED = 64 * 2**20  # bytes of a file that stay mapped while its weights are loaded
 ALIGNED = 64  # bytes, as torch allocates
-# What programs put before every name of a network that they wrap.
+# Prefixes that programs add to every name of a network that they wrap.
 WRAPPERS = ("module.", "_forward_module.", "_orig_mod.")
 
 
 class Weights:
-    """The tensors of one or more files by name. They are mapped, not read: what is not used costs nothing.
+    """The tensors of one or more files by name, memory-mapped, so unused ones cost nothing.
 
     shapes, dtypes: of every tensor. metadata: the text in the header of a safetensors file.
     """
@@ -89,7 +89,7 @@ class Weights:
         self._handles: dict[Path, Any] = {}
         self._pickled: dict[str, Tensor] = {}
         self._served = 0
-        self._names: dict[str, str] = {}  # in the file, where they differ
+        self._names: dict[str, str] = {}  # names in the file, where they differ
         for path, tensors in files.items():
             if tensors is not None:
                 self._pickled |= tensors
@@ -98,7 +98,7 @@ class Weights:
                 continue
             handle = _open(path)
             self.metadata |= handle.metadata() or {}
-            for name in handle.keys():  # noqa: SIM118 (it is no dict)
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
                 part = handle.get_slice(name)
                 self._file[name] = path
                 self.shapes[name] = tuple(part.get_shape())
@@ -110,19 +110,19 @@ class Weights:
         return bool(self.shapes) and all(name.startswith(start) for name in self.shapes)
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call the tensors by other names; `names` maps each present one to the new one."""
+        """Rename all tensors; `names` maps the old names to the new ones."""
         self._names = {new: self._names.get(old, old) for old, new in names.items()}
         self.shapes = {new: self.shapes[old] for old, new in names.items()}
         self.dtypes = {new: self.dtypes[old] for old, new in names.items()}
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the file: a private view of its pages, so that a change to it changes no file."""
+        """A tensor, as a private view of the file's pages: changes do not reach the file."""
         name = self._names.get(name, name)
         if name in self._pickled:
             return self._pickled[name]
         path = self._file[name]
         if self._served > MAPPED:
-            # Pages once touched count as memory until they are unmapped, which ends those no longer used.
+            # Pages that were read count as used memory until they are unmapped.
             self._handles.clear()
             self._served = 0
         if path not in self._handles:
@@ -142,7 +142,7 @@ def _open(path: Path) -> Any:
 
 
 def open_weights(path: Path) -> Weights:
-    """A .safetensors or .ckpt file. Raises ModelError for one that is damaged, or holds more than weights."""
+    """A .safetensors or .ckpt file. Raises ModelError if it is damaged or contains more than weights."""
     return Weights({path: None if path.suffix not in TORCH_FILES else read_pickle(path)})
 
 
@@ -151,13 +151,13 @@ def open_weights(path: Path) -> Weights:
 
 @dataclass(frozen=True)
 class Stored:
-    """A model whose configs are read and whose weights are not.
+    """An opened model: its configs are read, its weights are not.
 
-    configs: of the networks, the scheduler and `model_index`. weights: each network's. card: its
-    `ip2p.json`. tokenizers: the files of each by name, {} if the model brings none. ema: how many of its
-    weights are averaged twins; averaged: whether those are taken; choice: why, in words, if there was one.
-    prefixed: text encoders whose names begin with `text_model.` in a folder. borrowed: the models that bring
-    parts which this one lacks. lacking: parts that have to be brought when networks are made.
+    configs: of the networks, the scheduler and `model_index`. weights: of each network. card: its
+    `ip2p.json`. tokenizers: the files of each by name, {} if the model has none. ema: number of averaged
+    weights in the file; averaged: whether they are used; choice: the reason, if there was a choice. prefixed:
+    text encoders whose names begin with `text_model.` in a folder. borrowed: the models that supply parts
+    that this one lacks. lacking: parts that must be supplied before networks are built.
     """
 
     path: Path
@@ -184,24 +184,24 @@ class Stored:
 
     @property
     def channels(self) -> tuple[int, int]:
-        """How many channels the UNet takes, and how many an editor's does: twice those of the latents."""
+        """The UNet's input channels, and those of an editor: twice the latent channels."""
         latent = int(self.configs["vae"].get("latent_channels", 4))
         return int(self.configs["unet"].get("in_channels", 4)), 2 * latent
 
     @property
     def cosxl(self) -> bool:
-        """Whether the image condition is scaled as CosXL's is, which alone has this scheduler."""
+        """Whether the image condition is scaled: only for CosXL, which has its own scheduler."""
         return self.kind == "sdxl" and (
             _is_edm(self.configs) or bool(self.configs["model_index"].get("is_cosxl_edit"))
         )
 
 
 def open_model(path: Path, *, weights: Choice = "auto", parts: Stored | None = None) -> Stored:
-    """A diffusers folder or a single file. Only configs and headers are read.
+    """Open a diffusers folder or a single file; reads only configs and headers.
 
-    weights: of a file with averaged twins of the UNet's weights, `auto` takes these unless they are
-    incomplete or of another model, and says which. parts: a model that brings what the file lacks. Raises
-    ModelError.
+    weights: which weights of a UNet to use if the file has averaged ones too. `auto` takes the averaged ones,
+    unless they are incomplete or another model's, and says which. parts: a model that supplies missing parts.
+    Raises ModelError.
     """
     if path.is_dir():
         return _open_unet_folder(path, parts) if _is_unet_folder(path) else _open_folder(path)
@@ -241,7 +241,7 @@ def _open_folder(folder: Path) -> Stored:
 
 
 def _is_unet_folder(path: Path) -> bool:
-    """Whether a folder, or the one that a file is in, is a UNet alone, as diffusers saves it."""
+    """Whether a folder, or that of a file, contains only a UNet saved by diffusers."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     return config.is_file() and read_json(config).get("_class_name") == "UNet2DConditionModel"
 
@@ -249,22 +249,24 @@ def _is_unet_folder(path: Path) -> bool:
 def _open_unet_folder(folder: Path, parts: Stored | None) -> Stored:
     if parts is None:
         raise ModelError(_UNET_ALONE.format(folder))
-    config = read_json(folder / "config.json")
-    # Its weights lie under the network's own names, as in a folder of a model.
-    weights = {"unet": part_weights(folder)}
-    own = replace(parts, layout="folder", weights=weights, ema=0, averaged=False, choice="", borrowed={})
-    return _with_parts(own, config, parts, path=folder, layout="folder")
+    # Unlike in a single file, the weights have the network's own names.
+    return _with_parts(folder, "folder", read_json(folder / "config.json"), part_weights(folder), parts)
 
 
 def _with_parts(
-    own: Stored,
-    unet: ldm.Config,
-    parts: Stored,
-    *,
     path: Path,
     layout: Literal["folder", "file"],
+    unet: ldm.Config,
+    weights: Weights,
+    parts: Stored,
+    *,
+    scheduler: ldm.Config | None = None,
+    **average: Any,
 ) -> Stored:
-    """A UNet with everything else from another model. Raises ModelError where the two do not fit."""
+    """A UNet with everything else from another model; average: the fields of `Stored` on averaged weights.
+
+    Raises ModelError if the two do not fit.
+    """
     theirs = parts.configs["unet"]
     for name in ("cross_attention_dim", "addition_embed_type", "out_channels"):
         mine, other = unet.get(name), theirs.get(name)
@@ -273,29 +275,22 @@ def _with_parts(
                 f"The UNet of {path} has {name} {mine}, that of {parts.path} has {other}. "
                 f"Name a model of the same kind: --parts-from"
             )
-    configs = parts.configs | {"unet": unet}
-    if own.configs.get("scheduler") and own.configs["scheduler"] != parts.configs["scheduler"]:
-        configs["scheduler"] = own.configs["scheduler"]
-    configs["model_index"] = pipeline_index(configs)
-    rest = {part: parts.borrowed.get(part, parts) for part in parts.networks if part != "unet"}
-    return Stored(
+    configs = parts.configs | {"unet": unet, "scheduler": scheduler or parts.configs["scheduler"]}
+    return replace(
+        parts,
         path=path,
         layout=layout,
-        architecture=parts.architecture,
-        configs=configs,
-        weights=parts.weights | {"unet": own.weights["unet"]},
+        configs=configs | {"model_index": pipeline_index(configs)},
+        weights=parts.weights | {"unet": weights},
         tokenizers=tokenizer_texts(parts),
-        ema=own.ema,
-        averaged=own.averaged,
-        choice=own.choice,
-        prefixed=parts.prefixed,
-        borrowed=rest,
-        lacking=parts.lacking,
+        card={},
+        borrowed={part: parts.borrowed.get(part, parts) for part in parts.networks if part != "unet"},
+        **{"ema": 0, "averaged": False, "choice": "", **average},
     )
 
 
 def _same_everywhere(value: Any) -> Any:
-    """The one number of a list of equal ones, as some configs spell it for each level."""
+    """The number of a list of equal ones; some configs repeat it for each level."""
     return value[0] if isinstance(value, list | tuple) and len(set(value)) == 1 else value
 
 
@@ -315,14 +310,14 @@ def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
     if ldm.INPUT.removeprefix(keys.UNET) in shapes:  # an LDM UNet without the prefix
         weights.rename({name: keys.UNET + name for name in shapes})
         shapes = weights.shapes
-    said = _header(path, weights.metadata.get(CONFIGS_ENTRY))
+    declared = _header(path, weights.metadata.get(CONFIGS_ENTRY))
     tokenizers = _unpacked(path, weights.metadata.get(TOKENIZERS_ENTRY))
-    averaged, ema, why = _choose_average(path, weights, choice)
+    average = _choose_average(path, weights, choice)
     try:
-        if ldm.INPUT in shapes and not said and not ldm.has_text_encoder(shapes):
-            return _open_unet_file(path, weights, parts, averaged=averaged, ema=ema, why=why)
+        if ldm.INPUT in shapes and not declared and not ldm.has_text_encoder(shapes):
+            return _open_unet_file(path, weights, parts, average)
         kind = ldm.architecture(shapes)
-        configs = said.get("configs") or ldm.ldm_configs(
+        configs = declared.get("configs") or ldm.ldm_configs(
             shapes, sigmas=_sigmas(weights), velocity=_velocity(weights, kind)
         )
         for part in ("unet", "vae", "text_encoder", "scheduler"):
@@ -339,12 +334,10 @@ def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
         configs=configs,
         weights={part: weights for part in NETWORKS if part in configs},
         tokenizers=tokenizers or _beside(path),
-        card=said.get("card") or {},
-        ema=ema,
-        averaged=averaged,
-        choice=why,
-        # Files on the hub have it, and every version of the libraries reads it.
-        prefixed=frozenset(said.get("prefixed", ("text_encoder", "text_encoder_2"))),
+        card=declared.get("card") or {},
+        **average,
+        # Files on the hub have the prefix, and every version of the libraries reads it.
+        prefixed=frozenset(declared.get("prefixed", ("text_encoder", "text_encoder_2"))),
         lacking=frozenset({"vae"} if lacks_vae else ()),
     )
     if lacks_vae and parts is not None:
@@ -355,76 +348,63 @@ def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
     return stored
 
 
-def _open_unet_file(
-    path: Path, weights: Weights, parts: Stored | None, *, averaged: bool, ema: int, why: str
-) -> Stored:
+def _open_unet_file(path: Path, weights: Weights, parts: Stored | None, average: Mapping[str, Any]) -> Stored:
     if parts is None:
         raise ModelError(_UNET_ALONE.format("It"))
     side = int(parts.configs["unet"].get("sample_size") or 64)
     config = ldm.unet_config(weights.shapes, sample_size=side)
     if added := parts.configs["unet"].get("addition_time_embed_dim"):
         config["addition_time_embed_dim"] = added
-    configs = {}
-    said = weights.metadata.get("modelspec.prediction_type")
-    if said or ldm.VELOCITY in weights.shapes:
+    scheduler = parts.configs["scheduler"]
+    if weights.metadata.get("modelspec.prediction_type") or ldm.VELOCITY in weights.shapes:
         kind = "v_prediction" if _velocity(weights, parts.architecture) else "epsilon"
-        kind = "sample" if said == "sample" else kind
-        configs["scheduler"] = parts.configs["scheduler"] | {"prediction_type": kind}
-    own = Stored(
-        path=path,
-        layout="file",
-        architecture=parts.architecture,
-        configs=configs,
-        weights={"unet": weights},
-        tokenizers={},
-        ema=ema,
-        averaged=averaged,
-        choice=why,
-    )
-    return _with_parts(own, config, parts, path=path, layout="file")
+        kind = "sample" if weights.metadata.get("modelspec.prediction_type") == "sample" else kind
+        scheduler = scheduler | {"prediction_type": kind}
+    return _with_parts(path, "file", config, weights, parts, scheduler=scheduler, **average)
 
 
-# Between a network's weights and their average: those of one training are within a few percent of each other,
-# those of two models are not.
+# Distance of weights from their average: a few percent within one training, far more between two models.
 FAR = 0.1
 COMPARED = 4096  # elements of each weight
 
 
-def _choose_average(path: Path, weights: Weights, choice: Choice) -> tuple[bool, int, str]:
-    """Whether the averaged twins of the UNet's weights are taken; how many there are; and why, in words."""
+def _choose_average(path: Path, weights: Weights, choice: Choice) -> dict[str, Any]:
+    """Whether the averaged weights (EMA) of the UNet are used, and why: fields of `Stored`."""
     shapes = weights.shapes
     count = sum(key.startswith(keys.EMA) for key in shapes)
     plain = [key for key in shapes if key.startswith(keys.UNET)]
     twins = {key: keys.ema_name(key) for key in plain}
-    whole = [key for key in plain if shapes.get(twins[key]) == shapes[key]]
-    if not whole and keys.ema_name(ldm.INPUT) not in shapes:
-        return False, count, ""
+    odd = [key for key in plain if shapes.get(twins[key]) != shapes[key]]
+
+    def use(averaged: bool, why: str = "") -> dict[str, Any]:
+        return {"averaged": averaged, "ema": count, "choice": why}
+
+    def plain_instead(reason: str) -> dict[str, Any]:
+        warnings.warn(f"{path}: the plain weights are used: {reason}", stacklevel=5)
+        return use(False, f"the plain weights: {reason}")
+
+    if len(odd) == len(plain) and keys.ema_name(ldm.INPUT) not in shapes:
+        return use(False)
     if choice == "plain":
-        return False, count, "the plain weights, as --weights says"
+        return use(False, "the plain weights, as --weights says")
     if not plain:
-        return True, count, "the averaged weights; there are no others"
-    if len(whole) < len(plain):
-        odd = next(key for key in plain if shapes.get(twins[key]) != shapes[key])
-        some = f"{len(plain) - len(whole)} of {len(plain)} averaged weights (EMA)"
-        return _plain_instead(path, count, f"{some} are missing or of another shape, {odd} first")
-    far = _distance(weights, {key: twins[key] for key in plain})
+        return use(True, "the averaged weights; there are no others")
+    if odd:
+        some = f"{len(odd)} of {len(plain)} averaged weights (EMA)"
+        return plain_instead(f"{some} are missing or of another shape, {odd[0]} first")
+    far = _distance(weights, twins)
     if choice == "auto" and far > FAR:
         reason = f"the averaged weights (EMA) are {far:.0%} away from them, so they are another model's"
-        return _plain_instead(path, count, f"{reason} (a merge leaves such); --weights ema takes them")
+        return plain_instead(f"{reason} (a merge leaves such); --weights ema takes them")
     log.info("%s: the averaged weights (EMA) are used; they are %.1f%% from the plain ones", path, 100 * far)
-    return True, count, f"the averaged weights, {far:.1%} from the plain ones"
-
-
-def _plain_instead(path: Path, count: int, reason: str) -> tuple[bool, int, str]:
-    warnings.warn(f"{path}: the plain weights are used: {reason}", stacklevel=5)
-    return False, count, f"the plain weights: {reason}"
+    return use(True, f"the averaged weights, {far:.1%} from the plain ones")
 
 
 def _distance(weights: Weights, twins: Mapping[str, str]) -> float:
-    """How far weights lie from their twins: the root mean square, over matrices, of |difference| / |weight|.
+    """Distance of weights from their twins: the root mean square, over matrices, of |difference| / |weight|.
 
-    Of each matrix some elements at its start are compared, less their means, so that a file's pages need not
-    all be read. 0 for equal ones, about 1.4 for two that have nothing in common.
+    Compares the first elements of each matrix, less their means, so that most of the file is not read.
+    0 for equal weights, about 1.4 for unrelated ones.
     """
     squares = []
     for key, twin in twins.items():
@@ -444,13 +424,13 @@ def _sigmas(weights: Weights) -> dict[str, float]:
 
 
 def _velocity(weights: Weights, kind: str) -> bool:
-    """Whether the UNet predicts velocity, which no shape tells."""
-    said = weights.metadata.get("modelspec.prediction_type", "")
-    if said or ldm.VELOCITY in weights.shapes:
-        return not said or said.startswith("v")
+    """Whether the UNet predicts velocity, which its shapes do not show."""
+    declared = weights.metadata.get("modelspec.prediction_type", "")
+    if declared or ldm.VELOCITY in weights.shapes:
+        return not declared or declared.startswith("v")
     last = f"{keys.UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if kind == "SD 2.x" and last in weights.shapes:
-        # The two published bases differ so much here that other tools tell them apart by it.
+        # The two published bases differ clearly here; other tools use the same test.
         return float(weights.read(last).float().std(correction=0)) > 0.09
     return False
 
@@ -460,7 +440,7 @@ def _is_edm(configs: Mapping[str, ldm.Config]) -> bool:
 
 
 def pipeline_index(configs: Mapping[str, ldm.Config]) -> ldm.Config:
-    """The `model_index.json` of the pipeline that these configs of networks and scheduler make."""
+    """The `model_index.json` of the pipeline with these configs."""
     xl = "text_encoder_2" in configs
     name = f"StableDiffusion{'XL' if xl else ''}"
     edits = configs["unet"].get("in_channels") == 2 * configs["vae"].get("latent_channels", 4)
@@ -481,20 +461,16 @@ def pipeline_index(configs: Mapping[str, ldm.Config]) -> ldm.Config:
         }
         return index
     empty = [None, None]
-    return index | {
-        "feature_extractor": empty,
-        "safety_checker": empty,
-        "requires_safety_checker": False,
-    }
+    return index | {"feature_extractor": empty, "safety_checker": empty, "requires_safety_checker": False}
 
 
 def part_weights(folder: Path) -> Weights:
-    """The weights of a part of a diffusers folder: whole or in shards, full precision before fp16.
+    """The weights of a part of a diffusers folder: one file or shards; full precision is preferred to fp16.
 
-    .bin files are read as tensors alone (`pickles`). Raises ModelError.
+    Only the tensors of .bin files are read (`pickles`). Raises ModelError.
     """
     groups: dict[str, list[Path]] = {}
-    # Only where there are no others are pickles read, and of them only those named as weights are.
+    # Pickles are read only if there are no safetensors, and only those with the name of weights.
     names = sorted(folder.glob("*.safetensors")) or sorted(
         path for path in folder.glob("*.bin") if re.match(r"(diffusion_)?(pytorch_)?model\b", path.name)
     )
@@ -512,7 +488,7 @@ def part_weights(folder: Path) -> Weights:
 
 
 def texts_of(folder: Path) -> dict[str, str]:
-    """The files of a tokenizer's folder that make it. Raises ModelError."""
+    """The contents of a tokenizer's files by name. Raises ModelError."""
     try:
         return {
             name: (folder / name).read_bytes().decode("utf-8")
@@ -524,23 +500,23 @@ def texts_of(folder: Path) -> dict[str, str]:
 
 
 def _beside(path: Path) -> dict[str, dict[str, str]]:
-    """The tokenizers in folders of that name beside a single file."""
+    """The tokenizers in the folders `tokenizer` and `tokenizer_2` beside a single file."""
     found = {name: texts_of(path.parent / name) for name in ("tokenizer", "tokenizer_2")}
     return {name: texts for name, texts in found.items() if texts}
 
 
 def _header(path: Path, text: str | None) -> dict[str, Any]:
     try:
-        said = json.loads(text) if text else {}
-        if not isinstance(said, dict) or not isinstance(said.get("configs", {}), dict):
+        declared = json.loads(text) if text else {}
+        if not isinstance(declared, dict) or not isinstance(declared.get("configs", {}), dict):
             raise ValueError("its header's ip2p entry is not an object")
-        return said
+        return declared
     except ValueError as error:
         raise ModelError(unreadable(path, error)) from None
 
 
 def packed(tokenizers: Mapping[str, Mapping[str, str]]) -> str:
-    """Tokenizers as the text of a header's entry."""
+    """Tokenizers as text for a file's header."""
     return base64.b64encode(zlib.compress(json.dumps(tokenizers).encode(), 9)).decode()
 
 
@@ -548,7 +524,7 @@ def _unpacked(path: Path, text: str | None) -> dict[str, dict[str, str]]:
     if not text:
         return {}
     try:
-        # A limit, so that a small file cannot fill the memory; CLIP's tokenizers are 4 MB together.
+        # Limited, so that a small file cannot fill the memory; CLIP's tokenizers have 4 MB.
         found = json.loads(zlib.decompressobj().decompress(base64.b64decode(text), 2**27))
         return {
             name: {file: str(found[name][file]) for file in TOKENIZER_FILES if file in found[name]}
@@ -563,7 +539,7 @@ def _unpacked(path: Path, text: str | None) -> dict[str, dict[str, str]]:
 
 
 def empty_network(part: str, config: Mapping[str, Any]) -> nn.Module:
-    """The network of a part, with weights that take no memory yet. Raises ModelError for a wrong config."""
+    """The network of a part, with weights that use no memory. Raises ModelError for a wrong config."""
     import diffusers
     import transformers
 
@@ -581,20 +557,20 @@ def _empty(kind: Any, config: Mapping[str, Any], name: str | Path) -> nn.Module:
     from accelerate import init_empty_weights
 
     try:
-        # Buffers are made for real: they are computed, not loaded.
+        # Buffers are allocated, because they are computed, not loaded.
         with quiet(), init_empty_weights(include_buffers=False):
             if hasattr(kind, "from_config"):
                 network = kind.from_config(dict(config))
             else:
                 text = dict(config.get("text_config") or config)
                 network = kind(kind.config_class.from_dict(text))
-    except Exception as error:  # whatever a wrong number leads to
+    except Exception as error:  # a wrong value can raise anything
         raise ModelError(f"The config of {name} makes no network. {unreadable(Path(name), error)}") from None
     return network  # type: ignore[no-any-return]
 
 
 def table_of(stored: Stored, part: str, network: nn.Module) -> Table:
-    """Where each weight of the network lies in the model's files."""
+    """The table of the network's weights in the model's files."""
     names = list(network.state_dict())
     if part in stored.borrowed:
         return table_of(stored.borrowed[part], part, network)
@@ -612,7 +588,7 @@ def table_of(stored: Stored, part: str, network: nn.Module) -> Table:
 def ldm_table(
     part: str, names: list[str], config: Mapping[str, Any], shapes: Mapping[str, Shape], architecture: str
 ) -> Table:
-    """The table of any part for an LDM file of this architecture; shapes are an older file's, else {}."""
+    """The table of a part in an LDM file. shapes: those of a file to read; {} for a file to write."""
     if part == "unet":
         return keys.unet_table(names, config)
     if part == "vae":
@@ -627,7 +603,7 @@ def ldm_table(
 
 
 def missing(network: nn.Module, table: Table, weights: Weights) -> list[str]:
-    """The weights of the network that the files lack, or hold in another shape, by their names there."""
+    """The network's weights that the files lack or have in another shape, by their names there."""
     absent = []
     for name, tensor in network.state_dict().items():
         place = table.get(name)
@@ -641,7 +617,13 @@ def missing(network: nn.Module, table: Table, weights: Weights) -> list[str]:
     return absent
 
 
-# What LDM files hold beside the networks: the noise schedule, and parts of text encoders that nothing reads.
+def check_complete(network: nn.Module, table: Table, weights: Weights, *, source: str | Path) -> None:
+    """Raise ModelError if a weight of the network is missing: random weights would make pictures of noise."""
+    if absent := missing(network, table, weights):
+        raise ModelError(f"{source} lacks {len(absent)} weights, {absent[0]} first. Fetch or save it again.")
+
+
+# Other tensors in LDM files: the noise schedule, and unused parts of text encoders.
 KNOWN_REST = re.compile(
     r"betas|alphas_cumprod\w*|(sqrt|log)_\w+|posterior_\w+|logvar|lvlb_weights|scale_factor|denoiser\.\w+"
     r"|.*position_ids|.*logit_scale|.*attn_mask"
@@ -651,7 +633,7 @@ KNOWN_REST = re.compile(
 
 
 def unused(stored: Stored) -> list[str]:
-    """The names in a single file that belong to no network and are no averaged twins."""
+    """The names in a single file that belong to no network and are not averaged weights."""
     used = set()
     for part in stored.networks:
         table = table_of(replace(stored, averaged=False), part, empty_network(part, stored.configs[part]))
@@ -669,26 +651,23 @@ def fill(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Put weights into an empty network, in eval mode and without gradients. Raises ModelError if one lacks.
+    """Load weights into an empty network, in eval mode and without gradients.
 
-    One that is stored in `dtype` stays mapped if it can: only when it is used is it read.
+    Weights stored in `dtype` stay memory-mapped if possible. Raises ModelError if any are missing.
     """
-    absent = missing(network, table, weights)
-    # A loader that fills what is missing with noise makes pictures of noise.
-    if absent:
-        raise ModelError(f"{source} lacks {len(absent)} weights, {absent[0]} first. Fetch or save it again.")
+    check_complete(network, table, weights, source=source)
     state = {}
     for name in network.state_dict():
         tensor = keys.from_ldm(table[name], weights.read(table[name].key))
         tensor = tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
-        # Kernels may round otherwise where a tensor begins elsewhere: a model is the same from any file.
+        # Kernels may round differently for another alignment; a model must not depend on its file.
         state[name] = tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False).to(device)
 
 
 def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A network of the given class from the part of a diffusers folder. Raises ModelError."""
+    """A network of class `kind` from the part of a diffusers folder. Raises ModelError."""
     network = _empty(kind, read_json(folder / "config.json"), folder)
     weights = part_weights(folder)
     table = keys.folder_table(list(weights.shapes), list(network.state_dict()))
@@ -699,9 +678,9 @@ def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def tokenizer_texts(stored: Stored) -> dict[str, dict[str, str]]:
-    """The files of each tokenizer: the model's own, else those of CLIP from the hub or its cache.
+    """The files of each tokenizer: the model's own, else CLIP's from the hub or its cache.
 
-    Raises ModelError if they are nowhere, with the command that fetches them.
+    Raises ModelError if there are none, with the command that downloads them.
     """
     found = dict(stored.tokenizers)
     words = stored.configs["text_encoder"].get("vocab_size")
@@ -721,7 +700,7 @@ def tokenizer_texts(stored: Stored) -> dict[str, dict[str, str]]:
 
 
 def _for_openclip(texts: dict[str, str]) -> dict[str, str]:
-    """CLIP's tokenizer as the folders of SD 2.x and SDXL have it: OpenCLIP saw zeros after the text."""
+    """CLIP's tokenizer for OpenCLIP (SD 2.x and SDXL), which was trained with zeros as padding."""
     changed = dict(texts)
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if file in texts or file == "tokenizer_config.json":
@@ -740,7 +719,7 @@ def _clip_tokenizer(path: Path) -> Path:
             ):
                 return Path(cached).parent
     if not constants.HF_HUB_OFFLINE:
-        with contextlib.suppress(Exception):  # said below, whatever it was
+        with contextlib.suppress(Exception):  # reported below
             return Path(snapshot_download(CLIP_TOKENIZER, allow_patterns=list(TOKENIZER_FILES)))
     raise ModelError(
         f"{path} needs CLIP's tokenizer, which an LDM file does not hold and the cache lacks. "
@@ -761,7 +740,7 @@ def make_tokenizer(texts: Mapping[str, str], source: Path) -> CLIPTokenizer:
     except Exception as error:
         raise ModelError(unreadable(source, error)) from None
     if not 0 < tokenizer.model_max_length <= 1000:
-        tokenizer.model_max_length = 77  # a bare vocabulary does not say it
+        tokenizer.model_max_length = 77  # a bare vocabulary does not declare it
     return tokenizer
 
 
@@ -784,14 +763,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """The message for a file that cannot be read, with the first line of the reason."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return f"{path} cannot be read ({reason}). Fetch or save the model again."
+    """The message for an unreadable file, with the first line of the reason."""
+    return f"{path} cannot be read ({first_line(error)}). Fetch or save the model again."
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the loaders' progress bars and tables off the terminal; what matters becomes an error."""
+    """Suppress the libraries' log messages and progress bars; problems are raised as errors."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 

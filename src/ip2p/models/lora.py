@@ -1,4 +1,4 @@
-"""LoRA files, merged into the networks: diffusers', PEFT's and Kohya's naming; linear and convolutional."""
+"""Merges LoRA files into networks: diffusers', PEFT's and Kohya's names; linear and convolutional layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ip2p.pictures.images import closest_file
 if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle
 
-# A key is network, module, role. Kohya writes underscores for a module's dots; PEFT may name its adapter.
+# A key is network, module, role. Kohya replaces a module's dots by underscores; PEFT may add an adapter name.
 NETWORKS = {
     "unet": ("unet.", "lora_unet_"),
     "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
@@ -35,7 +35,7 @@ ROLE = re.compile(
     r"|\.(?P<alpha>alpha))"
 )
 ROLES = {"A": "down", "B": "up"}
-# What diffusers called the projections of a text encoder's attention at first, and the UNet's last one.
+# diffusers' former names of a text encoder's attention projections and of the UNet's output projection.
 OLD_NAMES = {
     "self_attn_to_q": "self_attn_q_proj",
     "self_attn_to_k": "self_attn_k_proj",
@@ -49,7 +49,7 @@ Place = tuple[str, str]  # a network and a module's name in it, with underscores
 
 
 def check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
-    """What can be told before a model is loaded. Raises InputError."""
+    """Raise InputError for a weight that is not finite or a missing file, before a model is loaded."""
     for name, weight in loras:
         path = Path(name).expanduser()
         if not math.isfinite(weight):
@@ -63,8 +63,8 @@ def check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
 def apply_loras(bundle: Bundle, loras: Sequence[tuple[str | Path, float]]) -> None:
     """Merge LoRA files into a bundle's networks: W + weight · alpha / rank · up · down, for each.
 
-    Raises InputError for a weight that is no number, and ModelError for a file with keys that fit
-    nothing; then nothing of that file is merged.
+    Raises InputError for a weight that is not finite, and ModelError for a file with keys that do not fit;
+    nothing of that file is then merged.
     """
     check_loras(loras)
     networks = {name: getattr(bundle, name) for name in NETWORKS if getattr(bundle, name) is not None}
@@ -82,21 +82,21 @@ def apply_loras(bundle: Bundle, loras: Sequence[tuple[str | Path, float]]) -> No
 
 
 def _named(network: str, root: Any) -> Iterator[tuple[str, Layer]]:
-    """The layers of a network that a LoRA may change, by every name that they have."""
+    """The layers of a network that a LoRA may change, by all their names."""
     layers = {
         name: module for name, module in root.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
     }
     yield from layers.items()
     if network == "unet":
-        # Kohya's trainer for SDXL has the UNet of the LDM code, with its names.
-        with contextlib.suppress(ModelError):  # other blocks than SD's and SDXL's have none
+        # Kohya's trainer for SDXL uses the names of the LDM code.
+        with contextlib.suppress(ModelError):  # only the blocks of SD and SDXL have them
             table = unet_table([f"{name}.weight" for name in layers], root.config, prefix="")
             for name, module in layers.items():
                 yield table[f"{name}.weight"].key.removesuffix(".weight"), module
 
 
 def _deltas(path: Path, modules: Mapping[Place, Layer]) -> Iterator[tuple[Layer, Tensor]]:
-    """Each module that a file changes, with the change of its weight at weight 1, fp32."""
+    """Each module that a file changes, with the change of its weights (fp32, LoRA weight 1)."""
     file = open_weights(path)
     weights = {key: file.read(key) for key in file.shapes}
     metadata = _metadata(path, file)
@@ -118,7 +118,7 @@ def _deltas(path: Path, modules: Mapping[Place, Layer]) -> Iterator[tuple[Layer,
             f"{path}: {len(strangers)} of {len(weights)} keys do not fit this model, {strangers[0]} first. "
             "Use a LoRA made for the same base model; DoRA, LoHa and LoKr are not read."
         )
-    # One at a time: together they are as large as the networks.
+    # Lazily, because together they are as large as the networks.
     return (
         (modules[place], _delta(part, place, metadata).reshape(modules[place].weight.shape))
         for place, part in parts.items()
@@ -126,7 +126,7 @@ def _deltas(path: Path, modules: Mapping[Place, Layer]) -> Iterator[tuple[Layer,
 
 
 def _metadata(path: Path, file: Weights) -> dict[str, Any]:
-    """What diffusers wrote beside the weights of ranks and alphas."""
+    """The ranks and alphas in diffusers' metadata."""
     try:
         return dict(json.loads(file.metadata.get("lora_adapter_metadata") or "{}"))
     except ValueError as error:
@@ -138,7 +138,7 @@ def _place(key: str, modules: Container[Place]) -> tuple[Place | None, str]:
     if match is None:
         return None, ""
     role = match["alpha"] or match["old"] or ROLES.get(match["new"], match["new"])
-    # PEFT alone writes no network: it is the UNet's.
+    # PEFT's keys have no network: they belong to the UNet.
     network, name = "unet", match["module"].removeprefix("base_model.model.")
     for candidate, prefixes in NETWORKS.items():
         for prefix in prefixes:
@@ -149,7 +149,7 @@ def _place(key: str, modules: Container[Place]) -> tuple[Place | None, str]:
 
 
 def _plain(name: str) -> str:
-    """A module's name as every naming spells it when dots and underscores are the same."""
+    """A module's name in one spelling for all conventions, with underscores for dots."""
     plain = name.replace(".", "_").replace("_processor", "").removeprefix("text_model_")
     for old, new in OLD_NAMES.items():
         if plain.endswith(old):
@@ -184,26 +184,24 @@ def _delta(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any]
 def _scale(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any], rank: int) -> float:
     network, name = place
     own = f"{network}."
-    said = {key.removeprefix(own): value for key, value in metadata.items() if key.startswith(own)}
-    alpha = said.get("lora_alpha") or rank
-    for pattern, value in (said.get("alpha_pattern") or {}).items():
+    declared = {key.removeprefix(own): value for key, value in metadata.items() if key.startswith(own)}
+    alpha = declared.get("lora_alpha") or rank
+    for pattern, value in (declared.get("alpha_pattern") or {}).items():
         if name.endswith(_plain(pattern)):
             alpha = value
     if "alpha" in part:
         alpha = float(part["alpha"])
-    return float(alpha) / (math.sqrt(rank) if said.get("use_rslora") else rank)
+    return float(alpha) / (math.sqrt(rank) if declared.get("use_rslora") else rank)
 
 
 # --- Kohya's names -----------------------------------------------------------------------------
 
 
 def write_kohya(source: Path, target: Path) -> int:
-    """Write a LoRA file under Kohya's names, which ComfyUI and AUTOMATIC1111's family read.
+    """Write a LoRA file with Kohya's names, for ComfyUI and AUTOMATIC1111's family; return its layer count.
 
-    Returns the count of its layers.
-
-    Each layer gets `lora_down`, `lora_up` and its own `alpha`, so that every reader scales it alike. Names of
-    Kohya's pass unchanged. Raises ModelError for keys that these names cannot say, such as DoRA's.
+    Each layer gets `lora_down`, `lora_up` and its own `alpha`, so all readers scale it the same. Names in
+    Kohya's format are kept. Raises ModelError for keys without such a name, such as DoRA's.
     """
     from safetensors.torch import save_file
 
@@ -241,12 +239,12 @@ def write_kohya(source: Path, target: Path) -> int:
 
 
 class _Everything:
-    """Holds every place: a file is renamed without its model."""
+    """Contains every place: a file is renamed without its model."""
 
     def __contains__(self, place: object) -> bool:
         return True
 
 
 def _sees_sdxl(name: str, part: Mapping[str, Tensor]) -> bool:
-    """Whether a layer of a UNet reads SDXL's text, of 2048 features."""
+    """Whether a UNet layer takes SDXL's text features (2048)."""
     return name.endswith(("attn2_to_k", "attn2_to_v")) and part["down"].flatten(1).shape[1] == 2048

@@ -1,8 +1,8 @@
-"""What an edit needs of memory, against what the device has free, and how to make it fit.
+"""Estimates the memory that an edit needs, and chooses how to fit it into the free memory of the device.
 
-The need is an estimate: the weights by their count, and the largest maps that are alive at once.
-Those are counted in maps of a network's first width (`python -m benchmarks.speed memory` counts them), with
-attention that keeps no matrix; half as much again is for the kernels' own workspace.
+The estimate is the size of the weights plus the largest activation maps that are alive at once. These are
+counted in maps of a network's first width (`python -m benchmarks.speed memory` counts them), for attention
+that stores no matrix, times 1.5 for the kernels' workspace.
 """
 
 from __future__ import annotations
@@ -29,26 +29,25 @@ MemoryMode = Literal["low", "auto", "high"]
 MODES = ("low", "auto", "high")
 # SD 1.x and 2.x have 26 maps at the peak of a pass, SDXL 16; an autoencoder's decoder 6, its encoder 5.
 UNET_MAPS, VAE_MAPS, WORKSPACE = 26, 6, 1.5
-# What a ControlNet's residuals add to the UNet's.
+# Maps that a ControlNet's residuals add to the UNet's.
 CONTROL_MAPS = 8
-# Where the parts lie in a single file, which may hold more.
+# Prefixes of the parts in a single file, which may contain more.
 PREFIXES = {
     "unet": (UNET,),
     "vae": (VAE,),
     "text_encoder": (CLIP, OPENCLIP, CLIP_XL),
     "text_encoder_2": (OPENCLIP_XL,),
 }
-# What the libraries take for themselves: the CUDA context and its kernels, or threads and code.
+# Memory of the libraries themselves: the CUDA context and its kernels, or threads and code.
 RESERVE = {"cuda": 600_000_000, "mps": 300_000_000, "cpu": 100_000_000}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How an edit goes about its memory; as it stands, without thrift.
+    """How an edit uses memory; the defaults save none.
 
-    passes_at_once: the three passes of a step are one call. vae_tiling: the autoencoder takes
-    pictures larger than its own size in tiles, which changes them a little. offload: parts lie in
-    the machine's memory but for the one at work.
+    passes_at_once: the three passes of a step are one call. vae_tiling: the autoencoder processes pictures
+    above its own size in tiles, which changes them slightly. offload: only the part in use is on the device.
     """
 
     passes_at_once: bool = True
@@ -101,11 +100,11 @@ def choose_memory(
     device: str = "cpu",
     offload: bool | None = None,
 ) -> Memory:
-    """How to edit at `size` with `free` bytes for everything, weights included; None is unknown.
+    """How to edit at `size` with `free` bytes for everything, weights included; None if unknown.
 
-    `high` asks nothing of the device, `auto` takes the first way that fits, `low` the thriftiest that
-    changes no result: passes in turn and offloading. Tiling comes last, where nothing else fits.
-    `offload` leaves one choice where the parts already lie. Raises ResourceError with a size that fits.
+    `high` never saves memory. `auto` takes the first way that fits. `low` takes the most economical way that
+    does not change the result: sequential passes and offloading. Tiling is the last resort. offload: fixes
+    that choice, if the parts are already in place. Raises ResourceError, with a size that fits.
     """
     check_memory(mode)
     away = [False] if device == "cpu" else [False, True] if offload is None else [offload]
@@ -127,7 +126,7 @@ def choose_memory(
 
 
 def check_memory(mode: str) -> None:
-    """Raises InputError unless the mode is known."""
+    """Raise InputError for an unknown mode."""
     if mode not in MODES:
         raise InputError(f"Memory mode {mode!r} is not known; use one of {', '.join(MODES)}.")
 
@@ -136,16 +135,16 @@ def _too_large(
     footprint: Footprint, plan: Memory, room: int, size: tuple[int, int], batch: int, device: str
 ) -> str:
     need = footprint.peak(plan, size, batch)
-    said = f"An edit at {size[0]}x{size[1]} needs about {_giga(need)} and {device} has {_giga(room)} free."
+    line = f"An edit at {size[0]}x{size[1]} needs about {_giga(need)} and {device} has {_giga(room)} free."
     if batch > 1 and footprint.peak(plan, size, 1) <= room:
-        return f"{said} Try --batch-size 1."
+        return f"{line} Try --batch-size 1."
     longer = max(size)
     for side in range(longer // 64 * 64, 0, -64):
         smaller = tuple(max(64, round(edge * side / longer)) for edge in size)
         if side < longer and footprint.peak(plan, (smaller[0], smaller[1])) <= room:
-            return f"{said} Try --size {side}."
+            return f"{line} Try --size {side}."
     way = "another --device, or --dtype fp16" if device != "cpu" else "a smaller model, or --dtype bf16"
-    return f"{said} Nothing smaller fits: close other programs, or use {way}."
+    return f"{line} Nothing smaller fits: close other programs, or use {way}."
 
 
 def _giga(count: int) -> str:
@@ -156,7 +155,7 @@ def _giga(count: int) -> str:
 
 
 def footprint(bundle: Bundle, controlnet: nn.Module | None = None) -> Footprint:
-    """The footprint of a model that is loaded."""
+    """The footprint of a loaded model."""
     unet, vae = bundle.unet, bundle.vae
     texts = [part for part in (bundle.text_encoder, bundle.text_encoder_2) if part is not None]
     return _footprint(
@@ -175,14 +174,10 @@ def footprint(bundle: Bundle, controlnet: nn.Module | None = None) -> Footprint:
 def footprint_of_stored(
     model: Stored, dtype: torch.dtype, controlnet: Mapping[str, Shape] | None = None
 ) -> Footprint:
-    """The footprint that a model on disk will have, by its configs and the shapes of its weights.
-
-    controlnet: the shapes of a ControlNet's weights.
-    """
+    """The footprint that a model on disk will have. controlnet: the shapes of a ControlNet's weights."""
     item = dtype.itemsize
     config = model.configs["vae"]
-    # As `load_bundle` has it.
-    upcast = model.kind == "sdxl" and config.get("force_upcast", True)
+    upcast = model.kind == "sdxl" and config.get("force_upcast", True)  # as in `load_bundle`
     vae_item = 4 if upcast else item
 
     def numbers(part: str) -> int:
@@ -224,7 +219,7 @@ def _numbers(shapes: Mapping[str, Shape]) -> int:
 
 
 def bytes_on(groups: Sequence[Sequence[nn.Module]], device: torch.device) -> int:
-    """Bytes of the weights that lie on a device of this type now."""
+    """Bytes of the weights that are on a device of this type now."""
     there = [part for group in groups for part in group if next(part.parameters()).device.type == device.type]
     return _bytes(there)
 
@@ -237,7 +232,7 @@ def _bytes(parts: Iterable[nn.Module]) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What is free on a device for more tensors; None where that cannot be told."""
+    """Free bytes of a device; None if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -247,8 +242,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def free_ram(root: Path = Path("/")) -> int | None:
-    """The machine's available memory, or what the control groups around this process leave of it."""
-    return_freed_memory()  # or it counts as used
+    """Available bytes of the machine, limited by the control groups of this process; None if unknown."""
+    return_freed_memory()  # otherwise it counts as used
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
@@ -260,7 +255,7 @@ def free_ram(root: Path = Path("/")) -> int | None:
 
 
 def _group_room(root: Path) -> list[int]:
-    # Version 2 has one tree, version 1 a tree for memory; a container may see its own group as the top.
+    # Version 2 has one tree, version 1 one for memory; a container may see its own group as the root.
     names = {"v2": ("memory.max", "memory.current", "inactive_file")}
     names["v1"] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     try:
@@ -291,7 +286,7 @@ def _group_room(root: Path) -> list[int]:
 
 
 def offload(groups: Sequence[Sequence[nn.Module]], device: torch.device) -> None:
-    """Keep parts in the machine's memory, and on `device` only the group of which one is called."""
+    """Keep all parts in RAM except the group in use, which is moved to `device` when one of it is called."""
     from accelerate.hooks import ModelHook, add_hook_to_module
     from accelerate.utils import send_to_device
 

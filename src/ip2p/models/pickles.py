@@ -1,8 +1,8 @@
-"""The tensors of a torch pickle (.ckpt, .pt, .pth, .bin), read without running anything in it.
+"""Reads the tensors of a torch pickle (.ckpt, .pt, .pth, .bin) without executing anything in it.
 
-Clean files go through torch's own reader of weights alone. Training programs leave other objects beside the
-weights (callbacks, configs, arrays); such files are read by an unpickler to which every name that is no
-tensor is an inert placeholder, so that nothing from the file or from this machine is called.
+Clean files are read by torch's weights-only loader. Training programs store other objects beside the weights
+(callbacks, configs, arrays); such files are read by an unpickler that replaces every name that is not a
+tensor with an inert placeholder, so nothing from the file or from this machine is called.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ip2p.base.errors import ModelError
+from ip2p.base.errors import ModelError, first_line
 
 ADVICE = "Use a .safetensors file of the model."
-# Where the state of a network lies in the files of training programs, from the outside in.
+# Keys of a network's state in the files of training programs, from the outside in.
 INSIDE = ("state_dict", "module", "model_state_dict", "model")
-# Names that do something: no checkpoint of weights needs them, and a file that has one is refused.
+# Names that can have effects: no checkpoint needs them, and a file that has one is refused.
 ACTING = {
     *("os", "posix", "nt", "sys", "subprocess", "_posixsubprocess", "io", "_io", "shutil", "socket", "pty"),
     *("importlib", "runpy", "ctypes", "_ctypes", "code", "codeop", "pdb", "bdb", "timeit", "webbrowser"),
@@ -34,7 +34,7 @@ ACTING_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "breakpoint"
 
 
 class Placeholder:
-    """Stands in for an object that is not read. Whatever is done to it does nothing."""
+    """Stands in for an object that is not read; all operations on it do nothing."""
 
     def __new__(cls, *arguments: Any, **more: Any) -> Placeholder:
         return super().__new__(cls)
@@ -58,12 +58,12 @@ class Placeholder:
 
 
 class _ActingName(Exception):
-    """A file asks for a name that does something."""
+    """A file refers to a name that can have effects."""
 
 
-# In Python, whose memo is a dict: the one in C can be made to take all memory.
+# The Python implementation, whose memo is a dict: a file can make the C one use all memory.
 class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """Reads tensors; of all else it makes placeholders."""
+    """Reads tensors, and placeholders for all other objects."""
 
     @property
     def persistent_load(self) -> Any:
@@ -71,7 +71,7 @@ class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
     @persistent_load.setter
     def persistent_load(self, load: Any) -> None:
-        """torch's function, for storages alone: it also reads the sources of modules."""
+        """torch's function, restricted to storages: it would also read the sources of modules."""
 
         def load_storage(saved: Any) -> Any:
             if not isinstance(saved, tuple) or saved[:1] not in (("storage",), (b"storage",)):
@@ -91,7 +91,7 @@ class _InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
             return torch.Size
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        # Functions of our own, so that a file that changes one changes nothing of torch.
+        # Wrappers, so that a file cannot modify torch's own functions.
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             return lambda *given: getattr(torch._utils, name)(*given)
         if module == "torch._utils" and name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
@@ -105,19 +105,19 @@ def _load_inert(file: Any, **settings: Any) -> Any:
     return _InertUnpickler(file, **settings).load()
 
 
-# What `torch.load` takes for a pickle module.
+# The pickle module for `torch.load`.
 _INERT = types.SimpleNamespace(__name__="inert", Unpickler=_InertUnpickler, load=_load_inert)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file by name; those of a zipped one are mapped, not read. Raises ModelError."""
+    """The tensors of a torch file by name, memory-mapped for a zipped file. Raises ModelError."""
     with path.open("rb") as file:
         start = file.read(4)
     zipped = start == b"PK\x03\x04"
     if (zipped and _is_program(path)) or (not zipped and tarfile.is_tarfile(path)):
         what = "a TorchScript program" if zipped else "a tar file of torch 0.1"
         raise ModelError(f"{path} is {what}, not a file of weights, so it was not opened. {ADVICE}")
-    # Only the format of torch 1.6 and later can be mapped; the one before is read whole.
+    # Only the format of torch 1.6 and later can be mapped.
     settings: dict[str, Any] = {"map_location": "cpu", "mmap": True if zipped else None}
     try:
         with warnings.catch_warnings():
@@ -134,9 +134,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # zipfile's, struct's, pickle's, EOFError, RuntimeError, of placeholders
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"{path} is no pickle of weights that can be read ({reason}), so it was not opened. "
+            f"{path} is no pickle of weights that can be read ({first_line(error)}), so it was not opened. "
             "Fetch or save the model again."
         ) from None
     tensors = _tensors(value)
@@ -146,7 +145,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_program(path: Path) -> bool:
-    """Whether a zip is TorchScript, which torch would hand to its compiler."""
+    """Whether a zip is TorchScript, which torch would compile."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
@@ -155,7 +154,7 @@ def _is_program(path: Path) -> bool:
 
 
 def _tensors(value: Any) -> dict[str, Tensor]:
-    """The named tensors of a file's value, or of the innermost dict where training programs put them."""
+    """The named tensors of a file's value, or of the nested dict that training programs put them in."""
     if not isinstance(value, dict):
         return {}
     for name in INSIDE:

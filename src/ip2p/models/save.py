@@ -1,4 +1,4 @@
-"""A trained editor written as a diffusers folder, with the card that says how it was made."""
+"""Writes a trained editor as a diffusers folder with a model card."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from ip2p.models.bundle import Bundle, is_hub_name
 from ip2p.models.export import Item, folder_name, write_folder
 from ip2p.models.load import NETWORKS, SECOND, empty_network, pipeline_index, texts_of
 
-# Text encoders whose weights are named with `text_model.`, as every version of transformers reads them.
+# Text encoders written with the prefix `text_model.`, which every version of transformers reads.
 PREFIXED = ("text_encoder", "text_encoder_2")
-# What a scheduler says of the noise in training, and not of how to sample.
+# The fields of a scheduler's config that describe the noise in training, not the sampling.
 NOISE = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("prediction_type", "rescale_betas_zero_snr"),
@@ -39,17 +40,17 @@ def save_editor(
     files: Mapping[str, Path] | None = None,
     shard: int = 5 * 10**9,
 ) -> None:
-    """Write an editor in the place of all that `folder` holds; a kill leaves the old one or the new one.
+    """Write an editor atomically; it replaces all contents of `folder`.
 
-    unet_state: the weights to write in place of the UNet's own, such as their average, or those of
-    `lora.merged`. card: what `ip2p.json` says beside or in place of the base's. files: more to lie in the
-    folder, by name, such as the card's picture. dtype: of all weights; shard: the most bytes of a file of
-    them. Raises ModelError for weights that are not the UNet's.
+    unet_state: weights to write instead of the UNet's own, such as the EMA or `lora.merged`. card: fields of
+    `ip2p.json`, in addition to or instead of the base's. files: further files by name, such as the card's
+    picture. dtype: of all weights. shard: maximum bytes per weight file. Raises ModelError for weights that
+    do not belong to the UNet.
     """
     networks = {name: network for name in NETWORKS if (network := getattr(bundle, name)) is not None}
     tokenizers = {name: getattr(bundle, name) for name in ("tokenizer", SECOND[1]) if getattr(bundle, name)}
     own = {key: value for key, value in asdict(bundle.card).items() if value is not None and key != "name"}
-    # CLIP of the base's world, which ranks results (`ip2p edit --best`), if it brings one.
+    # The base's own CLIP, which ranks results (`ip2p edit --best`).
     clip = bundle.folder / "clip"
     write_editor(
         folder,
@@ -80,11 +81,11 @@ def write_editor(
     files: Mapping[str, Path] | None = None,
     shard: int | None = None,
 ) -> None:
-    """Write networks, by the names of their parts, as a diffusers folder; the rest as in `save_editor`.
+    """Write networks, by the names of their parts, as a diffusers folder; otherwise as `save_editor`.
 
-    A part that no pipeline knows, such as `clip`, is written beside. states: other weights for networks.
-    index: what `model_index.json` says beyond the parts. Nothing in the folder names a place of this
-    machine. Raises ModelError.
+    A part that no pipeline knows, such as `clip`, is written too. states: weights to write instead of a
+    network's own. index: further fields of `model_index.json`. No path of this machine is written. Raises
+    ModelError.
     """
     configs = {name: _config(network) for name, network in networks.items()}
     configs["scheduler"] = portable(scheduler)
@@ -106,9 +107,9 @@ def write_editor(
 
 
 def edit_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The scheduler of an editor: the released one's sampler and spacing, with the base's own noise.
+    """The scheduler of an editor: the released sampler and spacing, with the base's noise schedule.
 
-    A base brings others (PNDM with leading steps), which begin below the most noise that training saw.
+    A base's own scheduler (PNDM with leading steps) starts below the maximum noise of the training.
     """
     name = str(config.get("_class_name", ""))
     if name == EULER or name.startswith("EDM"):
@@ -120,10 +121,9 @@ def edit_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A part's config without this machine's paths, and naming fp32.
+    """A part's config without this machine's paths, in fp32.
 
-    transformers loads in the dtype that the config names, diffusers in fp32: a pipeline opened without
-    a dtype would mix the two.
+    transformers loads in the config's dtype and diffusers in fp32, so another dtype would mix the two.
     """
     kept = {key: portable(value) if isinstance(value, dict) else value for key, value in config.items()}
     return {
@@ -166,14 +166,8 @@ def _items(
     items = []
     for name, tensor in weights.items():
         number = dtype if tensor.is_floating_point() else tensor.dtype
-        items.append(
-            Item(
-                folder_name(name, part, PREFIXED),
-                tuple(tensor.shape),
-                number,
-                lambda tensor=tensor, number=number: tensor.to(number),  # type: ignore[misc]
-            )
-        )
+        written = folder_name(name, part, PREFIXED)
+        items.append(Item(written, tuple(tensor.shape), number, partial(tensor.to, number)))
     return items
 
 
@@ -190,14 +184,14 @@ def _texts(tokenizer: Any) -> dict[str, str]:
 def with_word_lists(texts: Mapping[str, str]) -> dict[str, str]:
     """A tokenizer's files with `vocab.json` and `merges.txt`, which transformers 4 needs.
 
-    transformers 5 writes `tokenizer.json` alone, which holds the same words and merges.
+    transformers 5 writes only `tokenizer.json`, which contains both.
     """
     if "tokenizer.json" not in texts or {"vocab.json", "merges.txt"} <= texts.keys():
         return dict(texts)
     model = json.loads(texts["tokenizer.json"]).get("model", {})
     words, merges = model.get("vocab"), model.get("merges")
     if not isinstance(words, dict) or not isinstance(merges, list):
-        return dict(texts)  # another kind of tokenizer, which has no such lists
+        return dict(texts)  # another type of tokenizer
     lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     return {
         "vocab.json": json.dumps(words, ensure_ascii=False),
@@ -210,9 +204,9 @@ def with_word_lists(texts: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a model was trained on: `rows` pairs were used, and `quarantined` found broken and left out.
+    """Training data: `rows` pairs were used, `quarantined` broken ones were skipped.
 
-    name: as the user gave it. license: as the hub spells it, None if it is not known.
+    name: as the user typed it. license: the hub's identifier, or None if unknown.
     """
 
     name: str
@@ -239,13 +233,12 @@ def model_card(
     notes: str = "",
     distilled: bool = False,
 ) -> str:
-    """The README.md of a trained editor: a header that the hub reads, then text that people do.
+    """The README.md of a trained editor, with the hub's metadata header.
 
-    base: the model that training started from, None for a UNet of noise. recipe: every setting by its
-    name. curves: the numbers of the validations, a row each, with their `step`. picture: of the curves or
-    the edits, by its name in the folder. lora: a file of the LoRA there. A licence of None is said not to
-    be stated. distilled: its UNet takes the guidance scales, which diffusers' pipeline does not pass.
-    Paths are cut to their last part: a card is for other machines.
+    base: the model that training started from, or None for a randomly initialized UNet. recipe: every setting
+    by name. curves: the validation metrics, a row per validation, with its `step`. picture, lora: file names
+    in the folder. distilled: its UNet takes the guidance scales, which diffusers' pipeline does not pass.
+    Paths are cut to their last part, since the card is for other machines.
     """
     from huggingface_hub import ModelCardData
 
@@ -325,7 +318,7 @@ def _snippet(name: str, kind: str, native_size: int, text_cfg: float, image_cfg:
         "edited = editor(\n"
         '    "make it snow", image=picture,\n'
         f"    guidance_scale={text_cfg:g}, image_guidance_scale={image_cfg:g},\n"
-        # Else SDXL's makes every picture square.
+        # SDXL's pipeline makes pictures square by default.
         + ("    height=picture.height, width=picture.width,\n" if kind == "sdxl" else "")
         + ").images[0]\n"
         'edited.save("snow.png")\n'
@@ -337,7 +330,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _here(value: Any) -> str:
-    """A value as the card says it, without the folders of this machine."""
+    """A value as text, without the folders of this machine."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_here, value))
     if isinstance(value, float):

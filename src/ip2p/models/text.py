@@ -1,4 +1,4 @@
-"""Texts as the networks read them: SD 1.x and 2.x by one encoder, SDXL by two, with the picture's size."""
+"""Encodes texts: one encoder for SD 1.x and 2.x; two for SDXL, which also takes the picture's size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An encoded text, fp32. SDXL has all three, SD the hidden states alone.
+    """An encoded text, fp32. SDXL has all three fields, SD only the hidden states.
 
     hidden: [batch, tokens, features]. pooled: [batch, projected], the second encoder's summary.
     time_ids: [batch, 6], the height and width of the picture, its crop's top and left, and again its
@@ -55,11 +55,11 @@ _PART = re.compile(r"['\u2019]?[^\W\d_]+|\d+")
 
 
 def unknown_words(instruction: str, tokenizer: Any) -> list[str]:
-    """The words of an instruction that a model with a closed vocabulary has never seen, as they are typed.
+    """The words of an instruction that a model with a closed vocabulary does not know, as typed.
 
-    tokenizer: that of a model whose card says `closed_vocabulary: true`, where each known word is a single
-    token (so is an ending such as "'s") and every other word falls into several. Of no use for other models,
-    CLIP's among them: they know many words of several tokens. Each word is named once, in order.
+    tokenizer: of a model whose card has `closed_vocabulary: true`: each known word (and ending such as "'s")
+    is a single token, and every other word is split. It does not apply to other models such as CLIP, which
+    know many words of several tokens. Each word is returned once, in order.
     """
     words: dict[str, str] = {}
     for word in _WORD.findall(instruction):
@@ -72,9 +72,9 @@ def unknown_words(instruction: str, tokenizer: Any) -> list[str]:
 
 
 def drop_text(prompt: Prompt, null: Prompt, dropped: Tensor) -> Prompt:
-    """`prompt` with the rows where `dropped` [batch] is true made those of `null`, an encoded "".
+    """`prompt` with the rows where `dropped` [batch] is true replaced by `null`, an encoded "".
 
-    SDXL's pooled summary goes with the text; the numbers of the picture's size stay.
+    SDXL's pooled embedding is replaced too; the size conditioning is not.
     """
 
     def mixed(kept: Tensor, empty: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def drop_text(prompt: Prompt, null: Prompt, dropped: Tensor) -> Prompt:
 
 
 def join_prompts(prompts: Sequence[Tensor | Prompt]) -> Tensor | Prompt:
-    """Texts one after the other as the rows of one."""
+    """Concatenate encoded texts along the batch."""
     tensors = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
     if tensors:
         return torch.cat(tensors)
@@ -133,7 +133,7 @@ def _time_ids(unet: Any, projected: int, size: tuple[int, int]) -> Tensor:
 
 
 def words_without_effect(bundle: Bundle, text: str) -> list[str]:
-    """A warning for what a model does not read of a text: what is cut off, words of no known meaning."""
+    """Warnings for the parts of a text that have no effect: truncated text and unknown words."""
     found = _cut_text(bundle.tokenizer, text)
     unknown = []
     if bundle.card.closed_vocabulary:
@@ -146,18 +146,18 @@ def words_without_effect(bundle: Bundle, text: str) -> list[str]:
 
 
 def _cut_text(tokenizer: Any, text: str) -> list[str]:
-    """A warning that names what is beyond the last token, if something is."""
+    """A warning that quotes the text beyond the last token, if any."""
     limit = tokenizer.model_max_length
     whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
     if len(whole["input_ids"]) <= limit:
         return []
-    # The last place is the end token's.
+    # The last position is for the end token.
     cut = text[whole["offset_mapping"][limit - 1][0] :].strip()
     return [f"The text is longer than {limit} tokens; this part has no effect: {cut!r}"]
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str], device: torch.device) -> Tensor:
-    """[batch, limit] token ids. A warning names the text cut off."""
+    """Token ids [batch, limit]. Warns about truncated text."""
     limit = tokenizer.model_max_length
     for text in texts:
         for words in _cut_text(tokenizer, text):

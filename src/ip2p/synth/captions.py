@@ -193,16 +193,15 @@ def take(
 def _rows(path: str, *, split: str, revision: str | None, stream: bool) -> Iterator[dict[str, Any]]:
     here = Path(path).expanduser()
     if here.exists() or not hub.is_hub_name(path):
-        for flag, given in (("--revision", revision is not None), ("--stream", stream)):
-            if given and here.exists():
+        for flag, used in (("--revision", revision is not None), ("--stream", stream)):
+            if used and here.exists():
                 raise InputError(f"{path} is a local path, so {flag} does not apply; remove it.")
         return read_rows(here)
     if stream:
         names, _ = hub.remote_files(path, split, revision)
         system = hub.filesystem()
         return parquet_rows([system.open(name, "rb") for name in names])
-    files, _ = hub.cached_files(path, split, revision)
-    return parquet_rows(list(files))
+    return parquet_rows(hub.cached_files(path, split, revision)[0])
 
 
 def _text(value: object) -> str:
@@ -217,11 +216,8 @@ def _no_column(of: str, column: str | None, seen: Sequence[str]) -> InputError:
     # `tables` skips list and struct columns of parquet files.
     parquet = Path(of).suffix.lower() not in set(ENDINGS) - {".parquet"}
     flat = " (in parquet, only columns of plain values are read)" if parquet else ""
-    if column is None:
-        return InputError(
-            f"{of} has no known caption column. Its columns: {shown}{flat}. Choose one with --column."
-        )
-    return InputError(f"{of} has no column {column}. Its columns: {shown}{flat}. Choose one with --column.")
+    lacking = "known caption column" if column is None else f"column {column}"
+    return InputError(f"{of} has no {lacking}. Its columns: {shown}{flat}. Choose one with --column.")
 
 
 def _cell(cells: Mapping[str, Any], part: str) -> Any:

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 
 from ip2p.base import jobs, terminal
-from ip2p.base.cluster import Cluster
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import InputError
 from ip2p.base.jobs import StageOutput
@@ -67,7 +66,7 @@ Safety = Callable[[Sequence[Image.Image]], Sequence[bool]]  # which pictures are
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """Minimum similarities: picture-picture, picture-caption (both), and directional (change-change)."""
+    """Minimum similarities: picture and picture, picture and caption (both), and directional."""
 
     image: float
     caption: float
@@ -75,12 +74,9 @@ class Thresholds:
 
     def least(self) -> dict[str, float]:
         """The thresholds by column."""
-        return {
-            "clip_sim_image": self.image,
-            "clip_sim_0": self.caption,
-            "clip_sim_1": self.caption,
-            "clip_sim_dir": self.directional,
-        }
+        return dict(
+            zip(SIMILARITIES, (self.image, self.caption, self.caption, self.directional), strict=True)
+        )
 
     def passes(self, scores: Mapping[str, float]) -> bool:
         """Whether a pair passes; unknown similarities (pairs without captions) are ignored."""
@@ -90,9 +86,8 @@ class Thresholds:
 PRESETS = {
     "paper": Thresholds(image=0.75, caption=0.2, directional=0.2),  # section 3.1.2, with ViT-L/14
     "code": Thresholds(image=0.70, caption=0.2, directional=0.2),  # the released code's defaults
-    "storybook": Thresholds(
-        image=0.2, caption=0.5, directional=0.5
-    ),  # with its own small CLIP: docs/synth.md
+    # With its own small CLIP: docs/synth.md.
+    "storybook": Thresholds(image=0.2, caption=0.5, directional=0.5),
 }
 
 
@@ -110,19 +105,20 @@ def clips_of(source: Source) -> set[str]:
     """The CLIPs that scored the rows of a data set: the values of `clip` in local parquet files."""
     if not isinstance(source, ParquetSource):
         return {STORYBOOK} if source.name == STORYBOOK else set()
-    if source.remote:
-        return set()
-    found: set[str] = set()
-    for path in source.files:
-        if "clip" in pq.read_schema(path).names:
-            found |= set(pc.unique(pq.read_table(path, columns=["clip"])["clip"]).to_pylist())
-    return {clip for clip in found if clip}
+    paths = [path for path in _local_files(source) if "clip" in pq.read_schema(path).names]
+    found = (pc.unique(pq.read_table(path, columns=["clip"])["clip"]).to_pylist() for path in paths)
+    return {clip for clips in found for clip in clips if clip}
+
+
+def _local_files(source: Source) -> list[str]:
+    """The parquet files of a source on this machine; none for other sources."""
+    return source.files if isinstance(source, ParquetSource) and not source.remote else []
 
 
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def measure(
+def measure_similarities(
     clip: Clip,
     before: Sequence[Image.Image],
     after: Sequence[Image.Image],
@@ -135,28 +131,22 @@ def measure(
 
     NaN where a required caption is empty. Pictures may have any size; those above 512 pixels are downscaled.
     """
-    words = list(dict.fromkeys(word for word in chain(captions, edited_captions)))
-    place = {word: number for number, word in enumerate(words)}
-    texts = torch.cat([clip.texts(words[k : k + batch]) for k in range(0, len(words), batch)])
+    unique = list(dict.fromkeys(chain(captions, edited_captions)))
+    place = {text: number for number, text in enumerate(unique)}
+    texts = torch.cat([clip.texts(unique[k : k + batch]) for k in range(0, len(unique), batch)])
     found = similarities(
         _embedded(clip, before, batch),
         _embedded(clip, after, batch),
-        texts[[place[word] for word in captions]],
-        texts[[place[word] for word in edited_captions]],
+        texts[[place[text] for text in captions]],
+        texts[[place[text] for text in edited_captions]],
     )
     scores = {
         name: getattr(found, of).double().cpu().numpy().round(DECIMALS) for name, of in SIMILARITIES.items()
     }
-    none = (
-        np.array([not word.strip() for word in captions]),
-        np.array([not w.strip() for w in edited_captions]),
-    )
-    for name, unknown in (
-        ("clip_sim_0", none[0]),
-        ("clip_sim_1", none[1]),
-        ("clip_sim_dir", none[0] | none[1]),
-    ):
-        scores[name][unknown] = np.nan
+    no_caption, no_edited = (np.array([not t.strip() for t in each]) for each in (captions, edited_captions))
+    scores["clip_sim_0"][no_caption] = np.nan
+    scores["clip_sim_1"][no_edited] = np.nan
+    scores["clip_sim_dir"][no_caption | no_edited] = np.nan
     return scores
 
 
@@ -185,8 +175,8 @@ def _small(picture: Image.Image) -> Image.Image:
 
 
 def picture_hash(picture: Image.Image) -> int:
-    """64 bits that hardly change when a picture is scaled, encoded again or brightened a little: `phash`."""
-    import imagehash  # SciPy takes its time
+    """A 64-bit perceptual hash (`phash`); scaling, encoding or slight brightening hardly change it."""
+    import imagehash  # imports SciPy, which is slow
 
     return int.from_bytes(np.packbits(imagehash.phash(picture).hash).tobytes(), "big")
 
@@ -240,42 +230,38 @@ _SCORE_FIELDS = pa.schema(
 )
 
 
+@dataclass(kw_only=True)
 class Scorer:
     """The stage that scores rows of a source: it maps a range of rows to a table of scores.
 
     Rows that have all four similarities keep them unless `rescore` is set, so CLIP is loaded on first use.
-    clip: its folder, or a function that returns it; clip_name: its name in the table. safety: makes a
-    function that says which pictures are safe; a pair with an unsafe picture gets the flaw "unsafe".
+    find_clip: the CLIP's folder, or a function that returns it; clip_name: its name in the table. safety:
+    makes a function that says which pictures are safe; a pair with an unsafe picture gets the flaw "unsafe".
     """
 
-    def __init__(
-        self,
-        source: Source,
-        clip: Path | Callable[[], Path] | None,
-        *,
-        clip_name: str = "",
-        device: str = "cpu",
-        batch: int = 32,
-        rescore: bool = False,
-        safety: Callable[[], Safety] | None = None,
-    ) -> None:
-        self.source, self.find, self.device = source, clip, device
-        self.clip_name = clip_name or _named(clip)
-        self.batch, self.rescore = batch, rescore
+    source: Source
+    find_clip: Path | Callable[[], Path] | None
+    clip_name: str
+    device: str
+    batch: int
+    rescore: bool
+    safety: Callable[[], Safety] | None
+
+    def __post_init__(self) -> None:
         self.clip: Clip | None = None
-        self.is_safe = safety() if safety is not None else None
+        self.is_safe = self.safety() if self.safety is not None else None
 
     def __call__(self, part: range) -> StageOutput:
         rows: list[dict[str, Any]] = []
         counts: Counter[str] = Counter(scored=0, broken=0)
-        # In batches: a thousand decoded pairs do not fit in memory.
+        # In batches, because a thousand decoded pairs do not fit in memory.
         for start in range(0, len(part), self.batch):
             rows += self._scored(part[start : start + self.batch], counts)
         return StageOutput(tables={SCORED: pa.Table.from_pylist(rows, _SCORE_FIELDS)}, counts=counts)
 
     def _scored(self, part: range, counts: Counter[str]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        whole: list[tuple[dict[str, Any], Pair, list[Image.Image]]] = []
+        readable: list[tuple[dict[str, Any], Pair, list[Image.Image]]] = []
         for number in part:
             try:
                 pair = self.source[number]
@@ -285,18 +271,22 @@ class Scorer:
                 counts["broken"] += 1
                 continue
             rows.append(_facts(pair, both))
-            whole.append((rows[-1], pair, both))
-        wanted = [each for each in whole if self.rescore or not _has_all(each[1])]
-        if wanted:
-            counts["scored"] += len(wanted)
-            found = self._measured([pair for _, pair, _ in wanted], [both for *_, both in wanted])
-            for number, (row, *_) in enumerate(wanted):
-                own = {name: values[number].item() for name, values in found.items()}
-                row |= {name: None if math.isnan(value) else value for name, value in own.items()}
+            readable.append((rows[-1], pair, both))
+        unscored = [
+            each
+            for each in readable
+            if self.rescore or not all(name in each[1].scores for name in SIMILARITIES)
+        ]
+        if unscored:
+            counts["scored"] += len(unscored)
+            found = self._measured([pair for _, pair, _ in unscored], [both for *_, both in unscored])
+            for number, (row, *_) in enumerate(unscored):
+                values = {name: each[number].item() for name, each in found.items()}
+                row |= {name: None if math.isnan(value) else value for name, value in values.items()}
                 row["clip"] = self.clip_name
-        if self.is_safe is not None and whole:
-            safe = list(self.is_safe([picture for *_, both in whole for picture in both]))
-            for (row, *_), one, two in zip(whole, safe[::2], safe[1::2], strict=True):
+        if self.is_safe is not None and readable:
+            safe = list(self.is_safe([picture for *_, both in readable for picture in both]))
+            for (row, *_), one, two in zip(readable, safe[::2], safe[1::2], strict=True):
                 row["flaw"] = "" if one and two else "unsafe"
         return rows
 
@@ -304,16 +294,16 @@ class Scorer:
         self, pairs: Sequence[Pair], pictures: Sequence[Sequence[Image.Image]]
     ) -> dict[str, NDArray[np.float64]]:
         if self.clip is None:
-            if self.find is None:
+            if self.find_clip is None:
                 raise InputError(
                     f"{pairs[0].id} of {self.source.name} has no similarities; choose a CLIP to measure "
                     "them: --clip openai/clip-vit-large-patch14"
                 )
-            folder = self.find() if callable(self.find) else self.find
+            folder = self.find_clip() if callable(self.find_clip) else self.find_clip
             self.clip = Clip.load(folder, pick_device(self.device))
         before, after = zip(*pictures, strict=True)
         captions, edited = [p.caption for p in pairs], [p.edited_caption for p in pairs]
-        return measure(self.clip, before, after, captions, edited, batch=self.batch)
+        return measure_similarities(self.clip, before, after, captions, edited, batch=self.batch)
 
 
 def _broken(error: BrokenRow) -> dict[str, Any]:
@@ -323,7 +313,7 @@ def _broken(error: BrokenRow) -> dict[str, Any]:
 def _facts(pair: Pair, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
     words = repr((pair.caption, pair.instruction, pair.edited_caption))
     hashes = [picture_hash(picture) for picture in pictures] or [0, 0]
-    if not pair.caption:  # many pictures may share an instruction
+    if not pair.caption:  # the instruction alone does not identify the edit
         words += str(hashes[0] or pair.id)
     facts: dict[str, Any] = {"id": pair.id, "instruction": pair.instruction, "flaw": "", "clip": ""}
     facts["edit"] = hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
@@ -331,11 +321,7 @@ def _facts(pair: Pair, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
     return facts | {name: pair.scores.get(name) for name in SIMILARITIES}
 
 
-def _has_all(pair: Pair) -> bool:
-    return all(name in pair.scores for name in SIMILARITIES)
-
-
-def score(
+def score_rows(
     source: Source,
     folder: Path,
     *,
@@ -348,72 +334,55 @@ def score(
     safety: Callable[[], Safety] | None = None,
     count: int | None = None,
     part_rows: int = PART_ROWS,
-    cluster: Cluster | None = None,
-    processes: int = 1,
-    threads: int | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = terminal.say,
+    **workers: Any,
 ) -> Scored:
     """Score every row of `source`, or the first `count`, as a job in `folder`; existing scores are kept.
 
-    clip_key: identifies the weights of the CLIP, if a change of weights should be detected.
+    clip, clip_name, device, batch, rescore, safety: as in `Scorer`. clip_key: identifies the weights of the
+    CLIP, to detect a change of weights. workers: cluster, processes and threads of `jobs.run_job`.
     Raises InputError for an endless source without a count, and as `jobs.run_job` does.
     """
     if source.endless and count is None:
         raise InputError(f"{source.name} is endless; set a number of rows, such as --count 10000.")
     total = len(source) if count is None else min(count, len(source))
+    name = clip_name or (called(clip) if isinstance(clip, Path) else "")
     settings = {"source": source.name, "key": source.key, "rows": total, "part_rows": part_rows}
-    name = clip_name or _named(clip)
     settings |= {"clip": name or None, "rescore": rescore, "safety": _name_of(safety)}
     settings |= {"content of --clip": clip_key} if clip_key else {}
     more: dict[str, Any] = {"device": device, "batch": batch, "rescore": rescore, "safety": safety}
     jobs.run_job(
-        partial(Scorer, source, clip, clip_name=name, **more),
+        partial(Scorer, source=source, find_clip=clip, clip_name=name, **more),
         [range(start, min(start + part_rows, total)) for start in range(0, total, part_rows)],
         folder,
         settings=settings,
         unit="pairs",
-        cluster=cluster,
-        processes=processes,
-        threads=threads,
         overwrite="changed" if overwrite else False,
         say=say,
+        **workers,
     )
     return read_scores(folder, source)
 
 
 def read_scores(folder: Path, source: Source) -> Scored:
     """Read the scores of `source` that a job wrote to a folder. Raises InputError for any other folder."""
-    files = jobs.committed(folder, SCORED)
-    table = (
-        pa.concat_tables([pq.read_table(path) for path in files]) if files else _SCORE_FIELDS.empty_table()
-    )
-    return replace(_scored(table), labels=_labels(source)[: table.num_rows])
+    tables = [pq.read_table(path) for path in jobs.committed(folder, SCORED)]
+    return _scored(pa.concat_tables(tables) if tables else _SCORE_FIELDS.empty_table(), source)
 
 
 def known_scores(source: Source, count: int | None = None) -> Scored:
     """The scores stored in the rows of `source`; pictures are neither decoded nor compared."""
-    total = len(source) if count is None else min(count, len(source))
     rows = []
-    for row in range(total):
+    for row in range(len(source) if count is None else min(count, len(source))):
         try:
             rows.append(_facts(source[row]))
         except BrokenRow as error:
             rows.append(_broken(error))
-    return replace(_scored(pa.Table.from_pylist(rows, _SCORE_FIELDS)), labels=_labels(source)[:total])
+    return _scored(pa.Table.from_pylist(rows, _SCORE_FIELDS), source)
 
 
-def _labels(source: Source) -> list[str]:
-    """The column `kind` of local parquet files; empty without it."""
-    if not isinstance(source, ParquetSource) or source.remote:
-        return []
-    if not all("kind" in pq.read_schema(path).names for path in source.files):
-        return []
-    tables = (pq.read_table(path, columns=["kind"])["kind"] for path in source.files)
-    return [columns.text(label) for table in tables for label in table.to_pylist()]
-
-
-def _scored(table: Any) -> Scored:
+def _scored(table: Any, source: Source) -> Scored:
     def numbers(name: str, kind: Any, null: Any) -> Any:
         return table[name].combine_chunks().fill_null(null).to_numpy(zero_copy_only=False).astype(kind)
 
@@ -425,11 +394,17 @@ def _scored(table: Any) -> Scored:
         flaws=table["flaw"].to_pylist(),
         clips=table["clip"].to_pylist(),
         scores={name: numbers(name, np.float64, np.nan) for name in SIMILARITIES},
+        labels=_labels(source)[: table.num_rows],
     )
 
 
-def _named(clip: Path | Callable[[], Path] | None) -> str:
-    return called(clip) if isinstance(clip, Path) else ""
+def _labels(source: Source) -> list[str]:
+    """The column `kind` of local parquet files; empty without it."""
+    files = _local_files(source)
+    if not all("kind" in pq.read_schema(path).names for path in files):
+        return []
+    tables = (pq.read_table(path, columns=["kind"])["kind"] for path in files)
+    return [columns.text(label) for table in tables for label in table.to_pylist()]
 
 
 def _name_of(safety: Callable[[], Safety] | None) -> str | None:
@@ -443,7 +418,7 @@ def _name_of(safety: Callable[[], Safety] | None) -> str | None:
 
 # --- selection -----------------------------------------------------------------------------------
 
-# Why a row is removed: the first of these that applies.
+# Why a row is removed; the first that applies counts.
 REASONS = (
     *("broken", "unsafe", "clip_sim_image", "clip_sim_0", "clip_sim_1", "clip_sim_dir"),
     *("duplicate", "surplus"),
@@ -470,21 +445,20 @@ def select(
     for name, least in thresholds.least().items():
         for row in np.flatnonzero(scored.scores[name] < least).tolist():
             reasons[row] = reasons[row] or name
-    best = (
-        np.nan_to_num(scored.scores["clip_sim_dir"], nan=-2),
-        np.nan_to_num(scored.scores["clip_sim_image"], nan=-2),
-    )
-    passing = [row for row in np.lexsort((-best[1], -best[0])).tolist() if not reasons[row]]
+    ranks = [-np.nan_to_num(scored.scores[name], nan=-2) for name in ("clip_sim_image", "clip_sim_dir")]
+    passing = [row for row in np.lexsort(ranks).tolist() if not reasons[row]]
     if near_bits is not None:
         for row in _repeated(scored, passing, near_bits):
             reasons[row] = "duplicate"
+    if top is None:
+        return reasons
+    kinds: Sequence[Kind] = scored.kinds if top_whole is not None else ["part"] * len(scored)
+    quotas = {"part": top, "whole": min(top, top if top_whole is None else top_whole)}
     taken: Counter[str] = Counter()
-    kinds = scored.kinds if top is not None and top_whole is not None else None
     for row in passing:
-        if not reasons[row] and top is not None:
+        if not reasons[row]:
             taken[scored.edits[row]] += 1
-            quota = top if kinds is None or top_whole is None or kinds[row] == "part" else min(top, top_whole)
-            if taken[scored.edits[row]] > quota:
+            if taken[scored.edits[row]] > quotas[kinds[row]]:
                 reasons[row] = "surplus"
     return reasons
 
@@ -549,7 +523,7 @@ def filter_pairs(
     """Score `source` into `folder`/scores and write the rows to keep, with their scores, into `folder`.
 
     The rows are written as parquet with the columns of the Hugging Face version; for a local parquet source,
-    with all its columns and its pictures byte for byte. scoring: arguments of `score`. A call after an
+    with all its columns and its pictures byte for byte. scoring: arguments of `score_rows`. A call after an
     interruption resumes; `overwrite` with other thresholds keeps the scores. Raises InputError as `run_job`
     does, and for the folder of another stage, which `overwrite` does not replace.
     """
@@ -557,24 +531,19 @@ def filter_pairs(
     jobs.check_folder(folder, beside=beside)  # before the scoring, which may take days
     if jobs.is_job(folder) and "near_bits" not in jobs.settings(folder):
         raise InputError(f"{folder} contains the output of another command; choose another folder.")
-    scored = score(
+    scored = score_rows(
         source, folder / SCORES_FOLDER, part_rows=part_rows, overwrite=overwrite, say=say, **scoring
     )
     reasons = select(scored, thresholds, top=top, top_whole=top_whole, near_bits=near_bits)
     kept = [row for row, reason in enumerate(reasons) if not reason]
     settings = {"source": source.name, "key": source.key, "rows": len(scored), **asdict(thresholds)}
-    settings |= {
-        "top": top,
-        "top_whole": top_whole,
-        "near_bits": near_bits,
-        "part_rows": part_rows,
-        "kept": _hash_of(scored, kept),
-    }
+    settings |= {"top": top, "top_whole": top_whole, "near_bits": near_bits}
+    settings |= {"part_rows": part_rows, "kept": _hash_of(scored, kept)}
     table = _Rows.of(source)
     for line in _lost(source, kept) if table is None else ():
         say(line)
     jobs.run_job(
-        partial(Writer, source, scored, table),
+        partial(PairWriter, source, scored, table),
         [kept[start : start + part_rows] for start in range(0, len(kept), part_rows)],
         folder,
         settings=settings,
@@ -584,23 +553,22 @@ def filter_pairs(
         say=say,
     )
     counts = Counter(reasons)
-    unknown = sum(
-        bool(np.isnan(scored.scores["clip_sim_dir"][row]))
-        for row, flaw in enumerate(scored.flaws)
-        if not flaw
-    )
-    removed = {name: counts[name] for name in REASONS if counts[name]}
+    unscored = np.isnan(scored.scores["clip_sim_dir"]) & (np.array(scored.flaws) == "")
     kinds = scored.kinds
-    whole = sum(kinds[row] == "whole" for row in kept)
-    return Filtered(len(reasons), len(kept), removed, unknown, whole)
+    return Filtered(
+        rows=len(reasons),
+        kept=len(kept),
+        reasons={name: counts[name] for name in REASONS if counts[name]},
+        unknown=int(unscored.sum()),
+        whole=sum(kinds[row] == "whole" for row in kept),
+    )
 
 
 def _lost(source: Source, kept: Sequence[int]) -> Iterator[str]:
     """Warnings for data that the written table cannot hold; only used when rows are not copied whole."""
     if not kept:
         return
-    if isinstance(source, ParquetSource) and not source.remote:
-        names = {name for path in source.files for name in pq.read_schema(path).names}
+    if names := {name for path in _local_files(source) for name in pq.read_schema(path).names}:
         written = set(columns.find_columns(sorted(names), of=source.name).values()) | set(PAIR_SCHEMA.names)
         if more := sorted(names - written):
             why = "its files have different columns, or its pictures are separate files"
@@ -615,7 +583,7 @@ def _hash_of(scored: Scored, kept: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-class Writer:
+class PairWriter:
     """The stage that writes rows with their scores: it maps row numbers to a table."""
 
     def __init__(self, source: Source, scored: Scored, table: _Rows | None) -> None:
@@ -634,23 +602,21 @@ class Writer:
 
     def _with_scores(self, table: Any, part: Sequence[int]) -> Any:
         """A table of a parquet source with the scores in their columns, and an id column if it has none."""
+        names, ids, clips = table.column_names, self.scored.ids, self.scored.clips
+        scores = [self.scored.of(row) for row in part]
         new: dict[str, tuple[str, list[Any]]] = {
-            name: ("float64", [self.scored.of(row).get(name) for row in part]) for name in SIMILARITIES
+            name: ("float64", [each.get(name) for each in scores]) for name in SIMILARITIES
         }
-        if "id" not in table.column_names:
-            new["id"] = ("string", [self.scored.ids[row] for row in part])
-        if self.measured or "clip" in table.column_names:
-            none = [None] * len(part)
-            before = table["clip"].to_pylist() if "clip" in table.column_names else none
-            new["clip"] = (
-                "string",
-                [self.scored.clips[row] or old for row, old in zip(part, before, strict=True)],
-            )
-        if "scores" in table.column_names:  # readers prefer it to the separate columns
+        if "id" not in names:
+            new["id"] = ("string", [ids[row] for row in part])
+        if self.measured or "clip" in names:
+            before = table["clip"].to_pylist() if "clip" in names else [None] * len(part)
+            new["clip"] = ("string", [clips[row] or old for row, old in zip(part, before, strict=True)])
+        if "scores" in names:  # readers prefer it to the separate columns
             kind = table.schema.field("scores").type
             if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_struct(kind):
-                cells = zip(table["scores"].to_pylist(), part, strict=True)
-                new["scores"] = ("string", [_merged(cell, self.scored.of(row)) for cell, row in cells])
+                cells = zip(table["scores"].to_pylist(), scores, strict=True)
+                new["scores"] = ("string", [_merged(cell, each) for cell, each in cells])
         schema = with_columns(table.schema, {name: kind for name, (kind, _) in new.items()})
         arrays = [
             pa.array(new[field.name][1], field.type) if field.name in new else table[field.name]
@@ -686,12 +652,11 @@ class _Rows:
     @classmethod
     def of(cls, source: Source) -> _Rows | None:
         """None for other sources, for files with different columns, and for pictures in separate files."""
-        if not isinstance(source, ParquetSource) or source.remote:
+        files = _local_files(source)
+        schemas = [pq.read_schema(path) for path in files]
+        if not files or not all(each.equals(schemas[0]) for each in schemas):
             return None
-        schemas = [pq.read_schema(path) for path in source.files]
-        if not all(each.equals(schemas[0]) for each in schemas):
-            return None
-        rows = cls(source.files)
+        rows = cls(files)
         # Relative picture paths would not resolve from another folder.
         places = columns.find_columns(schemas[0].names, of=source.name)
         held = [rows.first(places[part]) for part in ("before", "after")]
@@ -746,12 +711,8 @@ def with_columns(schema: Any, kinds: Mapping[str, str]) -> Any:
 PAIR_SCHEMA = with_columns(
     hub_schema(
         {
-            "original_image": "Image",
-            "original_prompt": "string",
-            "edit_prompt": "string",
-            "edited_prompt": "string",
-            "edited_image": "Image",
-            "id": "string",
+            **{"original_image": "Image", "original_prompt": "string", "edit_prompt": "string"},
+            **{"edited_prompt": "string", "edited_image": "Image", "id": "string"},
         }
     ),
     {

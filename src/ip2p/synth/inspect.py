@@ -10,7 +10,7 @@ import html
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from ip2p.base.files import check_output, write_text
 from ip2p.data.records import BrokenRow, Source, open_picture
-from ip2p.synth.filter import NEAR_BITS, REASONS, SIMILARITIES, TOP, TOP_WHOLE, Scored, Thresholds, select
+from ip2p.synth.filter import NEAR_BITS, REASONS, TOP, TOP_WHOLE, Scored, Thresholds, select
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,7 +71,7 @@ def inspect(
     side: int = SIDE,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Write the page for `source`, scored by `filter.score`, and return the number of removed rows by reason.
+    """Write the page for `source`, scored by `filter.score_rows`; return the removed rows by reason.
 
     For each threshold, the page shows the `count` pairs that narrowly pass and the `count` that narrowly
     fail. For each other reason, and for the kept pairs, it shows `count` evenly spaced pairs. Raises
@@ -130,11 +130,8 @@ def _head(
         f'<td class="n">{int(np.isnan(scored.scores[of]).sum()):,}</td></tr>'
         for of, least in thresholds.least().items()
     )
-    lines.append(
-        "<table><tr><th>similarity</th><th>minimum</th><th>below</th><th>unknown</th></tr>"
-        + "".join(cells)
-        + "</table>"
-    )
+    head = "<tr><th>similarity</th><th>minimum</th><th>below</th><th>unknown</th></tr>"
+    lines.append(f"<table>{head}{''.join(cells)}</table>")
     return "\n".join(lines)
 
 
@@ -193,37 +190,28 @@ class _Sheet:
         self.source, self.scored, self.reasons, self.side = source, scored, reasons, side
 
     def of(self, rows: Sequence[int]) -> str:
-        if not rows:
-            return "<p>None.</p>"
-        return '<div class="sheet">' + "".join(self._figures(rows)) + "</div>"
+        figures = "".join(self._figure(row, self.scored.of(row)) for row in rows)
+        return f'<div class="sheet">{figures}</div>' if figures else "<p>None.</p>"
 
-    def _figures(self, rows: Sequence[int]) -> Iterator[str]:
-        for row in rows:
-            reason = self.reasons[row]
-            try:
-                pair = self.source[row]
-                both = [open_picture(data, pair.id) for data in (pair.before, pair.after)]
-                words = [pair.instruction, pair.caption, pair.edited_caption]
-                shown = "".join(
-                    _picture(picture, text or of, self.side)
-                    for picture, text, of in zip(both, words[1:], ("before", "after"), strict=True)
-                )
-            except BrokenRow as error:
-                words, shown = ["", error.reason, ""], ""
-            arrow = (
-                f"{html.escape(words[1])} → {html.escape(words[2])}" if words[2] else html.escape(words[1])
+    def _figure(self, row: int, scores: Mapping[str, float]) -> str:
+        reason, id = self.reasons[row], html.escape(self.scored.ids[row])
+        try:
+            pair = self.source[row]
+            texts = [pair.instruction, pair.caption, pair.edited_caption]
+            shown = "".join(
+                _picture(open_picture(data, pair.id), text or side, self.side)
+                for data, text, side in ((pair.before, texts[1], "before"), (pair.after, texts[2], "after"))
             )
-            scores = ", ".join(
-                f"{name.removeprefix('clip_sim_')} {self.scored.of(row)[name]:.3f}"
-                for name in SIMILARITIES
-                if name in self.scored.of(row)
-            )
-            verdict = f"removed: {WORDS[reason]}" if reason else "kept"
-            yield (
-                f"<figure{' class=gone' if reason else ''}>{shown}<figcaption>"
-                f"<b>{html.escape(words[0])}</b><br>{arrow}<br>{scores}<br>"
-                f"{html.escape(self.scored.ids[row])}: {html.escape(verdict)}</figcaption></figure>"
-            )
+        except BrokenRow as error:
+            texts, shown = ["", error.reason, ""], ""
+        instruction, caption, edited = map(html.escape, texts)
+        captions = f"{caption} → {edited}" if edited else caption
+        numbers = ", ".join(f"{name.removeprefix('clip_sim_')} {value:.3f}" for name, value in scores.items())
+        verdict = html.escape(f"removed: {WORDS[reason]}" if reason else "kept")
+        return (
+            f"<figure{' class=gone' if reason else ''}>{shown}<figcaption><b>{instruction}</b><br>"
+            f"{captions}<br>{numbers}<br>{id}: {verdict}</figcaption></figure>"
+        )
 
 
 def _picture(picture: Image.Image, words: str, side: int) -> str:

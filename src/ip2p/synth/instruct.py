@@ -9,22 +9,28 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
+import torch
+
+from ip2p.base.devices import pick_device, pick_dtype
 from ip2p.base.errors import InputError, ModelError
+from ip2p.models.bundle import called, find_folder, find_model, packaged_models
+from ip2p.models.load import quiet, unreadable
+from ip2p.settings import COMMAND_LINE
 from ip2p.synth.captions import BLOCK_LIST, Caption, blocker, key_of
 from ip2p.synth.kinds import Kind, kind_of
-from ip2p.synth.records import Rejected, Triple, place_seed, triple_id
+from ip2p.synth.records import Rejected, Triple, derived_seed, triple_id
+from ip2p.synth.settings import SynthInstructConfig
 from ip2p.synth.triples import examples, seed_triples
 
 # Delimiters of the paper's code: after the caption, between the parts of the answer, after the answer.
 SEPARATOR, MIDDLE, STOP = "\n##\n", "\n%%\n", "\nEND"
 # Sampling settings of the paper's code.
-TEMPERATURE, FREQUENCY_PENALTY, MAX_TOKENS = 0.7, 0.1, 256
-RETRIES = 3  # as in the paper's code
+TEMPERATURE, MAX_TOKENS = 0.7, 256
 
 # Why an answer is rejected, in the order of the checks.
 REASONS = {
@@ -109,7 +115,7 @@ class Ask:
     @property
     def seed(self) -> int:
         """A 32-bit seed that depends only on the request, so answers are reproducible."""
-        return place_seed("instruct", self.caption, self.number, self.attempt)
+        return derived_seed("instruct", self.caption, self.number, self.attempt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +148,7 @@ class Edit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class EditLimits:
     """Limits on accepted edits."""
 
     max_instruction_words: int = 40
@@ -172,7 +178,7 @@ def completion_of(triple: Triple) -> str:
     return triple.instruction + MIDDLE + triple.edited_caption + STOP
 
 
-def parse(completion: str) -> Edit | None:
+def parse_answer(completion: str) -> Edit | None:
     """The parts of an answer; None unless there are exactly two, of one line each, and perhaps the kind."""
     # Text after the end marker is ignored.
     text = "\n".join(line.strip(" \t") for line in re.split(r"\r\n|\r|\n", completion))
@@ -197,9 +203,9 @@ def is_spatial(instruction: str) -> bool:
     return _SPATIAL.search(instruction) is not None
 
 
-def reject(triple: Triple, limits: Limits | None = None) -> str | None:
+def reject(triple: Triple, limits: EditLimits | None = None) -> str | None:
     """Why a parsed triple is rejected (a key of REASONS); None if it is accepted."""
-    limits = limits or Limits()
+    limits = limits or EditLimits()
     instruction, edited = triple.instruction, triple.edited_caption
     if (
         len(instruction.split()) > limits.max_instruction_words
@@ -232,9 +238,9 @@ class Instruct:
     """The stage from captions to triples.
 
     writer: a writer, or a function that makes one (for other processes). edits: edits per caption. A rejected
-    answer is retried up to `retries` times, each with another seed, unless the writer refuses the prompt. The
-    result for a caption depends only on the caption, provided that the writer's answers depend only on the
-    request.
+    answer is retried up to `retries` times (3 in the paper's code), each with another seed, unless the writer
+    refuses the prompt. The result for a caption depends only on the caption, provided that the writer's
+    answers depend only on the request.
     """
 
     def __init__(
@@ -242,83 +248,71 @@ class Instruct:
         writer: Writer | Callable[[], Writer],
         *,
         edits: int = 1,
-        retries: int = RETRIES,
-        limits: Limits | None = None,
+        retries: int = 3,
+        limits: EditLimits | None = None,
     ) -> None:
-        for flag, value, least in (("edits", edits, 1), ("retries", retries, 0)):
-            if value < least:
-                raise InputError(f"--{flag} is {value}; use {least} or more.")
+        SynthInstructConfig.read({"edits": edits, "retries": retries}, COMMAND_LINE)
         made: Any = writer if hasattr(writer, "name") else writer()  # type: ignore[call-arg]
         self.writer: Writer = made
         self.edits, self.retries = edits, retries
-        self.limits = limits or Limits()
+        self.limits = limits or EditLimits()
 
     def __call__(self, captions: Sequence[Caption | str]) -> list[Written]:
         """The edits of each caption, in order; a caption with only rejected answers has no triples."""
         texts = [caption if isinstance(caption, str) else caption.text for caption in captions]
-        work = [_Work(text) for text in texts]
-        open_asks = [(w, Ask(caption=w.caption, number=n)) for w in work for n in range(self.edits)]
-        for attempt in range(self.retries + 1):
-            if not open_asks:
+        accepted: list[dict[int, Triple]] = [{} for _ in texts]
+        rejected: list[list[Rejected]] = [[] for _ in texts]
+        pending = [
+            (row, Ask(caption=text, number=n)) for row, text in enumerate(texts) for n in range(self.edits)
+        ]
+        for _ in range(self.retries + 1):
+            if not pending:
                 break
-            answers = self.writer([ask for _, ask in open_asks])
+            answers = self.writer([ask for _, ask in pending])
             again = []
-            for (w, ask), answer in zip(open_asks, answers, strict=True):
-                if not self._take(w, ask, answer) and not answer.refused:
-                    following = Ask(caption=ask.caption, number=ask.number, attempt=attempt + 1)
-                    again.append((w, following))
-            open_asks = again
-        return [w.written() for w in work]
+            for (row, ask), answer in zip(pending, answers, strict=True):
+                id = triple_id(ask.caption, ask.number)
+                result = self._judge(ask, id, answer, accepted[row].values())
+                if isinstance(result, Triple):
+                    accepted[row][ask.number] = result
+                    continue
+                id = f"{id}-{ask.attempt}"
+                rejected[row].append(Rejected(id=id, caption=ask.caption, text=answer.text, reason=result))
+                if not answer.refused:
+                    again.append((row, replace(ask, attempt=ask.attempt + 1)))
+            pending = again
+        return [
+            Written(caption=text, triples=tuple(taken[n] for n in sorted(taken)), rejected=tuple(failed))
+            for text, taken, failed in zip(texts, accepted, rejected, strict=True)
+        ]
 
-    def _take(self, work: _Work, ask: Ask, answer: Answer) -> bool:
-        id = triple_id(ask.caption, ask.number)
-        edit = None if answer.refused else parse(answer.text)
-        triple = None
-        if edit is not None:
-            triple = Triple(
-                id=id,
-                caption=ask.caption,
-                instruction=edit.instruction,
-                edited_caption=edit.edited_caption,
-                source=self.writer.name,
-                kind=kind_of(edit.instruction, edit.kind),
-            )
-        reason: str | None
+    def _judge(self, ask: Ask, id: str, answer: Answer, others: Iterable[Triple]) -> Triple | str:
+        """The triple of an answer, or why it is rejected; others: the accepted edits of the caption."""
         if answer.refused:
-            reason = "refused"
-        elif not answer.finished:
-            reason = "too_long"
-        elif triple is None:
-            reason = "unparsable"
-        else:
-            reason = reject(triple, self.limits) or work.doubled(triple)
-        if reason is None:
-            assert triple is not None
-            work.taken[ask.number] = triple
-            return True
-        work.rejected.append(
-            Rejected(id=f"{id}-{ask.attempt}", caption=ask.caption, text=answer.text, reason=reason)
+            return "refused"
+        if not answer.finished:
+            return "too_long"
+        edit = parse_answer(answer.text)
+        if edit is None:
+            return "unparsable"
+        triple = Triple(
+            id=id,
+            caption=ask.caption,
+            instruction=edit.instruction,
+            edited_caption=edit.edited_caption,
+            source=self.writer.name,
+            kind=kind_of(edit.instruction, edit.kind),
         )
-        return False
-
-
-@dataclass
-class _Work:
-    caption: str
-    taken: dict[int, Triple] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)
-
-    def doubled(self, triple: Triple) -> str | None:
-        same = (
-            key_of(one.edited_caption) == key_of(triple.edited_caption)
-            or key_of(one.instruction) == key_of(triple.instruction)
-            for one in self.taken.values()
+        return reject(triple, self.limits) or (
+            "duplicate" if any(_same_edit(triple, other) for other in others) else triple
         )
-        return "duplicate" if any(same) else None
 
-    def written(self) -> Written:
-        triples = tuple(triple for _, triple in sorted(self.taken.items()))
-        return Written(caption=self.caption, triples=triples, rejected=tuple(self.rejected))
+
+def _same_edit(one: Triple, other: Triple) -> bool:
+    return any(
+        key_of(getattr(one, name)) == key_of(getattr(other, name))
+        for name in ("edited_caption", "instruction")
+    )
 
 
 def reasons(written: Iterable[Written]) -> dict[str, int]:
@@ -336,68 +330,50 @@ LM_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 class LocalWriter:
     """A causal language model (transformers), sampled in batches.
 
-    model: a folder or a Hugging Face name. shots: seed triples in the prompt; 0 for a tuned model. Each
-    request has its own random generator, so an answer does not depend on the rest of the batch (in fp32, up
-    to rounding in matrix products, which changes a probability by about 1e-6). The frequency penalty counts
-    the tokens of the answer. temperature 0 is greedy. Raises ModelError if the model is not a language model.
+    model: a folder or a Hugging Face name. settings: device, dtype, batch, shots, temperature,
+    frequency_penalty and max_tokens, as in `SynthInstructConfig`. Each request has its own random generator,
+    so an answer does not depend on the rest of the batch (in fp32, up to rounding in matrix products, which
+    changes a probability by about 1e-6). The frequency penalty counts the tokens of the answer. temperature 0
+    is greedy. Raises InputError for settings out of range, and ModelError if it is not a language model.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        revision: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        batch: int = 32,
-        shots: int = 0,
-        temperature: float = TEMPERATURE,
-        frequency_penalty: float = FREQUENCY_PENALTY,
-        max_tokens: int = MAX_TOKENS,
-    ) -> None:
-        from ip2p.base.devices import pick_device, pick_dtype
-        from ip2p.models.bundle import called
-
-        check_sampling(temperature, frequency_penalty, max_tokens)
-        if batch < 1:
-            raise InputError(f"--batch is {batch}; use 1 or more.")
+    def __init__(self, model: str | Path, *, revision: str | None = None, **settings: Any) -> None:
+        self.config = SynthInstructConfig.read(settings, COMMAND_LINE)
         self.name = called(model)
-        self.batch, self.shots = batch, shots
-        self.temperature, self.frequency_penalty = temperature, frequency_penalty
-        self.device = pick_device(device)
+        self.device = pick_device(self.config.device)
         self.model, self.tokenizer = load_lm(model, revision=revision)
-        self.model.to(self.device, pick_dtype(self.device, dtype)).eval().requires_grad_(False)
+        dtype = pick_dtype(self.device, self.config.dtype)
+        self.model.to(self.device, dtype).eval().requires_grad_(False)
         self.tokenizer.padding_side = "left"
-        self.max_tokens = max_tokens
         self.context: int | None = getattr(self.model.config, "max_position_embeddings", None)
         self.tokens = 0  # generated so far
 
     def __call__(self, asks: Sequence[Ask]) -> list[Answer]:
-        prompts = [prompt_of(ask.caption, examples(self.shots, ask.caption, ask.number)) for ask in asks]
+        shots = self.config.shots or 0
+        prompts = [prompt_of(ask.caption, examples(shots, ask.caption, ask.number)) for ask in asks]
         # Sort by length to reduce padding.
         order = sorted(range(len(asks)), key=lambda place: len(prompts[place]))
         answers: dict[int, Answer] = {}
-        for start in range(0, len(order), self.batch):
-            chosen = order[start : start + self.batch]
+        for start in range(0, len(order), self.config.batch):
+            chosen = order[start : start + self.config.batch]
             written = self._write([prompts[i] for i in chosen], [asks[i].seed for i in chosen])
             answers.update(zip(chosen, written, strict=True))
         return [answers[place] for place in range(len(asks))]
 
     def _write(self, prompts: list[str], seeds: list[int]) -> list[Answer]:
-        import torch
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-
-        from ip2p.models.load import quiet
 
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=True)
         length = inputs["input_ids"].shape[1]
-        room = self.max_tokens if self.context is None else min(self.max_tokens, self.context - length)
+        room = self.config.max_tokens
+        if self.context is not None:
+            room = min(room, self.context - length)
         if room < 1:
             raise InputError(
                 f"{self.name} has a context of {self.context} tokens, but a prompt has {length}; "
                 "use fewer --shots."
             )
-        draw = _Draw(seeds, length, self.temperature, self.frequency_penalty)
+        draw = _Draw(seeds, length, self.config.temperature, self.config.frequency_penalty)
         ended = _Ended(self.tokenizer, length)
         ends = self.model.generation_config.eos_token_id
         ends = [self.tokenizer.eos_token_id] if ends is None else ends
@@ -425,16 +401,6 @@ class LocalWriter:
         return answers
 
 
-def check_sampling(temperature: float, frequency_penalty: float, max_tokens: int) -> None:
-    """Raise InputError for values that no model can be sampled with."""
-    if not 0 <= temperature <= 2:
-        raise InputError(f"--temperature is {temperature:g}; use 0 to 2.")
-    if not -2 <= frequency_penalty <= 2:
-        raise InputError(f"--frequency-penalty is {frequency_penalty:g}; use -2 to 2.")
-    if max_tokens < 1:
-        raise InputError(f"--max-tokens is {max_tokens}; use 1 or more.")
-
-
 def load_lm(model: str | Path, *, revision: str | None = None) -> tuple[Any, Any]:
     """Load a causal language model in fp32 on the CPU, and its tokenizer; `find_lm` resolves the name.
 
@@ -442,12 +408,8 @@ def load_lm(model: str | Path, *, revision: str | None = None) -> tuple[Any, Any
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ip2p.models.load import quiet, unreadable
-
     folder = find_lm(model, revision=revision)
     try:
-        import torch
-
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             network = AutoModelForCausalLM.from_pretrained(
@@ -466,20 +428,10 @@ def find_lm(model: str | Path, *, revision: str | None = None) -> Path:
 
     Raises ModelError.
     """
-    from ip2p.models.bundle import find_model, from_hub, is_hub_name, packaged_models
-    from ip2p.pictures.images import closest_file
-
-    folder = Path(model).expanduser()
-    if not folder.exists() and str(model) in packaged_models():
+    if not Path(model).expanduser().exists() and str(model) in packaged_models():
         folder = find_model(model, revision=revision) / PACKAGED_LM
-    elif not folder.exists():
-        if not is_hub_name(str(model), folder):
-            close = closest_file(folder)
-            hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
-            raise ModelError(f"{model}: no such language model. {hint}")
-        folder = from_hub(str(model), LM_FILES, _is_lm, revision=revision)
-    elif revision is not None:
-        raise InputError(f"{model} is a local folder, so --revision {revision} does not apply; remove it.")
+    else:
+        folder = find_folder(model, LM_FILES, _is_lm, what="language model", revision=revision)
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} is not a language model: config.json is missing. Use the folder that contains it."
@@ -495,14 +447,10 @@ class _Draw:
     """A LogitsProcessor that draws each row's next token with its own generator and masks all others."""
 
     def __init__(self, seeds: Sequence[int], start: int, temperature: float, penalty: float) -> None:
-        import torch
-
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.start, self.temperature, self.penalty = start, temperature, penalty
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        import torch
-
         scores = scores.float()
         written = input_ids[:, self.start :]
         if self.penalty and written.shape[1]:
@@ -528,8 +476,6 @@ class _Ended:
         self.tokenizer, self.start = tokenizer, start
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        import torch
-
         tails = input_ids[:, max(self.start, input_ids.shape[1] - self.TAIL) :]
         texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
         return torch.tensor([STOP in text for text in texts], device=input_ids.device)

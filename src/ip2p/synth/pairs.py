@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
 from ip2p.base.errors import ModelError, translated_errors
 from ip2p.data.records import Pair
 from ip2p.diffusion import Latent, Sigma
-from ip2p.diffusion.denoiser import Told, UNetDenoiser, told
+from ip2p.diffusion.denoiser import Told as TextInputs
+from ip2p.diffusion.denoiser import UNetDenoiser
+from ip2p.diffusion.denoiser import told as text_inputs
 from ip2p.diffusion.samplers import sampler_for
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editing.editor import Editor
@@ -41,29 +44,29 @@ from ip2p.synth.attention import (
     share_attention,
     shares,
 )
-from ip2p.synth.records import SCALE, Candidate, P, Triple, candidate
-from ip2p.synth.settings import Attention, SynthPairsConfig
+from ip2p.synth.records import Candidate
+from ip2p.synth.settings import PAIRS_AS_PAPER, SynthPairsConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from numpy.typing import NDArray
 
-# What became of a candidate: drawn; rejected half-way; rejected at the end; not finite.
+# The outcome of a candidate: drawn; rejected half-way; rejected at the end; not finite.
 Fate = Literal["made", "early", "judged", "overflow"]
 Pictures = Float[Tensor, "batch 3 height width"]
-# From candidates and their pictures before and after, in [0, 1], to which of them to keep.
+# Maps candidates and their pictures before and after, in [0, 1], to which of them to keep.
 Judge = Callable[[Sequence[Candidate], Tensor, Tensor], "Sequence[bool] | Tensor"]
-CPU_BATCH, BATCH = 4, 8  # candidates at once
+CPU_BATCH, BATCH = 4, 8  # candidates per batch
 MAPS = 4  # side of the latents over side of the maps for local blend, as in the published code
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class CandidateResult:
     """The result for one candidate.
 
     before, after: uint8 [height, width, 3]. latents: the sampler's latents of both, fp32 [2, channels, h, w]
-    on the CPU. All three are None unless `fate` is "made". evaluations: UNet evaluations spent on it, two for
-    each guided step; a shared source picture is counted for its first candidate.
+    on the CPU. All three are None unless `fate` is "made". evaluations: of the UNet, two per guided step;
+    those of a shared source picture count for its first candidate.
     """
 
     candidate: Candidate
@@ -89,33 +92,14 @@ class Made:
         )
 
 
-def shared_candidate(
-    triple: Triple,
-    number: int,
-    per_source: int,
-    *,
-    p: tuple[float, float] = P,
-    scale: tuple[float, float] = SCALE,
-    p_cross: tuple[float, float] | None = None,
-) -> Candidate:
-    """Candidate `number` with the seed and guidance scale of the first candidate in its `per_source` block.
-
-    It keeps its own p. `PairMaker` draws the source picture of a block once, which reduces the work for n
-    candidates to (1 + n) / (2 n). In return, all n candidates start from the same source picture.
-    """
-    one = candidate(triple, number, p=p, scale=scale, p_cross=p_cross)
-    first = candidate(triple, number - number % per_source, p=p, scale=scale)
-    return replace(one, seed=first.seed, scale=first.scale)
-
-
 class PairMaker:
     """Draws image pairs for candidates. This is a stage: it loads the model once and is called on batches.
 
     model: anything that `models.load.open_model` reads (Stable Diffusion, or an editor, which gets no input
-    picture), or a Bundle. parts_from: a model that brings what a file of a UNet alone lacks. steps, sampler,
-    schedule: the defaults are those of the paper's code. size: the side in pixels, or (width, height); None
-    is the model's native size. batch_size: candidates per batch; None is 4 on a CPU and 8 elsewhere. In fp32
-    the result depends on it only through rounding.
+    picture), or a Bundle. settings: the model and drawing settings of `SynthPairsConfig`, by default as in
+    the paper's code; config: all of them instead. size None is the model's native size. batch_size:
+    candidates per batch; None is 4 on a CPU and 8 elsewhere. In fp32 the result depends on it only through
+    rounding.
 
     attention: what a pair shares: self-attention maps (the paper's code), cross-attention maps of words at
     the same position ("replace") or of common words ("refine"; Hertz et al. 2022), or both. reweight:
@@ -123,10 +107,10 @@ class PairMaker:
     the edit is its source where the attention to the changed words is below this fraction of its maximum.
     Edits of the whole picture are not blended.
 
-    early: rejects candidates after the fraction `early_at` of the steps, from the predicted clean pictures.
-    judge: rejects candidates at the end. Both look at pictures decoded by tiny_vae if it is given (an
-    AutoencoderTiny, its folder or its hub name); kept pictures are decoded by the model's own autoencoder.
-    Rejected candidates cost no further work and do not change the others.
+    early: rejects candidates after the fraction `early_at` of the steps (by default half), from the predicted
+    clean pictures. judge: rejects candidates at the end. Both look at pictures decoded by tiny_vae if it is
+    given (an AutoencoderTiny, its folder or its hub name); kept pictures are decoded by the model's own
+    autoencoder. Rejected candidates cost no further work and do not change the others.
 
     Attributes: evaluations counts pictures that went through the UNet, decoded and previewed those decoded by
     the model's autoencoder and by tiny_vae. Raises ModelError for a UNet that takes neither noise alone nor
@@ -136,39 +120,19 @@ class PairMaker:
     def __init__(
         self,
         model: str | Path | Bundle,
+        config: SynthPairsConfig | None = None,
         *,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        revision: str | None = None,
-        weights: Choice = "auto",
-        vae: str | Path | None = None,
-        parts_from: str | Path | None = None,
-        steps: int = 100,
-        sampler: str = "euler_ancestral",
-        schedule: str = "linspace",
-        size: int | tuple[int, int] | None = None,
-        attention: Attention = "self",
-        reweight: float = 1.0,
-        blend: float | None = None,
-        batch_size: int | None = None,
         early: Judge | None = None,
-        early_at: float = 0.5,
         judge: Judge | None = None,
         tiny_vae: AutoencoderTiny | str | Path | None = None,
+        **settings: Any,
     ) -> None:
-        how = {"steps": steps, "sampler": sampler, "schedule": schedule, "size": size, "attention": attention}
-        how |= {"reweight": reweight, "blend": blend, "early_at": early_at, "batch_size": batch_size}
-        SynthPairsConfig.read(how)
+        if config is None:
+            config = SynthPairsConfig.read(PAIRS_AS_PAPER | {"early_at": 0.5} | settings)
+        how = config.how()
         if not isinstance(model, Bundle):
-            model = open_painter(
-                model,
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                weights=weights,
-                vae=vae,
-                parts_from=parts_from,
-            )
+            names = ("device", "dtype", "revision", "weights", "vae", "parts_from")
+            model = open_painter(model, **{name: getattr(config, name) for name in names})
         unet: Any = model.unet
         taken, latent = unet.config.in_channels, model.vae.config.latent_channels
         if taken not in (latent, 2 * latent):
@@ -180,26 +144,26 @@ class PairMaker:
         self.network = UNetDenoiser(
             unet if taken == 2 * latent else _WithoutPicture(unet), self.editor.schedule
         )
-        self.steps, self.sampler, self.attention = steps, sampler, attention
-        self.reweight, self.blend = reweight, blend
-        self.sigmas = SPACINGS[schedule](self.editor.schedule, steps)
+        self.steps, self.sampler, self.attention = how["steps"], how["sampler"], how["attention"]
+        self.reweight, self.blend = config.reweight, config.blend
+        self.sigmas = SPACINGS[how["schedule"]](self.editor.schedule, self.steps)
         native = model.card.native_size
-        self.size = self.editor.working_size((native, native), size)
-        self.batch_size = batch_size or (CPU_BATCH if self.device.type == "cpu" else BATCH)
+        self.size = self.editor.working_size((native, native), config.size)
+        self.batch_size = config.batch_size or (CPU_BATCH if self.device.type == "cpu" else BATCH)
         self.early, self.judge = early, judge
         # There is no prediction before the first step, and no work left to save after the last one.
-        self.early_step = min(max(1, math.ceil(early_at * steps)), steps - 1)
+        self.early_step = min(max(1, math.ceil(how["early_at"] * self.steps)), self.steps - 1)
         self.tiny_vae = None if tiny_vae is None else _open_tiny(tiny_vae, model)
         self.evaluations = self.decoded = self.previewed = 0
 
-    def __call__(self, candidates: Sequence[Candidate]) -> list[Made]:
+    def __call__(self, candidates: Sequence[Candidate]) -> list[CandidateResult]:
         """Draw the pairs in the order of the candidates. Raises ResourceError when memory runs out."""
         # Candidates with the same source picture go into the same batch.
-        first: dict[_Source, int] = {}
+        groups: dict[_Source, list[int]] = {}
         for place, one in enumerate(candidates):
-            first.setdefault(_source(one), place)
-        order = sorted(range(len(candidates)), key=lambda place: (first[_source(candidates[place])], place))
-        made: dict[int, Made] = {}
+            groups.setdefault(_source(one), []).append(place)
+        order = list(chain.from_iterable(groups.values()))
+        made: dict[int, CandidateResult] = {}
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
             what = f"{len(places)} pairs at once of {self.size[0]}x{self.size[1]}"
@@ -210,7 +174,7 @@ class PairMaker:
         return [made[place] for place in range(len(candidates))]
 
     @torch.inference_mode()
-    def _draw(self, candidates: Sequence[Candidate]) -> list[Made]:
+    def _draw(self, candidates: Sequence[Candidate]) -> list[CandidateResult]:
         """Draw one batch: first one row for each source picture, then one row for each edit."""
         sources = list(dict.fromkeys(_source(one) for one in candidates))
         batch = _Batch(candidates, torch.tensor([sources.index(_source(one)) for one in candidates]))
@@ -265,14 +229,14 @@ class PairMaker:
         captions = [source.caption for source in sources]
         texts = captions + [one.triple.edited_caption for one in candidates]
         unique = list(dict.fromkeys(texts))
-        every = told(encode_prompts(bundle, unique, self.size), len(unique))
+        every = text_inputs(encode_prompts(bundle, unique, self.size), len(unique))
         rows = torch.tensor([unique.index(text) for text in texts], device=self.device)
         scales = [source.scale for source in sources] + [one.scale for one in candidates]
         return _PairDenoiser(
             self.network,
             batch,
-            told={name: value.to(self.device)[rows] for name, value in every.items()},
-            null=told(encode_prompts(bundle, [""], self.size), 1),
+            text={name: value.to(self.device)[rows] for name, value in every.items()},
+            null=text_inputs(encode_prompts(bundle, [""], self.size), 1),
             scale=torch.tensor(scales, dtype=torch.float32, device=self.device),
             sigmas=self.sigmas,
             share_self="self" in self.attention,
@@ -325,8 +289,7 @@ class PairMaker:
         return before, after
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """What determines a source picture; candidates with equal sources share it."""
 
     caption: str
@@ -372,17 +335,17 @@ class _Batch:
         lost = [k for k in self.made() if not (fine[self.owners[k]] and fine[self.edits[k]])]
         self.drop(lost, "overflow")
 
-    def result(self, place: int, latents: Latent, shown: tuple[Tensor, Tensor] | None) -> Made:
+    def result(self, place: int, latents: Latent, shown: tuple[Tensor, Tensor] | None) -> CandidateResult:
         owner, edit = int(self.owners[place]), int(self.edits[place])
         work = int(self.evaluations[edit])
         if owner not in self.owners[:place]:
             work += int(self.evaluations[owner])
         candidate, fate = self.candidates[place], self.fates[place]
         if fate != "made" or shown is None:
-            return Made(candidate=candidate, fate=fate, evaluations=work)
+            return CandidateResult(candidate=candidate, fate=fate, evaluations=work)
         before, after = (np.asarray(to_pil(picture * 2 - 1)) for picture in shown)
         pair = latents[[owner, edit]].float().cpu()
-        return Made(
+        return CandidateResult(
             candidate=candidate, fate=fate, evaluations=work, before=before, after=after, latents=pair
         )
 
@@ -390,7 +353,7 @@ class _Batch:
 class _PairDenoiser:
     """The denoiser of a batch of pairs, with classifier-free guidance; rows that are not alive do not change.
 
-    told, null: network inputs for the texts of all rows, and for the empty text. scale: guidance scales
+    text, null: network inputs for the texts of all rows, and for the empty text. scale: guidance scales
     [rows]. x0: the last prediction.
     """
 
@@ -399,15 +362,15 @@ class _PairDenoiser:
         network: UNetDenoiser,
         batch: _Batch,
         *,
-        told: Told,
-        null: Told,
+        text: TextInputs,
+        null: TextInputs,
         scale: Float[Tensor, "rows"],
         sigmas: Float[Tensor, "steps"],
         share_self: bool,
         alignments: Sequence[Alignment] | None,
         seen: WordMaps | None,
     ) -> None:
-        self.network, self.batch, self.told, self.null, self.scale = network, batch, told, null, scale
+        self.network, self.batch, self.text, self.null, self.scale = network, batch, text, null, scale
         self.p = torch.tensor([one.p for one in batch.candidates], dtype=torch.float64)
         crossing = [one.p if one.p_cross is None else one.p_cross for one in batch.candidates]
         self.p_cross = torch.tensor(crossing, dtype=torch.float64)
@@ -430,7 +393,7 @@ class _PairDenoiser:
         network = replace(self.network, control=lambda *_: sharing)
         words = {
             name: torch.cat([value[place], self.null[name].to(value).expand(count, *value.shape[1:])])
-            for name, value in self.told.items()
+            for name, value in self.text.items()
         }
         both = some.repeat(2, 1, 1, 1)
         # An editor gets a zero image latent: no input picture.
@@ -493,7 +456,7 @@ def open_painter(
 ) -> Bundle:
     """Open a model that draws from a caption: Stable Diffusion, or any editor that `load_bundle` opens.
 
-    Raises ModelError for a UNet with another number of input channels, before its weights are read.
+    Raises ModelError for another number of input channels, before the weights are read.
     """
     stored = open_model(find_model(model, revision=revision), weights=weights, parts=open_parts(parts_from))
     channels, needed = stored.channels

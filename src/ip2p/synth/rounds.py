@@ -6,6 +6,7 @@ after so many failures that a prompt worth continuing is unlikely to have them: 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ class Rounds:
 
     @classmethod
     def of(cls, how: Mapping[str, Any]) -> Rounds:
-        """Rounds from the settings of `synth pairs`, where `enough=0` draws all candidates."""
+        """Rounds from `SynthPairsConfig.how`, where `enough=0` draws all candidates."""
         return cls(
             most=how["most"],
             enough=how["enough"] or None,
@@ -95,7 +96,7 @@ AS_PAPER = Rounds(enough=None, risk=0.0, size=100)
 
 
 @dataclass
-class Prompt(Generic[T]):
+class TripleResult(Generic[T]):
     """The result for a triple: the candidates that passed, and why it ended."""
 
     triple: Triple
@@ -104,35 +105,32 @@ class Prompt(Generic[T]):
     ended: Literal["enough", "hopeless", "most"] | None = None
 
 
-def run(
+def draw_in_rounds(
     triples: Sequence[Triple],
     rounds: Rounds,
     judge: Callable[[list[Candidate]], Sequence[T | None]],
     *,
     new: Callable[[Triple, int], Candidate] = candidate,
-) -> list[Prompt[T]]:
+) -> list[TripleResult[T]]:
     """Draw candidates for all triples, one round of all active triples at a time, and judge them.
 
     `judge` draws and judges candidates of several triples. For each it returns what to keep, or None if it
     does not pass. The rounds of a triple depend only on its own candidates, so other triples do not change
     its result.
     """
-    prompts = [Prompt[T](triple) for triple in triples]
+    results = [TripleResult[T](triple) for triple in triples]
     plans = {triple.id: rounds.for_triple(triple) for triple in triples}
-    while active := [prompt for prompt in prompts if prompt.ended is None]:
-        sizes = [plans[prompt.triple.id].next(prompt.tried, len(prompt.passed)) for prompt in active]
-        tries = [
-            [new(prompt.triple, prompt.tried + k) for k in range(size)]
-            for prompt, size in zip(active, sizes, strict=True)
+    while active := [result for result in results if result.ended is None]:
+        batches = [
+            [new(result.triple, result.tried + k) for k in range(size)]
+            for result in active
+            for size in [plans[result.triple.id].next(result.tried, len(result.passed))]
         ]
-        together = [each for one in tries for each in one]
-        judged = judge(together)
-        assert len(judged) == len(together), "a candidate was not judged"
-        answers = iter(judged)
-        for prompt, made in zip(active, tries, strict=True):
-            for each in made:
-                if (kept := next(answers)) is not None:
-                    prompt.passed.append((each, kept))
-            prompt.tried += len(made)
-            prompt.ended = plans[prompt.triple.id].verdict(prompt.tried, len(prompt.passed))
-    return prompts
+        answers = iter(judge([each for batch in batches for each in batch]))
+        for result, batch in zip(active, batches, strict=True):
+            kept = zip(batch, itertools.islice(answers, len(batch)), strict=True)
+            result.passed += [(each, answer) for each, answer in kept if answer is not None]
+            result.tried += len(batch)
+            result.ended = plans[result.triple.id].verdict(result.tried, len(result.passed))
+        assert next(answers, None) is None, "more answers than candidates"
+    return results

@@ -1,28 +1,26 @@
-"""A safety check with an image classifier of transformers: a hook of `synth filter`."""
+"""A safety check by an image classifier of transformers, used by `synth filter`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ip2p.base.devices import pick_device
 from ip2p.base.errors import ModelError
-from ip2p.models.bundle import from_hub, is_hub_name
+from ip2p.models.bundle import find_folder
 from ip2p.models.load import quiet, unreadable
-from ip2p.pictures.images import closest_file
 
 UNSAFE = re.compile(r"nsfw|unsafe|porn|hentai|sexy|explicit|nudity|gore", re.IGNORECASE)
 SAFE = re.compile(r"\b(?:not|non|no)\b", re.IGNORECASE)  # as in "not nsfw"
 FILES = ("*.json", "*.safetensors")
-MOST = 0.5  # maximum probability of a safe picture
+MAX_UNSAFE = 0.5  # maximum unsafe probability of a safe picture
 
 
 class Classifier:
-    """A picture is unsafe if the unsafe labels have a total probability above `MOST`.
+    """A picture is unsafe if the unsafe labels have a total probability above `MAX_UNSAFE`.
 
     model: a folder or a Hugging Face name. Only safetensors are loaded, and no code from the folder is
     executed. Raises ModelError if the model is not an image classifier or has no unsafe label.
@@ -31,13 +29,9 @@ class Classifier:
     def __init__(self, model: str, *, device: str = "cpu", batch: int = 32) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-        folder = Path(model).expanduser()
-        if not folder.exists():
-            if not is_hub_name(model, folder):
-                close = closest_file(folder)
-                hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
-                raise ModelError(f"--safety {model}: no such model. {hint}")
-            folder = from_hub(model, FILES, lambda found: any(found.glob("*.safetensors")))
+        folder = find_folder(
+            model, FILES, lambda found: any(found.glob("*.safetensors")), what="model for --safety"
+        )
         try:
             with quiet():
                 network = AutoModelForImageClassification.from_pretrained(
@@ -67,4 +61,6 @@ class Classifier:
         if not pictures:
             return []
         found = self.ask(list(pictures), top_k=self.labels, function_to_apply="softmax")
-        return [sum(one["score"] for one in each if one["label"] in self.unsafe) <= MOST for each in found]
+        return [
+            sum(one["score"] for one in each if one["label"] in self.unsafe) <= MAX_UNSAFE for each in found
+        ]

@@ -1,7 +1,7 @@
-"""Edits written by a server of language models that speaks OpenAI's protocol: vLLM, Ollama, OpenAI, …
+"""Edits written by a language model on a server with OpenAI's API: vLLM, Ollama, OpenAI, …
 
-There are two ways. `completion`: a model tuned on triples continues the prompt. `chat`: a general model sees
-some seed triples as a conversation and answers with JSON of a schema. The `openai` client sends the requests
+Two modes. `completion`: a model tuned on triples continues the prompt. `chat`: a general model sees some seed
+triples as a conversation and answers with JSON of a schema. The `openai` client sends the requests
 and `tenacity` retries them; both are in the extra `llm-server`.
 """
 
@@ -22,27 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from ip2p.base import terminal
 from ip2p.base.errors import InputError, ModelError
-from ip2p.synth.instruct import (
-    FREQUENCY_PENALTY,
-    MAX_TOKENS,
-    MIDDLE,
-    STOP,
-    TEMPERATURE,
-    Answer,
-    Ask,
-    check_sampling,
-    prompt_of,
-)
+from ip2p.settings import COMMAND_LINE
+from ip2p.synth.instruct import MIDDLE, STOP, Answer, Ask, prompt_of
 from ip2p.synth.records import Triple
-from ip2p.synth.settings import Way
+from ip2p.synth.settings import SynthInstructConfig
+from ip2p.synth.triples import examples
 
 if TYPE_CHECKING:
     from openai import OpenAI
-from ip2p.synth.triples import examples
 
-KEY = "OPENAI_API_KEY"
+OUR_KEY, KEY = "IP2P_API_KEY", "OPENAI_API_KEY"  # environment variables; the first is preferred
 SHOTS = 8  # seed triples in the prompt of a general model
-PATIENCE = 300.0  # maximum outage of a server, in seconds
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # errors that may pass later
 BUSY = (408, 409, 425, 429, 529)  # of these: not caused by the request
@@ -98,20 +88,20 @@ class Usage:
     cost: float = 0.0
 
     def line(self) -> str:
-        told = (
-            f"{self.requests:,} answers, {self.retries:,} retries, {self.prompt_tokens:,} tokens in, "
-            f"{self.answer_tokens:,} out"
+        """A summary for display."""
+        line = (
+            f"{self.requests:,.0f} answers, {self.retries:,.0f} retries, "
+            f"{self.prompt_tokens:,.0f} tokens in, {self.answer_tokens:,.0f} out"
         )
-        return told + (f", cost {self.cost:,.4f}" if self.cost else "")
+        return line + (f", cost {self.cost:,.4f}" if self.cost else "")
 
 
 class ServerWriter:
     """A language model on a server, called by several threads.
 
-    url: up to /v1, such as http://localhost:8000/v1. way: `completion` for a tuned model, `chat` for a
-    general one. shots: seed triples in the prompt, by default none and SHOTS. together: concurrent requests.
-    rate: maximum requests per second. price: per million tokens of prompts and of answers. key: the bearer
-    token, by default that of OPENAI_API_KEY.
+    url: up to /v1, such as http://localhost:8000/v1. key: the bearer token, by default that of
+    OPENAI_API_KEY. settings: way, shots, temperature, frequency_penalty, max_tokens, together, rate, price,
+    timeout and patience, as in `SynthInstructConfig`.
 
     A request that fails temporarily (the server is down, busy or broken) is retried after a doubling wait, or
     after Retry-After, until no request of any thread was answered for `patience` seconds. A server can thus
@@ -131,55 +121,32 @@ class ServerWriter:
         url: str,
         model: str,
         *,
-        way: Way = "completion",
-        shots: int | None = None,
-        temperature: float = TEMPERATURE,
-        frequency_penalty: float = FREQUENCY_PENALTY,
-        max_tokens: int = MAX_TOKENS,
-        together: int = 8,
-        rate: float | None = None,
-        price: tuple[float, float] = (0.0, 0.0),
-        timeout: float = 120.0,
-        patience: float = PATIENCE,
         key: str | None = None,
         say: Callable[[str], None] = terminal.say,
+        **settings: Any,
     ) -> None:
-        check_sampling(temperature, frequency_penalty, max_tokens)
+        config = SynthInstructConfig.read(settings, COMMAND_LINE)
         if not _is_address(url):
             raise InputError(f"--server {url} is no address; write it as http://localhost:8000/v1")
         if not model.strip():
             raise InputError("the server's model is not named; name one: --model NAME")
-        if way not in ("completion", "chat"):
-            raise InputError(f"--way is {way}; use completion for a tuned model, chat for a general one.")
-        for flag, value in (("together", together), ("timeout", timeout)):
-            if not value > 0:
-                raise InputError(f"--{flag} is {value:g}; use a positive number.")
-        if rate is not None and not rate > 0:
-            raise InputError(f"--rate is {rate:g}; use a positive number of requests a second.")
-        self.name, self.model, self.way = model, model, way
-        self.url = url.rstrip("/")
-        self.shots = shots if shots is not None else SHOTS if way == "chat" else 0
-        self.sampling = {
-            "temperature": temperature,
-            "frequency_penalty": frequency_penalty,
-            "max_tokens": max_tokens,
-        }
-        self.together, self.price, self.timeout, self.patience = together, price, timeout, patience
+        self.name, self.way, self.url = model, config.way, url.rstrip("/")
+        self.config, self.say = config, say
+        self.shots = config.shots if config.shots is not None else SHOTS if config.way == "chat" else 0
         self.usage = Usage()
-        self.say = say
         self._key = clean_key(os.environ.get(KEY, ""), KEY) if key is None else clean_key(key)
-        self._client = _open_client(self.url, self._key, timeout)
+        self._client = _open_client(self.url, self._key, config.timeout)
         self._lock = threading.Lock()
-        self._judging = threading.Lock()  # held while the server is asked KNOWN, so that it is once
-        self._pace = _Pace(rate)
-        self._form = 0  # of FORMS
+        self._judging = threading.Lock()  # held while KNOWN is sent, so that only one thread sends it
+        self._pace = _Pace(config.rate)
+        self._form = 0  # index into FORMS
         self._drop: set[str] = set()  # fields that the server does not know
-        self._newer = False  # it calls max_tokens max_completion_tokens
+        self._newer = False  # the server calls max_tokens max_completion_tokens
         self._answered = time.monotonic()
         self._away = False
-        self._proven = False  # it has answered a question
-        self._row = 0  # refusals since its last answer
-        self._fault = ""  # why it cannot be used
+        self._proven = False  # whether any request was answered
+        self._row = 0  # refusals since the last answer
+        self._fault = ""  # why the server cannot be used
 
     def __call__(self, asks: Sequence[Ask]) -> list[Answer]:
         if not asks:
@@ -187,16 +154,16 @@ class ServerWriter:
         self._answered = time.monotonic()
         self._fault = ""
         stop = threading.Event()
-        with ThreadPoolExecutor(min(self.together, len(asks)), "ip2p-server") as pool:
+        with ThreadPoolExecutor(min(self.config.together, len(asks)), "ip2p-server") as pool:
             futures = [pool.submit(self._answer, ask, stop) for ask in asks]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                if self._row:  # else answers would be written off that a key or a quota is to blame for
+                if self._row:  # otherwise a bad key or an empty quota would count as refused prompts
                     self._prove(stop)
             except BaseException:
-                # What waits for a retry must not hold the error back, nor Ctrl-C.
+                # Waiting retries must not delay the error or Ctrl-C.
                 stop.set()
                 for future in futures:
                     future.cancel()
@@ -208,40 +175,39 @@ class ServerWriter:
             choice = self._ask(ask, stop)
         except _Declined as error:
             return Answer(text=_sendable(str(error)), refused=True)
-        message = choice if self.way == "completion" else choice.get("message")
-        name = "text" if self.way == "completion" else "content"
-        text = message.get(name) if isinstance(message, dict) else None
+        chat = self.way == "chat"
+        message = choice.get("message") if chat else choice
+        text = message.get("content" if chat else "text") if isinstance(message, dict) else None
         if not isinstance(text, str):
-            text = ""  # it declined, or only called a tool: unparsable
-        if self.way == "chat":
-            text = _from_json(text)
-        text = _sendable(text).split(STOP)[0]
+            text = ""  # the model declined or only called a tool: unparsable
+        text = _sendable(_from_json(text) if chat else text).split(STOP)[0]
         return Answer(text=text, finished=choice.get("finish_reason") != "length")
 
     def _question(self, ask: Ask) -> tuple[str, dict[str, Any]]:
-        """The path of a request, and of its body what is its own."""
+        """The path of a request, and the fields of its body that depend on the request."""
         shown = examples(self.shots, ask.caption, ask.number)
         if self.way == "completion":
             return "completions", {"prompt": prompt_of(ask.caption, shown), "stop": [STOP]}
         return "chat/completions", {"messages": _messages(ask.caption, shown)}
 
     def _body(self, own: dict[str, Any], ask: Ask) -> dict[str, Any]:
-        """A request in the form that the server is known to take by now."""
-        # 31 bits: some servers keep seeds as signed numbers of 32.
-        body = {"model": self.model, **self.sampling, "seed": ask.seed >> 1, **own}
+        """The body of a request, in the form that the server accepts as far as is known."""
+        names = ("temperature", "frequency_penalty", "max_tokens")
+        body = {"model": self.name} | {name: getattr(self.config, name) for name in names}
+        body |= {"seed": ask.seed >> 1, **own}  # 31 bits: some servers store seeds as signed 32-bit numbers
         if self._newer:
             body["max_completion_tokens"] = body.pop("max_tokens")
         form = FORMS[self._form] if self.way == "chat" else {}
         return {name: value for name, value in (body | form).items() if name not in self._drop}
 
     def _ask(self, ask: Ask, stop: threading.Event) -> dict[str, Any]:
-        """The answer to a request, which is repeated while there is hope. Raises _Declined, ModelError."""
+        """The answer to a request, with retries. Raises _Declined, ModelError."""
         from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
 
-        jitter = random.Random(ask.seed)  # so that threads do not repeat all at once after a pause
+        jitter = random.Random(ask.seed)  # so that threads do not retry all at once
         doubling = wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
-        broken: float | None = None  # since when it fails, and not because the server is busy
-        last = False  # the attempt under way decides
+        broken: float | None = None  # since when it has failed with the server not busy
+        last = False  # whether this attempt is the last
         error: _Passing
 
         def is_over(state: RetryCallState) -> bool:
@@ -287,7 +253,7 @@ class ServerWriter:
                 raise
 
     def _choice(self, reply: dict[str, Any]) -> dict[str, Any]:
-        """The first answer of a reply, which is counted."""
+        """The first answer of a reply; counts the usage."""
         self._count(reply)
         choices = reply.get("choices")
         if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
@@ -298,7 +264,7 @@ class ServerWriter:
         return choices[0]
 
     def _judge(self, stop: threading.Event) -> None:
-        """Count a refusal, and see whether the server or the prompt is to blame. Raises ModelError."""
+        """Count a refusal, and check the server if needed. Raises ModelError if it refuses everything."""
         with self._judging:
             with self._lock:
                 self._row += 1
@@ -328,11 +294,11 @@ class ServerWriter:
         endpoint: Any = self._client.chat.completions if chat else self._client.completions
         keyless = {} if self._key else {"extra_headers": {"Authorization": openai.Omit()}}
         try:
-            # Raw, because servers answer with less than OpenAI's types ask for.
+            # Raw, because some servers leave out fields that OpenAI's types require.
             text = endpoint.with_raw_response.create(**body, **keyless).text
         except openai.APIStatusError as error:
             message, code = error.response.text[:4096], error.status_code
-            # Some servers repeat a key that they do not take.
+            # Some servers repeat a key that they reject.
             message = _short(message.replace(self._key, "…") if self._key else message)
             if code in AGAIN:
                 after = _retry_after(error.response.headers)
@@ -349,12 +315,12 @@ class ServerWriter:
         return reply
 
     def _adapt(self, sent: dict[str, Any], error: _Refused) -> bool:
-        """Ask in a plainer form from now on, where the server refused one; False if that is not why."""
+        """Use a simpler form from now on if the server rejected this one; False for another error."""
         if error.code not in (400, 404, 422, 501) or error.filtered:
             return False
-        words = set(re.findall(r"[a-z_]+", error.told.lower()))
+        words = set(re.findall(r"[a-z_]+", error.message.lower()))
         with self._lock:
-            # What another thread has changed meanwhile is only sent again.
+            # If another thread has changed the form meanwhile, the request is only sent again.
             if "response_format" in sent and words & _OF_FORMS:
                 if sent["response_format"] == FORMS[self._form].get("response_format"):
                     self._form += 1
@@ -366,67 +332,61 @@ class ServerWriter:
                 if field in sent and field in words:
                     if field not in self._drop:
                         self._drop.add(field)
-                        self.say(f"{self.url} does not know {field}; it is left out")
+                        self.say(f"{self.url} does not know {field}; leaving it out")
                     return True
         return False
 
     def _refusal(self, path: str, error: _Refused) -> str:
         what = f"{self.url}/{path} answered {error}"
         if error.code == 200:
-            return f"{what}; it is no server of language models in OpenAI's protocol. Check --server."
+            return f"{what}; it does not speak OpenAI's protocol. Check --server."
         if error.code in (401, 403):
-            return f"{what}; set {KEY} to a key that it takes."
+            return f"{what}; set {KEY} to a key that it accepts."
         if error.code == 404:
             other = "chat" if self.way == "completion" else "completion"
-            return f"{what}; check --server (it ends in /v1), the name {self.model}, or try --way {other}."
+            return f"{what}; check --server (it ends in /v1), the name {self.name}, or try --way {other}."
         return f"{what}. Check --server and --model."
 
     def _wait(
-        self,
-        error: _Passing,
-        pause: float,
-        broken: float | None,
-        stop: threading.Event,
-        *,
-        known: bool,
+        self, error: _Passing, pause: float, broken: float | None, stop: threading.Event, *, known: bool
     ) -> bool:
-        """Wait for `pause` seconds before a request is repeated.
+        """Wait for `pause` seconds before a retry.
 
-        broken: since when the request fails (monotonic seconds), None if the server was only busy. Returns
-        True, at once, if that is longer than the patience and the server answers KNOWN: one more try decides.
-        Raises ModelError when the server has been away too long.
+        broken: since when the request has failed (monotonic seconds), None if the server was only busy.
+        Returns True, at once, if that exceeds the patience but the server answers KNOWN: the next attempt is
+        the last. Raises ModelError when the server has been away too long.
         """
         with self._lock:
             self.usage.retries += 1
             now = time.monotonic()
-            left = self._answered + self.patience - now
+            left = self._answered + self.config.patience - now
             away = left <= 0 or (error.after is not None and error.after > left)
             if not (away or self._away):
                 self._away = True
-                self.say(f"{self.url}: {error}; asking again for up to {self.patience:g} s")
-        hopeless = broken is not None and now - broken >= self.patience
+                self.say(f"{self.url}: {error}; asking again for up to {self.config.patience:g} s")
+        hopeless = broken is not None and now - broken >= self.config.patience
         if broken is not None and (away or hopeless) and not known and self._lives(stop):
             if hopeless:
                 return True
-            left = self.patience
+            left = self.config.patience
         elif away:
             raise ModelError(
-                f"{self.url} has not answered for {self.patience:g} s ({error}). Start or free it, then "
-                "run the same command again: it goes on where it stopped."
+                f"{self.url} has not answered for {self.config.patience:g} s ({error}). Start it or free it, "
+                "then run the same command again: it resumes."
             )
         stop.wait(min(pause, left))
         return False
 
     def _count(self, reply: dict[str, Any]) -> None:
-        told = reply.get("usage")
-        told = told if isinstance(told, dict) else {}
-        read, written = (_whole(told.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        counts = reply.get("usage")
+        counts = counts if isinstance(counts, dict) else {}
+        read, written = (_whole(counts.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         with self._lock:
             self._answered = time.monotonic()
             self._away = False
             self.usage.prompt_tokens += read
             self.usage.answer_tokens += written
-            self.usage.cost += (read * self.price[0] + written * self.price[1]) / 1e6
+            self.usage.cost += (read * self.config.price[0] + written * self.config.price[1]) / 1e6
 
 
 class _Pace:
@@ -448,39 +408,47 @@ class _Pace:
 
 
 class _Passing(Exception):
-    """A failure that may pass. after: seconds that the server asks to wait, if it does. busy: the request is
-    surely not to blame."""
+    """A temporary failure. after: the server's Retry-After in seconds. busy: the request did not cause it."""
 
-    def __init__(self, told: str, after: float | None, *, busy: bool = False) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, after: float | None, *, busy: bool = False) -> None:
+        super().__init__(message)
         self.after, self.busy = after, busy
 
 
 class _Refused(Exception):
-    """A failure that does not pass. of_prompt: another prompt may be answered."""
+    """A permanent failure. of_prompt: another prompt may be answered."""
 
-    def __init__(self, code: int, told: str, *, of_prompt: bool = True) -> None:
-        super().__init__(f"{code} ({told})")
-        self.code, self.told = code, told
-        self.filtered = _FILTERED.search(told) is not None
+    def __init__(self, code: int, message: str, *, of_prompt: bool = True) -> None:
+        super().__init__(f"{code} ({message})")
+        self.code, self.message = code, message
+        self.filtered = _FILTERED.search(message) is not None
         self.of_prompt = of_prompt and (code in OF_PROMPT or self.filtered)
 
 
 class _Declined(Exception):
-    """A prompt is given up, and the server is not to blame."""
+    """The server will not answer this prompt, but it answers others."""
+
+
+def server_key(variable: str | None) -> str:
+    """The server's key from the environment. Raises InputError for a named variable that is not set."""
+    if variable is not None and variable not in os.environ:
+        raise InputError(f"the environment has no {variable}, which --key-variable names; set it to the key.")
+    name = variable or (OUR_KEY if os.environ.get(OUR_KEY) else KEY)
+    return clean_key(os.environ.get(name, ""), name)
 
 
 def clean_key(key: str, variable: str = "") -> str:
-    """A key as it can be sent, without the blanks around it, which files and dashboards leave there.
+    """A key without the whitespace around it, which files and dashboards leave there.
 
-    variable: of the environment, that held it. Raises InputError, which never shows the key.
+    variable: the environment variable that held it. Raises InputError, which never shows the key.
     """
     key = key.strip()
     if all("!" <= letter <= "~" for letter in key):
         return key
-    of = variable or f"the variable it comes from (IP2P_API_KEY, {KEY}, or that of --key-variable)"
+    of = variable or f"the variable it comes from ({OUR_KEY}, {KEY}, or that of --key-variable)"
     raise InputError(
-        f"the server's key holds a blank, a control character or one beyond ASCII; set {of} to the key alone."
+        "the server's key contains whitespace, a control character or a non-ASCII character; set "
+        f"{of} to the key alone."
     )
 
 
@@ -495,7 +463,7 @@ def _is_address(url: str) -> bool:
 
 
 def _sendable(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and no file."""
+    """Replace unpaired surrogates, which JSON can hold but UTF-8 cannot."""
     return text.encode(errors="replace").decode()
 
 
@@ -509,7 +477,7 @@ def _messages(caption: str, shown: Sequence[Triple]) -> list[dict[str, str]]:
 
 
 def _from_json(text: str) -> str:
-    """An answer in JSON, or with JSON in it, in the delimiters; unchanged if there is none."""
+    """An answer that contains JSON, rewritten with the delimiters; unchanged if there is none."""
     start, end = text.find("{"), text.rfind("}")
     try:
         edit = json.loads(text[start : end + 1])
@@ -523,15 +491,15 @@ def _from_json(text: str) -> str:
 
 
 def _open_client(url: str, key: str, timeout: float) -> OpenAI:
-    """The client of a server, which repeats nothing itself. Raises InputError where the extra is missing."""
+    """A client without retries of its own. Raises InputError if the extra is missing."""
     try:
         import openai
-        import tenacity  # noqa: F401 (used later: missing packages are named before the work)
+        import tenacity  # noqa: F401 (used later; a missing package must show before any work)
     except ModuleNotFoundError as error:
         raise InputError(
             f"--server needs {error.name}, which is missing; install it: pip install 'ip2p[llm-server]'"
         ) from None
-    # No organization or project of this machine's environment goes to a server that may be another's.
+    # The environment's organization and project must not go to another provider's server.
     headers: dict[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
     return openai.OpenAI(
         base_url=url, api_key=key or "none", timeout=timeout, max_retries=0, default_headers=headers
@@ -539,7 +507,7 @@ def _open_client(url: str, key: str, timeout: float) -> OpenAI:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds of Retry-After, given as a number or as a date."""
+    """The seconds of Retry-After, which is a number or a date."""
     value = headers.get("Retry-After")
     if value is None:
         return None

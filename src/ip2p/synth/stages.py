@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ import torch
 from PIL import Image
 
 from ip2p.base.jobs import StageOutput
-from ip2p.data.records import open_picture
 from ip2p.models.bundle import called
 from ip2p.models.clip import Clip
 from ip2p.pictures.images import to_pil
-from ip2p.synth.filter import KEPT, Thresholds, measure, pair_row, pair_table
-from ip2p.synth.instruct import Instruct, Limits, Writer, reasons
-from ip2p.synth.pairs import PairMaker, shared_candidate
-from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, triple_table
-from ip2p.synth.rounds import Rounds, run
+from ip2p.synth.filter import KEPT, Thresholds, measure_similarities, pair_row, pair_table
+from ip2p.synth.instruct import EditLimits, Instruct, Writer, reasons
+from ip2p.synth.pairs import PairMaker
+from ip2p.synth.records import SCALE, TABLE, Candidate, Rejected, Triple, candidate, triple_table
+from ip2p.synth.rounds import Rounds, draw_in_rounds
 from ip2p.synth.settings import SynthPairsConfig
 
 REJECTED = "rejected/rejected"  # the table of rejected answers
 FATES = ("candidates", "made", "passed", "early", "judged", "overflow")
+WORK = ("evaluations", "decoded", "previewed")  # counts of the painter
 REFUSED = "refused: "  # prefix of the counts by reason
 
 
@@ -40,7 +41,7 @@ class InstructStage:
     and the writer's usage: tokens, and the cost of a server.
     """
 
-    def __init__(self, writer: Callable[[], Writer], *, edits: int, retries: int, limits: Limits) -> None:
+    def __init__(self, writer: Callable[[], Writer], *, edits: int, retries: int, limits: EditLimits) -> None:
         self.instruct = Instruct(writer, edits=edits, retries=retries, limits=limits)
 
     def __call__(self, part: Sequence[str]) -> StageOutput:
@@ -71,9 +72,9 @@ class InstructStage:
 class PairStage:
     """Triples to pairs: draws, measures and judges candidates in rounds (paper, section 3.1.2).
 
-    clip: returns the folder of the CLIP that judges; clip_name: its name in the table. scale: the interval of
-    the guidance scale. Only the drawing and judging settings of the config are used. All triples of a part
-    are drawn together.
+    config: its drawing and judging settings are used; those of None have the defaults of its `how`. clip:
+    returns the folder of the CLIP that judges; clip_name: its name in the table. All triples of a part are
+    drawn together.
 
     Counts candidates and their fates (made, passed, early, judged, overflow), UNet evaluations, decoded and
     previewed pictures, triples and how each ended (enough, hopeless, most), triples without a pair, and
@@ -87,45 +88,32 @@ class PairStage:
         clip: Callable[[], Path],
         clip_name: str,
         thresholds: Thresholds,
-        scale: tuple[float, float] = SCALE,
-        how: Mapping[str, Any] | None = None,
     ) -> None:
-        how = config.how() if how is None else how
+        config = config.changed(**config.how())
         self.thresholds = thresholds
-        self.drawn: dict[str, Any] = {"p": config.p, "p_cross": config.p_cross, "scale": scale}
-        self.early_thresholds = lowered(thresholds, config.early_margin)
-        self.per_source: int = how["p_per_source"]
+        self.new_candidate = partial(
+            candidate,
+            per_source=config.p_per_source or 1,
+            p=config.p,
+            scale=config.scale or SCALE,
+            p_cross=config.p_cross,
+        )
         self.keep_all = config.keep == "all"
-        self.rounds = Rounds.of(how)
-        tiny = how["tiny_vae"]
+        self.rounds = Rounds.of(config.how())
         self.painter = PairMaker(
             config.model,
-            device=config.device,
-            dtype=config.dtype,
-            revision=config.revision,
-            weights=config.weights,
-            vae=config.vae,
-            parts_from=config.parts_from,
-            steps=how["steps"],
-            sampler=how["sampler"],
-            schedule=how["schedule"],
-            size=config.size,
-            attention=how["attention"],
-            reweight=config.reweight,
-            blend=config.blend,
-            batch_size=config.batch_size,
-            early=self._early if how["early_at"] else None,
-            early_at=how["early_at"],
+            config,
+            early=partial(self._pass, lowered(thresholds, config.early_margin)) if config.early_at else None,
             # Candidates that fail on the previews are not decoded in full, unless all are kept.
-            judge=self._previewed if tiny is not None and not self.keep_all else None,
-            tiny_vae=tiny,
+            judge=partial(self._pass, thresholds) if config.tiny_vae and not self.keep_all else None,
+            tiny_vae=config.tiny_vae,
         )
         self.clip = Clip.load(clip(), self.painter.device)
         self.known = {"model": called(config.model), "clip": clip_name, "license": config.license}
 
     def __call__(self, part: Sequence[Triple]) -> StageOutput:
         painter = self.painter
-        before = painter.evaluations, painter.decoded, painter.previewed
+        before = {name: getattr(painter, name) for name in WORK}
         counts: Counter[str] = Counter(dict.fromkeys(FATES, 0))
         drawn: list[dict[str, Any]] = []
 
@@ -136,21 +124,16 @@ class PairStage:
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The text is longer than")  # counted as cut
-            prompts = run(part, self.rounds, judge, new=self._candidate)
+            results = draw_in_rounds(part, self.rounds, judge, new=self.new_candidate)
         order = {triple.id: place for place, triple in enumerate(part)}
         drawn.sort(key=lambda row: (order[row["triple_id"]], row["candidate"]))
-        ends = Counter(prompt.ended for prompt in prompts)
+        ends = Counter(result.ended for result in results)
         counts.update({f"prompts_{end}": ends[end] for end in ("enough", "hopeless", "most")})
         counts["prompts"] = len(part)
-        counts["prompts_none"] = sum(not prompt.passed for prompt in prompts)
+        counts["prompts_none"] = sum(not result.passed for result in results)
         counts["cut"] = sum(self._is_cut(triple) for triple in part)
-        after = painter.evaluations, painter.decoded, painter.previewed
-        names = ("evaluations", "decoded", "previewed")
-        counts.update({n: b - a for n, a, b in zip(names, before, after, strict=True)})
+        counts.update({name: getattr(painter, name) - before[name] for name in WORK})
         return StageOutput(tables={KEPT: pair_table(drawn)}, counts=counts)
-
-    def _candidate(self, triple: Triple, number: int) -> Candidate:
-        return shared_candidate(triple, number, self.per_source, **self.drawn)
 
     def _judged(
         self, candidates: list[Candidate], counts: Counter[str]
@@ -160,32 +143,21 @@ class PairStage:
         counts["candidates"] += len(results)
         counts.update(each.fate for each in results)
         made = [each for each in results if each.fate == "made"]
-        drawn = [each.pair() for each in made]
-        scores = self._scores(
-            [each.candidate for each in made],
-            [open_picture(pair.before, pair.id) for pair in drawn],
-            [open_picture(pair.after, pair.id) for pair in drawn],
+        pairs = [each.pair() for each in made]
+        before, after = (
+            [Image.fromarray(getattr(pair, side)) for pair in pairs] for side in ("before", "after")
         )
+        scores = self._scores([each.candidate for each in made], before, after)
         passes: dict[str, bool] = {}
         rows = []
-        for each, own in zip(made, scores, strict=True):
-            passes[each.candidate.id] = passed = self.thresholds.passes(own)
+        for each, similarities in zip(made, scores, strict=True):
+            one = each.candidate
+            passes[one.id] = passed = self.thresholds.passes(similarities)
             if passed or self.keep_all:
-                one, row = each.candidate, pair_row(each.pair(**own))
-                row |= {"triple_id": one.triple.id, "candidate": one.number}
+                row = pair_row(each.pair(**similarities), triple_id=one.triple.id, candidate=one.number)
                 rows.append(row | self.known | {"kind": "whole" if one.triple.is_whole else "part"})
         counts["passed"] += sum(passes.values())
         return [passes.get(one.id) or None for one in candidates], rows
-
-    def _early(
-        self, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor
-    ) -> list[bool]:
-        return self._pass(self.early_thresholds, candidates, before, after)
-
-    def _previewed(
-        self, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor
-    ) -> list[bool]:
-        return self._pass(self.thresholds, candidates, before, after)
 
     def _pass(
         self, least: Thresholds, candidates: Sequence[Candidate], before: torch.Tensor, after: torch.Tensor
@@ -199,7 +171,7 @@ class PairStage:
     ) -> list[dict[str, float]]:
         if not candidates:
             return []
-        found = measure(
+        found = measure_similarities(
             self.clip,
             before,
             after,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     for file in files:
         if file.stat().st_size == 0:
             raise InputError(f"{file} is empty (0 bytes). Download or write it again.")
-        yield from _parquet(str(file), file) if file.suffix.lower() == ".parquet" else _text(file)
+        yield from parquet_rows([file]) if file.suffix.lower() == ".parquet" else _text(file)
 
 
 def _text(path: Path) -> Iterator[dict[str, Any]]:
@@ -76,27 +76,25 @@ def _object(path: Path, line: str, number: int) -> dict[str, Any]:
     return row
 
 
-def parquet_rows(files: list[Any]) -> Iterator[dict[str, Any]]:
-    """The rows of parquet files, given as paths or open files."""
-    for file in files:
-        yield from _parquet(str(file), file)
-
-
-def _parquet(name: str, file: Any) -> Iterator[dict[str, Any]]:
+def parquet_rows(files: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The rows of parquet files (paths or open files)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        table = pq.ParquetFile(file)
-        # Skip picture columns: a batch of them could take gigabytes.
-        wanted = [
-            field.name
-            for field in table.schema_arrow
-            if not (pa.types.is_binary(field.type) or pa.types.is_nested(field.type))
-        ]
-        for batch in table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False):
-            yield from batch.to_pylist()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, EOFError):
-        raise InputError(f"{name} is not a complete parquet file. Download or write it again.") from None
-    except OSError as error:
-        raise InputError(f"{name} cannot be read ({error}). Check the file and its permissions.") from None
+    for file in files:
+        try:
+            table = pq.ParquetFile(file)
+            # Skip picture columns: a batch of them could take gigabytes.
+            flat = [
+                field.name
+                for field in table.schema_arrow
+                if not (pa.types.is_binary(field.type) or pa.types.is_nested(field.type))
+            ]
+            for batch in table.iter_batches(batch_size=_BATCH, columns=flat, use_threads=False):
+                yield from batch.to_pylist()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, EOFError):
+            raise InputError(f"{file} is not a complete parquet file. Download or write it again.") from None
+        except OSError as error:
+            raise InputError(
+                f"{file} cannot be read ({error}). Check the file and its permissions."
+            ) from None

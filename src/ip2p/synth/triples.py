@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ip2p.synth.captions import key_of
 from ip2p.synth.kinds import kind_of
-from ip2p.synth.records import Triple, place_seed, triple_id
+from ip2p.synth.records import Triple, derived_seed, triple_id
 
 SEEDS = Path(__file__).with_name("seeds.jsonl")
 SOURCE = "seeds/"  # prefix of a seed's source; its kind follows
@@ -45,7 +45,7 @@ class Near:
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """The diversity of a set of triples; see `measure`."""
+    """The diversity of a set of triples; see `measure_diversity`."""
 
     count: int
     kinds: dict[str, int]  # triples of each kind, where the source gives it
@@ -93,10 +93,10 @@ def seed_triples() -> tuple[Triple, ...]:
 def examples(count: int, *parts: object, of: Sequence[Triple] | None = None) -> list[Triple]:
     """`count` distinct seed triples, drawn by a hash of `parts`: reproducible on any machine."""
     pool = seed_triples() if of is None else of
-    return random.Random(place_seed("examples", *parts)).sample(pool, min(count, len(pool)))
+    return random.Random(derived_seed("examples", *parts)).sample(pool, min(count, len(pool)))
 
 
-def measure(triples: Sequence[Triple]) -> Diversity:
+def measure_diversity(triples: Sequence[Triple]) -> Diversity:
     """Kinds, verbs, words and similarity: the Jaccard index of words and word pairs (caption, instruction).
 
     If there are more than OVERLAP_OF triples, the overlap is estimated from OVERLAP_OF evenly spaced ones.
@@ -105,7 +105,7 @@ def measure(triples: Sequence[Triple]) -> Diversity:
     openings = Counter(first_word(triple.instruction) for triple in triples)
     kept, changed = [], 0
     for triple in triples:
-        before, after = words_of(triple.caption), set(words_of(triple.edited_caption))
+        before, after = words_in(triple.caption), set(words_in(triple.edited_caption))
         kept.append(sum(word in after for word in before) / max(1, len(before)))
         changed += key_of(triple.caption) != key_of(triple.edited_caption)
     texts = (text for t in triples for text in (t.caption, t.instruction, t.edited_caption))
@@ -116,7 +116,7 @@ def measure(triples: Sequence[Triple]) -> Diversity:
         kinds=dict(kinds.most_common()),
         captions=len({key_of(t.caption) for t in triples}),
         instructions=len({key_of(t.instruction) for t in triples}),
-        words=len({word for text in texts for word in words_of(text)}),
+        words=len({word for text in texts for word in words_in(text)}),
         first_words=dict(openings.most_common()),
         first_word_entropy=-sum(n / total * math.log2(n / total) for n in openings.values()),
         kept=sum(kept) / total,
@@ -126,14 +126,14 @@ def measure(triples: Sequence[Triple]) -> Diversity:
     )
 
 
-def words_of(text: str) -> list[str]:
+def words_in(text: str) -> list[str]:
     """The words of a text in lower case."""
     return _WORD.findall(text.casefold())
 
 
 def first_word(instruction: str) -> str:
     """The first word of an instruction after polite openings: usually its verb."""
-    words = words_of(instruction)
+    words = words_in(instruction)
     return next((word for word in words if word not in _OPENINGS), words[0] if words else "")
 
 
@@ -141,7 +141,7 @@ def grams_of(triple: Triple) -> Grams:
     """The words and the adjacent word pairs of the caption and the instruction."""
     grams: set[str] = set()
     for mark, text in (("c", triple.caption), ("i", triple.instruction)):
-        words = words_of(text)
+        words = words_in(text)
         grams.update(f"{mark} {word}" for word in words)
         grams.update(f"{mark} {a} {b}" for a, b in pairwise(words))
     return frozenset(grams)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +22,8 @@ from ip2p.base.devices import has_fast_bf16, pick_device
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.files import make_folder, write_text
 from ip2p.models.export import replacing_folder
+from ip2p.models.load import quiet
+from ip2p.settings import COMMAND_LINE
 from ip2p.synth.instruct import (
     MAX_TOKENS,
     MIDDLE,
@@ -28,32 +34,14 @@ from ip2p.synth.instruct import (
     load_lm,
     prompt_of,
 )
-from ip2p.synth.records import Triple, place_seed
+from ip2p.synth.records import Triple, derived_seed
+from ip2p.synth.settings import SynthTuneConfig
 from ip2p.synth.triples import seed_triples
 
-Backend = Literal["auto", "plain", "trl"]
 IGNORED = -100  # the label that the loss of transformers ignores
 END = "<|end|>"
 UNKNOWN = "<|unknown|>"
 CARD = "ip2p.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """Tuning settings. The paper tuned GPT-3 for one epoch."""
-
-    lora: int | None = None  # rank of a LoRA, which is merged at the end; None trains all weights
-    epochs: float = 3.0
-    batch: int = 16
-    rate: float | None = None  # learning rate; default 5e-5 for all weights, 2e-4 for a LoRA
-    warm_up: float = 0.03  # fraction of the steps; then cosine decay to zero
-    weight_decay: float = 0.01
-    clip: float = 1.0  # maximum gradient norm
-    max_length: int = 512  # tokens of caption and edit together; longer triples are skipped
-    seed: int = 0
-
-    def learning_rate(self) -> float:
-        return self.rate if self.rate is not None else 5e-5 if self.lora is None else 2e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,50 +58,49 @@ def tune_lm(
     output: Path,
     triples: Sequence[Triple] | None = None,
     *,
-    tuning: Tuning | None = None,
-    backend: Backend = "auto",
-    device: str = "auto",
-    revision: str | None = None,
     say: Callable[[str], None] = terminal.say,
+    **settings: Any,
 ) -> Tuned:
     """Tune a causal language model on triples (by default the seeds) and write it to the folder `output`.
 
-    The loss covers the answers, not the captions. backend: "trl" is TRL's SFTTrainer, which can use several
-    devices with `accelerate launch`; "plain" is the loop here, which needs only torch; "auto" uses TRL if it
-    is installed. The output is a complete model in fp32 that any language model server can load, with the
-    paper's sampling values in its generation config. It replaces `output` atomically. Raises InputError for
-    settings out of range, a missing package, or triples that are all too long, and ModelError for `base`.
+    The loss covers the answers, not the captions. settings: fields of `SynthTuneConfig`, such as `lora`,
+    `epochs` and `rate`. backend: "trl" is TRL's SFTTrainer, which can use several devices with
+    `accelerate launch`; "plain" is the loop here, which needs only torch; "auto" uses TRL if it is installed.
+    The output is a complete model in fp32 that any language model server can load, with the paper's sampling
+    values in its generation config. It replaces `output` atomically. Raises InputError for settings out of
+    range, a missing package, or triples that are all too long, and ModelError for `base`.
     """
-    tuning = tuning or Tuning()
-    _check(tuning)
+    config = SynthTuneConfig.read({**settings, "base": str(base), "out": output}, COMMAND_LINE)
+    rate = config.rate or (5e-5 if config.lora is None else 2e-4)
     triples = seed_triples() if triples is None else triples
     if not triples:
         raise InputError("there are no triples to tune on; choose a file with triples.")
-    use_trl = _has_trl() if backend == "auto" else backend == "trl"
+    use_trl = config.backend == "trl" or (config.backend == "auto" and _has_trl())
     if use_trl and not _has_trl():
         raise InputError("--backend trl needs TRL, which is not installed: pip install 'ip2p[llm]'")
     make_folder(output.parent)
-    model, tokenizer = load_lm(base, revision=revision)
-    rows = [row for triple in triples if len(row := row_of(triple, tokenizer)) <= tuning.max_length]
+    model, tokenizer = load_lm(base, revision=config.revision)
+    rows = [row for triple in triples if len(row := row_of(triple, tokenizer)) <= config.max_length]
     if not rows:
         raise InputError(
-            f"all {len(triples):,} triples are longer than {tuning.max_length} tokens; raise --max-length."
+            f"all {len(triples):,} triples are longer than {config.max_length} tokens; raise --max-length."
         )
     left_out = len(triples) - len(rows)
     if left_out:
-        say(f"skipping {left_out:,} triples longer than {tuning.max_length} tokens")
-    if tuning.lora is not None:
-        model = _with_lora(model, tuning)
-    train = _train_trl if use_trl else _train
-    losses = train(model, rows, tokenizer, tuning, pick_device(device), say)
-    if tuning.lora is not None:
+        say(f"skipping {left_out:,} triples longer than {config.max_length} tokens")
+    if config.lora is not None:
+        model = _with_lora(model, config.lora, config.seed)
+    losses = (_train_trl if use_trl else _train)(model, rows, tokenizer, config, rate, say)
+    model.eval()
+    if config.lora is not None:
         model = model.merge_and_unload()
+    named = ("lora", "epochs", "batch", "warm_up", "weight_decay", "clip_norm", "max_length", "seed")
     card = {
         "made_by": "ip2p synth tune-lm",
         "base": Path(base).name if Path(base).is_dir() else str(base),
         "triples": len(rows),
         "backend": "trl" if use_trl else "plain",
-        "tuning": asdict(tuning) | {"rate": tuning.learning_rate()},
+        "tuning": {name: getattr(config, name) for name in named} | {"rate": rate},
         "loss": losses[-1] if losses else None,
     }
     save_lm(model, tokenizer, output, card)
@@ -143,57 +130,34 @@ def row_of(triple: Triple, tokenizer: Any) -> Row:
     return Row((*prompt, *answer, *ends), len(prompt))
 
 
-def _check(tuning: Tuning) -> None:
-    numbers = (
-        ("lora", tuning.lora if tuning.lora is not None else 1, 1),
-        ("batch", tuning.batch, 1),
-        ("max-length", tuning.max_length, 8),
-    )
-    for flag, value, least in numbers:
-        if value < least:
-            raise InputError(f"--{flag} is {value}; use {least} or more.")
-    for flag, share in (("epochs", tuning.epochs), ("rate", tuning.learning_rate()), ("clip", tuning.clip)):
-        if not (math.isfinite(share) and share > 0):
-            raise InputError(f"--{flag} is {share:g}; use a positive number.")
-
-
-def _with_lora(model: Any, tuning: Tuning) -> Any:
+def _with_lora(model: Any, rank: int, seed: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise InputError("tuning a LoRA needs PEFT: pip install 'ip2p[llm]'") from None
-    assert tuning.lora is not None
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(tuning.seed)
+        torch.manual_seed(seed)
         try:
-            config = LoraConfig(
-                r=tuning.lora,
-                lora_alpha=2 * tuning.lora,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            )
             return get_peft_model(model, config)
         except ValueError as error:
             raise ModelError(f"this model does not support LoRA ({error}); tune all weights.") from None
 
 
-def order(count: int, tuning: Tuning) -> list[list[int]]:
+def order(count: int, *, epochs: float, batch: int, seed: int) -> list[list[int]]:
     """The rows of each step, shuffled in each epoch; the last step may be smaller."""
     places: list[int] = []
-    wanted = max(1, round(count * tuning.epochs))
-    epoch = 0
-    while len(places) < wanted:
+    total = max(1, round(count * epochs))
+    for epoch in range(math.ceil(total / count)):
         shuffled = list(range(count))
-        random.Random(place_seed("tune", tuning.seed, epoch)).shuffle(shuffled)
+        random.Random(derived_seed("tune", seed, epoch)).shuffle(shuffled)
         places += shuffled
-        epoch += 1
-    places = places[:wanted]
-    return [places[start : start + tuning.batch] for start in range(0, wanted, tuning.batch)]
+    return [places[start : min(start + batch, total)] for start in range(0, total, batch)]
 
 
-def rate_at(step: int, steps: int, tuning: Tuning) -> float:
+def rate_at(step: int, steps: int, warm_up: float) -> float:
     """The learning rate factor at step 0 … steps - 1: linear warm-up, then cosine decay."""
-    warm = math.ceil(tuning.warm_up * steps)
+    warm = math.ceil(warm_up * steps)
     if step < warm:
         return (step + 1) / (warm + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
@@ -213,33 +177,31 @@ def batch_of(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, mask, labels
 
 
-def _groups(model: Any, tuning: Tuning) -> list[dict[str, Any]]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # No weight decay for biases and norm scales.
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": tuning.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
 def _train(
     model: Any,
     rows: Sequence[Row],
     tokenizer: Any,
-    tuning: Tuning,
-    device: torch.device,
+    config: SynthTuneConfig,
+    rate: float,
     say: Callable[[str], None],
 ) -> list[float]:
     """The plain loop: AdamW on the mean loss per answer token of a batch."""
-    torch.manual_seed(tuning.seed)  # for dropout, if the model has it
+    torch.manual_seed(config.seed)  # for dropout, if the model has it
+    device = pick_device(config.device)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(_groups(model, tuning), lr=tuning.learning_rate())
-    steps = order(len(rows), tuning)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        # No weight decay for biases and norm scales.
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate)
+    steps = order(len(rows), epochs=config.epochs, batch=config.batch, seed=config.seed)
     losses: list[float] = []
     with terminal.progress("tune", len(steps)) as advance:
         for step, places in enumerate(steps):
             for group in optimizer.param_groups:
-                group["lr"] = tuning.learning_rate() * rate_at(step, len(steps), tuning)
+                group["lr"] = rate * rate_at(step, len(steps), config.warm_up)
             batch = batch_of([rows[place] for place in places], tokenizer.pad_token_id or 0)
             tokens, mask, labels = (tensor.to(device) for tensor in batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
@@ -248,38 +210,34 @@ def _train(
             if not math.isfinite(value):
                 raise InputError(f"the loss is {value} at step {step + 1}; use a lower --rate.")
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), tuning.clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(value)
             advance()
             if (step + 1) % max(1, len(steps) // 10) == 0:
                 say(f"step {step + 1:,} of {len(steps):,}: loss {value:.3f}")
-    model.eval()
     return losses
 
 
 def _has_trl() -> bool:
-    import importlib.util
-
-    return all(importlib.util.find_spec(name) is not None for name in ("trl", "datasets"))
+    return all(find_spec(name) is not None for name in ("trl", "datasets"))
 
 
 def _train_trl(
     model: Any,
     rows: Sequence[Row],
     tokenizer: Any,
-    tuning: Tuning,
-    device: torch.device,
+    config: SynthTuneConfig,
+    rate: float,
     say: Callable[[str], None],
 ) -> list[float]:
     """Training with TRL: the same rows, labels, optimizer and learning rates, but TRL's row order."""
-    import tempfile
-
     from datasets import Dataset  # type: ignore[import-not-found]
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
+    device = pick_device(config.device)
     data = Dataset.from_dict(
         {
             "input_ids": [list(row.tokens) for row in rows],
@@ -287,32 +245,31 @@ def _train_trl(
         }
     )
     with tempfile.TemporaryDirectory() as scratch:  # TRL requires a checkpoint folder
-        config = SFTConfig(
+        arguments = SFTConfig(
             output_dir=scratch,
-            num_train_epochs=tuning.epochs,
-            per_device_train_batch_size=tuning.batch,
-            learning_rate=tuning.learning_rate(),
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch,
+            learning_rate=rate,
             lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(tuning.warm_up * math.ceil(len(rows) * tuning.epochs / tuning.batch)),
-            weight_decay=tuning.weight_decay,
-            max_grad_norm=tuning.clip,
-            max_length=tuning.max_length,
+            warmup_steps=math.ceil(config.warm_up * math.ceil(len(rows) * config.epochs / config.batch)),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.clip_norm,
+            max_length=config.max_length,
             completion_only_loss=True,
             gradient_checkpointing=False,
             bf16=device.type == "cuda" and has_fast_bf16(device),
             use_cpu=device.type == "cpu",
-            seed=tuning.seed,
+            seed=config.seed,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
             log_level="error",
         )
-        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)  # it prints each step to stdout
         trainer.train()
         losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    model.eval()
     if losses:
         say(f"{len(losses):,} steps: loss {losses[-1]:.3f}")
     return losses
@@ -320,11 +277,7 @@ def _train_trl(
 
 def save_lm(model: Any, tokenizer: Any, folder: Path, card: dict[str, Any] | None = None) -> None:
     """Write a language model, replacing `folder` atomically: a kill leaves the old or the new model."""
-    import json
-
     from transformers import GenerationConfig
-
-    from ip2p.models.load import quiet
 
     # `transformers serve` uses these values as defaults, and samples only if `do_sample` is set here.
     model.generation_config = GenerationConfig(
@@ -404,19 +357,15 @@ def _pair_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[END], initial_alphabet=letters, show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=letters, show_progress=False
     )
+    raw.train_from_iterator(texts, trainer)
     return raw
 
 
 def _word_tokenizer(texts: Iterable[str], vocabulary: int, phrases: Sequence[str]) -> Any:
     """A BPE tokenizer without merges: any text that is not a phrase or word is split into characters."""
-    from collections import Counter
-
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Where a job runs: processes here or workers on a cluster, and their threads."""
+"""Where a job runs: local processes or workers on a cluster, and their threads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from ip2p.base.devices import pick_device
 if TYPE_CHECKING:
     from ip2p.settings import WorkerSettings
 
-SMALL = 256 << 20  # bytes of weights, of which several copies do not matter
+SMALL = 256 << 20  # bytes of weights; several copies of a smaller model fit in memory
 
 
 def worker_options(config: WorkerSettings, weights: Path | None, *, device: str) -> dict[str, Any]:
     """Where a job runs, for `jobs.run_job`: cluster, processes and threads.
 
-    Small models on a CPU work in as many processes as it has cores, each with one thread.
-
-    weights: where those of the model lie, None for those that are not here. One thread for a worker wherever
-    there are several: small networks gain little by more, and with the same number of threads results are
-    the same to the bit, here and on Ray.
+    A small model on a CPU runs in one process per core. Several workers have one thread each: small networks
+    gain little from more, and the same number of threads gives bit-identical results locally and on Ray.
+    weights: path of the model's weights, None if they are not local.
     """
     if config.ray is not None:
         each = config.threads or 1
