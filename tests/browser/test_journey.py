@@ -468,6 +468,46 @@ def test_suggestions_run_with_one_click(page: Page):
     assert page.locator("#instruction").input_value()
 
 
+def test_a_dropped_picture_gets_suggestions_that_suit_the_model(page: Page, photo: Path, server: Running):
+    ideas = httpx.get(f"{server.url}/v1/card", trust_env=False).json()["suggestions"]
+    drop(page, photo)
+    expect(page.locator("#stage")).to_be_visible()
+    status(page, "Say what to change.")
+    chips = page.locator("#suggestions .chip:not(#surprise)")
+    assert chips.all_inner_texts() == ideas
+    expect(page.locator("#suggestions")).to_contain_text("not tried on your picture")
+    quick(page)
+    page.locator("#surprise").click()
+    status(page, "2 results")
+    first = page.locator("#instruction").input_value()
+    assert first in ideas
+    page.locator("#use").click()
+    expect(page.locator("#steps button")).to_have_count(2)
+    # What was done is not offered again, also not by surprise.
+    assert chips.all_inner_texts() == [each for each in ideas if each != first]
+    page.locator("#surprise").click()
+    status(page, "2 results")
+    assert page.locator("#instruction").input_value() in set(ideas) - {first}
+
+
+def test_what_a_dropped_file_was_made_by_is_not_suggested_again(
+    page: Page, photo: Path, server: Running, tmp_path
+):
+    answer = httpx.post(
+        f"{server.url}/v1/edits",
+        files={"image": photo.read_bytes()},
+        data={"instruction": "make it snow", "steps": "2"},
+        headers={"Accept": "image/png"},
+        timeout=60,
+        trust_env=False,
+    )
+    (tmp_path / "snowy.png").write_bytes(answer.content)
+    drop(page, tmp_path / "snowy.png")
+    banner(page, "edited with ip2p")
+    expect(page.locator("#suggestions .chip", has_text="make it rain")).to_have_count(1)
+    expect(page.locator("#suggestions .chip", has_text="make it snow")).to_have_count(0)
+
+
 # --- everyone ------------------------------------------------------------------------------------
 
 

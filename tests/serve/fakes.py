@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import threading
@@ -15,6 +16,7 @@ from conftest import make_model
 from torch import nn
 
 from ip2p.editing.editor import Editor
+from ip2p.serve.jobs import Event, Job
 
 
 class SlowUNet(nn.Module):
@@ -66,3 +68,12 @@ def fake_editor(seconds_a_call: float = 0.01, *, asleep: bool = False) -> Editor
     slow = SlowUNet(editor.bundle.unet, seconds_a_call)
     slow.asleep = asleep
     return Editor(dataclasses.replace(editor.bundle, unet=slow))
+
+
+def events_of(job: Job) -> list[Event]:
+    """All events of a job, read until its end."""
+
+    async def collect() -> list[Event]:
+        return [event async for event in job.events()]
+
+    return asyncio.run(collect())

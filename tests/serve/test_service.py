@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import fake_editor
+from fakes import events_of, fake_editor
 from PIL import Image
 
 from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
@@ -20,7 +20,6 @@ from ip2p.editing.editor import Editor
 from ip2p.models.bundle import Card
 from ip2p.pictures.infotext import EditRecord, format_infotext, parse_infotext
 from ip2p.serve import maker as makers
-from ip2p.serve import models as pools
 from ip2p.serve.engine import JoinedEditor
 from ip2p.serve.jobs import Stopped
 from ip2p.serve.maker import LocalMaker
@@ -137,7 +136,7 @@ def test_where_results_are_checked_there_are_no_previews(serve, editor):
 
     def made():
         job = service.submit(request(steps=8, previews=1), client="a")
-        events = list(job.events())
+        events = events_of(job)
         return job, [event for event in events if event.kind == "preview"]
 
     job, previews = made()
@@ -183,7 +182,7 @@ def test_previews_of_what_failed_are_seen_no_more(serve, editor):
         raise InputError("no such picture is given out")
 
     job = serve(finish=finish).submit(request(steps=8, previews=1), client="a")
-    kinds = [event.kind for event in job.events()]
+    kinds = [event.kind for event in events_of(job)]
     assert "preview" in kinds and job.state == "failed" and job.previews == [None]
 
 
@@ -222,17 +221,17 @@ def test_every_reader_hears_of_the_steps_and_of_the_end(serve, editor):
     service = serve()
     job = service.submit(request(steps=6), client="a")
     heard = [[], []]
-    threads = [threading.Thread(target=lambda k=k: heard[k].extend(job.events())) for k in range(2)]
+    threads = [threading.Thread(target=lambda k=k: heard[k].extend(events_of(job))) for k in range(2)]
     for thread in threads:
         thread.start()
 
     async def listen():
-        events, _ = await asyncio.gather(collect(), job.aend())
-        await job.aend()  # again, when it is over
+        events, _ = await asyncio.gather(collect(), job.until_end())
+        await job.until_end()  # again, when it is over
         return events
 
     async def collect():
-        return [event async for event in job.aevents()]
+        return [event async for event in job.events()]
 
     events = asyncio.run(listen())
     for thread in threads:
@@ -241,7 +240,7 @@ def test_every_reader_hears_of_the_steps_and_of_the_end(serve, editor):
         steps = [event.step for event in some if event.kind == "step"]
         assert steps == sorted(set(steps)) and steps[-1] == 6
         assert some[-1].kind == "done" and [event.kind for event in some].count("done") == 1
-    assert [event.kind for event in job.events()] == ["step", "done"]  # one who comes late
+    assert [event.kind for event in events_of(job)] == ["step", "done"]  # one who comes late
     assert not job._listeners and not job._enders
 
 
@@ -249,7 +248,7 @@ def test_those_who_wait_hear_of_their_place(serve, editor):
     editor.bundle.unet.seconds = 0.02
     service = serve(join=1)
     jobs = [service.submit(request(), client="a") for _ in range(4)]
-    positions = [event.position for event in jobs[-1].events() if event.kind == "position"]
+    positions = [event.position for event in events_of(jobs[-1]) if event.kind == "position"]
     assert positions == sorted(positions, reverse=True) and positions[0] >= 2 and positions[-1] == 0
 
 
@@ -258,7 +257,7 @@ def test_previews_are_made_for_those_who_look(serve, editor, monkeypatch):
     editor.bundle.unet.seconds = 0.01
     service = serve()
     job = service.submit(request(previews=2, steps=6, seeds=(1, 2), size=32), client="a")
-    shown = [(event.step, event.number) for event in job.events() if event.kind == "preview"]
+    shown = [(event.step, event.number) for event in events_of(job) if event.kind == "preview"]
     assert {number for _, number in shown} == {0, 1}
     assert {step for step, _ in shown} >= {4, 8}  # of 12 steps, those of both results counted
     assert all(preview.size == PICTURE.size for preview in job.previews)  # the results, small
@@ -266,9 +265,9 @@ def test_previews_are_made_for_those_who_look(serve, editor, monkeypatch):
 
 def test_no_preview_is_made_when_nobody_looks(serve, monkeypatch):
     decoded = []
-    decode = pools.JoinedEditor.decode
+    decode = makers.JoinedEditor.decode
     monkeypatch.setattr(
-        pools.JoinedEditor, "decode", lambda self, x: (decoded.append(len(x)), decode(self, x))[1]
+        makers.JoinedEditor, "decode", lambda self, x: (decoded.append(len(x)), decode(self, x))[1]
     )
     service = serve()
     job = service.submit(request(previews=1, steps=6), client="a")
@@ -279,7 +278,7 @@ def test_no_preview_is_made_when_nobody_looks(serve, monkeypatch):
 def test_previews_take_a_bounded_share_of_the_time(serve, editor, monkeypatch):
     """A decoder ten times as slow as a step may be asked only now and then."""
     took = []
-    decode = pools.JoinedEditor.decode
+    decode = makers.JoinedEditor.decode
 
     def slow(self, x):
         began = time.monotonic()
@@ -289,11 +288,11 @@ def test_previews_take_a_bounded_share_of_the_time(serve, editor, monkeypatch):
         finally:
             took.append(time.monotonic() - began)
 
-    monkeypatch.setattr(pools.JoinedEditor, "decode", slow)
+    monkeypatch.setattr(makers.JoinedEditor, "decode", slow)
     editor.bundle.unet.seconds = 0.02
     began = time.monotonic()
     job = serve().submit(request(previews=1, steps=20), client="a")
-    assert list(job.events())[-1].kind == "done"
+    assert events_of(job)[-1].kind == "done"
     # The last is the result; the preview before it may go beyond the share, those before that may not.
     assert len(took) >= 3
     assert sum(took[:-2]) <= 0.25 * (time.monotonic() - began)
@@ -531,7 +530,7 @@ def test_models_are_loaded_when_asked_for_and_put_away_when_another_needs_the_ro
     loads = []
     alive, most = set(), []
 
-    class Counted(pools.JoinedEditor):
+    class Counted(makers.JoinedEditor):
         def __init__(self, *args, **how):
             super().__init__(*args, **how)
             alive.add(id(self))
@@ -545,7 +544,7 @@ def test_models_are_loaded_when_asked_for_and_put_away_when_another_needs_the_ro
         return lambda: (loads.append(name), editor)[1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pools, "JoinedEditor", Counted)
+        patch.setattr(makers, "JoinedEditor", Counted)
         service = serve({name: loader(name) for name in "xyz"}, loaded=2)
         assert service.models == ["x", "y", "z"] and not service.ready and loads == []
         service.warm()
@@ -650,7 +649,7 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch):
     gate = Gate()
-    monkeypatch.setattr(pools, "JoinedEditor", gate)
+    monkeypatch.setattr(makers, "JoinedEditor", gate)
     return gate
 
 
@@ -769,12 +768,12 @@ def test_the_newest_job_is_kept_whatever_its_size_and_who_made_room_is_known(ser
     first, second = (service.submit(request(seeds=(1, 2, 3)), client="a") for _ in range(2))
     assert first.wait(60) and second.wait(60)
     assert service.job(second.id) is second and service.job(first.id) is None
-    assert service.jobs.went_early(first.id) and not service.jobs.went_early(second.id)
+    assert service.jobs.dropped_early(first.id) and not service.jobs.dropped_early(second.id)
     service = serve({"x": lambda: None}, join=1, keep_seconds=0.05)
     job = service.submit(request(), client="a")
     assert job.wait(60)
     time.sleep(0.06)
-    assert service.job(job.id) is None and not service.jobs.went_early(job.id)
+    assert service.job(job.id) is None and not service.jobs.dropped_early(job.id)
 
 
 def encode(picture):
@@ -855,7 +854,7 @@ def test_two_thousand_requests_leave_nothing_behind(serve, gate):
             assert all(job.wait(60) for job in jobs)
             if start % 200 == 0:
                 service.cancel(service.submit(request(), client="x").id)
-                assert [event.kind for event in jobs[0].events()][-1] == "done"
+                assert [event.kind for event in events_of(jobs[0])][-1] == "done"
         del jobs
         gate.began.clear()
         until(lambda: not service.stats().running)

@@ -1,12 +1,13 @@
 """Edits that replicas make, the replicas being in this process: what becomes of each, and of a lost one."""
 
 import asyncio
+import pickle
 import queue
 import threading
 from pathlib import Path
 
 import pytest
-from fakes import fake_editor
+from fakes import events_of, fake_editor
 from PIL import Image, ImageChops
 from running import until
 
@@ -19,7 +20,7 @@ from ip2p.serve.options import ServeConfig
 from ip2p.serve.queue import Draining
 from ip2p.serve.requests import EditRequest
 from ip2p.serve.service import Service
-from ip2p.serve.spread import Failure, Lost, News, Replica, ReplicaMaker, portable
+from ip2p.serve.spread import Lost, News, Replica, ReplicaMaker, portable, raise_error
 from ip2p.settings import EditSettings, SettingError
 
 PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
@@ -143,7 +144,7 @@ def test_previews_and_steps_are_passed_on(spread, editors):
     for editor in editors:
         editor.bundle.unet.seconds = 0.02
     job = spread.submit(request(steps=8, previews=2), client="a")
-    kinds = [event.kind for event in job.events()]
+    kinds = [event.kind for event in events_of(job)]
     assert "preview" in kinds and "step" in kinds and kinds[-1] == "done"
     assert job.previews[0] is not None
 
@@ -209,22 +210,22 @@ def test_it_is_ready_once_a_replica_has_the_model_and_drains(here):
 )
 def test_errors_come_back_as_they_were(error):
     with pytest.raises(type(error)) as told:
-        Failure.of(error).throw()
+        raise_error(pickle.loads(pickle.dumps(error)))
     assert str(told.value) == str(error) and vars(told.value) == vars(error)
 
 
 def test_what_a_replica_that_ends_did_not_do_another_one_may():
     with pytest.raises(Lost):
-        Failure.of(Draining("The server is shutting down.")).throw()
+        raise_error(pickle.loads(pickle.dumps(Draining("The server is shutting down."))))
 
 
 def test_a_model_that_cannot_be_loaded_is_told(tmp_path):
     def build(stack):
         raise ModelError("no such model")
 
-    failure = asyncio.run(Replica(build).failure())
+    error = asyncio.run(Replica(build).error())
     with pytest.raises(ModelError, match="no such model"):
-        failure.throw()
+        raise_error(error)
 
 
 def test_replicas_get_whole_paths_and_nothing_that_is_secret(tmp_path, monkeypatch):

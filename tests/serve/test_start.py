@@ -6,13 +6,15 @@ import re
 
 import httpx
 import pytest
+from ip2p_storybook.reading import edit_kind
 from PIL import Image
 from running import running
 
 from ip2p.pictures.images import load_image, to_bytes
 from ip2p.pictures.infotext import parse_infotext, read_infotext
-from ip2p.serve.faces.start import EXAMPLES
+from ip2p.serve.faces.start import EXAMPLES, PHOTOS, STORYBOOK
 from ip2p.serve.options import ServeConfig
+from ip2p_storybook.edits import GLOBAL_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,14 @@ def test_the_card_says_what_the_model_wants_and_the_server_allows(http):
     assert card["limits"] == limits
     answer = http.get("/v1/card", params={"model": "other"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+
+
+def test_suggestions_change_the_whole_picture_so_that_they_suit_any():
+    assert {edit_kind(each) for each in STORYBOOK} == set(GLOBAL_KINDS)
+    assert "none" not in {edit_kind(each) for some in EXAMPLES.values() for each in some}
+    for each in (*STORYBOOK, *PHOTOS):
+        assert re.match(r"(make it|change the background to|put them|what if it were) ", each), each
+    assert len(set(STORYBOOK)) == len(STORYBOOK) and len(set(PHOTOS)) == len(PHOTOS)
 
 
 def test_examples_are_pictures_with_instructions(http):

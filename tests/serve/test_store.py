@@ -103,12 +103,12 @@ def test_files_of_one_edit_make_no_room_for_each_other(tmp_path):
     names = []
     for _ in range(2):
         names.append(store.put(b"1234", ".png", beside=names))
-    assert store.read(old) is None and store.went_early(old)
+    assert store.read(old) is None and store.dropped_early(old)
     with pytest.raises(ResourceError, match="together 12 bytes.*--store-mb"):
         store.put(b"1234", ".png", beside=names)
     assert [store.read(name) for name in names] == [b"1234"] * 2
     later = store.put(b"1234", ".png")  # of another
-    assert store.went_early(names[0]) and not store.went_early(later) and not store.went_early("other")
+    assert [store.dropped_early(name) for name in (names[0], later, "other")] == [True, False, False]
 
 
 def test_a_file_is_gone_when_its_time_has_passed(tmp_path):

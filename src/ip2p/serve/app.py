@@ -1,4 +1,4 @@
-"""`ip2p serve` and `ip2p ui`: how the server starts, listens, and stops."""
+"""`ip2p serve` and `ip2p ui`: the HTTP application, and how the server starts, listens and stops."""
 
 from __future__ import annotations
 
@@ -18,32 +18,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ip2p.base.devices import pick_device
-from ip2p.base.errors import InputError
+from ip2p.base.errors import InputError, Ip2pError
 from ip2p.base.terminal import say
 from ip2p.serve.options import ServeConfig, UiConfig
 
 try:
     import h11
-    import prometheus_client  # noqa: F401 - missed only when the numbers are asked for
-    import python_multipart  # noqa: F401 - FastAPI misses it only when a form comes
+    import prometheus_client  # noqa: F401 - else missed when the metrics are read
+    import python_multipart  # noqa: F401 - else missed when a form comes
     import uvicorn
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import FileResponse, JSONResponse, Response
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.gzip import GZipMiddleware
+    from starlette.requests import ClientDisconnect
+    from starlette.routing import compile_path
+    from starlette.staticfiles import StaticFiles
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise InputError(
         f"the server needs {error.name}, which is missing; install it: pip install 'ip2p[serve]'"
     ) from None
 
-from ip2p.serve.asgi import make_app
+from ip2p import __version__
+from ip2p.serve import metrics
+from ip2p.serve.errors import Refusal, declared_errors, error_response
+from ip2p.serve.faces import a1111, native, openai, start
+from ip2p.serve.guard import Guard
 from ip2p.serve.maker import LocalMaker, default_join
 from ip2p.serve.mark import checker, marker
 from ip2p.serve.requests import Limits
 from ip2p.serve.service import Service
+from ip2p.serve.wire import Desk
 
 if TYPE_CHECKING:
     from ip2p.editing.editor import Editor
 
-HEADER_SECONDS = 20.0  # for a request line and its headers to come
+PAGE = Path(__file__).parent / "page"
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
+HEADER_SECONDS = 20.0  # for a request line and its headers to arrive
 OVER_BYTES = 16_000_000  # of a body that is let in after its answer
 FLUSH_SECONDS = 5  # after the last edit: for its answer to go out
 
@@ -61,34 +75,41 @@ def ui(config: UiConfig) -> None:
 def run(config: ServeConfig, *, browser: bool = False, any_port: bool = False) -> None:
     """Load the first model, listen, and serve until a signal; the address goes to stderr.
 
-    browser: open the page. any_port: the next free port will do. Raises what the model's loading raises, and
-    InputError for an address that cannot be listened at.
+    browser: open the page. any_port: if the port is in use, take the next free one. Raises what the model's
+    loading raises, and InputError for an address that cannot be listened at.
     """
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listening(config.host, config.port, tries=20 if any_port else 1))
         service = stack.enter_context(make_service(config, stack))
         service.warm()
-        app = make_app(service, config)
-        place = _address(config.host, listening)
-        server = _Server(
-            server_config(app),
-            lambda: service.drain(config.drain_seconds),
-            ready=lambda: _say_ready(place, browser),
-        )
-        with _access_log():
-            server.run(sockets=[listening])
+
+        def ready() -> None:
+            port = listening.getsockname()[1]
+            name = socket.gethostname() if config.host in ("0.0.0.0", "::") else config.host
+            place = f"http://{f'[{name}]' if ':' in name else name}:{port}"
+            say(f"the page is at {place}/ and the interfaces at {place}/docs; Ctrl-C stops it")
+            if browser:
+                webbrowser.open(place)
+
+        settings = server_config(make_app(service, config))
+        server = _Server(settings, lambda: service.drain(config.drain_seconds), ready)
+        # A line of JSON for each request on stderr, without a prefix.
+        access = logging.getLogger("ip2p.serve.access")
+        access.addHandler(logging.StreamHandler(sys.stderr))
+        access.setLevel(logging.INFO)
+        access.propagate = False
+        server.run(sockets=[listening])
 
 
 def server_config(app: FastAPI) -> uvicorn.Config:
     """How uvicorn serves the application."""
     return uvicorn.Config(
         app,
-        http=_Impatient,
+        http=_TimedProtocol,
         log_config=None,
         log_level="warning",
         access_log=False,
-        # Whoever calls from this machine could name any other as the caller.
-        proxy_headers=False,
+        proxy_headers=False,  # with them a caller on this machine could claim any address
         server_header=False,
         lifespan="on",
         timeout_keep_alive=15,
@@ -109,38 +130,25 @@ def make_service(config: ServeConfig, stack: contextlib.ExitStack) -> Service:
         queue=config.queue,
         per_client=config.per_client,
     )
-    how = {"limits": limits, "keep_seconds": config.keep_seconds, "store": store}
-    how["store_bytes"] = config.store_mb * 1_000_000
+    options: dict[str, Any] = {"limits": limits, "keep_seconds": config.keep_seconds, "store": store}
+    options["store_bytes"] = config.store_mb * 1_000_000
     if config.ray is None:
-        return local_service(config, **how)
+        return Service(_local_maker(config), **options)
     from ip2p.serve import spread
 
-    # What one replica takes is bounded here, in the one queue.
-    within = dataclasses.replace(limits, queue=10**6, per_client=10**6, waiting_pixels=2**62)
-    build = functools.partial(_replica, spread.portable(config), within)
+    # The one queue here bounds what a replica gets.
+    unbounded = dataclasses.replace(limits, queue=10**6, per_client=10**6, waiting_pixels=2**62)
+    build = functools.partial(_replica_service, spread.portable(config), unbounded)
     each = config.join or default_join(pick_device(config.device))
-    return stack.enter_context(spread.spread(config, build, each=each, **how))
+    return stack.enter_context(spread.spread(config, build, each=each, **options))
 
 
-def local_service(config: ServeConfig, **how: Any) -> Service:
-    """The service whose models are in this process; how: further words for `Service`."""
-    maker = LocalMaker(
-        {name: _loader(model, config) for name, model in config.models().items()},
-        join=config.join or default_join(pick_device(config.device)),
-        loaded=len(config.models()),
-        check=checker(config),
-        finish=marker(config),
-        tiny_vae=config.tiny_vae,
-    )
-    return Service(maker, **how)
+def _replica_service(config: ServeConfig, limits: Limits, stack: contextlib.ExitStack) -> Service:
+    return Service(_local_maker(config), limits=limits, keep_seconds=1)
 
 
-def _replica(config: ServeConfig, limits: Limits, stack: contextlib.ExitStack) -> Service:
-    return local_service(config, limits=limits, keep_seconds=1)
-
-
-def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
-    def load() -> Editor:
+def _local_maker(config: ServeConfig) -> LocalMaker:
+    def load(model: str) -> Editor:
         from ip2p.editing.editor import Editor
 
         return Editor.load(
@@ -152,14 +160,22 @@ def _loader(model: str, config: ServeConfig) -> Callable[[], Editor]:
             compile=config.compile,
         )
 
-    return load
+    models = config.models()
+    return LocalMaker(
+        {name: functools.partial(load, model) for name, model in models.items()},
+        join=config.join or default_join(pick_device(config.device)),
+        loaded=len(models),
+        check=checker(config),
+        finish=marker(config),
+        tiny_vae=config.tiny_vae,
+    )
 
 
-class _Impatient(H11Protocol):
+class _TimedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, which closes a connection that lingers.
 
-    That is one whose request line and headers do not come, or whose body goes on after it was answered: the
-    rest of it is let in for a while, since a client that is cut off while it sends does not read the answer.
+    Either the request line and headers do not arrive, or the body goes on after the answer. The rest of such
+    a body is let in for a while, since a client that is cut off while it sends does not read the answer.
     """
 
     _late: asyncio.TimerHandle | None = None
@@ -183,7 +199,7 @@ class _Impatient(H11Protocol):
 
     @property
     def _answered(self) -> bool:
-        """Whether a body still comes in though the answer went out."""
+        """Whether a body still comes in after its answer."""
         return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
 
     def _watch(self) -> None:
@@ -196,9 +212,9 @@ class _Impatient(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which at a signal first lets the service finish: its answers still have to go out.
+    """uvicorn that lets the service finish at the first signal and ends at once at the second.
 
-    A second signal ends it at once. The process then ends well: to be asked to stop is no failure.
+    The process then exits with 0: a request to stop is no failure.
     """
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Any], ready: Callable[[], None]) -> None:
@@ -227,7 +243,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _listening(host: str, port: int, *, tries: int) -> Iterator[socket.socket]:
-    """A listening socket at `port`, or at the first free one of so many from it on. Raises InputError."""
+    """A listening socket at `port` or the first free port of the `tries` from it on. Raises InputError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -241,36 +257,91 @@ def _listening(host: str, port: int, *, tries: int) -> Iterator[socket.socket]:
             raise InputError(
                 f"cannot listen at {host} port {port}: {reason}. Try --port {(port % 65535) + 1}."
             )
-        # Whoever comes while the model loads waits, and is not turned away.
+        # Requests that come while the model loads wait.
         sock.listen(128)
         yield sock
 
 
-def _address(host: str, listening: socket.socket) -> str:
-    port = listening.getsockname()[1]
-    name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+# --- the application -----------------------------------------------------------------------------
 
 
-def _say_ready(place: str, browser: bool) -> None:
-    say(f"the page is at {place}/ and the interfaces at {place}/docs; Ctrl-C stops it")
-    if browser:
-        webbrowser.open(place)
+def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> FastAPI:
+    """The application over a service with a store. page: with the page at `/`."""
+    desk = Desk(service, config)
+    app = FastAPI(
+        title="ip2p",
+        version=__version__,
+        summary="Edit pictures by instruction",
+        # FastAPI's own pages fetch their viewer from another server.
+        docs_url=None,
+        redoc_url=None,
+        responses=declared_errors("native"),
+    )
+    for face in (native, start, openai, a1111):
+        app.include_router(face.router(desk))
+
+    @app.get("/healthz", tags=["server"], summary="Whether the server lives")
+    async def read_health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get(
+        "/readyz",
+        tags=["server"],
+        summary="Whether it takes requests",
+        responses={503: {"description": "Not now", "content": {"application/json": {}}}},
+    )
+    async def read_ready() -> JSONResponse:
+        ready = service.ready
+        return JSONResponse({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
+
+    @app.get(
+        "/metrics",
+        tags=["server"],
+        summary="Numbers for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def read_metrics() -> Response:
+        return Response(metrics.prometheus_text(service.stats()), media_type=metrics.MEDIA_TYPE)
+
+    @app.get("/docs", include_in_schema=False)
+    async def read_docs() -> Response:
+        return FileResponse(PAGE / "docs.html")
+
+    # Before the page, whose errors look different.
+    for path in ("/v1/{rest:path}", "/sdapi/{rest:path}", "/healthz", "/readyz", "/metrics"):
+        app.add_api_route(path, _refuse_method, methods=METHODS, include_in_schema=False)
+    for kind in (Ip2pError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    if page:
+        app.mount("/", GZipMiddleware(StaticFiles(directory=PAGE, html=True)), name="page")
+    # Last, so it is around everything, the page too.
+    app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
+    return app
 
 
-@contextlib.contextmanager
-def _access_log() -> Iterator[None]:
-    """A line of JSON a request on stderr, as it is."""
-    access = logging.getLogger("ip2p.serve.access")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    access.addHandler(handler)
-    access.propagate, before = False, access.propagate
-    level = access.level
-    access.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        access.removeHandler(handler)
-        access.propagate = before
-        access.setLevel(level)
+async def _refuse_method(request: Request) -> Response:
+    """404, or 405 where the address takes other methods."""
+    methods = [
+        method.upper()
+        for path, operations in request.app.openapi()["paths"].items()
+        if compile_path(path)[0].match(request.url.path)
+        for method in operations
+    ]
+    if not methods:
+        raise Refusal(f"{request.method} does nothing at this address. See /docs.", status=404)
+    allowed = ", ".join(methods)
+    raise Refusal(
+        f"{request.method} does nothing at this address; it takes {allowed}.",
+        status=405,
+        headers={"Allow": allowed},
+    )
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_response(error, request.url.path)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # the client has gone; the log tells it from an answer

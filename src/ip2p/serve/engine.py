@@ -1,19 +1,21 @@
-"""One editor for many threads: what they ask of its network at the same time is asked in one call.
+"""One editor for many threads: their simultaneous calls of its network are joined into one.
 
-Every thread edits as if it were alone. A thread of the editor's own does all that its networks do: it waits
-until the threads that sample have each asked for their next step, joins the questions of equal shape, also
-those of different steps, and splits the answer. Rows of a batch do not see each other in these networks, so
-that each gets what it would get alone, but for the rounding of sums.
+Every thread edits as if it were alone. One more thread runs the networks: it waits until each thread that
+samples has asked for its next step, joins rows of equal shape, also those of different steps, into one call,
+and splits the answer. Rows of a batch do not see each other in these networks, so each thread gets what it
+would get alone, except for the rounding of sums.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,16 +34,16 @@ from ip2p.serve.jobs import Stopped
 
 T = TypeVar("T")
 
-# How long a call waits for a thread that samples and has not asked yet, in seconds. Between two steps a
-# thread does next to nothing; when it decodes, ends or fails, it is not waited for at all.
+# Seconds that a call waits for a thread that samples and has not asked yet. Between two steps a thread does
+# next to nothing; one that decodes, ends or fails is not waited for at all.
 PATIENCE = 0.02
-# For so long what was free is taken to be free: to look takes as much time as a small network's call.
+# Seconds for which a memory plan holds: to make one takes as long as a small network's call.
 LOOK = 1.0
 PASSES = 3  # rows that a picture has in a call at most (equation 3)
 
 
 class Lane:
-    """One thread's way through a JoinedEditor. `stop` may be called from any thread."""
+    """One thread's way through a JoinedEditor. Any thread may call `stop`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -49,15 +51,15 @@ class Lane:
         self.x0: Tensor | None = None  # the newest prediction of the result, [batch, channels, h, w]
         self.most = PASSES  # rows of a call that fit in memory
         self.stopped = False
-        self.kind: Kind | None = None  # of its last question
+        self.kind: Kind | None = None  # of its last rows
         self.work: _Work | None = None  # what it waits for
 
     def stop(self) -> None:
-        """Make the edit raise Stopped: at once if it waits, else when it next asks something of the model."""
+        """Make the edit raise Stopped: at once if it waits, else at its next call of the model."""
         self._engine.stop(self)
 
 
-# What has to be equal for two questions to be one call: each argument's name, the shape of a row, the dtype.
+# What has to be equal for rows to share a call: each argument's name, the shape of a row, the dtype.
 Kind = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 
@@ -69,35 +71,35 @@ class _Work:
     call: Callable[[], Any] | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
-    ended: threading.Event = field(default_factory=threading.Event)
-    answer: Any = None
-    error: BaseException | None = None
+    answer: Future[Any] = field(default_factory=Future)
 
     @property
     def count(self) -> int:
         return len(self.rows["sample"])
 
-    def finish(self, call: Callable[[], Any]) -> None:
+    def run(self, call: Callable[[], Any]) -> None:
         try:
-            self.answer = call()
+            answer = call()
         except BaseException as error:
-            self.error = error
-        self.end()
+            self.end(error=error)
+        else:
+            self.end(answer)
 
-    def end(self) -> None:
-        # Before its thread wakes up: until it asks again it is one to wait for.
+    def end(self, answer: Any = None, error: BaseException | None = None) -> None:
+        # Before its thread wakes up: until it calls again it is one to wait for.
         self.lane.work = None
-        self.ended.set()
+        with contextlib.suppress(InvalidStateError):  # it was stopped meanwhile
+            if error is None:
+                self.answer.set_result(answer)
+            else:
+                self.answer.set_exception(error)
 
 
 class Engine:
     """The thread in which an editor's networks work, and what waits for it."""
 
     def __init__(self, unet: nn.Module, join: int, patience: float, calls: Counter[int]) -> None:
-        self.unet = unet
-        self.join = join
-        self.patience = patience
-        self.calls = calls
+        self.unet, self.join, self.patience, self.calls = unet, join, patience, calls
         self._changed = threading.Condition()
         self._single: deque[_Work] = deque()
         self._posted: list[_Work] = []
@@ -112,14 +114,15 @@ class Engine:
 
     @property
     def lane(self) -> Lane:
-        """The calling thread's."""
-        if not hasattr(self._own, "lane"):
+        """The calling thread's lane."""
+        if getattr(self._own, "lane", None) is None:
             self._own.lane = Lane(self)
         lane: Lane = self._own.lane
         return lane
 
     @contextlib.contextmanager
     def new_lane(self) -> Iterator[Lane]:
+        """A lane for the calling thread, to be watched and stopped, while the block runs."""
         before = getattr(self._own, "lane", None)
         lane = self._own.lane = Lane(self)
         try:
@@ -128,11 +131,9 @@ class Engine:
             self.leave(lane)
             lane.x0 = None
             self._own.lane = before
-            if before is None:
-                del self._own.lane
 
     def enter(self, lane: Lane) -> None:
-        """From now on the lane asks for one step after the other: calls wait for it."""
+        """The lane samples from now on: calls wait for its next step."""
         with self._changed:
             lane.kind = None
             self._lanes.add(lane)
@@ -146,15 +147,15 @@ class Engine:
         """`call()`, in the engine's thread."""
         if threading.current_thread() is self._thread:
             return call()
-        answer: T = self._ask(_Work(self.lane, call))
+        answer: T = self._wait_for(_Work(self.lane, call))
         return answer
 
     def predict(self, rows: dict[str, Tensor]) -> Tensor:
-        """The network's answer to rows, [rows, channel, h, w], asked together with those of others."""
-        answer: Tensor = self._ask(_Work(self.lane, rows=rows))
+        """The network's answer to rows, [rows, channel, h, w], in one call with rows of others."""
+        answer: Tensor = self._wait_for(_Work(self.lane, rows=rows))
         return answer
 
-    def _ask(self, work: _Work) -> Any:
+    def _wait_for(self, work: _Work) -> Any:
         lane = work.lane
         with self._changed:
             if lane.stopped:
@@ -165,15 +166,14 @@ class Engine:
             if work.call is not None:
                 self._single.append(work)
             else:
-                lane.kind = _kind(work.rows)
+                rows = work.rows.items()
+                lane.kind = tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in rows)
                 self._posted.append(work)
             self._changed.notify()
-        work.ended.wait()
+        answer = work.answer.result()
         if lane.stopped:
             raise Stopped
-        if work.error is not None:
-            raise work.error
-        return work.answer
+        return answer
 
     def stop(self, lane: Lane) -> None:
         with self._changed:
@@ -184,11 +184,11 @@ class Engine:
                     self._single.remove(work)
                 if work in self._posted:
                     self._posted.remove(work)
-                work.end()
+                work.end(error=Stopped())
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread after what it has at hand; what waits fails."""
+        """End the thread after what it is doing; what waits fails."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -200,11 +200,11 @@ class Engine:
     def _work(self) -> None:
         while some := self._take():
             if some[0].call is not None:
-                some[0].finish(some[0].call)
+                some[0].run(some[0].call)
             else:
                 self.calls[len(some)] += 1
                 self._answer(some)
-            del some  # or the last pictures stay in memory until somebody asks again
+            del some  # or the last pictures stay in memory until the next call
             self._free_since = time.monotonic()
 
     def _take(self) -> list[_Work]:
@@ -213,57 +213,49 @@ class Engine:
             while not self._closed:
                 if some := self._next():
                     return some
-                self._changed.wait(self._until_impatient())
+                due = min(map(self._deadline, self._posted), default=math.inf) - time.monotonic()
+                self._changed.wait(None if due == math.inf else max(0.0, due))
             for work in [*self._single, *self._posted]:
-                work.finish(_put_away)
+                work.end(error=ResourceError("The model was put away while it worked. Ask again."))
             return []
 
     def _next(self) -> list[_Work]:
         """What to do now: a call of its own first, since it begins or ends an edit; else rows to join."""
         if self._single:
             return [self._single.popleft()]
-        for first in self._posted:
-            if self._complete(first):
-                most = min(work.lane.most for work in self._posted)
-                some: list[_Work] = []
-                for work in self._posted:
-                    fits = not some or sum(each.count for each in some) + work.count <= most
-                    if fits and len(some) < self.join and work.lane.kind == first.lane.kind:
-                        some.append(work)
-                self._posted = [work for work in self._posted if work not in some]
-                return some
-        return []
+        first = next(filter(self._complete, self._posted), None)
+        some: list[_Work] = []
+        if first is not None:
+            most = min(work.lane.most for work in self._posted)
+            for work in self._posted:
+                fits = not some or sum(each.count for each in some) + work.count <= most
+                if fits and len(some) < self.join and work.lane.kind == first.lane.kind:
+                    some.append(work)
+            self._posted = [work for work in self._posted if work not in some]
+        return some
 
     def _complete(self, work: _Work) -> bool:
-        """Whether nobody is to be waited for who may ask for the same shape."""
+        """Whether no thread that may add rows of the same shape needs to be waited for."""
         if time.monotonic() >= self._deadline(work):
             return True
         return not any(lane.work is None and lane.kind in (None, work.lane.kind) for lane in self._lanes)
 
     def _deadline(self, work: _Work) -> float:
-        # Those whose answer has just come need their time, however long another has waited for its turn.
+        # Threads that have just been answered need their time, however long another one has waited.
         return max(work.since, self._free_since) + self.patience
 
-    def _until_impatient(self) -> float | None:
-        if not self._posted:
-            return None
-        return max(0.0, min(map(self._deadline, self._posted)) - time.monotonic())
-
     def _answer(self, some: Sequence[_Work]) -> None:
-        """Ask for all rows in one call; where that fails, for each alone, so that only the guilty fail."""
+        """Compute all rows in one call; if that fails, each alone, so that only the culprit fails."""
         if len(some) > 1:
-            try:
+            # Most often memory runs out; nothing is known of whose fault it is.
+            with contextlib.suppress(Exception):
                 joined = {name: torch.cat([work.rows[name] for work in some]) for name in some[0].rows}
                 answers = self._predict(joined).split([work.count for work in some])
-            except Exception:  # out of memory, above all; nothing is known of whose fault it is
-                pass
-            else:
                 for work, answer in zip(some, answers, strict=True):
-                    work.answer = answer
-                    work.end()
+                    work.end(answer)
                 return
         for work in some:
-            work.finish(lambda rows=work.rows: self._predict(rows))  # type: ignore[misc]
+            work.run(lambda rows=work.rows: self._predict(rows))  # type: ignore[misc]
 
     def _predict(self, rows: dict[str, Tensor]) -> Tensor:
         named = {name: rows[name] for name in ("encoder_hidden_states", "timestep_cond") if name in rows}
@@ -279,7 +271,7 @@ class Engine:
 
 
 class _JoinedUNet(nn.Module):
-    """Stands where the UNet stood and hands what it is asked to the engine."""
+    """Takes the UNet's place and hands its inputs to the engine."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
@@ -322,12 +314,11 @@ class _WatchedDenoiser(UNetDenoiser):
 
 
 class JoinedEditor(Editor):
-    """An editor for any number of threads at once; it shares the weights of the one that it is made from.
+    """An editor for any number of threads at once; it shares the weights of the editor that it is made from.
 
-    join: how many threads' questions are one call at most, and how many pictures an edit makes at once
-    where its lane does not say. calls: counts the calls of the network by the number of threads joined.
-    tiny_vae: an AutoencoderTiny for `decode_preview`, a folder or a hub name.
-    Close it at the end.
+    join: how many threads share a call at most, and how many pictures an edit makes at once unless its lane
+    sets that. calls: counts the calls of the network by the number of threads joined. tiny_vae: an
+    AutoencoderTiny for `decode_preview`, a folder or a hub name. Close it at the end.
     """
 
     def __init__(
@@ -349,32 +340,29 @@ class JoinedEditor(Editor):
         )
         self.tiny_vae = None if tiny_vae is None else load_tiny(tiny_vae, editor.bundle)
         self.batch_size = join
-        self.warn_once = False  # each request has a client of its own
+        self.warn_once = False  # each request has its own client
         self.calls = Counter() if calls is None else calls
         self.engine = Engine(editor.bundle.unet, join, patience, self.calls)
         own = {each.name: getattr(self.model, each.name) for each in fields(self.model)}
         self.model = _WatchedDenoiser(**{**own, "unet": _JoinedUNet(self.engine)})
+        self.lane = self.engine.new_lane
         self._plans: dict[tuple[int, int, int], tuple[float, Memory]] = {}
         self._reading = threading.Lock()
         self._reader = replace(editor.bundle, tokenizer=copy.deepcopy(editor.bundle.tokenizer))
 
-    def lane(self) -> contextlib.AbstractContextManager[Lane]:
-        """The calling thread's way through, to be watched and stopped, while the block runs."""
-        return self.engine.new_lane()
-
     def close(self) -> None:
-        """Give up the thread; edits that still run fail."""
+        """End the engine's thread; edits that still run fail."""
         self.engine.close()
 
-    # All that touches a network runs in the engine's thread: the processor's cores, an autoencoder's switches
-    # for tiling, a tokenizer's and those of offloading serve one at a time.
+    # All that touches a network runs in the engine's thread: the CPU's cores and the switches for tiling,
+    # tokenizing and offloading serve one thread at a time.
 
     def encode_text(self, text: str, size: tuple[int, int] | None = None) -> Tensor | Prompt:
         encode = super().encode_text
         return self.engine.call(lambda: encode(text, size))
 
     def words_without_effect(self, text: str) -> list[str]:
-        with self._reading:  # beside the engine: an edit would wait a step for so little
+        with self._reading:  # not in the engine, where it would wait for a step
             return words_without_effect(self._reader, text)
 
     def encode_image(self, pictures: Tensor) -> Tensor:
@@ -422,11 +410,3 @@ class JoinedEditor(Editor):
     def fitting_batch(self, size: tuple[int, int]) -> int:
         fitting, wanted = super().fitting_batch(size), self.engine.lane.pictures
         return fitting if wanted is None else min(fitting, wanted)
-
-
-def _kind(rows: dict[str, Tensor]) -> Kind:
-    return tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in rows.items())
-
-
-def _put_away() -> None:
-    raise ResourceError("The model was put away while it worked. Ask again.")

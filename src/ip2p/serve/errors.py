@@ -7,33 +7,29 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
-from ip2p.base.errors import InputError, Ip2pError, ModelError, ResourceError
+from ip2p.base.errors import InputError, Ip2pError, ResourceError
 from ip2p.settings import voice_of
 
 Face = Literal["native", "openai", "a1111"]
-# What a field of a request that is no setting is called by the clients of an interface.
-NATIVE_NAMES = {"seeds": "seed"}
-# `background` alone is the setting, which that interface calls background_color.
-OPENAI_NAMES = {"seeds": "seed", "background_mode": "background"}
-A1111_NAMES = {
-    "image": "init_images",
-    "seeds": "seed",
-    "model": "override_settings.sd_model_checkpoint",
+# What the clients of an interface call a field of a request that is not a setting.
+FIELD_NAMES: dict[Face, dict[str, str]] = {
+    "native": {"seeds": "seed"},
+    # `background` alone is the setting, which that interface calls background_color.
+    "openai": {"seeds": "seed", "background_mode": "background"},
+    "a1111": {"image": "init_images", "seeds": "seed", "model": "override_settings.sd_model_checkpoint"},
 }
 
 
 class Refusal(Ip2pError):
-    """A request that is not answered: the HTTP status, the field that is to blame, headers of the answer."""
+    """A request that is refused: the HTTP status, the field that is to blame, headers of the answer."""
 
     def __init__(
-        self,
-        message: str,
-        *,
-        status: int,
-        field: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, message: str, *, status: int, field: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(message)
         self.status, self.field, self.headers = status, field, dict(headers or {})
@@ -52,7 +48,7 @@ class Fault(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """An error of our own interface and of OpenAI's."""
+    """An error of the native interface and of OpenAI's."""
 
     error: Fault
 
@@ -72,7 +68,7 @@ class A1111ErrorBody(BaseModel):
     errors: str
 
 
-# Status: OpenAI's type and code of it, and what OpenAPI says of it.
+# For each status: OpenAI's type and code, and the description in OpenAPI.
 KINDS = {
     400: ("invalid_request_error", "invalid_value", "A field cannot be used"),
     401: ("invalid_request_error", "invalid_api_key", "The API key is missing or wrong"),
@@ -93,46 +89,66 @@ KINDS = {
 
 
 def declared_errors(face: Face) -> dict[int | str, dict[str, Any]]:
-    """The errors that the routes of an interface answer with, as FastAPI's `responses` takes them."""
+    """The errors of an interface's routes, as FastAPI's `responses` takes them."""
     kind = A1111ErrorBody if face == "a1111" else ErrorBody
-    return {status: {"model": kind, "description": words} for status, (_, _, words) in KINDS.items()}
+    return {status: {"model": kind, "description": text} for status, (_, _, text) in KINDS.items()}
 
 
 # --- from errors to answers -------------------------------------------------------------------------
 
 
 def face_of(path: str) -> Face:
-    """The interface that has an address; our own has all that no other has."""
+    """The interface that has an address; the native one has all that no other has."""
     if path.startswith("/sdapi/"):
         return "a1111"
     return "openai" if path.startswith(("/v1/images", "/v1/models")) else "native"
 
 
-def refusal_of(error: Ip2pError, path: str) -> Refusal:
-    """The answer to a request that ended in an error of ours."""
+def refusal_of(error: Exception, path: str) -> Refusal:
+    """The answer to a request that ended in an error of ours, of Starlette or of FastAPI."""
     bad = 400 if face_of(path) == "openai" else 422  # OpenAI's clients know it as 400
-    if isinstance(error, Refusal):
-        if error.status != 422 or bad == 422:
-            return error
-        return Refusal(str(error), status=bad, field=error.field, headers=error.headers)
     message, field = " ".join(str(error).split()), getattr(error, "field", None) or None
+    status, headers = 500, dict(getattr(error, "headers", None) or {})
     wait = getattr(error, "retry_after", None)
-    if wait is not None:
+    if isinstance(error, Refusal):
+        message, status = str(error), bad if error.status == 422 else error.status
+    elif isinstance(error, HTTPException):
+        status = error.status_code
+        texts = {
+            404: "There is nothing at this address. See /docs.",
+            405: "This address takes another method.",
+        }
+        message = texts.get(status, str(error.detail))
+    elif isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        field, status = str(first["loc"][-1]), bad
+        message = f"{field} cannot be used: {first['msg']}."
+    elif wait is not None:
         status = 429 if getattr(error, "scope", None) == "client" else 503
         headers = {"Retry-After": str(max(1, math.ceil(wait)))}
-        return Refusal(message, status=status, field=field, headers=headers)
-    if isinstance(error, InputError):
-        return Refusal(message, status=bad, field=field)
-    if isinstance(error, ResourceError):
-        return Refusal(message, status=503, field=field)
-    assert isinstance(error, ModelError) or type(error) is Ip2pError, f"an error without an answer: {error!r}"
-    return Refusal(message, status=500, field=field)
+    elif isinstance(error, InputError):
+        status = bad
+    elif isinstance(error, ResourceError):
+        status = 503
+    return Refusal(message, status=status, field=field, headers=headers)
 
 
-def body_of(path: str, refusal: Refusal) -> dict[str, Any]:
+def error_response(error: Exception, path: str) -> JSONResponse:
+    """An error in the form of the interface at `path`."""
+    refusal = refusal_of(error, path)
+    return JSONResponse(error_body(refusal, path), status_code=refusal.status, headers=refusal.headers)
+
+
+def error_body(error: Exception, path: str) -> dict[str, Any]:
     """The body of an error, in the form of the interface at `path`."""
-    face = face_of(path)
-    field, message = _in_names_of(face, refusal)
+    face, refusal = face_of(path), refusal_of(error, path)
+    message, field = str(refusal), refusal.field
+    if field is not None:
+        # The interface's own name of the field, in the message too.
+        own = FIELD_NAMES[face].get(field) or (field if face == "native" else voice_of(face).name(field))
+        if not re.search(rf"\b{re.escape(own)}\b", message):
+            message = re.sub(rf"\b{re.escape(field)}\b", lambda _: own, message, count=1)
+        field = own
     if face == "a1111":
         detail: Any = message
         if refusal.status == 422:
@@ -140,15 +156,3 @@ def body_of(path: str, refusal: Refusal) -> dict[str, Any]:
         return {"error": "HTTPException", "detail": detail, "body": "", "errors": message}
     kind, code, _ = KINDS.get(refusal.status, ("server_error", "server_error", ""))
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
-
-
-def _in_names_of(face: Face, refusal: Refusal) -> tuple[str | None, str]:
-    """The field and the message, with the interface's own name of the field in both."""
-    message, field = str(refusal), refusal.field
-    if field is None:
-        return None, message
-    own = {"native": NATIVE_NAMES, "openai": OPENAI_NAMES, "a1111": A1111_NAMES}[face]
-    name = own.get(field) or (field if face == "native" else voice_of(face).name(field))
-    if not re.search(rf"\b{re.escape(name)}\b", message):
-        message = re.sub(rf"\b{re.escape(field)}\b", lambda _: name, message, count=1)
-    return name, message

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from PIL import Image
@@ -17,14 +17,14 @@ from PIL import Image
 from ip2p.base.errors import Ip2pError
 
 if TYPE_CHECKING:
+    from ip2p.serve.queue import FairQueue
     from ip2p.serve.requests import EditRequest
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
-Kind = Literal["position", "step", "preview", "done", "failed", "cancelled"]
 ENDED = ("done", "failed", "cancelled")
-Encode = Callable[[Image.Image], tuple[bytes, str]]  # a picture's file and its ending, such as ".png"
+Encode = Callable[[Image.Image], tuple[bytes, str]]  # a picture's file and its suffix, such as ".png"
 
-PREVIEW_SIDE = 256  # the longer side of a preview, in pixels
+PREVIEW_SIDE = 256  # longer side of a preview, in pixels
 WATCHED = 5.0  # seconds after which a reader of the previews counts as gone
 
 
@@ -33,22 +33,14 @@ class Stopped(Exception):
 
 
 class Stoppable(Protocol):
-    """What works on a job. `stop` may be called from any thread."""
+    """What works on a job. Any thread may call `stop`."""
 
     def stop(self) -> None: ...
 
 
-class Estimates(Protocol):
-    """Where a job stands in the queue."""
-
-    def position(self, job: Job) -> int: ...
-
-    def estimate(self, job: Job) -> float | None: ...
-
-
 @dataclass(frozen=True)
 class Result:
-    """A finished picture, with `info` as `Editor.edit` gives it, its seed and its region if one was found."""
+    """A finished picture, with `info` as `Editor.edit` sets it, its seed, and its region if one was found."""
 
     image: Image.Image
     seed: int
@@ -56,13 +48,13 @@ class Result:
 
     @property
     def parameters(self) -> str:
-        """Its infotext, as its file has it."""
+        """Its infotext."""
         return str(self.image.info.get("parameters", ""))
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A result on disk: the names of its file and of its mask's, its seed, its infotext."""
+    """A result on disk: the names of its file and of its mask's file, its seed, its infotext."""
 
     file: str
     mask: str | None
@@ -72,34 +64,22 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A change of a job. number, image: of a preview, which result's and the picture."""
+    """A change of a job. number, image: a preview and the number of its result."""
 
-    kind: Kind
+    kind: Literal["position", "step", "preview", "done", "failed", "cancelled"]
     position: int
     step: int
     steps: int
-    seconds_left: float | None
     number: int | None = None
     image: Image.Image | None = None
 
 
-@dataclass
-class _Seen:
-    """What a reader of a job's events knows."""
-
-    position: int | None = None
-    step: int = 0
-    previews: dict[int, Image.Image] = field(default_factory=dict)
-    ended: bool = False
-
-
 class Job:
-    """A request on its way. Any thread may read it; only the service and what makes its results change it.
+    """A request on its way. Any thread may read it; only the service and the maker change it.
 
-    state, step, steps (of all results together), results (each as soon as it is finished, also those of a
-    cancelled job), kept (takes the place of results once they are on disk), warnings, error (of a failed
-    job), client, model, size (of the picture), places (pictures that are sampled at once), encode (how
-    results are written), keep (whether they go to disk as soon as they are made).
+    steps: of all results together. results: each as soon as it is finished, those of a cancelled job too.
+    kept: replaces the results once they are on disk. places: pictures that are sampled at once. encode:
+    writes a result. keep: move the results to disk as soon as they are made.
     """
 
     def __init__(
@@ -108,21 +88,17 @@ class Job:
         *,
         client: str,
         model: str,
-        queue: Estimates,
+        queue: FairQueue,
         encode: Encode | None = None,
         keep: bool = False,
     ) -> None:
         self.id = secrets.token_urlsafe(16)
-        self.client = client
-        self.model = model
+        self.client, self.model, self.encode, self.keep = client, model, encode, keep
         self.size = request.image.size
         self.count = len(request.seeds)
         self.request: EditRequest | None = request  # until the job ends: its picture is large
-        self.encode = encode
-        self.keep = keep
         self.state: State = "waiting"
-        self.step = 0
-        self.steps = (request.settings.resolved().steps or 1) * self.count
+        self.step, self.steps = 0, (request.settings.resolved().steps or 1) * self.count
         self.results: list[Result] = []
         self.kept: list[Kept] | None = None
         self.warnings: list[str] = list(request.warnings)
@@ -139,10 +115,10 @@ class Job:
         self._sampled: float | None = None  # when its sampling began
         self._worker: Stoppable | None = None
         self._stopped = False
-        self._why: Ip2pError | None = None  # why it was stopped, unless its owner did
+        self.stop_reason: Ip2pError | None = None  # unless its client stopped it
         self._over = threading.Event()
-        self._listeners: set[Callable[[], None]] = set()
-        self._enders: set[Callable[[], None]] = set()
+        self._listeners: set[Callable[[], None]] = set()  # called at each change
+        self._enders: set[Callable[[], None]] = set()  # called at the end
 
     # --- for readers ------------------------------------------------------------------------------
 
@@ -168,7 +144,7 @@ class Job:
 
     @property
     def watched(self) -> bool:
-        """Whether somebody looks at its events or previews."""
+        """Whether somebody reads its events or previews."""
         return bool(self._listeners) or time.monotonic() - self._previews_read < WATCHED
 
     @property
@@ -185,69 +161,44 @@ class Job:
     @property
     def bytes(self) -> int:
         """About how much memory its pictures take."""
-        pictures = [result.image for result in self.results] + [image for image in self._previews if image]
+        pictures = [*(result.image for result in self.results), *filter(None, self._previews)]
         return sum(image.width * image.height * 4 for image in pictures)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end, at most so many seconds. Returns whether the job has ended."""
         return self._over.wait(timeout)
 
-    async def aend(self) -> None:
-        """`wait` for asyncio; cheaper than events for a reader of the end alone."""
-        over = asyncio.Event()
-        with _subscribed(self._enders, _threadsafe(over.set)):
+    async def until_end(self) -> None:
+        """`wait` for asyncio. It does not count as watching, so no previews are made for it."""
+        with _waker(self._enders) as over:
             if not self._over.is_set():
                 await over.wait()
 
-    def events(self) -> Iterator[Event]:
+    async def events(self) -> AsyncIterator[Event]:
         """Changes until the end. Any number may read; a slow reader misses what is outdated."""
-        changed = threading.Event()
-        with _subscribed(self._listeners, changed.set):
-            seen = _Seen()
-            while not seen.ended:
+        position, step, shown = -1, 0, list[Image.Image | None]([None] * self.count)
+        with _waker(self._listeners) as changed:
+            while True:
                 changed.clear()
-                yield from self._news(seen)
-                if not seen.ended:
-                    changed.wait()
+                state = self.state  # before the rest, which changes first
+                if state == "waiting" and self.position != position:
+                    position = self.position
+                    yield self._event("position")
+                if state != "waiting" and self.step != step:
+                    step = self.step
+                    yield self._event("step")
+                for number, image in enumerate(self._previews):
+                    if image is not None and image is not shown[number]:
+                        shown[number] = image
+                        yield self._event("preview", number=number, image=image)
+                if state in ENDED:
+                    yield self._event(state)
+                    return
+                await changed.wait()
 
-    async def aevents(self) -> AsyncIterator[Event]:
-        """`events` for asyncio."""
-        changed = asyncio.Event()
-        with _subscribed(self._listeners, _threadsafe(changed.set)):
-            seen = _Seen()
-            while not seen.ended:
-                changed.clear()
-                for event in self._news(seen):
-                    yield event
-                if not seen.ended:
-                    await changed.wait()
-
-    def _news(self, seen: _Seen) -> Iterator[Event]:
-        state = self.state  # before the rest, which changes first
-        if state == "waiting" and (position := self.position) != seen.position:
-            seen.position = position
-            yield self._event("position")
-        if state != "waiting" and self.step != seen.step:
-            seen.step = self.step
-            yield self._event("step")
-        for number, image in enumerate(self._previews):
-            if image is not None and image is not seen.previews.get(number):
-                seen.previews[number] = image
-                yield self._event("preview", number, image)
-        if state in ENDED:
-            seen.ended = True
-            yield self._event(state)  # type: ignore[arg-type]
-
-    def _event(self, kind: Kind, number: int | None = None, image: Image.Image | None = None) -> Event:
-        return Event(
-            kind=kind,
-            position=self.position,
-            step=self.step,
-            steps=self.steps,
-            seconds_left=self.seconds_left,
-            number=number,
-            image=image,
-        )
+    def _event(self, kind: str, **preview: object) -> Event:
+        state = {"position": self.position, "step": self.step, "steps": self.steps}
+        return Event(kind=kind, **state, **preview)  # type: ignore[arg-type]
 
     # --- for what works on it -----------------------------------------------------------------------
 
@@ -261,12 +212,13 @@ class Job:
             self._sampled = time.monotonic()
 
     def restart(self) -> None:
-        """Begin from nothing, after what worked on it was lost."""
+        """Start over, after what worked on it was lost."""
         self.step, self.results, self._sampled = 0, [], time.monotonic()
 
     def add_result(self, result: Result, *, preview: bool) -> None:
         self.results = [*self.results, result]
-        self.warn(result.image.info.get("warnings", ()))
+        found = result.image.info.get("warnings", ())
+        self.warnings += [text for text in found if text not in self.warnings]
         if preview:
             self.show(len(self.results) - 1, result.image)
 
@@ -277,11 +229,8 @@ class Job:
         small.info = {}
         self._previews[number] = small
 
-    def warn(self, words: Iterator[str] | list[str] | tuple[str, ...]) -> None:
-        self.warnings += [text for text in words if text not in self.warnings]
-
     def put_away(self, kept: list[Kept]) -> None:
-        """Name the files that take the place of the results."""
+        """Name the files that replace the results."""
         self.kept = kept
         self.results = []  # only now: a reader who finds them empty looks there
 
@@ -303,10 +252,10 @@ class Job:
             with self._lock:
                 self._worker = None
 
-    def stop(self, why: Ip2pError | None = None) -> None:
-        """Have what works on it end within a step. why: the error that the job fails with."""
+    def stop(self, reason: Ip2pError | None = None) -> None:
+        """Have what works on it end within a step. reason: the error that the job fails with."""
         with self._lock:
-            self._why, self._stopped = self._why or why, True
+            self.stop_reason, self._stopped = self.stop_reason or reason, True
             if self._worker is not None:
                 self._worker.stop()
 
@@ -315,12 +264,8 @@ class Job:
         if self._stopped:
             raise Stopped
 
-    def end_of_stopped(self) -> tuple[State, Ip2pError | None]:
-        """How a job ends that was stopped."""
-        return ("cancelled", None) if self._why is None else ("failed", self._why)
-
     def settle(self, state: State, error: Ip2pError | None) -> None:
-        """Drop what a job that ends so does not need any more."""
+        """Drop what a job that ends in `state` no longer needs."""
         self.ended, self.error, self.request = time.monotonic(), error, None
         if state == "failed":
             self.results, self._previews = [], [None] * self.count
@@ -335,20 +280,16 @@ class Job:
 
 
 @contextlib.contextmanager
-def _subscribed(those: set[Callable[[], None]], wake: Callable[[], None]) -> Iterator[None]:
-    those.add(wake)
-    try:
-        yield
-    finally:
-        those.discard(wake)
+def _waker(wakers: set[Callable[[], None]]) -> Iterator[asyncio.Event]:
+    """An event of the running loop, which any thread sets by calling what is put into `wakers`."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
-
-def _threadsafe(wake: Callable[[], None]) -> Callable[[], None]:
-    """`wake`, to be called from any thread, in the running event loop."""
-    loop = asyncio.get_running_loop()
-
-    def call() -> None:
+    def wake() -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(wake)
+            loop.call_soon_threadsafe(changed.set)
 
-    return call
+    wakers.add(wake)
+    try:
+        yield changed
+    finally:
+        wakers.discard(wake)

@@ -1,15 +1,17 @@
-"""What makes the results of jobs in this process: the models that are loaded, the steps that they share."""
+"""What makes the results of jobs in this process: the loaded models, and the steps that jobs share."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -24,7 +26,6 @@ from ip2p.pictures import masks
 from ip2p.pictures.images import to_pil
 from ip2p.serve.engine import JoinedEditor, Lane
 from ip2p.serve.jobs import Job, Result
-from ip2p.serve.models import ModelPool, Source
 from ip2p.serve.requests import EditRequest, Limits, naming
 from ip2p.settings import SettingError
 
@@ -32,53 +33,79 @@ from ip2p.settings import SettingError
 PREVIEW_SHARE = 0.25
 
 
-class Maker(Protocol):
-    """What makes the results of jobs.
+class Maker:
+    """What makes the results of jobs; the base of `LocalMaker` and `spread.ReplicaMaker`.
 
     models: their names, the default first. slots: pictures at once. changed: the lock of the service's
     queue; it is notified when a model is free. calls: calls of a network, by how many requests shared one.
     """
 
-    models: list[str]
-    slots: int
-    changed: threading.Condition
-    calls: Counter[int]
+    def __init__(self, models: Sequence[str], slots: int) -> None:
+        self.models, self.slots = list(models), slots
+        self.changed = threading.Condition(threading.RLock())
+        self.calls: Counter[int] = Counter()
 
     @property
-    def loaded(self) -> tuple[str, ...]: ...
+    def loaded(self) -> tuple[str, ...]:
+        """The models that are loaded."""
+        raise NotImplementedError
+
+    def warm(self) -> None:
+        """Load the first model. Raises what its loading raises."""
+        self.card(self.models[0])
+
+    def card(self, model: str) -> Card:
+        """A model's card, with the settings that it recommends. Loads the model."""
+        raise NotImplementedError
+
+    def check(self, request: EditRequest, model: str, limits: Limits) -> None:
+        """Raise SettingError for what a model cannot do, if that is known before it is loaded."""
+
+    def reserve(self, model: str) -> bool:
+        """Count a user of a model, if it is loaded or has room to be."""
+        return True
+
+    def release(self, model: str) -> None:
+        """Stop counting a user."""
+
+    def make(self, job: Job, limits: Limits) -> None:
+        """Make all results of a job. Raises Stopped, and what failed."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give up what it holds."""
+
+
+@dataclass
+class _Model:
+    """A model by its name: `loaded` from the start, or loaded by `load` when it is first needed."""
+
+    load: Callable[[], Editor]
+    loaded: Editor | None
+    joined: JoinedEditor | None = None
+    users: int = 0
+    used: float = 0.0  # when it was last released
+    loading: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def ready(self) -> bool: ...
-
-    def warm(self) -> None: ...
-
-    def card(self, model: str) -> Card: ...
-
-    def check(self, request: EditRequest, model: str, limits: Limits) -> None: ...
-
-    def reserve(self, model: str) -> bool: ...
-
-    def release(self, model: str) -> None: ...
-
-    def make(self, job: Job, limits: Limits) -> None: ...
-
-    def close(self) -> None: ...
+    def editor(self) -> Editor | None:
+        return self.joined or self.loaded
 
 
-class LocalMaker:
+class LocalMaker(Maker):
     """Makes edits with models of this process.
 
-    editors: models by name, each an editor or a function that loads one when it is first asked for; at most
+    editors: models by name, each an editor or a function that loads one when it is first needed; at most
     `loaded` of the functions' stay loaded. join: how many pictures are sampled at once, of all requests
     (`default_join` if None). check: called on every result before anybody sees it; an Ip2pError that it
-    raises fails the request. With it there are no previews, which nobody would have checked. finish: called
-    next, with the same right; what it returns takes the result's place. tiny_vae: an AutoencoderTiny that
-    decodes the previews (`bundle.load_tiny`); without one, the model's autoencoder does.
+    raises fails the request. There are no previews then, since nothing would have checked them. finish:
+    called next, may raise too; what it returns replaces the result. tiny_vae: an AutoencoderTiny that decodes
+    the previews (`bundle.load_tiny`); without one, the model's autoencoder does.
     """
 
     def __init__(
         self,
-        editors: Mapping[str, Source],
+        editors: Mapping[str, Editor | Callable[[], Editor]],
         *,
         join: int | None = None,
         loaded: int = 1,
@@ -88,32 +115,78 @@ class LocalMaker:
     ) -> None:
         if not editors:
             raise InputError("The service has no model. Name one, for example --model storybook.")
-        self.models = list(editors)
-        self.slots = default_join() if join is None else join
-        self.changed = threading.Condition(threading.RLock())
-        self.calls: Counter[int] = Counter()
+        super().__init__(list(editors), default_join() if join is None else join)
         self.check_result, self.finish_result = check, finish
-        self._pool = ModelPool(
-            editors,
-            room=loaded,
-            join=self.slots,
-            calls=self.calls,
-            changed=self.changed,
-            tiny_vae=tiny_vae,
-        )
-        self.reserve, self.release, self.close = self._pool.reserve, self._pool.release, self._pool.close
+        self._tiny_vae = tiny_vae
+        self._room = max(1, loaded)
+        self._models = {
+            name: _Model(lambda e=each: e, each) if isinstance(each, Editor) else _Model(each, None)  # type: ignore[misc]
+            for name, each in editors.items()
+        }
+
+    # --- models -----------------------------------------------------------------------------------
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        return self._pool.loaded
+        with self.changed:
+            return tuple(name for name, model in self._models.items() if model.editor is not None)
 
-    @property
-    def ready(self) -> bool:
-        return self._pool.peek(self.models[0]) is not None
+    def reserve(self, name: str) -> bool:
+        """Count a user of a model that is loaded or can be; an unused model makes room for it."""
+        with self.changed:
+            model = self._models[name]
+            if model.editor is None and not model.users:
+                held = [m for m in self._models.values() if m.loaded is None and (m.joined or m.users)]
+                if len(held) >= self._room:
+                    idle = [m for m in held if m.joined and not m.users]
+                    if not idle:
+                        return False
+                    self._unload(min(idle, key=lambda m: m.used))
+            model.users += 1
+            return True
+
+    def release(self, name: str) -> None:
+        with self.changed:
+            self._models[name].users -= 1
+            self._models[name].used = time.monotonic()
+            self.changed.notify_all()
+
+    def _open(self, name: str) -> JoinedEditor:
+        """The editor of a model that was reserved, loaded if need be."""
+        model = self._models[name]
+        with model.loading:
+            if model.joined is None:
+                if model.loaded is None:
+                    gc.collect()  # what made room
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                model.joined = JoinedEditor(
+                    model.load(), join=self.slots, calls=self.calls, tiny_vae=self._tiny_vae
+                )
+            return model.joined
+
+    @contextlib.contextmanager
+    def _using(self, name: str) -> Iterator[JoinedEditor]:
+        """The editor of a model, waited for until there is room for it."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.reserve(name))
+        try:
+            yield self._open(name)
+        finally:
+            self.release(name)
+
+    def _unload(self, model: _Model) -> None:
+        if model.joined is not None:
+            model.joined.close()
+            model.joined = None
+
+    def close(self) -> None:
+        for model in self._models.values():
+            self._unload(model)
 
     def warm(self) -> None:
-        """Load the first model, and compile it if it is to be compiled. Raises as loading does."""
-        with self._pool.using(self.models[0]) as editor:
+        """Load the first model, and compile it if it is to be compiled. Raises what its loading raises."""
+        with self._using(self.models[0]) as editor:
             if editor.origin.compile:
                 side = editor.bundle.card.native_size
                 say(f"compiling {self.models[0]} for {side}x{side}; this takes minutes the first time")
@@ -124,28 +197,29 @@ class LocalMaker:
                 say(f"{self.models[0]} is warm ({time.monotonic() - started:.0f} s)")
 
     def card(self, model: str) -> Card:
-        """What a model says of itself, with the settings that it recommends. Loads it."""
-        with self._pool.using(model) as editor:
+        with self._using(model) as editor:
             return editor.bundle.card
 
+    # --- edits ------------------------------------------------------------------------------------
+
     def check(self, request: EditRequest, model: str, limits: Limits) -> None:
-        """Raise SettingError for what a model does not do; if it is not loaded, its job says so."""
-        editor = self._pool.peek(model)
+        with self.changed:
+            editor = self._models[model].editor
         if editor is not None:
-            working_size(editor, request, limits)
+            _working_size(editor, request, limits)
 
     def make(self, job: Job, limits: Limits) -> None:
         """Make all results of a job, as many at once as it has places. Raises Stopped, and what failed."""
-        editor = self._pool.open(job.model)
-        request = resolve_request(job, editor, limits)
-        size = working_size(editor, request, limits)
+        editor = self._open(job.model)
+        request = _resolved(job, editor, limits)
+        size = _working_size(editor, request, limits)
+        every = request.previews if self.check_result is None else 0
         with editor.lane() as lane, job.stoppable(lane):
             lane.pictures = job.places
             at_once = editor.fitting_batch(size)
             start = 0
             while start < job.count:
                 seeds = request.seeds[start : start + at_once]
-                watch = _Watch(job, request, editor, lane, start, len(seeds), self.check_result is None)
                 try:
                     pictures = editor.edit(
                         request.image,
@@ -153,7 +227,7 @@ class LocalMaker:
                         seeds=seeds,
                         batch_size=len(seeds),
                         max_pixels=None,  # checked
-                        callback=watch,
+                        callback=_watch(job, editor, lane, start, len(seeds), every),
                     )
                 except ResourceError:
                     if len(seeds) == 1 or lane.stopped:
@@ -166,28 +240,28 @@ class LocalMaker:
                 job.notify()
 
     def _finish(self, job: Job, request: EditRequest, seed: int, picture: Image.Image) -> None:
-        found = picture.info.get("mask") if request.settings.auto_mask is not None else None
+        info = picture.info
         if self.check_result is not None:
             self.check_result(picture)
         if self.finish_result is not None:
-            info = picture.info
             picture = self.finish_result(picture)
             picture.info = {**info, **picture.info}
-        job.add_result(Result(picture, seed, found), preview=request.previews > 0)
+        mask = info.get("mask") if request.settings.auto_mask is not None else None
+        job.add_result(Result(picture, seed, mask), preview=request.previews > 0)
 
 
-def resolve_request(job: Job, editor: Editor, limits: Limits) -> EditRequest:
+def _resolved(job: Job, editor: Editor, limits: Limits) -> EditRequest:
     """The job's request with the model's own values for what it leaves open; its steps are known now."""
     assert job.request is not None
     settings = editor.resolved(job.request.settings)
     assert settings.steps is not None
-    # A model's own steps stay within the server's limit, which a request's were checked against.
+    # A request's steps were checked against the server's limit; a model's own are kept within it.
     steps = min(settings.steps, limits.steps)
     job.steps = steps * job.count
     return dataclasses.replace(job.request, settings=settings.changed(steps=steps))
 
 
-def working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple[int, int]:
+def _working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple[int, int]:
     """The width and height at which the model works. Raises SettingError for one over the limit."""
     pixels, settings = request.image.size, request.settings
     if settings.mask is not None:
@@ -206,56 +280,44 @@ def working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple[
     return width, height
 
 
-class _Watch:
-    """Called after each step of an edit: counts it, stops it, and has previews made."""
+def _watch(
+    job: Job, editor: JoinedEditor, lane: Lane, first: int, count: int, every: int
+) -> Callable[[int, int, Tensor], None]:
+    """A function to call after each step: it counts the step, stops the edit, and makes previews."""
+    before, began, shown = job.step, time.monotonic(), 0.0
+    job.start_sampling()
 
-    def __init__(
-        self,
-        job: Job,
-        request: EditRequest,
-        editor: JoinedEditor,
-        lane: Lane,
-        first: int,
-        count: int,
-        previews: bool,
-    ) -> None:
-        self.job, self.editor, self.lane = job, editor, lane
-        self.every = request.previews if previews else 0
-        self.first, self.count = first, count
-        self.before = job.step
-        self.shown = 0.0  # seconds that previews took
-        self.began = time.monotonic()
-        job.start_sampling()
-
-    def __call__(self, step: int, steps: int, x: Tensor) -> None:
-        self.job.check_stopped()
-        self.job.step = self.before + step * self.count
-        if self.every and step % self.every == 0 and step < steps:
-            self.preview()
-        self.job.notify()
-
-    def preview(self) -> None:
-        """Decode the model's present idea of the results: whole, if somebody looks and it is cheap.
+    def preview() -> None:
+        """Decode the model's present prediction of the results, if somebody looks and it is cheap.
 
         With an autoencoder, since a linear map from latents to colors would have to be fitted to every
         model; the cost is bounded by its share of the time.
         """
-        began = time.monotonic()
-        x0 = self.lane.x0
-        if x0 is None or not self.job.watched or self.shown > PREVIEW_SHARE * (began - self.began):
+        nonlocal shown
+        started, x0 = time.monotonic(), lane.x0
+        if x0 is None or not job.watched or shown > PREVIEW_SHARE * (started - began):
             return
         for number, row in enumerate(x0):
-            pixels = self.editor.decode_preview(row[None])
+            pixels = editor.decode_preview(row[None])
             if pixels.isfinite().all():
-                self.job.show(self.first + number, to_pil(pixels))
-        self.shown += time.monotonic() - began
+                job.show(first + number, to_pil(pixels))
+        shown += time.monotonic() - started
+
+    def watch(step: int, steps: int, x: Tensor) -> None:
+        job.check_stopped()
+        job.step = before + step * count
+        if every and step % every == 0 and step < steps:
+            preview()
+        job.notify()
+
+    return watch
 
 
 def default_join(device: torch.device | None = None) -> int:
-    """How many pictures to sample at once where the operator does not say; for the device of `auto` if None.
+    """How many pictures to sample at once unless the operator sets it; for the device of `auto` if None.
 
-    Measured on 8 requests of one picture at once, against one at a time: the storybook model on a CPU gave
-    1.24 times the requests a second joined by twos, 1.39 by fours and 1.43 by eights, where each would wait
-    twice as long for next to nothing; on a GPU 8 pictures of 512² take 3.2 times as long as one.
+    Measured on 8 requests of one picture at once, against one at a time: the storybook model on a CPU made
+    1.24 times the requests a second joined by twos, 1.39 by fours and 1.43 by eights, at twice the wait of
+    fours; on a GPU 8 pictures of 512² take 3.2 times as long as one.
     """
     return 4 if (device or pick_device()).type == "cpu" else 8

@@ -1,4 +1,4 @@
-"""What is done to every result before anybody sees it: it is checked, and it is marked as edited."""
+"""What happens to every result before anybody sees it: it is checked, and marked as edited."""
 
 from __future__ import annotations
 
@@ -30,27 +30,16 @@ Finish = Callable[[Image.Image], Image.Image]
 
 
 def marker(config: ServeConfig) -> Finish | None:
-    """What makes of each result one that tells it was edited (--mark); None for nothing."""
-    steps: list[Finish] = []
+    """What marks each result as edited (--mark); None for nothing."""
     if config.mark == "visible":
-        steps.append(write_words)
-    if config.mark != "none":
-        steps.append(tag)
-    if not steps:
-        return None
-
-    def finish(picture: Image.Image) -> Image.Image:
-        for step in steps:
-            picture = step(picture)
-        return picture
-
-    return finish
+        return lambda picture: tag(write_words(picture))
+    return tag if config.mark == "iptc" else None
 
 
 def checker(config: ServeConfig) -> Check | None:
     """What refuses a result that a classifier (`synth.safety`) calls unsafe (--safety); None for nothing.
 
-    Raises ModelError for a model that is none.
+    Raises ModelError for a model that is no classifier.
     """
     if config.safety is None:
         return None

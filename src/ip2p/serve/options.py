@@ -67,9 +67,7 @@ class ServeConfig(RaySettings, _Served):
     """Serve edits over HTTP, with a page in the browser: ip2p serve --port 7860"""
 
     host: str = setting(
-        "127.0.0.1",
-        "address to listen on; 0.0.0.0 admits other machines, and only with a key",
-        group=COMMON,
+        "127.0.0.1", "address to listen on; 0.0.0.0 admits other machines, and only with a key", group=COMMON
     )
     api_key_file: Path | None = setting(
         None, "file with API keys, one a line; or one key in IP2P_API_KEY", group=ACCESS, metavar="FILE"
@@ -149,7 +147,7 @@ class ServeConfig(RaySettings, _Served):
     )
 
     def check(self) -> None:
-        """Raise InputError for settings that cannot be used, or that would let anybody in unasked."""
+        """Raise InputError for settings that cannot be used, or that would let anybody in."""
         self.models()
         if not is_loopback(self.host) and not self.public and not self.api_keys():
             raise InputError(
@@ -174,7 +172,7 @@ class ServeConfig(RaySettings, _Served):
     def api_keys(self, env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
         """The keys of `--api-key-file`, else the one in IP2P_API_KEY. Raises InputError for bad ones.
 
-        They are no setting, so that no `run.json` and no list of processes shows them.
+        They are not settings, so no `run.json` and no list of processes shows them.
         """
         if self.api_key_file is None:
             keys, source = [env["IP2P_API_KEY"]] if env.get("IP2P_API_KEY") else [], "IP2P_API_KEY"
@@ -212,21 +210,20 @@ class UiConfig(_Served):
 
 
 def parse_models(listed: Sequence[str]) -> dict[str, str]:
-    """NAME=MODEL, or MODEL alone, by the names under which they are served.
+    """Models by the names under which they are served, from NAME=MODEL or MODEL alone.
 
-    A model alone goes by its own name: a hub id whole, a folder or a file by its last part, without the
-    ending. Raises InputError for none, an empty one, or a name that stands for two.
+    A hub id alone is its own name; a folder or a file goes by its last part, without the suffix. Raises
+    InputError for no model, an empty one, or a name that stands for two.
     """
     models: dict[str, str] = {}
     for text in listed:
         name, equals, model = text.partition("=")
         if not equals:
-            path = Path(text)
-            local = (
-                path.exists() or text.startswith((".", "/", "~")) or path.suffix in (".safetensors", ".ckpt")
-            )
-            stem = path.stem if path.suffix in (".safetensors", ".ckpt") else path.resolve().name
-            name, model = (stem if local else text), text
+            path, name, model = Path(text), text, text
+            if path.suffix in (".safetensors", ".ckpt"):
+                name = path.stem
+            elif path.exists() or text.startswith((".", "/", "~")):
+                name = path.resolve().name
         if not name.strip() or not model.strip():
             raise InputError(f"--model {text!r} names no model. Try --model mine=./my-editor.")
         if name in models:

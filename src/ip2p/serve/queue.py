@@ -22,8 +22,7 @@ class Full(ResourceError):
 
     def __init__(self, message: str, *, retry_after: float, scope: Literal["queue", "client"]) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
-        self.scope = scope
+        self.retry_after, self.scope = retry_after, scope
 
 
 class Draining(ResourceError):
@@ -34,7 +33,7 @@ class Draining(ResourceError):
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A place in the queue that is kept for a request of a client."""
+    """A place in the queue, kept for a request of a client."""
 
     client: str
 
@@ -52,9 +51,9 @@ class FairQueue:
         self.draining = False
         self._changed = changed
         self._free = slots
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by client; the next turn is the first
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by client; the first is next
         self._of_client: Counter[str] = Counter()
-        self._places: list[Place] = []  # kept for requests that are being read
+        self._places: list[Place] = []
         self._pace: float | None = None  # seconds from one end to the next while all slots are taken
         self._seconds: float | None = None  # that a request runs
 
@@ -76,28 +75,24 @@ class FairQueue:
             if self.draining:
                 self.rejected["draining"] += 1
                 raise Draining("The server is shutting down and takes no more requests. Ask again soon.")
-            limits, waiting = self.limits, sum(map(len, self._waiting.values())) + len(self._places)
-            own = sum(place.client == client for place in self._places)
-            if self._of_client.get(client, 0) + own >= limits.per_client:
-                self._refuse(
-                    "client", f"{limits.per_client} of your requests wait or run, which is the limit."
-                )
-            if waiting >= limits.queue:
-                self._refuse("queue", f"{limits.queue} requests wait already, which is the limit.")
+            most, own = self.limits.per_client, sum(place.client == client for place in self._places)
+            if self._of_client.get(client, 0) + own >= most:
+                self._refuse("client", f"{most} of your requests wait or run, which is the limit.")
+            if len(self.waiting) + len(self._places) >= self.limits.queue:
+                self._refuse("queue", f"{self.limits.queue} requests wait already, which is the limit.")
 
     def _refuse(self, scope: Literal["queue", "client"], message: str) -> None:
         self.rejected[scope] += 1
-        # By then all that waits now has begun; for a client, one of its own has ended.
+        # By then all that waits now has begun; for a client, one of its jobs has ended.
         ahead = len(self.waiting) if scope == "queue" else self.clients
         seconds = min(600.0, max(1.0, (self._pace or 1.0) * ahead))
         raise Full(f"{message} Ask again in {seconds:.0f} seconds.", retry_after=seconds, scope=scope)
 
     @contextlib.contextmanager
     def room(self, client: str) -> Iterator[Place]:
-        """Keep a place while a picture is decoded, so that none is refused after that work.
+        """Keep a place while a picture is decoded, so that no request is refused after that work.
 
-        Not while a body is on its way: a slow upload would block others. Raises Full or Draining at once
-        where there is none.
+        Not while a body is on its way: a slow upload would block others. Raises Full or Draining.
         """
         with self._changed:
             self.check_room(client)
@@ -147,7 +142,8 @@ class FairQueue:
             self._free -= places
             self.running[job.id] = job
             job.start(places)
-            self._notify_waiting()
+            for other in self.waiting:
+                other.notify()
             if self._free:
                 self._changed.notify()
             return job
@@ -161,7 +157,7 @@ class FairQueue:
                 del self._waiting[job.client]
 
     def free(self, job: Job) -> None:
-        """Give its slots to others, also while its results are written."""
+        """Give the job's slots to others, also while its results are written."""
         with self._changed:
             self._free += job.places
 
@@ -174,26 +170,17 @@ class FairQueue:
             self._pace = _smoothed(self._pace, took / max(1, len(self.running)))
 
     def leave(self, job: Job) -> None:
-        """Count a job no longer that ends."""
+        """Stop counting a job, which ends."""
         with self._changed:
             self.running.pop(job.id, None)
             self._of_client[job.client] -= 1
             if not self._of_client[job.client]:
                 del self._of_client[job.client]
 
-    def notify(self) -> None:
-        """Tell those who wait that the queue has changed."""
-        with self._changed:
-            self._notify_waiting()
-            self._changed.notify_all()
-
-    def _notify_waiting(self) -> None:
-        for job in self.waiting:
-            job.notify()
-
     # --- estimates --------------------------------------------------------------------------------
 
     def position(self, job: Job) -> int:
+        """How many jobs begin before it; 0 for one that does not wait."""
         with self._changed:
             before, own = 0, self._waiting.get(job.client)
             if own is None or job not in own:

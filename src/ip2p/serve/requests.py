@@ -22,7 +22,7 @@ NOT_TEXT = "holds half of a character (a lone surrogate). Send whole ones."
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may ask for, and how many may; `Service.submit` checks all of it."""
+    """What a request may ask for, and how many requests there may be; `Service.submit` checks them."""
 
     pixels: int = 16_000_000  # of a picture
     working_pixels: int | None = None  # at which the model works; None: 4 times its own size, at least 1024²
@@ -38,10 +38,10 @@ class Limits:
 class EditRequest:
     """One edit.
 
-    image: upright RGB; its `info` may have exif and icc_profile, which go over to the results. settings:
-    its mask ("L", of the picture's size) and control image are pictures; its seed gives way to `seeds`, one
-    result each. model: a name of `Service.models`, the first if None. previews: every so many steps a small
-    picture of what is being made; 0 for none. warnings: about the pictures, for whoever asked.
+    image: upright RGB; the EXIF and color profile in its `info` go over to the results. settings: its mask
+    ("L", of the picture's size) and control image are pictures; `seeds`, one for each result, replace its
+    seed. model: a name of `Service.models`, None for the first. previews: a small picture of the state every
+    so many steps; 0 for none. warnings: about the pictures, for the client.
     """
 
     image: Image.Image
@@ -108,10 +108,8 @@ def check_request(request: EditRequest, limits: Limits, models: list[str]) -> Ed
             f"seeds has {len(request.seeds)} of them, one for each result; it must be 1 to {limits.count}.",
             field="seeds",
         )
-    for name, value, most in (
-        *(("seeds", seed, MAX_SEED) for seed in request.seeds),
-        ("previews", request.previews, limits.steps),
-    ):
+    ranges = [("seeds", seed, MAX_SEED) for seed in request.seeds]
+    for name, value, most in (*ranges, ("previews", request.previews, limits.steps)):
         if not 0 <= value <= most:
             raise SettingError(f"{name} is {value}; it must be 0 to {most}.", field=name)
     if request.model is not None and request.model not in models:
@@ -123,9 +121,8 @@ def check_request(request: EditRequest, limits: Limits, models: list[str]) -> Ed
     if read["mask"] is not None:
         with naming("mask"):
             mask = masks.load_mask(read["mask"], image.size, max_pixels=None)
-            name = picture_name(read["mask"]) or "mask"
+            mask.filename = picture_name(read["mask"]) or "mask"  # type: ignore[attr-defined]  # for infotext
             read["mask"] = mask
-            mask.filename = name  # type: ignore[attr-defined]  # as its results' settings call it
     settings = EditSettings.model_construct(**read)
     return dataclasses.replace(request, image=image, settings=settings)
 

@@ -1,4 +1,4 @@
-"""What has ended, kept for a while: finished files in a bounded folder, ended jobs by their ids in memory."""
+"""What has ended, kept for a while: results in a bounded folder, ended jobs by their ids in memory."""
 
 from __future__ import annotations
 
@@ -9,39 +9,31 @@ import secrets
 import stat
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.pictures.images import to_bytes
 from ip2p.serve.jobs import Encode, Job, Kept
 
-# 128 random bits in base 64, and an ending: nothing in it can name another folder.
+# 128 random bits in base 64, and a suffix: nothing in it can name another folder.
 NAME = re.compile(r"[A-Za-z0-9_-]{22}\.[a-z0-9]{1,8}", re.ASCII)
 MARK = ".ip2p-store"  # marks a folder that may be emptied
-REMEMBERED = 10_000  # names that made room before their time
-
-
-@dataclass
-class _Entry:
-    size: int
-    since: float
+REMEMBERED = 10_000  # names dropped before their time
 
 
 class Shelf:
-    """Names, each kept for `seconds`; the oldest go first when `size` bytes or `count` is passed.
+    """Names, each kept for `seconds`; the oldest go first beyond `size` bytes or `count`.
 
-    on_drop is called with each name that goes. It has no lock of its own.
+    on_drop is called with each name that goes. Its owner has the lock.
     """
 
-    def __init__(self, *, seconds: float, size: int, count: int, on_drop: Callable[[str], None]) -> None:
+    def __init__(self, *, seconds: float, size: int, count: int, on_drop: Callable[[str], object]) -> None:
         self.seconds, self.size, self.count = seconds, size, count
         self.bytes = 0
         self._on_drop = on_drop
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._early: OrderedDict[str, None] = OrderedDict()  # what made room before its time
+        self._entries: dict[str, tuple[int, float]] = {}  # size and time, the oldest first
+        self._early: dict[str, None] = {}  # dropped before their time, to make room
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -50,41 +42,41 @@ class Shelf:
         return len(self._entries)
 
     def put(self, name: str, size: int) -> None:
-        self._entries[name] = _Entry(size, time.monotonic())
+        self._entries[name] = size, time.monotonic()
         self.bytes += size
 
     def resize(self, name: str, size: int) -> None:
-        """Count a name that is kept with another size."""
+        """Change the size of a name that is kept."""
         if name in self._entries:
-            self.bytes += size - self._entries[name].size
-            self._entries[name].size = size
+            before, since = self._entries[name]
+            self._entries[name] = size, since
+            self.bytes += size - before
 
     def size_of(self, names: Sequence[str]) -> int:
-        return sum(self._entries[name].size for name in names if name in self._entries)
+        return sum(self._entries[name][0] for name in names if name in self._entries)
 
     def drop(self, name: str) -> None:
-        entry = self._entries.pop(name, None)
-        if entry is not None:
-            self.bytes -= entry.size
+        if name in self._entries:
+            self.bytes -= self._entries.pop(name)[0]
             self._on_drop(name)
 
     def drop_old(self, size: int = 0, count: int = 0, stay: Sequence[str] = ()) -> None:
-        """Drop what is past its time, and what, but for `stay`, is in the way of so many bytes and names."""
+        """Drop what is past its time and, except for `stay`, what so many more bytes and names need."""
         now = time.monotonic()
-        for name, entry in list(self._entries.items()):
+        for name, (taken, since) in list(self._entries.items()):
             heavy, many = self.bytes + size > self.size, len(self._entries) + count > self.count
-            past = now - entry.since >= self.seconds
+            past = now - since >= self.seconds
             if not (heavy or many or past):
                 return
-            # What takes no memory gives none: it goes for the count and the time alone.
-            if past or (name not in stay and (many or (heavy and entry.size))):
+            # Dropping what takes no memory frees none: it goes for the count and the time alone.
+            if past or (name not in stay and (many or (heavy and taken))):
                 self.drop(name)
                 if not past:
                     self._early[name] = None
-                    while len(self._early) > REMEMBERED:
-                        self._early.popitem(last=False)
+                    if len(self._early) > REMEMBERED:
+                        del self._early[next(iter(self._early))]
 
-    def went_early(self, name: str) -> bool:
+    def dropped_early(self, name: str) -> bool:
         """Whether a name was dropped before its time, to make room."""
         return name in self._early
 
@@ -94,11 +86,11 @@ class Shelf:
 
 
 class Store:
-    """A folder of files, each kept for `seconds`; the oldest go first when `size` bytes or `count` is passed.
+    """A folder of files, each kept for `seconds`; the oldest go first beyond `size` bytes or `count`.
 
-    The folder is this store's alone, for its owner only (0700, files 0600), and is emptied when a store is
-    made: what it held belongs to a process that is gone. Any number of threads may use it. Raises InputError
-    for a folder that holds anything else, that is a link, or that cannot be written.
+    Only its owner can read it (0700, files 0600). A new store empties the folder: what it held belongs to a
+    process that is gone. Any thread may use it. Raises InputError for a folder that holds anything else, is
+    a link, or cannot be written.
     """
 
     def __init__(self, folder: Path, *, seconds: float = 600, size: int = 2**30, count: int = 10_000) -> None:
@@ -116,10 +108,10 @@ class Store:
             raise InputError(f"The folder {folder} for results cannot be used ({error.strerror}).") from None
 
     def put(self, data: bytes, suffix: str, *, beside: Sequence[str] = ()) -> str:
-        """Keep a file, written whole; its new name, which ends in `suffix`, such as ".png".
+        """Write a file and return its new name, which ends in `suffix`, such as ".png".
 
-        beside: names of files of the same edit, which do not go to make room for this one. Raises
-        ResourceError where it and those are larger than the store, and for a full disk.
+        beside: files of the same edit, which are not dropped to make room for this one. Raises ResourceError
+        if it and those are larger than the store, and for a full disk.
         """
         name = secrets.token_urlsafe(16) + suffix
         assert NAME.fullmatch(name), name
@@ -132,13 +124,13 @@ class Store:
                     "(--store-mb). Ask for fewer or smaller ones."
                 )
             self.shelf.drop_old(len(data), 1, beside)
-            self.shelf.put(name, len(data))  # before it is written, or many at once would pass the bound
+            self.shelf.put(name, len(data))  # before it is written, or many at once would exceed the bound
         partial = self.folder / f".{name}"
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
             with self._lock:
-                # Others may have needed its room meanwhile: a file that nobody counts would stay forever.
+                # If others took its room meanwhile it must go: a file that is not counted would stay forever.
                 if name in self.shelf:
                     os.rename(partial, self.folder / name)
                 else:
@@ -151,7 +143,7 @@ class Store:
         return name
 
     def read(self, name: str) -> bytes | None:
-        """The file kept under exactly this name; None for any other text, and once its time has passed."""
+        """The file of exactly this name; None for any other text, and once its time has passed."""
         if not NAME.fullmatch(name):
             return None
         with self._lock:
@@ -159,20 +151,20 @@ class Store:
             if name not in self.shelf:
                 return None
         try:
-            # Nobody else writes here, and still no link is followed out of the folder, no pipe waited for.
+            # Nobody else writes here; still, follow no link out of the folder and wait for no pipe.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             with open(os.open(self.folder / name, flags), "rb") as file:
                 return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
         except OSError:
             return None
 
-    def went_early(self, name: str) -> bool:
+    def dropped_early(self, name: str) -> bool:
         """Whether a file was dropped before its time, to make room."""
         with self._lock:
-            return self.shelf.went_early(name)
+            return self.shelf.dropped_early(name)
 
     def remove(self, name: str) -> None:
-        """Drop a file before its time; nothing happens for a name that is not kept."""
+        """Drop a file, if it is kept."""
         with self._lock:
             self.shelf.drop(name)
 
@@ -186,7 +178,7 @@ class Store:
 
     @property
     def bytes(self) -> int:
-        """Of all that is kept now."""
+        """The size of all files."""
         return self.shelf.bytes
 
     def _unlink(self, name: str) -> None:
@@ -194,32 +186,32 @@ class Store:
             (self.folder / name).unlink(missing_ok=True)
 
     def _empty(self) -> None:
-        there = list(self.folder.iterdir())
-        known = {
-            entry for entry in there if entry.name == MARK or NAME.fullmatch(entry.name.removeprefix("."))
-        }
-        if there and (self.folder / MARK not in there or known != set(there)):
-            strange = next((entry for entry in there if entry not in known), there[0])
+        entries = list(self.folder.iterdir())
+        strange = [
+            entry
+            for entry in entries
+            if (entry.name != MARK and not NAME.fullmatch(entry.name.removeprefix(".")))
+            or (entry.is_dir() and not entry.is_symlink())
+        ]
+        if entries and (strange or self.folder / MARK not in entries):
             raise InputError(
-                f"{self.folder} holds {strange.name}, which is no result of this server's, and would be "
-                "emptied. Name a folder of its own."
+                f"{self.folder} holds {(strange or entries)[0].name}, which this server did not write, and "
+                "would be emptied. Choose another folder for --store."
             )
-        for entry in known:
-            if entry.is_dir() and not entry.is_symlink():
-                raise InputError(f"{self.folder} holds the folder {entry.name}. Name a folder of its own.")
+        for entry in entries:
             entry.unlink()
 
 
 class JobShelf:
     """Jobs by their ids: those that wait or run, and ended ones for `seconds`, `size` bytes and `count`.
 
-    store: where results go that somebody comes back for. Any number of threads may use it.
+    store: for results that a client comes back for. Any thread may use it.
     """
 
     def __init__(self, *, seconds: float, size: int, count: int, store: Store | None) -> None:
         self.store = store
-        self.shelf = Shelf(seconds=seconds, size=size, count=count, on_drop=self._forget)
         self._jobs: dict[str, Job] = {}
+        self.shelf = Shelf(seconds=seconds, size=size, count=count, on_drop=self._jobs.pop)
         self._newest = ""  # of those with pictures in memory
         self._lock = threading.RLock()
 
@@ -240,10 +232,10 @@ class JobShelf:
             self._drop_old()
             return self._jobs.get(id)
 
-    def went_early(self, id: str) -> bool:
+    def dropped_early(self, id: str) -> bool:
         """Whether the job of an id was forgotten before its time, to make room."""
         with self._lock:
-            return self.shelf.went_early(id)
+            return self.shelf.dropped_early(id)
 
     def end(self, job: Job) -> None:
         """Keep a job that ends, for its time."""
@@ -257,7 +249,7 @@ class JobShelf:
     def keep(self, job: Job, encode: Encode) -> list[Kept]:
         """Move a job's results from memory to the store, unless they are there.
 
-        Raises ResourceError where they do not fit, or the disk is full.
+        Raises ResourceError if they do not fit or the disk is full.
         """
         store = self.store
         assert store is not None
@@ -265,13 +257,15 @@ class JobShelf:
             if job.kept is None:
                 names: list[str] = []
                 kept = []
+
+                def put(data: bytes, suffix: str) -> str:
+                    names.append(name := store.put(data, suffix, beside=names))
+                    return name
+
                 try:
                     for result in job.results:
-                        names.append(file := store.put(*encode(result.image), beside=names))
-                        mask = None
-                        if result.mask is not None:
-                            mask = store.put(to_bytes(result.mask), ".png", beside=names)
-                            names.append(mask)
+                        file = put(*encode(result.image))
+                        mask = None if result.mask is None else put(to_bytes(result.mask), ".png")
                         kept.append(Kept(file, mask, result.seed, result.parameters))
                 except BaseException:
                     for name in names:
@@ -285,6 +279,3 @@ class JobShelf:
     def _drop_old(self) -> None:
         # The newest stays, whatever its size: nobody had the time to ask for it.
         self.shelf.drop_old(stay=(self._newest,))
-
-    def _forget(self, id: str) -> None:
-        self._jobs.pop(id, None)

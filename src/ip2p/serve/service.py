@@ -1,12 +1,11 @@
-"""Edits for many clients at once: takes requests, has them made in their turn, keeps what came out.
+"""Edits for many clients at once: takes requests, has them made in turn, keeps the results.
 
-The turns are `queue.FairQueue`'s, the edits a `maker.Maker`'s, what has ended is on `results.JobShelf`. It
-knows nothing of HTTP: the page and the faces of the server stand on it.
+The turns are decided by `queue.FairQueue`, the edits made by a `maker.Maker`, what has ended kept by
+`results.JobShelf`. Nothing here knows HTTP.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from ip2p.base.errors import Ip2pError, as_ip2p_error
 from ip2p.models.bundle import Card
-from ip2p.serve.jobs import Encode, Job, Kept, State, Stopped
+from ip2p.serve.jobs import ENDED, Encode, Job, State, Stopped
 from ip2p.serve.maker import Maker
 from ip2p.serve.queue import Draining, FairQueue, Place
 from ip2p.serve.requests import EditRequest, Limits, check_request
@@ -33,7 +32,7 @@ BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # sec
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What a service has done since it began, and what it does now."""
+    """What a service has done since it started, and what it does now."""
 
     waiting: int
     running: int
@@ -50,7 +49,7 @@ class Stats:
 
 
 class Service:
-    """Takes requests, has `maker` make them, and keeps what came out for a while.
+    """Takes requests, has `maker` make them, and keeps the results for a while.
 
     keep_seconds, keep_bytes, keep_jobs: how long ended jobs are known by their id, with how many bytes of
     pictures in memory, and how many. store: a folder for results on disk, bounded by store_bytes (`Store`).
@@ -69,12 +68,13 @@ class Service:
         store_bytes: int = 2**30,
     ) -> None:
         self.limits = limits or Limits()
-        self.maker = maker
-        self.models = maker.models
+        self.maker, self.models, self.warm = maker, maker.models, maker.warm
         self.keep_seconds = keep_seconds
         self.store = None if store is None else Store(store, seconds=keep_seconds, size=store_bytes)
         self.jobs = JobShelf(seconds=keep_seconds, size=keep_bytes, count=keep_jobs, store=self.store)
+        self.job, self.keep = self.jobs.get, self.jobs.keep
         self.queue = FairQueue(self.limits, maker.slots, maker.changed)
+        self.check_room, self.room = self.queue.check_room, self.queue.room
         self._changed = maker.changed
         self._closed = False
         self._outcomes: Counter[str] = Counter()
@@ -105,10 +105,10 @@ class Service:
         encode: Encode | None = None,
         keep: bool = False,
     ) -> Job:
-        """Put a request into the queue. `client`: whose it is, for fairness; `place`: what `room` kept.
+        """Put a request into the queue. client: whose it is, for fairness; place: what `room` kept.
 
-        encode: how the results are written. keep: for one who comes back later, they go into the store as
-        soon as they are made, where more of them find room than in memory.
+        encode: writes a result. keep: for a client who comes back later; results go into the store as soon
+        as they are made, since more of them fit there than in memory.
 
         Raises SettingError for what cannot be done, Full and Draining where there is no room.
         """
@@ -127,16 +127,8 @@ class Service:
             raise
         return job
 
-    def check_room(self, client: str) -> None:
-        """Raise Full or Draining if a request of this client would not be taken now."""
-        self.queue.check_room(client)
-
-    def room(self, client: str) -> contextlib.AbstractContextManager[Place]:
-        """Keep a place in the queue while a picture is decoded (`FairQueue.room`)."""
-        return self.queue.room(client)
-
     def cancel(self, id: str) -> None:
-        """Stop a job: one that waits at once, one that runs within a step. Nothing happens to others."""
+        """Stop a job: one that waits at once, one that runs within a step. Others are left alone."""
         with self._changed:
             job = self.jobs.get(id)
             if job is None or not job.active:
@@ -147,26 +139,14 @@ class Service:
             else:
                 job.stop()
 
-    def job(self, id: str) -> Job | None:
-        """The job of an id; None once it is forgotten."""
-        return self.jobs.get(id)
-
-    def keep(self, job: Job, encode: Encode) -> list[Kept]:
-        """Move a job's results from memory into the store (`JobShelf.keep`)."""
-        return self.jobs.keep(job, encode)
-
     def card(self, model: str | None = None) -> Card:
-        """What a model says of itself, with the settings that it recommends. Loads it."""
+        """A model's card, with the settings that it recommends. Loads the model."""
         return self.maker.card(model or self.models[0])
-
-    def warm(self) -> None:
-        """Load the first model. Raises as it does."""
-        self.maker.warm()
 
     @property
     def ready(self) -> bool:
         """Whether the first model is loaded and requests are taken."""
-        return not self.queue.draining and self.maker.ready
+        return not self.queue.draining and self.models[0] in self.maker.loaded
 
     def stats(self) -> Stats:
         """What was done, and what is going on."""
@@ -177,9 +157,7 @@ class Service:
                 waiting=len(self.queue.waiting),
                 running=len(self.queue.running),
                 clients=self.queue.clients,
-                done=self._outcomes["done"],
-                failed=self._outcomes["failed"],
-                cancelled=self._outcomes["cancelled"],
+                **{state: self._outcomes[state] for state in ENDED},
                 rejected=dict(self.queue.rejected),
                 seconds=upto | {math.inf: sum(self._buckets.values())},
                 seconds_sum=self._seconds_sum,
@@ -191,14 +169,14 @@ class Service:
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, fail those that wait with Draining, and wait for those that run.
 
-        Whether they ended in time; those that did not are stopped and fail with Draining too.
+        Returns whether they ended in time; those that did not are stopped and fail with Draining too.
         """
         with self._changed:
             self.queue.draining = True
             for job in self.queue.waiting:
                 self.queue.withdraw(job)
-                words = "The server is shutting down before this request began. Ask again."
-                self._end(job, "failed", Draining(words))
+                message = "The server is shutting down before this request began. Ask again."
+                self._end(job, "failed", Draining(message))
             in_time = self._changed.wait_for(lambda: not self.queue.running, timeout)
             for job in list(self.queue.running.values()):
                 job.stop(Draining("The server shut down before this request was done. Ask again."))
@@ -243,7 +221,8 @@ class Service:
                 self.keep(job, job.encode)
             state = "done"
         except Stopped:
-            state, error = job.end_of_stopped()
+            error = job.stop_reason
+            state = "failed" if error else "cancelled"
         except Ip2pError as known:
             error = known.with_traceback(None)  # which would hold the pictures
         except Exception as unknown:
@@ -267,14 +246,14 @@ class Service:
         job.settle(state, error)
         self.jobs.end(job)
         job.end(state)
-        self.queue.notify()
+        for other in self.queue.waiting:
+            other.notify()
+        self._changed.notify_all()
         waited = (job.started or job.created + took) - job.created
+        # The same client has the same name in the logs while the process lives; it is no address.
+        client = hashlib.sha256(self._salt + job.client.encode()).hexdigest()[:8]
         log.info(
             "job=%s client=%s model=%s size=%dx%d steps=%d count=%d waited=%.3f seconds=%.3f outcome=%s%s",
-            *(job.id, self._hashed(job.client), job.model, *job.size, job.steps // job.count, job.count),
+            *(job.id, client, job.model, *job.size, job.steps // job.count, job.count),
             *(waited, took, state, f" error={type(error).__name__}" if error else ""),
         )
-
-    def _hashed(self, client: str) -> str:
-        """A client's name in the logs: the same as long as the process lives, and no address."""
-        return hashlib.sha256(self._salt + client.encode()).hexdigest()[:8]

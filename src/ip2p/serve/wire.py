@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import contextlib
 import functools
 import io
 import json
 import math
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 from fastapi.responses import StreamingResponse
-from PIL import Image, ImageOps
-from pydantic import BaseModel, ValidationError
+from PIL import Image, ImageChops, ImageOps
+from pydantic import BaseModel, ValidationError, WithJsonSchema, create_model
+from pydantic_core import PydanticUndefined
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -28,59 +28,59 @@ from ip2p.pictures.images import flattened, load_image, to_bytes
 from ip2p.serve.errors import Refusal
 from ip2p.serve.jobs import Job
 from ip2p.serve.options import ServeConfig
-from ip2p.serve.requests import NOT_TEXT, EditRequest, is_text, naming
+from ip2p.serve.requests import NOT_TEXT, EditRequest, Limits, is_text, limited_settings, naming
 from ip2p.serve.service import Service
-from ip2p.settings import PYTHON, EditSettings, SettingError, Voice, explained
+from ip2p.settings import PYTHON, EditSettings, Interface, SettingError, Voice, explained, interface_body
 
 Body = TypeVar("Body", bound=BaseModel)
 T = TypeVar("T")
 Format = Literal["png", "jpeg", "webp"]
 KINDS: dict[str, Literal["PNG", "JPEG", "WEBP"]] = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
-# Fields of a form that is no file: a picture may come in one as base64.
-MAX_FIELDS, MAX_FILES = 100, 16
+MAX_FIELDS, MAX_FILES = 100, 16  # of a form
 DEEPEST = 20  # lists and objects within each other in a field
 QUALITY = 95
 RANDOM_SEEDS = 2**32
-URL_SAFE = str.maketrans("-_", "+/")
-# What OpenAPI says of a picture in a body.
-PICTURE_SCHEMA = {"type": "string", "format": "picture"}
+PICTURE_FIELDS = ("image", "images", "init_images", "mask", "control_image")
+PICTURE_SCHEMA = {"type": "string", "format": "picture"}  # in OpenAPI
+PictureField = Annotated[bytes | str, WithJsonSchema(PICTURE_SCHEMA)]
+OptionalPicture = Annotated[bytes | str | None, WithJsonSchema({"anyOf": [PICTURE_SCHEMA, {"type": "null"}]})]
 
 
 @dataclass(frozen=True)
 class Desk:
     """What every interface works with.
 
-    hands: bounds how many pictures are decoded or encoded at once. opening: how many requests have pictures
-    that are decoded and do not yet count in the queue.
+    threads: bounds how many pictures are decoded or encoded at once. opening: bounds how many requests have
+    decoded pictures and do not count in the queue yet.
     """
 
     service: Service
     config: ServeConfig
-    hands: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
+    threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
     opening: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
 
-    async def by_hand(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
-        """Run it in a thread, so that the server answers others meanwhile."""
-        return await anyio.to_thread.run_sync(functools.partial(work, *args, **named), limiter=self.hands)
+    async def in_thread(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
+        """Run `work` in a thread, so that the server answers others meanwhile."""
+        return await anyio.to_thread.run_sync(functools.partial(work, *args, **named), limiter=self.threads)
 
 
 # --- bodies --------------------------------------------------------------------------------------
 
 
 async def read_body(request: Request, kind: type[Body], desk: Desk, voice: Voice = PYTHON) -> Body:
-    """The body of a request, a form or JSON, as `kind`; what is a file in a form comes as its bytes.
+    """The body of a request, a form or JSON, as `kind`; a file in a form becomes its bytes.
 
-    Of a field that came several times, as `image` or as `image[]`, there is a list if `kind` has one.
-    Raises SettingError for a field that cannot be read, and Refusal for another type of body.
+    A field that comes several times, as `image` or as `image[]`, becomes a list if `kind` has one. Raises
+    SettingError for a field that cannot be read, and Refusal for another type of body.
     """
     content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # A request of its own: the one that is answered would hold the whole body until then.
+    # A second request object: the first would hold the whole body until it is answered.
     read = Request(request.scope, request.receive)
     if content in ("multipart/form-data", "application/x-www-form-urlencoded"):
         values = await _form_values(read, kind, desk)
     elif content in ("application/json", ""):
         try:
-            values = await desk.by_hand(json.loads, await read.body())
+            values = await desk.in_thread(json.loads, await read.body())
         except (ValueError, RecursionError) as error:
             raise SettingError(f"body is not JSON: {error}", field="body") from None
     else:
@@ -91,7 +91,7 @@ async def read_body(request: Request, kind: type[Body], desk: Desk, voice: Voice
         )
     if not isinstance(values, dict):
         raise SettingError(
-            'body is no object. Send JSON such as {"instruction": "make it snow"}.', field="body"
+            'body is not an object. Send JSON such as {"instruction": "make it snow"}.', field="body"
         )
     for name, value in values.items():
         _check_value(name, value)
@@ -114,10 +114,10 @@ async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> d
             values.setdefault(name, []).append(content)
         for name, several in values.items():
             info = kind.model_fields.get(name)
-            kinds = "" if info is None else str(info.annotation).lower()
-            if len(several) > 1 and "list" not in kinds and "tuple" not in kinds:
-                raise SettingError(f"{name} came twice. Send it once.", field=name)
-            if len(several) == 1 and "list" not in kinds:
+            types = "" if info is None else str(info.annotation).lower()
+            if len(several) > 1 and "list" not in types and "tuple" not in types:
+                raise SettingError(f"{name} was sent twice. Send it once.", field=name)
+            if len(several) == 1 and "list" not in types:
                 [values[name]] = several
     except HTTPException as error:
         raise SettingError(f"body cannot be read: {error.detail}", field="body") from None
@@ -127,7 +127,7 @@ async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> d
 
 
 def _check_value(name: str, value: object) -> None:
-    """Raise SettingError for what JSON can say and no answer can repeat."""
+    """Raise SettingError for what JSON can express and no answer can repeat."""
     inner = [(name, 0), (value, 0)]
     name = name[:40].encode("ascii", "backslashreplace").decode()
     while inner:
@@ -143,22 +143,34 @@ def _check_value(name: str, value: object) -> None:
             inner += [(part, depth + 1) for part in parts]
 
 
+def body_within(
+    limits: Limits, kind: type[Body], interface: Interface | None, fields: dict[str, Any], **how: Any
+) -> type[Body]:
+    """The body of an edit: `kind`, more `fields` and every setting, within a server's limits.
+
+    how: further arguments of `interface_body`.
+    """
+    base = create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields)
+    defaults = {"instruction": PydanticUndefined, **how.pop("defaults", {})}
+    return interface_body(base, interface, settings=limited_settings(limits), defaults=defaults, **how)
+
+
 def request_body(kind: type[BaseModel], *, forms: bool = True) -> dict[str, Any]:
-    """What OpenAPI says of a body."""
+    """A body in OpenAPI."""
     schema = kind.model_json_schema()
     types = ["application/json", *(["multipart/form-data"] if forms else [])]
     return {"requestBody": {"required": True, "content": {name: {"schema": schema} for name in types}}}
 
 
 def let_go(request: Request, body: BaseModel) -> None:
-    """Drop a body's pictures and tell the guard so: others may send theirs."""
-    for name in {"image", "images", "init_images", "mask", "control_image"} & set(type(body).model_fields):
+    """Drop a body's pictures and tell the guard that others may send theirs."""
+    for name in set(PICTURE_FIELDS) & set(type(body).model_fields):
         setattr(body, name, None)
     request.scope["state"]["let_go"]()
 
 
 def seeds_of(seed: int | None, count: int, most: int, name: str) -> tuple[int, ...]:
-    """`count` seeds from `seed` on, drawn for None and -1. Raises SettingError for a count out of range."""
+    """`count` seeds from `seed` on, random for None and -1. Raises SettingError for a count out of range."""
     if not 1 <= count <= most:
         raise SettingError(f"{name} is {count}; it must be 1 to {most}.", field=name)
     first = secrets.randbelow(RANDOM_SEEDS) if seed is None or seed == -1 else seed
@@ -169,7 +181,7 @@ def seeds_of(seed: int | None, count: int, most: int, name: str) -> tuple[int, .
 
 
 class Opened:
-    """The pictures of a request, each decoded once. warnings: what its client should know of them."""
+    """Decodes the pictures of one request. warnings: about them, for the client."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -180,23 +192,7 @@ class Opened:
 
         RGBA if it has transparent parts, else RGB.
         """
-        return await self._layer(value, name)
 
-    async def mask(
-        self, value: bytes | str, name: str, *, edit: Literal["white", "transparent"] = "white"
-    ) -> Image.Image:
-        """The mask of a field in "L", white where the edit may go.
-
-        edit: what says so in the file: white (what is transparent there is black), or OpenAI's transparency.
-        """
-        layer = await self._layer(value, name)
-        if edit == "white":
-            return flattened(layer, "black").convert("L")
-        if layer.mode != "RGBA":
-            return Image.new("L", layer.size)
-        return layer.getchannel("A").point(lambda level: 255 - level)
-
-    async def _layer(self, value: bytes | str, name: str) -> Image.Image:
         def decode() -> Image.Image:
             data = value if isinstance(value, bytes) else from_base64(value, name)
             with naming(name):
@@ -204,27 +200,44 @@ class Opened:
                     data, max_pixels=self._desk.config.max_pixels, background=None, warn=self.warnings.append
                 )
 
-        return await self._desk.by_hand(decode)
+        return await self._desk.in_thread(decode)
+
+    async def mask(self, value: bytes | str) -> Image.Image:
+        """The field `mask` in "L", white where the edit may go; what is transparent is black."""
+        return flattened(await self.picture(value, "mask"), "black").convert("L")
+
+    async def transparency_mask(self, value: bytes | str) -> Image.Image:
+        """OpenAI's `mask` in "L": the edit may go where the file is transparent."""
+        layer = await self.picture(value, "mask")
+        if layer.mode != "RGBA":
+            return Image.new("L", layer.size)
+        return ImageChops.invert(layer.getchannel("A"))
 
 
 async def submitted(
     desk: Desk,
-    client: str,
+    request: Request,
+    body: BaseModel,
     edit_of: Callable[[Opened], Awaitable[EditRequest]],
     *,
     encode: Encoding | None = None,
     keep: bool = False,
+    hold: bool = False,
 ) -> tuple[EditRequest, Job]:
-    """The edit that `edit_of` makes of a body's pictures, and its job.
+    """The edit that `edit_of` makes of a body's pictures, and its job. hold: keep the pictures in the body.
 
-    First a place in the queue, so that nothing is decoded for what is refused; then a turn among those that
+    First a place in the queue, so that nothing is decoded for a request that is refused; then a turn to
     decode. Raises SettingError, Full and Draining.
     """
+    client = caller_of(request)
     with desk.service.room(client) as place:
         async with desk.opening:
             edit = await edit_of(Opened(desk))
             submit = functools.partial(desk.service.submit, edit, client=client, place=place)
-            return edit, await desk.by_hand(submit, encode=encode, keep=keep)
+            job = await desk.in_thread(submit, encode=encode, keep=keep)
+    if not hold:
+        let_go(request, body)
+    return edit, job
 
 
 def from_base64(text: str, name: str) -> bytes:
@@ -240,7 +253,7 @@ def from_base64(text: str, name: str) -> bytes:
                 f"{name} is a data URL without base64. Write data:image/png;base64,…", field=name
             )
     try:
-        text = "".join(text.split()).translate(URL_SAFE)
+        text = "".join(text.split()).replace("-", "+").replace("_", "/")
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise SettingError(
@@ -249,7 +262,7 @@ def from_base64(text: str, name: str) -> bytes:
 
 
 def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "crop", "pad"]) -> Image.Image:
-    """The picture at `size`: stretched, cut about its middle, or with more around it (a mask, "L": black)."""
+    """The picture at `size`: stretched, cropped to its center, or padded (a mask, "L", with black)."""
     if picture.size == size:
         return picture
     if how == "stretch":
@@ -258,9 +271,9 @@ def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "
         scaled = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
     else:
         inner = ImageOps.contain(picture, size, Image.Resampling.LANCZOS)
-        # What is beyond the border is a blurred stretch of all: a plain color would be edited as a thing.
-        stretched = Image.Resampling.BOX
-        scaled = Image.new("L", size) if picture.mode == "L" else picture.resize(size, stretched)
+        # The border is a blurred copy of the picture: a plain color would be edited as an object.
+        blurred = Image.Resampling.BOX
+        scaled = Image.new("L", size) if picture.mode == "L" else picture.resize(size, blurred)
         scaled.paste(inner, ((size[0] - inner.width) // 2, (size[1] - inner.height) // 2))
     scaled.info = dict(picture.info)
     return scaled
@@ -268,7 +281,7 @@ def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "
 
 @dataclass(frozen=True)
 class Encoding:
-    """How results are written; called with a picture, it gives a file and its ending."""
+    """How results are written; called with a picture, it returns a file and its suffix."""
 
     format: Format = "png"
     quality: int = QUALITY
@@ -300,14 +313,14 @@ def base64_of(data: bytes) -> str:
 
 
 def caller_of(request: Request) -> str:
-    """The caller's name, as the guard has given it."""
+    """The caller's name, set by the guard."""
     return str(request.scope["state"]["client"])
 
 
 async def finished(desk: Desk, request: Request, job: Job) -> Job:
-    """The job, once it is done. Cancelled when its client goes; raises what it ended in."""
+    """The job, once it is done. It is cancelled when its client goes; raises the error that it ended in."""
     try:
-        await _unless_gone(request, job.aend())
+        await _unless_gone(request, job.until_end())
     finally:
         if job.active:
             desk.service.cancel(job.id)
@@ -323,31 +336,28 @@ def check_done(job: Job) -> Job:
     return job
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives; ClientDisconnect when the client goes before."""
-    doing = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None:
+    """Wait for `work`; raise ClientDisconnect when the client goes before."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
     try:
-        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
             raise ClientDisconnect
-        return doing.result()
     finally:
-        for task in (doing, gone):
+        for task in tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def event_stream(
     desk: Desk, job: Job | None, lines: AsyncIterator[tuple[str, Mapping[str, Any]]]
 ) -> StreamingResponse:
-    """Named events with JSON as server-sent events. `job` is cancelled when their reader goes, if given."""
+    """Named events with JSON as server-sent events. If given, `job` is cancelled when their reader goes."""
 
     async def sent() -> AsyncIterator[str]:
         try:

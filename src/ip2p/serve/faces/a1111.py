@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import io
 import json
@@ -13,9 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from PIL import Image
+from PIL import Image, ImageChops
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticUndefined
 
 from ip2p import __version__
 from ip2p.base.errors import InputError
@@ -30,29 +28,17 @@ from ip2p.pictures.infotext import (
 )
 from ip2p.serve import wire
 from ip2p.serve.errors import Refusal, declared_errors
-from ip2p.serve.faces.native import OptionalPicture
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
-from ip2p.serve.wire import Desk, Opened
-from ip2p.settings import (
-    MAX_SEED,
-    MAX_SIZE,
-    MIN_SIZE,
-    SettingError,
-    interface_body,
-    settings_from_body,
-    voice_of,
-)
+from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Opened, OptionalPicture
+from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, settings_from_body, voice_of
 
-CLIENTS = 1000  # remember the model and the last edit of so many
+CLIENTS = 1000  # whose model and newest edit are remembered
 RESIZE_MODES: tuple[Literal["stretch", "crop", "pad"], ...] = ("stretch", "crop", "pad")
 TEXT_CFG, IMAGE_CFG = 7.0, 1.0  # what null means to its clients
 PICTURES = ("init_images", "mask", "control_image")
-InitImages = Annotated[
-    list[str],
-    WithJsonSchema({"type": "array", "items": wire.PICTURE_SCHEMA, "minItems": 1, "maxItems": 1}),
-]
-# Fields without an effect on the picture, here or there.
+IMAGES_SCHEMA = {"type": "array", "items": PICTURE_SCHEMA, "minItems": 1, "maxItems": 1}
+# Fields without an effect on the picture, here and in A1111.
 HARMLESS = {
     "do_not_save_samples",
     "do_not_save_grid",
@@ -62,7 +48,7 @@ HARMLESS = {
     "script_args",  # of `script_name`, which is refused
     "subseed",  # has an effect with subseed_strength only
 }
-# The values at which other fields and options mean what is done here. By default those of OFF.
+# The values at which other fields and options change nothing here; OFF for the rest.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "denoising_strength": (1,),
     "eta": (1,),
@@ -79,8 +65,27 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "sd_vae": ("Automatic", "None"),
 }
 OFF: tuple[Any, ...] = (0, False, "", [], {})
-# What clients ask for when they start, and there is nothing to list.
-EMPTY: dict[str, Any] = {
+# What clients ask for when they start, and the answers, which never change.
+LISTS: dict[str, Any] = {
+    "samplers": [
+        {
+            "name": label,
+            "aliases": [name, f"k_{name}"],
+            "options": {"scheduler": AUTOMATIC[name]} if name in AUTOMATIC else {},
+        }
+        for name, label in SAMPLER_NAMES.items()
+    ],
+    "schedulers": [
+        {
+            "name": label.lower().replace(" ", "_"),
+            "label": label,
+            "aliases": [name],
+            "default_rho": 7.0 if name == "karras" else -1.0,
+            "need_inner_model": False,
+        }
+        for name, label in {"automatic": "Automatic", **SCHEDULE_NAMES}.items()
+    ],
+    "scripts": {"txt2img": [], "img2img": []},
     "upscalers": [dict.fromkeys(("model_name", "model_path", "model_url")) | {"name": "None", "scale": 1}],
     "latent-upscale-modes": [],
     "loras": [],
@@ -102,7 +107,9 @@ class Img2Img(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    init_images: InitImages = Field(description="one picture, as base64 or data URL")
+    init_images: Annotated[list[str], WithJsonSchema(IMAGES_SCHEMA)] = Field(
+        description="one picture, as base64 or data URL"
+    )
     mask: OptionalPicture = Field(None, description="white is edited")
     control_image: OptionalPicture = Field(None, description="a picture for the model's ControlNet")
     seed: int | None = Field(
@@ -133,7 +140,7 @@ class Img2ImgAnswer(BaseModel):
 
 
 class PngInfo(BaseModel):
-    image: Annotated[str, WithJsonSchema(wire.PICTURE_SCHEMA)] = Field(description="a PNG, JPEG or WebP file")
+    image: Annotated[str, WithJsonSchema(PICTURE_SCHEMA)] = Field(description="a PNG, JPEG or WebP file")
 
 
 class PngInfoAnswer(BaseModel):
@@ -150,46 +157,33 @@ class Options(BaseModel):
 
 def img2img_body(limits: Limits) -> type[Img2Img]:
     """The body of an edit: the fields of `Img2Img` and every setting, within a server's limits."""
-
-    class Bounded(Img2Img):
-        batch_size: int | None = Field(1, ge=1, le=limits.count, description="results, times n_iter")
-        n_iter: int | None = Field(1, ge=1, le=limits.count, description="results, times batch_size")
-
-    Bounded.__name__, Bounded.__doc__ = "Img2Img", Img2Img.__doc__
-    return interface_body(
-        Bounded,
-        "a1111",
-        settings=limited_settings(limits),
-        defaults={"instruction": PydanticUndefined, "text_cfg": TEXT_CFG},
-        leave_out=("size",),  # width and height scale the picture, and the model works at its size
-        nullable=True,
-    )
-
-
-class _Memory:
-    """One text for each of the latest CLIENTS clients."""
-
-    def __init__(self) -> None:
-        self._texts: OrderedDict[str, str] = OrderedDict()
-
-    def put(self, client: str, text: str) -> None:
-        self._texts[client] = text
-        self._texts.move_to_end(client)
-        while len(self._texts) > CLIENTS:
-            self._texts.popitem(last=False)
-
-    def get(self, client: str, default: str = "") -> str:
-        return self._texts.get(client, default)
+    fields = {
+        name: (int | None, Field(1, ge=1, le=limits.count, description=f"results, times {other}"))
+        for name, other in (("batch_size", "n_iter"), ("n_iter", "batch_size"))
+    }
+    # width and height scale the picture, and the model works at its size.
+    how = {"defaults": {"text_cfg": TEXT_CFG}, "leave_out": ("size",), "nullable": True}
+    return wire.body_within(limits, Img2Img, "a1111", fields, **how)
 
 
 def router(desk: Desk) -> APIRouter:
     """The routes below `/sdapi/v1`."""
     routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=declared_errors("a1111"))
     service, kind = desk.service, img2img_body(desk.service.limits)
-    chosen, latest = _Memory(), _Memory()  # model; id of the newest edit
+    # By client: the name of the model, the id of the newest edit.
+    chosen, latest = OrderedDict[str, str](), OrderedDict[str, str]()
+
+    def remember(memory: OrderedDict[str, str], client: str, text: str) -> None:
+        memory[client] = text
+        memory.move_to_end(client)
+        if len(memory) > CLIENTS:
+            memory.popitem(last=False)
 
     def model_of(client: str) -> str:
         return chosen.get(client, service.models[0])
+
+    def latest_of(request: Request) -> str:
+        return latest.get(wire.caller_of(request), "")
 
     def known_model(name: str) -> str:
         if name not in service.models:
@@ -199,11 +193,7 @@ def router(desk: Desk) -> APIRouter:
             )
         return name
 
-    @routes.post(
-        "/img2img",
-        summary="Edit a picture",
-        openapi_extra=wire.request_body(kind, forms=False),
-    )
+    @routes.post("/img2img", summary="Edit a picture", openapi_extra=wire.request_body(kind, forms=False))
     async def img2img(request: Request) -> Img2ImgAnswer:
         client = wire.caller_of(request)
         service.check_room(client)  # before the body is read, so that a refusal is cheap
@@ -213,22 +203,19 @@ def router(desk: Desk) -> APIRouter:
         count = _check_body(body, service.limits.count)
         ignored = _ignored(_unknown_fields(body))
         edit_of = functools.partial(_edit_of, desk, body, model, count, ignored)
-        edit, job = await wire.submitted(desk, client, edit_of)
-        latest.put(client, job.id)
-        echo = body.model_dump(exclude=set(PICTURES))
-        if body.include_init_images:  # the pictures stay in memory and count against the limit
-            echo |= {field: getattr(body, field) for field in PICTURES}
-        else:
-            wire.let_go(request, body)
+        # Pictures to be echoed stay in memory and count against the limit.
+        hold = body.include_init_images
+        edit, job = await wire.submitted(desk, request, body, edit_of, hold=hold)
+        remember(latest, client, job.id)
         try:
             await wire.finished(desk, request, job)
         except Refusal:  # interrupted: clients expect the finished results, not an error
             if job.state != "cancelled":
                 raise
-        images = [await desk.by_hand(wire.PNG.base64, result.image) for result in job.results]
+        images = [await desk.in_thread(wire.PNG.base64, result.image) for result in job.results]
         return Img2ImgAnswer(
             images=images if body.send_images else [],
-            parameters=echo,
+            parameters=body.model_dump(exclude=None if hold else set(PICTURES)),
             info=json.dumps(_info(body, edit, job)),
         )
 
@@ -239,72 +226,35 @@ def router(desk: Desk) -> APIRouter:
     )
     async def read_png_info(request: Request) -> PngInfoAnswer:
         body = await wire.read_body(request, PngInfo, desk)
-        return await desk.by_hand(_png_info, body.image)
+        return await desk.in_thread(_png_info, body.image)
 
     @routes.get("/options", summary="The model that this client has chosen")
     async def read_options(request: Request) -> dict[str, Any]:
-        fixed = {
-            name: NEUTRAL_VALUES[name][0] for name in ("CLIP_stop_at_last_layers", "samples_format", "sd_vae")
-        }
+        names = ("CLIP_stop_at_last_layers", "samples_format", "sd_vae")
+        fixed = {name: NEUTRAL_VALUES[name][0] for name in names}
         return {"sd_model_checkpoint": model_of(wire.caller_of(request)), **fixed}
 
-    @routes.post(
-        "/options",
-        summary="Choose a model",
-        openapi_extra=wire.request_body(Options, forms=False),
-    )
+    @routes.post("/options", summary="Choose a model", openapi_extra=wire.request_body(Options, forms=False))
     async def set_options(request: Request) -> dict[str, Any]:
         body = await wire.read_body(request, Options, desk)
         if body.sd_model_checkpoint is not None:
-            chosen.put(wire.caller_of(request), known_model(body.sd_model_checkpoint))
+            remember(chosen, wire.caller_of(request), known_model(body.sd_model_checkpoint))
         warnings = _ignored(body.model_extra or {})
         return {"warnings": warnings} if warnings else {}
-
-    @routes.get("/sd-models", summary="The models that are served")
-    async def list_models() -> list[dict[str, Any]]:
-        empty = dict.fromkeys(("hash", "sha256", "config"))
-        names = ("title", "model_name", "filename")
-        return [dict.fromkeys(names, name) | empty for name in service.models]
-
-    @routes.get("/samplers", summary="The samplers")
-    async def list_samplers() -> list[dict[str, Any]]:
-        return [
-            {
-                "name": label,
-                "aliases": [name, f"k_{name}"],
-                "options": {"scheduler": AUTOMATIC[name]} if name in AUTOMATIC else {},
-            }
-            for name, label in SAMPLER_NAMES.items()
-        ]
-
-    @routes.get("/schedulers", summary="The noise schedules")
-    async def list_schedulers() -> list[dict[str, Any]]:
-        return [
-            {
-                "name": label.lower().replace(" ", "_"),
-                "label": label,
-                "aliases": [name],
-                "default_rho": 7.0 if name == "karras" else -1.0,
-                "need_inner_model": False,
-            }
-            for name, label in {"automatic": "Automatic", **SCHEDULE_NAMES}.items()
-        ]
-
-    @routes.get("/scripts", summary="No scripts")
-    async def list_scripts() -> dict[str, list[str]]:
-        return {"txt2img": [], "img2img": []}
 
     @routes.get("/memory", summary="Free and used memory, in bytes")
     async def read_memory() -> dict[str, dict[str, Any]]:
         return _memory()
 
-    def constant(value: Any) -> Callable[[], Any]:
-        return lambda: value
+    def always(answer: Any) -> Callable[[], Any]:
+        return lambda: answer
 
-    for name, value in EMPTY.items():
-        routes.add_api_route(
-            f"/{name}", constant(value), summary=f"No {name}", response_model=None, name=f"list {name}"
-        )
+    empty = dict.fromkeys(("hash", "sha256", "config"))
+    names = ("title", "model_name", "filename")
+    models = [dict.fromkeys(names, name) | empty for name in service.models]
+    for path, answer in (LISTS | {"sd-models": models}).items():
+        summary = f"The {path} that A1111 lists"
+        routes.add_api_route(f"/{path}", always(answer), summary=summary, name=f"list {path}")
 
     @routes.post("/refresh-checkpoints", summary="Nothing to do: the models are fixed when the server starts")
     async def refresh_checkpoints() -> dict[str, Any]:
@@ -312,26 +262,26 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get("/progress", summary="The progress of this client's newest edit")
     async def read_progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
-        job = service.job(latest.get(wire.caller_of(request)))
+        job = service.job(latest_of(request))
         picture: str | None = None
         if job is not None and job.active and not skip_current_image:
             preview = next((image for image in job.previews if image is not None), None)
             if preview is not None:
-                picture = await desk.by_hand(wire.PNG.base64, preview)
+                picture = await desk.in_thread(wire.PNG.base64, preview)
         return _progress(job, picture)
 
     # Results are made together, so that one alone cannot be skipped.
     @routes.post("/skip", summary="The same as interrupt")
     @routes.post("/interrupt", summary="Stop this client's newest edit, within a step")
     async def interrupt(request: Request) -> dict[str, Any]:
-        service.cancel(latest.get(wire.caller_of(request)))
+        service.cancel(latest_of(request))
         return {}
 
     return routes
 
 
 def _check_body(body: Any, most: int) -> int:
-    """The number of results. Raises SettingError, before any picture is read, for what cannot be done."""
+    """The number of results. Raises SettingError for what cannot be done, before a picture is decoded."""
     scripts = {name: value for name, value in (body.alwayson_scripts or {}).items() if not _is_off(value)}
     chosen = (body.script_name or "").strip()
     for field, name in (
@@ -397,11 +347,11 @@ async def _edit_of(
     picture = await opened.picture(body.init_images[0], "init_images")
     mask = None
     if body.mask:
-        mask = await opened.mask(body.mask, "mask")
+        mask = await opened.mask(body.mask)
         if mask.size != picture.size:  # A1111 scales it too
             mask = mask.resize(picture.size, Image.Resampling.NEAREST)
         if body.inpainting_mask_invert:
-            mask = mask.point(lambda value: 255 - value)
+            mask = ImageChops.invert(mask)
     if body.width is not None or body.height is not None:
         size = (body.width or picture.width, body.height or picture.height)
         _check_size(size, desk.config.max_pixels)
@@ -410,8 +360,8 @@ async def _edit_of(
                 f"resize_mode is {body.resize_mode}; it must be 0, 1 or 2.", field="resize_mode"
             )
         how = RESIZE_MODES[body.resize_mode]
-        picture = await desk.by_hand(wire.sized, picture, size, how)
-        mask = mask and await desk.by_hand(wire.sized, mask, size, how)
+        picture = await desk.in_thread(wire.sized, picture, size, how)
+        mask = mask and await desk.in_thread(wire.sized, mask, size, how)
     settings = settings_from_body(
         body,
         "a1111",
@@ -497,17 +447,17 @@ def _memory() -> dict[str, dict[str, Any]]:
 
 def _progress(job: Job | None, picture: str | None) -> dict[str, Any]:
     """The progress of an edit, as A1111 reports it."""
-    going = job is not None and job.active
-    step, steps = (job.step, job.steps) if job is not None and going else (0, 0)
+    going = job if job is not None and job.active else None
+    step, steps = (going.step, going.steps) if going else (0, 0)
     return {
         "progress": step / steps if steps else 0.0,
-        "eta_relative": (job.seconds_left if job is not None and going else 0.0) or 0.0,
+        "eta_relative": (going.seconds_left if going else None) or 0.0,
         "state": {
             "skipped": False,
             "interrupted": job is not None and job.state == "cancelled",
             "stopping_generation": False,
             "job": "img2img" if going else "",
-            "job_count": int(going),
+            "job_count": int(going is not None),
             "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
             "job_no": 0,
             "sampling_step": step,
@@ -548,7 +498,7 @@ def _info(body: Any, edit: EditRequest, job: Job) -> dict[str, Any]:
         "index_of_first_image": 0,
         "infotexts": [result.parameters for result in job.results],
         "styles": [],
-        "job_timestamp": datetime.datetime.now().strftime("%Y%m%d%H%M%S"),
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
         "clip_skip": 1,
         "is_using_inpainting_conditioning": settings.mask is not None,
         "interrupted": job.state == "cancelled",

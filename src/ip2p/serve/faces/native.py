@@ -1,4 +1,4 @@
-"""Our own interface: `/v1/edits` with every setting, its progress as events, and jobs to come back to."""
+"""The native interface: `/v1/edits` with every setting, its progress as events, and jobs to come back to."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel, ConfigDict, Field
 
 from ip2p.serve import wire
-from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
+from ip2p.serve.errors import Refusal, declared_errors, error_body
 from ip2p.serve.jobs import Job, State
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
-from ip2p.serve.wire import Desk, Encoding, Format, Opened
-from ip2p.settings import MAX_SEED, SettingError, interface_body, settings_from_body
+from ip2p.serve.wire import Desk, Encoding, Format, Opened, OptionalPicture, PictureField
+from ip2p.settings import MAX_SEED, SettingError, settings_from_body
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-PictureField = Annotated[bytes | str, WithJsonSchema(wire.PICTURE_SCHEMA)]
-OptionalPicture = Annotated[
-    bytes | str | None, WithJsonSchema({"anyOf": [wire.PICTURE_SCHEMA, {"type": "null"}]})
-]
+FILES: dict[str, Any] = {
+    kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()
+}
+EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+PREVIEWS = "with stream: a small picture of the state every so many steps"
 Quality = Annotated[int, Query(ge=1, le=100, description="of JPEG and WebP")]
+Delivery = Literal["b64", "url"]
 
 
 class EditBody(BaseModel):
@@ -31,23 +32,19 @@ class EditBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     image: PictureField = Field(description="the picture: PNG, JPEG, WebP, BMP, TIFF")
-    model: str | None = Field(
-        None, description="a name of GET /v1/models; the first of them if none is given"
-    )
+    model: str | None = Field(None, description="a name of GET /v1/models; default: the first")
     seed: int = Field(
         0,
-        description="the first result's seed, the next ones count up; -1: drawn",
+        description="seed of the first result, the next ones count up; -1: random",
         json_schema_extra={"minimum": -1, "maximum": MAX_SEED},
     )
     mask: OptionalPicture = Field(None, description="a picture of the same size: white is edited")
     control_image: OptionalPicture = Field(None, description="a picture for the model's ControlNet")
     format: Format = Field("png", description="of the results")
     quality: int = Field(wire.QUALITY, ge=1, le=100, description="of JPEG and WebP")
-    response: Literal["b64", "url"] = Field(
-        "b64", description="results as base64 in the answer, or by address"
-    )
+    response: Delivery = Field("b64", description="results as base64 in the answer, or by address")
     stream: bool = Field(False, description="report progress as server-sent events")
-    previews: int = Field(0, description="with stream: a small picture of the state every so many steps")
+    previews: int = Field(0, description=PREVIEWS)
     wait: bool = Field(True, description="false: answer at once with the job's id; results by address")
 
 
@@ -63,7 +60,7 @@ class EditResult(BaseModel):
 
 
 class EditAnswer(BaseModel):
-    """How an edit stands, with its results once it is done."""
+    """The state of an edit, with its results once it is done."""
 
     id: str
     state: State
@@ -72,7 +69,7 @@ class EditAnswer(BaseModel):
     step: int
     steps: int = Field(description="of all results together")
     seconds_left: float | None
-    warnings: list[str] = Field(description="what to know about the picture, the words and the results")
+    warnings: list[str] = Field(description="about the picture, the words and the results")
     url: str | None = Field(None, description="where to come back to")
     results: list[EditResult] | None = None
     error: dict[str, Any] | None = Field(None, description="why it failed")
@@ -90,28 +87,13 @@ class ModelList(BaseModel):
     data: list[ModelEntry]
 
 
-FILES: dict[str, Any] = {
-    kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()
-}
-EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
-
-
 def edit_body(limits: Limits) -> type[EditBody]:
     """The body of an edit: every setting, within a server's limits."""
-
-    class Bounded(EditBody):
-        count: int = Field(1, ge=1, le=limits.count, description="how many results")
-        previews: int = Field(
-            0,
-            ge=0,
-            le=limits.steps,
-            description="with stream: a small picture of the state every so many steps",
-        )
-
-    Bounded.__name__, Bounded.__doc__ = "EditBody", EditBody.__doc__
-    return interface_body(
-        Bounded, settings=limited_settings(limits), defaults={"instruction": PydanticUndefined}
-    )
+    fields = {
+        "count": (int, Field(1, ge=1, le=limits.count, description="how many results")),
+        "previews": (int, Field(0, ge=0, le=limits.steps, description=PREVIEWS)),
+    }
+    return wire.body_within(limits, EditBody, None, fields)
 
 
 def router(desk: Desk) -> APIRouter:
@@ -120,9 +102,20 @@ def router(desk: Desk) -> APIRouter:
     service, kind = desk.service, edit_body(desk.service.limits)
     answers = _Answers(desk)
 
-    async def take(request: Request) -> tuple[Any, Job]:
-        client, accept = wire.caller_of(request), request.headers.get("accept", "")
-        service.check_room(client)  # before anything is read: a refusal costs nothing
+    @routes.post(
+        "/v1/edits",
+        summary="Edit a picture",
+        openapi_extra=wire.request_body(kind),
+        responses={
+            200: {"model": EditAnswer, "content": FILES | EVENTS},
+            202: {"model": EditAnswer, "description": "Taken; come back to `url`"},
+        },
+    )
+    async def create_edit(request: Request) -> Response:
+        """Answers with the results, or with events (`stream`, or Accept: text/event-stream), or at once with
+        the job's id (`wait` false), or, for Accept: image/*, with the one result's file."""
+        accept = request.headers.get("accept", "")
+        service.check_room(wire.caller_of(request))  # before anything is read: a refusal costs nothing
         body: Any = await wire.read_body(request, kind, desk)
         body.stream = body.stream or "text/event-stream" in accept
         if accept.startswith("image/") and not body.stream and body.wait and body.count != 1:
@@ -131,7 +124,7 @@ def router(desk: Desk) -> APIRouter:
         async def edit_of(opened: Opened) -> EditRequest:
             control = body.control_image and await opened.picture(body.control_image, "control_image")
             image = await opened.picture(body.image, "image")
-            mask = body.mask and await opened.mask(body.mask, "mask")
+            mask = body.mask and await opened.mask(body.mask)
             bounds = limited_settings(service.limits)
             return EditRequest(
                 image=image,
@@ -143,54 +136,33 @@ def router(desk: Desk) -> APIRouter:
             )
 
         encoding, keep = Encoding(body.format, body.quality), not body.stream and not body.wait
-        _, job = await wire.submitted(desk, client, edit_of, encode=encoding, keep=keep)
-        wire.let_go(request, body)
-        return body, job
-
-    @routes.post(
-        "/v1/edits",
-        summary="Edit a picture",
-        openapi_extra=wire.request_body(kind),
-        response_model=None,
-        responses={
-            200: {"model": EditAnswer, "content": FILES | EVENTS},
-            202: {"model": EditAnswer, "description": "Taken; come back to `url`"},
-        },
-    )
-    async def create_edit(request: Request) -> Response:
-        """Answers with the results, or with events (`stream`, or Accept: text/event-stream), or at once with
-        the job's id (`wait` false), or, for Accept: image/*, with the one result's file."""
-        body, job = await take(request)
+        _, job = await wire.submitted(desk, request, body, edit_of, encode=encoding, keep=keep)
         if body.stream:
             return wire.event_stream(desk, job, answers.events(job, body.response, request.url.path))
         if not body.wait:
             place = f"/v1/edits/{job.id}"
-            return _json(answers.state(job, url=place), status=202, headers={"Location": place})
+            return _json(answers.state(job, url=place), status_code=202, headers={"Location": place})
         await wire.finished(desk, request, job)
-        if request.headers.get("accept", "").startswith("image/"):
+        if accept.startswith("image/"):
             return await answers.file(job, 0)
-        return _json(await answers.whole(job, body.response))
+        return _json(await answers.with_results(job, body.response))
 
     @routes.get(
         "/v1/edits/{id}",
-        summary="How an edit stands, with its results once it is done",
-        response_model=None,
+        summary="The state of an edit, with its results once it is done",
         responses={200: {"model": EditAnswer, "content": EVENTS}},
     )
     async def read_edit(request: Request, id: str) -> Response:
         job = answers.find(id)
         if "text/event-stream" in request.headers.get("accept", ""):
             return wire.event_stream(desk, None, answers.events(job, "url", request.url.path))
-        answer = await answers.whole(job, "url")
+        answer = await answers.with_results(job, "url")
         if job.error is not None:
-            answer = answer.model_copy(update=_fault(job, request.url.path))
+            answer = answer.model_copy(update=error_body(job.error, request.url.path))
         return _json(answer)
 
     @routes.delete(
-        "/v1/edits/{id}",
-        summary="Stop an edit, within a step",
-        response_model=None,
-        responses={200: {"model": EditAnswer}},
+        "/v1/edits/{id}", summary="Stop an edit, within a step", responses={200: {"model": EditAnswer}}
     )
     async def cancel_edit(id: str) -> Response:
         job = answers.find(id)
@@ -246,7 +218,7 @@ def router(desk: Desk) -> APIRouter:
 
 
 class _Answers:
-    """What is answered about jobs and their files."""
+    """Answers about jobs and their files."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.service = desk, desk.service
@@ -254,113 +226,88 @@ class _Answers:
     def find(self, id: str) -> Job:
         """The job of an id. Raises Refusal."""
         job = self.service.job(id)
-        if job is None and self.service.jobs.went_early(id):
-            raise Refusal(
-                "id names an edit that went early, to make room for newer ones. Send it again; with "
-                "wait=false its results are kept on disk, where there is more room.",
-                status=410,
-                field="id",
-            )
-        if job is None:
-            seconds = self.service.keep_seconds
-            raise Refusal(
-                f"id names no edit that is known here. Edits are forgotten after {seconds:g} s.",
-                status=404,
-                field="id",
-            )
-        return job
+        if job is not None:
+            return job
+        hint = "Send it again; with wait=false its results are kept on disk, where there is more room."
+        raise self._missing("id", "edit", self.service.jobs.dropped_early(id), hint)
+
+    def _missing(self, field: str, what: str, early: bool, hint: str) -> Refusal:
+        if early:
+            message = f"{field} names a {what} that was dropped early, to make room for newer ones. {hint}"
+            return Refusal(message, status=410, field=field)
+        message = f"{field} names no {what} that is kept here; each is dropped after"
+        message = f"{message} {self.service.keep_seconds:g} seconds. Send the edit again."
+        return Refusal(message, status=404, field=field)
 
     def state(self, job: Job, **more: Any) -> EditAnswer:
-        return EditAnswer(
-            id=job.id,
-            state=job.state,
-            model=job.model,
-            position=job.position,
-            step=job.step,
-            steps=job.steps,
-            seconds_left=job.seconds_left,
-            warnings=job.warnings,
-            **more,
-        )
+        names = ("id", "state", "model", "position", "step", "steps", "seconds_left", "warnings")
+        return EditAnswer(**{name: getattr(job, name) for name in names}, **more)
 
-    async def whole(self, job: Job, response: Literal["b64", "url"]) -> EditAnswer:
-        """How a job stands, with its results if it is done."""
+    async def with_results(self, job: Job, response: Delivery) -> EditAnswer:
+        """The state of a job, with its results if it is done."""
         answer = self.state(job)
         if answer.state != "done":
             return answer
-        by_hand, encoding = self.desk.by_hand, _encoding_of(job)
-        made = job.results  # before it is looked whether they were put away
+        in_thread, encoding, store = self.desk.in_thread, _encoding_of(job), self.service.store
         results: list[EditResult] = []
+        made = job.results  # read before `kept`, which replaces them
         if response == "b64" and made:
             for result in made:
                 entry = EditResult(seed=result.seed, format=encoding.format, settings=result.parameters)
-                entry.b64 = await by_hand(encoding.base64, result.image)
+                entry.b64 = await in_thread(encoding.base64, result.image)
                 if result.mask is not None:
-                    entry.mask = await by_hand(wire.PNG.base64, result.mask)
+                    entry.mask = await in_thread(wire.PNG.base64, result.mask)
                 results.append(entry)
-            return answer.model_copy(update={"results": results})
-        assert self.service.store is not None
-        for kept in await by_hand(self.service.keep, job, encoding):
-            entry = EditResult(seed=kept.seed, format=encoding.format, settings=kept.parameters)
-            if response == "url":
-                entry.url = f"/v1/files/{kept.file}"
-            else:
-                entry.b64 = wire.base64_of(await self.stored(kept.file))
-            mask = None if kept.mask is None else await by_hand(self.service.store.read, kept.mask)
-            if mask is not None:
-                entry.mask = wire.base64_of(mask)
-            results.append(entry)
+        else:
+            for kept in await in_thread(self.service.keep, job, encoding):
+                entry = EditResult(seed=kept.seed, format=encoding.format, settings=kept.parameters)
+                if response == "url":
+                    entry.url = f"/v1/files/{kept.file}"
+                else:
+                    entry.b64 = wire.base64_of(await self.stored(kept.file))
+                if kept.mask and store and (mask := await in_thread(store.read, kept.mask)):
+                    entry.mask = wire.base64_of(mask)
+                results.append(entry)
         return answer.model_copy(update={"results": results})
 
     async def events(
-        self, job: Job, response: Literal["b64", "url"], path: str
+        self, job: Job, response: Delivery, path: str
     ) -> AsyncIterator[tuple[str, Mapping[str, Any]]]:
         """A job's events until its end, as names and JSON."""
-        async for event in job.aevents():
+        async for event in job.events():
             record = _record(self.state(job))
-            if event.kind == "preview" and event.image is not None:
-                picture = await self.desk.by_hand(Encoding("jpeg", 80).base64, event.image)
-                yield "preview", {**record, "result": event.number, "b64": picture, "format": "jpeg"}
+            if event.image is not None:
+                picture = await self.desk.in_thread(Encoding("jpeg", 80).base64, event.image)
+                record |= {"result": event.number, "b64": picture, "format": "jpeg"}
             elif event.kind == "done":
-                yield "done", _record(await self.whole(job, response))
-            elif event.kind == "failed":
-                yield "failed", {**record, **_fault(job, path)}
-            else:
-                yield event.kind, record
+                record = _record(await self.with_results(job, response))
+            elif event.kind == "failed" and job.error is not None:
+                record |= error_body(job.error, path)
+            yield event.kind, record
 
     async def stored(self, name: str) -> bytes:
-        """A file of the store. Raises Refusal for one that is there no more, or never was."""
+        """A file of the store. Raises Refusal for one that is gone or never was."""
         store = self.service.store
         assert store is not None
-        data = await self.desk.by_hand(store.read, name)
-        if data is not None:
-            return data
-        if store.went_early(name):
-            raise Refusal(
-                "name is a file that went early, to make room for newer ones. Send the edit again.",
-                status=410,
-                field="name",
-            )
-        raise Refusal(
-            f"name is no file that is kept here. Files go after {self.service.keep_seconds:g} seconds.",
-            status=404,
-            field="name",
-        )
+        data = await self.desk.in_thread(store.read, name)
+        if data is None:
+            raise self._missing("name", "file", store.dropped_early(name), "Send the edit again.")
+        return data
 
     async def file(
         self, job: Job, number: int, format: Format | None = None, quality: int = wire.QUALITY
     ) -> Response:
         """One result of a job that is done, in its own format or another."""
-        own, made, by_hand = _encoding_of(job), job.results, self.desk.by_hand
+        own, made, in_thread = _encoding_of(job), job.results, self.desk.in_thread
         encoding = own if format is None else Encoding(format, quality)
         if made:
             seed = made[number].seed
-            data, _ = await by_hand(encoding, made[number].image)
+            data, _ = await in_thread(encoding, made[number].image)
         else:
-            kept = (await by_hand(self.service.keep, job, own))[number]
+            kept = (await in_thread(self.service.keep, job, own))[number]
             seed, data = kept.seed, await self.stored(kept.file)
             if encoding.format != own.format:
-                data, _ = await by_hand(lambda: encoding(wire.reopened(data, kept.parameters)))
+                data, _ = await in_thread(lambda: encoding(wire.reopened(data, kept.parameters)))
         return file_response(data, encoding.format, f"edit-{seed}.{encoding.format}")
 
 
@@ -374,17 +321,12 @@ def _encoding_of(job: Job) -> Encoding:
     return job.encode if isinstance(job.encode, Encoding) else wire.PNG
 
 
-def _fault(job: Job, path: str) -> dict[str, Any]:
-    assert job.error is not None
-    return body_of(path, refusal_of(job.error, path))
-
-
 def _record(answer: EditAnswer) -> dict[str, Any]:
     return answer.model_dump(mode="json", exclude_unset=True)
 
 
-def _json(answer: EditAnswer, status: int = 200, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(_record(answer), status_code=status, headers=headers)
+def _json(answer: EditAnswer, **how: Any) -> JSONResponse:
+    return JSONResponse(_record(answer), **how)
 
 
 def file_response(data: bytes, kind: str, name: str) -> Response:

@@ -11,46 +11,34 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticUndefined
 
 from ip2p.pictures.images import flattened
 from ip2p.serve import wire
-from ip2p.serve.errors import Refusal, body_of, declared_errors, refusal_of
-from ip2p.serve.faces.native import EVENTS, OptionalPicture, check_model
+from ip2p.serve.errors import Refusal, declared_errors, error_body
+from ip2p.serve.faces.native import EVENTS, check_model
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
-from ip2p.serve.wire import Desk, Encoding, Format, Opened
-from ip2p.settings import (
-    MAX_SEED,
-    MAX_SIZE,
-    MIN_SIZE,
-    SettingError,
-    interface_body,
-    parse_size,
-    settings_from_body,
-    voice_of,
-)
+from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Encoding, Format, Opened, OptionalPicture
+from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, parse_size, settings_from_body, voice_of
 
 PATH = "/v1/images/edits"
-# There are no tokens here, but clients read the numbers.
+# There are no tokens here, but clients read the counts.
 USAGE = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
     "output_tokens": 0,
     "total_tokens": 0,
 }
-IMAGE_SCHEMA = {
-    "anyOf": [wire.PICTURE_SCHEMA, {"type": "array", "items": wire.PICTURE_SCHEMA, "maxItems": 1}]
-}
-
-
 # A picture in a JSON body: image_url has a data URL; file_id is refused.
 REFERENCE_SCHEMA = {
     "type": "object",
-    "properties": {"image_url": wire.PICTURE_SCHEMA},
+    "properties": {"image_url": PICTURE_SCHEMA},
     "required": ["image_url"],
     "additionalProperties": False,
 }
+IMAGE_SCHEMA = {"anyOf": [PICTURE_SCHEMA, {"type": "array", "items": PICTURE_SCHEMA, "maxItems": 1}]}
+IMAGES_SCHEMA = {"type": "array", "items": REFERENCE_SCHEMA, "maxItems": 1}
+MASK_SCHEMA = {"anyOf": [PICTURE_SCHEMA, REFERENCE_SCHEMA, {"type": "null"}]}
 Reference = dict[str, str | None]
 # Fields that are only approximated, the values that need no warning, and what sets it here.
 APPROXIMATED = {
@@ -68,13 +56,12 @@ class ImagesEdit(BaseModel):
     image: Annotated[bytes | str | list[bytes | str] | None, WithJsonSchema(IMAGE_SCHEMA)] = Field(
         None, description="the picture; only one"
     )
-    images: Annotated[
-        list[Reference] | None, WithJsonSchema({"type": "array", "items": REFERENCE_SCHEMA, "maxItems": 1})
-    ] = Field(None, description="the picture in a JSON body; only one")
-    mask: Annotated[
-        bytes | str | Reference | None,
-        WithJsonSchema({"anyOf": [wire.PICTURE_SCHEMA, REFERENCE_SCHEMA, {"type": "null"}]}),
-    ] = Field(None, description="PNG of the same size: transparent areas are edited")
+    images: Annotated[list[Reference] | None, WithJsonSchema(IMAGES_SCHEMA)] = Field(
+        None, description="the picture in a JSON body; only one"
+    )
+    mask: Annotated[bytes | str | Reference | None, WithJsonSchema(MASK_SCHEMA)] = Field(
+        None, description="PNG of the same size: transparent areas are edited"
+    )
     background: Literal["auto", "opaque", "transparent"] | None = Field(
         None, description="auto keeps the picture's transparency; transparent needs a picture that has some"
     )
@@ -120,16 +107,9 @@ class ImagesAnswer(BaseModel):
 
 def images_body(limits: Limits) -> type[ImagesEdit]:
     """The body of an edit: the fields of `ImagesEdit` and every setting, within a server's limits."""
-
-    class Bounded(ImagesEdit):
-        n: int | None = Field(None, ge=1, le=limits.count, description="number of results; default: 1")
-
-    Bounded.__name__, Bounded.__doc__ = "ImagesEdit", ImagesEdit.__doc__
-    required = {"instruction": PydanticUndefined}
+    count = Field(None, ge=1, le=limits.count, description="number of results; default: 1")
     # `size` is that of the results here, not the working size.
-    return interface_body(
-        Bounded, "openai", settings=limited_settings(limits), defaults=required, nullable=True
-    )
+    return wire.body_within(limits, ImagesEdit, "openai", {"n": (int | None, count)}, nullable=True)
 
 
 def router(desk: Desk) -> APIRouter:
@@ -141,28 +121,26 @@ def router(desk: Desk) -> APIRouter:
         PATH,
         summary="Edit a picture with OpenAI's client",
         openapi_extra=wire.request_body(kind),
-        response_model=None,
         responses={200: {"model": ImagesAnswer, "content": EVENTS}},
     )
     async def edit_images(request: Request) -> Response:
-        client = wire.caller_of(request)
-        service.check_room(client)  # before the body is read, so that a refusal is cheap
+        service.check_room(wire.caller_of(request))  # before the body is read, so that a refusal is cheap
         body: Any = await wire.read_body(request, kind, desk, voice_of("openai"))
-        encoding = Encoding(body.output_format or "png", _quality(body))
+        quality = wire.QUALITY if body.output_compression is None else max(1, body.output_compression)
+        encoding = Encoding(body.output_format or "png", quality)
         edit_of = functools.partial(_edit_of, desk, body)
-        _, job = await wire.submitted(desk, client, edit_of, encode=encoding)
-        wire.let_go(request, body)
+        _, job = await wire.submitted(desk, request, body, edit_of, encode=encoding)
         if body.stream:
             return wire.event_stream(desk, job, _events(desk, job, encoding, body.partial_images or 0))
         await wire.finished(desk, request, job)
         data = []
         about = _about(job.results[0].image, encoding)
         if body.response_format == "url":
-            for kept in await desk.by_hand(service.keep, job, encoding):
+            for kept in await desk.in_thread(service.keep, job, encoding):
                 data.append({"url": str(request.base_url.replace(path=f"/v1/files/{kept.file}"))})
         else:
             for result in job.results:
-                data.append({"b64_json": await desk.by_hand(encoding.base64, result.image)})
+                data.append({"b64_json": await desk.in_thread(encoding.base64, result.image)})
         answer = {"created": int(time.time()), "data": data, "usage": USAGE, **about}
         return JSONResponse({**answer, "warnings": job.warnings})
 
@@ -181,24 +159,17 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
     picture = await _picture(body, opened)
     mask = None
     if body.mask is not None:
-        mask = await opened.mask(_content(body.mask, "mask"), "mask", edit="transparent")
-    if mask is not None:
+        mask = await opened.transparency_mask(_content(body.mask, "mask"))
         _check_mask(mask, picture)
     if body.size not in (None, "", "auto"):
         size = _result_size(body.size, desk.config.max_pixels)
         if abs(picture.width * size[1] - picture.height * size[0]) > max(*size, *picture.size):
             warnings.append(f"size has another shape than the picture, which is cropped to {body.size}.")
-        picture = await desk.by_hand(wire.sized, picture, size, "crop")
-        mask = mask and await desk.by_hand(wire.sized, mask, size, "crop")
+        picture = await desk.in_thread(wire.sized, picture, size, "crop")
+        mask = mask and await desk.in_thread(wire.sized, mask, size, "crop")
     control = body.control_image and await opened.picture(body.control_image, "control_image")
     settings = settings_from_body(
-        body,
-        "openai",
-        settings=limited_settings(limits),
-        size=None,
-        seed=0,
-        mask=mask,
-        control_image=control,
+        body, "openai", settings=limited_settings(limits), size=None, seed=0, mask=mask, control_image=control
     )
     partial = (body.partial_images or 0) if body.stream else 0
     steps = settings.resolved().steps or 1
@@ -224,18 +195,16 @@ async def _picture(body: Any, opened: Opened) -> Image.Image:
             f"{field} has {len(pictures)} pictures; send one. Each request edits one picture.", field=field
         )
     picture = await opened.picture(_content(pictures[0], field), field)
-    if body.background == "transparent":
-        if body.output_format == "jpeg":
-            raise SettingError(
-                "background is 'transparent', which jpeg cannot hold. Use output_format png or webp.",
-                field="background_mode",
-            )
-        if picture.mode != "RGBA":
-            raise SettingError(
-                "background is 'transparent', and the picture is opaque. The model keeps transparency and "
-                "cannot add it: send a picture with transparent parts, or leave background out.",
-                field="background_mode",
-            )
+    fault = None
+    if body.background == "transparent" and body.output_format == "jpeg":
+        fault = "which jpeg cannot hold. Use output_format png or webp."
+    elif body.background == "transparent" and picture.mode != "RGBA":
+        fault = (
+            "and the picture is opaque. The model keeps transparency and cannot add it: send a picture with "
+            "transparent parts, or leave background out."
+        )
+    if fault is not None:
+        raise SettingError(f"background is 'transparent', {fault}", field="background_mode")
     return flattened(picture, "white") if body.background == "opaque" else picture
 
 
@@ -276,10 +245,6 @@ def _result_size(text: str, max_pixels: int) -> tuple[int, int]:
     return size
 
 
-def _quality(body: Any) -> int:
-    return wire.QUALITY if body.output_compression is None else max(1, body.output_compression)
-
-
 def _about(image: Image.Image, encoding: Encoding) -> dict[str, Any]:
     return {
         "background": "transparent" if image.mode == "RGBA" and encoding.format != "jpeg" else "opaque",
@@ -296,11 +261,11 @@ async def _events(
     sent = 0
 
     async def event(name: str, image: Image.Image, **more: Any) -> tuple[str, dict[str, Any]]:
-        data, _ = await desk.by_hand(encoding, image)
+        data, _ = await desk.in_thread(encoding, image)
         about = {"b64_json": wire.base64_of(data), "created_at": int(time.time()), **_about(image, encoding)}
         return name, {"type": name, **about, **more}
 
-    async for news in job.aevents():
+    async for news in job.events():
         if news.kind == "preview" and news.image is not None and not news.number:
             if sent < partial and job.state == "running":
                 yield await event("image_edit.partial_image", news.image, partial_image_index=sent)
@@ -310,6 +275,6 @@ async def _events(
                 more = {"usage": USAGE, "warnings": job.warnings}
                 yield await event("image_edit.completed", result.image, **more)
         elif news.kind == "cancelled":
-            yield "error", body_of(PATH, Refusal("The edit was cancelled. Send it again.", status=409))
+            yield "error", error_body(Refusal("The edit was cancelled. Send it again.", status=409), PATH)
         elif news.kind == "failed" and job.error is not None:
-            yield "error", body_of(PATH, refusal_of(job.error, PATH))
+            yield "error", error_body(job.error, PATH)

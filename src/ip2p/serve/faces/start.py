@@ -7,29 +7,34 @@ import io
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ip2p import __version__
 from ip2p.base.errors import InputError
-from ip2p.editing import advice, grid
-from ip2p.models.bundle import Card
+from ip2p.editing import grid
 from ip2p.pictures.images import load_image, resized, to_bytes
 from ip2p.pictures.infotext import infotext_of, parse_infotext
 from ip2p.serve import mark, wire
 from ip2p.serve.errors import Refusal, declared_errors
 from ip2p.serve.faces import native
 from ip2p.serve.requests import naming
-from ip2p.serve.wire import Desk, Encoding, Format
+from ip2p.serve.wire import Desk, Encoding, Format, PictureField
 from ip2p.settings import EditSettings
 
 FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
-# What the storybook model does to any page; its score is best on changes of the whole page.
+# Changes of the whole picture, which need nothing particular in it: they suit the model, and are not tried on
+# the client's picture. The storybook model does these best.
 STORYBOOK = (
     *("make it night", "make it snow", "make it sunset", "make it rain", "make it foggy"),
-    *("change the background to a beach", "put them on the moon", "put them in the desert"),
+    *("change the background to the beach", "put them on the moon", "put them in the desert"),
     *("make it a pencil drawing", "make it pixel art", "make it a watercolour"),
+)
+PHOTOS = (
+    *("make it night", "make it snow", "make it sunset", "make it rain", "what if it were autumn?"),
+    *("change the background to a beach", "put them in the desert", "make it look like a watercolor"),
+    *("make it a pencil drawing", "make it look like an oil painting", "make it look like a comic book"),
 )
 # Bright pages of the test split by their number, and what may be changed in each.
 EXAMPLES = {
@@ -38,7 +43,7 @@ EXAMPLES = {
     128: ("make the dog orange", "make it sunset", "make the bus blue", "make it snow"),
     223: ("put a hat on the pig", "make it night", "make the pig pink", "make it rain"),
     252: ("make it a pencil drawing", "make the balloon red", "make it night", "make it foggy"),
-    885: ("change the background to a beach", "make the flower blue", "make it night", "make it snow"),
+    885: ("change the background to the beach", "make the flower blue", "make it night", "make it snow"),
 }
 
 
@@ -52,7 +57,7 @@ class ModelCard(BaseModel):
     native_size: int = Field(description="the side in pixels at which the model was trained")
     defaults: dict[str, Any] = Field(description="the settings that the model recommends")
     grid: dict[str, list[float]] = Field(description="values of text_cfg and image_cfg worth comparing")
-    suggestions: list[str] = Field(description="instructions that the model can follow")
+    suggestions: list[str] = Field(description="instructions that suit the model, whatever the picture shows")
     limits: dict[str, int] = Field(description="of this server: pixels, body_bytes, count, steps, per_client")
 
 
@@ -69,7 +74,7 @@ class PictureBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image: native.PictureField = Field(description="the picture: PNG, JPEG, WebP, BMP, TIFF, GIF, PPM")
+    image: PictureField = Field(description="the picture: PNG, JPEG, WebP, BMP, TIFF, GIF, PPM")
     side: int = Field(1024, ge=16, le=4096, description="the longer side of the preview; none is enlarged")
     convert: Format | None = Field(
         None, description="answer with the picture's file in this format, its metadata and settings inside"
@@ -99,18 +104,19 @@ def router(desk: Desk) -> APIRouter:
         native.check_model(model, service.models)
         name = model or service.models[0]
         limits = service.limits
-        card = await desk.by_hand(service.card, name)
+        card = await desk.in_thread(service.card, name)
+        about = f"photos and pictures, at its best near {card.native_size} × {card.native_size} pixels"
         defaults = EditSettings().resolved(card)
         defaults = defaults.changed(steps=min(defaults.steps or 1, limits.steps))
         return ModelCard(
             model=name,
             models=service.models,
             version=__version__,
-            about=about(card),
+            about="drawn storybook pages only" if card.closed_vocabulary else about,
             native_size=card.native_size,
             defaults={key: getattr(defaults, key) for key in EditSettings.model_fields if key != "seed"},
             grid={axis: list(grid.default_values(axis, defaults)) for axis in ("text_cfg", "image_cfg")},
-            suggestions=list(STORYBOOK) if card.closed_vocabulary else photo_suggestions(),
+            suggestions=list(STORYBOOK if card.closed_vocabulary else PHOTOS),
             limits={
                 "pixels": limits.pixels,
                 "body_bytes": desk.config.max_mb * 1_000_000,
@@ -122,7 +128,7 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get("/v1/examples", summary="Pictures to try an edit on, with instructions")
     async def read_examples() -> list[Example]:
-        made = await desk.by_hand(drawn_examples)
+        made = await desk.in_thread(drawn_examples)
         return [
             Example(url=f"/v1/examples/{number}.png", title=title, instructions=list(words))
             for number, (_, title, words) in enumerate(made)
@@ -135,7 +141,7 @@ def router(desk: Desk) -> APIRouter:
         responses={200: {"content": {"image/png": native.FILES["image/png"]}}},
     )
     async def read_example(number: int) -> Response:
-        made = await desk.by_hand(drawn_examples)
+        made = await desk.in_thread(drawn_examples)
         if not 0 <= number < len(made):
             raise Refusal(f"number is {number}; it must be 0 to {len(made) - 1}.", status=404, field="number")
         return Response(made[number][0], media_type="image/png")
@@ -144,35 +150,21 @@ def router(desk: Desk) -> APIRouter:
         "/v1/pictures",
         summary="Look at a picture: its size, its settings, a preview; or convert its file",
         openapi_extra=wire.request_body(PictureBody),
-        response_model=None,
         responses={200: {"model": PictureAnswer, "content": native.FILES}},
     )
-    async def read_picture(request: Request) -> Any:
+    async def read_picture(request: Request) -> Response:
         """Nothing is kept. With `convert` it answers with a file that has the picture's EXIF, color profile
         and settings; a result of this server keeps its mark."""
         service.check_room(wire.caller_of(request))
         body = await wire.read_body(request, PictureBody, desk)
         data = body.image if isinstance(body.image, bytes) else wire.from_base64(body.image, "image")
         async with desk.opening:
-            return await desk.by_hand(_looked_at, data, body, desk.config.max_pixels)
+            return await desk.in_thread(_inspect, data, body, desk.config.max_pixels)
 
     return routes
 
 
-def about(card: Card) -> str:
-    """What a model is for."""
-    if card.closed_vocabulary:
-        return "drawn storybook pages only"
-    return f"photos and pictures, at its best near {card.native_size} × {card.native_size} pixels"
-
-
 @functools.cache
-def photo_suggestions() -> list[str]:
-    """The first example of each instruction that works (docs/advice.md)."""
-    return [example for _, example in advice.templates() if "…" not in example]
-
-
-@functools.lru_cache(maxsize=1)
 def drawn_examples() -> list[tuple[bytes, str, tuple[str, ...]]]:
     """Storybook pages that no model was trained on: a PNG file, a title, and instructions."""
     from ip2p_storybook.captions import caption  # brings the drawing library
@@ -188,11 +180,16 @@ def drawn_examples() -> list[tuple[bytes, str, tuple[str, ...]]]:
     return made
 
 
-def _looked_at(data: bytes, body: PictureBody, max_pixels: int) -> PictureAnswer | Response:
+def _inspect(data: bytes, body: PictureBody, max_pixels: int) -> Response:
     warnings: list[str] = []
     with naming("image"):
         picture = load_image(data, max_pixels=max_pixels, warn=warnings.append)
-        infotext, kind, marked = _carried(data)
+    # The infotext, the format, and whether this server marked the file.
+    with Image.open(io.BytesIO(data)) as image:
+        infotext, kind = infotext_of(image) or None, image.format or ""
+        image.load()  # a PNG's XMP may stand behind its pixels
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+        marked = mark.SOURCE_TYPE.encode() in (xmp.encode() if isinstance(xmp, str) else xmp)
     if body.convert is not None:
         picture.info["parameters"] = infotext
         if marked:
@@ -202,30 +199,20 @@ def _looked_at(data: bytes, body: PictureBody, max_pixels: int) -> PictureAnswer
     settings = None
     if infotext is not None:
         try:
-            record = parse_infotext(infotext)
-            settings = record.model_dump(mode="json", exclude_unset=True)
+            settings = parse_infotext(infotext).model_dump(mode="json", exclude_unset=True)
         except InputError as error:
             warnings.append(f"The settings in the file cannot be read: {error}")
     share = min(1.0, body.side / max(picture.size))
     width, height = (max(1, round(side * share)) for side in picture.size)
-    shown = picture.copy() if share == 1 else resized(picture, (width, height))
-    shown.info = {}
-    return PictureAnswer(
+    small = picture.copy() if share == 1 else resized(picture, (width, height))
+    small.info = {}
+    answer = PictureAnswer(
         width=picture.width,
         height=picture.height,
         format=FORMATS.get(kind, "png"),
         infotext=infotext,
         settings=settings,
         warnings=warnings,
-        preview=Encoding("webp", 92).base64(shown),
+        preview=Encoding("webp", 92).base64(small),
     )
-
-
-def _carried(data: bytes) -> tuple[str | None, str, bool]:
-    """The infotext of a file that `load_image` takes, its format, and whether it has this server's mark."""
-    with Image.open(io.BytesIO(data)) as image:
-        text = infotext_of(image)
-        image.load()  # a PNG's XMP may stand behind its pixels
-        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
-        xmp = xmp.encode() if isinstance(xmp, str) else xmp
-        return text or None, image.format or "", mark.SOURCE_TYPE.encode() in xmp
+    return JSONResponse(answer.model_dump(mode="json"))

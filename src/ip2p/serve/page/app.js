@@ -10,7 +10,7 @@ import { Settings } from "./settings.js";
 import { Stage } from "./stage.js";
 import * as store from "./store.js";
 import * as trees from "./tree.js";
-import { editedName, factsOf, progressWords, within } from "./words.js";
+import { anyOf, editedName, factsOf, ideas, progressWords, within } from "./words.js";
 
 /**
  * A step of the history with its picture.
@@ -665,25 +665,28 @@ function showSteps() {
   }
 }
 
+/** Run an instruction, as if it was typed. @param {string} text */
+function ask(text) {
+  words.value = text;
+  void start();
+}
+
 function showSuggestions() {
   const here = trees.current(tree);
-  const own = [...new Set([...(here?.words ?? []), ...(card?.suggestions ?? [])])];
+  // What the picture has been through already, its file's own edit included.
+  const done = trees.path(tree).flatMap((each) => [each.title, each.infotext.split("\n")[0]]);
+  const { sure, general } = ideas(here?.words ?? [], card?.suggestions ?? [], done);
   const surprise = make("button", { type: "button", className: "chip strong", id: "surprise" }, "Surprise me");
-  surprise.addEventListener("click", () => {
-    const others = own.filter((each) => each !== words.value);
-    words.value = others[Math.floor(Math.random() * others.length)];
-    void start();
-  });
-  const chips = own.map((each) => {
+  surprise.addEventListener("click", () => ask(anyOf(sure.length ? sure : general, words.value)));
+  surprise.disabled = !sure.length && !general.length;
+  const chips = [...sure, ...general].map((each) => {
     const chip = make("button", { type: "button", className: "chip" }, each);
-    chip.addEventListener("click", () => {
-      words.value = each;
-      void start();
-    });
+    chip.addEventListener("click", () => ask(each));
     return chip;
   });
-  el("suggestions").replaceChildren(surprise, ...chips);
-  el("known-instructions").replaceChildren(...own.map((value) => make("option", { value })));
+  const note = make("span", { className: "dim" }, "Ideas for this model, not tried on your picture:");
+  el("suggestions").replaceChildren(surprise, ...(here && !here.words.length ? [note] : []), ...chips);
+  el("known-instructions").replaceChildren(...[...sure, ...general].map((value) => make("option", { value })));
 }
 
 function showRun() {

@@ -41,6 +41,13 @@ export function goTo(tree, id) {
 /** @template {Step} S @param {Tree<S>} tree @returns {S | null} */
 export const current = (tree) => (tree.at ? (tree.steps[tree.at] ?? null) : null);
 
+/** The step that is shown and those that it came from. @template {Step} S @param {Tree<S>} tree @returns {S[]} */
+export function path(tree) {
+  const steps = [];
+  for (let step = current(tree); step; step = step.parent ? (tree.steps[step.parent] ?? null) : null) steps.push(step);
+  return steps;
+}
+
 /** Where undo leads, or null. @param {Tree<Step>} tree */
 export function undoTarget(tree) {
   const parent = current(tree)?.parent;

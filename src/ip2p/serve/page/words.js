@@ -74,6 +74,24 @@ export function within(width, height, pixels) {
   return { width: Math.max(1, Math.floor(width * share)), height: Math.max(1, Math.floor(height * share)) };
 }
 
+/**
+ * What to suggest for a picture, each instruction once and none that was done: those known to suit the picture,
+ * and those that suit the model and any picture.
+ * @param {string[]} known @param {string[]} any @param {string[]} done
+ */
+export function ideas(known, any, done) {
+  const sure = [...new Set(known)].filter((each) => !done.includes(each));
+  const general = [...new Set(any)].filter((each) => !done.includes(each) && !sure.includes(each));
+  return { sure, general };
+}
+
+/** One of the texts at random, another than `last` if there is another. @param {string[]} texts @param {string} last */
+export function anyOf(texts, last) {
+  const others = texts.filter((each) => each !== last);
+  const from = others.length ? others : texts;
+  return from[Math.floor(Math.random() * from.length)];
+}
+
 /** @param {number} bytes */
 export function size(bytes) {
   return bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
