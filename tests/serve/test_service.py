@@ -168,7 +168,7 @@ def test_a_tiny_autoencoder_decodes_the_previews_alone(serve, editor, tmp_path, 
     editor.bundle.unet.seconds = 0.03
     service = serve(tiny_vae=tmp_path / "taesd")
     job = service.submit(request(steps=8, previews=1), client="a")
-    events = list(job.events())
+    events = events_of(job)
     assert job.state == "done" and any(event.kind == "preview" for event in events)
     assert len(decoded) == 1 and previewed
     with torch.no_grad():

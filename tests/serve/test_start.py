@@ -6,10 +6,10 @@ import re
 
 import httpx
 import pytest
-from ip2p_storybook.reading import edit_kind
 from PIL import Image
 from running import running
 
+from benchmarks.data_quality.reading import edit_kind
 from ip2p.pictures.images import load_image, to_bytes
 from ip2p.pictures.infotext import parse_infotext, read_infotext
 from ip2p.serve.faces.start import EXAMPLES, PHOTOS, STORYBOOK
