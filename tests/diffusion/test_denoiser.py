@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ip2p.diffusion.denoiser import UNetDenoiser, guided, x0_from_epsilon, x0_from_velocity
-from ip2p.diffusion.guidance import guide
+from ip2p.diffusion.denoiser import UNetDenoiser, x0_from_epsilon, x0_from_velocity
+from ip2p.diffusion.guidance import guide, guided
 from ip2p.diffusion.schedule import schedule_from_config
 
 SIGMA = torch.tensor(2.0)

@@ -150,7 +150,7 @@ def test_cosxl_is_told_a_quarter_of_the_logarithm():
     assert schedule.levels[0].item() == pytest.approx(0.002)
     assert schedule.levels[-1].item() == pytest.approx(120)
     sigma = torch.tensor(3.0)
-    assert schedule.told(sigma).item() == pytest.approx(math.log(3) / 4)
+    assert schedule.network_time(sigma).item() == pytest.approx(math.log(3) / 4)
     assert schedule.share(schedule.levels[-1]) == 1
     # Half of the steps are spent on each half of the logarithm.
     assert schedule.share(torch.tensor((0.002 * 120) ** 0.5).double()) == pytest.approx(0.5, abs=1e-3)

@@ -289,7 +289,7 @@ class TestRefusing:
         which = one(CAT, p=0.0)
         maker(bundle, early=self.judge([], seen), early_at=0.0)([which])
         editor = Editor(bundle)
-        from ip2p.diffusion.denoiser import guided
+        from ip2p.diffusion.guidance import guided
 
         sigma = linspace_sigmas(editor.schedule, STEPS)[0]
         with torch.inference_mode():

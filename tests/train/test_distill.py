@@ -15,8 +15,8 @@ from conftest import SIZE
 import ip2p
 from ip2p.base.errors import InputError, ModelError
 from ip2p.cli import main as cli
-from ip2p.diffusion.denoiser import UNetDenoiser, guided
-from ip2p.diffusion.guidance import embed_scales
+from ip2p.diffusion.denoiser import UNetDenoiser
+from ip2p.diffusion.guidance import embed_scales, guided
 from ip2p.diffusion.schedule import lcm_sigmas, schedule_from_config
 from ip2p.editing.editor import Editor
 from ip2p.models.widen import add_scales_input
@@ -82,7 +82,7 @@ def stir(unet) -> None:
 
 
 def test_the_teacher_is_what_an_edit_with_guidance_computes(config):
-    """Oracle: `diffusion.denoiser.guided`, one sample after the other."""
+    """Oracle: `diffusion.guidance.guided`, one sample after the other."""
     task = task_of(config)
     scales = torch.tensor([[7.5, 1.5], [1.0, 1.0], [3.0, 2.0]])
     batch = batch_of(3, times=torch.tensor([999, 400, 20]))

@@ -1,4 +1,4 @@
-"""Wraps a UNet as a denoiser, `denoise(x, sigma) -> x0`, with and without guidance."""
+"""Wraps a UNet as a denoiser of one text and one image; `guidance.guided` combines its predictions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ip2p.diffusion import Denoiser, Latent, Sigma, guidance
-from ip2p.diffusion.guidance import embed_scales, guide, passes
+from ip2p.diffusion import Latent, Sigma
 from ip2p.diffusion.schedule import Schedule
 
 
@@ -30,10 +29,10 @@ class Words(Protocol):
 Text = Float[Tensor, "text_batch tokens features"] | Words
 NullText = Float[Tensor, "null_batch tokens features"] | Words
 # The conditioning of a network besides the latents, by diffusers' argument names.
-Told = Mapping[str, Tensor]
+TextInputs = Mapping[str, Tensor]
 # Maps noisy latents [batch, channels, h, w], the time [batch] and the conditioning to additional UNet
 # arguments. A ControlNet with its picture is one (`models.controlnet.Control`).
-Control = Callable[[Tensor, Tensor, Told], dict[str, Any]]
+Control = Callable[[Tensor, Tensor, TextInputs], dict[str, Any]]
 
 
 def x0_from_epsilon(x: Latent, epsilon: Latent, sigma: Float[Tensor, "*b"]) -> Latent:
@@ -76,27 +75,27 @@ class UNetDenoiser:
 
     def predict(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
         """The UNet's prediction (noise, velocity or x0) at x / sqrt(sigma² + 1)."""
-        return self.tell(x, sigma, told(text, len(x)), image)
+        return self.predict_from_inputs(x, sigma, text_inputs(text, len(x)), image)
 
-    def tell(self, x: Latent, sigma: Sigma, told: Told, image: Latent) -> Latent:
+    def predict_from_inputs(self, x: Latent, sigma: Sigma, inputs: TextInputs, image: Latent) -> Latent:
         """`predict` with the text given as network arguments."""
         dtype = next(self.unet.parameters()).dtype
         # Sizes go up to thousands, which half precision would round.
-        told = {
+        inputs = {
             name: value.to(x.device, torch.float32 if name == "time_ids" else dtype)
-            for name, value in told.items()
+            for name, value in inputs.items()
         }
         scaled = (x / (sigma**2 + 1).sqrt()).to(dtype)
         # Most editors are trained on unscaled image latents; condition_scale is then 1.
         channels = torch.cat([scaled, (image * self.condition_scale).to(dtype)], dim=1)
-        time = self.schedule.told(sigma).to(x.device, torch.float32).expand(len(x))
-        more = {} if self.control is None else self.control(scaled, time, told)
-        added = {name: told[name] for name in ("text_embeds", "time_ids") if name in told}
+        time = self.schedule.network_time(sigma).to(x.device, torch.float32).expand(len(x))
+        more = {} if self.control is None else self.control(scaled, time, inputs)
+        added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
         if added:
             more = more | {"added_cond_kwargs": added}
-        if "timestep_cond" in told:
-            more = more | {"timestep_cond": told["timestep_cond"]}
-        hidden = told["encoder_hidden_states"]
+        if "timestep_cond" in inputs:
+            more = more | {"timestep_cond": inputs["timestep_cond"]}
+        hidden = inputs["encoder_hidden_states"]
         output = self.unet(channels, time, encoder_hidden_states=hidden, return_dict=False, **more)[0]
         return output.to(x.dtype)
 
@@ -105,7 +104,7 @@ class UNetDenoiser:
         return X0[self.schedule.prediction](x, prediction, sigma)
 
 
-def told(text: Text, count: int) -> Told:
+def text_inputs(text: Text, count: int) -> TextInputs:
     """The network arguments of a text [1 or count, …], each expanded to [count, …]."""
     if isinstance(text, Tensor):
         named = {"encoder_hidden_states": text}
@@ -113,76 +112,3 @@ def told(text: Text, count: int) -> Told:
         fields = {"encoder_hidden_states": text.hidden, "text_embeds": text.pooled, "time_ids": text.time_ids}
         named = {name: value for name, value in fields.items() if value is not None}
     return {name: value.expand(count, *value.shape[1:]) for name, value in named.items()}
-
-
-def guided(
-    model: UNetDenoiser,
-    *,
-    text: Text,
-    null_text: NullText,
-    image: Latent | None,
-    text_cfg: float,
-    image_cfg: float,
-    rescale: float = 0.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-    in_turn: bool = False,
-) -> Denoiser:
-    """Classifier-free guidance (equation 3) for an edit model: a denoiser with one to three passes per call.
-
-    A distilled model, which takes the scales as an input, needs one. It has no null text and no rescaling.
-
-    text and null_text: [1 or batch, tokens, features] or Prompts. image: [1 or batch, channel, h, w], or None
-    to draw from the text alone; the two null branches are then the same. rescale: the strength of
-    `guidance.rescale`. interval: the range of noise levels with guidance, as fractions (1 is the noisiest);
-    outside it, only the full prediction is used (Kynkäänniemi et al. 2024). in_turn: run the passes one by
-    one to save memory.
-    """
-    low, high = interval
-
-    def denoise(x: Latent, sigma: Sigma) -> Latent:
-        count = len(x)
-        inside = low <= model.schedule.share(sigma) <= high
-        s_text, s_image = (text_cfg, image_cfg) if inside else (1.0, 1.0)
-        # Without a picture, e0I = e00, so the image scale has no effect.
-        need = passes(text=s_text, image=s_image if image is not None else 1.0)
-        if rescale:
-            need = need._replace(full=True)  # the reference for its spread
-        nothing = torch.zeros_like(x)
-        shown = nothing if image is None else image.to(x).expand(count, -1, -1, -1)
-        wanted = told(text, count)
-        if model.scales_size is not None:
-            scales = embed_scales(torch.tensor([[s_text, s_image]]), model.scales_size).expand(count, -1)
-            return model.x0(x, model.tell(x, sigma, {**wanted, "timestep_cond": scales}, shown), sigma)
-        null = told(null_text, count)
-        branches = []
-        if need.full:
-            branches.append((wanted, shown))
-        if need.image_only:
-            branches.append((null, shown))
-        if need.neither:
-            branches.append((null, nothing))
-        if in_turn:
-            out = [model.tell(x, sigma, words, picture) for words, picture in branches]
-        else:
-            batched = model.tell(
-                x.repeat(len(branches), 1, 1, 1),
-                sigma,
-                {name: torch.cat([words[name] for words, _ in branches]) for name in branches[0][0]},
-                torch.cat([picture for _, picture in branches]),
-            )
-            out = list(batched.chunk(len(branches)))
-        # A skipped pass has weight zero; its neighbor replaces it, so that their difference is exactly zero.
-        full = out[0]
-        neither = out[-1]
-        image_only = out[int(need.full)] if need.image_only else neither
-        if not need.full:
-            full = image_only
-        if not need.neither:
-            neither = image_only
-        # Equal to mixing x0s, but without the rounding of x, which is far larger at high noise.
-        mixed = guide(full, image_only, neither, text=s_text, image=s_image)
-        if rescale and len(branches) > 1:
-            mixed = guidance.rescale(mixed, full, rescale)
-        return model.x0(x, mixed, sigma)
-
-    return denoise

@@ -45,7 +45,7 @@ class Schedule:
         """The position of a sigma in the schedule by its time, from 0 to 1 (the noisiest)."""
         return float(self.time(sigma)) / (len(self.levels) - 1)
 
-    def told(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    def network_time(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The noise level as the network's time input."""
         return sigma.log() / 4 if self.logarithmic else self.time(sigma)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ip2p import __version__
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype, reuse_freed_memory
 from ip2p.base.errors import InputError, ModelError, ResourceError, translated_errors
-from ip2p.diffusion.denoiser import UNetDenoiser, guided
+from ip2p.diffusion.denoiser import UNetDenoiser
+from ip2p.diffusion.guidance import guided
 from ip2p.diffusion.samplers import OWN_SPACING, sampler_for
 from ip2p.diffusion.schedule import SPACINGS, schedule_from_config
 from ip2p.editing.results import EditResults
@@ -223,7 +224,7 @@ class Editor:
         other pixels stay identical. The model sees the white area with mask_padding pixels around it.
         auto_mask: detect the region with the model. Transparent parts stay transparent; the model sees them
         on gray. background: put this color behind them first. text_cfg_rescale, cfg_interval: see
-        `diffusion.denoiser.guided`.
+        `diffusion.guidance.guided`.
 
         The `info` of each result has the settings as "parameters", the picture's metadata, which `save_image`
         writes, the "mask" if there is one, a picture in mode "L", and "warnings", a list of texts about input

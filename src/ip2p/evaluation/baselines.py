@@ -10,7 +10,7 @@ from PIL import Image
 
 from ip2p.base.devices import NoiseStream
 from ip2p.base.errors import translated_errors
-from ip2p.diffusion.denoiser import guided
+from ip2p.diffusion.guidance import guided
 from ip2p.diffusion.samplers import sampler_for
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.models.text import join_prompts

@@ -22,9 +22,7 @@ from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
 from ip2p.base.errors import ModelError, translated_errors
 from ip2p.data.records import Pair
 from ip2p.diffusion import Latent, Sigma
-from ip2p.diffusion.denoiser import Told as TextInputs
-from ip2p.diffusion.denoiser import UNetDenoiser
-from ip2p.diffusion.denoiser import told as text_inputs
+from ip2p.diffusion.denoiser import TextInputs, UNetDenoiser, text_inputs
 from ip2p.diffusion.samplers import sampler_for
 from ip2p.diffusion.schedule import SPACINGS
 from ip2p.editing.editor import Editor
@@ -397,7 +395,7 @@ class _PairDenoiser:
         }
         both = some.repeat(2, 1, 1, 1)
         # An editor gets a zero image latent: no input picture.
-        full, neither = network.tell(both, sigma, words, torch.zeros_like(both)).chunk(2)
+        full, neither = network.predict_from_inputs(both, sigma, words, torch.zeros_like(both)).chunk(2)
         mixed = neither + self.scale[place].view(-1, 1, 1, 1) * (full - neither)
         self.x0 = x.index_copy(0, place, network.x0(some, mixed, sigma))
         return self.x0
