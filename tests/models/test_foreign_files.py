@@ -508,6 +508,14 @@ def test_a_tiny_autoencoder_takes_the_place_of_the_large_one(tiny_vae, sd1_dir):
             torch.testing.assert_close(bundle.vae.decode(latents).sample, oracle.decode(scaled).sample)
 
 
+def test_a_misspelled_folder_gets_the_closest_name(tiny_vae):
+    from ip2p.models.bundle import find_folder
+
+    wrong = tiny_vae.with_name(tiny_vae.name + "x")
+    with pytest.raises(ModelError, match=f"no such tiny autoencoder. Did you mean .*{tiny_vae.name}"):
+        find_folder(wrong, (), lambda folder: True, what="tiny autoencoder")
+
+
 @pytest.mark.parametrize("memory", ["high", "low"])
 def test_an_editor_edits_with_a_tiny_autoencoder(tiny_vae, sd1_dir, memory):
     from PIL import Image

@@ -17,7 +17,7 @@ from ip2p.diffusion import Denoiser, Latent, Noise, Sigma, Steps
 from ip2p.diffusion.schedule import Schedule
 
 
-def euler(denoise: Denoiser, x: Latent, sigmas: Float[Tensor, "steps"], noise: Noise | None = None) -> Steps:
+def euler(denoise: Denoiser, x: Latent, sigmas: Float[Tensor, " steps"], noise: Noise | None = None) -> Steps:
     """Euler's method on dx/dsigma = (x - x0) / sigma (Karras et al. 2022, algorithm 1)."""
     for sigma, following in pairwise(sigmas):
         slope = (x - denoise(x, sigma)) / sigma
@@ -26,7 +26,7 @@ def euler(denoise: Denoiser, x: Latent, sigmas: Float[Tensor, "steps"], noise: N
 
 
 def euler_ancestral(
-    denoise: Denoiser, x: Latent, sigmas: Float[Tensor, "steps"], noise: Noise | None = None
+    denoise: Denoiser, x: Latent, sigmas: Float[Tensor, " steps"], noise: Noise | None = None
 ) -> Steps:
     """An Euler step down to sigma_down, then new noise up to the next sigma (the paper's sampler, η = 1).
 
@@ -44,7 +44,7 @@ def euler_ancestral(
 
 
 def dpmpp_2m(
-    denoise: Denoiser, x: Latent, sigmas: Float[Tensor, "steps"], noise: Noise | None = None
+    denoise: Denoiser, x: Latent, sigmas: Float[Tensor, " steps"], noise: Noise | None = None
 ) -> Steps:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), in λ = -log sigma.
 
@@ -66,7 +66,7 @@ def dpmpp_2m(
         yield x
 
 
-def lcm(denoise: Denoiser, x: Latent, sigmas: Float[Tensor, "steps"], noise: Noise | None = None) -> Steps:
+def lcm(denoise: Denoiser, x: Latent, sigmas: Float[Tensor, " steps"], noise: Noise | None = None) -> Steps:
     """Consistency sampling (Luo et al. 2023, algorithm 3): x0, then fresh noise of the next sigma.
 
     For LCM-LoRA and other distilled models, at `schedule.lcm_sigmas`. Their boundary factors c_skip and c_out
@@ -83,7 +83,7 @@ def lcm(denoise: Denoiser, x: Latent, sigmas: Float[Tensor, "steps"], noise: Noi
 def tcd(
     denoise: Denoiser,
     x: Latent,
-    sigmas: Float[Tensor, "steps"],
+    sigmas: Float[Tensor, " steps"],
     noise: Noise | None = None,
     *,
     earlier: Callable[[Sigma], Sigma] = lambda sigma: 0.7 * sigma,

@@ -21,7 +21,7 @@ class Schedule:
     gets ln(sigma) / 4 instead of t (Karras et al. 2022; CosXL).
     """
 
-    levels: Float[Tensor, "train_steps"]
+    levels: Float[Tensor, " train_steps"]
     prediction: str = "epsilon"
     logarithmic: bool = False
 
@@ -70,7 +70,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     return Schedule((((1 - kept) / kept) ** 0.5).double(), prediction)
 
 
-def alpha_bar_from_config(config: Mapping[str, Any]) -> Float[Tensor, "train_steps"]:
+def alpha_bar_from_config(config: Mapping[str, Any]) -> Float[Tensor, " train_steps"]:
     """ᾱ(t) of training for t = 0 … T-1, descending, from a diffusers `scheduler_config.json`.
 
     Supports scaled_linear, linear, squaredcos_cap_v2 (Nichol and Dhariwal 2021, eq. 17) and trained betas;
@@ -119,20 +119,20 @@ def _edm_schedule(config: Mapping[str, Any], prediction: str) -> Schedule:
     return Schedule(torch.linspace(low, high, count, dtype=torch.float64).exp(), prediction, logarithmic=True)
 
 
-def linspace_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
+def linspace_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, " steps_and_zero"]:
     """sigma at evenly spaced times from T-1 down to 0, then a zero: the original's spacing."""
     times = torch.linspace(len(schedule.levels) - 1, 0, steps, dtype=torch.float64)
     return torch.cat([schedule.sigma(times), torch.zeros(1)]).float()
 
 
-def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Float[Tensor, "steps_and_zero"]:
+def karras_sigmas(schedule: Schedule, steps: int, rho: float = 7.0) -> Float[Tensor, " steps_and_zero"]:
     """The sigmas of Karras et al. 2022 (eq. 5) from the schedule's largest to its smallest, then a zero."""
     low, high = schedule.levels[0] ** (1 / rho), schedule.levels[-1] ** (1 / rho)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)]).float()
 
 
-def exponential_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
+def exponential_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, " steps_and_zero"]:
     """Sigmas evenly spaced in log sigma from the schedule's largest to its smallest, then a zero."""
     logs = torch.linspace(1, 0, steps, dtype=torch.float64)
     return torch.cat(
@@ -140,7 +140,7 @@ def exponential_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_a
     ).float()
 
 
-def lcm_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
+def lcm_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, " steps_and_zero"]:
     """sigma at the times at which LCM and TCD models were distilled, every 20th of 1000, then a zero.
 
     `steps` of these, evenly chosen from the noisiest on (Luo et al. 2023). Where more steps are asked for,
@@ -154,7 +154,7 @@ def lcm_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"
     return torch.cat([schedule.sigma(chosen), torch.zeros(1)]).float()
 
 
-def trailing_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, "steps_and_zero"]:
+def trailing_sigmas(schedule: Schedule, steps: int) -> Float[Tensor, " steps_and_zero"]:
     """sigma at times T-1, T-1-T/n, … for n steps, rounded, then a zero (Lin et al. 2024, table 2).
 
     The step from the last time to zero is as long as the others, where `linspace_sigmas` is at time 0 already

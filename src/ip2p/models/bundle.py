@@ -530,7 +530,7 @@ def find_folder(
         return folder
     if is_hub_name(str(model), folder):
         return from_hub(str(model), files, whole, revision=revision)
-    close = close_file(folder)
+    close = closest_file(folder)
     hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."
     raise ModelError(f"{model}: no such {what}. {hint}")
 

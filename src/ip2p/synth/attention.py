@@ -36,8 +36,8 @@ class WordSharing:
     of each word's own map.
     """
 
-    rows: Int[Tensor, "edits"]
-    sources: Int[Tensor, "edits"]
+    rows: Int[Tensor, " edits"]
+    sources: Int[Tensor, " edits"]
     moved: Float[Tensor, "edits words words"]
     kept: Float[Tensor, "edits words"]
 
@@ -50,7 +50,7 @@ class Sharing:
     sharing. words: cross-attention sharing; None: no sharing. seen: collects cross-attention maps.
     """
 
-    maps: Int[Tensor, "batch"] | None = None
+    maps: Int[Tensor, " batch"] | None = None
     words: WordSharing | None = None
     seen: WordMaps | None = None
 
@@ -60,7 +60,7 @@ class Sharing:
 
 
 def self_attention(
-    query: Heads, key: Heads, value: Heads, maps: Int[Tensor, "batch"], scale: float | None = None
+    query: Heads, key: Heads, value: Heads, maps: Int[Tensor, " batch"], scale: float | None = None
 ) -> Heads:
     """Attention where row b uses the map of row maps[b] and its own values (the paper's code)."""
     return F.scaled_dot_product_attention(query[maps], key[maps], value, scale=scale)
@@ -143,7 +143,7 @@ def share_attention(unet: Any) -> None:
 # --- which steps share ------------------------------------------------------------------------------
 
 
-def shares(p: Float[Tensor, "edits"], step: int, steps: int) -> Bool[Tensor, "edits"]:
+def shares(p: Float[Tensor, " edits"], step: int, steps: int) -> Bool[Tensor, " edits"]:
     """Whether attention is shared in step 0 … steps - 1: in the first fraction p of the steps (paper's code).
 
     Shared while p > step / (steps - 1), so p = 1 excludes the last step.
@@ -199,9 +199,9 @@ class Alignment:
     """Maps the tokens of an edited caption to those of its source; `moved` and `kept` as in `WordSharing`."""
 
     moved: Float[Tensor, "words words"]
-    kept: Float[Tensor, "words"]
+    kept: Float[Tensor, " words"]
 
-    def weighted(self, tokens: Bool[Tensor, "words"], weight: float) -> Alignment:
+    def weighted(self, tokens: Bool[Tensor, " words"], weight: float) -> Alignment:
         """The same with the maps of some tokens multiplied by a weight (attention reweighting)."""
         scale = torch.where(tokens, weight, 1.0)
         return replace(self, moved=self.moved * scale, kept=self.kept * scale)
@@ -209,7 +209,7 @@ class Alignment:
 
 def changed_tokens(
     tokenizer: Any, source: str, edited: str
-) -> tuple[Bool[Tensor, "words"], Bool[Tensor, "words"]]:
+) -> tuple[Bool[Tensor, " words"], Bool[Tensor, " words"]]:
     """The tokens of the words that the other caption lacks: of the source, and of the edited caption."""
     plain = [[word.casefold().strip(".,;:!?") for word in text.split()] for text in (source, edited)]
     common = _common(*plain)

@@ -306,7 +306,7 @@ class _Batch:
     evaluations: how often each row went through the network.
     """
 
-    def __init__(self, candidates: Sequence[Candidate], owners: Int[Tensor, "edits"]) -> None:
+    def __init__(self, candidates: Sequence[Candidate], owners: Int[Tensor, " edits"]) -> None:
         self.candidates, self.owners = candidates, owners
         self.sources = int(owners.max()) + 1
         self.edits = torch.arange(len(owners)) + self.sources
@@ -362,8 +362,8 @@ class _PairDenoiser:
         *,
         text: TextInputs,
         null: TextInputs,
-        scale: Float[Tensor, "rows"],
-        sigmas: Float[Tensor, "steps"],
+        scale: Float[Tensor, " rows"],
+        sigmas: Float[Tensor, " steps"],
         share_self: bool,
         alignments: Sequence[Alignment] | None,
         seen: WordMaps | None,
@@ -400,7 +400,7 @@ class _PairDenoiser:
         self.x0 = x.index_copy(0, place, network.x0(some, mixed, sigma))
         return self.x0
 
-    def _sharing(self, rows: Int[Tensor, "alive"], step: int) -> Sharing:
+    def _sharing(self, rows: Int[Tensor, " alive"], step: int) -> Sharing:
         """What the rows share in a step: first the rows with their text, then the same rows without text."""
         batch, device, steps = self.batch, self.scale.device, len(self.sigmas) - 1
         place = torch.zeros(len(batch.alive), dtype=torch.long).index_copy(0, rows, torch.arange(len(rows)))

@@ -122,7 +122,7 @@ class Perception(nn.Module):
         return labels["weight"] * torch.stack(losses).sum(), numbers
 
 
-def _hidden(labels: Int[Tensor, "batch *fields"], rows: Bool[Tensor, " batch"]) -> Tensor:
+def _hidden(labels: Int[Tensor, " batch *fields"], rows: Bool[Tensor, " batch"]) -> Tensor:
     """Labels without those of some rows."""
     return labels.masked_fill(rows.view(-1, *(1,) * (labels.ndim - 1)), IGNORED)
 
