@@ -33,7 +33,7 @@ from ip2p.evaluation.storybook import judge, score
 from ip2p.models.save import save_editor
 from ip2p.synth.pairs import open_painter
 from ip2p.synth.settings import PAIRS_STORYBOOK
-from ip2p.training.storybook.pairs import write_pairs, write_triples
+from ip2p.training.storybook.pairs import write_exact_triples, write_pairs
 from ip2p_storybook.triples import exact_triples
 
 ARMS = ("unfiltered", "filtered", "exact")
@@ -68,7 +68,7 @@ def make_pairs(args: argparse.Namespace) -> dict[str, Path]:
     # Two edits of a page may come out as the same words; a job takes each once.
     edits = {t.id: t for t in exact_triples(args.edits, args.seed, "train")}.values()
     if not triples.exists():
-        write_triples(edits, triples)
+        write_exact_triples(edits, triples)
     if not exact.exists():
         write_pairs((triple.edit for triple in edits), exact, size=args.size)
     pairs, kept = args.pairs or out / "pairs", args.kept or out / "kept"

@@ -171,7 +171,7 @@ def test_published_names(full):
     assert vae["decoder.up_blocks.0.upsamplers.0.conv.weight"].key == (
         "first_stage_model.decoder.up.3.upsample.conv.weight"
     )
-    assert vae["encoder.mid_block.attentions.0.to_out.0.weight"] == keys.Place(
+    assert vae["encoder.mid_block.attentions.0.to_out.0.weight"] == keys.WeightName(
         "first_stage_model.encoder.mid.attn_1.proj_out.weight", conv=True
     )
 
@@ -185,9 +185,11 @@ def test_ema_names_have_no_dots():
 @pytest.mark.parametrize("form", [{"third": 1}, {"turned": True}, {"conv": True}, {}])
 def test_forms_undo_each_other(form):
     tensors = {f"part{i}": torch.randn(3, 3) for i in range(3)}
-    table = {f"part{i}": keys.Place("there" if "third" in form else f"there{i}", **form) for i in range(3)}
+    table = {
+        f"part{i}": keys.WeightName("there" if "third" in form else f"there{i}", **form) for i in range(3)
+    }
     if "third" in form:
-        table = {f"part{i}": keys.Place("there", third=i) for i in range(3)}
+        table = {f"part{i}": keys.WeightName("there", third=i) for i in range(3)}
     stored = {key: make() for key, make in keys.to_ldm(table, tensors.__getitem__)}
     for name, place in table.items():
         assert torch.equal(keys.from_ldm(place, stored[place.key]), tensors[name])
@@ -195,7 +197,7 @@ def test_forms_undo_each_other(form):
 
 def test_linear_attention_of_a_newer_autoencoder_is_read():
     weight = torch.randn(4, 4)
-    assert torch.equal(keys.from_ldm(keys.Place("q", conv=True), weight), weight)
+    assert torch.equal(keys.from_ldm(keys.WeightName("q", conv=True), weight), weight)
 
 
 def test_the_folders_of_other_library_versions_are_read():

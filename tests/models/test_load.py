@@ -264,12 +264,12 @@ def test_the_tokenizer_of_a_file_without_one(bare, tmp_path, monkeypatch):
 
 
 def test_openclip_sees_zeros_after_the_text(xl_dir):
-    from ip2p.models.load import _for_openclip, make_tokenizer, texts_of
+    from ip2p.models.load import _for_openclip, texts_of, tokenizer_from_texts
 
     texts = texts_of(xl_dir / "tokenizer")
-    plain = make_tokenizer(texts, xl_dir)
+    plain = tokenizer_from_texts(texts, xl_dir)
     assert plain.convert_ids_to_tokens(plain.pad_token_id) == "<|endoftext|>"
-    changed = make_tokenizer(_for_openclip(texts), xl_dir)
+    changed = tokenizer_from_texts(_for_openclip(texts), xl_dir)
     assert (changed.pad_token, changed.eos_token) == ("!", "<|endoftext|>")
     ids = changed("make it night", padding="max_length")["input_ids"]
     assert ids[-1] == changed.convert_tokens_to_ids("!")

@@ -145,7 +145,7 @@ ON_SHEET, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 160
 
 def run_draw(config: DrawConfig) -> None:
     """Write the requested outputs and print their paths."""
-    from ip2p.training.storybook.pairs import write_pairs, write_triples  # imports pyarrow
+    from ip2p.training.storybook.pairs import write_exact_triples, write_pairs  # imports pyarrow
     from ip2p_storybook.triples import exact_triples
 
     files = [
@@ -169,7 +169,7 @@ def run_draw(config: DrawConfig) -> None:
     if config.triples is not None:
         with progress("triples", config.count) as advance:
             triples = exact_triples(config.count, config.seed, config.split)
-            write_triples(_each(triples, advance), config.triples)
+            write_exact_triples(_each(triples, advance), config.triples)
     if config.pairs is not None:
         with progress("pairs", config.count) as advance:
             write_pairs(_each(edits(config), advance), config.pairs, size=config.size)

@@ -13,7 +13,7 @@ from ip2p.diffusion.schedule import Schedule
 
 
 @runtime_checkable
-class Words(Protocol):
+class EncodedText(Protocol):
     """An encoded text, such as `models.text.Prompt`. A plain tensor is its hidden states only."""
 
     @property
@@ -26,8 +26,8 @@ class Words(Protocol):
     def time_ids(self) -> Float[Tensor, "text_batch numbers"] | None: ...
 
 
-Text = Float[Tensor, "text_batch tokens features"] | Words
-NullText = Float[Tensor, "null_batch tokens features"] | Words
+Text = Float[Tensor, "text_batch tokens features"] | EncodedText
+NullText = Float[Tensor, "null_batch tokens features"] | EncodedText
 # The conditioning of a network besides the latents, by diffusers' argument names.
 TextInputs = Mapping[str, Tensor]
 # Maps noisy latents [batch, channels, h, w], the time [batch] and the conditioning to additional UNet

@@ -31,12 +31,12 @@ from ip2p.models.load import (
     empty_network,
     fill,
     load_part,
-    make_tokenizer,
     open_model,
     open_weights,
     part_weights,
     read_json,
     table_of,
+    tokenizer_from_texts,
     tokenizer_texts,
 )
 from ip2p.pictures.images import closest_file, closest_name
@@ -182,7 +182,7 @@ def make_bundle(
     # All files were checked above; building the networks takes seconds.
     networks = {key: _load(part, key, half if key == "vae" else dtype, device) for key, part in parts.items()}
     tokenizers = {
-        key: make_tokenizer(files, path / key if stored.layout == "folder" else path)
+        key: tokenizer_from_texts(files, path / key if stored.layout == "folder" else path)
         for key, files in texts.items()
     }
     if parts["vae"].config.get("_class_name") == TINY:

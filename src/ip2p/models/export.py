@@ -29,7 +29,7 @@ from ip2p.base.errors import InputError
 from ip2p.base.files import check_output, make_folder, replacing, write_text
 from ip2p.models import configs as ldm
 from ip2p.models import keys
-from ip2p.models.keys import Place, Shape, Table
+from ip2p.models.keys import Shape, Table, WeightName
 from ip2p.models.load import (
     ALIGNED,
     CONFIGS_ENTRY,
@@ -175,7 +175,7 @@ def export_folder(stored: Stored, folder: Path, *, dtype: torch.dtype | None = N
     parts = {}
     for part in stored.networks:
         table, names, shapes = _read_table(stored, part)
-        target = {name: Place(folder_name(name, part, stored.prefixed)) for name in names}
+        target = {name: WeightName(folder_name(name, part, stored.prefixed)) for name in names}
         parts[part] = _turned(stored, part, table, target, shapes, dtype)
     texts = tokenizer_texts(stored)
     write_folder(folder, stored.configs, parts, texts, card=stored.card, rest=list(_leftovers(stored)))

@@ -1,8 +1,8 @@
 """Tables that map diffusers' names of weights to those of a single LDM file.
 
-A table maps each diffusers name of a network to its `Place`. It is built from the network's own names, so it
-fits any number of blocks and layers. `from_ldm` reads an LDM file with it and `to_ldm` writes one; they are
-exact inverses.
+A table maps each diffusers name of a network to its `WeightName`. It is built from the network's own names,
+so it fits any number of blocks and layers. `from_ldm` reads an LDM file with it and `to_ldm` writes one; they
+are exact inverses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightName:
     """The name and form of a diffusers tensor in a file.
 
     third: it is this third of the file's tensor, along the rows (OpenCLIP packs query, key and value).
@@ -37,10 +37,10 @@ class Place:
     conv: bool = False
 
 
-Table = dict[str, Place]
+Table = dict[str, WeightName]
 
 
-def from_ldm(place: Place, stored: Tensor) -> Tensor:
+def from_ldm(place: WeightName, stored: Tensor) -> Tensor:
     """The diffusers tensor, a view of the stored one."""
     if place.third is not None:
         return stored.chunk(3)[place.third]
@@ -64,13 +64,13 @@ def to_ldm(table: Table, read: Callable[[str], Tensor]) -> Iterator[tuple[str, C
             yield place.key, lambda names=names: cat([read(name) for name in names])  # type: ignore[misc]
 
 
-def _stored(place: Place, tensor: Tensor) -> Tensor:
+def _stored(place: WeightName, tensor: Tensor) -> Tensor:
     if place.turned:
         return tensor.T
     return tensor[:, :, None, None] if place.conv else tensor
 
 
-def stored_shape(place: Place, shape: Shape) -> Shape:
+def stored_shape(place: WeightName, shape: Shape) -> Shape:
     """The shape in the file, for the shape of a diffusers tensor."""
     if place.third is not None:
         return (3 * shape[0], *shape[1:])
@@ -113,29 +113,29 @@ def unet_table(names: Iterable[str], config: Mapping[str, Any], prefix: str = UN
     names = list(names)
     attends = {int(m[2]) for m in map(BLOCK.match, names) if m and m[1] == "up" and m[3] == "attentions"}
 
-    def place(name: str) -> Place:
+    def place(name: str) -> WeightName:
         found = BLOCK.match(name)
         if not found:
             head, _, last = name.rpartition(".")
             if head in AROUND:
-                return Place(f"{prefix}{AROUND[head]}.{last}")
+                return WeightName(f"{prefix}{AROUND[head]}.{last}")
             if name.startswith("mid_block."):
                 part, number, rest = name.removeprefix("mid_block.").split(".", 2)
                 if f"{part}.{number}" in MIDDLE:
-                    return Place(f"{prefix}{MIDDLE[f'{part}.{number}']}.{_inside(part, rest)}")
+                    return WeightName(f"{prefix}{MIDDLE[f'{part}.{number}']}.{_inside(part, rest)}")
             raise _unknown("UNet", name)
         side, block, part, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
         if part == "downsamplers":
             # After the first convolution, the rows count each level's layers and its downsampler.
             row = sum(down[: block + 1]) + block + 1
-            return Place(f"{prefix}input_blocks.{row}.0.{rest.replace('conv.', 'op.', 1)}")
+            return WeightName(f"{prefix}input_blocks.{row}.0.{rest.replace('conv.', 'op.', 1)}")
         if part == "upsamplers":
             # In the row of its level's last layer, after the attention if there is one.
             row, slot = sum(up[: block + 1]) - 1, 2 if block in attends else 1
-            return Place(f"{prefix}output_blocks.{row}.{slot}.{rest}")
+            return WeightName(f"{prefix}output_blocks.{row}.{slot}.{rest}")
         row = layer + (sum(down[:block]) + block + 1 if side == "down" else sum(up[:block]))
         where = "input" if side == "down" else "output"
-        return Place(f"{prefix}{where}_blocks.{row}.{int(part == 'attentions')}.{_inside(part, rest)}")
+        return WeightName(f"{prefix}{where}_blocks.{row}.{int(part == 'attentions')}.{_inside(part, rest)}")
 
     return {name: place(name) for name in names}
 
@@ -166,27 +166,29 @@ def vae_table(names: Iterable[str], config: Mapping[str, Any], prefix: str = VAE
     """The table of an AutoencoderKL from its names and its config."""
     levels = len(config["block_out_channels"])
 
-    def place(name: str) -> Place:
+    def place(name: str) -> WeightName:
         key = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
         found = re.fullmatch(r"(encoder|decoder)\.(mid_block|down_blocks|up_blocks)\.(.+)", key)
         if not found:
-            return Place(prefix + key)
+            return WeightName(prefix + key)
         side, part, rest = found.groups()
         if part == "mid_block":
             kind, number, rest = rest.split(".", 2)
             if kind == "resnets":
-                return Place(f"{prefix}{side}.mid.block_{int(number) + 1}.{rest}")
+                return WeightName(f"{prefix}{side}.mid.block_{int(number) + 1}.{rest}")
             head, _, last = rest.rpartition(".")
             if head not in ATTENTION:
                 raise _unknown("autoencoder", name)
             conv = last == "weight" and head != "group_norm"
-            return Place(f"{prefix}{side}.mid.attn_{int(number) + 1}.{ATTENTION[head]}.{last}", conv=conv)
+            return WeightName(
+                f"{prefix}{side}.mid.attn_{int(number) + 1}.{ATTENTION[head]}.{last}", conv=conv
+            )
         block, kind, number, rest = rest.split(".", 3)
         # The decoder's levels count from the finest.
         level = int(block) if part == "down_blocks" else levels - 1 - int(block)
         way = part.removesuffix("_blocks")
         inside = f"block.{number}" if kind == "resnets" else kind.removesuffix("rs")
-        return Place(f"{prefix}{side}.{way}.{level}.{inside}.{rest}")
+        return WeightName(f"{prefix}{side}.{way}.{level}.{inside}.{rest}")
 
     return {name: place(name) for name in names}
 
@@ -210,28 +212,28 @@ OPENCLIP_AROUND = {
 
 def clip_table(names: Iterable[str], prefix: str = CLIP, *, inner: str = "text_model.") -> Table:
     """The table of OpenAI's CLIP. inner: "" for older files, whose names lack `text_model.`."""
-    return {name: Place(prefix + inner + name.removeprefix("text_model.")) for name in names}
+    return {name: WeightName(prefix + inner + name.removeprefix("text_model.")) for name in names}
 
 
 def openclip_table(names: Iterable[str], prefix: str = OPENCLIP) -> Table:
     """The table of OpenCLIP's text encoder, which packs query, key and value into one tensor."""
 
-    def place(name: str) -> Place:
+    def place(name: str) -> WeightName:
         plain = name.removeprefix("text_model.")
         if plain in OPENCLIP_AROUND:
-            return Place(prefix + OPENCLIP_AROUND[plain])
+            return WeightName(prefix + OPENCLIP_AROUND[plain])
         if plain == "text_projection.weight":
-            return Place(prefix + "text_projection", turned=True)
+            return WeightName(prefix + "text_projection", turned=True)
         found = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", plain)
         if not found:
             raise _unknown("text encoder", name)
         block = f"{prefix}transformer.resblocks.{found[1]}."
         for third, which in enumerate("qkv"):
             if found[2] == f"self_attn.{which}_proj":
-                return Place(f"{block}attn.in_proj_{found[3]}", third=third)  # type: ignore[arg-type]
+                return WeightName(f"{block}attn.in_proj_{found[3]}", third=third)  # type: ignore[arg-type]
         if found[2] not in OPENCLIP_LAYER:
             raise _unknown("text encoder", name)
-        return Place(f"{block}{OPENCLIP_LAYER[found[2]]}.{found[3]}")
+        return WeightName(f"{block}{OPENCLIP_LAYER[found[2]]}.{found[3]}")
 
     return {name: place(name) for name in names}
 
@@ -250,7 +252,7 @@ def folder_table(stored: Sequence[str], names: Sequence[str]) -> Table:
     for key in stored:
         candidates = [key, key.removeprefix("text_model."), f"text_model.{key}", _new_attention(key)]
         name = next((candidate for candidate in candidates if candidate in known), key)
-        table[name] = Place(key)
+        table[name] = WeightName(key)
     return table
 
 

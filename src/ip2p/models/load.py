@@ -580,7 +580,7 @@ def table_of(stored: Stored, part: str, network: nn.Module) -> Table:
     if part == "unet":
         table = keys.unet_table(names, dict(network.config))  # type: ignore[arg-type]
         if stored.averaged:
-            return {name: keys.Place(keys.ema_name(place.key)) for name, place in table.items()}
+            return {name: keys.WeightName(keys.ema_name(place.key)) for name, place in table.items()}
         return table
     return ldm_table(part, names, config, shapes, stored.architecture)
 
@@ -727,7 +727,7 @@ def _clip_tokenizer(path: Path) -> Path:
     )
 
 
-def make_tokenizer(texts: Mapping[str, str], source: Path) -> CLIPTokenizer:
+def tokenizer_from_texts(texts: Mapping[str, str], source: Path) -> CLIPTokenizer:
     """A tokenizer from its files. Raises ModelError."""
     from transformers import CLIPTokenizer
 

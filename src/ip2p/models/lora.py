@@ -45,7 +45,7 @@ OLD_NAMES = {
     "attn2_to_out": "attn2_to_out_0",
 }
 Layer = nn.Linear | nn.Conv2d
-Place = tuple[str, str]  # a network and a module's name in it, with underscores
+WeightName = tuple[str, str]  # a network and a module's name in it, with underscores
 
 
 def check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
@@ -95,13 +95,13 @@ def _named(network: str, root: Any) -> Iterator[tuple[str, Layer]]:
                 yield table[f"{name}.weight"].key.removesuffix(".weight"), module
 
 
-def _deltas(path: Path, modules: Mapping[Place, Layer]) -> Iterator[tuple[Layer, Tensor]]:
+def _deltas(path: Path, modules: Mapping[WeightName, Layer]) -> Iterator[tuple[Layer, Tensor]]:
     """Each module that a file changes, with the change of its weights (fp32, LoRA weight 1)."""
     file = open_weights(path)
     weights = {key: file.read(key) for key in file.shapes}
     metadata = _metadata(path, file)
-    parts: dict[Place, dict[str, Tensor]] = {}
-    keys: dict[Place, list[str]] = {}
+    parts: dict[WeightName, dict[str, Tensor]] = {}
+    keys: dict[WeightName, list[str]] = {}
     strangers = []
     for key, value in weights.items():
         place, role = _place(key, modules)
@@ -133,7 +133,7 @@ def _metadata(path: Path, file: Weights) -> dict[str, Any]:
         raise ModelError(unreadable(path, error)) from None
 
 
-def _place(key: str, modules: Container[Place]) -> tuple[Place | None, str]:
+def _place(key: str, modules: Container[WeightName]) -> tuple[WeightName | None, str]:
     match = ROLE.fullmatch(key)
     if match is None:
         return None, ""
@@ -171,7 +171,7 @@ def _fits(part: Mapping[str, Tensor], shape: torch.Size) -> bool:
     return same_rank and up.shape[0] == shape[0] and down.flatten(1).shape[1] == shape[1:].numel()
 
 
-def _delta(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any]) -> Tensor:
+def _delta(part: Mapping[str, Tensor], place: WeightName, metadata: Mapping[str, Any]) -> Tensor:
     """alpha / rank · up · down, in fp32; with LyCORIS' middle tensor, up · mid · down."""
     down, up = part["down"].float(), part["up"].float()
     if "mid" in part:
@@ -181,7 +181,7 @@ def _delta(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any]
     return _scale(part, place, metadata, rank=down.shape[0]) * product
 
 
-def _scale(part: Mapping[str, Tensor], place: Place, metadata: Mapping[str, Any], rank: int) -> float:
+def _scale(part: Mapping[str, Tensor], place: WeightName, metadata: Mapping[str, Any], rank: int) -> float:
     network, name = place
     own = f"{network}."
     declared = {key.removeprefix(own): value for key, value in metadata.items() if key.startswith(own)}
@@ -207,7 +207,7 @@ def write_kohya(source: Path, target: Path) -> int:
 
     file = open_weights(source)
     metadata = _metadata(source, file)
-    parts: dict[Place, dict[str, Tensor]] = {}
+    parts: dict[WeightName, dict[str, Tensor]] = {}
     state: dict[str, Tensor] = {}
     strangers = []
     for key in file.shapes:

@@ -88,7 +88,7 @@ def write_editor(
     ModelError.
     """
     configs = {name: _config(network) for name, network in networks.items()}
-    configs["scheduler"] = portable(scheduler)
+    configs["scheduler"] = portable_config(scheduler)
     parts = {
         name: _items(name, network, (states or {}).get(name), configs[name], dtype)
         for name, network in networks.items()
@@ -120,12 +120,14 @@ def edit_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": name, "timestep_spacing": "linspace", "steps_offset": 0, **noise, **_version()}
 
 
-def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A part's config without this machine's paths, in fp32.
 
     transformers loads in the config's dtype and diffusers in fp32, so another dtype would mix the two.
     """
-    kept = {key: portable(value) if isinstance(value, dict) else value for key, value in config.items()}
+    kept = {
+        key: portable_config(value) if isinstance(value, dict) else value for key, value in config.items()
+    }
     return {
         key: "float32" if key in ("dtype", "torch_dtype") else value
         for key, value in kept.items()
@@ -141,9 +143,9 @@ def _version() -> dict[str, Any]:
 
 def _config(network: Any) -> dict[str, Any]:
     if hasattr(network, "to_json_string"):  # diffusers' own
-        return portable(json.loads(network.to_json_string()))
+        return portable_config(json.loads(network.to_json_string()))
     text = json.loads(network.config.to_json_string())
-    return portable(text | {"architectures": [type(network).__name__], "dtype": "float32"})
+    return portable_config(text | {"architectures": [type(network).__name__], "dtype": "float32"})
 
 
 def _items(
@@ -177,7 +179,9 @@ def _texts(tokenizer: Any) -> dict[str, str]:
         texts = texts_of(Path(temporary))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name in texts:
-            texts[name] = json.dumps(portable(json.loads(texts[name])), indent=2, ensure_ascii=False) + "\n"
+            texts[name] = (
+                json.dumps(portable_config(json.loads(texts[name])), indent=2, ensure_ascii=False) + "\n"
+            )
     return with_word_lists(texts)
 
 

@@ -36,7 +36,7 @@ class PairRow:
     edited_image: NDArray[np.uint8]
 
 
-def pair_row(edit: Edit, size: int = 256) -> PairRow:
+def draw_pair_row(edit: Edit, size: int = 256) -> PairRow:
     """Draw both pages of an edit and caption them in the same manner."""
 
     def prompt(of: str) -> str:
@@ -53,7 +53,7 @@ def pair_row(edit: Edit, size: int = 256) -> PairRow:
 
 def pair_rows(edits: Iterable[Edit], size: int = 256) -> Iterator[PairRow]:
     """The rows of the edits, one by one, in their order."""
-    return (pair_row(edit, size) for edit in edits)
+    return (draw_pair_row(edit, size) for edit in edits)
 
 
 def write_pairs(edits: Iterable[Edit], path: Path, *, size: int = 256) -> int:
@@ -91,7 +91,7 @@ def _table(rows: list[PairRow], first: int, schema: Any) -> Any:
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
 
 
-def write_triples(triples: Iterable[ExactTriple], path: Path) -> int:
+def write_exact_triples(triples: Iterable[ExactTriple], path: Path) -> int:
     """Write triples as parquet in the columns of `ip2p synth`, whole or not at all; returns how many."""
     import pyarrow as pa
     import pyarrow.parquet as pq
