@@ -688,6 +688,16 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
         label="CFG interval",
         metavar="LOW HIGH",
     )
+    cfg_every: int = setting(
+        1,
+        "compute guidance only at every Nth step and reuse it between; faster, approximate",
+        ge=1,
+        le=100,
+        example=2,
+        group=GUIDANCE,
+        label="CFG every",
+        hidden=True,
+    )
     mask: AnyPicture = setting(
         None,
         "picture of the input's size: white is edited, black stays unchanged to the byte",

@@ -103,6 +103,30 @@ def test_without_an_image_two_passes_draw_from_the_text(model, inputs):
     assert len(model.unet.calls[0][0]) == 6
 
 
+def test_reused_guidance_adds_the_last_difference_to_one_pass(model, inputs):
+    """Oracle: the predictions of both calls, mixed by hand."""
+    text, image = inputs["text"].expand(3, -1, -1), inputs["image"].expand(3, -1, -1, -1)
+    later, lower = X.flip(0), SIGMA / 2
+    exact = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5)
+    full = model.predict(X, SIGMA, text, image)
+    difference = (X - exact(X, SIGMA)) / SIGMA - full  # of noise, from x0
+    expected = model.x0(later, model.predict(later, lower, text, image) + difference, lower)
+    third = exact(X, SIGMA)
+    model.unet.calls.clear()
+    denoise = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5, every=2)
+    denoise(X, SIGMA)
+    torch.testing.assert_close(denoise(later, lower), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(denoise(X, SIGMA), third)
+    assert [len(x) for x, _, _ in model.unet.calls] == [9, 3, 9]
+
+
+def test_reused_guidance_waits_for_its_interval(model, inputs):
+    denoise = guided(model, **inputs, text_cfg=7.5, image_cfg=1.5, every=2, interval=(0.0, 0.5))
+    for sigma in (50.0, 1.0, 0.9, 0.8):
+        denoise(X, torch.tensor(sigma))
+    assert [len(x) // 3 for x, _, _ in model.unet.calls] == [1, 3, 1, 3]
+
+
 def test_both_kinds_of_prediction_give_x0_back():
     noise = torch.randn_like(X)
     x = X + SIGMA * noise

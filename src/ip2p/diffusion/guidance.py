@@ -72,6 +72,7 @@ def guided(
     image_cfg: float,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, 1.0),
+    every: int = 1,
     in_turn: bool = False,
 ) -> Denoiser:
     """Classifier-free guidance (equation 3) for an edit model: a denoiser with one to three passes per call.
@@ -81,19 +82,28 @@ def guided(
     text and null_text: [1 or batch, tokens, features] or Prompts. image: [1 or batch, channel, h, w], or None
     to draw from the text alone; the two null branches are then the same. rescale: the strength of
     `rescale_mixed`. interval: the range of noise levels with guidance, as fractions (1 is the noisiest);
-    outside it, only the full prediction is used (Kynkäänniemi et al. 2024). in_turn: run the passes one by
-    one to save memory.
+    outside it, only the full prediction is used (Kynkäänniemi et al. 2024). every: compute guidance at every
+    nth call only. The calls between need one pass; they add the last difference of the guided and the full
+    prediction to their full prediction, which is an approximation. Such a denoiser is for one sampling run.
+    in_turn: run the passes one by one to save memory.
     """
     low, high = interval
+    calls = 0  # with guidance
+    difference: Latent | None = None
 
     def denoise(x: Latent, sigma: Sigma) -> Latent:
+        nonlocal calls, difference
         count = len(x)
         inside = low <= model.schedule.share(sigma) <= high
         s_text, s_image = (text_cfg, image_cfg) if inside else (1.0, 1.0)
         # Without a picture, e0I = e00, so the image scale has no effect.
         need = passes(text=s_text, image=s_image if image is not None else 1.0)
-        if rescale:
-            need = need._replace(full=True)  # the reference for its spread
+        if rescale or every > 1:
+            need = need._replace(full=True)  # the reference for its spread, and for the difference
+        reuse = inside and every > 1 and calls % every > 0
+        if reuse:
+            need = Passes(full=True, image_only=False, neither=False)
+        calls += inside
         nothing = torch.zeros_like(x)
         shown = nothing if image is None else image.to(x).expand(count, -1, -1, -1)
         inputs = text_inputs(text, count)
@@ -130,7 +140,12 @@ def guided(
             neither = image_only
         # Equal to mixing x0s, but without the rounding of x, which is far larger at high noise.
         mixed = guide(full, image_only, neither, text=s_text, image=s_image)
-        if rescale and len(branches) > 1:
+        if reuse:
+            assert difference is not None, "the first call with guidance computes it"
+            mixed = full + difference
+        elif inside:
+            difference = mixed - full
+        if rescale and (reuse or len(branches) > 1):
             mixed = rescale_mixed(mixed, full, rescale)
         return model.x0(x, mixed, sigma)
 

@@ -30,6 +30,8 @@ class EditArguments(TypedDict, total=False):
     text_cfg_rescale: float
     # apply guidance only between these noise levels; 1 is the highest
     cfg_interval: tuple[float, float]
+    # compute guidance only at every Nth step and reuse it between; faster, approximate
+    cfg_every: int
     # picture of the input's size: white is edited, black stays unchanged to the byte
     mask: Picture | None
     # pixels around the white area to show the model

@@ -223,7 +223,7 @@ class Editor:
         result at the working size. mask: a picture of the same size, white where the edit may change it; all
         other pixels stay identical. The model sees the white area with mask_padding pixels around it.
         auto_mask: detect the region with the model. Transparent parts stay transparent; the model sees them
-        on gray. background: put this color behind them first. text_cfg_rescale, cfg_interval: see
+        on gray. background: put this color behind them first. text_cfg_rescale, cfg_interval, cfg_every: see
         `diffusion.guidance.guided`.
 
         The `info` of each result has the settings as "parameters", the picture's metadata, which `save_image`
@@ -313,6 +313,7 @@ class Editor:
             "text_cfg_rescale": settings.text_cfg_rescale != 0,
             # Outside of the interval both scales are 1.
             "cfg_interval": settings.cfg_interval != (0.0, 1.0) and not inside,
+            "cfg_every": settings.cfg_every > 1,  # it has one pass a step already
         }
         for name in (name for name, used in lost.items() if used):
             raise SettingError(
@@ -410,6 +411,7 @@ class Editor:
                     sigmas=SPACINGS[settings.schedule](self.schedule, settings.steps),
                     rescale=settings.text_cfg_rescale,
                     interval=settings.cfg_interval,
+                    every=settings.cfg_every,
                     control=batch[0].control,
                     hold=self._known_region(latents, regions, size),
                 )
@@ -591,6 +593,7 @@ class Editor:
         sigmas: Tensor,
         rescale: float = 0.0,
         interval: tuple[float, float] = (0.0, 1.0),
+        every: int = 1,
         control: Control | None = None,
         hold: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[Tensor]:
@@ -599,7 +602,7 @@ class Editor:
         image_latent: [1 or batch, channels, h, w] from `encode_image`, or None to generate from text alone.
         text, null_text: [1 or batch, tokens, features] or Prompts with as many rows. noise: called for the
         start and then by the sampler. sigmas: decreasing, with a final zero, as from `diffusion.schedule`.
-        rescale, interval: see `guided`. control: from `self.control`. hold: known latents [1 or batch,
+        rescale, interval, every: see `guided`. control: from `self.control`. hold: known latents [1 or batch,
         channels, h, w], and a map [1 or batch, 1, h, w] that is 1 where the result may change and 0 where it
         is kept equal to the known latents (`masks.hold_known`).
         """
@@ -615,6 +618,7 @@ class Editor:
             image_cfg=float(image_cfg),
             rescale=float(rescale),
             interval=interval,
+            every=every,
             in_turn=not plan.passes_at_once,
         )
         if hold is not None:

@@ -36,7 +36,7 @@ MEASURES, BASELINES, JUDGE = "Metrics", "Baselines", "Judge"
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SAMPLING = (
     *("steps", "sampler", "schedule", "text_cfg", "image_cfg", "size", "negative"),
-    *("text_cfg_rescale", "cfg_interval"),
+    *("text_cfg_rescale", "cfg_interval", "cfg_every"),
 )
 MAX_POINTS = 100
 
