@@ -43,7 +43,7 @@ test: $(INSTALLED) $(MODULES)
 check: $(INSTALLED) $(MODULES)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy src
+	$(VENV)/bin/mypy src examples
 	$(VENV)/bin/lint-imports
 	$(PY) scripts/make_cli_docs.py --check
 	$(MKDOCS)

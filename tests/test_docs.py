@@ -144,6 +144,19 @@ def test_the_quick_start_runs_in_a_shell(folder, monkeypatch):
     assert (folder / "night.png").exists()
 
 
+def test_the_demo_runs(monkeypatch, tmp_path, capsys):
+    from examples import demo
+
+    shutil.copy(ROOT / "examples/page-1.png", tmp_path)
+    (tmp_path / "pages.json").write_text('[{"page": "page-1.png", "instructions": ["make it night"]}]')
+    monkeypatch.setattr(demo, "EXAMPLES", tmp_path)
+    monkeypatch.setattr(demo, "RESULTS", tmp_path / "demo")
+    demo.main()
+    with Image.open(tmp_path / "demo" / "contact-sheet.png") as sheet:
+        assert sheet.width > 2 * 64
+    assert capsys.readouterr().out.startswith("The bundled model edits drawn storybook pages.")
+
+
 def test_every_exception_is_needed():
     lines = [line for page in PAGES for line in commands(page)]
     assert [word for word in NOT_RUN if not any(word in line for line in lines)] == []
