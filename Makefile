@@ -45,6 +45,7 @@ check: $(INSTALLED) $(MODULES)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy src examples
 	$(VENV)/bin/lint-imports
+	$(TEST_ENV) $(PY) -m pytest -q tests/test_package.py
 	$(PY) scripts/make_cli_docs.py --check
 	$(MKDOCS)
 	@if [ -n "$(NODE)" ]; then npm run --silent check; \

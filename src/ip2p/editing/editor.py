@@ -500,7 +500,13 @@ class Editor:
             if result.size != cutout.size:
                 cutout = resized(cutout.crop(prepared.box), result.size)
             result = with_alpha(result, cutout)
-        record = record_class(type(settings)).read(
+        record_type = record_class(type(settings))
+        unused: list[str] = []  # settings of masks and ControlNets are written only if one is used
+        if settings.mask is None:
+            unused += ["mask_padding", "feather"]
+        if settings.control_image is None:
+            unused += ["control_scale"]
+        record = record_type.read(
             {
                 **dict(self.origin),
                 **dict(settings),
@@ -510,9 +516,7 @@ class Editor:
                 "model": self.bundle.card.name,
                 "mask": picture_name(settings.mask),
                 "control_image": picture_name(settings.control_image),
-                # The settings of masks and ControlNets are written only if one is used.
-                **({} if settings.mask is not None else {"mask_padding": 32, "feather": None}),
-                **({} if settings.control_image is not None else {"control_scale": 1.0}),
+                **{name: record_type.model_fields[name].default for name in unused},
                 "version": f"ip2p {__version__}",
             }
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -55,9 +55,9 @@ def parse_axis(
 
 
 # The values of an axis without values, around those of the settings.
-DEFAULTS: dict[str, Callable[[EditSettings], Sequence[float]]] = {
-    "text_cfg": lambda base: [round((base.text_cfg or 7.5) * factor, 2) for factor in (0.5, 0.75, 1, 1.5)],
-    "image_cfg": lambda base: [round((base.image_cfg or 1.5) * factor, 2) for factor in (0.8, 1, 1.25, 1.5)],
+DEFAULTS: dict[str, Callable[[Any], Sequence[float]]] = {
+    "text_cfg": lambda base: [round(base.text_cfg * factor, 2) for factor in (0.5, 0.75, 1, 1.5)],
+    "image_cfg": lambda base: [round(base.image_cfg * factor, 2) for factor in (0.8, 1, 1.25, 1.5)],
     "seed": lambda base: [base.seed + k for k in range(4)],
     "steps": lambda base: [5, 10, 20, 50],
 }
@@ -65,7 +65,7 @@ DEFAULTS: dict[str, Callable[[EditSettings], Sequence[float]]] = {
 
 def default_values(setting: str, settings: EditSettings) -> Sequence[float]:
     """The values of an axis without values."""
-    return DEFAULTS[setting](settings)
+    return DEFAULTS[setting](settings.resolved())
 
 
 def draw_grid(

@@ -12,6 +12,7 @@ from pydantic import create_model
 from ip2p.base.errors import InputError
 from ip2p.settings import (
     COMMON,
+    GUIDANCE,
     MAX_SEED,
     MODEL,
     ColumnSettings,
@@ -26,6 +27,7 @@ from ip2p.settings import (
     Texts,
     WorkerSettings,
     check_needed,
+    meta_of,
     numeric_settings,
     setting,
 )
@@ -34,9 +36,11 @@ BenchmarkName = Literal["magicbrush", "magicbrush-multi", "emu-edit", "pie", "ge
 BaselineName = Literal["sdedit", "text"]
 MEASURES, BASELINES, JUDGE = "Metrics", "Baselines", "Judge"
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-SAMPLING = (
-    *("steps", "sampler", "schedule", "text_cfg", "image_cfg", "size", "negative"),
-    *("text_cfg_rescale", "cfg_interval", "cfg_every"),
+# The settings of an edit that do not belong to one picture.
+SAMPLING = tuple(
+    name
+    for name, found in EditSettings.model_fields.items()
+    if meta_of(found).group in (COMMON, GUIDANCE) and name not in ("instruction", "seed")
 )
 MAX_POINTS = 100
 

@@ -128,13 +128,13 @@ def _check_config(config: Mapping[str, Any], stored: Stored, source: str) -> Non
     texts = [stored.configs[part] for part in ("text_encoder", "text_encoder_2") if part in stored.configs]
     features = sum(int((text.get("text_config") or text).get("hidden_size", 512)) for text in texts)
     xl = stored.kind == "sdxl"
-    wanted = {
+    expected = {
         "in_channels": needed,
         "out_channels": latent,
         "cross_attention_dim": features,
         "addition_embed_type": "text_time" if xl else None,
     }
-    for field, value in wanted.items():
+    for field, value in expected.items():
         found = config.get(field)
         if found != value and not (isinstance(found, list) and set(found) == {value}):
             raise ModelError(

@@ -282,13 +282,13 @@ def _find_vae(vae: str | Path, stored: Stored) -> _Part:
     theirs = scale if tiny else float(part.config.get("scaling_factor") or 0.18215)
     levels = "decoder_block_out_channels" if tiny else "block_out_channels"
     shape = [int(part.config.get("latent_channels", 4)), len(part.config.get(levels, (1,) * 4))]
-    wanted = [int(own.get("latent_channels", 4)), len(own.get("block_out_channels", ()))]
+    expected = [int(own.get("latent_channels", 4)), len(own.get("block_out_channels", ()))]
     if "vae" in stored.lacking:
-        wanted[1] = shape[1]  # the file's own autoencoder is unknown
-    if shape != wanted or abs(theirs - scale) > 1e-6:
+        expected[1] = shape[1]  # the file's own autoencoder is unknown
+    if shape != expected or abs(theirs - scale) > 1e-6:
         raise ModelError(
             f"The autoencoder {vae} has other latents than the model's: {shape[0]} channels of scale "
-            f"{theirs:g}, not {wanted[0]} of {scale:g}. Use one made for {stored.architecture}."
+            f"{theirs:g}, not {expected[0]} of {scale:g}. Use one made for {stored.architecture}."
         )
     return part
 
@@ -363,11 +363,11 @@ def load_tiny(tiny: str | Path, bundle: Bundle) -> AutoencoderTiny:
 def check_tiny(tiny: AutoencoderTiny, bundle: Bundle) -> None:
     """Raise ModelError unless a tiny autoencoder's latents have the shape of the bundle's."""
     shape = tiny.config.latent_channels, 2 ** (len(tiny.config.decoder_block_out_channels) - 1)
-    wanted = bundle.vae.config.latent_channels, bundle.latent_factor
-    if shape != wanted:
+    expected = bundle.vae.config.latent_channels, bundle.latent_factor
+    if shape != expected:
         raise ModelError(
             f"The tiny autoencoder has {shape[0]} latent channels and {shape[1]} pixels per cell, the model "
-            f"has {wanted[0]} and {wanted[1]}. Use a tiny autoencoder that was made for this model."
+            f"has {expected[0]} and {expected[1]}. Use a tiny autoencoder that was made for this model."
         )
 
 
@@ -543,8 +543,8 @@ def from_hub(
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def fetch(*, local: bool, more: Sequence[str] = ()) -> Path:
-        wanted = [*files, *more]
-        found = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=local)
+        patterns = [*files, *more]
+        found = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local)
         return Path(found)
 
     one = f" {files[0]}" if len(files) == 1 else ""
@@ -558,8 +558,8 @@ def from_hub(
     try:
         folder = fetch(local=False)
         for more in (HUB_HALVES, HUB_PICKLES, None) if files is HUB_FILES else ():
-            if not whole(folder) and (wanted := _listed_root(name, revision) if more is None else more):
-                folder = fetch(local=False, more=wanted)
+            if not whole(folder) and (patterns := _listed_root(name, revision) if more is None else more):
+                folder = fetch(local=False, more=patterns)
         return folder
     except ModelError:
         raise

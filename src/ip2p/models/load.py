@@ -611,8 +611,8 @@ def missing(network: nn.Module, table: Table, weights: Weights) -> list[str]:
             absent.append(name)
             continue
         there = weights.shapes.get(place.key)
-        wanted = keys.stored_shape(place, tuple(tensor.shape))
-        if there != wanted and not (place.conv and there == tuple(tensor.shape)):
+        expected = keys.stored_shape(place, tuple(tensor.shape))
+        if there != expected and not (place.conv and there == tuple(tensor.shape)):
             absent.append(place.key)
     return absent
 

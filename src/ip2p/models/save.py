@@ -157,9 +157,9 @@ def _items(
 ) -> list[Item]:
     weights: Mapping[str, Tensor] = network.state_dict() if state is None else state
     if part == "unet":
-        wanted = {name: tensor.shape for name, tensor in empty_network(part, config).state_dict().items()}
-        wrong = sorted(wanted.keys() ^ weights.keys())
-        wrong += [name for name in wanted if name in weights and weights[name].shape != wanted[name]]
+        expected = {name: tensor.shape for name, tensor in empty_network(part, config).state_dict().items()}
+        wrong = sorted(expected.keys() ^ weights.keys())
+        wrong += [name for name in expected if name in weights and weights[name].shape != expected[name]]
         if wrong:
             raise ModelError(
                 f"{len(wrong)} weights are not the UNet's, {wrong[0]} first. Save a UNet of its own config, "
