@@ -7,7 +7,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
 
-import { adopted, fieldsOf, readField, written } from "../../src/ip2p/serve/page/fields.js";
+import { adopted, fieldsOf, inOrder, readField, written } from "../../src/ip2p/serve/page/fields.js";
 import * as pixels from "../../src/ip2p/serve/page/pixels.js";
 import { eachOf, patiently } from "../../src/ip2p/serve/page/pool.js";
 import { sectionsOf, typeOf } from "../../src/ip2p/serve/page/reference.js";
@@ -85,6 +85,12 @@ test("every setting of the schema becomes a control of its kind", () => {
   assert.equal(fields[2].label, "CFG interval");
 });
 
+test("the settings in front come first, those of no group last", () => {
+  const names = inOrder(fieldsOf({ properties: { ...SCHEMA.properties, seed: { type: "integer" } } }), ["seed", "steps"]).map(({ name }) => name);
+  assert.deepEqual(names.slice(0, 2), ["seed", "steps"]);
+  assert.ok(names.indexOf("tile") < names.indexOf("control_image"));
+});
+
 test("what is typed is read as the API takes it, or named", () => {
   const [steps, , pair, size] = fieldsOf(SCHEMA);
   assert.equal(readField(steps, " 20 "), 20);
@@ -108,7 +114,7 @@ test("every operation of OpenAPI stands under its interface, with its fields", (
   const post = { tags: ["edits", "openai"], summary: "Edit", requestBody: { content: { "a/b": { schema: body }, "c/d": { schema: body } } } };
   const get = { tags: ["edits"], parameters: [{ name: "id", in: "path", required: true, schema: { type: "string" } }] };
   const [edits, openai] = sectionsOf({ paths: { "/p": { post, get } } });
-  assert.deepEqual([edits.title, openai.title], ["Edits", "As OpenAI's clients ask"]);
+  assert.deepEqual([edits.title, openai.title], ["Edits", "OpenAI-compatible"]);
   assert.deepEqual(edits.operations, [
     { head: "GET /p", summary: "", words: "", types: [], rows: [{ name: "id", type: "string", fallback: "required", words: "in the path" }] },
   ]);
@@ -134,7 +140,7 @@ test("times and progress in words", () => {
   const news = { state: "running", position: 0, step: 3, steps: 20, seconds_left: 4.2 };
   assert.equal(words.progressWords(news), "Step 3 of 20 · about 5 s left");
   assert.equal(words.progressWords({ ...news, seconds_left: null }), "Step 3 of 20");
-  assert.equal(words.progressWords({ ...news, state: "waiting", position: 2 }), "Waiting, 2 before you");
+  assert.equal(words.progressWords({ ...news, state: "waiting", position: 2 }), "Waiting (2 ahead of you)");
 });
 
 test("a result is named after its original, in a format that is written", () => {
@@ -146,9 +152,9 @@ test("a result is named after its original, in a format that is written", () => 
 
 test("the grid's values are read or named", () => {
   assert.deepEqual(words.readNumbers("2, 4  6;4", "Edit strength", 0, 100), [2, 4, 6]);
-  assert.throws(() => words.readNumbers("2 x", "Edit strength", 0, 100), /Edit strength: “x” is no number from 0 to 100/);
+  assert.throws(() => words.readNumbers("2 x", "Edit strength", 0, 100), /Edit strength: “x” is not a number from 0 to 100/);
   assert.throws(() => words.readNumbers(" ", "Keep original", 0, 100), /has no values/);
-  assert.throws(() => words.readNumbers("1 2 3 4 5 6 7 8 9", "Keep original", 0, 100), /the limit is 8/);
+  assert.throws(() => words.readNumbers("1 2 3 4 5 6 7 8 9", "Keep original", 0, 100), /the maximum is 8/);
 });
 
 test("the facts of a result", () => {

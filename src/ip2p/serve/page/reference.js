@@ -3,9 +3,9 @@
 /** @type {Record<string, string>} */
 const TITLES = {
   edits: "Edits",
-  openai: "As OpenAI's clients ask",
-  a1111: "As AUTOMATIC1111's clients ask",
-  server: "The server",
+  openai: "OpenAI-compatible",
+  a1111: "AUTOMATIC1111-compatible",
+  server: "Server",
 };
 
 /**
