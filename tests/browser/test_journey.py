@@ -278,6 +278,9 @@ def test_an_edit_shows_its_progress_and_stops(page: Page, photo: Path, server: R
     expect(page.locator("#run")).to_have_text("Stop")
     expect(page.locator("#progress-words")).to_contain_text(re.compile(r"Step \d+ of 100"))
     expect(page.locator("#strip img[src^='data:image/jpeg']")).to_have_count(2)  # previews
+    page.locator("#instruction").press("Enter")  # once too often
+    status(page, "An edit is running")
+    expect(page.locator("#run")).to_have_text("Stop")
     page.keyboard.press("Escape")
     status(page, "Stopped.")
     expect(page.locator("#run")).to_have_text("Edit")
@@ -339,6 +342,8 @@ def test_a_grid_is_drawn_and_a_cell_taken_over(page: Page, photo: Path):
     expect(page.locator("#grid img")).to_have_count(6)
     sizes = page.locator("#grid img").evaluate_all("(all) => all.map((one) => one.naturalWidth)")
     assert sizes == [160] * 6  # as sharp as an edit
+    last = page.locator("#grid img").last.bounding_box()
+    assert last["y"] + last["height"] <= page.locator("#bar").bounding_box()["y"]  # all of it in view
     page.get_by_role("button", name="Edit strength 6, keep original 2").click()
     expect(page.locator("#stage")).to_be_visible()
     assert page.locator("#set-text_cfg").input_value() == "6"
@@ -360,12 +365,17 @@ def edit_a_batch(page: Page, photo: Path, tmp_path: Path) -> None:
     quick(page)
     page.locator("#instruction").fill("make it night")
     page.locator("#run").click()
+    page.locator("#tab-edit").click()  # it goes on meanwhile
+    page.locator("#tab-batch").click()
     status(page, "2 of 3 done, 1 failed (see the list)")
     expect(page.locator("#run")).to_have_text("Edit all")
     expect(page.locator("#files .failed .state")).to_contain_text("HTML")
+    leave = "dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+    assert page.evaluate(leave) is False  # the results are nowhere else yet: the browser asks
     one = saved(page, "#files .done >> nth=0 >> button", tmp_path)
     assert parse_infotext(read_infotext(one)).instruction == "make it night"
     archive = saved(page, "#batch-zip", tmp_path)
+    assert page.evaluate(leave) is True
     with zipfile.ZipFile(archive) as made:
         assert made.testzip() is None
         assert made.namelist() == ["holiday-edited.jpg", "holiday-edited-2.jpg"]
@@ -423,7 +433,7 @@ def test_a_full_server_says_when_to_try_again(browser: Browser, photo: Path):
         taken = httpx.post(f"{server.url}/v1/edits", files=files, data=data, trust_env=False).json()
         page.locator("#instruction").fill("make it night")
         page.locator("#run").click()
-        again = banner(page, "which is the limit. Ask again in").get_by_role("button", name="Try again")
+        again = banner(page, "which is the limit. Try again in").get_by_role("button", name="Try again")
         httpx.delete(f"{server.url}/v1/edits/{taken['id']}", trust_env=False)
         while server.service.stats().running:
             time.sleep(0.05)
@@ -512,6 +522,19 @@ def test_what_a_dropped_file_was_made_by_is_not_suggested_again(
     banner(page, "edited with ip2p")
     expect(page.locator("#suggestions .chip", has_text="make it rain")).to_have_count(1)
     expect(page.locator("#suggestions .chip", has_text="make it snow")).to_have_count(0)
+
+
+def test_a_setting_out_of_range_is_explained_at_its_field(page: Page, photo: Path):
+    open_picture(page, photo)
+    setting(page, "steps", 900)
+    page.locator("#instruction").fill("make it night")
+    page.locator("#run").click()
+    banner(page, "Steps is 900; it must be a whole number from 1 to 50.")
+    expect(page.locator("#set-steps")).to_be_focused()
+    expect(page.locator("#set-steps-help")).to_have_text(re.compile("^Steps is 900"))
+    page.locator("#set-steps").fill("3")
+    expect(page.locator("#set-steps-help")).to_have_text("sampling steps")
+    expect(page.locator("#set-steps")).not_to_have_attribute("aria-invalid", "true")
 
 
 # --- everyone ------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_a_file_is_gone_when_its_time_has_passed(tmp_path):
 def test_a_result_larger_than_the_store_is_refused_and_drops_nothing(tmp_path):
     store = Store(tmp_path / "results", size=10)
     name = store.put(b"1234", ".png")
-    with pytest.raises(ResourceError, match="11 bytes is more than the 10"):
+    with pytest.raises(ResourceError, match="11 bytes; the server can keep 10"):
         store.put(b"x" * 11, ".png")
     assert store.read(name) == b"1234"
 
