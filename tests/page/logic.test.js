@@ -10,7 +10,7 @@ import { test } from "node:test";
 import { adopted, fieldsOf, inOrder, readField, written } from "../../src/ip2p/serve/page/fields.js";
 import * as pixels from "../../src/ip2p/serve/page/pixels.js";
 import { eachOf, patiently } from "../../src/ip2p/serve/page/pool.js";
-import { sectionsOf, typeOf } from "../../src/ip2p/serve/page/reference.js";
+import { rangeOf, sectionsOf, typeOf } from "../../src/ip2p/serve/page/reference.js";
 import * as trees from "../../src/ip2p/serve/page/tree.js";
 import * as words from "../../src/ip2p/serve/page/words.js";
 import { crc32, zipParts } from "../../src/ip2p/serve/page/zip.js";
@@ -110,7 +110,7 @@ test("a file's settings are taken over without a model's defaults", () => {
 
 test("every operation of OpenAPI stands under its interface, with its fields", () => {
   const field = { type: "string", description: "what to change", default: "x" };
-  const body = { properties: { a: field, b: { type: "integer" } }, required: ["b"] };
+  const body = { properties: { a: field, b: { type: "integer", minimum: 1, maximum: 9 } }, required: ["b"] };
   const post = { tags: ["edits", "openai"], summary: "Edit", requestBody: { content: { "a/b": { schema: body }, "c/d": { schema: body } } } };
   const get = { tags: ["edits"], parameters: [{ name: "id", in: "path", required: true, schema: { type: "string" } }] };
   const [edits, openai] = sectionsOf({ paths: { "/p": { post, get } } });
@@ -121,7 +121,7 @@ test("every operation of OpenAPI stands under its interface, with its fields", (
   assert.deepEqual(openai.operations[0].types, ["a/b", "c/d"]);
   assert.deepEqual(openai.operations[0].rows, [
     { name: "a", type: "string", fallback: '"x"', words: "what to change" },
-    { name: "b", type: "integer", fallback: "required", words: "" },
+    { name: "b", type: "integer, 1 to 9", fallback: "required", words: "" },
   ]);
 });
 
@@ -129,7 +129,15 @@ test("types are told in words", () => {
   assert.equal(typeOf({ anyOf: [{ type: "integer" }, { type: "null" }] }), "integer");
   assert.equal(typeOf({ anyOf: [{ type: "string", format: "binary" }, { type: "string" }, { type: "null" }] }), "file or string");
   assert.equal(typeOf({ enum: ["png", "jpeg"] }), "png or jpeg");
-  assert.equal(typeOf({ type: "array", items: { type: "string" } }), "several: string");
+  assert.equal(typeOf({ type: "array", items: { type: "string" } }), "list (string)");
+  assert.equal(typeOf({ type: "array", minItems: 2, maxItems: 2, prefixItems: [{ type: "number" }, { type: "number" }] }), "list of 2 (number)");
+});
+
+test("a range is told in words", () => {
+  assert.equal(rangeOf({ anyOf: [{ type: "number", minimum: 0, maximum: 1 }, { type: "null" }] }), "0 to 1");
+  assert.equal(rangeOf({ minimum: -1, maximum: 2 ** 63 }), "at least -1");
+  assert.equal(rangeOf({ maximum: 8 }), "at most 8");
+  assert.equal(rangeOf({ type: "string" }), "");
 });
 
 // --- words --------------------------------------------------------------------------------------

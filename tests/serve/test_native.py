@@ -193,7 +193,7 @@ def test_a_file_that_made_room_says_so(png):
     with running() as server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         body = {"instruction": "x", "steps": "1", "response": "url"}
         first = http.post("/v1/edits", files={"image": png}, data=body).json()
-        server.service.store.shelf.size = server.service.store.bytes
+        server.service.store.shelf.size = server.service.store.shelf.bytes
         http.post("/v1/edits", files={"image": png}, data={**body, "format": "jpeg"})
         for place in (first["results"][0]["url"], f"/v1/edits/{first['id']}/results/0"):
             gone = http.get(place)

@@ -77,7 +77,7 @@ class Shelf:
                         del self._early[next(iter(self._early))]
 
     def dropped_early(self, name: str) -> bool:
-        """Whether a name was dropped before its time, to make room."""
+        """Whether a name was dropped before its time, to make room. Needs no lock."""
         return name in self._early
 
     def clear(self) -> None:
@@ -160,11 +160,6 @@ class Store:
         except OSError:
             return None
 
-    def dropped_early(self, name: str) -> bool:
-        """Whether a file was dropped before its time, to make room."""
-        with self._lock:
-            return self.shelf.dropped_early(name)
-
     def remove(self, name: str) -> None:
         """Drop a file, if it is kept."""
         with self._lock:
@@ -177,11 +172,6 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.shelf)
-
-    @property
-    def bytes(self) -> int:
-        """The size of all files."""
-        return self.shelf.bytes
 
     def _unlink(self, name: str) -> None:
         with contextlib.suppress(OSError):
@@ -233,11 +223,6 @@ class JobShelf:
         with self._lock:
             self._drop_old()
             return self._jobs.get(id)
-
-    def dropped_early(self, id: str) -> bool:
-        """Whether the job of an id was forgotten before its time, to make room."""
-        with self._lock:
-            return self.shelf.dropped_early(id)
 
     def end(self, job: Job) -> None:
         """Keep a job that ends, for its time."""

@@ -112,8 +112,8 @@ def router(desk: Desk) -> APIRouter:
         },
     )
     async def create_edit(request: Request) -> Response:
-        """Answers with the results, or with events (`stream`, or Accept: text/event-stream), or at once with
-        the job's id (`wait` false), or, for Accept: image/*, with the one result's file."""
+        """Returns the results. With `stream` (or Accept: text/event-stream) it returns events, with `wait`
+        false the id immediately, and with Accept: image/* the file of the only result."""
         accept = request.headers.get("accept", "")
         service.check_room(wire.caller_of(request))  # before anything is read: a refusal costs nothing
         body: Any = await wire.read_body(request, kind, desk)
@@ -227,7 +227,7 @@ class _Answers:
         if job is not None:
             return job
         hint = "Send it again; with wait=false its results are kept on disk, where there is more room."
-        raise self._missing("id", "edit", self.service.jobs.dropped_early(id), hint)
+        raise self._missing("id", "edit", self.service.jobs.shelf.dropped_early(id), hint)
 
     def _missing(self, field: str, what: str, early: bool, hint: str) -> Refusal:
         if early:
@@ -289,7 +289,7 @@ class _Answers:
         assert store is not None
         data = await self.desk.in_thread(store.read, name)
         if data is None:
-            raise self._missing("name", "file", store.dropped_early(name), "Send the edit again.")
+            raise self._missing("name", "file", store.shelf.dropped_early(name), "Send the edit again.")
         return data
 
     async def file(

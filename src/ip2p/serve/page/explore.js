@@ -50,7 +50,7 @@ export class Explore {
   /** @param {number[]} columns @param {number[]} rows */
   lay(columns, rows) {
     for (const url of this.urls.splice(0)) URL.revokeObjectURL(url);
-    const head = make("tr", {}, make("th", { scope: "col" }, "keep ↓  strength →"));
+    const head = make("tr", {}, make("th", { scope: "col" }, "keep\u00a0↓", make("br"), "strength\u00a0→"));
     head.append(...columns.map((value) => make("th", { scope: "col" }, String(value))));
     const body = make("tbody");
     const cells = [];
