@@ -233,7 +233,7 @@ def test_a_json_body_has_its_picture_and_mask_as_data_urls(client, png):
         ({"images": []}, "image is missing"),
         ({"images": [{"file_id": "file-1"}]}, "images has file_id"),
         ({"images": [{}]}, "images has no image_url"),
-        ({"images": [{"image_url": "https://a.example/a.png"}]}, "fetches nothing"),
+        ({"images": [{"image_url": "https://a.example/a.png"}]}, "does not download"),
         ({"images": [{"image_url": "data:image/png,x"}]}, "data URL"),
         ({"images": ["x"]}, "images is"),
         ({"image": "a", "mask": {"file_id": "file-1"}}, "mask has file_id"),

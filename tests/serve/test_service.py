@@ -519,7 +519,7 @@ def test_the_pictures_that_wait_are_bounded(serve, editor):
     until(lambda: running.state == "running")
     for _ in range(2):
         service.submit(request(), client="b")
-    with pytest.raises(Full, match="megapixels wait"):
+    with pytest.raises(Full, match="megapixels are waiting"):
         service.submit(request(), client="c")
 
 

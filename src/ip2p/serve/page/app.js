@@ -996,6 +996,7 @@ async function showExamples() {
     return make("li", {}, choose);
   });
   el("examples").replaceChildren(...cards);
+  el("examples-title").hidden = false;
 }
 
 async function begin() {
@@ -1014,7 +1015,11 @@ async function begin() {
     kept = false;
   }
   showAll();
-  const told = showExamples().catch(() => {}); // takeModel says so where the server is gone
+  const told = showExamples().catch(() => {
+    // takeModel says so where the server is gone
+    el("examples").replaceChildren();
+    el("examples-title").hidden = true;
+  });
   try {
     fields = fieldsOf(await api.read("v1/schema"));
   } catch (error) {
