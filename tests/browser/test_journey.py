@@ -349,6 +349,13 @@ def test_a_grid_is_drawn_and_a_cell_taken_over(page: Page, photo: Path):
     assert page.locator("#set-text_cfg").input_value() == "6"
     assert page.locator("#set-image_cfg").input_value() == "2"
     expect(page.locator("#facts")).to_contain_text("edit strength 6 · keep original 2 · seed 11")
+    # The grid stays, and its cells lead back to the picture that they were made of.
+    page.locator("#use").click()
+    expect(page.locator("#steps button").nth(1)).to_have_attribute("aria-current", "step")
+    page.locator("#tab-explore").click()
+    page.get_by_role("button", name="Edit strength 2, keep original 1").click()
+    expect(page.locator("#steps button").first).to_have_attribute("aria-current", "step")
+    expect(page.locator("#facts")).to_contain_text("edit strength 2 · keep original 1 · seed 11")
 
 
 def test_a_batch_names_what_failed_and_gives_a_zip(browser, server, photo: Path, tmp_path: Path):

@@ -38,6 +38,8 @@ let chosen = 0;
 let aside = [];
 /** @type {AbortController | null} */
 let running = null;
+/** @type {string | null} the step that the grid was made of */
+let gridOf = null;
 let runs = "edit"; // the view in which it was started
 let view = "edit";
 let typed = false; // whether the instruction was changed by hand: undo by keyboard is the field's own then
@@ -573,6 +575,7 @@ async function selectAutomatically() {
 async function runGrid(own, here, signal) {
   const seed = Number(own.seed) >= 0 ? own.seed : Math.floor(Math.random() * 1e6); // one for all cells
   const sent = await masked(here, { ...own, seed });
+  gridOf = here.id;
   say("Creating the grid …");
   await explore.run(sent, signal, (done, all) => showMeasure(`Grid: ${done} of ${all} done`, done / all));
   say("Click a result to use its settings.");
@@ -581,6 +584,7 @@ async function runGrid(own, here, signal) {
 /** @param {import("./explore.js").Cell} cell */
 function adoptCell({ text_cfg, image_cfg, seed, blob, infotext }) {
   if (runs !== "batch") running?.abort();
+  if (gridOf !== tree.at) goTo(gridOf);
   const before = settings.values;
   settings.set({ ...before, text_cfg, image_cfg, seed });
   candidates = [{ blob, seed, infotext, mask: null }];
