@@ -228,6 +228,7 @@ function putAside() {
 
 /** @param {"undo" | "redo"} how */
 function step(how) {
+  if (adding) return void adding.then(() => step(how));
   if (how === "undo" && candidates.length) return putAside();
   if (how === "redo" && aside.length) {
     [candidates, aside] = [aside, []];
