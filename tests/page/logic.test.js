@@ -7,10 +7,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
 
-import { adopted, fieldsOf, readField, written } from "../../src/ip2p/serve/page/fields.js";
+import { adopted, fieldsOf, inOrder, readField, written } from "../../src/ip2p/serve/page/fields.js";
 import * as pixels from "../../src/ip2p/serve/page/pixels.js";
 import { eachOf, patiently } from "../../src/ip2p/serve/page/pool.js";
-import { sectionsOf, typeOf } from "../../src/ip2p/serve/page/reference.js";
+import { rangeOf, sectionsOf, typeOf } from "../../src/ip2p/serve/page/reference.js";
 import * as trees from "../../src/ip2p/serve/page/tree.js";
 import * as words from "../../src/ip2p/serve/page/words.js";
 import { crc32, zipParts } from "../../src/ip2p/serve/page/zip.js";
@@ -85,6 +85,12 @@ test("every setting of the schema becomes a control of its kind", () => {
   assert.equal(fields[2].label, "CFG interval");
 });
 
+test("the settings in front come first, those of no group last", () => {
+  const names = inOrder(fieldsOf({ properties: { ...SCHEMA.properties, seed: { type: "integer" } } }), ["seed", "steps"]).map(({ name }) => name);
+  assert.deepEqual(names.slice(0, 2), ["seed", "steps"]);
+  assert.ok(names.indexOf("tile") < names.indexOf("control_image"));
+});
+
 test("what is typed is read as the API takes it, or named", () => {
   const [steps, , pair, size] = fieldsOf(SCHEMA);
   assert.equal(readField(steps, " 20 "), 20);
@@ -104,18 +110,18 @@ test("a file's settings are taken over without a model's defaults", () => {
 
 test("every operation of OpenAPI stands under its interface, with its fields", () => {
   const field = { type: "string", description: "what to change", default: "x" };
-  const body = { properties: { a: field, b: { type: "integer" } }, required: ["b"] };
+  const body = { properties: { a: field, b: { type: "integer", minimum: 1, maximum: 9 } }, required: ["b"] };
   const post = { tags: ["edits", "openai"], summary: "Edit", requestBody: { content: { "a/b": { schema: body }, "c/d": { schema: body } } } };
   const get = { tags: ["edits"], parameters: [{ name: "id", in: "path", required: true, schema: { type: "string" } }] };
   const [edits, openai] = sectionsOf({ paths: { "/p": { post, get } } });
-  assert.deepEqual([edits.title, openai.title], ["Edits", "As OpenAI's clients ask"]);
+  assert.deepEqual([edits.title, openai.title], ["Edits", "OpenAI-compatible"]);
   assert.deepEqual(edits.operations, [
     { head: "GET /p", summary: "", words: "", types: [], rows: [{ name: "id", type: "string", fallback: "required", words: "in the path" }] },
   ]);
   assert.deepEqual(openai.operations[0].types, ["a/b", "c/d"]);
   assert.deepEqual(openai.operations[0].rows, [
     { name: "a", type: "string", fallback: '"x"', words: "what to change" },
-    { name: "b", type: "integer", fallback: "required", words: "" },
+    { name: "b", type: "integer, 1 to 9", fallback: "required", words: "" },
   ]);
 });
 
@@ -123,7 +129,15 @@ test("types are told in words", () => {
   assert.equal(typeOf({ anyOf: [{ type: "integer" }, { type: "null" }] }), "integer");
   assert.equal(typeOf({ anyOf: [{ type: "string", format: "binary" }, { type: "string" }, { type: "null" }] }), "file or string");
   assert.equal(typeOf({ enum: ["png", "jpeg"] }), "png or jpeg");
-  assert.equal(typeOf({ type: "array", items: { type: "string" } }), "several: string");
+  assert.equal(typeOf({ type: "array", items: { type: "string" } }), "list (string)");
+  assert.equal(typeOf({ type: "array", minItems: 2, maxItems: 2, prefixItems: [{ type: "number" }, { type: "number" }] }), "list of 2 (number)");
+});
+
+test("a range is told in words", () => {
+  assert.equal(rangeOf({ anyOf: [{ type: "number", minimum: 0, maximum: 1 }, { type: "null" }] }), "0 to 1");
+  assert.equal(rangeOf({ minimum: -1, maximum: 2 ** 63 }), "at least -1");
+  assert.equal(rangeOf({ maximum: 8 }), "at most 8");
+  assert.equal(rangeOf({ type: "string" }), "");
 });
 
 // --- words --------------------------------------------------------------------------------------
@@ -134,7 +148,7 @@ test("times and progress in words", () => {
   const news = { state: "running", position: 0, step: 3, steps: 20, seconds_left: 4.2 };
   assert.equal(words.progressWords(news), "Step 3 of 20 · about 5 s left");
   assert.equal(words.progressWords({ ...news, seconds_left: null }), "Step 3 of 20");
-  assert.equal(words.progressWords({ ...news, state: "waiting", position: 2 }), "Waiting, 2 before you");
+  assert.equal(words.progressWords({ ...news, state: "waiting", position: 2 }), "Waiting (2 ahead of you)");
 });
 
 test("a result is named after its original, in a format that is written", () => {
@@ -146,9 +160,9 @@ test("a result is named after its original, in a format that is written", () => 
 
 test("the grid's values are read or named", () => {
   assert.deepEqual(words.readNumbers("2, 4  6;4", "Edit strength", 0, 100), [2, 4, 6]);
-  assert.throws(() => words.readNumbers("2 x", "Edit strength", 0, 100), /Edit strength: “x” is no number from 0 to 100/);
+  assert.throws(() => words.readNumbers("2 x", "Edit strength", 0, 100), /Edit strength: “x” is not a number from 0 to 100/);
   assert.throws(() => words.readNumbers(" ", "Keep original", 0, 100), /has no values/);
-  assert.throws(() => words.readNumbers("1 2 3 4 5 6 7 8 9", "Keep original", 0, 100), /the limit is 8/);
+  assert.throws(() => words.readNumbers("1 2 3 4 5 6 7 8 9", "Keep original", 0, 100), /the maximum is 8/);
 });
 
 test("the facts of a result", () => {

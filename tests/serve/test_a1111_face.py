@@ -236,7 +236,7 @@ def test_the_lists_are_what_its_client_reads(api):
     assert api.get_scripts() == {"txt2img": [], "img2img": []}
     api.util_set_model("fake")
     assert api.get_options()["sd_model_checkpoint"] == "fake"
-    assert "names none of the models" in json.dumps(api.set_options({"sd_model_checkpoint": "../other"}))
+    assert "is not an available model" in json.dumps(api.set_options({"sd_model_checkpoint": "../other"}))
 
 
 def test_what_clients_list_at_start_answers(api):

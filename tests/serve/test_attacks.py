@@ -383,7 +383,7 @@ def test_no_address_is_fetched(server, url):
         ):
             told = ask(server, path, json=body)
             assert told.status_code in (400, 422), path
-            assert re.search("fetches nothing|base64", message_of(told))
+            assert re.search("does not download|base64", message_of(told))
         with pytest.raises(TimeoutError):
             canary.accept()
 

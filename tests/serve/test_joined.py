@@ -297,5 +297,5 @@ def test_closing_fails_those_who_wait_and_ends_the_thread(editor):
     assert not any(
         thread.name == "ip2p-engine" and thread is joined.engine._thread for thread in threading.enumerate()
     )
-    with pytest.raises(ResourceError, match="put away"):
+    with pytest.raises(ResourceError, match="was unloaded"):
         joined.edit(PICTURES[0], "make it night", steps=1)

@@ -193,7 +193,7 @@ def test_a_file_that_made_room_says_so(png):
     with running() as server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         body = {"instruction": "x", "steps": "1", "response": "url"}
         first = http.post("/v1/edits", files={"image": png}, data=body).json()
-        server.service.store.shelf.size = server.service.store.bytes
+        server.service.store.shelf.size = server.service.store.shelf.bytes
         http.post("/v1/edits", files={"image": png}, data={**body, "format": "jpeg"})
         for place in (first["results"][0]["url"], f"/v1/edits/{first['id']}/results/0"):
             gone = http.get(place)
@@ -304,7 +304,7 @@ def test_a_picture_and_a_mask_are_named_too(http, png):
     text = http.post("/v1/edits", json={"instruction": "x", "image": "not base64!"})
     assert "base64" in text.json()["error"]["message"]
     address = http.post("/v1/edits", json={"instruction": "x", "image": "http://127.0.0.1/a.png"})
-    assert address.status_code == 422 and "fetches nothing" in address.json()["error"]["message"]
+    assert address.status_code == 422 and "does not download" in address.json()["error"]["message"]
     small = http.post(
         "/v1/edits",
         files={"image": png, "mask": to_bytes(Image.new("L", (32, 32), 255))},

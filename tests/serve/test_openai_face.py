@@ -233,7 +233,7 @@ def test_a_json_body_has_its_picture_and_mask_as_data_urls(client, png):
         ({"images": []}, "image is missing"),
         ({"images": [{"file_id": "file-1"}]}, "images has file_id"),
         ({"images": [{}]}, "images has no image_url"),
-        ({"images": [{"image_url": "https://a.example/a.png"}]}, "fetches nothing"),
+        ({"images": [{"image_url": "https://a.example/a.png"}]}, "does not download"),
         ({"images": [{"image_url": "data:image/png,x"}]}, "data URL"),
         ({"images": ["x"]}, "images is"),
         ({"image": "a", "mask": {"file_id": "file-1"}}, "mask has file_id"),
@@ -270,9 +270,9 @@ def test_what_is_only_approximated_is_a_warning(client, png):
         size="96x64",
         extra_body={"num_inference_steps": 1},
     )
-    assert "quality has no levels here: num_inference_steps sets the quality." in made.warnings
+    assert "quality has no effect: num_inference_steps sets the quality." in made.warnings
     assert any(text.startswith("input_fidelity") for text in made.warnings)
-    assert "size has another shape than the picture, which is cropped to 96x64." in made.warnings
+    assert "size has another aspect ratio than the picture, which is cropped to 96x64." in made.warnings
 
 
 def test_a_transparent_background_is_never_ignored(client, png):

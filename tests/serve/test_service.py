@@ -106,13 +106,13 @@ def test_a_drawn_mask_holds_to_the_byte_and_is_named_in_the_settings(serve):
     assert job.wait(60)
     [result] = job.results
     assert (np.asarray(result.image)[:, 32:] == np.asarray(PICTURE)[:, 32:]).all()
-    assert settings_of(result).mask == "sky.png" and job.masks is None
+    assert settings_of(result).mask == "sky.png" and result.mask is None
 
 
 def test_the_automatic_mask_of_each_result_is_shown(serve):
     job = serve().submit(request(auto_mask=0.3, seeds=(1, 2)), client="a")
     assert job.wait(60)
-    assert [(mask.mode, mask.size) for mask in job.masks] == [("L", (64, 64))] * 2
+    assert [(result.mask.mode, result.mask.size) for result in job.results] == [("L", (64, 64))] * 2
 
 
 def test_what_a_model_was_made_from_stands_in_the_settings(serve, editor):
@@ -519,7 +519,7 @@ def test_the_pictures_that_wait_are_bounded(serve, editor):
     until(lambda: running.state == "running")
     for _ in range(2):
         service.submit(request(), client="b")
-    with pytest.raises(Full, match="megapixels wait"):
+    with pytest.raises(Full, match="megapixels are waiting"):
         service.submit(request(), client="c")
 
 
@@ -768,12 +768,12 @@ def test_the_newest_job_is_kept_whatever_its_size_and_who_made_room_is_known(ser
     first, second = (service.submit(request(seeds=(1, 2, 3)), client="a") for _ in range(2))
     assert first.wait(60) and second.wait(60)
     assert service.job(second.id) is second and service.job(first.id) is None
-    assert service.jobs.dropped_early(first.id) and not service.jobs.dropped_early(second.id)
+    assert service.jobs.shelf.dropped_early(first.id) and not service.jobs.shelf.dropped_early(second.id)
     service = serve({"x": lambda: None}, join=1, keep_seconds=0.05)
     job = service.submit(request(), client="a")
     assert job.wait(60)
     time.sleep(0.06)
-    assert service.job(job.id) is None and not service.jobs.dropped_early(job.id)
+    assert service.job(job.id) is None and not service.jobs.shelf.dropped_early(job.id)
 
 
 def encode(picture):
@@ -788,7 +788,7 @@ def test_results_of_one_who_comes_back_are_on_disk_and_not_in_memory(serve, tmp_
     ]
     assert all(job.wait(60) and job.state == "done" for job in jobs)
     for job in jobs:
-        assert service.job(job.id) is job and not job.results and job.masks is None
+        assert service.job(job.id) is job and not job.results
         assert [service.store.read(kept.file) for kept in job.kept] == [b"64", b"64"]
         assert all(service.store.read(kept.mask).startswith(b"\x89PNG") for kept in job.kept)
         assert [parse_infotext(kept.parameters).seed for kept in job.kept] == [kept.seed for kept in job.kept]

@@ -22,7 +22,7 @@ def files(store):
 def test_what_is_put_is_read_back_by_its_name_alone(store):
     names = [store.put(data, ".png") for data in (b"one", b"two")]
     assert [store.read(name) for name in names] == [b"one", b"two"]
-    assert all(NAME.fullmatch(name) for name in names) and len(store) == 2 and store.bytes == 6
+    assert all(NAME.fullmatch(name) for name in names) and len(store) == 2 and store.shelf.bytes == 6
 
 
 def test_names_are_random_and_of_128_bits(store):
@@ -91,7 +91,7 @@ def test_the_oldest_go_first_when_bytes_or_count_are_passed(tmp_path):
     store = Store(tmp_path / "bytes", size=10)
     names = [store.put(b"1234", ".png") for _ in range(4)]
     assert [store.read(name) for name in names] == [None, None, b"1234", b"1234"]
-    assert store.bytes == 8 and files(store) == sorted(names[2:])
+    assert store.shelf.bytes == 8 and files(store) == sorted(names[2:])
     store = Store(tmp_path / "count", count=3)
     names = [store.put(b"", ".png") for _ in range(5)]
     assert [store.read(name) for name in names] == [None, None, b"", b"", b""]
@@ -103,12 +103,12 @@ def test_files_of_one_edit_make_no_room_for_each_other(tmp_path):
     names = []
     for _ in range(2):
         names.append(store.put(b"1234", ".png", beside=names))
-    assert store.read(old) is None and store.dropped_early(old)
+    assert store.read(old) is None and store.shelf.dropped_early(old)
     with pytest.raises(ResourceError, match="together 12 bytes.*--store-mb"):
         store.put(b"1234", ".png", beside=names)
     assert [store.read(name) for name in names] == [b"1234"] * 2
     later = store.put(b"1234", ".png")  # of another
-    assert [store.dropped_early(name) for name in (names[0], later, "other")] == [True, False, False]
+    assert [store.shelf.dropped_early(name) for name in (names[0], later, "other")] == [True, False, False]
 
 
 def test_a_file_is_gone_when_its_time_has_passed(tmp_path):
@@ -117,13 +117,13 @@ def test_a_file_is_gone_when_its_time_has_passed(tmp_path):
     assert store.read(name) == b"brief"
     time.sleep(0.06)
     assert store.read(name) is None
-    assert files(store) == [] and store.bytes == 0
+    assert files(store) == [] and store.shelf.bytes == 0
 
 
 def test_a_result_larger_than_the_store_is_refused_and_drops_nothing(tmp_path):
     store = Store(tmp_path / "results", size=10)
     name = store.put(b"1234", ".png")
-    with pytest.raises(ResourceError, match="11 bytes is more than the 10"):
+    with pytest.raises(ResourceError, match="11 bytes; the server can keep 10"):
         store.put(b"x" * 11, ".png")
     assert store.read(name) == b"1234"
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(store, monkeypatch):
     with pytest.raises(ResourceError, match="No space left"):
         store.put(b"x", ".png")
     assert [path.name for path in store.folder.iterdir()] == [".ip2p-store"]
-    assert store.bytes == 0 and len(store) == 0
+    assert store.shelf.bytes == 0 and len(store) == 0
 
 
 def test_many_threads_keep_within_the_bounds(tmp_path):
@@ -187,7 +187,7 @@ def test_many_threads_keep_within_the_bounds(tmp_path):
         thread.join()
     there = files(store)
     assert len(there) == len(store) <= 20
-    assert sum((store.folder / name).stat().st_size for name in there) == store.bytes <= 1000
+    assert sum((store.folder / name).stat().st_size for name in there) == store.shelf.bytes <= 1000
 
 
 def test_a_file_whose_room_was_taken_while_it_was_written_is_gone(store, monkeypatch):

@@ -87,7 +87,7 @@ def run(config: ServeConfig, *, browser: bool = False, any_port: bool = False) -
             port = listening.getsockname()[1]
             name = socket.gethostname() if config.host in ("0.0.0.0", "::") else config.host
             place = f"http://{f'[{name}]' if ':' in name else name}:{port}"
-            say(f"the page is at {place}/ and the interfaces at {place}/docs; Ctrl-C stops it")
+            say(f"web UI: {place}/   API reference: {place}/docs   (press Ctrl-C to stop)")
             if browser:
                 webbrowser.open(place)
 
@@ -280,15 +280,15 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
     for face in (native, start, openai, a1111):
         app.include_router(face.router(desk))
 
-    @app.get("/healthz", tags=["server"], summary="Whether the server lives")
+    @app.get("/healthz", tags=["server"], summary="Liveness check")
     async def read_health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get(
         "/readyz",
         tags=["server"],
-        summary="Whether it takes requests",
-        responses={503: {"description": "Not now", "content": {"application/json": {}}}},
+        summary="Readiness check",
+        responses={503: {"description": "Not ready", "content": {"application/json": {}}}},
     )
     async def read_ready() -> JSONResponse:
         ready = service.ready
@@ -297,7 +297,7 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
     @app.get(
         "/metrics",
         tags=["server"],
-        summary="Numbers for Prometheus",
+        summary="Prometheus metrics",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
@@ -330,10 +330,10 @@ async def _refuse_method(request: Request) -> Response:
         for method in operations
     ]
     if not methods:
-        raise Refusal(f"{request.method} does nothing at this address. See /docs.", status=404)
+        raise Refusal(f"{request.method} is not supported at this URL. See /docs.", status=404)
     allowed = ", ".join(methods)
     raise Refusal(
-        f"{request.method} does nothing at this address; it takes {allowed}.",
+        f"{request.method} is not supported at this URL; use {allowed}.",
         status=405,
         headers={"Allow": allowed},
     )

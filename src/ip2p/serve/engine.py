@@ -161,7 +161,7 @@ class Engine:
             if lane.stopped:
                 raise Stopped
             if self._closed:
-                raise ResourceError("The model was put away. Ask again.")
+                raise ResourceError("The model was unloaded. Try again.")
             lane.work = work
             if work.call is not None:
                 self._single.append(work)
@@ -216,7 +216,7 @@ class Engine:
                 due = min(map(self._deadline, self._posted), default=math.inf) - time.monotonic()
                 self._changed.wait(None if due == math.inf else max(0.0, due))
             for work in [*self._single, *self._posted]:
-                work.end(error=ResourceError("The model was put away while it worked. Ask again."))
+                work.end(error=ResourceError("The model was unloaded during the edit. Try again."))
             return []
 
     def _next(self) -> list[_Work]:

@@ -41,10 +41,10 @@ class Refusal(Ip2pError):
 class Fault(BaseModel):
     """What went wrong."""
 
-    message: str = Field(description="one line: what is wrong, the limit, what to do")
+    message: str = Field(description="what is wrong, the limit, and what to do, in one line")
     type: str = Field(description="invalid_request_error, rate_limit_error or server_error")
-    param: str | None = Field(description="the field of the request that is to blame")
-    code: str = Field(description="a word for the status, such as too_large")
+    param: str | None = Field(description="the field of the request that caused the error")
+    code: str = Field(description="short name of the error, such as too_large")
 
 
 class ErrorBody(BaseModel):
@@ -70,21 +70,21 @@ class A1111ErrorBody(BaseModel):
 
 # For each status: OpenAI's type and code, and the description in OpenAPI.
 KINDS = {
-    400: ("invalid_request_error", "invalid_value", "A field cannot be used"),
+    400: ("invalid_request_error", "invalid_value", "A field is invalid"),
     401: ("invalid_request_error", "invalid_api_key", "The API key is missing or wrong"),
-    403: ("invalid_request_error", "forbidden", "A page of another origin may not post"),
-    404: ("invalid_request_error", "not_found", "There is no such thing"),
-    405: ("invalid_request_error", "method_not_allowed", "The address takes another method"),
-    408: ("invalid_request_error", "timeout", "The body came too slowly"),
+    403: ("invalid_request_error", "forbidden", "Requests from another origin are not allowed"),
+    404: ("invalid_request_error", "not_found", "Not found"),
+    405: ("invalid_request_error", "method_not_allowed", "Method not allowed"),
+    408: ("invalid_request_error", "timeout", "The body arrived too slowly"),
     409: ("invalid_request_error", "cancelled", "The edit was cancelled, or is not done"),
-    410: ("invalid_request_error", "gone", "It was dropped early, to make room"),
+    410: ("invalid_request_error", "gone", "The result was removed early to make room"),
     413: ("invalid_request_error", "too_large", "The body is too large"),
     415: ("invalid_request_error", "invalid_value", "The body is neither a form nor JSON"),
     421: ("invalid_request_error", "wrong_host", "The Host is not this server's name"),
-    422: ("invalid_request_error", "invalid_value", "A field cannot be used"),
-    429: ("rate_limit_error", "too_many_requests", "Too many requests of this caller; see Retry-After"),
-    500: ("server_error", "server_error", "The server failed"),
-    503: ("server_error", "busy", "No room, or the server is shutting down; see Retry-After"),
+    422: ("invalid_request_error", "invalid_value", "A field is invalid"),
+    429: ("rate_limit_error", "too_many_requests", "Too many requests from this client; see Retry-After"),
+    500: ("server_error", "server_error", "Internal error"),
+    503: ("server_error", "busy", "The server is full or shutting down; see Retry-After"),
 }
 
 
@@ -115,14 +115,14 @@ def refusal_of(error: Exception, path: str) -> Refusal:
     elif isinstance(error, HTTPException):
         status = error.status_code
         texts = {
-            404: "There is nothing at this address. See /docs.",
-            405: "This address takes another method.",
+            404: "Not found. See /docs.",
+            405: "Method not allowed. See /docs.",
         }
         message = texts.get(status, str(error.detail))
     elif isinstance(error, RequestValidationError):
         first = error.errors()[0]
         field, status = str(first["loc"][-1]), bad
-        message = f"{field} cannot be used: {first['msg']}."
+        message = f"{field} is invalid: {first['msg']}."
     elif wait is not None:
         status = 429 if getattr(error, "scope", None) == "client" else 503
         headers = {"Retry-After": str(max(1, math.ceil(wait)))}

@@ -158,7 +158,7 @@ class Guard:
         except Exception:
             if body.refusal is None:
                 faults.exception("%s %s", scope["method"], shown(path))
-                refusal = Refusal("The server failed at this request; the reason is in its log.", status=500)
+                refusal = Refusal("Internal error. See the server's log.", status=500)
         finally:
             body.let_go()
         refusal = body.refusal or refusal
@@ -170,13 +170,13 @@ class Guard:
         if "\0" in path or any(len(part.encode()) > LONGEST_NAME for part in path.split("/")):
             # No file system takes it, so the app would fail at it.
             raise Refusal(
-                f"The address has a part longer than {LONGEST_NAME} bytes, or a zero byte. See /docs.",
+                f"The URL has a part longer than {LONGEST_NAME} bytes, or a zero byte. See /docs.",
                 status=404,
             )
         name = host_name(host)
         if name not in self.hosts and not (self.any_address and is_address(name)):
             raise Refusal(
-                f"Host {shown(host)} is not this server's name. Call it by its address, or start it with "
+                f"Host {shown(host)} is not a name of this server. Use its IP address, or start it with "
                 "--allow-host NAME.",
                 status=421,
                 field="Host",
@@ -192,8 +192,8 @@ class Guard:
                 foreign = origin not in self.origins and not same_place(origin, host)
             if foreign:
                 raise Refusal(
-                    f"Origin {shown(origin or 'of another site')} may not post here. Start the server with "
-                    "--allow-origin ORIGIN if that page is meant to.",
+                    f"Origin {shown(origin or 'of another site')} is not allowed. To allow it, start "
+                    "the server with --allow-origin ORIGIN.",
                     status=403,
                     field="Origin",
                 )
@@ -248,7 +248,7 @@ class _Body:
                 message = await asyncio.wait_for(self._receive(), max(0.001, patience))
             except asyncio.TimeoutError:
                 self.refusal = Refusal(
-                    f"The body did not come within {BODY_SECONDS:g} seconds, or stood still for "
+                    f"The body did not arrive within {BODY_SECONDS:g} seconds, or paused for "
                     f"{SILENT_SECONDS:g}. Send it again.",
                     status=408,
                     field="body",
@@ -272,14 +272,14 @@ class _Body:
             self.refusal = too_large(guard.most)
         elif self.parts > guard.structure:
             self.refusal = Refusal(
-                f"body holds more than {guard.structure:,} brackets, braces and commas, the limit. "
-                "Send the fields of an edit alone.",
+                f"body has more brackets, braces and commas than the limit of {guard.structure:,}. "
+                "Send only the fields of an edit.",
                 status=422,
                 field="body",
             )
         elif guard.held > BODIES_AT_ONCE * guard.most:
             self.refusal = Refusal(
-                "Too much is being uploaded at once. Try again in 5 seconds.",
+                "Too many uploads at once. Try again in 5 seconds.",
                 status=503,
                 headers={"Retry-After": "5"},
             )

@@ -132,11 +132,6 @@ class Job:
         return self._queue.position(self)
 
     @property
-    def masks(self) -> list[Image.Image] | None:
-        """The regions that `auto_mask` found, one for each result; None if there are none."""
-        return [result.mask for result in self.results if result.mask is not None] or None
-
-    @property
     def previews(self) -> list[Image.Image | None]:
         """The newest small picture of each result. They are made only while somebody looks."""
         self._previews_read = time.monotonic()

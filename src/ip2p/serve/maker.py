@@ -274,7 +274,8 @@ def _working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple
         most = max(1024**2, 4 * editor.bundle.card.native_size**2)
     if width * height > most:
         raise SettingError(
-            f"size has the model work at {width}x{height}, {width * height:,} pixels; the limit is {most:,}.",
+            f"size makes the model work at {width}x{height} ({width * height:,} pixels); "
+            f"the limit is {most:,}.",
             field="size",
         )
     return width, height

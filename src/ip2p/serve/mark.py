@@ -52,7 +52,7 @@ def checker(config: ServeConfig) -> Check | None:
             (good,) = safe([picture])
         if not good:
             raise SettingError(
-                "instruction: this server's safety checker refused the result. Ask for something else.",
+                "instruction: the server's safety checker rejected the result. Try something else.",
                 field="instruction",
             )
 

@@ -50,11 +50,15 @@ class _Served(RunSettings, PartsSettings, CompileSettings, MemorySettings, DType
         hidden=True,
     )
     max_pixels: int = setting(
-        SERVER_PIXELS, "refuse a larger picture before decoding it", ge=1, le=2**40, group=LIMITS
+        SERVER_PIXELS,
+        "maximum size of a picture in pixels, checked before decoding",
+        ge=1,
+        le=2**40,
+        group=LIMITS,
     )
     mark: Mark = setting(
         "iptc",
-        "how results say that they were edited: iptc (a tag in the file), visible words too, or none",
+        "label results as AI-edited: iptc (a tag in the file), visible (also text in the picture) or none",
         group=RESULTS,
     )
 
@@ -64,24 +68,26 @@ class _Served(RunSettings, PartsSettings, CompileSettings, MemorySettings, DType
 
 
 class ServeConfig(RaySettings, _Served):
-    """Serve edits over HTTP, with a page in the browser: ip2p serve --port 7860"""
+    """Serve the HTTP APIs and the web UI: ip2p serve --port 7860"""
 
     host: str = setting(
-        "127.0.0.1", "address to listen on; 0.0.0.0 admits other machines, and only with a key", group=COMMON
+        "127.0.0.1",
+        "address to listen on; 0.0.0.0 gives other machines access and requires an API key",
+        group=COMMON,
     )
     api_key_file: Path | None = setting(
-        None, "file with API keys, one a line; or one key in IP2P_API_KEY", group=ACCESS, metavar="FILE"
+        None, "file with one API key per line; or set IP2P_API_KEY to one key", group=ACCESS, metavar="FILE"
     )
-    public: bool = setting(False, "admit other machines without a key", group=ACCESS)
+    public: bool = setting(False, "give other machines access without a key", group=ACCESS)
     allow_host: Texts = setting(
         (),
-        "another host name under which the server is reached; may be repeated",
+        "additional host name of the server; may be repeated",
         group=ACCESS,
         metavar="NAME",
     )
     allow_origin: Texts = setting(
         (),
-        "origin of another page that may call it, as https://a.example; may be repeated",
+        "origin of another page that may call the API, such as https://a.example; may be repeated",
         group=ACCESS,
         metavar="NAME",
     )
@@ -97,16 +103,14 @@ class ServeConfig(RaySettings, _Served):
     )
     join: int | None = setting(
         None,
-        "pictures that go through the network together; default: 4 on a CPU, else 8",
+        "maximum number of pictures per network call; default: 4 on a CPU, else 8",
         ge=1,
         le=1024,
         example=8,
         group=MODEL,
         hidden=True,
     )
-    keep_seconds: float = setting(
-        600.0, "seconds for which results can be fetched", ge=1, le=1e9, group=RESULTS, hidden=True
-    )
+    keep_seconds: float = setting(600.0, "seconds to keep results", ge=1, le=1e9, group=RESULTS, hidden=True)
     store: Path | None = setting(None, "folder for results; default: a temporary one", group=RESULTS)
     store_mb: int = setting(
         1024,
@@ -118,16 +122,16 @@ class ServeConfig(RaySettings, _Served):
     )
     safety: str | None = setting(
         None,
-        "picture classifier that refuses unsafe results: a folder or a Hugging Face model id",
+        "image classifier that rejects unsafe results: a folder or a Hugging Face model id",
         group=RESULTS,
         metavar="MODEL",
     )
     drain_seconds: float = setting(
-        30.0, "seconds that running edits may take after SIGTERM or Ctrl-C", ge=0, le=86_400, hidden=True
+        30.0, "seconds to let running edits finish after SIGTERM or Ctrl-C", ge=0, le=86_400, hidden=True
     )
     replicas: int | None = setting(
         None,
-        "processes on Ray, each with the models; default: one per GPU, else one",
+        "number of Ray replicas, each with all models; default: one per GPU, else one",
         ge=1,
         le=4096,
         example=2,
@@ -135,7 +139,7 @@ class ServeConfig(RaySettings, _Served):
     )
     replica_gpus: float | None = setting(
         None,
-        "GPUs per process; default: one if the cluster has any",
+        "GPUs per replica; default: one if the cluster has any",
         ge=0,
         le=64,
         example=1.0,
@@ -143,7 +147,7 @@ class ServeConfig(RaySettings, _Served):
         hidden=True,
     )
     replica_cpus: int = setting(
-        1, "CPUs per process, and so its threads", ge=1, le=1024, example=4, group=WORKERS, hidden=True
+        1, "CPUs, and therefore threads, per replica", ge=1, le=1024, example=4, group=WORKERS, hidden=True
     )
 
     def check(self) -> None:
@@ -151,13 +155,13 @@ class ServeConfig(RaySettings, _Served):
         self.models()
         if not is_loopback(self.host) and not self.public and not self.api_keys():
             raise InputError(
-                f"--host {self.host} lets other machines in. Ask them for a key (set IP2P_API_KEY, or "
-                "--api-key-file FILE), or say --public."
+                f"--host {self.host} gives other machines access. Require an API key (set IP2P_API_KEY or "
+                "--api-key-file FILE), or add --public."
             )
         for name in self.allow_host:
             if not name or set(name) & set("/@ ") or (":" in name and not is_address(name)):
                 raise InputError(
-                    f"--allow-host {name!r} is not a name alone. Try --allow-host pictures.example.org."
+                    f"--allow-host {name!r} is not a host name. Try --allow-host pictures.example.org."
                 )
         for origin in self.allow_origin:
             scheme, colon, name = origin.partition("://")
@@ -167,7 +171,7 @@ class ServeConfig(RaySettings, _Served):
                 )
         for name in ("replicas", "replica_gpus", "replica_cpus"):
             if self.ray is None and getattr(self, name) != ServeConfig.model_fields[name].default:
-                raise InputError(f"--{name.replace('_', '-')} is for Ray; add --ray.")
+                raise InputError(f"--{name.replace('_', '-')} requires --ray.")
 
     def api_keys(self, env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
         """The keys of `--api-key-file`, else the one in IP2P_API_KEY. Raises InputError for bad ones.
@@ -181,15 +185,17 @@ class ServeConfig(RaySettings, _Served):
             try:
                 lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{source} cannot be read ({error}). Write a key a line into it.") from None
+                raise InputError(
+                    f"{source} cannot be read ({error}). It must contain one key per line."
+                ) from None
             keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
             if not keys:
-                raise InputError(f"{source} holds no key. Write one a line into it.")
+                raise InputError(f"{source} contains no key. Write one per line.")
         for key in keys:
             if len(key) < MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
                 raise InputError(
-                    f"a key of {source} cannot be used: it needs {MIN_KEY} characters or more of ASCII, "
-                    "without blanks. Try: openssl rand -hex 24"
+                    f"a key of {source} is invalid: it needs at least {MIN_KEY} ASCII characters "
+                    "without spaces. Try: openssl rand -hex 24"
                 )
         return tuple(keys)
 
@@ -197,7 +203,7 @@ class ServeConfig(RaySettings, _Served):
 class UiConfig(_Served):
     """Edit in the browser: ip2p ui"""
 
-    no_browser: bool = setting(False, "print the address of the page, do not open it", group=COMMON)
+    no_browser: bool = setting(False, "print the URL without opening it", group=COMMON)
 
     def check(self) -> None:
         """Raise InputError for settings that cannot be used."""

@@ -74,19 +74,19 @@ class FairQueue:
         with self._changed:
             if self.draining:
                 self.rejected["draining"] += 1
-                raise Draining("The server is shutting down and takes no more requests. Ask again soon.")
+                raise Draining("The server is shutting down and accepts no more requests. Try again soon.")
             most, own = self.limits.per_client, sum(place.client == client for place in self._places)
             if self._of_client.get(client, 0) + own >= most:
-                self._refuse("client", f"{most} of your requests wait or run, which is the limit.")
+                self._refuse("client", f"You have {most} requests waiting or running, which is the limit.")
             if len(self.waiting) + len(self._places) >= self.limits.queue:
-                self._refuse("queue", f"{self.limits.queue} requests wait already, which is the limit.")
+                self._refuse("queue", f"{self.limits.queue} requests are waiting, which is the limit.")
 
     def _refuse(self, scope: Literal["queue", "client"], message: str) -> None:
         self.rejected[scope] += 1
         # By then all that waits now has begun; for a client, one of its jobs has ended.
         ahead = len(self.waiting) if scope == "queue" else self.clients
         seconds = min(600.0, max(1.0, (self._pace or 1.0) * ahead))
-        raise Full(f"{message} Ask again in {seconds:.0f} seconds.", retry_after=seconds, scope=scope)
+        raise Full(f"{message} Try again in {seconds:.0f} seconds.", retry_after=seconds, scope=scope)
 
     @contextlib.contextmanager
     def room(self, client: str) -> Iterator[Place]:
@@ -117,7 +117,7 @@ class FairQueue:
             most = self.limits.waiting_pixels
             if waiting and waiting + job.size[0] * job.size[1] > most:
                 self._refuse(
-                    "queue", f"Pictures of {most / 1e6:g} megapixels wait already, which is the limit."
+                    "queue", f"Pictures of {most / 1e6:g} megapixels are waiting, which is the limit."
                 )
             self._of_client[job.client] += 1
             self._waiting.setdefault(job.client, deque()).append(job)

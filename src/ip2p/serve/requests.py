@@ -17,7 +17,7 @@ from ip2p.pictures import masks
 from ip2p.pictures.images import load_image
 from ip2p.settings import MAX_SEED, EditSettings, SettingError, meta_of, picture_name
 
-NOT_TEXT = "holds half of a character (a lone surrogate). Send whole ones."
+NOT_TEXT = "contains half of a character (a lone surrogate). Send valid Unicode."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +100,12 @@ def check_request(request: EditRequest, limits: Limits, models: list[str]) -> Ed
     width, height = request.image.size
     if width * height > limits.pixels:
         raise SettingError(
-            f"image is {width}x{height}, {width * height:,} pixels; the limit is {limits.pixels:,}.",
+            f"image is {width}x{height} ({width * height:,} pixels); the limit is {limits.pixels:,}.",
             field="image",
         )
     if not 1 <= len(request.seeds) <= limits.count:
         raise SettingError(
-            f"seeds has {len(request.seeds)} of them, one for each result; it must be 1 to {limits.count}.",
+            f"seeds has {len(request.seeds)} values, one per result; it must have 1 to {limits.count}.",
             field="seeds",
         )
     ranges = [("seeds", seed, MAX_SEED) for seed in request.seeds]

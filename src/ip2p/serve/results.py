@@ -77,7 +77,7 @@ class Shelf:
                         del self._early[next(iter(self._early))]
 
     def dropped_early(self, name: str) -> bool:
-        """Whether a name was dropped before its time, to make room."""
+        """Whether a name was dropped before its time, to make room. Needs no lock."""
         return name in self._early
 
     def clear(self) -> None:
@@ -99,7 +99,7 @@ class Store:
         self._lock = threading.Lock()
         try:
             if folder.is_symlink():
-                raise InputError(f"{folder} is a link; name the folder itself for the results.")
+                raise InputError(f"{folder} is a link. Pass the folder itself.")
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.chmod(folder, 0o700)
             self._empty()
@@ -118,10 +118,10 @@ class Store:
         with self._lock:
             whole = len(data) + self.shelf.size_of(beside)
             if whole > self.shelf.size or len(beside) >= self.shelf.count:
-                what = "The results of this edit, together" if beside else "A result of"
+                what = "The results of this edit have" if beside else "The result has"
                 raise ResourceError(
-                    f"{what} {whole:,} bytes is more than the {self.shelf.size:,} that the server keeps "
-                    "(--store-mb). Ask for fewer or smaller ones."
+                    f"{what} {whole:,} bytes; the server can keep {self.shelf.size:,} "
+                    "(--store-mb). Request fewer or smaller results."
                 )
             self.shelf.drop_old(len(data), 1, beside)
             self.shelf.put(name, len(data))  # before it is written, or many at once would exceed the bound
@@ -139,7 +139,9 @@ class Store:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             self.remove(name)
-            raise ResourceError(f"A result cannot be kept ({error.strerror}). Free the disk.") from None
+            raise ResourceError(
+                f"A result cannot be stored ({error.strerror}). Free some disk space."
+            ) from None
         return name
 
     def read(self, name: str) -> bytes | None:
@@ -158,11 +160,6 @@ class Store:
         except OSError:
             return None
 
-    def dropped_early(self, name: str) -> bool:
-        """Whether a file was dropped before its time, to make room."""
-        with self._lock:
-            return self.shelf.dropped_early(name)
-
     def remove(self, name: str) -> None:
         """Drop a file, if it is kept."""
         with self._lock:
@@ -175,11 +172,6 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.shelf)
-
-    @property
-    def bytes(self) -> int:
-        """The size of all files."""
-        return self.shelf.bytes
 
     def _unlink(self, name: str) -> None:
         with contextlib.suppress(OSError):
@@ -195,8 +187,8 @@ class Store:
         ]
         if entries and (strange or self.folder / MARK not in entries):
             raise InputError(
-                f"{self.folder} holds {(strange or entries)[0].name}, which this server did not write, and "
-                "would be emptied. Choose another folder for --store."
+                f"{self.folder} contains {(strange or entries)[0].name}, which this server did not write. "
+                "The folder would be emptied. Choose another folder for --store."
             )
         for entry in entries:
             entry.unlink()
@@ -231,11 +223,6 @@ class JobShelf:
         with self._lock:
             self._drop_old()
             return self._jobs.get(id)
-
-    def dropped_early(self, id: str) -> bool:
-        """Whether the job of an id was forgotten before its time, to make room."""
-        with self._lock:
-            return self.shelf.dropped_early(id)
 
     def end(self, job: Job) -> None:
         """Keep a job that ends, for its time."""

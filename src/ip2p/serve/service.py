@@ -175,11 +175,11 @@ class Service:
             self.queue.draining = True
             for job in self.queue.waiting:
                 self.queue.withdraw(job)
-                message = "The server is shutting down before this request began. Ask again."
+                message = "The server is shutting down and did not start this request. Try again."
                 self._end(job, "failed", Draining(message))
             in_time = self._changed.wait_for(lambda: not self.queue.running, timeout)
             for job in list(self.queue.running.values()):
-                job.stop(Draining("The server shut down before this request was done. Ask again."))
+                job.stop(Draining("The server shut down before this request was done. Try again."))
         return in_time
 
     def close(self) -> None:
@@ -226,11 +226,13 @@ class Service:
         except Ip2pError as known:
             error = known.with_traceback(None)  # which would hold the pictures
         except Exception as unknown:
-            error = as_ip2p_error(unknown, memory="Out of memory. Ask for a smaller size or fewer results.")
+            error = as_ip2p_error(unknown, memory="Out of memory. Request a smaller size or fewer results.")
             if error is None:
                 log.exception("job=%s outcome=failed", job.id)
                 name = type(unknown).__name__
-                error = Ip2pError(f"The edit failed within the server ({name}); job {job.id}.")
+                error = Ip2pError(
+                    f"Internal error during the edit ({name}, job {job.id}). See the server's log."
+                )
         finally:
             with self._changed:
                 self._end(job, state, error)

@@ -139,7 +139,7 @@ class ReplicaMaker(Maker):
             except Lost as lost:
                 log.warning("job=%s replica lost: %s", job.id, " ".join(str(lost).split())[:200])
         raise ResourceError(
-            f"{TRIES} replicas were lost at this edit. Ask for a smaller size or fewer results, or later."
+            f"{TRIES} replicas failed during this edit. Request a smaller size or fewer results."
         )
 
 

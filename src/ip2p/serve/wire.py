@@ -116,7 +116,7 @@ async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> d
             info = kind.model_fields.get(name)
             types = "" if info is None else str(info.annotation).lower()
             if len(several) > 1 and "list" not in types and "tuple" not in types:
-                raise SettingError(f"{name} was sent twice. Send it once.", field=name)
+                raise SettingError(f"{name} was sent more than once. Send it once.", field=name)
             if len(several) == 1 and "list" not in types:
                 [values[name]] = several
     except HTTPException as error:
@@ -135,10 +135,10 @@ def _check_value(name: str, value: object) -> None:
         if isinstance(value, str) and not is_text(value):
             raise SettingError(f"{name} {NOT_TEXT}", field=name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise SettingError(f"{name} holds {value}; send a finite number.", field=name)
+            raise SettingError(f"{name} contains {value}; send a finite number.", field=name)
         if isinstance(value, list | dict):
             if depth == DEEPEST:
-                raise SettingError(f"{name} is nested deeper than {DEEPEST}. Send a flatter one.", field=name)
+                raise SettingError(f"{name} is nested deeper than {DEEPEST} levels.", field=name)
             parts = [*value, *value.values()] if isinstance(value, dict) else value
             inner += [(part, depth + 1) for part in parts]
 
@@ -244,20 +244,20 @@ def from_base64(text: str, name: str) -> bytes:
     """The bytes of base64, URL-safe or not, padded or not, or of a data URL. Raises SettingError."""
     if re.match(r"https?:", text, re.IGNORECASE):
         raise SettingError(
-            f"{name} is an address; this server fetches nothing. Send the picture itself.", field=name
+            f"{name} is a URL. This server does not download anything; send the picture itself.", field=name
         )
     if text[:5].lower() == "data:":
         kind, comma, text = text.partition(",")
         if not comma or not kind.endswith(";base64"):
             raise SettingError(
-                f"{name} is a data URL without base64. Write data:image/png;base64,…", field=name
+                f"{name} is a data URL without base64. Use data:image/png;base64,…", field=name
             )
     try:
         text = "".join(text.split()).replace("-", "+").replace("_", "/")
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise SettingError(
-            f"{name} is neither base64 nor a data URL. Encode the picture's file.", field=name
+            f"{name} is neither base64 nor a data URL. Send the encoded file.", field=name
         ) from None
 
 

@@ -114,21 +114,21 @@ class Img2Img(BaseModel):
     control_image: OptionalPicture = Field(None, description="a picture for the model's ControlNet")
     seed: int | None = Field(
         -1,
-        description="of the first result; -1: random",
+        description="seed of the first result; -1: random",
         json_schema_extra={"minimum": -1, "maximum": MAX_SEED},
     )
     sampler_name: str | None = Field(None, description="a name of GET /sdapi/v1/samplers")
     sampler_index: str | None = Field(None, description="the same, in older clients")
     scheduler: str | None = Field(None, description="a name of GET /sdapi/v1/schedulers")
-    width: int | None = Field(None, description="of the results; default: the picture's")
-    height: int | None = Field(None, description="of the results; default: the picture's")
-    resize_mode: int = Field(0, description="to width and height: 0 stretch, 1 crop, 2 fill")
+    width: int | None = Field(None, description="size of the results; default: that of the picture")
+    height: int | None = Field(None, description="size of the results; default: that of the picture")
+    resize_mode: int = Field(0, description="how to fit width and height: 0 stretch, 1 crop, 2 fill")
     inpainting_mask_invert: int | bool = Field(0, description="1: black is edited")
     inpaint_full_res: bool = Field(True, description="the model sees only the masked part, at its full size")
-    inpaint_full_res_padding: int = Field(0, description="pixels around the mask that the model sees too")
+    inpaint_full_res_padding: int = Field(0, description="pixels around the mask to show the model")
     override_settings: dict[str, Any] | None = Field(None, description="sd_model_checkpoint: the model")
-    script_name: str | None = Field(None, description="refused: there are no scripts")
-    alwayson_scripts: dict[str, Any] | None = Field(None, description="refused unless disabled or empty")
+    script_name: str | None = Field(None, description="rejected: scripts are not supported")
+    alwayson_scripts: dict[str, Any] | None = Field(None, description="rejected unless disabled or empty")
     include_init_images: bool = False
     send_images: bool = True
 
@@ -136,7 +136,7 @@ class Img2Img(BaseModel):
 class Img2ImgAnswer(BaseModel):
     images: list[str]
     parameters: dict[str, Any]
-    info: str = Field(description="JSON of the settings, with a list of warnings")
+    info: str = Field(description="settings as JSON, with a list of warnings")
 
 
 class PngInfo(BaseModel):
@@ -144,9 +144,9 @@ class PngInfo(BaseModel):
 
 
 class PngInfoAnswer(BaseModel):
-    info: str = Field(description="the infotext of the file, or an empty text")
-    items: dict[str, str] = Field(description="other texts in the file")
-    parameters: dict[str, str] = Field(description="the fields of the infotext")
+    info: str = Field(description="infotext of the file, or an empty string")
+    items: dict[str, str] = Field(description="other text entries of the file")
+    parameters: dict[str, str] = Field(description="fields of the infotext")
 
 
 class Options(BaseModel):
@@ -158,7 +158,10 @@ class Options(BaseModel):
 def img2img_body(limits: Limits) -> type[Img2Img]:
     """The body of an edit: the fields of `Img2Img` and every setting, within a server's limits."""
     fields = {
-        name: (int | None, Field(1, ge=1, le=limits.count, description=f"results, times {other}"))
+        name: (
+            int | None,
+            Field(1, ge=1, le=limits.count, description=f"number of results is this times {other}"),
+        )
         for name, other in (("batch_size", "n_iter"), ("n_iter", "batch_size"))
     }
     # width and height scale the picture, and the model works at its size.
@@ -188,7 +191,7 @@ def router(desk: Desk) -> APIRouter:
     def known_model(name: str) -> str:
         if name not in service.models:
             raise SettingError(
-                f"sd_model_checkpoint names none of the models here: {', '.join(service.models)}.",
+                f"sd_model_checkpoint is not an available model. Use one of {', '.join(service.models)}.",
                 field="sd_model_checkpoint",
             )
         return name
@@ -228,13 +231,13 @@ def router(desk: Desk) -> APIRouter:
         body = await wire.read_body(request, PngInfo, desk)
         return await desk.in_thread(_png_info, body.image)
 
-    @routes.get("/options", summary="The model that this client has chosen")
+    @routes.get("/options", summary="The model selected by this client")
     async def read_options(request: Request) -> dict[str, Any]:
         names = ("CLIP_stop_at_last_layers", "samples_format", "sd_vae")
         fixed = {name: NEUTRAL_VALUES[name][0] for name in names}
         return {"sd_model_checkpoint": model_of(wire.caller_of(request)), **fixed}
 
-    @routes.post("/options", summary="Choose a model", openapi_extra=wire.request_body(Options, forms=False))
+    @routes.post("/options", summary="Select a model", openapi_extra=wire.request_body(Options, forms=False))
     async def set_options(request: Request) -> dict[str, Any]:
         body = await wire.read_body(request, Options, desk)
         if body.sd_model_checkpoint is not None:
@@ -253,14 +256,14 @@ def router(desk: Desk) -> APIRouter:
     names = ("title", "model_name", "filename")
     models = [dict.fromkeys(names, name) | empty for name in service.models]
     for path, answer in (LISTS | {"sd-models": models}).items():
-        summary = f"The {path} that A1111 lists"
+        summary = f"List {path}, as A1111 does"
         routes.add_api_route(f"/{path}", always(answer), summary=summary, name=f"list {path}")
 
-    @routes.post("/refresh-checkpoints", summary="Nothing to do: the models are fixed when the server starts")
+    @routes.post("/refresh-checkpoints", summary="Does nothing: the list of models is fixed at startup")
     async def refresh_checkpoints() -> dict[str, Any]:
         return {}
 
-    @routes.get("/progress", summary="The progress of this client's newest edit")
+    @routes.get("/progress", summary="Progress of this client's latest edit")
     async def read_progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
         job = service.job(latest_of(request))
         picture: str | None = None
@@ -272,7 +275,7 @@ def router(desk: Desk) -> APIRouter:
 
     # Results are made together, so that one alone cannot be skipped.
     @routes.post("/skip", summary="The same as interrupt")
-    @routes.post("/interrupt", summary="Stop this client's newest edit, within a step")
+    @routes.post("/interrupt", summary="Stop this client's latest edit within a step")
     async def interrupt(request: Request) -> dict[str, Any]:
         service.cancel(latest_of(request))
         return {}
@@ -290,7 +293,7 @@ def _check_body(body: Any, most: int) -> int:
     ):
         if name:
             raise SettingError(
-                f"{field} asks for {name[:80]!r}; there are no scripts here. Leave it out.", field=field
+                f"{field} is {name[:80]!r}. Scripts are not supported; leave it out.", field=field
             )
     if len(body.init_images) != 1:
         raise SettingError(

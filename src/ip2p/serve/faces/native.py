@@ -21,8 +21,8 @@ FILES: dict[str, Any] = {
     kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()
 }
 EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
-PREVIEWS = "with stream: a small picture of the state every so many steps"
-Quality = Annotated[int, Query(ge=1, le=100, description="of JPEG and WebP")]
+PREVIEWS = "with stream: number of steps between previews; 0: none"
+Quality = Annotated[int, Query(ge=1, le=100, description="quality of JPEG and WebP")]
 Delivery = Literal["b64", "url"]
 
 
@@ -31,21 +31,21 @@ class EditBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image: PictureField = Field(description="the picture: PNG, JPEG, WebP, BMP, TIFF")
+    image: PictureField = Field(description="the picture to edit: PNG, JPEG, WebP, AVIF, BMP or TIFF")
     model: str | None = Field(None, description="a name of GET /v1/models; default: the first")
     seed: int = Field(
         0,
-        description="seed of the first result, the next ones count up; -1: random",
+        description="seed of the first result; the next ones count up; -1: random",
         json_schema_extra={"minimum": -1, "maximum": MAX_SEED},
     )
-    mask: OptionalPicture = Field(None, description="a picture of the same size: white is edited")
+    mask: OptionalPicture = Field(None, description="mask of the same size: white is edited")
     control_image: OptionalPicture = Field(None, description="a picture for the model's ControlNet")
-    format: Format = Field("png", description="of the results")
-    quality: int = Field(wire.QUALITY, ge=1, le=100, description="of JPEG and WebP")
-    response: Delivery = Field("b64", description="results as base64 in the answer, or by address")
+    format: Format = Field("png", description="format of the results")
+    quality: int = Field(wire.QUALITY, ge=1, le=100, description="quality of JPEG and WebP")
+    response: Delivery = Field("b64", description="results as base64 or as URLs")
     stream: bool = Field(False, description="report progress as server-sent events")
     previews: int = Field(0, description=PREVIEWS)
-    wait: bool = Field(True, description="false: answer at once with the job's id; results by address")
+    wait: bool = Field(True, description="false: return the id immediately; results as URLs")
 
 
 class EditResult(BaseModel):
@@ -53,26 +53,26 @@ class EditResult(BaseModel):
 
     seed: int
     format: Format
-    settings: str = Field(description="the infotext, which the file carries too")
+    settings: str = Field(description="infotext, also stored in the file")
     b64: str | None = None
     url: str | None = None
-    mask: str | None = Field(default=None, description="the region that auto_mask found, a PNG in base64")
+    mask: str | None = Field(default=None, description="region found by auto_mask, as a PNG in base64")
 
 
 class EditAnswer(BaseModel):
-    """The state of an edit, with its results once it is done."""
+    """Status of an edit, with its results when done."""
 
     id: str
     state: State
     model: str
-    position: int = Field(description="how many requests begin before it")
+    position: int = Field(description="number of requests ahead")
     step: int
-    steps: int = Field(description="of all results together")
+    steps: int = Field(description="steps of all results together")
     seconds_left: float | None
-    warnings: list[str] = Field(description="about the picture, the words and the results")
-    url: str | None = Field(None, description="where to come back to")
+    warnings: list[str] = Field(description="warnings about the picture, the instruction and the results")
+    url: str | None = Field(None, description="URL to poll")
     results: list[EditResult] | None = None
-    error: dict[str, Any] | None = Field(None, description="why it failed")
+    error: dict[str, Any] | None = Field(None, description="why the edit failed")
 
 
 class ModelEntry(BaseModel):
@@ -90,7 +90,7 @@ class ModelList(BaseModel):
 def edit_body(limits: Limits) -> type[EditBody]:
     """The body of an edit: every setting, within a server's limits."""
     fields = {
-        "count": (int, Field(1, ge=1, le=limits.count, description="how many results")),
+        "count": (int, Field(1, ge=1, le=limits.count, description="number of results")),
         "previews": (int, Field(0, ge=0, le=limits.steps, description=PREVIEWS)),
     }
     return wire.body_within(limits, EditBody, None, fields)
@@ -108,12 +108,12 @@ def router(desk: Desk) -> APIRouter:
         openapi_extra=wire.request_body(kind),
         responses={
             200: {"model": EditAnswer, "content": FILES | EVENTS},
-            202: {"model": EditAnswer, "description": "Taken; come back to `url`"},
+            202: {"model": EditAnswer, "description": "Accepted; poll `url`"},
         },
     )
     async def create_edit(request: Request) -> Response:
-        """Answers with the results, or with events (`stream`, or Accept: text/event-stream), or at once with
-        the job's id (`wait` false), or, for Accept: image/*, with the one result's file."""
+        """Returns the results. With `stream` (or Accept: text/event-stream) it returns events, with `wait`
+        false the id immediately, and with Accept: image/* the file of the only result."""
         accept = request.headers.get("accept", "")
         service.check_room(wire.caller_of(request))  # before anything is read: a refusal costs nothing
         body: Any = await wire.read_body(request, kind, desk)
@@ -149,7 +149,7 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get(
         "/v1/edits/{id}",
-        summary="The state of an edit, with its results once it is done",
+        summary="Status of an edit, with its results when done",
         responses={200: {"model": EditAnswer, "content": EVENTS}},
     )
     async def read_edit(request: Request, id: str) -> Response:
@@ -162,7 +162,7 @@ def router(desk: Desk) -> APIRouter:
         return _json(answer)
 
     @routes.delete(
-        "/v1/edits/{id}", summary="Stop an edit, within a step", responses={200: {"model": EditAnswer}}
+        "/v1/edits/{id}", summary="Cancel an edit within a step", responses={200: {"model": EditAnswer}}
     )
     async def cancel_edit(id: str) -> Response:
         job = answers.find(id)
@@ -171,7 +171,7 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get(
         "/v1/edits/{id}/results/{number}",
-        summary="A result's file",
+        summary="File of a result",
         response_class=Response,
         responses={200: {"content": FILES}},
     )
@@ -181,16 +181,14 @@ def router(desk: Desk) -> APIRouter:
         job = answers.find(id)
         if job.state != "done":
             wire.check_done(job)
-            raise Refusal(
-                f"id names an edit that is {job.state}; ask again when it is done.", status=409, field="id"
-            )
+            raise Refusal(f"The edit is {job.state}. Try again when it is done.", status=409, field="id")
         if not 0 <= number < job.count:
             raise Refusal(f"number is {number}; it must be 0 to {job.count - 1}.", status=404, field="number")
         return await answers.file(job, number, format, quality)
 
     @routes.get(
         "/v1/files/{name}",
-        summary="A result's file, by the address that an answer gave",
+        summary="File of a result, by a URL from an earlier response",
         response_class=Response,
         responses={200: {"content": FILES}},
     )
@@ -198,17 +196,17 @@ def router(desk: Desk) -> APIRouter:
         suffix = name.rpartition(".")[2]
         return file_response(await answers.stored(name), suffix, f"edit.{suffix}")
 
-    @routes.get("/v1/schema", summary="The settings of an edit, with their ranges, groups and help texts")
+    @routes.get("/v1/schema", summary="Settings of an edit, with ranges, groups and help texts")
     async def read_schema() -> dict[str, Any]:
         return kind.model_json_schema()
 
     openai = APIRouter(tags=["openai"], responses=declared_errors("openai"))
 
-    @openai.get("/v1/models", summary="The models that are served")
+    @openai.get("/v1/models", summary="Available models")
     async def list_models() -> ModelList:
         return ModelList(data=[ModelEntry(id=name) for name in service.models])
 
-    @openai.get("/v1/models/{name:path}", summary="A model that is served")
+    @openai.get("/v1/models/{name:path}", summary="Information about a model")
     async def read_model(name: str) -> ModelEntry:
         check_model(name, service.models)
         return ModelEntry(id=name)
@@ -229,13 +227,13 @@ class _Answers:
         if job is not None:
             return job
         hint = "Send it again; with wait=false its results are kept on disk, where there is more room."
-        raise self._missing("id", "edit", self.service.jobs.dropped_early(id), hint)
+        raise self._missing("id", "edit", self.service.jobs.shelf.dropped_early(id), hint)
 
     def _missing(self, field: str, what: str, early: bool, hint: str) -> Refusal:
         if early:
-            message = f"{field} names a {what} that was dropped early, to make room for newer ones. {hint}"
+            message = f"{field} names a {what} that was removed early to make room for newer ones. {hint}"
             return Refusal(message, status=410, field=field)
-        message = f"{field} names no {what} that is kept here; each is dropped after"
+        message = f"{field} is not a stored {what}; each is removed after"
         message = f"{message} {self.service.keep_seconds:g} seconds. Send the edit again."
         return Refusal(message, status=404, field=field)
 
@@ -291,7 +289,7 @@ class _Answers:
         assert store is not None
         data = await self.desk.in_thread(store.read, name)
         if data is None:
-            raise self._missing("name", "file", store.dropped_early(name), "Send the edit again.")
+            raise self._missing("name", "file", store.shelf.dropped_early(name), "Send the edit again.")
         return data
 
     async def file(
@@ -314,7 +312,7 @@ class _Answers:
 def check_model(name: str | None, models: list[str]) -> None:
     """Raise Refusal for a name that is none of the models."""
     if name is not None and name not in models:
-        raise Refusal(f"model is none of those served here: {', '.join(models)}.", status=404, field="model")
+        raise Refusal(f"model is not available; use one of {', '.join(models)}.", status=404, field="model")
 
 
 def _encoding_of(job: Job) -> Encoding:

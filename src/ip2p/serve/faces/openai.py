@@ -54,10 +54,10 @@ class ImagesEdit(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     image: Annotated[bytes | str | list[bytes | str] | None, WithJsonSchema(IMAGE_SCHEMA)] = Field(
-        None, description="the picture; only one"
+        None, description="the picture to edit; only one"
     )
     images: Annotated[list[Reference] | None, WithJsonSchema(IMAGES_SCHEMA)] = Field(
-        None, description="the picture in a JSON body; only one"
+        None, description="the picture to edit, in a JSON body; only one"
     )
     mask: Annotated[bytes | str | Reference | None, WithJsonSchema(MASK_SCHEMA)] = Field(
         None, description="PNG of the same size: transparent areas are edited"
@@ -71,7 +71,9 @@ class ImagesEdit(BaseModel):
     user: str | None = Field(None, description="has no effect")
     safety_identifier: str | None = Field(None, description="has no effect")
     model: str | None = Field(None, description="a name of GET /v1/models; default: the first")
-    size: str | None = Field(None, description="of the results, as 512x512; auto: the picture's")
+    size: str | None = Field(
+        None, description="size of the results, such as 512x512; auto: that of the picture"
+    )
     response_format: Literal["b64_json", "url"] | None = Field(None, description="default: b64_json")
     output_format: Format | None = Field(None, description="default: png")
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
@@ -102,7 +104,9 @@ class ImagesAnswer(BaseModel):
     output_format: Format
     quality: str
     size: str
-    warnings: list[str] = Field(description="what was approximated, and notes on the picture and the words")
+    warnings: list[str] = Field(
+        description="what was approximated, and warnings about the picture and the instruction"
+    )
 
 
 def images_body(limits: Limits) -> type[ImagesEdit]:
@@ -152,7 +156,7 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
     limits = desk.service.limits
     check_model(body.model, desk.service.models)
     warnings = [
-        f"{name} has no levels here: {words}."
+        f"{name} has no effect: {words}."
         for name, (usual, words) in APPROXIMATED.items()
         if getattr(body, name) not in (None, *usual)
     ]
@@ -164,7 +168,9 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
     if body.size not in (None, "", "auto"):
         size = _result_size(body.size, desk.config.max_pixels)
         if abs(picture.width * size[1] - picture.height * size[0]) > max(*size, *picture.size):
-            warnings.append(f"size has another shape than the picture, which is cropped to {body.size}.")
+            warnings.append(
+                f"size has another aspect ratio than the picture, which is cropped to {body.size}."
+            )
         picture = await desk.in_thread(wire.sized, picture, size, "crop")
         mask = mask and await desk.in_thread(wire.sized, mask, size, "crop")
     control = body.control_image and await opened.picture(body.control_image, "control_image")
@@ -200,8 +206,8 @@ async def _picture(body: Any, opened: Opened) -> Image.Image:
         fault = "which jpeg cannot hold. Use output_format png or webp."
     elif body.background == "transparent" and picture.mode != "RGBA":
         fault = (
-            "and the picture is opaque. The model keeps transparency and cannot add it: send a picture with "
-            "transparent parts, or leave background out."
+            "and the picture is opaque. The model cannot add transparency: send a picture with "
+            "transparent parts, or omit background."
         )
     if fault is not None:
         raise SettingError(f"background is 'transparent', {fault}", field="background_mode")
@@ -235,7 +241,7 @@ def _check_mask(mask: Image.Image, picture: Image.Image) -> None:
 
 
 def _result_size(text: str, max_pixels: int) -> tuple[int, int]:
-    words = f"size is {text[:40]!r}; write auto, or two sides from {MIN_SIZE} to {MAX_SIZE}, such as 576x384"
+    words = f"size is {text[:40]!r}; use auto, or two sides from {MIN_SIZE} to {MAX_SIZE}, such as 576x384"
     try:
         size = parse_size(text)
     except ValueError:

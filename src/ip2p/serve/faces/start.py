@@ -51,14 +51,16 @@ class ModelCard(BaseModel):
     """A model that is served: what it is for and the values that it recommends."""
 
     model: str
-    models: list[str] = Field(description="all models that are served, the default first")
-    version: str = Field(description="of ip2p")
-    about: str = Field(description="what the model is for, in a few words")
-    native_size: int = Field(description="the side in pixels at which the model was trained")
-    defaults: dict[str, Any] = Field(description="the settings that the model recommends")
+    models: list[str] = Field(description="all available models, the default first")
+    version: str = Field(description="version of ip2p")
+    about: str = Field(description="purpose of the model")
+    native_size: int = Field(description="training size of the model: a side in pixels")
+    defaults: dict[str, Any] = Field(description="settings recommended for the model")
     grid: dict[str, list[float]] = Field(description="values of text_cfg and image_cfg worth comparing")
-    suggestions: list[str] = Field(description="instructions that suit the model, whatever the picture shows")
-    limits: dict[str, int] = Field(description="of this server: pixels, body_bytes, count, steps, per_client")
+    suggestions: list[str] = Field(description="instructions that suit the model and any picture")
+    limits: dict[str, int] = Field(
+        description="limits of this server: pixels, body_bytes, count, steps, per_client"
+    )
 
 
 class Example(BaseModel):
@@ -74,12 +76,14 @@ class PictureBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image: PictureField = Field(description="the picture: PNG, JPEG, WebP, BMP, TIFF, GIF, PPM")
-    side: int = Field(1024, ge=16, le=4096, description="the longer side of the preview; none is enlarged")
-    convert: Format | None = Field(
-        None, description="answer with the picture's file in this format, its metadata and settings inside"
+    image: PictureField = Field(description="the picture: PNG, JPEG, WebP, AVIF, BMP, TIFF, GIF or PPM")
+    side: int = Field(
+        1024, ge=16, le=4096, description="longer side of the preview; small pictures are not enlarged"
     )
-    quality: int = Field(wire.QUALITY, ge=1, le=100, description="of JPEG and WebP")
+    convert: Format | None = Field(
+        None, description="return the picture in this format, including its metadata and settings"
+    )
+    quality: int = Field(wire.QUALITY, ge=1, le=100, description="quality of JPEG and WebP")
 
 
 class PictureAnswer(BaseModel):
@@ -87,11 +91,13 @@ class PictureAnswer(BaseModel):
 
     width: int
     height: int
-    format: Format = Field(description="the format that keeps what the file has; png for any other one")
-    infotext: str | None = Field(description="the settings that an edited file carries, as text")
-    settings: dict[str, Any] | None = Field(description="the same by the names of GET /v1/schema")
+    format: Format = Field(
+        description="format in which results keep the metadata of the file; png if the file's own cannot"
+    )
+    infotext: str | None = Field(description="settings stored in an edited file, as text")
+    settings: dict[str, Any] | None = Field(description="the same settings, by the names of GET /v1/schema")
     warnings: list[str]
-    preview: str = Field(description="a WebP in base64 for browsers, which cannot show every format")
+    preview: str = Field(description="preview that any browser can show, as a WebP in base64")
 
 
 def router(desk: Desk) -> APIRouter:
@@ -99,13 +105,15 @@ def router(desk: Desk) -> APIRouter:
     routes = APIRouter(tags=["edits"], responses=declared_errors("native"))
     service = desk.service
 
-    @routes.get("/v1/card", summary="A model: purpose, recommended settings, suggestions, limits")
+    @routes.get(
+        "/v1/card", summary="A model's purpose, recommended settings, suggestions and the server's limits"
+    )
     async def read_card(model: str | None = None) -> ModelCard:
         native.check_model(model, service.models)
         name = model or service.models[0]
         limits = service.limits
         card = await desk.in_thread(service.card, name)
-        about = f"photos and pictures, at its best near {card.native_size} × {card.native_size} pixels"
+        about = f"photos and other pictures, best near {card.native_size} × {card.native_size} pixels"
         defaults = EditSettings().resolved(card)
         defaults = defaults.changed(steps=min(defaults.steps or 1, limits.steps))
         return ModelCard(
@@ -126,7 +134,7 @@ def router(desk: Desk) -> APIRouter:
             },
         )
 
-    @routes.get("/v1/examples", summary="Pictures to try an edit on, with instructions")
+    @routes.get("/v1/examples", summary="Example pictures with instructions")
     async def read_examples() -> list[Example]:
         made = await desk.in_thread(drawn_examples)
         return [
@@ -136,7 +144,7 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get(
         "/v1/examples/{number}.png",
-        summary="An example's file",
+        summary="File of an example",
         response_class=Response,
         responses={200: {"content": {"image/png": native.FILES["image/png"]}}},
     )
@@ -148,7 +156,7 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.post(
         "/v1/pictures",
-        summary="Look at a picture: its size, its settings, a preview; or convert its file",
+        summary="Read a picture's size, settings and preview, or convert it",
         openapi_extra=wire.request_body(PictureBody),
         responses={200: {"model": PictureAnswer, "content": native.FILES}},
     )

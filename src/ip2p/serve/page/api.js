@@ -27,7 +27,7 @@ export class ApiError extends Error {
  * @property {EditResult[]} [results]
  */
 
-const GONE = "The server does not answer.";
+const GONE = "The server is not responding.";
 
 /** @param {string} path @param {RequestInit} [options] */
 async function ask(path, options) {
@@ -42,7 +42,7 @@ async function ask(path, options) {
   const body = await response.json().catch(() => ({}));
   const fault = body.error ?? {};
   // The page shows the words beside the picture: its name in the API says nothing more.
-  const message = fault.message?.replace(/^image: /, "") ?? `The server answered ${response.status}.`;
+  const message = fault.message?.replace(/^image: /, "") ?? `The server returned an error (${response.status}).`;
   throw new ApiError(message, response.status, {
     field: fault.param,
     retry: Number(response.headers.get("retry-after")) || undefined,
@@ -88,7 +88,7 @@ export async function edit(fields, signal, tell = () => {}) {
   try {
     for (;;) {
       const { done, value } = await reader.read();
-      if (done) throw new ApiError("The server ended before the edit was done.", 0);
+      if (done) throw new ApiError("The connection was lost before the edit was done.", 0);
       const { events, rest } = readEvents(text + value);
       text = rest;
       for (const { name, data } of events) {

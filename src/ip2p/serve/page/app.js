@@ -34,9 +34,15 @@ let candidates = [];
 /** @type {(string | null)[] | null} what is being made: a preview for each candidate */
 let previews = null;
 let chosen = 0;
+/** @type {Candidate[]} results that undo took away, for redo */
+let aside = [];
 /** @type {AbortController | null} */
 let running = null;
+/** @type {string | null} the step that the grid was made of */
+let gridOf = null;
+let runs = "edit"; // the view in which it was started
 let view = "edit";
+let typed = false; // whether the instruction was changed by hand: undo by keyboard is the field's own then
 let kept = true; // whether the browser keeps the history
 /** @type {Candidate[]} */
 let saved = candidates; // those that the browser keeps
@@ -62,6 +68,12 @@ function urlOf(blob) {
   const known = urls.get(blob) ?? URL.createObjectURL(blob);
   urls.set(blob, known);
   return known;
+}
+
+/** @param {string} text */
+function setWords(text) {
+  words.value = text;
+  typed = false;
 }
 
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 10);
@@ -101,7 +113,7 @@ function complain(error, again) {
   const text = error instanceof Error ? error.message : String(error);
   say("");
   if (error instanceof api.ApiError && error.status === 0) {
-    tell("gone", `${text} Is it still running? Your pictures and the history are safe in this browser.`, { kind: "wrong", acts: [["Try again", again]] });
+    tell("gone", `${text} Is it still running? Your pictures and history are safe in this browser.`, { kind: "wrong", acts: [["Try again", again]] });
     void waitForServer(again);
     return;
   }
@@ -109,6 +121,15 @@ function complain(error, again) {
   tell("wrong", text, { kind: "wrong", acts: busy ? [["Try again", again]] : [] });
   const field = error instanceof api.ApiError ? document.getElementById(`set-${error.field}`) : null;
   field?.setAttribute("aria-invalid", "true");
+}
+
+/** Lead to the first setting that cannot be used. */
+function showWrong() {
+  const field = document.querySelector("#panel [aria-invalid='true']");
+  if (!(field instanceof HTMLElement)) return;
+  const folded = field.closest("details");
+  if (folded) folded.open = true;
+  field.focus();
 }
 
 let waiting = false;
@@ -156,8 +177,8 @@ async function keep(put, gone) {
     await store.save(put, gone, state, changed);
   } catch (error) {
     kept = false;
-    const why = error instanceof Error && error.name === "QuotaExceededError" ? "its storage is full" : "it allows no storage";
-    tell("unkept", `This browser does not keep the history (${why}). It lasts until the page is closed.`);
+    const why = error instanceof Error && error.name === "QuotaExceededError" ? "its storage is full" : "storage is blocked";
+    tell("unkept", `This browser cannot save the history (${why}). You lose it when you close the page.`);
   }
 }
 
@@ -175,10 +196,11 @@ async function addStep(found) {
   await keep([step, ...changed], pruned.gone);
 }
 
-/** Show the step of the tree, without what was made of another one. */
+/** Show the step of the tree, without what was made of another one. A batch or a grid goes on. */
 function moved() {
-  running?.abort();
+  if (runs === "edit") running?.abort();
   candidates = [];
+  aside = [];
   previews = null;
   chosen = 0;
   stage.clearMask();
@@ -189,13 +211,31 @@ function moved() {
 
 /** @param {string | null} id */
 function goTo(id) {
+  if (id === tree.at && candidates.length) return putAside();
   if (!id || id === tree.at) return;
   tree = trees.goTo(tree, id);
   moved();
 }
 
+/** Show the step itself; its results come back with redo. */
+function putAside() {
+  [aside, candidates, chosen] = [candidates, [], 0];
+  hush("unchanged", "outside");
+  showAll();
+  remember();
+  say("Results removed. Redo restores them.");
+}
+
 /** @param {"undo" | "redo"} how */
 function step(how) {
+  if (adding) return void adding.then(() => step(how));
+  if (how === "undo" && candidates.length) return putAside();
+  if (how === "redo" && aside.length) {
+    [candidates, aside] = [aside, []];
+    showAll();
+    remember();
+    return say("Results restored.");
+  }
   const target = how === "undo" ? trees.undoTarget(tree) : trees.redoTarget(tree);
   if (!target) return;
   tree = trees[how](tree);
@@ -213,9 +253,9 @@ async function runAgain() {
   tree = trees.goTo(tree, here.parent);
   moved();
   applySettings(found.settings);
-  words.value = title;
+  setWords(title);
   if (mask) stage.takeMask(await createImageBitmap(mask));
-  say("The settings of that step are in place. Change them, then press Edit.");
+  say("The settings of that step are restored. Change them, then click Edit.");
 }
 
 async function clearHistory() {
@@ -228,7 +268,7 @@ async function clearHistory() {
     moved();
     void keep(Object.values(tree.steps), []);
   };
-  tell("cleared", "The history is cleared.", { acts: [["Bring it back", restore]] });
+  tell("cleared", "History cleared.", { acts: [["Restore it", restore]] });
 }
 
 // --- pictures in --------------------------------------------------------------------------------
@@ -241,7 +281,7 @@ async function open(file, name, suggestions = []) {
   /** @type {any} */
   let found;
   try {
-    if (file.size > most) throw new api.ApiError(`${name} is larger than ${most / 1e6} MB, this server's limit.`, 413);
+    if (file.size > most) throw new api.ApiError(`${name} is larger than this server's limit of ${most / 1e6} MB.`, 413);
     found = await api.look(file);
   } catch (error) {
     await offerSmaller(file, name, error);
@@ -267,7 +307,7 @@ async function open(file, name, suggestions = []) {
       acts: [["Use its settings", () => applySettings(found.settings, true)]],
     });
   }
-  say("Say what to change.");
+  say("Describe what to change.");
   if (matchMedia("(hover: hover)").matches) words.focus();
   return true;
 }
@@ -280,8 +320,13 @@ async function offerSmaller(file, name, error) {
   const bitmap = limits && (large || unknown) ? await createImageBitmap(file).catch(() => null) : null;
   if (!limits || !bitmap || Math.min(bitmap.width, bitmap.height) < 16) return complain(error, () => void open(file, name));
   const { width, height } = within(bitmap.width, bitmap.height, limits.pixels * 0.98);
-  const what = large ? `Resize it to ${width} × ${height}` : "Convert it to JPEG";
-  const message = error instanceof Error ? error.message : "";
+  const pixels = bitmap.width * bitmap.height;
+  const [has, most] = [pixels, limits.pixels].map((count) => (count / 1e6).toFixed(1).replace(/\.0$/, ""));
+  const what = width < bitmap.width ? `Resize it to ${width} × ${height}` : "Convert it to JPEG";
+  const message =
+    pixels > limits.pixels
+      ? `${name} has ${has} megapixels. This server accepts up to ${most} megapixels.`
+      : /** @type {Error} */ (error).message;
   say("");
   tell("large", `${message} Its metadata will not be kept.`, {
     kind: "wrong",
@@ -300,11 +345,11 @@ async function offerSmaller(file, name, error) {
 /** @param {Record<string, any>} found @param {boolean} [aloud] */
 function applySettings(found, aloud = false) {
   settings.set(adopted(found, fields, settings.defaults));
-  words.value = found.instruction ?? words.value;
+  setWords(found.instruction ?? words.value);
   remember();
   if (!aloud) return;
   const mask = found.mask && found.auto_mask == null;
-  say(`Settings restored.${mask ? " The mask is not in the file: paint it again." : ""}`);
+  say(`Settings restored.${mask ? " The file does not contain the mask. Paint it again." : ""}`);
 }
 
 /** @param {FileList | File[] | null | undefined} files */
@@ -323,7 +368,7 @@ function take(files) {
 async function request() {
   const instruction = words.value.trim();
   if (!instruction) {
-    tell("wrong", "The instruction is empty. Say what to change, for example “make it night”.", { kind: "wrong" });
+    tell("wrong", "The instruction is empty. Describe what to change, for example “make it night”.", { kind: "wrong" });
     words.focus();
     return null;
   }
@@ -334,6 +379,7 @@ async function request() {
   } catch (error) {
     tell("wrong", /** @type {Error} */ (error).message, { kind: "wrong" });
     openPanel(true);
+    showWrong();
     return null;
   }
   if (card && card.models.length > 1) own.model = card.model;
@@ -341,29 +387,31 @@ async function request() {
 }
 
 function needPicture() {
-  tell("wrong", "There is no picture yet. Choose one, or take an example.", { kind: "wrong", acts: [["Choose a picture", () => input("file").click()]] });
+  tell("wrong", "Open a picture first, or try an example.", { kind: "wrong", acts: [["Choose a picture", () => input("file").click()]] });
 }
 
 /** What the button does in the view that is shown. */
 async function start() {
-  if (running) return stop();
+  if (running) return;
   if (adding) await adding;
   hush("wrong", "gone", "back", "unchanged", "outside", "large");
   const here = trees.current(tree);
   if (view !== "batch" && !here) return needPicture();
   if (view === "batch" && !batch.entries.length) {
-    return tell("wrong", "There are no pictures yet. Add some.", { kind: "wrong", acts: [["Add pictures", () => input("batch-files").click()]] });
+    return tell("wrong", "Add pictures first.", { kind: "wrong", acts: [["Add pictures", () => input("batch-files").click()]] });
   }
   const own = await request();
   if (!own) return;
   const controller = (running = new AbortController());
+  runs = view;
   if (!(document.activeElement instanceof HTMLInputElement) || !matchMedia("(hover: hover)").matches) {
     if (document.activeElement === words) words.blur();
   }
   showRun();
+  showMeasure("Starting …", 0);
   try {
-    if (view === "batch") await runBatch(own, controller.signal);
-    else if (view === "explore") await runGrid(own, /** @type {Step} */ (here), controller.signal);
+    if (runs === "batch") await runBatch(own, controller.signal);
+    else if (runs === "explore") await runGrid(own, /** @type {Step} */ (here), controller.signal);
     else await runEdit(own, /** @type {Step} */ (here), controller.signal);
   } catch (error) {
     if (running === controller) complain(error, start);
@@ -394,6 +442,7 @@ async function runEdit(own, here, signal) {
   const steps = Number(settings.value("steps")) || 20;
   const sent = await masked(here, own);
   candidates = [];
+  aside = [];
   previews = Array.from({ length: Number(own.count) || 1 }, () => null);
   chosen = 0;
   showAll();
@@ -422,7 +471,7 @@ async function runEdit(own, here, signal) {
   remember();
   warn(made.warnings);
   await checkChange(here);
-  say(found.length > 1 ? `${found.length} results. Compare them, and go on from one.` : "Done. Go on from it, or try again.");
+  say(found.length > 1 ? `${found.length} results. Compare them and use one.` : "Done. Use this result, or try again.");
   // Enter again takes the result: the focus follows the work.
   if (document.activeElement === words || document.activeElement === button("run") || document.activeElement === document.body) {
     /** @type {HTMLElement | null} */ (el("strip").querySelector("button"))?.focus({ preventScroll: true });
@@ -440,7 +489,7 @@ async function checkChange(here) {
   const after = await Promise.all(candidates.map(({ blob }) => sample(blob)));
   if (!after.length || after.some((each) => difference(before, each) >= UNCHANGED)) return;
   const strength = Number(settings.value("text_cfg"));
-  tell("unchanged", "Almost nothing changed. Raise the edit strength, lower Keep original, or say it in other words.", {
+  tell("unchanged", "Almost nothing changed. Raise Edit strength, lower Keep original, or rephrase the instruction.", {
     acts: [
       [
         "Try it stronger",
@@ -476,7 +525,7 @@ async function goOn() {
   const made = candidates[chosen];
   if (!here || !made) return;
   const title = made.infotext.split("\n")[0] || words.value;
-  words.value = "";
+  setWords("");
   const bitmap = await createImageBitmap(made.blob);
   const { width, height } = bitmap;
   bitmap.close();
@@ -493,7 +542,7 @@ async function goOn() {
     mask: made.mask,
     words: here.words,
   });
-  say("Say what to change next, or undo.");
+  say("Describe the next change, or undo.");
   if (matchMedia("(hover: hover)").matches) words.focus({ preventScroll: true });
 }
 
@@ -504,15 +553,17 @@ async function selectAutomatically() {
   const own = await request();
   if (!here || !own) return;
   const controller = (running = new AbortController());
+  runs = "edit";
   showRun();
-  say("Looking for the region of the instruction …");
+  showMeasure("Starting …", 0);
+  say("Finding the area to edit …");
   try {
     const threshold = Number(settings.value("auto_mask")) || 0.5;
     const sent = { ...own, image: here.blob, count: 1, auto_mask: threshold, mask: null };
     const { results } = await api.edit(sent, controller.signal, (_name, news) => showProgress(news));
     const mask = results[0].mask;
     if (mask) stage.takeMask(await createImageBitmap(api.fromBase64(mask, "image/png")));
-    say(stage.painted ? "This is where the instruction would edit. Paint more, erase, then press Done." : "The model found no region. Paint it.");
+    say(stage.painted ? "This is the area that the instruction would edit. Paint or erase to adjust it, then click Done." : "The model found no area to edit. Paint it yourself.");
   } catch (error) {
     complain(error, selectAutomatically);
   } finally {
@@ -525,17 +576,20 @@ async function selectAutomatically() {
 async function runGrid(own, here, signal) {
   const seed = Number(own.seed) >= 0 ? own.seed : Math.floor(Math.random() * 1e6); // one for all cells
   const sent = await masked(here, { ...own, seed });
-  say("Drawing the grid …");
-  await explore.run(sent, signal, (done, all) => showMeasure(`${done} of ${all} done`, done / all));
-  say("Choose a result to take its settings over.");
+  gridOf = here.id;
+  say("Creating the grid …");
+  await explore.run(sent, signal, (done, all) => showMeasure(`Grid: ${done} of ${all} done`, done / all));
+  say("Click a result to use its settings.");
 }
 
 /** @param {import("./explore.js").Cell} cell */
 function adoptCell({ text_cfg, image_cfg, seed, blob, infotext }) {
-  running?.abort();
+  if (runs !== "batch") running?.abort();
+  if (gridOf !== tree.at) goTo(gridOf);
   const before = settings.values;
   settings.set({ ...before, text_cfg, image_cfg, seed });
   candidates = [{ blob, seed, infotext, mask: null }];
+  aside = [];
   chosen = 0;
   select("edit");
   showAll();
@@ -545,10 +599,10 @@ function adoptCell({ text_cfg, image_cfg, seed, blob, infotext }) {
 
 /** @param {Record<string, any>} own @param {AbortSignal} signal */
 async function runBatch(own, signal) {
-  say("Editing all …");
+  say("Editing …");
   await batch.run({ ...own, mask: null }, signal, (done, failed, all) => {
-    showMeasure(`${done} of ${all} done${failed ? `, ${failed} failed` : ""}`, (done + failed) / all);
-    say(`${done} of ${all} done${failed ? `, ${failed} failed: the list says why` : ""}.`);
+    showMeasure(`Batch: ${done} of ${all} done${failed ? `, ${failed} failed` : ""}`, (done + failed) / all);
+    say(`${done} of ${all} done${failed ? `, ${failed} failed (see the list)` : ""}.`);
   });
 }
 
@@ -564,7 +618,7 @@ async function download() {
     const blob = made ? made.blob : here.blob;
     const file = here.format === "png" ? blob : await api.convert(blob, here.format);
     saveFile(file, editedName(here.name, here.format));
-    say("Downloaded, with its settings inside.");
+    say("Downloaded. The file contains its settings.");
   } catch (error) {
     complain(error, download);
   }
@@ -577,8 +631,10 @@ function showAll() {
   document.body.toggleAttribute("data-empty", !here);
   el("start").hidden = Boolean(here);
   el("stage").hidden = !here;
-  button("undo").disabled = !trees.undoTarget(tree);
-  button("redo").disabled = !trees.redoTarget(tree);
+  el("explore-empty").hidden = Boolean(here);
+  el("grid-box").hidden = !here;
+  button("undo").disabled = !candidates.length && !trees.undoTarget(tree);
+  button("redo").disabled = !aside.length && !trees.redoTarget(tree);
   button("download").disabled = !here;
   button("again").disabled = !here?.parent || !here.infotext;
   button("clear").disabled = !here;
@@ -597,7 +653,7 @@ function showStage() {
   const parent = here.parent ? tree.steps[here.parent] : null;
   const own = urlOf(here.shown ?? here.blob);
   if (made) stage.show(own, here.title, urlOf(made.blob), `Result ${chosen + 1}: ${made.infotext.split("\n")[0]}`, here, { compare: true });
-  else if (preview) stage.show(own, here.title, preview, "What is being made", here, { compare: true, soft: true });
+  else if (preview) stage.show(own, here.title, preview, `Preview of result ${chosen + 1}`, here, { compare: true, soft: true });
   else if (parent) stage.show(urlOf(parent.shown ?? parent.blob), parent.title, own, here.title, here);
   else stage.show(own, here.title, null, "", here);
   button("compare").disabled = stage.after.hidden;
@@ -627,7 +683,7 @@ function showStrip() {
     else picture.removeAttribute("src");
     choose.classList.toggle("busy", !made);
     choose.setAttribute("aria-pressed", String(k === chosen));
-    choose.setAttribute("aria-label", made ? `Candidate ${k + 1} of ${count}, seed ${made.seed}` : `Candidate ${k + 1} of ${count}, being made`);
+    choose.setAttribute("aria-label", made ? `Candidate ${k + 1} of ${count}, seed ${made.seed}` : `Candidate ${k + 1} of ${count}, in progress`);
     /** @type {HTMLElement} */ (choose.querySelector("span")).textContent = String(k + 1);
   }
 }
@@ -667,7 +723,7 @@ function showSteps() {
 
 /** Run an instruction, as if it was typed. @param {string} text */
 function ask(text) {
-  words.value = text;
+  setWords(text);
   void start();
 }
 
@@ -684,18 +740,20 @@ function showSuggestions() {
     chip.addEventListener("click", () => ask(each));
     return chip;
   });
-  const note = make("span", { className: "dim" }, "Ideas for this model, not tried on your picture:");
+  const note = make("span", { className: "dim" }, "Not tried on your picture:");
   el("suggestions").replaceChildren(surprise, ...(here && !here.words.length ? [note] : []), ...chips);
   el("known-instructions").replaceChildren(...[...sure, ...general].map((value) => make("option", { value })));
 }
 
 function showRun() {
   const run = button("run");
-  const labels = { edit: "Edit", explore: "Draw grid", batch: "Edit all" };
+  const labels = { edit: "Edit", explore: "Create grid", batch: "Edit all" };
   run.textContent = running ? "Stop" : labels[/** @type {keyof typeof labels} */ (view)];
   run.classList.toggle("stop", Boolean(running));
   el("working").hidden = !running;
   document.body.toggleAttribute("data-running", Boolean(running));
+  el("suggestions").inert = Boolean(running);
+  button("batch-clear").disabled = !batch.entries.length || Boolean(running && runs === "batch");
   button("mask-auto").lastElementChild?.replaceChildren(running ? "Stop" : "Select automatically");
   if (!running) showMeasure("", 0);
 }
@@ -733,9 +791,9 @@ function setMasking(on) {
   stage.mask(on);
   showMask();
   if (on) {
-    say("Paint where the edit may go; the rest stays as it is.");
+    say("Paint the area to edit. The rest stays unchanged.");
     stage.frame.focus({ preventScroll: true });
-  } else say(stage.painted ? "Only the painted part will change." : "");
+  } else say(stage.painted ? "Only the painted area will change." : "");
 }
 
 /** @param {string} name */
@@ -777,7 +835,8 @@ function wire() {
   on("clear", clearHistory);
   on("download", download);
   on("use", use);
-  for (const id of ["open", "choose"]) on(id, () => input("file").click());
+  for (const id of ["open", "choose", "explore-choose"]) on(id, () => input("file").click());
+  on("explore-example", () => select("edit"));
   on("batch-choose", () => input("batch-files").click());
   on("help-open", () => el("help", HTMLDialogElement).showModal());
   on("settings-open", () => openPanel(!document.body.hasAttribute("data-panel")));
@@ -793,7 +852,7 @@ function wire() {
   on("reset", () => {
     settings.set({});
     remember();
-    say("All settings are the model's defaults.");
+    say("Settings reset to the model's defaults.");
   });
   on("mask", () => setMasking(!stage.masking));
   on("mask-done", () => {
@@ -817,15 +876,20 @@ function wire() {
   }
   el("bar").addEventListener("submit", (event) => {
     event.preventDefault();
-    void start();
+    if (!running) void start();
+    else if (document.activeElement === words) say("An edit is running. Click Stop or press Esc to cancel it.");
+    else stop();
   });
-  words.addEventListener("input", remember);
+  words.addEventListener("input", () => {
+    typed = true;
+    remember();
+  });
   el("model", HTMLSelectElement).addEventListener("change", () => void takeModel(el("model", HTMLSelectElement).value));
 
   const names = ["edit", "explore", "batch"];
   for (const [k, name] of names.entries()) {
     on(`tab-${name}`, () => {
-      running?.abort();
+      hush("wrong");
       select(name);
     });
     button(`tab-${name}`).addEventListener("keydown", (event) => {
@@ -852,6 +916,9 @@ function wire() {
     event.preventDefault();
     take(files);
   });
+  window.addEventListener("beforeunload", (event) => {
+    if (batch.unsaved || (running && runs === "batch")) event.preventDefault(); // its results are kept nowhere else
+  });
   let inside = 0;
   for (const name of /** @type {const} */ (["dragenter", "dragover", "dragleave", "drop"])) {
     document.addEventListener(name, (event) => {
@@ -867,7 +934,7 @@ function wire() {
 /** @param {KeyboardEvent} event */
 function keyDown(event) {
   const key = event.key.toLowerCase();
-  if ((event.ctrlKey || event.metaKey) && !isText(event.target)) {
+  if ((event.ctrlKey || event.metaKey) && (!isText(event.target) || (event.target === words && !typed))) {
     const how = key === "y" || (key === "z" && event.shiftKey) ? "redo" : key === "z" ? "undo" : null;
     if (how) {
       event.preventDefault();
@@ -877,7 +944,7 @@ function keyDown(event) {
   }
   if (key === "escape") {
     if (document.querySelector("dialog[open]")) return;
-    if (running) stop();
+    if (running && runs === view) stop();
     else if (stage.masking) setMasking(false);
     else if (document.body.hasAttribute("data-panel")) button("settings-close").click();
     else if (document.body.hasAttribute("data-rail")) button("history-close").click();
@@ -907,7 +974,7 @@ async function takeModel(name, values = {}) {
   settings.build(fields, defaults);
   explore.suggest(grid);
   el("model-line").textContent = `${model}: ${about}`;
-  el("known").textContent = `The model is ${model}: ${about}.`;
+  el("known").textContent = `Model: ${model} (${about})`;
   el("model-box").hidden = models.length < 2;
   el("model").replaceChildren(...models.map((each) => make("option", { value: each, selected: each === model }, each)));
   showSuggestions();
@@ -926,7 +993,7 @@ async function showExamples() {
     choose.addEventListener("click", async () => {
       try {
         const blob = await api.readBlob(url.slice(1));
-        if (await open(blob, `example-${k + 1}.png`, instructions)) [words.value] = instructions;
+        if (await open(blob, `example-${k + 1}.png`, instructions)) setWords(instructions[0]);
       } catch (error) {
         complain(error, () => choose.click());
       }
@@ -934,6 +1001,7 @@ async function showExamples() {
     return make("li", {}, choose);
   });
   el("examples").replaceChildren(...cards);
+  el("examples-title").hidden = false;
 }
 
 async function begin() {
@@ -952,7 +1020,11 @@ async function begin() {
     kept = false;
   }
   showAll();
-  const told = showExamples().catch(() => {}); // takeModel says so where the server is gone
+  const told = showExamples().catch(() => {
+    // takeModel says so where the server is gone
+    el("examples").replaceChildren();
+    el("examples-title").hidden = true;
+  });
   try {
     fields = fieldsOf(await api.read("v1/schema"));
   } catch (error) {

@@ -12,6 +12,7 @@ import { zipParts } from "./zip.js";
  * @property {HTMLLIElement} line
  * @property {Blob | null} result
  * @property {string} name  of the result
+ * @property {boolean} saved  whether the result was downloaded
  */
 
 export class Batch {
@@ -40,7 +41,7 @@ export class Batch {
         make("progress", { max: 1, value: 0, "aria-label": `Progress of ${file.name}` }),
         make("span", { className: "act" }),
       );
-      this.entries.push({ file, line, result: null, name: "" });
+      this.entries.push({ file, line, result: null, name: "", saved: false });
       el("files").append(line);
       void this.picture(line, file);
     }
@@ -52,6 +53,7 @@ export class Batch {
     const shown = /** @type {HTMLImageElement} */ (line.querySelector("img"));
     try {
       shown.src = URL.createObjectURL(await thumbnail(blob, 112));
+      shown.classList.remove("unknown");
     } catch {
       shown.classList.add("unknown"); // the browser does not read it; the server may
     }
@@ -60,7 +62,6 @@ export class Batch {
   update() {
     const done = this.entries.filter((entry) => entry.result).length;
     button("batch-zip").disabled = !done;
-    button("batch-clear").disabled = !this.entries.length;
     el("batch-hint").hidden = this.entries.length > 0;
     this.changed();
   }
@@ -71,7 +72,7 @@ export class Batch {
    */
   async run(fields, signal, tell) {
     let [done, failed] = [0, 0];
-    for (const entry of this.entries) Object.assign(entry, { result: null, name: "" });
+    for (const entry of this.entries) Object.assign(entry, { result: null, name: "", saved: false });
     tell(done, failed, this.entries.length);
     await eachOf(
       this.entries,
@@ -82,7 +83,8 @@ export class Batch {
         line.className = "busy";
         act.replaceChildren();
         try {
-          const { format, settings: _ } = await patiently(() => api.look(file), signal);
+          const { format, preview } = await patiently(() => api.look(file), signal);
+          if (line.querySelector("img.unknown")) await this.picture(line, api.fromBase64(preview, "image/webp"));
           const own = { ...fields, image: file, count: 1, format };
           const { results } = await patiently(
             () =>
@@ -98,7 +100,7 @@ export class Batch {
           Object.assign(bar, { value: 1 });
           line.className = "done";
           const save = make("button", { type: "button", className: "icon", "aria-label": `Download ${entry.name}` }, icon("down"));
-          save.addEventListener("click", () => entry.result && saveFile(entry.result, entry.name));
+          save.addEventListener("click", () => this.save(entry));
           act.append(save);
           await this.picture(line, entry.result);
           done++;
@@ -119,6 +121,17 @@ export class Batch {
     );
   }
 
+  /** Whether a result was not downloaded yet. */
+  get unsaved() {
+    return this.entries.some((entry) => entry.result && !entry.saved);
+  }
+
+  /** @param {Entry} entry */
+  save(entry) {
+    if (entry.result) saveFile(entry.result, entry.name);
+    entry.saved = true;
+  }
+
   async zip() {
     const made = this.entries.filter((entry) => entry.result);
     const names = distinct(made.map((entry) => entry.name));
@@ -129,5 +142,6 @@ export class Batch {
       })),
     );
     saveFile(new Blob(zipParts(files), { type: "application/zip" }), "edited.zip");
+    for (const entry of made) entry.saved = true;
   }
 }

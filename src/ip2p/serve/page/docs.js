@@ -11,7 +11,8 @@ for (const { title, operations } of sectionsOf(schema)) {
     const about = make("details", {}, make("summary", {}, make("code", {}, head), ` ${summary}`));
     if (words) about.append(make("p", {}, words));
     if (types.length) about.append(make("p", {}, "Body: ", make("code", {}, types.join(" or "))));
-    const table = make("table");
+    const titles = ["Field", "Type", "Default", "Description"].map((text) => make("th", { scope: "col" }, text));
+    const table = make("table", {}, make("tr", {}, ...titles));
     for (const row of rows) {
       const name = make("th", { scope: "row" }, make("code", {}, row.name));
       const cells = [row.type, row.fallback, row.words].map((text) => make("td", {}, text));

@@ -50,7 +50,7 @@ export class Explore {
   /** @param {number[]} columns @param {number[]} rows */
   lay(columns, rows) {
     for (const url of this.urls.splice(0)) URL.revokeObjectURL(url);
-    const head = make("tr", {}, make("th", { scope: "col" }, "keep ↓  strength →"));
+    const head = make("tr", {}, make("th", { scope: "col" }, "keep\u00a0↓", make("br"), "strength\u00a0→"));
     head.append(...columns.map((value) => make("th", { scope: "col" }, String(value))));
     const body = make("tbody");
     const cells = [];
@@ -63,6 +63,8 @@ export class Explore {
       }
       body.append(row);
     }
+    el("grid").style.setProperty("--columns", String(columns.length));
+    el("grid").style.setProperty("--rows", String(rows.length));
     el("grid").replaceChildren(make("thead", {}, head), body);
     return cells;
   }
@@ -72,7 +74,7 @@ export class Explore {
     const src = URL.createObjectURL(cell.blob);
     this.urls.push(src);
     const words = `Edit strength ${cell.text_cfg}, keep original ${cell.image_cfg}`;
-    const choose = make("button", { type: "button", title: "Take these settings over" }, make("img", { src, alt: words }));
+    const choose = make("button", { type: "button", title: "Use these settings" }, make("img", { src, alt: words }));
     choose.addEventListener("click", () => this.adopt(cell));
     box.classList.remove("busy");
     box.replaceChildren(choose);

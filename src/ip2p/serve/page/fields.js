@@ -21,6 +21,18 @@ const OURS = new Set([
   ...["image", "mask", "instruction", "model", "format", "quality", "response", "stream", "previews", "wait"],
 ]);
 
+const OTHER = "Other options"; // of what the schema has in no group
+
+/** Those named in `first`, in that order, then the others, with the fields of no group last. @param {Field[]} fields @param {string[]} first */
+export function inOrder(fields, first) {
+  /** @param {Field} field */
+  const rank = ({ name, group }) => {
+    const place = first.indexOf(name);
+    return place >= 0 ? place : first.length + Number(group === OTHER);
+  };
+  return [...fields].sort((a, b) => rank(a) - rank(b));
+}
+
 /** The fields of a JSON schema of edits that a person may set. @param {any} schema @returns {Field[]} */
 export function fieldsOf(schema) {
   return Object.entries(schema.properties)
@@ -37,7 +49,7 @@ function fieldOf(name, found) {
     name,
     label: titleOf(name),
     help: found.description ?? "",
-    group: found.group ?? "Other options",
+    group: found.group ?? OTHER,
     kind: "text",
     fallback: found.default ?? null,
   };

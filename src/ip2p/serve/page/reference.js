@@ -3,9 +3,9 @@
 /** @type {Record<string, string>} */
 const TITLES = {
   edits: "Edits",
-  openai: "As OpenAI's clients ask",
-  a1111: "As AUTOMATIC1111's clients ask",
-  server: "The server",
+  openai: "OpenAI-compatible",
+  a1111: "AUTOMATIC1111-compatible",
+  server: "Server",
 };
 
 /**
@@ -46,10 +46,19 @@ function rowOf(name, field, required, place) {
   const own = field.default ?? null;
   return {
     name,
-    type: typeOf(field),
+    type: [typeOf(field), rangeOf(field)].filter(Boolean).join(", "),
     fallback: required ? "required" : own === null ? "" : JSON.stringify(own),
     words: [field.description, place].filter(Boolean).join(" "),
   };
+}
+
+/** 1 to 150; nothing without bounds. @param {any} field @returns {string} */
+export function rangeOf(field) {
+  const { minimum: low, maximum } = [field, ...(field.anyOf ?? [])].find((each) => "minimum" in each || "maximum" in each) ?? {};
+  const high = maximum > Number.MAX_SAFE_INTEGER ? undefined : maximum; // none that a person would reach
+  if (low === undefined && high === undefined) return "";
+  if (high === undefined) return `at least ${low}`;
+  return low === undefined ? `at most ${high}` : `${low} to ${high}`;
 }
 
 /** A type in words. @param {any} field @returns {string} */
@@ -60,7 +69,10 @@ export function typeOf(field) {
   }
   if (field.enum) return field.enum.join(" or ");
   if (field.const !== undefined) return String(field.const);
-  if (field.type === "array") return `several: ${typeOf(field.items ?? {})}`;
+  if (field.type === "array") {
+    const inner = typeOf(field.items ?? field.prefixItems?.[0] ?? {});
+    return `list${field.minItems && field.minItems === field.maxItems ? ` of ${field.minItems}` : ""}${inner ? ` (${inner})` : ""}`;
+  }
   if (field.format === "binary" || field.format === "picture") return "file";
   return field.type ?? "";
 }

@@ -1,15 +1,15 @@
 // The panel of settings: two sliders in front, everything else below them, all built from the schema.
 
-import { readField, written } from "./fields.js";
+import { inOrder, readField, written } from "./fields.js";
 
 /** @typedef {import("./fields.js").Field} Field */
 
 /** How the settings in front are called here. @type {Record<string, { label: string, help: string }>} */
 const FRONT = {
-  text_cfg: { label: "Edit strength", help: "How strongly the instruction is followed (text CFG)" },
-  image_cfg: { label: "Keep original", help: "How strongly the picture is kept (image CFG)" },
-  count: { label: "Candidates", help: "How many results; another seed is the cheapest second try" },
-  seed: { label: "Seed", help: "−1 is a random one; the same seed gives the same picture again" },
+  text_cfg: { label: "Edit strength", help: "How strongly the model follows the instruction (text CFG)" },
+  image_cfg: { label: "Keep original", help: "How strongly the model keeps the picture (image CFG)" },
+  count: { label: "Candidates", help: "Number of results, each with its own seed" },
+  seed: { label: "Seed", help: "−1 is random. The same seed repeats a result" },
 };
 /** What the page asks for where nothing else is chosen. @type {Record<string, unknown>} */
 const PAGE = { count: 4, seed: -1 };
@@ -42,8 +42,7 @@ export class Settings {
     this.more.replaceChildren();
     /** @type {Record<string, HTMLElement>} */
     const groups = {};
-    const order = Object.keys(FRONT);
-    for (const field of [...fields].sort((a, b) => order.indexOf(a.name) - order.indexOf(b.name))) {
+    for (const field of inOrder(fields, Object.keys(FRONT))) {
       if (FRONT[field.name]) {
         this.front.append(this.control({ ...field, ...FRONT[field.name] }));
         continue;
@@ -96,7 +95,7 @@ export class Settings {
     label.textContent = field.label;
     const help = document.createElement("small");
     help.id = `${id}-help`;
-    help.textContent = field.help;
+    help.textContent = field.help.toLowerCase() === field.label.toLowerCase() ? "" : field.help;
     const own = this.defaults[field.name] ?? field.fallback;
     const input = document.createElement(field.kind === "choice" ? "select" : "input");
     input.id = id;
@@ -150,19 +149,28 @@ export class Settings {
     input.addEventListener("input", () => {
       try {
         const value = readField(field, input.value);
-        delete this.wrong[field.name];
-        input.removeAttribute("aria-invalid");
+        told();
         slider?.(value);
         this.choose(field, value);
       } catch (error) {
-        this.wrong[field.name] = /** @type {Error} */ (error).message;
-        input.setAttribute("aria-invalid", "true");
+        told(/** @type {Error} */ (error).message);
       }
     });
+    const help = /** @type {HTMLElement} */ (box.querySelector("small"));
+    const usual = help.textContent;
+    /** Say below the field what is wrong with it, if anything. */
+    const told = (wrong = "") => {
+      if (wrong) this.wrong[field.name] = wrong;
+      else delete this.wrong[field.name];
+      help.textContent = wrong || usual;
+      help.classList.toggle("wrong", Boolean(wrong));
+      if (wrong) input.setAttribute("aria-invalid", "true");
+      else input.removeAttribute("aria-invalid");
+    };
     const front = field.name in FRONT;
     this.show[field.name] = (value) => {
       input.value = front ? written(value ?? own) : written(value);
-      input.removeAttribute("aria-invalid");
+      told();
       slider?.(value);
     };
   }
@@ -184,7 +192,7 @@ export class Settings {
     mark.type = "button";
     mark.className = "mark";
     mark.textContent = `default ${own}`;
-    mark.title = "Back to the model's default";
+    mark.title = "Reset to the model's default";
     mark.style.setProperty("--at", String(own / Number(range.max)));
     mark.addEventListener("click", () => {
       this.choose(field, undefined);

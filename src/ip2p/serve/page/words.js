@@ -17,7 +17,7 @@ export function titleOf(name) {
  * @param {{ state: string, position: number, step: number, steps: number, seconds_left: number | null }} news
  */
 export function progressWords(news) {
-  if (news.state === "waiting") return news.position ? `Waiting, ${news.position} before you` : "Waiting";
+  if (news.state === "waiting") return news.position ? `Waiting (${news.position} ahead of you)` : "Waiting";
   const left = news.seconds_left === null ? "" : ` · about ${duration(news.seconds_left)} left`;
   return `Step ${news.step} of ${news.steps}${left}`;
 }
@@ -51,9 +51,9 @@ export function readNumbers(text, label, low, high) {
   const words = text.split(/[\s,;]+/).filter(Boolean);
   const numbers = words.map(Number);
   const wrong = words.find((_, k) => !(numbers[k] >= low && numbers[k] <= high));
-  if (wrong !== undefined) throw new Error(`${label}: “${wrong}” is no number from ${low} to ${high}.`);
-  if (!words.length) throw new Error(`${label} has no values. Write for example 3 4 6.`);
-  if (words.length > 8) throw new Error(`${label} has ${words.length} values; the limit is 8.`);
+  if (wrong !== undefined) throw new Error(`${label}: “${wrong}” is not a number from ${low} to ${high}.`);
+  if (!words.length) throw new Error(`${label} has no values. Enter values such as 3 4 6.`);
+  if (words.length > 8) throw new Error(`${label} has ${words.length} values; the maximum is 8.`);
   return [...new Set(numbers)];
 }
 
