@@ -20,7 +20,8 @@ from ip2p.base.errors import InputError, ModelError, ResourceError, Terminated
 from ip2p.base.files import write_text
 from ip2p.base.ledger import lock_folder
 from ip2p.cli import main as cli
-from ip2p.training import loop, trainer
+from ip2p.models.bundle import find_model
+from ip2p.training import loop, trainer, validation
 from ip2p.training.checkpoints import Checkpoints
 from ip2p.training.settings import TrainConfig
 from ip2p.training.storybook.pairs import write_pairs
@@ -77,7 +78,8 @@ def config(pairs, base, cache, tmp_path) -> TrainConfig:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    files = sorted((folder / "unet").glob("*.safetensors"))
+    return {key: weight for file in files for key, weight in load_file(file).items()}
 
 
 def state(config: TrainConfig) -> dict:
@@ -148,12 +150,12 @@ def test_the_written_weights_are_the_averages(whole):
 def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
     before = {p: p.stat().st_mtime_ns for p in whole.output.rglob("*") if p.is_file() and p.name != ".lock"}
     assert trainer.train(whole) == whole.output
-    assert "is finished: 6 steps. Give more --steps" in capsys.readouterr().err
+    assert "is finished: 6 steps. Increase --steps" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
 def test_a_finished_run_refuses_another_setting_by_name(whole):
-    with pytest.raises(InputError, match=r"was trained with --lr .*, and now it is 0\.5; use the same again"):
+    with pytest.raises(InputError, match=r"was trained with --lr .*, but it is now 0\.5; use the same value"):
         trainer.train(whole, lr=0.5)
 
 
@@ -269,7 +271,7 @@ def test_two_runs_in_one_folder_the_second_is_refused(config):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"lr": 1e-4}, "--lr 0.001, and now it is 0.0001"),
+        ({"lr": 1e-4}, "--lr 0.001, but it is now 0.0001"),
         ({"batch": 8}, "batch"),
         ({"seed": 1}, "seed"),
         ({"lora": 2}, "lora"),
@@ -389,6 +391,30 @@ def test_sd2_and_sdxl_train_and_open(config, sd2_dir, xl_dir, page, kind):
     assert result.size == page.size
 
 
+def test_the_packaged_model_is_trained_further(config, page):
+    from ip2p.editing.editor import Editor
+
+    config = config.changed(base="storybook", data="storybook", steps=2, pool=8, size=None)
+    trainer.run(config)
+    start = weights(find_model("storybook"))
+    made = weights(config.output)
+    assert made.keys() == start.keys()
+    assert any(not torch.equal(made[key], start[key]) for key in start)
+    [result] = Editor.load(config.output, device="cpu").edit(page, "make it night", steps=1)
+    assert result.size == page.size
+
+
+def test_validations_can_be_turned_on_when_a_run_resumes(config, stop_at):
+    again = stop_at(3, kill)
+    with pytest.raises(Killed):
+        trainer.run(config)
+    again()
+    result = trainer.run(config.changed(validate_every=2, held_out=2, validate_steps=1))
+    assert result.finished
+    rows = [json.loads(x) for x in (config.output / "training" / "curves.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 6]
+
+
 # --- samples ---
 
 
@@ -451,7 +477,7 @@ def test_validations_are_shown_logged_and_end_a_run_that_gets_worse(config, tiny
     )
     config = config.changed(watch="loss")
     values = iter([0.5, 0.4, 0.45, 0.6, 0.41, 0.1])
-    monkeypatch.setattr(trainer, "held_out_loss", lambda *a, **k: next(values))
+    monkeypatch.setattr(validation, "held_out_loss", lambda *a, **k: next(values))
     result = trainer.run(config)
     assert result.stopped_early and result.step == 10
     folder = config.output / "training"
@@ -550,7 +576,7 @@ def test_min_snr_without_a_last_signal_is_warned_of_for_velocity(config, tmp_pat
     told = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
     path.write_text(json.dumps(told))
     trainer.train(config, base=str(base), min_snr=5.0, prediction="v_prediction", steps=1)
-    assert "at the last noise level, which has no signal, --min-snr gives velocity no weight" in (
+    assert "last noise level has no signal, so --min-snr gives it a weight of 0 for velocity" in (
         capsys.readouterr().err
     )
     curve = (config.output / "training" / "log.jsonl").read_text().splitlines()
@@ -581,7 +607,7 @@ def test_the_shortest_call_and_a_recipe(pairs, base, cache, here, capsys):
     )
     told = capsys.readouterr()
     assert told.out.strip() == "made"
-    assert "images a second" in told.err and "backward" in told.err
+    assert "images/s" in told.err and "backward" in told.err
     settings = json.loads(Path("made/run.json").read_text())["settings"]
     assert (settings["batch"], settings["lr"], settings["ema_updates"], settings["min_snr"]) == (
         4,
@@ -603,7 +629,7 @@ def test_the_shortest_call_and_a_recipe(pairs, base, cache, here, capsys):
         ("--data x --base y --output z --ema 1", "--ema is 1"),
         (
             "--data x --base y --output z --text-null 0.5 --image-null 0.4 --both-null 0.3",
-            "more than 1 together",
+            "add up to more than 1",
         ),
         ("--data x --base y --output z --steps 0", "--steps"),
         ("--data storybook --base storybook --output z --size 60", "is not a multiple of"),

@@ -31,6 +31,7 @@ from ip2p.base.terminal import progress
 from ip2p.editing.editor import Editor
 from ip2p.evaluation.storybook import judge, score
 from ip2p.models.save import save_editor
+from ip2p.settings import EditSettings
 from ip2p.synth.pairs import open_painter
 from ip2p.synth.settings import PAIRS_STORYBOOK
 from ip2p.training.storybook.pairs import write_exact_triples, write_pairs
@@ -111,8 +112,7 @@ def scored(args: argparse.Namespace, name: str, model: Path | str) -> dict[str, 
             Editor.load(str(model), device=args.device),
             count=args.count,
             seed=args.score_seed,
-            text_cfg=args.text_cfg,
-            image_cfg=args.image_cfg,
+            settings=EditSettings(text_cfg=args.text_cfg, image_cfg=args.image_cfg),
             splits=("test",),
             advance=advance,
             rows=rows,

@@ -102,7 +102,7 @@ def test_a_long_caption_stops_magicbrush_as_published_and_is_cut_as_corrected(ma
     told["9"]["9-output1.png"] = "a page " * 60
     path.write_text(json.dumps(told))
     base = {"data": str(magicbrush), "benchmark": "magicbrush", **settings}
-    with pytest.raises(InputError, match="tokens, at which MagicBrush's evaluator stops"):
+    with pytest.raises(InputError, match="tokens, but MagicBrush's evaluator fails at more than 77"):
         ip2p.evaluate(**base, out=tmp_path / "p", as_published=True, metrics=["magicbrush_clip_t"])
     found = ip2p.evaluate(**base, out=tmp_path / "c", metrics=["clip_b32_text"])
     assert all(line["metrics"]["clip_b32_text"]["count"] == 3 for line in found["lines"])

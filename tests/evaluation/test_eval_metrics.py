@@ -270,7 +270,7 @@ def _nothing(*args, **more):
 def test_the_storybooks_clip_and_folders_may_stand_in(tiny_clip_dir):
     assert find_encoder("clip", "storybook").name == "clip"
     assert find_encoder("clip", str(tiny_clip_dir)) == tiny_clip_dir
-    with pytest.raises(ModelError, match="no such folder"):
+    with pytest.raises(ModelError, match="does not exist; choose another"):
         find_encoder("dino", "nowhere")
 
 

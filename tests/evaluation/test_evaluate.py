@@ -269,13 +269,9 @@ def test_as_code_feeds_clip_what_the_released_script_feeds_it(pairs, tiny_model_
         before,
         ["make it night"],
         seeds=[row["seed"]],
-        **{
-            "steps": 2,
-            "sampler": "euler_ancestral",
-            "schedule": "linspace",
-            "text_cfg": 7.5,
-            "image_cfg": 1.5,
-        },
+        settings=EditSettings(
+            steps=2, sampler="euler_ancestral", schedule="linspace", text_cfg=7.5, image_cfg=1.5
+        ),
     )
     assert after.abs().max() > 1, "beyond white and black, and kept so"
     clip, tokenizer = CLIPModel.from_pretrained(tiny_clip_dir), CLIPTokenizer.from_pretrained(tiny_clip_dir)
@@ -380,7 +376,9 @@ def test_storybook_rows_are_those_of_storybook_score_and_exact_for_the_truth(tin
     }
     assert report["metrics"]["clip_image"]["encoders"] == ["storybook"]
     editor = Editor.load(tiny_model_dir, device="cpu")
-    scored = score(editor, count=6, steps=1, size=64, splits=("test",), baselines=("copy",))
+    scored = score(
+        editor, count=6, settings=EditSettings(steps=1), size=64, splits=("test",), baselines=("copy",)
+    )
     wanted = scored["splits"]["test"]["copy"]["overall"]["sharpness"]["value"]
     assert lines["copy the input"]["metrics"]["sharpness"]["value"] == pytest.approx(wanted)
     assert [row["instruction"] for row in pq.read_table(tmp_path / "o/rows.parquet").to_pylist()[:6]] == [

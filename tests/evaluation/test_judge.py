@@ -142,12 +142,12 @@ def test_the_server_gets_both_pictures_the_instruction_and_the_key(server):
 def test_a_server_that_knows_no_key_or_model_ends_the_run(server, status):
     url, script, _ = server
     script["night"] = status
-    with pytest.raises(ModelError, match="cannot be asked"):
+    with pytest.raises(ModelError, match="does not accept requests"):
         VisionJudge(JudgeSettings(server=url, model="m"))(shots("night"))
 
 
 def test_a_server_that_is_not_there_ends_the_run():
-    with pytest.raises(ModelError, match="cannot be asked"):
+    with pytest.raises(ModelError, match="does not accept requests"):
         VisionJudge(JudgeSettings(server="http://127.0.0.1:9/v1", model="m"))(shots("night"))
 
 
@@ -174,7 +174,7 @@ def test_prompts_of_a_folder_take_the_place_of_ours(tmp_path):
     (tmp_path / "quality.txt").write_text("Good?")
     assert settings.texts() == {"semantics": "Judge: {instruction}", "quality": "Good?"}
     (tmp_path / "semantics.txt").write_text("Judge it")
-    with pytest.raises(InputError, match="lacks {instruction}"):
+    with pytest.raises(InputError, match="does not contain {instruction}"):
         settings.texts()
 
 

@@ -11,11 +11,11 @@ from ip2p.evaluation.storybook import (
     as_text,
     blurred_answer,
     cases,
-    halfway_answer,
     hedged_answer,
     judge,
     summarize,
 )
+from ip2p.settings import EditSettings
 from ip2p_storybook import edits
 from ip2p_storybook.edits import EDIT_KINDS
 
@@ -78,7 +78,10 @@ def test_same_seed_same_cases():
 
 
 def test_half_the_change_is_never_strict(some_cases):
-    verdicts = [judge(case, halfway_answer(case)) for case in some_cases]
+    halves = [
+        ((case.page.astype(np.float32) + case.exact) / 2).round().astype(np.uint8) for case in some_cases
+    ]
+    verdicts = [judge(case, half) for case, half in zip(some_cases, halves, strict=True)]
     assert not any(verdict.strict for verdict in verdicts)
     assert all(verdict.gain == pytest.approx(0.5, abs=0.05) for verdict in verdicts)
 
@@ -112,7 +115,7 @@ def result(tiny_model_dir):
     from ip2p.evaluation.storybook import score
 
     editor = Editor.load(tiny_model_dir, device="cpu", dtype="fp32")
-    return score(editor, count=3, steps=1, size=64, batch_size=2)
+    return score(editor, count=3, settings=EditSettings(steps=1), size=64, batch_size=2)
 
 
 def test_score_of_a_random_model_is_a_whole_table(result):
@@ -131,7 +134,7 @@ def test_text_has_counts_and_intervals_beside_every_share(result):
     assert max(map(len, lines)) <= 100
     assert sum(line.startswith("hedger") for line in lines) == len(SPLITS)
     for line in lines:
-        assert line.count("%") == line.count("/") or "percent" in line
+        assert line.count("%") == line.count("/") or "percentage" in line
     [row, *_] = [line for line in lines if line.startswith("copy")]
     assert "0/3   0%   (0-56)" in row
 

@@ -54,7 +54,7 @@ def test_a_damaged_newest_is_told_and_the_one_before_taken(tmp_path, caplog, dam
         path.write_bytes(data)
     with caplog.at_level(logging.WARNING, "ip2p"):
         assert checkpoints.load()["step"] == 1
-    assert "step-00000002.pt" in caplog.text and "going on from the checkpoint before it" in caplog.text
+    assert "step-00000002.pt" in caplog.text and "resuming from the checkpoint before it" in caplog.text
 
 
 def test_when_all_are_damaged_the_run_does_not_begin_anew(tmp_path):
@@ -87,8 +87,8 @@ def test_a_full_disk_leaves_the_states_before(tmp_path, monkeypatch):
 
     def full(self, data):
         if self.file.tell() > 1000:
-            self.trouble = OSError(errno.ENOSPC, "No space left on device")
-            raise self.trouble
+            self.error = OSError(errno.ENOSPC, "No space left on device")
+            raise self.error
         return real(self, data)
 
     monkeypatch.setattr(module._Hashing, "write", full)

@@ -377,7 +377,7 @@ def test_training_a_distilled_model_is_refused(fast, config):
     from ip2p.training.settings import TrainConfig
 
     values = {name: getattr(config, name) for name in TrainConfig.model_fields}
-    with pytest.raises(InputError, match="is distilled, and its guidance would be lost"):
+    with pytest.raises(InputError, match="is a distilled model, and training would destroy its guidance"):
         trainer.train(TrainConfig(**values).changed(base=str(fast)))
 
 
@@ -385,7 +385,7 @@ def test_a_base_without_a_picture_is_refused(config, tmp_path):
     from conftest import make_model
 
     base = make_model(tmp_path / "sd", in_channels=4)
-    with pytest.raises(InputError, match="is no editor yet"):
+    with pytest.raises(InputError, match="is not an editor"):
         ip2p.distill(config, model=str(base))
 
 
@@ -393,8 +393,8 @@ def test_a_base_without_a_picture_is_refused(config, tmp_path):
     ("words", "says"),
     [
         (["--text-range", "5", "2"], "--text-range 5 2 is empty"),
-        (["--text-range", "1", "5"], "--text-range 1 5 leaves out 7.5"),
-        (["--min-snr", "5"], "--min-snr is for training"),
+        (["--text-range", "1", "5"], "--text-range 1 5 does not contain 7.5"),
+        (["--min-snr", "5"], "--min-snr does not apply to distillation"),
         (["--stage", "all"], "--stage"),
         ([], "--output is missing; write: ip2p distill --model MODEL"),
     ],
@@ -407,7 +407,7 @@ def test_bad_settings_of_a_distillation_exit_2(capsys, config, tmp_path, words, 
 
 
 def test_a_range_beyond_the_teachers_is_refused(fast, config):
-    with pytest.raises(InputError, match=r"--text-range 1 30: .*fast knows 1 to 12"):
+    with pytest.raises(InputError, match=r"--text-range 1 30: .*fast was distilled for 1 to 12"):
         ip2p.distill(config, model=str(fast), text_range=(1, 30))
 
 

@@ -21,7 +21,7 @@ from ip2p.training.cache import build_cache
 from ip2p.training.checkpoints import Checkpoints
 from ip2p.training.loop import LoopConfig, fit, new_accelerator
 from ip2p.training.objective import EditTask, Objective
-from ip2p.training.samples import CachedSamples, Share, Words
+from ip2p.training.samples import CachedSamples, Share, TextInput
 from ip2p.training.storybook.source import StorybookSource
 from ip2p.training.transform import Transform
 
@@ -111,9 +111,9 @@ def ours(folder: Path, work: Path, share: Share, *, steps: int = STEPS, number: 
     rank, world = accelerator.process_index, accelerator.num_processes
     cache = build_cache(pages, bundle, transform, work / "cache", dtype="fp32", rank=rank, world=world)
 
-    def words(texts: list[str]) -> Words:
+    def words(texts: list[str]) -> TextInput:
         with torch.no_grad():
-            return Words(torch.cat([encode(bundle, [text]) for text in texts]))
+            return TextInput(torch.cat([encode(bundle, [text]) for text in texts]))
 
     share = replace(share, rank=rank, world=world)
     kept = list(range(ROWS))

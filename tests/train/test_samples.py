@@ -12,7 +12,7 @@ from ip2p.training.samples import (
     PooledSamples,
     PromptOrder,
     Share,
-    Words,
+    TextInput,
     ahead,
     chosen_texts,
     variant_of,
@@ -24,7 +24,7 @@ from ip2p.training.transform import Transform
 
 
 def test_every_epoch_has_each_row_once_and_its_own_order():
-    order = Order(7, seed=3)
+    order = Order(range(7), seed=3)
     epochs = [[order(e * 7 + k) for k in range(7)] for e in range(4)]
     assert all(sorted(rows) == list(range(7)) for rows in epochs)
     assert len({tuple(rows) for rows in epochs}) == 4
@@ -33,7 +33,7 @@ def test_every_epoch_has_each_row_once_and_its_own_order():
 
 def test_blocks_are_shuffled_and_their_rows_stay_near_each_other():
     blocks = [list(range(k * 10, k * 10 + 10)) for k in range(8)]
-    order = Order(80, seed=0, blocks=blocks, window=2)
+    order = Order(range(80), seed=0, blocks=blocks, window=2)
     rows = [order(k) for k in range(80)]
     assert sorted(rows) == list(range(80)) and rows != list(range(80))
     for first in range(0, 80, 20):
@@ -59,7 +59,7 @@ def test_held_out_pairs_share_no_prompt_with_those_trained_on():
 
 def test_no_rows_is_an_error_that_names_the_check():
     with pytest.raises(InputError, match="ip2p data check"):
-        Order(0, seed=0)
+        Order([], seed=0)
 
 
 @pytest.mark.parametrize(("micro", "world"), [(8, 1), (2, 1), (4, 2), (1, 8), (2, 4)])
@@ -136,7 +136,7 @@ def pooled(share: Share, source=None, **more) -> PooledSamples:
         return torch.cat([mean, mean[:, :1]], dim=1), torch.zeros(len(pixels), 4, 2, 2)
 
     def words(texts):
-        return Words(torch.tensor([[len(text)] for text in texts]))
+        return TextInput(torch.tensor([[len(text)] for text in texts]))
 
     settings = {"seed": 0, "pool": 16} | more
     return PooledSamples(
@@ -185,7 +185,7 @@ def test_processes_encode_only_what_is_theirs_and_see_the_same_together(reuse):
         assert [i for batch in both for i in batch.ids] == list(whole[step][0].ids)
         assert torch.equal(torch.cat([batch.mean for batch in both]), whole[step][0].mean)
     if reuse == 1:
-        half = pooled(Share(batch=8, micro=4, rank=0, world=2)).needed(0)
+        half = pooled(Share(batch=8, micro=4, rank=0, world=2)).pools.needed(0)
         assert len(half) == 8
 
 

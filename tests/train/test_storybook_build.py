@@ -168,7 +168,7 @@ def test_a_killed_stage_continues_to_the_same_weights(built, tmp_path, monkeypat
         build.run("smoke", tmp_path, stage=name, device="cpu", log=quiet)
     said = []
     assert build.run("smoke", tmp_path, stage=name, device="cpu", log=said.append)
-    assert said[0] == f"{first}: going on from step {crash_at - 1}"
+    assert said[0] == f"{first}: resuming from step {crash_at - 1}"
     state = first if name == "decay" else name
     ours, whole = (Checkpoints(folder / "state" / state).load() for folder in (tmp_path, built))
     assert ours["step"] == whole["step"]
@@ -187,7 +187,7 @@ def test_a_run_moved_to_another_number_format_continues(built, tmp_path, monkeyp
     monkeypatch.setitem(PRESETS, "smoke", replace(smoke, precision="bf16"))
     said = []
     assert build.run("smoke", tmp_path, stage="perception", device="cpu", log=said.append)
-    assert said[0] == "perception: going on from step 2"
+    assert said[0] == "perception: resuming from step 2"
 
 
 def test_unet_is_extended_and_decays_again(built, tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_unet_is_extended_and_decays_again(built, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "smoke", replace(smoke, unet=replace(smoke.unet, steps=8)))
     said = []
     assert build.run("smoke", tmp_path, stage="unet", minutes=600, device="cpu", log=said.append)
-    assert said[0] == "unet: going on from step 6"
+    assert said[0] == "unet: resuming from step 6"
     assert build.run("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
     second = json.loads((tmp_path / "state" / "decay.done.json").read_text())
     assert (first["steps_before"], second["steps_before"]) == (6, 8)
@@ -267,15 +267,42 @@ def test_starting_in_a_folder_that_holds_another_build_is_refused(built, tmp_pat
         build.run("smoke", tmp_path, start=str(built / "bundle"), device="cpu", log=quiet)
 
 
-def test_a_bundle_of_another_preset_is_refused(built, tmp_path):
-    with pytest.raises(ModelError, match="'smoke' at 64 px and does not fit preset 'cpu'"):
-        build.run("cpu", tmp_path, start=str(built / "bundle"), device="cpu", log=quiet)
+def test_a_model_of_another_recipe_is_refused(built, tmp_path, tiny_model_dir):
+    with pytest.raises(ModelError, match="was not made by ip2p storybook build"):
+        build.run("cpu", tmp_path / "a", start=str(tiny_model_dir), device="cpu", log=quiet)
+
+
+def test_the_packaged_model_is_trained_further_by_any_preset(tmp_path, monkeypatch):
+    """The networks are the model's; the preset gives steps, batch and learning rate. It resumes as well."""
+    from diffusers import UNet2DConditionModel
+
+    from ip2p.models.bundle import find_model
+
+    monkeypatch.setitem(PRESETS, "smoke", unhurried())
+    shared = {"start": "storybook", "device": "cpu", "bundle": tmp_path / "model", "log": quiet}
+    assert not build.run("smoke", tmp_path / "build", seconds=0.0, **shared)
+    assert build.run("smoke", tmp_path / "build", **shared)
+    folders = [find_model("storybook"), tmp_path / "model"]
+    before, after = (UNet2DConditionModel.from_pretrained(folder / "unet").float() for folder in folders)
+    plain = [{k: v for k, v in unet.config.items() if not k.startswith("_")} for unet in (before, after)]
+    assert plain[0] == plain[1]
+    moved = sum(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert moved > 50
+    cards = [json.loads((folder / "ip2p.json").read_text()) for folder in folders]
+    steps = [card["trained"]["unet"]["steps"] for card in cards]
+    assert steps[1] == steps[0] + PRESETS["smoke"].unet.steps
+    for key in ("native_size", "known_psnr", "text_cfg", "image_cfg"):
+        assert cards[1][key] == cards[0][key], key
+    schedulers = [
+        json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) for folder in folders
+    ]
+    assert schedulers[1]["prediction_type"] == schedulers[0]["prediction_type"]
 
 
 def test_time_up_saves_and_the_next_call_goes_on(tmp_path):
     said = []
     assert not build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=said.append)
-    assert said[-1] == "decoder: time is up; the same command continues from here"
+    assert said[-1] == "decoder: the time limit is reached; run the same command again to resume"
     assert Checkpoints(tmp_path / "state" / "decoder_crops").load()["step"] == 0
 
 
@@ -343,7 +370,7 @@ def test_a_bundle_without_a_language_model_of_its_own_keeps_the_one_there(built,
     target = tmp_path / "bundle"
     (target / "lm").mkdir(parents=True)
     (target / "lm" / "ip2p.json").write_text(json.dumps({"steps": 7, "samples": 28, "minutes": 0.1}))
-    build.save_bundle(tmp_path, target, name="smoke", card={"name": "x"}, dtype=torch.float16)
+    build.save_bundle(tmp_path, target, PRESETS["smoke"], card={"name": "x"}, dtype=torch.float16)
     assert json.loads((target / "ip2p.json").read_text())["trained"]["lm"]["steps"] == 7
     assert (target / "lm" / "ip2p.json").exists()
 

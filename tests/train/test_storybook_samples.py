@@ -114,7 +114,7 @@ def samples_of(vae, folder, *, objective=None, full_noise=False, batch=4, before
 
 def test_a_resumed_run_sees_what_it_would_have_seen(vae, tmp_path):
     samples = samples_of(vae, tmp_path)
-    steps = samples.steps_a_block + 2
+    steps = samples.steps_per_block + 2
     whole = [batch for (batch,), _ in zip(samples(0), range(steps), strict=False)]
     for start in (1, steps - 1):
         (batch,) = next(iter(samples_of(vae, tmp_path)(start)))
@@ -131,7 +131,7 @@ def test_blocks_take_new_shards_first_and_old_ones_when_there_are_no_more(vae, t
     assert samples.numbers(2)[0] == 2 and samples.numbers(2)[1] in (0, 1)
     assert sorted(samples.numbers(7)) != [] and set(samples.numbers(7)) <= {0, 1, 2}
     # A stage that follows another begins with shards that it did not see.
-    assert samples_of(vae, tmp_path, before=2 * samples.steps_a_block).numbers(0)[0] == 2
+    assert samples_of(vae, tmp_path, before=2 * samples.steps_per_block).numbers(0)[0] == 2
 
 
 def test_conditions_decide_the_text_and_full_noise_the_time(vae, tmp_path):

@@ -14,11 +14,12 @@ from ip2p.editing.editor import Editor
 from ip2p.models.bundle import load_bundle
 from ip2p.models.clip import Clip
 from ip2p.pictures.images import load_image
-from ip2p.training import validation
+from ip2p.training import curves as module
 from ip2p.training.cache import build_cache
+from ip2p.training.curves import Curves
 from ip2p.training.loss import add_noise, scaled_linear_alpha_bar
 from ip2p.training.transform import Transform
-from ip2p.training.validation import Curves, HeldOut, Watch, held_out, held_out_loss, judged
+from ip2p.training.validation import HeldOut, Watch, held_out, held_out_loss, judged
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +63,30 @@ def test_as_many_held_out_rows_as_there_are_are_refused():
 # --- loss ------------------------------------------------------------------------------------------
 
 
-def test_held_out_loss_is_the_mean_over_rows_and_noise_levels(cache):
-    seen = []
+def rows_of(cache, places: list[int]):
+    """The ids and the unaugmented latents of some rows."""
+    return [cache.ids[place] for place in places], cache.read(places, [0] * len(places))
 
-    def loss(latents, places, noise, timesteps):
+
+def test_held_out_loss_is_the_mean_over_rows_and_noise_levels(cache):
+    seen, rows = [], [1, 4]
+
+    def loss(latents, indices, noise, timesteps):
+        places = [rows[index] for index in indices]
         assert (latents.std == 0).all()
         seen.extend(zip(places, timesteps.tolist(), [row.numpy().tobytes() for row in noise], strict=True))
         assert torch.equal(latents.mean, cache.read(places, [0] * len(places)).mean)
         return timesteps.float() * (1 + torch.tensor(places))
 
-    value = held_out_loss(loss, cache, [1, 4], batch=3)
+    value = held_out_loss(loss, *rows_of(cache, rows), batch=3)
     assert value == pytest.approx(np.mean([t * (1 + place) for place, t, _ in seen]))
     assert len(seen) == 8 and len({noise for *_, noise in seen}) == 8
     for place in (1, 4):
         times = [t for p, t, _ in seen if p == place]
         assert sorted(t // 250 for t in times) == [0, 1, 2, 3], "each quarter of the noise levels once"
     first, seen[:] = list(seen), []
-    held_out_loss(loss, cache, [4, 1], batch=8)
+    rows[:] = [4, 1]
+    held_out_loss(loss, *rows_of(cache, rows), batch=8)
     assert sorted(seen) == sorted(first), "the same whatever the batch and the order"
 
 
@@ -90,11 +98,12 @@ def test_held_out_loss_of_a_network_is_the_same_whatever_the_batch(bundle, cache
         predicted = bundle.unet(x, timesteps, torch.zeros(len(places), 77, 32)).sample
         return (predicted - noise).square().mean(dim=(1, 2, 3))
 
+    rows = rows_of(cache, [0, 2, 3])
     torch.manual_seed(1)
-    one = held_out_loss(loss, cache, [0, 2, 3], batch=1)
+    one = held_out_loss(loss, *rows, batch=1)
     torch.manual_seed(2)
-    assert held_out_loss(loss, cache, [0, 2, 3], batch=12) == pytest.approx(one, rel=1e-5)
-    assert held_out_loss(loss, cache, [0, 2, 3], seed=1) != pytest.approx(one, rel=1e-5)
+    assert held_out_loss(loss, *rows, batch=12) == pytest.approx(one, rel=1e-5)
+    assert held_out_loss(loss, *rows, seed=1) != pytest.approx(one, rel=1e-5)
 
 
 # --- edits -----------------------------------------------------------------------------------------
@@ -233,7 +242,7 @@ def test_curves_are_drawn_from_the_first_step_to_the_last(tmp_path):
     for step in range(1, 3001):
         curves.rows.append({"step": step, "loss": 3001.0 - step, "flat": 5.0})
     sheet = np.asarray(load_image(curves.draw()))
-    width, height = validation.PANEL
+    width, height = module.PANEL
     assert sheet.shape == (height, 2 * width, 3)
 
     def blue(panel):

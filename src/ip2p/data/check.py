@@ -410,18 +410,29 @@ def sheet(source: Source, path: Path, *, count: int = ON_SHEET, limit: int | Non
         except BrokenRow as error:
             rows.append([Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), "lightgrey")] * 2)
             labels.append(f"{error.id}: {error.reason}")
-    high = -(-len(rows) // SHEET_COLUMNS)
-    # Labels must not overlap; the letters of Pillow's font are about 6 pixels wide at this size.
-    labels = [label if len(label) <= 52 else label[:51] + "…" for label in labels]
+    whole = sheet_in_columns(rows, labels, header=("before", "after"), columns=SHEET_COLUMNS, letters=52)
+    images.save_image(whole, path)
+
+
+def sheet_in_columns(
+    rows: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str],
+    *,
+    header: Sequence[str],
+    columns: int,
+    letters: int,
+) -> Image.Image:
+    """A contact sheet with its rows in several columns. Labels are cut to `letters`, so they do not overlap.
+
+    The letters of Pillow's font are about 6 pixels wide at this size.
+    """
+    labels = [label if len(label) <= letters else label[: letters - 1] + "…" for label in labels]
+    high = -(-len(rows) // columns)
     parts = [
-        images.contact_sheet(
-            rows[start : start + high], labels[start : start + high], header=("before", "after"), font_size=12
-        )
-        for start in range(0, len(rows), high)
+        images.contact_sheet(rows[k : k + high], labels[k : k + high], header=header, font_size=12)
+        for k in range(0, len(rows), high)
     ]
     whole = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
-    left = 0
-    for part in parts:
-        whole.paste(part, (left, 0))
-        left += part.width
-    images.save_image(whole, path)
+    for number, part in enumerate(parts):
+        whole.paste(part, (sum(left.width for left in parts[:number]), 0))
+    return whole

@@ -170,7 +170,8 @@ def _index(
 
 
 def _is_packed(path: Path) -> bool:
-    return path.read_bytes()[:4].startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
+    with open(path, "rb") as file:
+        return file.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
 
 
 def _part(ending: str, parts: Mapping[str, str]) -> str | None:

@@ -1,4 +1,4 @@
-"""What an editor is compared with: SDEdit and text-to-image on the same base model."""
+"""Baselines for editors: SDEdit and text-to-image with the same base model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ip2p.synth.pairs import PairMaker, open_painter
 
 
 class CaptionPainter:
-    """Draws from a caption, from noise or from a noised picture, with any base that `synth pairs` takes.
+    """Generates from a caption, starting from noise or a noised picture, with any base of `synth pairs`.
 
-    An editor as the base gets a zero image latent: no input picture.
+    An editor as the base gets a zero image latent, that is, no input picture.
     """
 
     def __init__(self, base: str | Path, *, device: str = "auto", dtype: str = "auto") -> None:
-        # PairMaker opens Stable Diffusion and editors alike, and hides the missing image channels.
+        # PairMaker supports Stable Diffusion and editors, and fills in missing image channels.
         maker = PairMaker(open_painter(base, device=device, dtype=dtype))
         self.editor, self.network = maker.editor, maker.network
 
@@ -41,17 +41,17 @@ class CaptionPainter:
         strength: float | None,
         batch_size: int = 1,
     ) -> list[Image.Image]:
-        """One result for each picture, at its size.
+        """One result per picture, at its size.
 
-        strength: SDEdit's (Meng et al. 2022), the share of the steps that run, from 0 to 1: the picture's
-        latents get the noise of that level, and sampling goes on from there. None draws from noise alone. The
+        strength: of SDEdit (Meng et al. 2022), the fraction of the steps that run, from 0 to 1. The picture's
+        latents get the noise of that level, and sampling starts there. None starts from pure noise. The
         guidance scale is the text scale of the settings.
         """
         editor = self.editor
         chosen = editor.resolved(settings)
         steps = chosen.steps or 0
         sigmas = SPACINGS[chosen.schedule or "linspace"](editor.schedule, steps)
-        # diffusers' image-to-image rule: the last int(steps · strength) steps.
+        # As in diffusers' image-to-image pipeline: the last int(steps · strength) steps.
         begin = 0 if strength is None else steps - min(int(steps * strength + 1e-9), steps)
         sizes = [editor.working_size(picture.size, chosen.size) for picture in pictures]
         results: dict[int, Image.Image] = {}

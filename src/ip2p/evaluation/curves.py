@@ -18,15 +18,15 @@ WIDTH, HEIGHT = 720, 480
 LEFT, TOP, RIGHT, BOTTOM = 78, 24, WIDTH - 190, HEIGHT - 56
 COLORS = ("#1f6fb2", "#c23b22", "#2e8b57", "#8a4fbf", "#d98c00", "#00868b", "#b0448c", "#5a5a5a")
 TICKS = 5
-# One shape of a drawing: ("line", points, color, width), ("dot", x, y, radius, color) or
-# ("text", x, y, words, color, anchor), in pixels of WIDTH x HEIGHT.
+# ("line", points, color, width), ("dot", x, y, radius, color) or ("text", x, y, text, color, anchor), in
+# pixels of WIDTH x HEIGHT.
 Shape = tuple[Any, ...]
 
 
 def curve_points(
     summary: Sequence[Mapping[str, Any]], x: str, y: str
 ) -> dict[str, list[tuple[float | None, Mapping[str, float], Mapping[str, float]]]]:
-    """For each variant its (point, estimate of x, estimate of y), in order; without those that have none."""
+    """For each variant, its (point, estimate of x, estimate of y), in order; empty variants are omitted."""
     found: dict[str, list[Any]] = {}
     for line in summary:
         one, other = line["metrics"].get(x), line["metrics"].get(y)
@@ -110,7 +110,7 @@ def _shapes(series: Mapping[str, Sequence[Any]], x: str, y: str) -> list[Shape]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """About TICKS round numbers within an axis."""
+    """About TICKS round numbers in the range of an axis."""
     rough = (high - low) / TICKS
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * each for each in (1, 2, 5, 10) if unit * each >= rough)
@@ -133,10 +133,10 @@ def as_svg(shapes: Sequence[Shape]) -> str:
             a, b, radius, color = rest
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" fill="{color}"/>')
         else:
-            a, b, words, color, anchor = rest
+            a, b, text, color, anchor = rest
             parts.append(
                 f'<text x="{a:.1f}" y="{b:.1f}" fill="{color}" text-anchor="{anchor}" '
-                f'dominant-baseline="middle">{html.escape(words)}</text>'
+                f'dominant-baseline="middle">{html.escape(text)}</text>'
             )
     return "\n".join([*parts, "</svg>\n"])
 
@@ -153,10 +153,10 @@ def curve_picture(shapes: Sequence[Shape], scale: int = 2) -> Image.Image:
             a, b, radius, color = rest
             pen.ellipse([(each + sign * radius) * scale for sign in (-1, 1) for each in (a, b)], color)
         else:
-            a, b, words, color, anchor = rest
+            a, b, text, color, anchor = rest
             pen.text(
                 (a * scale, b * scale),
-                words,
+                text,
                 color,
                 font,
                 anchor={"middle": "mm", "end": "rm", "start": "lm"}[anchor],

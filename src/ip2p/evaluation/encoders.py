@@ -1,6 +1,6 @@
-"""The networks that metrics look through: CLIP, DINO and DINOv2, each at a pinned revision.
+"""The networks that metrics use: CLIP, DINO and DINOv2, each at a pinned revision.
 
-Each has its preprocessing, which changes a similarity more than a new revision would (docs/evaluate.md).
+Each has its own preprocessing, which affects similarities more than a new revision would (docs/evaluate.md).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from ip2p.pictures.images import to_pil, to_tensor
 Picture = Float[Tensor, "3 height width"]  # in [0, 1]
 Features = Float[Tensor, "features"]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LONGEST = 480 / 224  # of PIE-Bench's resize: the longer side over the shorter one
-BATCH = 16  # pictures at once
-CLIP_SIDE = 512  # larger pictures are scaled down first: CLIP's bicubic has no antialiasing
+LONGEST = 480 / 224  # maximum aspect ratio of PIE-Bench's resize
+BATCH = 16  # pictures per batch
+CLIP_SIDE = 512  # larger pictures are scaled down first, because CLIP's bicubic has no antialiasing
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """Which network, and how a picture is prepared for it.
+    """A network and its preprocessing.
 
-    fit: "squeeze" scales to the network's square by bicubic without antialiasing (the paper's code); "crop"
-    scales the shorter side to `short` by Pillow's bicubic, which smooths, and takes the central `side`
-    pixels, so that borders are not seen; "short" scales the shorter side to `short` by antialiased
-    bilinear and crops nothing (PIE-Bench). weights: the file in its repository.
+    fit: "squeeze" resizes to a square with bicubic without antialiasing (the paper's code). "crop" resizes
+    the shorter side to `short` with Pillow's antialiased bicubic and crops the central `side` pixels, so
+    borders are ignored. "short" resizes the shorter side to `short` with antialiased bilinear and crops
+    nothing (PIE-Bench). weights: the file in its repository.
     """
 
     name: str
@@ -82,7 +82,7 @@ ENCODERS = {
         about="DINOv2 ViT-B/14",
     ),
     "structure": EncoderSpec(
-        # No revision of this one is known to us; --structure NAME@REVISION pins it.
+        # Not pinned; --structure NAME@REVISION selects a revision.
         name="facebook/dino-vitb8",
         revision=None,
         weights="pytorch_model.bin",
@@ -93,9 +93,9 @@ ENCODERS = {
 
 
 def find_encoder(slot: str, name: str | None = None) -> Path:
-    """The folder of an encoder: `name` is a folder, a hub id or ID@REVISION, or "storybook" for its CLIP.
+    """The folder of an encoder. name: a folder, a Hub id, ID@REVISION, or "storybook" for its CLIP.
 
-    None is the pinned one of `ENCODERS`. Raises ModelError with the command that fetches a missing one.
+    None selects the one in `ENCODERS`. Raises ModelError with the download command for a missing one.
     """
     spec = ENCODERS[slot]
     if name is None:
@@ -108,7 +108,9 @@ def find_encoder(slot: str, name: str | None = None) -> Path:
     if Path(name).expanduser().is_dir() or name in packaged_models():
         return find_clip(name, name)
     if name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder. Name a folder, or a hub id like {spec.name}.")
+        raise ModelError(
+            f"the folder {name} does not exist; choose another, or a model id such as {spec.name}."
+        )
     return from_hub(
         name,
         ("*.json", "*.txt", weights),
@@ -118,7 +120,7 @@ def find_encoder(slot: str, name: str | None = None) -> Path:
 
 
 def load_vit(folder: Path, device: torch.device | str = "cpu") -> Any:
-    """A ViT or Dinov2 of transformers in fp32, without a pooling layer of its own. Raises ModelError."""
+    """A ViT or DINOv2 model of transformers in fp32, without a pooling layer. Raises ModelError."""
     from transformers import AutoConfig, AutoModel
 
     try:
@@ -126,16 +128,16 @@ def load_vit(folder: Path, device: torch.device | str = "cpu") -> Any:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             more = {"add_pooling_layer": False} if config.model_type == "vit" else {}
             model = AutoModel.from_pretrained(folder, local_files_only=True, **more)
-    except Exception as error:  # safetensors and transformers each raise their own
+    except Exception as error:  # safetensors and transformers have their own exceptions
         raise ModelError(unreadable(folder, error)) from None
     return model.float().eval().requires_grad_(False).to(device)
 
 
 class Encoders:
-    """Loads encoders on first use, and embeds each picture and text once (`forget` drops what was embedded).
+    """Loads encoders on first use and embeds each picture and text once, until `forget`.
 
-    names: folders or hub ids in place of the pinned ones, by slot. signed: feed CLIP pictures in [-1, 1], as
-    the paper's script does though its CLIP expects [0, 1] (`--as-code`); values beyond are kept, as there.
+    names: folders or Hub ids that replace the pinned ones, by slot. signed: feed CLIP pictures in [-1, 1],
+    unclamped, as the paper's script does although its CLIP expects [0, 1] (`--as-code`).
     """
 
     def __init__(
@@ -147,9 +149,8 @@ class Encoders:
     ) -> None:
         self.names, self.device, self.signed = dict(names), device, signed
         self._models: dict[str, Any] = {}
-        self._seen: dict[
-            tuple[str, int], tuple[Tensor, Tensor]
-        ] = {}  # holds the picture, so that its id stays
+        # The value includes the picture, so that its id remains valid.
+        self._seen: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._texts: dict[tuple[str, str], Tensor] = {}
 
     def forget(self) -> None:
@@ -166,7 +167,7 @@ class Encoders:
         return self._models[slot]
 
     def embed(self, slot: str, pictures: Sequence[Picture]) -> None:
-        """Embed several pictures in batches, so that `image` has them."""
+        """Embed several pictures in batches, for later calls of `image`."""
         todo = [p for p in {id(p): p for p in pictures}.values() if (slot, id(p)) not in self._seen]
         shapes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for picture in todo:
@@ -180,19 +181,19 @@ class Encoders:
                     self._seen[slot, id(picture)] = picture, row
 
     def image(self, slot: str, picture: Picture) -> Features:
-        """The embedding of a picture in [0, 1], of length one."""
+        """The embedding of a picture in [0, 1], of unit length."""
         if (slot, id(picture)) not in self._seen:
             self.embed(slot, [picture])
         return self._seen[slot, id(picture)][1]
 
-    def text(self, slot: str, words: str) -> Features:
-        """The embedding of a text by a CLIP, of length one; what is beyond its 77 tokens is cut."""
-        if (slot, words) not in self._texts:
-            self._texts[slot, words] = self.model(slot).texts([words])[0]
-        return self._texts[slot, words]
+    def text(self, slot: str, text: str) -> Features:
+        """A CLIP's embedding of a text, of unit length; the text is truncated to 77 tokens."""
+        if (slot, text) not in self._texts:
+            self._texts[slot, text] = self.model(slot).texts([text])[0]
+        return self._texts[slot, text]
 
     def prepared(self, slot: str, picture: Picture) -> Picture:
-        """What the network sees of a picture in [0, 1], normalized: [3, side, side], or [3, h, w]."""
+        """The network's input for a picture in [0, 1], normalized: [3, side, side] or [3, h, w]."""
         spec, model = ENCODERS[slot], self.model(slot)
         clip = isinstance(model, Clip)
         side = model.size if clip else min(spec.side, model.config.image_size)
@@ -230,7 +231,7 @@ class Encoders:
 
     @torch.inference_mode()
     def keys(self, ready: Picture) -> Float[Tensor, "tokens width"]:
-        """The keys of the structure encoder's last attention, all heads joined, for a normalized picture."""
+        """The keys of the structure encoder's last attention layer, all heads, for a normalized picture."""
         model = self.model("structure")
         kept: list[Tensor] = []
         layers = model.layers if hasattr(model, "layers") else model.encoder.layer
@@ -243,7 +244,7 @@ class Encoders:
 
 
 def normalized(picture: Picture, mean: Sequence[float], std: Sequence[float]) -> Picture:
-    """(picture - mean) / std for each color."""
+    """(picture - mean) / std per color channel."""
     low, spread = (picture.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return (picture - low) / spread
 

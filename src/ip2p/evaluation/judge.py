@@ -1,6 +1,6 @@
-"""A vision model as a judge, by any OpenAI-compatible server: VIEScore's three numbers.
+"""A vision model as a judge, on any OpenAI-compatible server: the three scores of VIEScore.
 
-The prompts are the files in `prompts/`. A reply that cannot be read counts as a failure, never as a number.
+The prompts are in `prompts/`. A reply that cannot be parsed is counted as a failure and gets no score.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ip2p.pictures.images import to_bytes, to_pil
 from ip2p.synth.records import derived_seed
 
 PROMPTS = Path(__file__).parent / "prompts"
-QUESTIONS = {"semantics": 2, "quality": 2}  # prompt file: how many scores it asks for
+QUESTIONS = {"semantics": 2, "quality": 2}  # prompt file: number of scores
 INSTRUCTION = "{instruction}"
 MOST = 10  # the best score; 0 is the worst
-TOGETHER = 8  # questions asked at once
+TOGETHER = 8  # concurrent requests
 MAX_TOKENS = 1000
 FAILURES = ("refused", "malformed", "out of range", "timed out", "server error")
 REFUSALS = re.compile(r"\b(i('m| am) sorry|i can(no|')t|unable to|as an ai)\b", re.IGNORECASE)
@@ -38,12 +38,12 @@ REFUSALS = re.compile(r"\b(i('m| am) sorry|i can(no|')t|unable to|as an ai)\b", 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """Which judge, and how it is asked.
+    """The judge and its questions.
 
-    style: "viescore" asks two questions of two scores each, with the texts semantics.txt and quality.txt in
-    the folder `prompts`; "imgedit" asks one of three scores, with a text for each kind of edit in the JSON
-    file `prompts`. published: read replies as the benchmark's public code does (`docs/evaluate.md`). key: of
-    the server, never printed.
+    style: "viescore" asks two questions with two scores each, from semantics.txt and quality.txt in the
+    folder `prompts`; "imgedit" asks one question with three scores, which the JSON file `prompts` has for
+    each kind of edit. published: parse replies as the benchmark's public code does (docs/evaluate.md). key:
+    of the server; never printed.
     """
 
     server: str
@@ -56,7 +56,7 @@ class JudgeSettings:
     key: str = field(default="", repr=False)
 
     def texts(self) -> dict[str, str]:
-        """The prompts by name, each with {instruction}. Raises InputError for one that cannot be used."""
+        """The prompts by name, each with {instruction}. Raises InputError for an unusable one."""
         try:
             if self.style == "imgedit":
                 prompts = json.loads(self.prompts.read_text(encoding="utf-8"))
@@ -67,19 +67,21 @@ class JudgeSettings:
             raise InputError(f"the judge's prompts in {self.prompts} cannot be read ({error}).") from None
         for name, text in found.items():
             if INSTRUCTION not in text and name != "quality":
-                raise InputError(f"the judge's prompt {name} in {self.prompts} lacks {INSTRUCTION}; add it.")
+                raise InputError(
+                    f"the judge's prompt {name} in {self.prompts} does not contain {INSTRUCTION}; add it."
+                )
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """What determines the scores, without the key and the server's address."""
+        """Everything that affects the scores; not the key or the server's address."""
         return {"model": self.model, "repeats": self.repeats, "style": self.style, "prompts": self.texts()}
 
 
 def parse_scores(text: str, count: int) -> list[float] | str:
-    """The scores in a reply, or why there are none: one of `FAILURES`.
+    """The scores in a reply, or one of `FAILURES`.
 
-    A reply has one JSON object with "score": a list of `count` numbers from 0 to 10; words and code fences
-    around it are ignored. Two objects that differ, or another count, are malformed: no number is guessed.
+    A reply has one JSON object with "score": a list of `count` numbers from 0 to 10. Text and code fences
+    around it are ignored. Different objects, or another count, are malformed; no score is guessed.
     """
     found = []
     for match in re.finditer(r"\{[^{}]*\}", text):
@@ -97,7 +99,7 @@ def parse_scores(text: str, count: int) -> list[float] | str:
 
 
 def parse_score_lines(text: str, count: int = 3) -> list[float] | str:
-    """The scores of ImgEdit's replies, "Name: 4" a line, from 1 to 5; else why there are none."""
+    """The scores in an ImgEdit reply, one "Name: 4" per line, from 1 to 5; else one of `FAILURES`."""
     found = [
         float(match[1]) for match in re.finditer(r"^[^:\n]+:\s*(\d+)(?:\s*/\s*5)?\s*$", text, re.MULTILINE)
     ]
@@ -107,26 +109,26 @@ def parse_score_lines(text: str, count: int = 3) -> list[float] | str:
 
 
 def published_scores(text: str, seed: int) -> list[float]:
-    """As GEdit-Bench's public code: any scores in the reply, else a random whole number from 0 to 10."""
+    """As in GEdit-Bench's public code: any scores in the reply, else a random integer from 0 to 10."""
     match = re.search(r"\"score\"\s*:\s*\[([^\]]*)\]", text) or re.search(r"\[(\d+, ?\d+)\]", text)
     numbers = re.findall(r"-?\d+(?:\.\d+)?", match[1]) if match else []
     return [float(each) for each in numbers] or [float(random.Random(seed).randint(0, 10))]
 
 
 def published_lines(text: str) -> list[float] | str:
-    """As ImgEdit's public code: every line that ends in ": DIGITS", as many as there are, of any size."""
+    """As in ImgEdit's public code: every line that ends in ": DIGITS", of any number and range."""
     parts = [line.strip().split(": ") for line in text.splitlines()]
     return [float(p[1]) for p in parts if len(p) == 2 and p[1].isdigit()] or "malformed"
 
 
 class VisionJudge:
-    """Asks the server about edits. Raises ModelError where the `openai` client is missing."""
+    """Asks the server about edits. Raises ModelError if the `openai` client is not installed."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         try:
             import openai
         except ImportError:
-            raise ModelError("a judge needs the openai client: pip install 'ip2p[llm-server]'") from None
+            raise ModelError("--judge needs the openai client: pip install 'ip2p[llm-server]'") from None
         self.settings, self.texts, self._openai = settings, settings.texts(), openai
         self.client = openai.OpenAI(
             base_url=settings.server, api_key=settings.key or "none", timeout=settings.timeout, max_retries=1
@@ -135,11 +137,11 @@ class VisionJudge:
     def __call__(self, shots: Sequence[Shot]) -> list[dict[str, Any]]:
         """The judge's columns of each shot.
 
-        judge_semantics and judge_quality are each the minimum of their two scores, judge_overall is their
-        geometric mean, all 0 to 10 (VIEScore, Ku et al. 2024); in ImgEdit's style judge_overall is the mean
-        of three scores, 1 to 5. Each is the mean over the repeats that could be read, NaN without one.
-        judge_spread: the standard deviation of judge_overall over the repeats. judge_replies: how many
-        questions were asked. judge_failures: {reason: how often} as JSON. judge_date: the day, UTC.
+        judge_semantics and judge_quality are the minimum of their two scores, and judge_overall is their
+        geometric mean, all from 0 to 10 (VIEScore, Ku et al. 2024). In ImgEdit's style, judge_overall is the
+        mean of three scores from 1 to 5. Each is the mean over the repeats with a score, NaN without any.
+        judge_spread: the standard deviation of judge_overall over the repeats. judge_replies: the number of
+        questions. judge_failures: {reason: count} as JSON. judge_date: the date in UTC.
         """
         names = tuple(QUESTIONS) if self.settings.style == "viescore" else ("edit",)
         turns = range(self.settings.repeats)
@@ -152,11 +154,11 @@ class VisionJudge:
         ]
 
     def ask(self, shot: Shot, name: str, turn: int = 0) -> list[float] | str:
-        """The scores of one question, or why there are none."""
+        """The scores of one question, or one of `FAILURES`."""
         imgedit, published = self.settings.style == "imgedit", self.settings.published
         prompt = self.texts.get(shot.kind if imgedit else name)
         if prompt is None:
-            raise InputError(f"the judge's prompts have none for the kind of edit {shot.kind!r}; add one.")
+            raise InputError(f"the judge has no prompt for the kind of edit {shot.kind!r}; add one.")
         reply = self._reply(
             prompt.replace(INSTRUCTION, shot.instruction),
             [shot.output] if name == "quality" else [shot.before, shot.output],
@@ -169,9 +171,9 @@ class VisionJudge:
             return published_scores(reply, derived_seed("guess", shot.instruction, name, turn))
         return parse_scores(reply, QUESTIONS[name])
 
-    def _reply(self, words: str, pictures: Sequence[Picture]) -> str | tuple[str]:
-        """What the server says, or the failure as a tuple."""
-        content: list[Any] = [{"type": "text", "text": words}]
+    def _reply(self, prompt: str, pictures: Sequence[Picture]) -> str | tuple[str]:
+        """The server's reply, or the failure as a tuple."""
+        content: list[Any] = [{"type": "text", "text": prompt}]
         for picture in pictures:
             data = base64.b64encode(to_bytes(to_pil(picture * 2 - 1))).decode()
             content.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
@@ -186,9 +188,11 @@ class VisionJudge:
         except openai.APITimeoutError:
             return ("timed out",)
         except (openai.AuthenticationError, openai.NotFoundError, openai.APIConnectionError) as error:
-            # No other question would fare better.
+            # Every other question would fail, too.
             reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"the judge {self.settings.server} cannot be asked ({reason}).") from None
+            raise ModelError(
+                f"the judge {self.settings.server} does not accept requests ({reason})."
+            ) from None
         except openai.APIError:
             return ("server error",)
         if not reply.choices:
@@ -198,7 +202,7 @@ class VisionJudge:
 
 
 def _columns(repeats: Sequence[Mapping[str, list[float] | str]]) -> dict[str, Any]:
-    """The columns of one shot, from its answers by question, turn by turn."""
+    """The columns of one shot. repeats: its answers by question."""
     failures = Counter(answer for each in repeats for answer in each.values() if isinstance(answer, str))
     numbers: dict[str, list[float]] = {"semantics": [], "quality": [], "overall": []}
     for each in repeats:
@@ -225,7 +229,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def count_failures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The judge's questions, the replies without a score by reason, and the days on which it was asked."""
+    """The number of questions, the replies without a score by reason, and the dates."""
     failures = dict.fromkeys(FAILURES, 0)
     for row in rows:
         for reason, count in json.loads(row.get("judge_failures") or "{}").items():

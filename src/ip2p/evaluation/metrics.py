@@ -1,8 +1,8 @@
-"""The metrics of `ip2p evaluate`, each a plain function, and the table that names them.
+"""The metrics of `ip2p evaluate`: plain functions, and a table of their names.
 
-Pictures are fp32 [3, height, width] in [0, 1]. A region is bool [height, width]; only its pixels count, and
-the average is over them alone. A metric that has no value for a row (no caption, an empty region) is NaN.
-`ip2p train` measures held-out rows with these functions too.
+Pictures are fp32 [3, height, width] in [0, 1]. A region is bool [height, width]; averages are over its pixels
+only. A metric without a value for a row (no caption, an empty region) is NaN. `ip2p train` uses the same
+functions for validation.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ HALF = WINDOW // 2
 
 @dataclass(kw_only=True)
 class Shot:
-    """One edit to measure: what went in, what came out, and what is known of the answer.
+    """One edit to measure: its input, its output, and what is known about the answer.
 
-    before, output, target: pictures; output and target may have another size than before. mask: where the
-    edit may be. case: of a storybook edit, whose exact answer is known. kind: of edit.
+    before, output, target: pictures, which may differ in size. mask: where the edit may change the picture.
+    case: for a storybook edit with an exact answer. kind: of edit.
     """
 
     before: Picture
@@ -52,7 +52,7 @@ class Shot:
 
     @functools.cached_property
     def verdict(self) -> Verdict:
-        """The storybook's verdict on the output. Its size must be the page's."""
+        """The verdict on the output of a storybook edit, which must have the size of the page."""
         import numpy as np
 
         from ip2p.evaluation.storybook import judge
@@ -70,12 +70,12 @@ def l1(one: Picture, other: Picture, region: Region | None = None) -> float:
 
 
 def l2(one: Picture, other: Picture, region: Region | None = None) -> float:
-    """mean (a - b)², 0 to 1. It is the mean squared error, without a root (MagicBrush's evaluator)."""
+    """mean (a - b)², 0 to 1: the mean squared error, without a root (MagicBrush's evaluator)."""
     return _mean((one - other).square().mean(dim=0), region)
 
 
 def psnr(one: Picture, other: Picture, region: Region | None = None) -> float:
-    """10 log10(1 / l2) in dB; at most 106, the value of equal pictures."""
+    """10 log10(1 / l2) in dB, at most 106 (equal pictures)."""
     return float(signed_psnr(torch.tensor(4 * l2(one, other, region), dtype=torch.float64)))
 
 
@@ -83,8 +83,8 @@ def ssim(one: Picture, other: Picture, region: Region | None = None) -> float:
     """Structural similarity, -1 to 1 (Wang et al. 2004): a Gaussian window of 11 pixels, sigma 1.5.
 
     (2 μaμb + c1)(2 σab + c2) / ((μa² + μb² + c1)(σa² + σb² + c2)), c1 = 0.01², c2 = 0.03², averaged over
-    colors and pixels; beyond its border the picture is mirrored, as in torchmetrics 1.9. region: only the
-    windows that lie wholly in it. NaN if there is none.
+    colors and pixels; the picture is mirrored at its border, as in torchmetrics 1.9. region: only windows
+    entirely inside it count. NaN if there are none.
     """
     if min(one.shape[-2:]) < WINDOW:
         return math.nan
@@ -92,11 +92,11 @@ def ssim(one: Picture, other: Picture, region: Region | None = None) -> float:
     offsets = torch.arange(WINDOW, dtype=torch.float64) - HALF
     line = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     line = line / line.sum()
-    # The window is the product of two lines, which takes a fifth of the time.
+    # The window is separable; two 1D convolutions take a fifth of the time.
     maps = torch.cat([a, b, a * a, b * b, a * b])
     maps = F.conv2d(F.conv2d(maps, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
     mean_a, mean_b, square_a, square_b, product = maps.split(len(a))
-    # Rounding may leave a variance of a flat window slightly below zero.
+    # Rounding can make the variance of a flat window slightly negative.
     spread_a = (square_a - mean_a**2).clamp_min(0)
     spread_b = (square_b - mean_b**2).clamp_min(0)
     both = product - mean_a * mean_b
@@ -117,7 +117,9 @@ def _lpips(net: str) -> Any:
     try:
         import lpips as library  # type: ignore[import-not-found]
     except ImportError:
-        raise ModelError("lpips needs a library and its weights: pip install 'ip2p[lpips]'") from None
+        raise ModelError(
+            "the metric lpips needs a package with its weights: pip install 'ip2p[lpips]'"
+        ) from None
     from ip2p.models.load import quiet
 
     with quiet():
@@ -127,8 +129,8 @@ def _lpips(net: str) -> Any:
 def lpips(one: Picture, other: Picture, region: Region | None = None, *, net: str = "alex") -> float:
     """Learned perceptual distance (Zhang et al. 2018), version 0.1 of the package `lpips`, AlexNet.
 
-    Its maps, scaled up to the picture, are averaged over the region. No resizing and no antialiasing before.
-    Raises ModelError where the package is missing.
+    Its maps, scaled up to the picture, are averaged over the region. Pictures are not resized first. Raises
+    ModelError if the package is not installed.
     """
     with torch.inference_mode():
         maps = _lpips(net)(one[None] * 2 - 1, other[None] * 2 - 1)
@@ -147,22 +149,22 @@ def _mean(values: Tensor, region: Region | None) -> float:
 def directional_similarity(shot: Shot, encoders: Encoders, slot: str = "clip") -> float:
     """cos(CLIP(output) - CLIP(before), CLIP(edited caption) - CLIP(caption)): section 3.1.2 of the paper.
 
-    Embeddings of length one. NaN without two different captions: the direction is then unknown.
+    Embeddings have unit length. NaN without two different captions, because the direction is unknown.
     """
     if not (shot.caption.strip() and shot.edited_caption.strip()) or shot.caption == shot.edited_caption:
         return math.nan
     rows = (
         *(encoders.image(slot, picture) for picture in (shot.before, shot.output)),
-        *(encoders.text(slot, words) for words in (shot.caption, shot.edited_caption)),
+        *(encoders.text(slot, text) for text in (shot.caption, shot.edited_caption)),
     )
     return float(similarities(*(row.cpu()[None] for row in rows)).directional)
 
 
 def image_similarity_of(one: Picture, other: Picture, encoders: Encoders, slot: str = "clip") -> float:
-    """cos of the embeddings of two pictures: CLIP's, or the class tokens of DINO or DINOv2.
+    """Cosine of the embeddings of two pictures: of CLIP, or the class tokens of DINO or DINOv2.
 
-    With CLIP of input and output it is the vertical axis of the paper's figure 8; of output and target it is
-    MagicBrush's CLIP-I, and with DINO its DINO. Copying the input maximizes the first.
+    For input and output with CLIP, this is the vertical axis of the paper's figure 8, which copying the input
+    maximizes. For output and target, it is MagicBrush's CLIP-I or, with DINO, its DINO.
     """
     return float(encoders.image(slot, one) @ encoders.image(slot, other))
 
@@ -170,7 +172,7 @@ def image_similarity_of(one: Picture, other: Picture, encoders: Encoders, slot: 
 def text_similarity(shot: Shot, encoders: Encoders, slot: str = "clip") -> float:
     """cos(CLIP(output), CLIP(edited caption)), -1 to 1.
 
-    torchmetrics' CLIPScore is another number, 100 max(cos, 0). NaN without an edited caption.
+    Unlike torchmetrics' CLIPScore, which is 100 max(cos, 0). NaN without an edited caption.
     """
     if not shot.edited_caption.strip():
         return math.nan
@@ -181,8 +183,8 @@ def text_similarity(shot: Shot, encoders: Encoders, slot: str = "clip") -> float
 def structure_distance(one: Picture, other: Picture, encoders: Encoders, *, levels: float = 1.0) -> float:
     """Mean squared difference of the self-similarities of DINO's keys (Tumanyan et al. 2022, eq. 3).
 
-    S[i, j] = cos(k_i, k_j) over the tokens of the last attention of DINO ViT-B/8, the shorter side at 224
-    pixels. levels: what white is fed as before ImageNet's normalization; PIE-Bench's evaluator feeds 255.
+    S[i, j] = cos(k_i, k_j) for the tokens of the last attention layer of DINO ViT-B/8, with a shorter side of
+    224 pixels. levels: the value of white before ImageNet's normalization; 255 in PIE-Bench's evaluator.
     """
     maps = []
     for picture in (one, other):
@@ -195,7 +197,7 @@ def structure_distance(one: Picture, other: Picture, encoders: Encoders, *, leve
     return float((maps[0] - maps[1]).square().mean())
 
 
-# --- their names ----------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------
 
 Measure = Callable[[Shot, Encoders], float]
 
@@ -204,8 +206,8 @@ Measure = Callable[[Shot, Encoders], float]
 class Metric:
     """A column of the report.
 
-    higher: whether more is better. needs: the parts of a row without which it is NaN. slots: the encoders
-    that it uses. weight: the metric by which rows are weighted in its average. hidden: only for that.
+    higher: whether higher is better. needs: fields of a row without which it is NaN. slots: the encoders it
+    uses. weight: the metric that weights the rows in its average. hidden: used only as a weight.
     """
 
     measure: Measure
@@ -218,7 +220,7 @@ class Metric:
 
 
 def _fitted(picture: Picture, like: Picture) -> Picture:
-    """A picture at the size of another one, by Pillow's bicubic (MagicBrush resizes to the target)."""
+    """A picture resized to another one's size with Pillow's bicubic, as MagicBrush does with the target."""
     if picture.shape == like.shape:
         return picture
     size = like.shape[2], like.shape[1]
@@ -251,22 +253,22 @@ def _same(to: str, slot: str) -> Measure:
 def _pixel_metrics() -> dict[str, Metric]:
     found = {}
     for function, higher in ((l1, False), (l2, False), (psnr, True), (ssim, True), (lpips, False)):
-        name, what = function.__name__, (function.__doc__ or "").partition("\n")[0].rstrip(".")
+        name, definition = function.__name__, (function.__doc__ or "").partition("\n")[0].rstrip(".")
         found[name] = Metric(
             measure=_pixel(function, "target", ""),
             higher=higher,
             needs=("target",),
-            about=f"to the target: {what}",
+            about=f"to the target: {definition}",
         )
         found[f"{name}_input"] = Metric(
-            measure=_pixel(function, "before", ""), higher=higher, about=f"to the input: {what}"
+            measure=_pixel(function, "before", ""), higher=higher, about=f"to the input: {definition}"
         )
         for side in ("outside", "inside"):
             found[f"{name}_{side}"] = Metric(
                 measure=_pixel(function, "before", side),
                 higher=higher == (side == "outside"),
                 needs=("mask",),
-                about=f"to the input, {side} the mask: {what}",
+                about=f"to the input, {side} the mask: {definition}",
             )
     return found
 
@@ -330,20 +332,20 @@ def _sharpness(shot: Shot, encoders: Encoders) -> float:
 
 def _exact_metrics() -> dict[str, Metric]:
     about = {
-        "nearest": "the exact answer is nearer than all others",
-        "strict": "nearest, with the right strength, and the rest kept",
-        "gain": "how much of the wanted change is made",
+        "nearest": "the output is nearer to the exact answer than to all others",
+        "strict": "nearest, with the right strength, and the rest of the page kept",
+        "gain": "fraction of the requested change that was made",
     }
     found = {
-        name: Metric(measure=_of_verdict(name), higher=True, needs=("case",), about=words)
-        for name, words in about.items()
+        name: Metric(measure=_of_verdict(name), higher=True, needs=("case",), about=text)
+        for name, text in about.items()
     }
     found["sharpness"] = Metric(
         measure=_sharpness,
         higher=True,
         needs=("case",),
         weight="exact_edges",
-        about="edges of the outputs over those of the exact answers",
+        about="edges of the outputs divided by those of the exact answers",
     )
     found["exact_edges"] = Metric(
         measure=_of_verdict("exact_edges"), higher=True, needs=("case",), about="", hidden=True
@@ -357,7 +359,7 @@ EXACT = ("strict", "nearest", "gain", "sharpness")
 
 
 def chosen_metrics(names: Sequence[str], known: dict[str, Metric] | None = None) -> dict[str, Metric]:
-    """Metrics by name, with those that weigh them. Raises InputError with the nearest name for another."""
+    """Metrics by name, with their weights. Raises InputError with the nearest name for an unknown one."""
     import difflib
 
     known = known or METRICS
@@ -376,11 +378,11 @@ def chosen_metrics(names: Sequence[str], known: dict[str, Metric] | None = None)
 def measure_shots(
     shots: Sequence[Shot], metrics: dict[str, Metric], encoders: Encoders
 ) -> list[dict[str, float]]:
-    """Every metric of every shot. Pictures are embedded in batches, each once."""
+    """Every metric of every shot. Each picture is embedded once, in batches."""
     for slot in dict.fromkeys(slot for metric in metrics.values() for slot in metric.slots):
         if slot != "structure":
-            wanted = [picture for shot in shots for picture in (shot.before, shot.output)]
+            pictures = [picture for shot in shots for picture in (shot.before, shot.output)]
             if any(metric.needs == ("target",) for metric in metrics.values() if slot in metric.slots):
-                wanted += [shot.target for shot in shots if shot.target is not None]
-            encoders.embed(slot, wanted)
+                pictures += [shot.target for shot in shots if shot.target is not None]
+            encoders.embed(slot, pictures)
     return [{name: metric.measure(shot, encoders) for name, metric in metrics.items()} for shot in shots]

@@ -1,4 +1,4 @@
-"""From every row's numbers to a report: averages with bootstrap intervals, a table, JSON, a page."""
+"""The report of an evaluation: averages with bootstrap intervals, as a table, JSON and a page."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-CELLS = 8_000_000  # of the resampled weights at once
-Numbers = dict[str, "NDArray[np.float64]"]  # by metric, NaN where a row has none
+CELLS = 8_000_000  # maximum size of the resampled weights in memory
+Numbers = dict[str, "NDArray[np.float64]"]  # values of all rows by metric; NaN: no value
 
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -29,9 +29,9 @@ def resampled_means(
 ) -> NDArray[np.float64]:
     """Bootstrap replicates of weighted means, [resamples, columns] (Efron 1979).
 
-    values, weights: [rows, columns], NaN or weight 0 where a row does not count. Whole groups are drawn with
-    replacement, as many as there are, since the rows of a group are not independent. The draws follow from
-    the number of groups alone, so that the same rows of two models are compared on the same draws.
+    values, weights: [rows, columns]; NaN or weight 0 excludes a row. Resamples whole groups, because the rows
+    of a group are not independent. The draws depend only on the number of groups, so two models are compared
+    on the same draws.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     owner = np.array([names[name] for name in groups])
@@ -55,7 +55,7 @@ def summarize_rows(
 ) -> dict[str, dict[str, float | int | None] | None]:
     """{metric: {"value", "low", "high", "count"}}: the mean and its 95% interval (percentiles).
 
-    A metric without rows is None; low and high are None for fewer than two rows.
+    A metric without values is None; low and high are None for fewer than two values.
     """
     shown = [name for name, metric in metrics.items() if not metric.hidden]
     if not groups or not shown:
@@ -88,7 +88,7 @@ def summarize_rows(
 def correlation(
     one: NDArray[np.float64], other: NDArray[np.float64], groups: Sequence[str], *, resamples: int
 ) -> dict[str, float | int | None] | None:
-    """Pearson's correlation of two metrics over rows, with a bootstrap interval; None if one is constant."""
+    """Pearson correlation of two metrics with a bootstrap interval; None if one of them is constant."""
     there = ~(np.isnan(one) | np.isnan(other))
     x, y = one[there], other[there]
     kept = [group for group, yes in zip(groups, there, strict=True) if yes]
@@ -117,9 +117,9 @@ def correlation(
 def write_summary(
     rows: pa.Table, metrics: Mapping[str, Metric], *, resamples: int, by_kind: bool = False
 ) -> list[dict[str, Any]]:
-    """A line of the report for each variant and point, in the order of the rows.
+    """The lines of the report, one per variant and point, in the order of the rows.
 
-    by_kind: the averages are means of the kinds' means (GEdit-Bench), not of all rows.
+    by_kind: average the means of the kinds (GEdit-Bench) instead of all rows.
     """
     columns = {
         name: rows[name].to_pylist() for name in ("variant", "kind", "point", "group", "edit_kind", "flaw")
@@ -167,7 +167,7 @@ def write_summary(
 
 
 def _mean_of_kinds(each: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The mean of means; its interval treats the kinds as independent."""
+    """The mean of the kinds' means; its interval assumes independent kinds."""
     known = [one for one in each if one is not None]
     if not known:
         return None
@@ -183,14 +183,14 @@ def _mean_of_kinds(each: Sequence[dict[str, Any] | None]) -> dict[str, Any] | No
 
 
 def label_of(line: Mapping[str, Any]) -> str:
-    """The name of a line of the report: its variant, and its point."""
+    """The name of a line of the report: its variant and its point."""
     return line["name"] if line["point"] is None else f"{line['name']} {line['point']:g}"
 
 
 def as_table(summary: Sequence[Mapping[str, Any]], metrics: Mapping[str, Metric], *, width: int = 110) -> str:
-    """The report as text, at most `width` wide: a row for each line, in blocks of as many metrics as fit.
+    """The report as text of at most `width` columns, split into blocks of metrics.
 
-    A cell is the mean, and half of its 95% interval.
+    A cell has the mean and half the width of its 95% interval.
     """
     shown = [name for name, metric in metrics.items() if not metric.hidden]
     first = [["", *(label_of(line) for line in summary)], ["rows", *(str(line["rows"]) for line in summary)]]
@@ -271,9 +271,9 @@ def page_html(
     notes: Sequence[str] = (),
     curves: Sequence[str] = (),
 ) -> str:
-    """One file without a network: the table, and the pictures of some rows, sorted by any metric.
+    """A self-contained page: the table, and the pictures of some rows, which can be sorted by any metric.
 
-    rows: the numbers of the rows that are shown. pictures: their JPEGs. curves: SVG texts.
+    rows: the metrics of the shown rows. pictures: their JPEGs. curves: as SVG.
     """
     shown = [name for name, metric in metrics.items() if not metric.hidden]
     known = {(row["row"], label_of({"name": row["variant"], "point": row["point"]})): row for row in rows}
@@ -288,7 +288,7 @@ def page_html(
             if each["row"] == number
         }
         data["rows"][number] = {label: {name: known[number, label][name] for name in shown} for label in some}
-        words = next(known[number, label]["instruction"] for label in some)
+        instruction = next(known[number, label]["instruction"] for label in some)
         figures = [_figure(first[number], "input", "")] if number in first else []
         figures += [
             _figure(some[label], label, label)
@@ -296,7 +296,7 @@ def page_html(
             if label in some and label != "copy the input"
         ]
         articles.append(
-            f'<article data-row="{number}"><p>{html.escape(words)}</p><div class="sheet">'
+            f'<article data-row="{number}"><p>{html.escape(instruction)}</p><div class="sheet">'
             f"{''.join(figures)}</div></article>"
         )
     heads = "".join(
@@ -312,7 +312,7 @@ def page_html(
     options = "".join(f"<option>{name}</option>" for name in shown)
     choices = "".join(f"<option>{html.escape(label)}</option>" for label in labels)
     pick = (
-        f'<h2>Pictures</h2><p>Best first by <select id="by">{options}</select> of '
+        f'<h2>Pictures</h2><p>Sorted by <select id="by">{options}</select> of '
         f'<select id="of">{choices}</select></p><div id="rows">{"".join(articles)}</div>'
         f"<script>const data = {json.dumps(data).replace('<', chr(92) + 'u003c')};{SCRIPT}</script>"
         if articles
@@ -325,14 +325,14 @@ def page_html(
         f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n"
         + "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
         + f"<table><tr><th></th><th>rows</th>{heads}</tr>{cells}</table>\n"
-        f"<p>Averages with 95% bootstrap intervals.</p>\n{plots}\n{pick}\n</html>\n"
+        f"<p>Means with 95% bootstrap intervals.</p>\n{plots}\n{pick}\n</html>\n"
     )
 
 
-def _figure(jpeg: bytes, words: str, label: str) -> str:
+def _figure(jpeg: bytes, caption: str, label: str) -> str:
     picture = base64.b64encode(jpeg).decode()
     mark = f' data-of="{html.escape(label)}"' if label else ""
     return (
-        f'<figure{mark}><img alt="{html.escape(words)}" src="data:image/jpeg;base64,{picture}">'
-        f"<figcaption>{html.escape(words)}<br><span></span></figcaption></figure>"
+        f'<figure{mark}><img alt="{html.escape(caption)}" src="data:image/jpeg;base64,{picture}">'
+        f"<figcaption>{html.escape(caption)}<br><span></span></figcaption></figure>"
     )

@@ -1,4 +1,4 @@
-"""The rows that `ip2p evaluate` edits: of any data set that `ip2p train` reads, and of the storybook."""
+"""The rows that `ip2p evaluate` edits, from data sets of pairs, the storybook, or benchmarks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRow:
-    """A picture to edit, and what is known of the answer.
+    """A picture to edit, and what is known about the answer.
 
-    turns: the instructions, each on the result of the one before. after: the answer, if one is known. mask:
-    bool [h, w], True where the edit may be. group: rows that are not independent, resampled together. kind:
-    of edit; the report has a table for each.
+    turns: the instructions, each applied to the previous result. after: the answer, if known. mask: bool
+    [h, w], True where the edit may change the picture. group: rows that are not independent and are resampled
+    together. kind: of edit; the report has averages for each.
     """
 
     id: str
@@ -69,11 +69,11 @@ class PairRows:
 
 
 def row_of_pair(pair: Pair, **more: Any) -> EvalRow:
-    """A pair as a row. Raises BrokenRow without an instruction, or for an unreadable picture."""
+    """A pair as a row. Raises BrokenRow if it has no instruction or an unreadable picture."""
     if not pair.instruction.strip():
         raise BrokenRow(pair.id, "there is no instruction")
     before = open_picture(pair.before, pair.id)
-    known: dict[str, Any] = {
+    values: dict[str, Any] = {
         "id": pair.id,
         "before": before,
         "turns": (pair.instruction,),
@@ -82,11 +82,11 @@ def row_of_pair(pair: Pair, **more: Any) -> EvalRow:
         "edited_caption": pair.edited_caption,
         "mask": None if pair.mask is None else region_of(pair.mask, before.size, pair.id),
     }
-    return EvalRow(**known | more)
+    return EvalRow(**values | more)
 
 
 def region_of(data: bytes, size: tuple[int, int], id: str) -> Tensor:
-    """The edited region of a mask file, bool [h, w]: where transparent (MagicBrush), else where white."""
+    """The edited region in a mask file, bool [h, w]: transparent (MagicBrush), else white."""
     import io
 
     try:
@@ -101,7 +101,7 @@ def region_of(data: bytes, size: tuple[int, int], id: str) -> Tensor:
 
 
 class StorybookRows:
-    """Edits of the storybook with their exact answers: those of `ip2p storybook score`."""
+    """Storybook edits with exact answers, the same as in `ip2p storybook score`."""
 
     def __init__(self, count: int, *, size: int, seed: int = 0, split: str = "test") -> None:
         self.count, self.size, self.seed, self.split = count, size, seed, split
@@ -130,7 +130,7 @@ class StorybookRows:
 
 
 class ListedRows:
-    """Rows that are made one by one from records that were read already: the benchmarks'."""
+    """Rows made on demand from records in memory, for the benchmarks."""
 
     def __init__(
         self, name: str, key: str, records: Sequence[Any], make: Callable[[Any], EvalRow], count: int | None

@@ -1,10 +1,10 @@
-"""`ip2p evaluate`: score editors on a data set, as a job that can be killed, resumed and spread."""
+"""`ip2p evaluate`: scores editors on a data set, as a job that can be killed, resumed and distributed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,7 +20,7 @@ from ip2p.evaluation.judge import JUDGED, PROMPTS, JudgeSettings, count_failures
 from ip2p.evaluation.metrics import EXACT, METRICS, USUAL, Metric, chosen_metrics
 from ip2p.evaluation.rows import PairRows, RowSource, StorybookRows
 from ip2p.evaluation.settings import SAMPLING, STRENGTHS, EvaluateConfig, named_model, sweep_values
-from ip2p.evaluation.stage import PICTURES, ROWS, EvalPart, EvaluateStage, Variant, variant_json
+from ip2p.evaluation.stage import PICTURES, ROWS, EvalPart, EvaluateStage, Variant
 from ip2p.models.bundle import called, find_model
 from ip2p.settings import Split, run_json
 from ip2p.synth.server import server_key
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STORYBOOK = "storybook"
-JOB = "edits"  # the job's folder in the report's
+JOB = "edits"  # subfolder of the report
 REPORT, TABLE, PAGE, RUN = "report.json", "rows.parquet", "index.html", "run.json"
 STORYBOOK_ROWS, STORYBOOK_SIDE = 200, 64
-PART_ROWS, PARTS = 16, 8  # a small job has several parts, so that several workers have one
+PART_ROWS, PARTS = 16, 8  # maximum rows of a part; minimum parts of a small job, for several workers
 COPY, TRUTH = "copy the input", "ground truth"
 CURVES = (("clip_directional", "clip_image"), ("strict", "clip_image"), ("clip_directional", "strict"))
 # The released script: 100 steps at 512 pixels, one text scale, CLIP alone.
@@ -43,9 +43,9 @@ AS_CODE_METRICS = ("clip_directional", "clip_image", "clip_text")
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is measured, and how averages are taken; names alone, so that workers get it.
+    """The metrics and how they are averaged. It has only names, so that it can be sent to workers.
 
-    benchmark: whose published metrics may be named too.
+    benchmark: whose published metrics can be named as well. by_kind: average the means of the kinds of edits.
     """
 
     metrics: tuple[str, ...]
@@ -63,10 +63,11 @@ class Protocol:
 
 
 def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, Any]:
-    """Score editors on a data set and write the report; returns what `report.json` holds.
+    """Score editors on a data set, write the report, and return the content of `report.json`.
 
-    config and changes: what `EvaluateConfig` has, so `evaluate(data="pairs", model=["editor"], out="report")`
-    is enough. The same call resumes. Raises InputError, ModelError and ResourceError.
+    config, changes: the settings, see `EvaluateConfig`; the same call resumes.
+
+    `evaluate(data="pairs", model=["editor"], out="report")`. Raises InputError, ModelError and ResourceError.
     """
     config = (config or EvaluateConfig()).changed(**changes)
     config.check()
@@ -87,12 +88,12 @@ def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, 
     stage = partial(EvaluateStage, source, protocol, config, names=names, judge=judge)
     weights = {model: find_model(model) for v in variants if (model := v.model) is not None}
     slots = dict.fromkeys(slot for metric in metrics.values() for slot in metric.slots)
-    # Found before any work, so that a missing model is an error at once.
+    # Before any work, so that a missing model is reported immediately.
     encoders = {slot: find_encoder(slot, names.get(slot)) for slot in slots}
     settings = {
         "data": source.key,
         "rows": len(source),
-        "variants": variant_json(variants),
+        "variants": [asdict(variant) for variant in variants],
         "metrics": list(metrics),
         "as published": config.as_published,
         "as code": config.as_code,
@@ -114,16 +115,16 @@ def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, 
     )
     write_text(folder / RUN, run_json(config))
     if flawed := summary.counts.get("flawed"):
-        say(f"{flawed:,.0f} edits were left out; the column flaw of {folder / TABLE} says why")
+        say(f"{flawed:,.0f} edits were skipped; the column flaw of {folder / TABLE} has the reasons")
     return write_report(config, folder, source, metrics, names, by_kind=protocol.by_kind)
 
 
 def open_rows(config: EvaluateConfig) -> tuple[RowSource, Protocol]:
-    """The rows that the config names, and what is measured on them. Raises InputError."""
+    """The rows to edit and the metrics. Raises InputError."""
     drawn = config.data == STORYBOOK and not Path(STORYBOOK).exists()
     if config.columns and (config.benchmark is not None or drawn):
         raise InputError(
-            f"{config.benchmark or STORYBOOK} has its own columns; remove --columns, which is for pairs."
+            f"--columns is for data sets of pairs, not for {config.benchmark or STORYBOOK}; remove it."
         )
     if config.benchmark is not None:
         from ip2p.evaluation.benchmarks import open_benchmark
@@ -131,10 +132,12 @@ def open_rows(config: EvaluateConfig) -> tuple[RowSource, Protocol]:
         return open_benchmark(config)
     if drawn:
         if config.split not in get_args(Split):
-            raise InputError(f"--split is {config.split!r}; of the storybook: {', '.join(get_args(Split))}.")
+            raise InputError(
+                f"the storybook has no split {config.split!r}; choose one of: {', '.join(get_args(Split))}."
+            )
         side = config.size or STORYBOOK_SIDE
         if not isinstance(side, int):
-            raise InputError("storybook pages are square; give --size one side, as in --size 64.")
+            raise InputError("storybook pages are square; use a single number, for example --size 64.")
         source: RowSource = StorybookRows(
             config.count or STORYBOOK_ROWS, size=side, seed=config.seed, split=config.split
         )
@@ -153,7 +156,7 @@ def open_rows(config: EvaluateConfig) -> tuple[RowSource, Protocol]:
 
 
 def find_judge(config: EvaluateConfig) -> JudgeSettings | None:
-    """The judge that the config names. Raises InputError, also for a benchmark that needs one."""
+    """The judge, or None. Raises InputError for a benchmark that needs one."""
     imgedit = config.benchmark == "imgedit"
     if config.judge is None:
         if config.benchmark in ("gedit", "imgedit"):
@@ -173,7 +176,7 @@ def find_judge(config: EvaluateConfig) -> JudgeSettings | None:
 
 
 def encoder_names(config: EvaluateConfig) -> dict[str, str]:
-    """The encoders that stand in for the pinned ones, by slot."""
+    """The encoders that replace the pinned ones, by slot."""
     named = {slot: getattr(config, slot) for slot in ENCODERS if getattr(config, slot) is not None}
     if config.data == STORYBOOK and config.benchmark is None:
         named.setdefault("clip", STORYBOOK)
@@ -181,7 +184,7 @@ def encoder_names(config: EvaluateConfig) -> dict[str, str]:
 
 
 def find_variants(config: EvaluateConfig, source: RowSource) -> list[Variant]:
-    """What makes outputs: the two that always stand beside the models, the models, the baselines."""
+    """What produces outputs: the two references, the models, and the baselines."""
     sampling = {name: getattr(config, name) for name in SAMPLING if getattr(config, name) is not None}
     if config.as_code:
         sampling = AS_CODE | sampling
@@ -193,14 +196,16 @@ def find_variants(config: EvaluateConfig, source: RowSource) -> list[Variant]:
     for text in config.model:
         label, model = named_model(text)
         for value in values:
-            own = sampling if value is None else sampling | {name: int(value) if name == "steps" else value}
-            variants.append(Variant(name=label, kind="model", model=model, settings=own, point=value))
+            swept = {} if value is None else {name: int(value) if name == "steps" else value}
+            variants.append(
+                Variant(name=label, kind="model", model=model, settings=sampling | swept, point=value)
+            )
     base = config.base or (named_model(config.model[0])[1] if config.model else None)
     for kind in dict.fromkeys(config.baseline):
         label = f"{'SDEdit' if kind == 'sdedit' else 'caption alone'}, {called(str(base))}"
         for strength in STRENGTHS if kind == "sdedit" else (None,):
-            own = sampling | ({} if strength is None else {"strength": strength})
-            variants.append(Variant(name=label, kind=kind, model=base, settings=own, point=strength))
+            settings = sampling | ({} if strength is None else {"strength": strength})
+            variants.append(Variant(name=label, kind=kind, model=base, settings=settings, point=strength))
     return variants
 
 
@@ -213,16 +218,16 @@ def write_report(
     *,
     by_kind: bool = False,
 ) -> dict[str, Any]:
-    """Write the report of a finished job: JSON, the table of all rows, curves, the page."""
+    """Write the report of a finished job: JSON, the table of all rows, curves and the page."""
     import pyarrow.parquet as pq
 
     from ip2p.evaluation.curves import draw_curves
     from ip2p.evaluation.report import page_html, write_summary
 
     rows = _joined(folder / JOB, ROWS)
-    # A row without a target is no ground truth: where there is none at all, the line is left out.
     lines = write_summary(rows, metrics, resamples=config.resamples, by_kind=by_kind)
-    lines = [line for line in lines if line["rows"] or line["kind"] not in ("truth",)]
+    # Without any targets, there is no ground truth to show.
+    lines = [line for line in lines if line["rows"] or line["kind"] != "truth"]
     metrics = {
         name: metric
         for name, metric in metrics.items()
@@ -231,10 +236,12 @@ def write_report(
     judged: dict[str, Any] | None = None
     if config.judge is not None:
         judged = {"model": config.judge_model, "repeats": config.judge_repeats}
+        records = rows.to_pylist()
         for line in lines:
-            mask = [(v, p) == (line["name"], line["point"]) for v, p in _named_points(rows)]
-            line["judge"] = count_failures(rows.filter(mask).to_pylist())
-        judged |= count_failures(rows.to_pylist())
+            line["judge"] = count_failures(
+                [row for row in records if (row["variant"], row["point"]) == (line["name"], line["point"])]
+            )
+        judged |= count_failures(records)
     report: dict[str, Any] = {
         "ip2p": __version__,
         "data": source.name,
@@ -263,7 +270,7 @@ def write_report(
         ]
     write_text(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     pictures = _joined(folder / JOB, PICTURES).to_pylist()
-    first = rows.filter([k is not None and k < config.shown for k in rows["row"].to_pylist()]).to_pylist()
+    first = [row for row in rows.to_pylist() if row["row"] < config.shown]
     title = f"{config.benchmark or called(source.name)}: {len(source):,} edits"
     notes = [f"Protocol: {report['protocol']}. Seed {config.seed}."]
     if judged is not None:
@@ -271,15 +278,11 @@ def write_report(
             ", ".join(f"{count} {reason}" for reason, count in judged["failures"].items() if count) or "none"
         )
         notes.append(
-            f"Judge: {judged['model']}, asked {judged['replies']:,} times on {', '.join(judged['dates'])}; "
+            f"Judge: {judged['model']}, {judged['replies']:,} questions on {', '.join(judged['dates'])}; "
             f"replies without a score: {failures}."
         )
     write_text(folder / PAGE, page_html(title, lines, metrics, first, pictures, notes=notes, curves=curves))
     return report
-
-
-def _named_points(rows: pa.Table) -> list[tuple[str, float | None]]:
-    return list(zip(rows["variant"].to_pylist(), rows["point"].to_pylist(), strict=True))
 
 
 def _encoders(metric: Metric, names: Mapping[str, str]) -> list[str]:

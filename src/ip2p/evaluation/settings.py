@@ -1,4 +1,4 @@
-"""The settings of `ip2p evaluate`, each declared once; those of an edit are `EditSettings`' own."""
+"""The settings of `ip2p evaluate`; those of an edit are taken from `EditSettings`."""
 
 from __future__ import annotations
 
@@ -65,22 +65,20 @@ class EvaluateConfig(
 
     data: str = setting(
         "",
-        "any data set that train reads, a benchmark's files, or storybook",
+        "a data set of pairs (docs/data.md), a benchmark's files, or storybook",
         positional=1,
         metavar="DATA",
     )
-    out: Path | None = setting(
-        None, "folder of the report; the same command resumes", group=COMMON, flags=("-o",)
-    )
+    out: Path | None = setting(None, "output folder; the same command resumes", group=COMMON, flags=("-o",))
     model: Texts = setting(
         (),
-        "an editor, or NAME=EDITOR; may be repeated. Without one, only the baselines are scored",
+        "an editor, or NAME=EDITOR; may be repeated; default: only the baselines",
         group=COMMON,
         metavar="MODEL",
     )
     count: int | None = setting(
         None,
-        "only the first N rows; default: all, or 200 of the storybook",
+        "use only the first N rows; default: all, or 200 for storybook",
         ge=1,
         le=10**9,
         example=200,
@@ -88,11 +86,11 @@ class EvaluateConfig(
     )
     metrics: Texts = setting(
         (),
-        "a metric, or several with commas; may be repeated; --list names them. Default: what the data allows",
+        "metrics, separated by commas; may be repeated; see --list; default: depends on the data",
         group=MEASURES,
         metavar="NAME",
     )
-    list_metrics: bool = setting(False, "print the metrics and what each is", group=MEASURES, name="list")
+    list_metrics: bool = setting(False, "list all metrics and exit", group=MEASURES, name="list")
     sweep: str | None = setting(
         None,
         "score each model at several values of a setting and draw curves",
@@ -111,11 +109,16 @@ class EvaluateConfig(
     )
     split: str = setting("test", "split of the data set", group="Data", metavar="NAME")
     seed: int = setting(
-        0, "with a row's id, the seed of its noise", ge=0, le=MAX_SEED, example=7, group=COMMON
+        0,
+        "seed; the noise of a row depends on it and on the row's id",
+        ge=0,
+        le=MAX_SEED,
+        example=7,
+        group=COMMON,
     )
     clip: str | None = setting(
         None,
-        "CLIP of the clip_* metrics; default: ViT-L/14, or storybook's own on its pages",
+        "CLIP for the clip_* metrics; default: ViT-L/14, or the storybook's for its pages",
         group=MEASURES,
         metavar="MODEL",
     )
@@ -123,22 +126,28 @@ class EvaluateConfig(
     dino: str | None = setting(None, "another DINO for dino_*", group=MEASURES, hidden=True)
     dinov2: str | None = setting(None, "another DINOv2 for dinov2_*", group=MEASURES, hidden=True)
     structure: str | None = setting(None, "another ViT for structure", group=MEASURES, hidden=True)
-    benchmark: BenchmarkName | None = setting(None, "what DATA holds", group="Data", metavar="NAME")
+    benchmark: BenchmarkName | None = setting(
+        None, "the benchmark that DATA is", group="Data", metavar="NAME"
+    )
     as_published: bool = setting(
-        False, "the benchmark's public evaluator, faults included (docs/evaluate.md)", group=MEASURES
+        False,
+        "evaluate as the benchmark's public code does, faults included (docs/evaluate.md)",
+        group=MEASURES,
     )
     as_code: bool = setting(
-        False, "the paper's released script, faults included (docs/evaluate.md)", group=MEASURES
+        False,
+        "evaluate as the paper's released script does, faults included (docs/evaluate.md)",
+        group=MEASURES,
     )
     judge: str | None = setting(
         None, "OpenAI-compatible server whose vision model scores the edits", group=JUDGE, metavar="URL"
     )
-    judge_model: str = setting("", "its name on the server", group=JUDGE, metavar="NAME")
+    judge_model: str = setting("", "name of the vision model on the server", group=JUDGE, metavar="NAME")
     judge_repeats: int = setting(
-        1, "answers per picture, for the variance", ge=1, le=100, group=JUDGE, hidden=True
+        1, "answers per picture, to estimate the variance", ge=1, le=100, group=JUDGE, hidden=True
     )
     judge_prompts: Path | None = setting(
-        None, "folder with semantics.txt and quality.txt instead of ours", group=JUDGE, hidden=True
+        None, "folder with your own semantics.txt and quality.txt", group=JUDGE, hidden=True
     )
     judge_timeout: float = setting(
         120.0, "seconds to wait for an answer", gt=0, le=3600, group=JUDGE, hidden=True, same_job=False
@@ -152,22 +161,22 @@ class EvaluateConfig(
     )
     batch_size: int | None = setting(
         None,
-        "edits at once; default: 16 of small pictures, else 4, on a CPU 1",
+        "edits per batch; default: 16 for small pictures, else 4, or 1 on a CPU",
         ge=1,
         le=4096,
         example=4,
         group=MODEL,
     )
     shown: int = setting(
-        24, "rows whose pictures are on the page", ge=0, le=10_000, group="Report", hidden=True
+        24, "number of rows whose pictures the page shows", ge=0, le=10_000, group="Report", hidden=True
     )
     resamples: int = setting(
-        2000, "bootstrap resamples of the intervals", ge=100, le=100_000, group="Report", hidden=True
+        2000, "bootstrap resamples for the intervals", ge=100, le=100_000, group="Report", hidden=True
     )
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """The names in `metrics`, one by one."""
+        """The individual names in `metrics`."""
         return tuple(name for text in self.metrics for name in text.split(",") if name)
 
     def check_together(self) -> None:
@@ -181,12 +190,12 @@ class EvaluateConfig(
                 "{as_code} has its own metrics; remove {metrics} and {benchmark}.", field="as_code"
             )
         if (self.judge is None) == bool(self.judge_model):
-            raise Conflict("{judge} and {judge_model} go together; give both.", field="judge")
+            raise Conflict("{judge} and {judge_model} are needed together.", field="judge")
         if self.baseline and not (self.base or self.model):
             raise Conflict("{baseline} needs {base} or {model}.", field="baseline")
 
     def check(self) -> None:
-        """Raise InputError for settings that cannot be run with."""
+        """Raise InputError for missing or inconsistent settings."""
         if self.list_metrics:
             return
         example = "ip2p evaluate storybook --model storybook -o report"
@@ -196,11 +205,13 @@ class EvaluateConfig(
         names = [named_model(text)[0] for text in self.model]
         for name in names:
             if names.count(name) > 1:
-                raise InputError(f"two models are called {name}; name them: --model A={name} --model B=…")
+                raise InputError(
+                    f"two models are called {name}; choose other names: --model A={name} --model B=…"
+                )
 
 
 def named_model(text: str) -> tuple[str, str]:
-    """NAME=MODEL, or a model alone, whose last part names it."""
+    """The name and the model in NAME=MODEL; the default name is the last part of the model's path."""
     from ip2p.models.bundle import called
 
     name, equals, model = text.partition("=")
@@ -218,7 +229,9 @@ def sweep_values(text: str) -> tuple[str, tuple[float, ...]]:
     name = EditSettings.field_names().get(name.replace("-", "_"), name)
     known = [each for each in numeric_settings() if each in SAMPLING]
     if name not in known:
-        raise Conflict(f"{{sweep}} is over {name!r}; choose one of: {', '.join(known)}.", field="sweep")
+        raise Conflict(
+            f"{{sweep}} does not support {name!r}; choose one of: {', '.join(known)}.", field="sweep"
+        )
     try:
         if re.fullmatch(r"[^:,]+:[^:,]+:[^:,]+", values):
             low, high, step = (float(each) for each in values.split(":"))

@@ -1,4 +1,4 @@
-"""The job stage of `ip2p evaluate`: edits rows with one model at one setting and measures the results."""
+"""The job stage of `ip2p evaluate`: edits rows with one variant and measures the results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 ROWS, PICTURES = "rows/rows", "pictures/pictures"  # tables of the job
 THUMBNAIL = 160  # pixels
-SMALL_SIDE, SMALL_BATCH = 256, 16  # pictures up to this side are edited so many at once
+SMALL_SIDE, SMALL_BATCH = 256, 16  # batch size for pictures up to this side
 Kind = Literal["copy", "truth", "model", "sdedit", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A row of the report: what makes the outputs. point: the value of the swept setting, or the strength."""
+    """A line of the report: what produces the outputs. point: the swept value, or SDEdit's strength."""
 
     name: str
     kind: Kind
@@ -61,9 +61,9 @@ class EvalPart:
 class EvaluateStage:
     """Edits and measures. One model is loaded at a time; encoders stay loaded.
 
-    metrics: returns the metrics by name. names: encoders that replace the pinned ones. judge: asked about
-    every result. Of the config: `as_code` squeezes the pictures to `size` and does not clip values, as the
-    paper's script; pictures of the first `shown` rows are kept.
+    metrics: returns the metrics by name. names: encoders that replace the pinned ones. judge: scores every
+    result. With `config.as_code`, pictures are resized to a square and not clipped, as in the paper's script.
+    Pictures of the first `config.shown` rows are kept.
     """
 
     def __init__(
@@ -183,11 +183,11 @@ class EvaluateStage:
         self, variant: Variant, rows: Sequence[EvalRow]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         editor: Any = self._model(variant)
-        chosen = editor.resolved(EditSettings.read(variant.settings))
-        side = chosen.size if isinstance(chosen.size, int) else editor.bundle.card.native_size
+        settings = EditSettings.read(variant.settings)
+        side = settings.size if isinstance(settings.size, int) else editor.bundle.card.native_size
         inputs = [as_picture(row.before.resize((side, side), Image.Resampling.LANCZOS)) for row in rows]
         if any(len(row.turns) > 1 for row in rows):
-            raise InputError("--as-code edits once; the data has rows of several turns.")
+            raise InputError("--as-code supports one edit per row, but the data has rows with several turns.")
         outputs: list[torch.Tensor] = []
         batch = self._batch(editor, [row.before for row in rows])
         for start in range(0, len(rows), batch):
@@ -197,17 +197,13 @@ class EvaluateStage:
                 torch.stack(inputs[start : start + batch]) * 2 - 1,
                 [row.turns[0] for row in some],
                 seeds=[self._seed(row) for row in some],
-                steps=chosen.steps or 0,
-                sampler=chosen.sampler or "",
-                schedule=chosen.schedule or "",
-                text_cfg=chosen.text_cfg or 0.0,
-                image_cfg=chosen.image_cfg or 0.0,
+                settings=settings,
             )
             outputs += list((found.float().cpu() + 1) / 2)
         return inputs, outputs
 
     def _batch(self, editor: Editor, pictures: Sequence[Image.Image]) -> int:
-        # Parts are fixed, so a batch changes nothing from run to run; small pictures gain by it on a CPU.
+        # A larger batch makes small pictures faster on a CPU. Parts are fixed, so results are reproducible.
         small = all(max(picture.size) <= SMALL_SIDE for picture in pictures)
         return self.config.batch_size or (SMALL_BATCH if small else editor.batch_size)
 
@@ -217,7 +213,7 @@ class EvaluateStage:
             from ip2p.editing.editor import Editor
             from ip2p.evaluation.baselines import CaptionPainter
 
-            self._loaded = None  # before the next one is loaded: two may not fit
+            self._loaded = None  # free it first: two models may not fit
             load: Any = Editor.load if variant.kind == "model" else CaptionPainter
             self._loaded = key, load(variant.model, device=self.config.device, dtype=self.config.dtype)
         return self._loaded[1]  # type: ignore[no-any-return]
@@ -263,8 +259,3 @@ def _thumbnail(image: Image.Image) -> bytes:
     file = io.BytesIO()
     small.save(file, "JPEG", quality=88)
     return file.getvalue()
-
-
-def variant_json(variants: Sequence[Variant]) -> list[dict[str, Any]]:
-    """The variants as JSON values, for a job's settings."""
-    return [asdict(variant) for variant in variants]

@@ -1,22 +1,19 @@
-"""How good an editor is on storybook edits, whose exact answers are known: `ip2p storybook score`.
+"""Scores an editor on storybook edits, whose exact answers are known: `ip2p storybook score`.
 
-- *Nearest*: within the region where any candidate differs, the output is nearer to the exact answer than to
-  the unedited page and to each of at least 15 other exact answers of the same kind of edit.
-- *Strict*: nearest, the change is made at three to five quarters of its strength, and the rest of the page is
-  kept.
-- *Sharpness*: the edges of the outputs over those of the exact answers, in that region.
+- *Nearest*: in the region where any candidate differs from the page, the output is nearer to the exact answer
+  than to the unedited page and to at least 15 other exact answers of the same kind of edit.
+- *Strict*: nearest, the change has three to five quarters of its strength, and the rest of the page is kept.
+- *Sharpness*: the edges of the outputs divided by those of the exact answers, in that region.
 - *Preservation*: PSNR between output and page outside the region that the edit may change.
 - *Reconstruction*: PSNR of the autoencoder on the exact answers.
 
-`metrics` has the equations. Baselines stand beside the model (`BASELINES`): outputs made from the answers
-themselves, which show what each number can and cannot tell.
+The equations are in `ip2p_storybook.metrics`. The `BASELINES` are outputs made from the answers themselves;
+they show what each metric can and cannot distinguish.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -36,19 +33,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ip2p.editing.editor import Editor
+    from ip2p.settings import EditSettings
 
 SPLITS = tuple(split for split in edits.SPLITS if split != "train")
 BASELINES = ("copy", "hedger", "blurred answer", "ceiling")
 OTHER_ANSWERS = 15
 ROWS_SHOWN = 48
+SAMPLING = ("steps", "sampler", "schedule", "text_cfg", "image_cfg")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One edit to score, with everything needed to judge an output of it.
+    """One edit to score, with everything needed to judge an output.
 
-    page, exact: uint8 [size, size, 3]; others: uint8 [n, size, size, 3], n >= 15; region: bool
-    [size, size], where any candidate differs from the page; fixed: bool [size, size], what must stay.
+    page, exact: uint8 [size, size, 3]. others: uint8 [n, size, size, 3], n >= 15. region: bool [size, size],
+    where any candidate differs from the page. fixed: bool [size, size], what must not change.
     """
 
     edit: Edit
@@ -61,10 +60,10 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The numbers of one output.
+    """The metrics of one output.
 
-    preservation: PSNR in dB to the page where nothing may change, infinite for equal pixels; None where the
-    edit may change the whole page. distance: PSNR in dB to the exact answer over the whole page. edges,
+    preservation: PSNR in dB to the page where nothing may change, infinite for equal pixels; None if the edit
+    may change the whole page. distance: PSNR in dB to the exact answer over the whole page. edges,
     exact_edges: edge energy of the output and of the exact answer in the region.
     """
 
@@ -87,7 +86,7 @@ def make_case(edit: Edit, size: int) -> Case:
     others: list[NDArray[np.uint8]] = []
     for scene in alternatives(edit):
         picture = draw(scene, size)
-        # Two records may look alike (a recoloured thing in a blueprint): no output can be told apart by them.
+        # Two scenes may look the same, for example if a thing is recolored in a blueprint.
         if not any(np.array_equal(picture, seen) for seen in (exact, page, *others)):
             others.append(picture)
         if len(others) >= OTHER_ANSWERS + 1:
@@ -100,19 +99,19 @@ def make_case(edit: Edit, size: int) -> Case:
 
 
 def cases(count: int, seed: int, size: int, split: str) -> Iterator[Case]:
-    """`count` edits whose answer is unique and visible, the kinds in turn."""
+    """`count` edits with a unique and visible answer, cycling through the kinds."""
     return (find_case(number, seed, size, split) for number in range(count))
 
 
 def find_case(number: int, seed: int, size: int, split: str) -> Case:
-    """Edit `number` of a seed: one whose answer is unique and visible. The kinds take turns."""
+    """Edit `number` of a seed, with a unique and visible answer; its kind depends on `number`."""
     rng = rng_for("score", split, seed, number)
     while True:
         edit = sample_edit(rng, kind=EDIT_KINDS[number % len(EDIT_KINDS)], split=split)
         if not is_unique(edit):
             continue
         case = make_case(edit, size)
-        # A change that cannot be seen (a colour in a blueprint) has no answer to look for.
+        # An invisible change, such as a color in a blueprint, cannot be scored.
         if len(case.others) >= OTHER_ANSWERS and visible(case.page, case.exact):
             return case
 
@@ -141,13 +140,13 @@ def judge(case: Case, output: NDArray[np.uint8]) -> Verdict:
 
 
 def hedged_answer(case: Case) -> NDArray[np.uint8]:
-    """The median of the exact and the other answers, pixel by pixel: it commits to none of them."""
+    """The per-pixel median of the exact and the other answers, which commits to none of them."""
     median = np.median(np.concatenate([case.exact[None], case.others]), axis=0)
     return median.round().astype(np.uint8)
 
 
 def blurred_answer(case: Case) -> NDArray[np.uint8]:
-    """The exact answer under a Gaussian blur of size / 64 pixels; where nothing may change, the page."""
+    """The exact answer with a Gaussian blur of size / 64 pixels; the page where nothing may change."""
     from PIL import Image, ImageFilter
 
     blur = ImageFilter.GaussianBlur(case.page.shape[0] / 64)
@@ -155,21 +154,15 @@ def blurred_answer(case: Case) -> NDArray[np.uint8]:
     return np.where(case.fixed[..., None], case.page, blurred)
 
 
-def halfway_answer(case: Case) -> NDArray[np.uint8]:
-    """Half the page and half the exact answer."""
-    half = (case.page.astype(np.float32) + case.exact) / 2
-    return half.round().astype(np.uint8)
-
-
 # --- tables -------------------------------------------------------------------------------------
 
 
 def summarize(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
-    """Each metric for each kind of edit and overall, as plain JSON values.
+    """Each metric for each kind of edit and overall, as JSON values.
 
     {kind: {"count": n, metric: {"value", "low", "high", "count"}}}. nearest, strict: shares. sharpness: the
     sum of the outputs' edges over that of the exact answers'. gain: mean. preservation, distance: mean dB,
-    each at most 60. A metric is None where no output has it.
+    each at most 60. A metric that no output has is None.
     """
     rows: dict[str, dict[str, Any]] = {}
     for kind in (*EDIT_KINDS, "overall"):
@@ -192,50 +185,39 @@ def _mean_psnr(values: Sequence[float]) -> metrics.Estimate | None:
     return metrics.mean([min(value, metrics.MAX_PSNR) for value in values])
 
 
-def edit_pages(
-    editor: Editor, pages: NDArray[np.uint8], instructions: Sequence[str], **sampling: Any
-) -> list[NDArray[np.uint8]]:
-    """Edit a batch of pages, uint8 [batch, size, size, 3], each by its instruction (`edit_tensors`)."""
-    return _pixels(edit_tensors(editor, _signed(pages), instructions, **sampling))
-
-
 def edit_tensors(
     editor: Editor,
     pictures: Tensor,
     instructions: Sequence[str],
     *,
     seeds: Sequence[int],
-    steps: int,
-    sampler: str,
-    schedule: str,
-    text_cfg: float,
-    image_cfg: float,
+    settings: EditSettings,
 ) -> Tensor:
-    """Edit pictures [batch, 3, h, w] in [-1, 1] at their size; the results may go beyond, as decoded."""
+    """Edit pictures [batch, 3, h, w] in [-1, 1] at their own size, each by its instruction.
+
+    settings: of which steps, sampler, schedule and the two scales are used; None means the model's defaults.
+    Returns the decoded results, which are not clamped to [-1, 1].
+    """
 
     from ip2p.base.devices import NoiseStream
     from ip2p.diffusion.schedule import SPACINGS
     from ip2p.models.text import join_prompts
 
+    settings = editor.resolved(settings)
     images = editor.encode_image(pictures)
     latents = editor.edit_latents(
         images,
         join_prompts([editor.encode_text(text) for text in instructions]),
         editor.encode_text(""),
         noise=NoiseStream(list(seeds), images.shape[1:], editor.device),
-        text_cfg=text_cfg,
-        image_cfg=image_cfg,
-        sampler=sampler,
-        sigmas=SPACINGS[schedule](editor.schedule, steps),
+        text_cfg=settings.text_cfg or 0.0,
+        image_cfg=settings.image_cfg or 0.0,
+        sampler=settings.sampler or "",
+        sigmas=SPACINGS[settings.schedule or ""](editor.schedule, settings.steps or 0),
     )
     for last in latents:
         final = last
     return editor.decode(final)
-
-
-def reconstruct_pages(editor: Editor, pages: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """Pages, uint8 [batch, size, size, 3], through the autoencoder and back."""
-    return _pixels(editor.decode(editor.encode_image(_signed(pages)) * editor.bundle.latent_scale))
 
 
 def _signed(pages: NDArray[np.uint8]) -> Tensor:
@@ -253,11 +235,6 @@ def score(
     *,
     count: int,
     seed: int = 0,
-    steps: int | None = None,
-    sampler: str | None = None,
-    schedule: str | None = None,
-    text_cfg: float | None = None,
-    image_cfg: float | None = None,
     size: int | None = None,
     batch_size: int = 16,
     splits: Sequence[str] = SPLITS,
@@ -265,24 +242,18 @@ def score(
     advance: Callable[[], None] | None = None,
     rows: list[tuple[Case, NDArray[np.uint8]]] | None = None,
     keep_rows: int = 0,
+    settings: EditSettings | None = None,
 ) -> dict[str, Any]:
-    """Score an editor on `count` edits of each split; returns the tables as plain JSON values.
+    """Score an editor on `count` edits of each split; returns the tables as JSON values.
 
-    The result has the settings, and under "splits" for each split: "model" and each baseline (`summarize`),
-    "edits", the model's numbers edit by edit, and, with the ceiling, "reconstruction", the mean PSNR in dB of
-    the autoencoder on the exact answers. `rows` receives the first `keep_rows` (case, output) of the first
-    split, for a picture of them.
+    settings: as in `edit_tensors`. The result has them and, under "splits", for each split: "model" and each
+    baseline (`summarize`), "edits" (the metrics of each edit) and, with the ceiling, "reconstruction" (mean
+    PSNR in dB of the autoencoder on the exact answers). `rows` receives the first `keep_rows` (case, output)
+    of the first split.
     """
     size = size or editor.bundle.card.native_size
-    given = {
-        "steps": steps,
-        "sampler": sampler,
-        "schedule": schedule,
-        "text_cfg": text_cfg,
-        "image_cfg": image_cfg,
-    }
-    settings = editor.resolved(changes=given)
-    sampling = {name: getattr(settings, name) for name in given}
+    settings = editor.resolved(settings)
+    sampling = {name: getattr(settings, name) for name in SAMPLING}
     result: dict[str, Any] = {"count": count, "seed": seed, "size": size, **sampling, "splits": {}}
     for split in splits:
         found: list[tuple[Case, Verdict]] = []
@@ -290,13 +261,14 @@ def score(
         remaining = cases(count, seed, size, split)
         while batch := list(islice(remaining, batch_size)):
             first = len(found)
-            outputs = edit_pages(
+            results = edit_tensors(
                 editor,
-                np.stack([case.page for case in batch]),
+                _signed(np.stack([case.page for case in batch])),
                 [case.edit.instruction for case in batch],
                 seeds=[seed * 1_000_003 + first + i for i in range(len(batch))],
-                **sampling,
+                settings=settings,
             )
+            outputs = _pixels(results)
             for case, output in zip(batch, outputs, strict=True):
                 found.append((case, judge(case, output)))
                 if rows is not None and split == splits[0] and len(rows) < keep_rows:
@@ -318,7 +290,8 @@ def score(
 def _answer_all(editor: Editor, baseline: str, batch: Sequence[Case]) -> list[NDArray[np.uint8]]:
     """A baseline's outputs for a batch of cases."""
     if baseline == "ceiling":
-        return reconstruct_pages(editor, np.stack([case.exact for case in batch]))
+        latents = editor.encode_image(_signed(np.stack([case.exact for case in batch])))
+        return _pixels(editor.decode(latents * editor.bundle.latent_scale))
     answer: Callable[[Case], NDArray[np.uint8]] = {
         "copy": lambda case: case.page,
         "hedger": hedged_answer,
@@ -328,7 +301,7 @@ def _answer_all(editor: Editor, baseline: str, batch: Sequence[Case]) -> list[ND
 
 
 def _as_record(case: Case, verdict: Verdict) -> dict[str, Any]:
-    """One edit of the JSON; a page that is kept to the byte has a preservation of 60 dB."""
+    """One edit as JSON values; the preservation of an unchanged page is 60 dB."""
     numbers = asdict(verdict) | {"strict": verdict.strict}
     for name in ("preservation", "distance"):
         if numbers[name] is not None:
@@ -337,12 +310,12 @@ def _as_record(case: Case, verdict: Verdict) -> dict[str, Any]:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The score as tables of at most 100 columns, one for each split."""
+    """The score as text, one table of at most 100 columns per split."""
     lines = [
         f"{result['count']} edits per split at {result['size']} px, seed {result['seed']}",
         f"{result['steps']} steps of {result['sampler']} ({result['schedule']}), "
         f"text CFG {result['text_cfg']:g}, image CFG {result['image_cfg']:g}",
-        "number right of all, percent, and in brackets the 95% interval",
+        "number correct, percentage, and 95% interval in parentheses",
     ]
     for split, tables in result["splits"].items():
         head = f"{split:<20}{'nearest':>20}{'strict':>26}{'sharpness':>17}{'preservation, dB':>17}"
@@ -363,14 +336,14 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def _share_text(share: dict[str, float]) -> str:
-    """7/10 70% (40-89); percents without decimals, which the interval would not bear out."""
+    """7/10 70% (40-89); decimals would suggest more precision than the interval has."""
     right = round(share["value"] * share["count"])
     low, high = (f"{100 * share[end]:.0f}" for end in ("low", "high"))
     return f"{right}/{share['count']} {share['value']:4.0%} {f'({low}-{high})':>8}"
 
 
 def _mean_text(mean: dict[str, float | None] | None, form: str) -> str:
-    """24.8 (23.1-26.5); - for a metric that no output has."""
+    """24.8 (23.1-26.5), or - for a metric that no output has."""
     if mean is None:
         return "-"
     ends = [mean[end] for end in ("low", "high")]
@@ -379,53 +352,30 @@ def _mean_text(mean: dict[str, float | None] | None, form: str) -> str:
     return f"{mean['value']:{form}} ({ends[0]:{form}}-{ends[1]:{form}})"
 
 
-def rows_picture(rows: Sequence[tuple[Case, NDArray[np.uint8]]], columns: int = 2) -> Any:
-    """A PIL picture with (page, instruction, result, exact answer) a row, `columns` rows side by side."""
-    from PIL import Image, ImageDraw, ImageFont
+def rows_picture(rows: Sequence[tuple[Case, NDArray[np.uint8]]]) -> Any:
+    """A sheet with page, result and exact answer of each edit, and whether the result is nearest."""
+    from PIL import Image
 
-    size = 128
-    width, height, gap = 3 * size + 200, size, 6
-    font = ImageFont.load_default(15)
-    lines = math.ceil(len(rows) / columns)
-    sheet = Image.new("RGB", (columns * (width + 2 * gap), 24 + lines * (height + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column in range(columns):
-        x = column * (width + 2 * gap)
-        for offset, text in (
-            (0, "page"),
-            (size, "instruction"),
-            (size + 200, "result"),
-            (2 * size + 200, "exact"),
-        ):
-            pen.text((x + offset + 4, 3), text, fill="black", font=font)
-    for i, (case, output) in enumerate(rows):
-        x, y = (i % columns) * (width + 2 * gap), 24 + (i // columns) * (height + gap)
-        for offset, picture in ((0, case.page), (size + 200, output), (2 * size + 200, case.exact)):
-            sheet.paste(
-                Image.fromarray(picture).resize((size - 4, size - 4), Image.Resampling.LANCZOS),
-                (x + offset, y),
-            )
-        pen.multiline_text(
-            (x + size + 4, y + 8),
-            "\n".join(textwrap.wrap(case.edit.instruction, 24)),
-            fill="black",
-            font=font,
-        )
-        right = judge(case, output).nearest
-        pen.text(
-            (x + size + 4, y + height - 24),
-            "right" if right else "wrong",
-            fill="#2a7a2a" if right else "#b03030",
-            font=font,
-        )
-    return sheet
+    from ip2p.data.check import sheet_in_columns
+    from ip2p.pictures.images import resized
+
+    shown = [
+        [resized(Image.fromarray(pixels), (128, 128)) for pixels in (case.page, output, case.exact)]
+        for case, output in rows
+    ]
+    labels = [
+        f"{'right' if judge(case, output).nearest else 'wrong'}: {case.edit.instruction}"
+        for case, output in rows
+    ]
+    return sheet_in_columns(shown, labels, header=("page", "result", "exact answer"), columns=2, letters=64)
 
 
 def run(config: Any) -> None:
-    """The command `ip2p storybook score`: print the table, and write what the config asks for."""
+    """`ip2p storybook score`: print the tables and write the requested files."""
     from ip2p.base.files import check_output, replacing, write_text
     from ip2p.base.terminal import progress
     from ip2p.editing.editor import Editor
+    from ip2p.settings import EditSettings
 
     for split in config.split:
         if split not in edits.SPLITS:
@@ -441,11 +391,7 @@ def run(config: Any) -> None:
             editor,
             count=config.count,
             seed=config.seed,
-            steps=config.steps,
-            sampler=config.sampler,
-            schedule=config.schedule,
-            text_cfg=config.text_cfg,
-            image_cfg=config.image_cfg,
+            settings=EditSettings(**{name: getattr(config, name) for name in SAMPLING}),
             size=config.size,
             batch_size=config.batch_size,
             splits=splits,

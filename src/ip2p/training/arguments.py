@@ -25,13 +25,13 @@ class TrainArguments(TypedDict, total=False):
     parts_from: str | None
     # training size in pixels; default: the base's own
     size: int | tuple[int, int] | None
-    # random crops: the shorter side is resized to anything from --size to this
+    # random crops: resize the shorter side to a random length from --size to this
     resize_to: int | None
-    # do not mirror pictures (those whose words name a side never are)
+    # do not mirror pictures; pairs whose instruction names a side are never mirrored
     no_flip: bool
-    # batch size, over all processes
+    # batch size across all processes
     batch: int
-    # samples per process and pass; the rest accumulate
+    # samples per process and forward pass; gradients are accumulated
     micro_batch: int | None
     # learning rate
     lr: float
@@ -49,17 +49,17 @@ class TrainArguments(TypedDict, total=False):
     clip_norm: float
     # maximum EMA decay; the EMA weights are saved; 0: none
     ema: float
-    # keep the EMA in the host's memory, updated beside the next step; saves 4 bytes a weight on the GPU
+    # keep the EMA in CPU memory, which saves 4 bytes per weight on the GPU
     ema_on_cpu: bool
-    # adamw8bit keeps its moments in 8 bits, a quarter of the memory: pip install 'ip2p[8bit]'
+    # adamw8bit stores its moments in 8 bits, a quarter of the memory: pip install 'ip2p[8bit]'
     optimizer: Literal["adamw", "adamw8bit"]
-    # EMA updates per step; the paper's code has one per micro-batch, which are 4
+    # EMA updates per step; the paper's code makes one per micro-batch, so 4
     ema_updates: int
-    # share of samples without their instruction
+    # fraction of samples without the instruction
     text_null: float
-    # share of samples without their picture
+    # fraction of samples without the input picture
     image_null: float
-    # share of samples without both
+    # fraction of samples without both
     both_null: float
     # gamma of Min-SNR weighting (its paper uses 5); default: none
     min_snr: float | None
@@ -71,9 +71,9 @@ class TrainArguments(TypedDict, total=False):
     lora_alpha: float | None
     # layers that get a LoRA
     lora_targets: Literal["attention", "all"]
-    # number format of the passes; the weights stay fp32
+    # number format of the forward and backward pass; the weights stay fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"]
-    # compile the UNet first; pays off on a GPU in long runs
+    # compile the UNet; pays off in long runs on a GPU
     compile: bool
     # gradient checkpointing: less memory, a third slower
     checkpointing: bool
@@ -81,13 +81,13 @@ class TrainArguments(TypedDict, total=False):
     cache: str | Path | None
     # number format of the cache
     cache_dtype: Literal["fp16", "fp32"]
-    # encode the pictures each time
+    # encode the pictures during training instead of caching them
     no_cache: bool
-    # without a cache: pairs that are read and encoded at once
+    # without a cache: pairs to encode at a time
     pool: int
-    # without a cache: how often each is used
+    # without a cache: number of times to use each encoded pair
     reuse: int
-    # processes that read pictures ahead
+    # worker processes that load pictures
     workers: int
     # checkpoints to keep
     keep: int
@@ -97,19 +97,19 @@ class TrainArguments(TypedDict, total=False):
     validate_every: int
     # pairs held out for validation; at most a tenth of all
     held_out: int
-    # sampling steps of a validation's edits
+    # sampling steps of the edits in a validation
     validate_steps: int
-    # CLIP for the curves: a folder or a Hugging Face model id; default: the base's own
+    # CLIP model for validation: a folder or a Hugging Face model id; default: the base's own
     clip: str | None
     # stop after this many validations without a new best
     stop_when_worse: int | None
-    # the number that decides; auto: success, else directional, else loss
+    # metric for --stop-when-worse; auto: success, else clip_directional, else loss
     watch: str
-    # stop after this many steps in a row that are not finite
+    # stop after this many consecutive steps with nonfinite gradients
     nan_steps: int
     # experiment tracker: tensorboard, wandb, … as accelerate knows them, or none
     track: str
-    # print the time of each part of a step
+    # measure and print the time of each part of a step
     profile: bool
     # save and stop after this many seconds
     seconds: float | None
@@ -117,13 +117,13 @@ class TrainArguments(TypedDict, total=False):
     seed: int
     # branch, tag or commit of the base
     revision: str | None
-    # another autoencoder: a folder, a Hugging Face model id, or a file
+    # replace the autoencoder: a folder, a Hugging Face model id, or a file
     vae: str | None
     # branch, tag or commit of the data set
     data_revision: str | None
     # split of the data set
     split: str
-    # read a Hugging Face data set without downloading it first; nothing is cached
+    # stream a Hugging Face data set instead of downloading it; nothing is cached
     stream: bool
     # license of the new editor
     license: str | None

@@ -1,8 +1,8 @@
-"""What the frozen networks say of the data, computed once: latents of both pictures, and encoded texts.
+"""Outputs of the frozen networks, computed once: latents of both pictures of each row, and encoded texts.
 
-Both are stored in parts of some hundred rows, memory-mapped when they are read. The `ledger` of the folder
-lists the parts, so a build that was killed resumes with those that are missing. Every part is made from its
-own rows alone, so any number of processes may share the work; each claims a part by a lock that ends with it.
+Both are stored in parts of a few hundred rows, which are memory-mapped for reading. The folder's `ledger`
+lists the parts, so a killed build resumes with the missing ones. A part depends on its own rows alone, so any
+number of processes can share the work; each claims a part with a lock that its death releases.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +27,7 @@ from ip2p.base import terminal
 from ip2p.base.errors import InputError, ModelError, ResourceError
 from ip2p.base.files import make_folder, remove_temporaries, write_text
 from ip2p.base.ledger import LOCK, Files, Ledger, Line, Lock, Say
-from ip2p.data.records import BrokenRow, Source
+from ip2p.data.records import BrokenRow, Pair, Source
 from ip2p.models.text import Prompt
 from ip2p.training.transform import Transform
 from ip2p.training.workers import start_worker
@@ -36,26 +36,22 @@ if TYPE_CHECKING:
     from ip2p.models.bundle import Bundle
 
 QUARANTINE = "quarantine.jsonl"
-FORMAT = 1  # goes up when the files change: old caches are then rebuilt
+FORMAT = 1  # increases when the files change; older caches are then rebuilt
 PART_ROWS = 256
-CHUNK_BYTES, CHUNK_ROWS = 16 * 2**20, 32  # decoded pixels that travel from a worker at once
+CHUNK_BYTES, CHUNK_ROWS = 16 * 2**20, 32  # maximum size of what a worker sends at once
 BYTES = {"fp16": 2, "fp32": 4}
 TENSORS = {"fp16": torch.float16, "fp32": torch.float32}
 TEXTS = ("ids", "instructions", "captions", "edited_captions")
-
-
-class Stopped(Exception):
-    """`stop` said so before a cache was whole; what is committed stays."""
 
 
 # --- keys --------------------------------------------------------------------------------------
 
 
 def weights_key(module: nn.Module) -> str:
-    """A hash of a network's config and weights, 16 hex digits; seconds for the largest, on any device.
+    """A hash of a network's config and weights, 16 hex digits; takes seconds for the largest networks.
 
-    Of each tensor it takes the exact sum of its bits read as whole numbers, which any single change
-    changes, and some thousand values in their places, which a change of order changes.
+    It covers, for each tensor, the exact sum of its bits as integers, which any single change alters, and
+    some thousand values in order, which a permutation alters.
     """
     digest = hashlib.sha256(_text(_config(module)))
     for name, tensor in sorted(module.state_dict().items()):
@@ -63,23 +59,23 @@ def weights_key(module: nn.Module) -> str:
         bits = flat.view(
             {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
         )
-        some = bits[:: max(1, bits.numel() // 4096)].cpu().numpy()
+        sample = bits[:: max(1, bits.numel() // 4096)].cpu().numpy()
         digest.update(_text([name, list(tensor.shape), str(tensor.dtype), int(bits.sum(dtype=torch.int64))]))
-        digest.update(some.tobytes())
+        digest.update(sample.tobytes())
     return digest.hexdigest()[:16]
 
 
 def text_key(bundle: Bundle, size: tuple[int, int]) -> str:
-    """A hash of all that decides how `bundle` encodes a text for pictures of `size`, 16 hex digits."""
+    """A hash of everything that affects how `bundle` encodes texts for pictures of `size`, 16 hex digits."""
     parts: list[Any] = [bundle.kind, bundle.zero_empty_text, list(size) if bundle.kind == "sdxl" else None]
     for encoder, tokenizer in (
         (bundle.text_encoder, bundle.tokenizer),
         (bundle.text_encoder_2, bundle.tokenizer_2),
     ):
         if encoder is not None and tokenizer is not None:
-            rules = getattr(tokenizer, "backend_tokenizer", None)
-            said = rules.to_str() if rules is not None else sorted(tokenizer.get_vocab().items())
-            parts += [weights_key(encoder), said, tokenizer.model_max_length, str(tokenizer.pad_token)]
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+            parts += [weights_key(encoder), rules, tokenizer.model_max_length, str(tokenizer.pad_token)]
     return _hash(parts)
 
 
@@ -88,7 +84,7 @@ def _config(module: nn.Module) -> dict[str, Any]:
     if config is None:
         return {}
     known = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    # Where it came from and by which version are not what it is.
+    # The name of its folder and the library's version do not change the network.
     return {k: v for k, v in known.items() if not k.startswith("_") and k != "transformers_version"}
 
 
@@ -106,8 +102,8 @@ def _hash(value: object) -> str:
 class Parts:
     """A folder of `count` files that several processes fill together.
 
-    done: the manifest's line of each committed part. Claims only save work: if two processes made one part,
-    both would write the same bytes.
+    done: the manifest's line of each committed part. Claims only avoid duplicate work: two processes that
+    made the same part would write the same bytes.
     """
 
     def __init__(self, folder: Path, count: int, suffix: str) -> None:
@@ -131,7 +127,7 @@ class Parts:
         return {self.path(line["part"]).name: (line["bytes"], line["sha256"])}
 
     def claims(self, rank: int, world: int) -> Iterator[int]:
-        """Missing parts that no process has claimed, each claimed now; those of this rank come first."""
+        """Claim and yield missing parts that no other process has claimed, those of this rank first."""
         for part in sorted(range(self.count), key=lambda k: ((k - rank) % world, k)):
             if part not in self.done and part not in self._claims and self._claim(part):
                 yield part
@@ -152,9 +148,9 @@ class Parts:
         self._claims.pop(part).release()
 
     def commit(self, part: int, blocks: Sequence[Any], line: Mapping[str, Any]) -> None:
-        """Write a claimed part, then its line, and release the claim. An error leaves nothing half-written.
+        """Write a claimed part, then its line, and release the claim. An error leaves no partial file.
 
-        Raises ResourceError for a full disk, OSError for one that fails.
+        Raises ResourceError if the disk is full, and OSError for other disk errors.
         """
         path, files = self.path(part), Files()
         try:
@@ -168,41 +164,66 @@ class Parts:
         self.ledger.append({"part": part, "bytes": size, "sha256": sha256, **line})
         self._release(part)
 
-    def fill(
-        self,
-        make: Callable[[Iterator[int]], None],
-        *,
-        rank: int,
-        world: int,
-        say: Say,
-        stop: Callable[[], bool],
-    ) -> None:
-        """Have `make` commit the parts that it claims, until all are there, whichever process made them."""
+    def fill(self, make: Callable[[Iterator[int]], None], *, rank: int, world: int, say: Say) -> None:
+        """Call `make` with claimed parts, which it must commit, until this and other processes made all."""
         waited = False
         while len(self.done) < self.count:
-            if stop():
-                raise Stopped(f"{len(self.done)} of {self.count} parts of {self.folder} are made")
             claims = self.claims(rank, world)
             first = next(claims, None)
             if first is not None:
                 make(chain([first], claims))
                 continue
             if not waited:
-                say(f"the last parts of {self.folder} are another process's; waiting for it")
+                say(f"waiting for another process that is making the last parts of {self.folder}")
                 waited = True
-            # A lock could be waited for, but then neither `stop` nor a signal's flag would be seen.
-            time.sleep(0.1)
+            time.sleep(0.1)  # unlike waiting for the lock, this can be interrupted
             self.ledger.refresh()
 
-    def need(self, numbers_a_part: int, dtype: str, what: str) -> None:
-        """Raise ResourceError if the parts that are missing will not fit on the disk."""
+    def check_space(self, numbers_a_part: int, dtype: str, what: str) -> None:
+        """Raise ResourceError if the missing parts will not fit on the disk."""
         need = (self.count - len(self.done)) * numbers_a_part * BYTES[dtype]
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise ResourceError(
-                f"{what} take {need / 1e9:.1f} GB more in {self.folder}, where {free / 1e9:.1f} GB are free. "
-                "Free some, or put the cache on another disk."
+                f"{what} need {need / 1e9:.1f} GB more in {self.folder}, which has {free / 1e9:.1f} GB free. "
+                "Free some space, or use --cache to choose a folder on another disk."
             )
+
+
+class PartRows:
+    """The rows of arrays that are stored in several files, memory-mapped on first use in each process.
+
+    counts: rows of each file. shape: of a row. dtype: fp16 or fp32.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], counts: Sequence[int], shape: Sequence[int], dtype: str
+    ) -> None:
+        self.paths, self.counts, self.shape, self.dtype = paths, counts, tuple(shape), dtype
+        self.starts = np.cumsum([0, *counts[:-1]])
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}
+
+    def read(self, places: Sequence[int], *inner: Sequence[int]) -> Tensor:
+        """Some rows in fp32, [places, …]. inner: indices into the first dimensions of each row."""
+        where, *inside = (np.asarray(index, np.int64) for index in (places, *inner))
+        part = np.searchsorted(self.starts, where, side="right") - 1
+        found = np.empty((len(where), *self.shape[len(inner) :]), self.dtype.replace("fp", "float"))
+        for number in np.unique(part):
+            here = np.flatnonzero(part == number)
+            index = (where[here] - self.starts[number], *(some[here] for some in inside))
+            found[here] = self._map(int(number))[index]
+        return torch.from_numpy(found).float()
+
+    def _map(self, part: int) -> np.ndarray:
+        if part not in self._maps:
+            numbers = self.counts[part] * math.prod(self.shape)
+            # Unlike numpy's, torch's maps keep no file open; a thousand parts would be a thousand handles.
+            mapped = torch.from_file(str(self.paths[part]), False, numbers, dtype=TENSORS[self.dtype])
+            self._maps[part] = mapped.numpy().reshape(-1, *self.shape)
+        return self._maps[part]
 
 
 # --- latents -----------------------------------------------------------------------------------
@@ -224,13 +245,13 @@ class Latents:
 def encode_pictures(
     vae: Any, pixels: Tensor, *, autocast: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean (which is the mode) and standard deviation of the posteriors, unscaled, fp32, on the VAE's device.
+    """Mean (also the mode) and standard deviation of the posteriors, unscaled, fp32, on the VAE's device.
 
-    pixels: uint8 [batch, 3, height, width] on any device. autocast: a number format to compute in, such as
-    bf16 where it is fast; None keeps the VAE's own.
+    pixels: uint8 [batch, 3, height, width] on any device. autocast: the dtype to compute in, such as bf16;
+    None uses the VAE's.
     """
     levels = pixels.to(vae.device, non_blocking=True).float()
-    # The order of operations is `images.to_tensor`'s: to the last bit, so are the latents.
+    # The same order of operations as in `images.to_tensor`, for bit-exact latents.
     pictures = (2 * (levels / 255) - 1).to(vae.dtype, memory_format=torch.channels_last)
     with torch.autocast(vae.device.type, dtype=autocast, enabled=autocast is not None):
         posterior = vae.encode(pictures).latent_dist
@@ -238,27 +259,25 @@ def encode_pictures(
 
 
 class LatentCache:
-    """Memory-mapped latents of both pictures of each row and variant, as `build_cache` left them.
+    """The latents of both pictures of each row and variant, as written by `build_cache`.
 
-    rows: which of the source's rows they are, in its order. ids, instructions, captions, edited_captions:
-    of each. labels: class numbers by name, int64 [rows, …], where the data have them. broken: id and reason
-    of the rows left out. A copy that travels to another process opens the files anew there.
+    rows: the source's rows that the cache has, ascending. ids, instructions, captions, edited_captions: of
+    each. labels: class numbers by name, int64 [rows, …], if the data have them. broken: id and reason of each
+    row that was skipped. Can be pickled; the copy opens the files again.
     """
 
     def __init__(self, folder: Path, say: Say = terminal.say) -> None:
-        """Open a whole cache. Raises InputError for one that is not whole."""
+        """Open a complete cache. Raises InputError for an incomplete one."""
         self.folder = folder
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.dtype: str = meta["dtype"]
-        self.shape = tuple(meta["shape"])  # variants, 3 (before, mean, std), channels, h, w
         with Parts(folder, meta["parts"], ".latents") as parts:
             parts.ledger.drop_lost(say)
             if missing := parts.count - len(parts.done):
                 raise InputError(f"{missing} of {parts.count} parts of {folder} are missing; build it again.")
             lines = [parts.done[part] for part in range(parts.count)]
-            self._paths = [parts.path(part) for part in range(parts.count)]
-        self._kept = [line["rows"] for line in lines]
-        self._starts = np.cumsum([0, *self._kept[:-1]])
+            paths = [parts.path(part) for part in range(parts.count)]
+        # Of a row: variants, 3 (before, mean, std), channels, h, w.
+        self._latents = PartRows(paths, [line["rows"] for line in lines], meta["shape"], meta["dtype"])
         self.broken: list[tuple[str, str]] = [(id, reason) for line in lines for id, reason in line["broken"]]
         self.rows: list[int] = []
         self.ids: list[str] = []
@@ -266,119 +285,91 @@ class LatentCache:
         self.captions: list[str] = []
         self.edited_captions: list[str] = []
         labels: dict[str, list[Any]] = {}
-        number = math.prod(self.shape) * BYTES[self.dtype]
-        for path, kept in zip(self._paths, self._kept, strict=True):
+        for path, line in zip(paths, lines, strict=True):
             with open(path, "rb") as file:
-                file.seek(kept * number)
+                file.seek(line["rows"] * math.prod(meta["shape"]) * BYTES[meta["dtype"]])
                 texts = json.loads(file.read())
-            self.rows += texts["rows"]
-            for name in TEXTS:
+            for name in ("rows", *TEXTS):
                 getattr(self, name).extend(texts[name])
             for name, values in texts["labels"].items():
                 labels.setdefault(name, []).extend(values)
         self.labels = {name: np.asarray(values, np.int64) for name, values in labels.items()}
-        self._maps: dict[int, np.ndarray] = {}
 
     @property
     def variants(self) -> int:
-        return int(self.shape[0])
+        return self._latents.shape[0]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each row: its texts. Rows without captions have only their ids to differ by."""
+        """Each row's prompt: its texts, or its id if it has no captions."""
         rows = zip(self.ids, self.captions, self.instructions, self.edited_captions, strict=True)
         return [
             "\x1f".join((caption, instruction, edited)) if caption and edited else id
             for id, caption, instruction, edited in rows
         ]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}
-
     def read(self, places: Sequence[int], variants: Sequence[int]) -> Latents:
         """The latents of some rows, each in one variant; a place is an index into `rows`."""
-        where, which = np.asarray(places, np.int64), np.asarray(variants, np.int64)
-        if len(where) and not (where.min() >= 0 and where.max() < len(self)):
-            raise IndexError(f"places are from 0 to {len(self) - 1}, and not {where.min()} to {where.max()}")
-        part = np.searchsorted(self._starts, where, side="right") - 1
-        found = np.empty((len(where), *self.shape[1:]), self.dtype.replace("fp", "float"))
-        for number in np.unique(part):
-            here = np.flatnonzero(part == number)
-            found[here] = self._map(int(number))[where[here] - self._starts[number], which[here]]
-        return Latents(*(some.float().contiguous() for some in torch.from_numpy(found).unbind(1)))
-
-    def _map(self, part: int) -> np.ndarray:
-        if part not in self._maps:
-            numbers = self._kept[part] * math.prod(self.shape)
-            self._maps[part] = _mapped(self._paths[part], numbers, self.dtype).reshape(-1, *self.shape)
-        return self._maps[part]
-
-
-def _mapped(path: Path, numbers: int, dtype: str) -> np.ndarray:
-    # Unlike numpy's, torch's maps keep no file open: a thousand parts would be a thousand handles.
-    return torch.from_file(str(path), False, numbers, dtype=TENSORS[dtype]).numpy()
+        if len(places) and not (min(places) >= 0 and max(places) < len(self)):
+            raise IndexError(f"places are 0 to {len(self) - 1}, but got {min(places)} to {max(places)}")
+        return Latents(*(some.contiguous() for some in self._latents.read(places, variants).unbind(1)))
 
 
 @dataclass
 class _Chunk:
-    """Rows of one part, decoded: pixels uint8 [rows, variants, 2, 3, height, width]."""
+    """Some rows of one part, decoded.
+
+    pairs: without their pictures. pixels: uint8 [rows, variants, 2, 3, height, width]. last: of the part.
+    """
 
     part: int
     last: bool
-    pixels: np.ndarray
     rows: list[int] = field(default_factory=list)
-    texts: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in TEXTS})
-    labels: dict[str, list[Any]] = field(default_factory=dict)
+    pairs: list[Pair] = field(default_factory=list)
+    pixels: np.ndarray | None = None
     broken: list[tuple[str, str]] = field(default_factory=list)
 
 
+@dataclass
 class _Decoder(Dataset):
-    """Reads and transforms the rows of a chunk, in whichever process asks for it."""
+    """Reads and transforms the rows of a chunk, in the process that asks for it."""
 
-    def __init__(self, source: Source, transform: Transform) -> None:
-        self.source = source
-        self.transform = transform
+    source: Source
+    transform: Transform
 
-    def __getitem__(self, chunk: tuple[int, range, bool]) -> _Chunk:
-        part, rows, last = chunk
-        made = _Chunk(part, last, np.empty(0, np.uint8))
-        pixels = []
+    def __getitem__(self, index: tuple[int, range, bool]) -> _Chunk:
+        part, rows, last = index
+        chunk, pixels = _Chunk(part, last), []
         for row in rows:
             try:
                 pair = self.source[row]
                 pixels.append(self.transform.versions(pair))
             except BrokenRow as error:
-                made.broken.append((error.id, error.reason))
+                chunk.broken.append((error.id, error.reason))
                 continue
-            made.rows.append(row)
-            texts = (pair.id, pair.instruction, pair.caption, pair.edited_caption)
-            for name, text in zip(TEXTS, texts, strict=True):
-                made.texts[name].append(text)
-            for name, values in pair.labels.items():
-                made.labels.setdefault(name, []).append(np.asarray(values).tolist())
+            chunk.rows.append(row)
+            chunk.pairs.append(replace(pair, before=b"", after=b"", mask=None))
         if pixels:
-            made.pixels = np.stack(pixels)
-        return made
+            chunk.pixels = np.stack(pixels)
+        return chunk
 
 
+@dataclass
 class _Chunks(Sampler):
-    """The chunks of the parts that are claimed, each part when its turn comes."""
+    """The chunks of claimed parts: part, up to `size` of its rows, and whether they are the last ones."""
 
-    def __init__(self, parts: Iterator[int], rows: int, total: int) -> None:
-        self.parts, self.rows, self.total = parts, rows, total
+    parts: Iterator[int]
+    size: int
+    total: int
 
     def __iter__(self) -> Iterator[tuple[int, range, bool]]:
         for part in self.parts:
             rows = range(part * PART_ROWS, min(self.total, (part + 1) * PART_ROWS))
-            for first in range(0, len(rows), self.rows):
-                yield part, rows[first : first + self.rows], first + self.rows >= len(rows)
-
-
-def _same(chunk: Any) -> Any:
-    return chunk
+            for first in range(0, len(rows), self.size):
+                yield part, rows[first : first + self.size], first + self.size >= len(rows)
 
 
 def build_cache(
@@ -389,31 +380,29 @@ def build_cache(
     *,
     batch: int = 8,
     dtype: Literal["fp16", "fp32"] = "fp16",
-    device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
     max_broken: float = 0.01,
     say: Say = terminal.say,
-    stop: Callable[[], bool] = lambda: False,
 ) -> LatentCache:
-    """Encode both pictures of every row in every variant once; the cache is a folder inside `folder`.
+    """Encode both pictures of every row in every variant, once. The cache is a folder inside `folder`.
 
-    Its name is a hash of the VAE, the data, the transform and the number formats: with the same ones, what is
-    there is taken, and the call goes on with what is missing. Any number of processes and jobs may call at
-    once; each returns when all is there. batch: pictures in a pass of the VAE. dtype: of the files. device:
-    where the VAE works during the build, its own if None. autocast: see `encode_pictures`. workers: processes
-    that decode pictures ahead of the VAE. rank, world: which of how many processes of one job this is.
+    Its name is a hash of the VAE, the data, the transform and the dtypes; a call with the same ones continues
+    with the missing parts. Any number of processes and jobs may call at the same time; each returns when the
+    cache is complete. batch: pictures per pass of the VAE. dtype: of the files. autocast: as in
+    `encode_pictures`. workers: processes that decode pictures ahead. rank, world: number of this process in
+    its job, and number of processes of the job.
 
-    Broken rows are listed in `quarantine.jsonl`; where they are more than the share `max_broken` of all,
-    InputError names the first ones. Raises ResourceError for a disk that is too small, OSError for one that
-    fails, ModelError for a VAE that gives no numbers, Stopped when `stop()` is true.
+    Broken rows are listed in `quarantine.jsonl`. Raises InputError that names the first ones if they are more
+    than the share `max_broken`, ResourceError if the disk is too small, OSError for other disk errors, and
+    ModelError if the VAE returns nonfinite numbers.
     """
     total = len(source)
     if source.endless or not total:
-        what = "is drawn without end" if source.endless else "has no rows"
-        raise InputError(f"{source.name} {what}, so its latents cannot be cached. Name data with rows.")
+        what = "is endless" if source.endless else "has no rows"
+        raise InputError(f"{source.name} {what}, so its latents cannot be cached. Use a finite data set.")
     vae: Any = bundle.vae
     cells = [side // bundle.latent_factor for side in transform.size[::-1]]
     shape = [transform.variants, 3, int(vae.config.latent_channels), *cells]
@@ -434,82 +423,80 @@ def build_cache(
         if not (home / "meta.json").exists():
             write_text(home / "meta.json", json.dumps(meta | {"name": source.name}, indent=1) + "\n")
         parts.ledger.drop_lost(say)
-        parts.need(min(total, PART_ROWS) * math.prod(shape), dtype, f"The latents of {total} pairs")
+        parts.check_space(min(total, PART_ROWS) * math.prod(shape), dtype, f"the latents of {total} pairs")
         row_bytes = transform.variants * 6 * transform.size[0] * transform.size[1]
-        # Enough rows to fill a pass, but no more than travel well.
-        chunk = max(math.ceil(batch / (2 * transform.variants)), min(CHUNK_ROWS, CHUNK_BYTES // row_bytes), 1)
+        # Enough rows for a pass, but not too much to send between processes.
+        size = max(math.ceil(batch / (2 * transform.variants)), min(CHUNK_ROWS, CHUNK_BYTES // row_bytes), 1)
 
         def make(claims: Iterator[int]) -> None:
             loader = DataLoader(
                 _Decoder(source, transform),
                 batch_size=None,
-                sampler=_Chunks(claims, chunk, total),
+                sampler=_Chunks(claims, size, total),
                 num_workers=workers,
-                collate_fn=_same,
                 worker_init_fn=start_worker,
             )
             chunks: list[_Chunk] = []
             encoded: list[Tensor] = []
-            for decoded in loader:
-                if stop():
-                    raise Stopped(f"{len(parts.done)} of {parts.count} parts of {home} are made")
-                if decoded.rows:
-                    # They stay on the device until the part is whole, so that nothing waits for them.
-                    encoded.append(_encoded(vae, decoded.pixels, batch, autocast, TENSORS[dtype]))
-                decoded.pixels = np.empty(0, np.uint8)
-                chunks.append(decoded)
-                if decoded.last:
+            for chunk in loader:
+                if chunk.pixels is not None:
+                    # Kept on the device until the part is complete, so that the loop does not wait for it.
+                    encoded.append(_encode(vae, chunk.pixels, batch, autocast).to(TENSORS[dtype]))
+                    chunk.pixels = None
+                chunks.append(chunk)
+                if chunk.last:
                     _commit(parts, chunks, encoded)
                     chunks, encoded = [], []
                     _check_broken(parts, source, max_broken)
-                    step()
+                    advance()
 
-        before = vae.device
-        vae.to(before if device is None else device, memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
         try:
             _check_broken(parts, source, max_broken)
-            with terminal.progress("latents", parts.count - len(parts.done)) as step:
-                parts.fill(make, rank=rank, world=world, say=say, stop=stop)
+            with terminal.progress("latents", parts.count - len(parts.done)) as advance:
+                parts.fill(make, rank=rank, world=world, say=say)
             _check_broken(parts, source, max_broken)
         finally:
-            vae.to(before, memory_format=torch.contiguous_format)
+            vae.to(memory_format=torch.contiguous_format)
     return LatentCache(home, say)
 
 
-def _encoded(
-    vae: Any, pixels: np.ndarray, batch: int, autocast: torch.dtype | None, number: torch.dtype
-) -> Tensor:
-    """[rows, variants, 3, channels, h, w] of decoded pixels: before, and mean and deviation of after."""
-    rows, variants = pixels.shape[:2]
+def _encode(vae: Any, pixels: np.ndarray, batch: int, autocast: torch.dtype | None) -> Tensor:
+    """Decoded pixels to [rows, variants, 3, channels, h, w]: before, and mean and deviation of after."""
     flat = torch.from_numpy(pixels).flatten(0, 2)
     moments = [encode_pictures(vae, some, autocast=autocast) for some in flat.split(batch)]
-    mean, std = (torch.cat(some).unflatten(0, (rows, variants, 2)) for some in zip(*moments, strict=True))
-    return torch.stack([mean[:, :, 0], mean[:, :, 1], std[:, :, 1]], dim=2).to(number)
+    mean, std = (torch.cat(some).unflatten(0, pixels.shape[:3]) for some in zip(*moments, strict=True))
+    return torch.stack([mean[:, :, 0], mean[:, :, 1], std[:, :, 1]], dim=2)
 
 
 def _commit(parts: Parts, chunks: Sequence[_Chunk], encoded: Sequence[Tensor]) -> None:
     rows = [row for chunk in chunks for row in chunk.rows]
-    texts: dict[str, Any] = {"rows": rows, "labels": {}}
-    for name in TEXTS:
-        texts[name] = [text for chunk in chunks for text in chunk.texts[name]]
-    for chunk in chunks:
-        for name, values in chunk.labels.items():
-            texts["labels"].setdefault(name, []).extend(values)
+    pairs = [pair for chunk in chunks for pair in chunk.pairs]
     numbers = torch.cat(list(encoded)).cpu().numpy() if encoded else np.empty(0, np.float32)
     if not np.isfinite(numbers).all():
         wrong = int(np.flatnonzero(~np.isfinite(numbers).reshape(len(rows), -1).all(axis=1))[0])
         raise ModelError(
-            f"The autoencoder gives no numbers (NaN or too large) for the pictures of {texts['ids'][wrong]}. "
-            "Load it in fp32 and keep its latents in fp32, or name another with --vae."
+            f"the autoencoder returns nonfinite latents for the pictures of {pairs[wrong].id}. "
+            "Use cache_dtype: fp32 in a recipe, or another autoencoder with --vae."
         )
-    broken = [pair for chunk in chunks for pair in chunk.broken]
+    texts = {
+        "rows": rows,
+        "labels": {name: [np.asarray(p.labels[name]).tolist() for p in pairs] for name in pairs[0].labels}
+        if pairs
+        else {},
+        "ids": [pair.id for pair in pairs],
+        "instructions": [pair.instruction for pair in pairs],
+        "captions": [pair.caption for pair in pairs],
+        "edited_captions": [pair.edited_caption for pair in pairs],
+    }
+    broken = [row for chunk in chunks for row in chunk.broken]
     text = json.dumps(texts, ensure_ascii=False).encode()
     parts.commit(chunks[0].part, [numbers.reshape(-1), text], {"rows": len(rows), "broken": broken})
 
 
 def _check_broken(parts: Parts, source: Source, most: float) -> None:
     """Write the list of broken rows. Raises InputError if there are too many."""
-    broken = [pair for part in sorted(parts.done) for pair in parts.done[part]["broken"]]
+    broken = [row for part in sorted(parts.done) for row in parts.done[part]["broken"]]
     if not broken:
         return
     path = parts.folder / QUARANTINE
@@ -517,10 +504,10 @@ def _check_broken(parts: Parts, source: Source, most: float) -> None:
     write_text(path, "".join(lines))
     total = len(source)
     if len(broken) > most * total:
-        named = "; ".join(f"{id}: {reason.rstrip('.')}" for id, reason in broken[:3])
+        first = "; ".join(f"{id}: {reason.rstrip('.')}" for id, reason in broken[:3])
         raise InputError(
-            f"{len(broken)} of {total} rows of {source.name} are broken and {100 * most:g}% may be: {named}. "
-            f"All are in {path}; mend them, or see: ip2p data check {source.name}"
+            f"{len(broken)} of {total} rows of {source.name} are broken, more than {100 * most:g}%: {first}. "
+            f"All are listed in {path}; fix or remove them, or see: ip2p data check {source.name}"
         )
 
 
@@ -528,20 +515,21 @@ def _check_broken(parts: Parts, source: Source, most: float) -> None:
 
 
 class TextCache:
-    """Memory-mapped encodings of texts, each text encoded once.
+    """Encoded texts, each text once. Can be pickled; the copy opens the files again.
 
-    texts: the different ones, sorted. index: the place of each.
+    texts: without duplicates, sorted. index: the place of each.
     """
 
     def __init__(self, texts: Sequence[str], parts: Parts, dtype: str) -> None:
         self.texts = list(texts)
         self.index = {text: place for place, text in enumerate(self.texts)}
-        self.folder, self.dtype = parts.folder, dtype
+        self.folder = parts.folder
         line = parts.done[0]
         self.hidden, self.pooled = tuple(line["hidden"]), line["pooled"]
         self.time_ids = None if line["time_ids"] is None else torch.tensor(line["time_ids"])
-        self._paths = [parts.path(part) for part in range(parts.count)]
-        self._maps: dict[int, np.ndarray] = {}
+        counts = [min(PART_ROWS, len(self) - part * PART_ROWS) for part in range(parts.count)]
+        width = math.prod(self.hidden) + self.pooled
+        self._rows = PartRows([parts.path(part) for part in range(parts.count)], counts, (width,), dtype)
 
     @classmethod
     def build(
@@ -556,85 +544,63 @@ class TextCache:
         rank: int = 0,
         world: int = 1,
         say: Say = terminal.say,
-        stop: Callable[[], bool] = lambda: False,
     ) -> TextCache:
-        """Encode the different ones among `texts`, `batch` at a time, into a folder inside `folder`.
+        """Encode the distinct texts, `batch` at a time, into a folder inside `folder`.
 
-        encode: a row of a Prompt for each text; time_ids, if any, are the same for all. key: of what
-        decides it (`text_key`). The rest is as in `build_cache`.
+        encode: returns a Prompt with a row per text; time_ids, if any, are the same for all. key: of what
+        affects the encoding (`text_key`). The rest is as in `build_cache`.
         """
-        different = sorted(set(texts))
-        if not different:
-            raise InputError("There are no texts to encode. Name data with instructions.")
-        count = math.ceil(len(different) / PART_ROWS)
-        home = folder / _hash([FORMAT, PART_ROWS, key, dtype, different])
+        distinct = sorted(set(texts))
+        if not distinct:
+            raise InputError("there are no texts to encode; use data with instructions.")
+        count = math.ceil(len(distinct) / PART_ROWS)
+        home = folder / _hash([FORMAT, PART_ROWS, key, dtype, distinct])
         with Parts(home, count, ".texts") as parts:
             parts.ledger.drop_lost(say)
 
             def make(claims: Iterator[int]) -> None:
                 for part in claims:
-                    some = different[part * PART_ROWS : (part + 1) * PART_ROWS]
-                    prompts = []
-                    for first in range(0, len(some), batch):
-                        if stop():
-                            raise Stopped(f"{len(parts.done)} of {parts.count} parts of {home} are made")
-                        with torch.no_grad():
-                            prompts.append(encode(some[first : first + batch]))
-                    numbers, line = _flat(prompts, TENSORS[dtype])
-                    assert len(numbers) == len(some), "encode gives a row a text"
-                    parts.need(
-                        numbers[:1].numel() * min(PART_ROWS, len(different)), dtype, "The encoded texts"
+                    some = distinct[part * PART_ROWS : (part + 1) * PART_ROWS]
+                    with torch.no_grad():
+                        prompts = [encode(some[k : k + batch]) for k in range(0, len(some), batch)]
+                    rows, line = _flat(prompts)
+                    assert len(rows) == len(some), "encode returns a row per text"
+                    parts.check_space(
+                        rows.shape[1] * min(PART_ROWS, len(distinct)), dtype, "the encoded texts"
                     )
-                    parts.commit(part, [numbers.numpy().reshape(-1)], line)
-                    step()
+                    parts.commit(part, [rows.to(TENSORS[dtype]).cpu().numpy().reshape(-1)], line)
+                    advance()
 
-            with terminal.progress("texts", parts.count - len(parts.done)) as step:
-                parts.fill(make, rank=rank, world=world, say=say, stop=stop)
-            return cls(different, parts, dtype)
+            with terminal.progress("texts", parts.count - len(parts.done)) as advance:
+                parts.fill(make, rank=rank, world=world, say=say)
+            return cls(distinct, parts, dtype)
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}
-
     def places(self, texts: Iterable[str]) -> list[int]:
-        """The index of each text. Raises KeyError for one that was not encoded."""
+        """The index of each text. Raises KeyError for a text that was not encoded."""
         return [self.index[text] for text in texts]
 
-    def read(self, indices: Sequence[int]) -> Prompt:
-        """The encoded texts of some places, fp32 on the CPU."""
-        where = np.asarray(indices, np.int64)
-        split = math.prod(self.hidden)
-        found = np.empty((len(where), split + self.pooled), self.dtype.replace("fp", "float"))
-        part = where // PART_ROWS
-        for number in np.unique(part):
-            here = np.flatnonzero(part == number)
-            found[here] = self._map(int(number))[where[here] - number * PART_ROWS]
-        rows = torch.from_numpy(found).float()
-        hidden = rows[:, :split].reshape(-1, *self.hidden)
+    def read(self, places: Sequence[int]) -> Prompt:
+        """The encoded texts at some places, fp32 on the CPU."""
+        rows = self._rows.read(places)
+        hidden, pooled = rows.split([math.prod(self.hidden), self.pooled], dim=1)
+        hidden = hidden.reshape(-1, *self.hidden)
         if not self.pooled:
             return Prompt(hidden)
-        times = None if self.time_ids is None else self.time_ids.repeat(len(where), 1)
-        return Prompt(hidden, rows[:, split:].contiguous(), times)
-
-    def _map(self, part: int) -> np.ndarray:
-        if part not in self._maps:
-            rows = min(PART_ROWS, len(self) - part * PART_ROWS)
-            width = math.prod(self.hidden) + self.pooled
-            self._maps[part] = _mapped(self._paths[part], rows * width, self.dtype).reshape(rows, width)
-        return self._maps[part]
+        times = None if self.time_ids is None else self.time_ids.repeat(len(rows), 1)
+        return Prompt(hidden, pooled.contiguous(), times)
 
 
-def _flat(prompts: Sequence[Prompt], number: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
-    """Encoded texts as rows of numbers, and how to read them."""
+def _flat(prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Any]]:
+    """Encoded texts as rows of numbers, and their layout."""
     hidden = torch.cat([prompt.hidden for prompt in prompts])
     pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
-    times = [prompt.time_ids for prompt in prompts if prompt.time_ids is not None]
+    times = prompts[0].time_ids
     line = {
         "hidden": list(hidden.shape[1:]),
         "pooled": pooled[0].shape[1] if pooled else 0,
-        "time_ids": times[0][0].tolist() if times else None,
+        "time_ids": None if times is None else times[0].tolist(),
     }
-    rows = torch.cat([hidden.flatten(1), *([torch.cat(pooled)] if pooled else [])], dim=1)
-    return rows.to(number).cpu(), line
+    return torch.cat([hidden.flatten(1), *([torch.cat(pooled)] if pooled else [])], dim=1), line

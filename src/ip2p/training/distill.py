@@ -1,9 +1,10 @@
-"""`ip2p distill`: an editor that needs one pass a step instead of three, and 4 steps instead of 20.
+"""`ip2p distill`: an editor that needs one pass per step instead of three, and 4 steps instead of 20.
 
-The student is the teacher's UNet with one more input, the two guidance scales. With the stage `guidance` it
-learns to predict in one pass what equation 3 mixes from three (Meng et al. 2023, "On distillation of guided
-diffusion models"). With `few-steps` it learns to predict from every noise level the end of the teacher's
-guided path (Luo et al. 2023, "Latent consistency models"). Data, loop, checkpoints and output are `train`'s.
+The student is the teacher's UNet with the two guidance scales as an additional input. In the stage `guidance`
+it learns to predict in one pass what equation 3 combines from three (Meng et al. 2023, "On distillation of
+guided diffusion models"). In `few-steps` it learns to predict, from every noise level, the end of the
+teacher's guided path (Luo et al. 2023, "Latent consistency models"). Data, loop, checkpoints and output are
+those of `train`.
 """
 
 from __future__ import annotations
@@ -21,22 +22,21 @@ from torch import Tensor
 from ip2p.base.errors import InputError
 from ip2p.diffusion.guidance import embed_scales, guide
 from ip2p.diffusion.schedule import alpha_bar_from_config
-from ip2p.models.base import load_base
 from ip2p.models.bundle import Bundle, Card
 from ip2p.models.text import encode_prompts
 from ip2p.models.widen import add_scales_input
 from ip2p.training.loss import add_noise, pseudo_huber_loss, split_noisy
 from ip2p.training.objective import EditBatch, EditTask, Objective
 from ip2p.training.settings import DistillConfig, TrainConfig
-from ip2p.training.trainer import Recipe, shares_of, start
+from ip2p.training.trainer import Recipe, load_pretrained, shares_of, start
 
 RANGES = {"text_cfg": (1.0, 12.0), "image_cfg": (1.0, 2.5)}
-STEPS = 4  # that the card of a few-step model recommends
-LEVELS = 50  # noise levels between which a few-step model is trained, `schedule.lcm_sigmas`
+STEPS = 4  # recommended steps of a few-step model
+LEVELS = 50  # noise levels of a few-step model, `schedule.lcm_sigmas`
 
 
 def distill(config: DistillConfig | None = None, **changes: Any) -> Path:
-    """Distill an editor, or resume, and return the new one's folder. config, changes: as `DistillConfig`.
+    """Distill an editor, or resume, and return its folder. config, changes: see `DistillConfig`.
 
     `distill(model="timbrooks/instruct-pix2pix", data="pairs", output="fast", steps=1000)`. Raises InputError,
     ModelError and ResourceError.
@@ -45,11 +45,11 @@ def distill(config: DistillConfig | None = None, **changes: Any) -> Path:
 
 
 class DistillTask(EditTask):
-    """A UNet that takes the guidance scales, and its teacher; called on an `EditBatch` it gives the loss.
+    """A UNet that takes the guidance scales, and its teacher.
 
-    teacher: a UNet that takes none, which is asked three times, or one that takes them, asked once. null:
-    the empty text by the names of `EditBatch`, one row. ranges: least and greatest scale of the text, then of
-    the image, [2, 2]. usual: the scales in a validation, [2]. The rest is as in `EditTask`.
+    teacher: a UNet without scales, which needs three passes, or one with scales, which needs one. null: the
+    encoded empty text, one row, by the names of `EditBatch`. ranges: minimum and maximum of the text and the
+    image scale, [2, 2]. usual: the scales in validations, [2]. The rest is as in `EditTask`.
     """
 
     def __init__(
@@ -78,71 +78,69 @@ class DistillTask(EditTask):
         return self
 
     def predict(self, batch: EditBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the student predicts, what it should, the samples' alpha_bar, and the text's hidden states.
+        """The student's prediction, its target, the samples' alpha_bar, and the text's hidden states.
 
-        guidance: noise or velocity. few-steps: x0 at a noise level, which should be the student's own x0 at
-        the next lower of the `LEVELS`, one step of the teacher's on (algorithm 1 of Luo et al. 2023).
+        guidance: noise or velocity. few-steps: x0 at a noise level; its target is the student's own x0 at the
+        next lower one of the `LEVELS`, after one step of the teacher (algorithm 1 of Luo et al. 2023).
         """
         draws = batch.draws
-        target, image = self.latents(batch)
-        words = {name: value for name in self.null if (value := getattr(batch, name)) is not None}
-        scales = self._scales(draws.scales, len(target))
+        clean, image = self.latents(batch)
+        text = {name: value for name in self.null if (value := getattr(batch, name)) is not None}
+        scales = self._scales(draws.scales, len(clean))
         times, gap = draws.timesteps, len(self.alpha_bar) // LEVELS
         if self.few_steps:
             times = times // gap * gap + gap - 1
         a = self.alpha_bar[times]
-        x = add_noise(target, draws.noise, a)
-        predicted = self._ask(self.unet, x, image, times, words, scales)
+        x = add_noise(clean, draws.noise, a)
+        predicted = self._predict(self.unet, x, image, times, text, scales)
         with torch.no_grad():
-            wanted = self.guided(x, image, times, words, scales)
+            target = self.guided(x, image, times, text, scales)
             if self.few_steps:
-                clean, noise = self._split(x, wanted, a)
-                later = times - gap
-                ended = (later < 0)[:, None, None, None]
-                later = later.clamp(min=0)
+                x0, noise = self._split(x, target, a)
+                later = (times - gap).clamp(min=0)
                 b = self.alpha_bar[later]
-                x_later = add_noise(clean, noise, b)
-                own, _ = self._split(x_later, self._ask(self.unet, x_later, image, later, words, scales), b)
-                wanted = torch.where(ended, clean, own)
+                x_later = add_noise(x0, noise, b)
+                at_later = self._predict(self.unet, x_later, image, later, text, scales)
+                ended = (times < gap)[:, None, None, None]
+                target = torch.where(ended, x0, self._split(x_later, at_later, b)[0])
         if self.few_steps:
             predicted, _ = self._split(x, predicted, a)
-        return predicted, wanted, a, batch.text
+        return predicted, target, a, batch.text
 
     def guided(
-        self, x: Tensor, image: Tensor, times: Tensor, words: Mapping[str, Tensor], scales: Tensor
+        self, x: Tensor, image: Tensor, times: Tensor, text: Mapping[str, Tensor], scales: Tensor
     ) -> Tensor:
         """The teacher's prediction by equation 3; scales: (s_T, s_I) of each sample, [batch, 2]."""
         if self.teacher.config.time_cond_proj_dim:
-            return self._ask(self.teacher, x, image, times, words, scales)
-        count = len(x)
-        null = {name: self.null[name].to(x).expand_as(value) for name, value in words.items()}
-        output = self._ask(
+            return self._predict(self.teacher, x, image, times, text, scales)
+        null = {name: self.null[name].to(x).expand_as(value) for name, value in text.items()}
+        output = self._predict(
             self.teacher,
             x.repeat(3, 1, 1, 1),
             torch.cat([image, image, torch.zeros_like(image)]),
             times.repeat(3),
-            {name: torch.cat([value, null[name], null[name]]) for name, value in words.items()},
+            {name: torch.cat([value, null[name], null[name]]) for name, value in text.items()},
             None,
         )
-        text, picture = scales[:, :, None, None, None].unbind(1)
-        return guide(*output.split(count), text=text, image=picture)
+        s_text, s_image = scales[:, :, None, None, None].unbind(1)
+        return guide(*output.split(len(x)), text=s_text, image=s_image)
 
-    def _ask(
+    def _predict(
         self,
         unet: Any,
         x: Tensor,
         image: Tensor,
         times: Tensor,
-        words: Mapping[str, Tensor],
+        text: Mapping[str, Tensor],
         scales: Tensor | None,
     ) -> Tensor:
-        more: dict[str, Any] = {}
-        if "pooled" in words:
-            more["added_cond_kwargs"] = {"text_embeds": words["pooled"], "time_ids": words["time_ids"]}
+        conditions: dict[str, Any] = {}
+        if "pooled" in text:
+            conditions["added_cond_kwargs"] = {"text_embeds": text["pooled"], "time_ids": text["time_ids"]}
         if scales is not None:
-            more["timestep_cond"] = embed_scales(scales, unet.config.time_cond_proj_dim)
-        given = torch.cat([x, image], dim=1)
-        output: Tensor = unet(given, times, words["text"], return_dict=False, **more)[0]
+            conditions["timestep_cond"] = embed_scales(scales, unet.config.time_cond_proj_dim)
+        inputs = torch.cat([x, image], dim=1)
+        output: Tensor = unet(inputs, times, text["text"], return_dict=False, **conditions)[0]
         return output.float()
 
     def _scales(self, uniform: Tensor | None, count: int) -> Tensor:
@@ -156,35 +154,29 @@ class DistillTask(EditTask):
         return split_noisy(x, predicted, a, self.objective.prediction)
 
     def _loss(
-        self, batch: EditBatch, predicted: Tensor, wanted: Tensor, a: Tensor, context: Tensor
+        self, batch: EditBatch, predicted: Tensor, target: Tensor, a: Tensor, context: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         if self.few_steps:
-            return pseudo_huber_loss(predicted, wanted), {}
-        return super()._loss(batch, predicted, wanted, a, context)
+            return pseudo_huber_loss(predicted, target), {}
+        return super()._loss(batch, predicted, target, a, context)
 
 
 class Distillation(Recipe):
-    """What a distillation does differently from a training. It holds the teacher once it has opened it."""
+    """The steps of `train` that differ for a distillation. `open` loads the teacher."""
 
     name = "distill"
     teacher: Any = None
 
     def open(self, config: TrainConfig, device: torch.device) -> Bundle:
         assert isinstance(config, DistillConfig)
-        bundle = load_base(
-            config.base,
-            device=device,
-            revision=config.revision,
-            vae=config.vae,
-            parts_from=config.parts_from,
-        )
+        bundle = load_pretrained(config, device)
         if bundle.widened:
             raise InputError(
-                f"{config.base} is no editor yet: its UNet takes no picture. Train it first: "
+                f"{config.base} is not an editor: its UNet takes no input picture. Train it first: "
                 f"ip2p train --base {config.base}"
             )
         self.teacher = bundle.unet.requires_grad_(False).eval()
-        # A LoRA leaves the weights as they are, so that both can share them.
+        # A LoRA does not change the weights, so both can share them.
         shared = list(self.teacher.parameters()) if config.lora is not None else []
         student = copy.deepcopy(self.teacher, {id(weight): weight for weight in shared})
         if not self.teacher.config.time_cond_proj_dim:
@@ -194,8 +186,8 @@ class Distillation(Recipe):
         return replace(bundle, unet=student, card=_card(config, bundle.card))
 
     def objective(self, config: TrainConfig, prediction: str) -> Objective:
-        # The truncated SNR of Salimans and Ho (2022), as in Meng et al.: else the noisiest levels, which
-        # decide on the edit, hardly count.
+        # The truncated SNR of Salimans and Ho (2022), as in Meng et al. Without it, the noisiest levels,
+        # which determine the edit, have little weight.
         return Objective(prediction=prediction, shares=shares_of(config), snr_clip=(1.0, math.inf))
 
     def task(
@@ -205,7 +197,7 @@ class Distillation(Recipe):
         card = bundle.card
         assert card.text_cfg_range is not None and card.image_cfg_range is not None
         if config.lora is not None:
-            bundle.unet.time_embedding.cond_proj.requires_grad_(True)  # new, or too small for a LoRA
+            bundle.unet.time_embedding.cond_proj.requires_grad_(True)  # it is new, or too small for a LoRA
         if self.teacher.device.type == "cuda":
             self.teacher.to(memory_format=torch.channels_last)
         with torch.no_grad():
@@ -233,29 +225,29 @@ class Distillation(Recipe):
         assert card.text_cfg_range is not None and card.image_cfg_range is not None
         (a, b), (c, d) = card.text_cfg_range, card.image_cfg_range
         return (
-            f"One pass of the network a step, for text CFG {a:g} to {b:g} and image CFG {c:g} to {d:g}, "
+            f"One pass of the network per step, for text CFG {a:g} to {b:g} and image CFG {c:g} to {d:g}, "
             f"without a negative prompt. Recommended: {card.steps} steps, sampler `{card.sampler}`."
         )
 
 
 def _card(config: DistillConfig, card: Card) -> Card:
-    """The card with the ranges, and for few steps the sampling. Raises InputError for unusable ranges."""
-    chosen: dict[str, Any] = {}
-    for name, given in (("text_cfg", config.text_range), ("image_cfg", config.image_range)):
+    """The card with the ranges and, for few steps, the sampling. Raises InputError for unusable ranges."""
+    changes: dict[str, Any] = {}
+    for name, requested in (("text_cfg", config.text_range), ("image_cfg", config.image_range)):
         known = getattr(card, f"{name}_range")
-        low, high = given or known or RANGES[name]
+        low, high = requested or known or RANGES[name]
         usual, flag = getattr(card, name), f"--{name.removesuffix('_cfg')}-range"
         if known is not None and not known[0] <= low < high <= known[1]:
             raise InputError(
-                f"{flag} {low:g} {high:g}: {config.base} knows {known[0]:g} to {known[1]:g}. Stay within "
-                "that, or distill the model that it was distilled from."
+                f"{flag} {low:g} {high:g}: {config.base} was distilled for {known[0]:g} to {known[1]:g}. Use "
+                "a range within it, or distill the original model."
             )
         if not low <= usual <= high:
             raise InputError(
-                f"{flag} {low:g} {high:g} leaves out {usual:g}, which {config.base} recommends. Try {flag} "
-                f"{min(low, usual):g} {max(high, usual):g}."
+                f"{flag} {low:g} {high:g} does not contain {usual:g}, which {config.base} recommends. "
+                f"Try {flag} {min(low, usual):g} {max(high, usual):g}."
             )
-        chosen[f"{name}_range"] = (low, high)
+        changes[f"{name}_range"] = (low, high)
     if config.stage == "few-steps":
-        return replace(card, **chosen, steps=STEPS, sampler="lcm", schedule="lcm")
-    return replace(card, **chosen)
+        changes |= {"steps": STEPS, "sampler": "lcm", "schedule": "lcm"}
+    return replace(card, **changes)

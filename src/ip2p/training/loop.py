@@ -1,14 +1,12 @@
-"""The one training loop: optimizer, moving average, accumulation, checkpoints, and how it stops.
+"""The training loop: optimizer, EMA, gradient accumulation, checkpoints, and clean stops.
 
-What is trained is a `torch.nn.Module` whose call on a micro-batch gives the mean loss of its samples and
-numbers to log. Where its batches come from is its own matter, with one rule: the batches of step k
-follow from k alone, so that a run which goes on sees what it would have seen.
+The module to train returns the mean loss of a micro-batch and metrics to log. The batches of step k must
+depend on k alone, so that a resumed run sees the same batches as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import random
@@ -16,7 +14,7 @@ import signal
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,12 +23,15 @@ import torch
 from torch import nn
 
 from ip2p.base.errors import InputError, ModelError, Terminated
-from ip2p.base.files import append_row, write_text
+from ip2p.base.files import append_row
 from ip2p.training.checkpoints import Checkpoints
+from ip2p.training.curves import Curves
 from ip2p.training.ema import Ema
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from ip2p.training.validation import Validation
 
 log = logging.getLogger("ip2p")
 
@@ -40,27 +41,29 @@ BAD_STEPS = "not-applied.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long, how fast, how careful. `batch` counts the samples of an optimizer step over all processes."""
+    """The settings of `fit`. Those that `TrainConfig` has as well have the same name and meaning there."""
 
     steps: int
-    batch: int
+    batch: int  # samples per optimizer step, over all processes
     lr: float
-    minutes: float | None = None  # of training time, over all calls; whichever of the two ends first
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 0
     weight_decay: float = 0.01
-    decay_vectors: bool = True  # biases and norms too, as the released code
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = 1.0
-    ema: float | None = 0.9999
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    ema: float = 0.9999
     ema_on_cpu: bool = False
+    ema_updates: int = 1  # per step; the released code makes one per micro-batch
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    ema_updates: int = 1  # a step; the released code makes one a micro-batch
-    nan_steps: int = 1  # so many steps in a row that are not finite end the run
+    nan_steps: int = 1  # consecutive nonfinite steps that end the run
     keep: int = 2
     save_every: int | None = 500  # steps
+    validate_every: int = 0
+    profile: bool = False
+    minutes: float | None = None  # of training time, over all calls; the run ends at this or at `steps`
+    decay_vectors: bool = True  # weight decay also for biases and norms, as in the released code
     save_seconds: float | None = None
-    check_every: int | None = None  # steps between two calls of `check`
     log_seconds: float = 20.0
 
 
@@ -70,24 +73,13 @@ class Result:
 
     finished: bool
     step: int
-    seconds: float
+    seconds: float  # of training, over all calls
     curve: list[dict[str, float]]
     stopped_early: bool = False
 
 
-@dataclass
-class Clock:
-    """How much time a run has used, over all the calls that it took."""
-
-    used: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    def seconds(self) -> float:
-        return self.used + time.monotonic() - self.started
-
-
 def learning_rate(config: LoopConfig, step: int, progress: float) -> float:
-    """Linear warm-up; then constant, or a cosine to a fiftieth of the peak as `progress` goes from 0 to 1."""
+    """Linear warm-up, then constant, or a cosine down to 2% of the peak as `progress` goes from 0 to 1."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "constant":
         return config.lr * warm
@@ -95,17 +87,17 @@ def learning_rate(config: LoopConfig, step: int, progress: float) -> float:
 
 
 def new_accelerator(device: torch.device | str, precision: str, **more: Any) -> Accelerator:
-    """accelerate's Accelerator for one more run in this process; `precision` is no, bf16 or fp16."""
+    """A new Accelerator. precision: no, bf16 or fp16; more: other arguments of Accelerator."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    # It remembers the first run's precision for the whole process; a build trains three networks in one.
+    # accelerate keeps the first precision for the whole process, but a build trains several networks.
     AcceleratorState._reset_state()
     return Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision=precision, **more)
 
 
 class Timer:
-    """Where a step's time goes. It waits for the device at every border, so it slows what it measures."""
+    """Measures the parts of a step. It synchronizes the device after each, which slows the step down."""
 
     def __init__(self, on: bool, device: torch.device) -> None:
         self.on, self.device = on, device
@@ -124,17 +116,15 @@ class Timer:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def report(self, batch: int) -> list[str]:
-        """A line a part: its share of a step and its milliseconds; and samples a second."""
+        """One line per part: its share of a step and its milliseconds; then the images per second."""
         whole = sum(self.seconds.values())
         if not self.steps or not whole:
-            return ["profile: no step was made"]
+            return ["profile: no steps were run"]
         lines = [f"profile of {self.steps} steps of {batch} samples:"]
         for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
-            lines.append(
-                f"  {name:<22}{seconds / whole:>6.1%} {1000 * seconds / self.steps:>10.1f} ms a step"
-            )
-        lines.append(f"  {'whole step':<22}{'':>6} {1000 * whole / self.steps:>10.1f} ms")
-        lines.append(f"  {batch * self.steps / whole:.1f} images a second")
+            lines.append(f"  {name:<22}{seconds / whole:>6.1%} {1000 * seconds / self.steps:>10.1f} ms/step")
+        lines.append(f"  {'whole step':<22}{'':>6} {1000 * whole / self.steps:>10.1f} ms/step")
+        lines.append(f"  {batch * self.steps / whole:.1f} images/s")
         return lines
 
 
@@ -148,186 +138,253 @@ def fit(
     fingerprint: dict[str, Any],
     name: str = "training",
     deadline: float | None = None,
-    check: Callable[[int], bool] | None = None,
-    parts: dict[str, Any] | None = None,
-    profile: bool = False,
+    validation: Validation | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Result:
-    """Train `task` to the end of `config`, going on from the newest checkpoint in `folder`.
+    """Train `task` to the end of `config`, resuming from the newest checkpoint in `folder`.
 
-    task: called on a micro-batch it gives (mean loss, numbers to log); its parameters that want a
-    gradient are trained, and hold their averages when a finished run returns. batches: gives, from
-    step k on, this process's micro-batches of each step; a micro-batch may have `ids`. fingerprint:
-    what must not change under a resumed run. deadline: `time.monotonic()` at which this call saves and
-    returns unfinished. check: called every `check_every` steps with the averages in place, by the main
-    process; True ends the run. parts: what else has a state_dict and is saved along.
+    task: maps a micro-batch to (mean loss, metrics to log). Its parameters that require gradients are
+    trained; when a finished run returns, they hold the EMA weights. batches: yields, from a step on, this
+    process's micro-batches of each step; a micro-batch may have `ids`. fingerprint: what must not change on
+    resume. deadline: the value of `time.monotonic()` at which this call saves and returns unfinished.
+    validation: called with the step every `config.validate_every` steps, on the main process and with the
+    EMA weights; True ends the run.
 
-    SIGTERM and Ctrl-C save first and then raise `Terminated` and KeyboardInterrupt. Raises InputError for a
-    changed fingerprint, ModelError after `nan_steps` steps in a row whose gradients are not finite: such a
-    step is not applied, and its samples' ids lie in not-applied.jsonl. Loss and gradients are means
-    over the whole batch, however it is split over processes and micro-batches.
+    SIGTERM and Ctrl-C save first and then raise Terminated and KeyboardInterrupt. Raises InputError for a
+    changed fingerprint, and ModelError after `nan_steps` consecutive steps with nonfinite gradients. Such
+    steps are not applied, and the ids of their samples are written to not-applied.jsonl. Loss and gradients
+    are means over the whole batch, however it is split over processes and micro-batches.
     """
-    say = say or (lambda text: log.info("%s", text))
-    main = accelerator.is_main_process
-    folder.mkdir(parents=True, exist_ok=True)
-    task.to(accelerator.device)
-    ema = Ema(task, config.ema, on_cpu=config.ema_on_cpu) if config.ema is not None else None
-    trained = [p for p in task.parameters() if p.requires_grad]
-    optimizer = new_optimizer(trained, config)
-    checkpoints = Checkpoints(folder, keep=config.keep)
-    step, clock, curve, bad = 0, Clock(), [], 0
-    parts = parts or {}
-
-    state = checkpoints.load()
-    if state is not None:
-        _check_same(state["fingerprint"], fingerprint, folder)
-        _load_trained(task, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema:
-            ema.load_state_dict(state["ema"])
-        for key, part in parts.items():
-            part.load_state_dict(state["parts"][key])
-        step, curve, clock.used = state["step"], state["curve"], state["seconds"]
-        if main:
-            _forget_after(folder / LOG, step)
-            say(f"{name}: going on from step {step}")
-    model, optimizer = accelerator.prepare(task, optimizer)
-    if state is not None:
-        _set_rng(state["rng"], accelerator)
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        del state
-    timer = Timer(profile, accelerator.device)
-    scaler = accelerator.scaler
-    # fp16 looks for its scale by steps that are not finite.
-    patience = config.nan_steps if scaler is None else max(config.nan_steps, 30)
-
-    def save() -> None:
-        if main:
-            checkpoints.save(
-                step,
-                {
-                    "fingerprint": fingerprint,
-                    "step": step,
-                    "samples": step * config.batch,
-                    "seconds": clock.seconds(),
-                    "model": {k: p.detach() for k, p in task.named_parameters() if p.requires_grad},
-                    "ema": ema.state_dict() if ema else None,
-                    "optimizer": optimizer.state_dict(),
-                    "rng": _rng(),
-                    "scaler": scaler.state_dict() if scaler is not None else None,
-                    "parts": {key: part.state_dict() for key, part in parts.items()},
-                    "curve": curve,
-                },
-            )
-        accelerator.wait_for_everyone()
-
-    def now_done() -> float:
-        spent = clock.seconds() / (60 * config.minutes) if config.minutes else 0.0
-        return max(step / config.steps, spent)
-
-    def result(finished: bool, early: bool = False) -> Result:
-        return Result(finished, step, clock.seconds(), curve, early)
-
-    saved = shown = time.monotonic()
-    shown_step, count = step, 0
-    totals: dict[str, float] = {}
-    model.train()
-    source = batches(step)
-    ended_early = False
-    with _signals() as signals, contextlib.closing(source):  # type: ignore[type-var]
-        while (progress := now_done()) < 1 and not ended_early:
+    run = _Run(task, config, folder, accelerator, fingerprint, name, validation, say)
+    # fp16 searches for its loss scale with nonfinite steps.
+    patience = config.nan_steps if accelerator.scaler is None else max(config.nan_steps, 30)
+    bad, stopped_early = 0, False
+    saved = time.monotonic()
+    run.model.train()
+    steps = batches(run.step)
+    with _signals() as signals, contextlib.closing(steps):  # type: ignore[type-var]
+        while run.progress() < 1 and not stopped_early:
             late = deadline is not None and time.monotonic() > deadline
             if _any_process(accelerator, signals.number is not None or late):
-                save()
+                run.save()
                 if signals.number is not None:
-                    say(f"{name}: saved at step {step}; the same command goes on from here")
+                    run.say(f"{name}: saved at step {run.step}; run the same command again to resume")
                 signals.raise_if_any()
-                return result(False)
-            lr = learning_rate(config, step, progress)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with timer.part("waiting for data"):
-                micro = next(source)
-            optimizer.zero_grad(set_to_none=True)
-            numbers: dict[str, float] = {}
-            losses = []
-            for k, batch in enumerate(micro):
-                last = k == len(micro) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    with timer.part("forward"):
-                        loss, more = model(batch)
-                    with timer.part("backward"):
-                        accelerator.backward(loss / len(micro))
-                losses.append(loss.detach())
-                for key, value in more.items():
-                    numbers[key] = numbers.get(key, 0.0) + float(value) / len(micro)
-            with timer.part("optimizer"):
-                norm = accelerator.clip_grad_norm_(trained, config.clip_norm or math.inf)
-                finite = bool(torch.isfinite(norm))
-                if finite or scaler is not None:  # a scaler skips the step itself, and lowers its scale
-                    optimizer.step()
-            if finite:
-                bad = 0
-                with timer.part("moving average"):
-                    if ema:
-                        ema.update(task, config.ema_updates)
+                return run.result(finished=False)
+            with run.timer.part("waiting for data"):
+                micro_batches = next(steps)
+            bad = 0 if run.train_step(micro_batches) else bad + 1
+            if bad >= patience:
+                run.step -= bad - 1
+                run.save()
+                raise ModelError(
+                    f"{name}: the gradients of step {run.step} are not finite. The weights before it are "
+                    f"saved, and the ids of its samples are in {folder / BAD_STEPS}. Check those samples, "
+                    "lower the learning rate, or skip the step: --nan-steps 10."
+                )
+            run.step += 1
+            run.log_if_due()
+            if config.validate_every and run.step % config.validate_every == 0 and run.step < config.steps:
+                stopped_early = run.validate()
+                due = True
+            elif config.save_every and run.step % config.save_every == 0:
+                due = True
             else:
-                bad += 1
-                _not_applied(folder, step, losses, micro, accelerator)
-                say(f"{name}: step {step} is not finite; it was not applied")
-                if bad >= patience:
-                    step -= bad - 1
-                    save()
-                    raise ModelError(
-                        f"{name}: the gradients of step {step} are not finite. The weights before it are "
-                        f"saved, and its samples' ids are in {folder / BAD_STEPS}. Look at those samples, "
-                        "lower the learning rate, or step over it: --nan-steps 10."
-                    )
-            step += 1
-            timer.steps += 1
-            loss_now = float(torch.stack(losses).mean())
-            for key, number in {"loss": loss_now, "norm": float(norm), **numbers}.items():
-                totals[key] = totals.get(key, 0.0) + number
-            count += 1
-            now = time.monotonic()
-            if now - shown > config.log_seconds or step >= config.steps:
-                rate = (step - shown_step) * config.batch / max(now - shown, 1e-9)
-                means = {k: _mean(accelerator, v / count) for k, v in totals.items()}
-                row = {"step": step, "seconds": round(clock.seconds()), **means, "rate": round(rate, 2)}
-                curve.append({k: round(v, 6) for k, v in row.items()})
-                if main:
-                    _log(accelerator, folder, curve[-1])
-                    text = " ".join(f"{k} {v:.5g}" for k, v in means.items())
-                    pace = (now - shown) / max(step - shown_step, 1)
-                    left = time_left(pace * (config.steps - step), config.minutes, clock.seconds())
-                    say(f"{name}: step {step} {min(now_done(), 1):.1%} {text} {rate:.3g} samples/s{left}")
-                shown, shown_step, totals, count = now, step, {}, 0
-            if config.check_every and check and step % config.check_every == 0 and step < config.steps:
-                ended_early = _checked(check, step, task, ema, accelerator)
-                model.train()
-                save()
+                due = config.save_seconds is not None and _any_process(
+                    accelerator, time.monotonic() - saved > config.save_seconds
+                )
+            if due:
+                run.save()
                 saved = time.monotonic()
-            elif (config.save_every and step % config.save_every == 0) or _any_process(
-                accelerator,
-                config.save_seconds is not None and now - saved > config.save_seconds,
-                sure=config.save_seconds is None,
-            ):
-                save()
-                saved = time.monotonic()
-        save()
+        run.save()
         signals.raise_if_any()
-    if profile and main:
-        for line in timer.report(config.batch):
-            say(line)
-    if ema:
-        ema.copy_to(task)
+    if config.profile and run.main:
+        for line in run.timer.report(config.batch):
+            run.say(line)
+    if run.ema:
+        run.ema.copy_to(task)
     task.eval()
-    return result(True, ended_early)
+    return run.result(finished=True, stopped_early=stopped_early)
+
+
+class _Run:
+    """What a run saves and restores: networks, optimizer, EMA, the number of finished steps, and the log."""
+
+    def __init__(
+        self,
+        task: nn.Module,
+        config: LoopConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        fingerprint: dict[str, Any],
+        name: str,
+        validation: Validation | None,
+        say: Callable[[str], None] | None,
+    ) -> None:
+        self.task, self.config, self.folder, self.accelerator = task, config, folder, accelerator
+        self.fingerprint, self.name, self.validation = fingerprint, name, validation
+        self.say = say or log.info
+        self.main = accelerator.is_main_process
+        self.timer = Timer(config.profile, accelerator.device)
+        self.checkpoints = Checkpoints(folder, keep=config.keep)
+        self.step, self.curve = 0, list[dict[str, float]]()
+        self.started = self.logged = time.monotonic()  # `started`: as if there had been one call
+        self.sums: dict[str, float] = {}  # of the metrics since the last line of the log
+
+        # 1. The initial state.
+        task.to(accelerator.device)
+        self.trained = {k: p for k, p in task.named_parameters() if p.requires_grad}
+        self.ema = Ema(task, config.ema, on_cpu=config.ema_on_cpu) if config.ema else None
+        optimizer = new_optimizer(list(self.trained.values()), config)
+
+        # 2. The checkpoint.
+        state = self.checkpoints.load()
+        if state is not None:
+            _check_same(state["fingerprint"], fingerprint, folder)
+            if odd := self.trained.keys() ^ state["model"].keys():
+                raise InputError(
+                    f"the checkpoint is of another network ({min(odd)}); choose another output folder."
+                )
+            with torch.no_grad():
+                for key, value in state["model"].items():
+                    self.trained[key].copy_(value)
+            optimizer.load_state_dict(state["optimizer"])
+            if self.ema:
+                self.ema.load_state_dict(state["ema"])
+            if validation is not None and "watch" in state["parts"]:
+                validation.watch.load_state_dict(state["parts"]["watch"])
+            self.step, self.curve = state["step"], state["curve"]
+            self.started -= state["seconds"]
+            if self.main:
+                Curves(folder, LOG).forget_after(self.step)
+                self.say(f"{name}: resuming from step {self.step}")
+        self.logged_step = self.step
+
+        # 3. What accelerate wraps.
+        self.model, self.optimizer = accelerator.prepare(task, optimizer)
+        if state is not None:
+            _set_rng(state["rng"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(state["scaler"])
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def progress(self) -> float:
+        minutes = self.config.minutes
+        return max(self.step / self.config.steps, self.seconds() / (60 * minutes) if minutes else 0.0)
+
+    def result(self, *, finished: bool, stopped_early: bool = False) -> Result:
+        return Result(finished, self.step, self.seconds(), self.curve, stopped_early)
+
+    def save(self) -> None:
+        """Write a checkpoint; all processes wait for it."""
+        if self.main:
+            scaler = self.accelerator.scaler
+            self.checkpoints.save(
+                self.step,
+                {
+                    "fingerprint": self.fingerprint,
+                    "step": self.step,
+                    "samples": self.step * self.config.batch,
+                    "seconds": self.seconds(),
+                    "model": {k: p.detach() for k, p in self.trained.items()},
+                    "ema": self.ema.state_dict() if self.ema else None,
+                    "optimizer": self.optimizer.state_dict(),
+                    "rng": _rng(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                    "parts": {} if self.validation is None else {"watch": self.validation.watch.state_dict()},
+                    "curve": self.curve,
+                },
+            )
+        self.accelerator.wait_for_everyone()
+
+    def train_step(self, micro_batches: Sequence[Any]) -> bool:
+        """Accumulate gradients and update the weights and their EMA. False if a gradient is not finite."""
+        # 1. The learning rate.
+        config, accelerator = self.config, self.accelerator
+        lr = learning_rate(config, self.step, self.progress())
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+
+        # 2. Gradients, which the processes exchange after the last micro-batch.
+        metrics: dict[str, float] = {}
+        losses = []
+        for k, batch in enumerate(micro_batches, 1):
+            last = k == len(micro_batches)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                with self.timer.part("forward"):
+                    loss, more = self.model(batch)
+                with self.timer.part("backward"):
+                    accelerator.backward(loss / len(micro_batches))
+            losses.append(loss.detach())
+            for key, value in more.items():
+                metrics[key] = metrics.get(key, 0.0) + float(value) / len(micro_batches)
+
+        # 3. The update, unless a gradient is not finite.
+        with self.timer.part("optimizer"):
+            norm = accelerator.clip_grad_norm_(list(self.trained.values()), config.clip_norm or math.inf)
+            finite = bool(torch.isfinite(norm))
+            if finite or accelerator.scaler is not None:  # a scaler skips the step and lowers its scale
+                self.optimizer.step()
+        if finite and self.ema:
+            with self.timer.part("EMA"):
+                self.ema.update(self.task, config.ema_updates)
+        if not finite:
+            row = {
+                "step": self.step,
+                "process": accelerator.process_index,
+                "losses": [float(loss) for loss in losses],
+                "ids": [str(i) for batch in micro_batches for i in getattr(batch, "ids", ())],
+            }
+            append_row(self.folder / BAD_STEPS, row)
+            self.say(f"{self.name}: the gradients of step {self.step} are not finite; it was not applied")
+
+        # 4. Metrics.
+        metrics = {"loss": float(torch.stack(losses).mean()), "norm": float(norm), **metrics}
+        for key, value in metrics.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        self.timer.steps += 1
+        return finite
+
+    def log_if_due(self) -> None:
+        """Log the mean metrics of the steps since the last line, every `log_seconds` and at the end."""
+        config, passed = self.config, time.monotonic() - self.logged
+        if passed <= config.log_seconds and self.step < config.steps:
+            return
+        steps = self.step - self.logged_step
+        means = {k: _mean(self.accelerator, v / steps) for k, v in self.sums.items()}
+        rate = steps * config.batch / max(passed, 1e-9)
+        row = {"step": self.step, "seconds": round(self.seconds()), **means, "rate": round(rate, 2)}
+        self.curve.append({k: round(v, 6) for k, v in row.items()})
+        if self.main:
+            metrics = {k: v for k, v in self.curve[-1].items() if k != "step"}
+            Curves(self.folder, LOG).add(self.step, metrics)
+            metrics.pop("seconds")
+            self.accelerator.log(metrics, step=self.step)
+            text = " ".join(f"{k} {v:.5g}" for k, v in means.items())
+            left = time_left(
+                passed / max(steps, 1) * (config.steps - self.step), config.minutes, self.seconds()
+            )
+            done = min(self.progress(), 1)
+            self.say(f"{self.name}: step {self.step} {done:.1%} {text} {rate:.3g} samples/s{left}")
+        self.logged, self.logged_step = time.monotonic(), self.step
+        self.sums = {}
+
+    def validate(self) -> bool:
+        """Run the validation with the EMA weights on the main process. True if it ends the run."""
+        stop = False
+        if self.validation is not None and self.main:
+            self.task.eval()
+            with self.ema.in_place(self.task) if self.ema else contextlib.nullcontext():
+                stop = self.validation(self.step)
+            self.model.train()
+        return _any_process(self.accelerator, stop)
 
 
 def time_left(seconds: float, minutes: float | None, spent: float) -> str:
-    """The words for what is left of a run: by its pace, and by its limit of time if it has one."""
+    """The remaining time of a run as text, from its pace and, if it has one, its limit of `minutes`."""
     if minutes:
         seconds = min(seconds, 60 * minutes - spent)
     if seconds < 1:
@@ -340,54 +397,39 @@ def time_left(seconds: float, minutes: float | None, spent: float) -> str:
 
 
 def new_optimizer(trained: Sequence[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
-    """AdamW, or with moments in 8 bits (Dettmers et al. 2022, bitsandbytes). Raises InputError without it."""
-    groups = _groups(trained, config)
+    """AdamW, with fp32 or 8-bit moments (Dettmers et al. 2022). Raises InputError without bitsandbytes."""
+    decayed = [p for p in trained if p.ndim > 1 or config.decay_vectors]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if not config.decay_vectors:
+        groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0})
+    betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise InputError(
-            "optimizer: adamw8bit needs bitsandbytes, which is missing; install it: pip install 'ip2p[8bit]'"
+            "optimizer: adamw8bit needs bitsandbytes, which is not installed: pip install 'ip2p[8bit]'"
         ) from None
-    return AdamW8bit(groups, lr=config.lr, betas=config.betas)
+    return AdamW8bit(groups, lr=config.lr, betas=betas)
 
 
-def _groups(trained: Sequence[nn.Parameter], config: LoopConfig) -> list[dict[str, Any]]:
-    if config.decay_vectors:
-        return [{"params": list(trained), "weight_decay": config.weight_decay}]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def _check_same(was: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    changed = [k for k in {**was, **wanted} if was.get(k) != wanted.get(k)]
+def _check_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
     if changed:
-        told = ", ".join(f"{k} was {was.get(k)!r} and is now {wanted.get(k)!r}" for k in changed[:3])
+        changes = ", ".join(f"{k} was {before.get(k)!r} and is now {now.get(k)!r}" for k in changed[:3])
         raise InputError(
-            f"the checkpoints in {folder} were made with another {' and '.join(changed)} ({told}); "
-            "give the same again, or another output folder"
+            f"the checkpoints in {folder} were made with another {' and '.join(changed)} ({changes}); "
+            "use the same settings, or choose another output folder"
         )
-
-
-def _load_trained(task: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    own = {k: p for k, p in task.named_parameters() if p.requires_grad}
-    if own.keys() != weights.keys():
-        odd = sorted(own.keys() ^ weights.keys())[0]
-        raise InputError(f"the checkpoint is of another network ({odd}); give another output folder.")
-    with torch.no_grad():
-        for key, value in weights.items():
-            own[key].copy_(value)
 
 
 # --- several processes ---
 
 
-def _any_process(accelerator: Accelerator, here: bool, *, sure: bool = False) -> bool:
-    """Whether `here` holds in any process; all learn the same. `sure`: it is the same in all anyway."""
-    if accelerator.num_processes == 1 or sure:
+def _any_process(accelerator: Accelerator, here: bool) -> bool:
+    """Whether `here` is true in any process; the result is the same in all of them."""
+    if accelerator.num_processes == 1:
         return here
     flag = torch.tensor([float(here)], device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction="sum") > 0)
@@ -399,18 +441,7 @@ def _mean(accelerator: Accelerator, value: float) -> float:
     return float(accelerator.reduce(torch.tensor([value], device=accelerator.device), reduction="mean"))
 
 
-def _checked(
-    check: Callable[[int], bool], step: int, task: nn.Module, ema: Ema | None, accelerator: Accelerator
-) -> bool:
-    stop = False
-    if accelerator.is_main_process:
-        task.eval()
-        with ema.in_place(task) if ema else contextlib.nullcontext():
-            stop = check(step)
-    return _any_process(accelerator, stop)
-
-
-# --- randomness beside the samples' own: dropout layers ---
+# --- global random state: samples have their own generators, but dropout layers do not ---
 
 
 def _rng() -> dict[str, Any]:
@@ -424,7 +455,7 @@ def _rng() -> dict[str, Any]:
     }
 
 
-def _set_rng(state: dict[str, Any], accelerator: Accelerator) -> None:
+def _set_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -434,46 +465,11 @@ def _set_rng(state: dict[str, Any], accelerator: Accelerator) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
 
 
-# --- what is written beside the checkpoints ---
-
-
-def _log(accelerator: Accelerator, folder: Path, row: dict[str, float]) -> None:
-    append_row(folder / LOG, row)
-    told = {k: v for k, v in row.items() if k not in ("step", "seconds")}
-    accelerator.log(told, step=int(row["step"]))
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the log's lines after `step`, which the run is about to write again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))
-
-
-def _not_applied(
-    folder: Path, step: int, losses: Sequence[torch.Tensor], micro: Sequence[Any], accelerator: Accelerator
-) -> None:
-    ids = [str(i) for batch in micro for i in getattr(batch, "ids", ())]
-    row = {
-        "step": step,
-        "process": accelerator.process_index,
-        "losses": [float(x) for x in losses],
-        "ids": ids,
-    }
-    append_row(folder / BAD_STEPS, row)
-
-
-# --- stopping ---
+# --- signals ---
 
 
 class _Signals:
-    def __init__(self) -> None:
-        self.number: int | None = None
+    number: int | None = None
 
     def raise_if_any(self) -> None:
         if self.number == signal.SIGTERM:
@@ -484,23 +480,23 @@ class _Signals:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Signals]:
-    """Note SIGTERM and Ctrl-C instead of unwinding in the middle of a step; a second Ctrl-C does unwind."""
-    told = _Signals()
+    """Record SIGTERM and Ctrl-C instead of interrupting a step; a second Ctrl-C does interrupt it."""
+    received = _Signals()
 
-    def note(number: int, frame: types.FrameType | None) -> None:
-        if number == signal.SIGINT and told.number is not None:
+    def record(number: int, frame: types.FrameType | None) -> None:
+        if number == signal.SIGINT and received.number is not None:
             raise KeyboardInterrupt
-        told.number = number
+        received.number = number
 
     before: dict[int, Any] = {}
     try:
         for kind in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(kind) is not signal.SIG_IGN:
-                before[kind] = signal.signal(kind, note)
-    except ValueError:  # not the main thread: the process's owner handles signals
+                before[kind] = signal.signal(kind, record)
+    except ValueError:  # not the main thread: the owner of the process handles signals
         pass
     try:
-        yield told
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -148,7 +148,7 @@ def change_weights(
 
 
 def pseudo_huber_loss(
-    predicted: Float[Tensor, "batch c h w"], wanted: Float[Tensor, "batch c h w"], width: float = 0.001
+    predicted: Float[Tensor, "batch c h w"], target: Float[Tensor, "batch c h w"], width: float = 0.001
 ) -> Float[Tensor, ""]:
     """Mean of `sqrt(d² + width²) - width` over the differences d (Song and Dhariwal 2023, eq. 9)."""
-    return (((predicted - wanted).square() + width**2).sqrt() - width).mean()
+    return (((predicted - target).square() + width**2).sqrt() - width).mean()

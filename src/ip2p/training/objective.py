@@ -1,4 +1,4 @@
-"""What a step of training an editor is: noise on the edited picture's latents, conditions, the loss."""
+"""One step of training an editor: noise on the edited picture's latents, conditions, and the loss."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from ip2p.training.loss import (
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The paper's loss; all below `snr_clip` are the storybook's additions, off by default."""
+    """The paper's loss; what follows `snr_clip` is for the storybook, and off by default."""
 
     prediction: str = "epsilon"  # or "v_prediction", "sample"
-    shares: Shares = field(default_factory=Shares)  # of samples that lose the text, the image, both
-    snr_clip: tuple[float, float] | None = None  # of the x0 loss's weight; (0, gamma) is Min-SNR
+    shares: Shares = field(default_factory=Shares)  # of samples that drop the text, the image, or both
+    snr_clip: tuple[float, float] | None = None  # limits of the x0 loss's weight; (0, gamma): Min-SNR
     timestep_power: float = 1.0
-    change_share: float = 0.0  # of a sample's loss for the cells that the edit changes
+    change_share: float = 0.0  # of a sample's loss, for the cells that the edit changes
     change_weight_most: float = 24.0
-    caption_share: float = 0.0  # samples with the edited caption and no image
+    caption_share: float = 0.0  # of samples with the edited caption and no image
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random about a batch of samples; row i depends on its seed and its place alone.
+    """The random part of a batch of samples; each row depends only on the seed and its position.
 
     posterior, noise: [batch, channels, h, w]. timesteps: [batch]. text_null, image_null, caption_only:
-    [batch]. scales: for the two guidance scales of a distillation, in [0, 1), [batch, 2].
+    [batch]. scales: uniform in [0, 1), for the two guidance scales of a distillation, [batch, 2].
     """
 
     posterior: Tensor
@@ -54,17 +54,16 @@ class Draws:
 
 
 def place_seed(*parts: object) -> int:
-    """A seed of 63 bits from numbers and words, the same on every machine."""
+    """A 63-bit seed from numbers and strings, the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def draw(places: Sequence[int], seed: int, shape: Sequence[int], objective: Objective) -> Draws:
-    """The randomness of the samples at `places` of the run's endless row of samples; latents of `shape`.
+    """The draws of the samples at some positions of the run's sequence; `shape`: of a latent.
 
-    A sample's draws come from a generator of its own, in this order: r for the dropout, u for the
-    timestep, one for the caption, the posterior's noise, the noise, the scales. So they do not depend on
-    the batch, the process or the moment in which they are made.
+    Each sample has its own generator, which draws in this order: the dropout, the timestep, the caption, the
+    posterior's noise, the noise, the scales. So a draw does not depend on the batch or the process.
     """
     uniform, gauss, scales = [], [], []
     for place in places:
@@ -75,7 +74,7 @@ def draw(places: Sequence[int], seed: int, shape: Sequence[int], objective: Obje
     r, u, c = torch.stack(uniform).unbind(1)
     posterior, noise = torch.stack(gauss).unbind(1)
     text_null, image_null = null_conditions(r, objective.shares)
-    # Apart from the dropout: a caption and no image, so that the model also draws from a caption alone.
+    # In addition to the dropout: a caption without an image, to train generation from a caption.
     caption_only = c < objective.caption_share
     return Draws(
         posterior.contiguous(),
@@ -93,9 +92,9 @@ class EditBatch:
     """Samples of one micro-batch.
 
     before: the image condition, unscaled modes [batch, channels, h, w]. mean, std: of the edited picture's
-    latents. text: tokens [batch, length] of an encoder that learns along, or hidden states [batch, length,
-    features] with SDXL's pooled and time_ids beside; what the dropout takes away is replaced already.
-    changed: latent cells in which the pictures differ [batch, 1, h, w]. labels: class numbers of drawn pages.
+    latents. text: with dropout applied; tokens [batch, length] for an encoder that is also trained, or hidden
+    states [batch, length, features], for SDXL with pooled and time_ids. changed: latent cells where the
+    pictures differ [batch, 1, h, w]. labels: class numbers of drawn pages.
     """
 
     before: Tensor
@@ -110,7 +109,7 @@ class EditBatch:
     labels: Mapping[str, Tensor] | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> EditBatch:
-        """The batch with every tensor changed, as in `batch.map(lambda t: t.to(device))`."""
+        """Apply a function to every tensor, for example `batch.map(lambda t: t.to(device))`."""
 
         def each(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -125,12 +124,11 @@ class EditBatch:
 
 
 class EditTask(nn.Module):
-    """The UNet, and what learns along with it; called on an `EditBatch` it gives the loss and its numbers.
+    """The UNet and what is trained with it; maps an `EditBatch` to (loss, metrics).
 
-    alpha_bar: the base's noise schedule [1000]. latent_scale multiplies targets, condition_scale the
-    image condition (1 for all editors but CosXL). text_encoder: one that is trained along, for batches that
-    bring tokens. aside: a part with parameters of its own whose `loss(task, batch, context)` is added
-    (`storybook.perception.Perception`).
+    alpha_bar: the base's noise schedule [1000]. latent_scale multiplies targets, condition_scale the image
+    condition (1 for all editors except CosXL). text_encoder: one that is also trained, for batches of tokens.
+    aside: an auxiliary module whose `loss(batch, context)` is added (`storybook.perception.Perception`).
     """
 
     def __init__(
@@ -154,47 +152,46 @@ class EditTask(nn.Module):
     def forward(self, batch: EditBatch) -> tuple[Tensor, dict[str, float]]:
         device = self.alpha_bar.device
         batch = batch.map(lambda tensor: tensor.to(device, non_blocking=True))
-        predicted, wanted, a, context = self.predict(batch)
+        predicted, target, a, context = self.predict(batch)
         with torch.autocast(device.type, enabled=False):
-            return self._loss(batch, predicted.float(), wanted, a, context)
+            return self._loss(batch, predicted.float(), target, a, context)
 
     def predict(self, batch: EditBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the UNet predicts, what it should, the samples' alpha_bar, and the text's hidden states."""
+        """The UNet's prediction, its target, the samples' alpha_bar, and the text's hidden states."""
         draws = batch.draws
-        target, image = self.latents(batch)
+        clean, image = self.latents(batch)
         a = self.alpha_bar[draws.timesteps]
-        noisy = add_noise(target, draws.noise, a)
         context = batch.text
         if self.text_encoder is not None:
             context = self.text_encoder(batch.text).last_hidden_state
-        more: dict[str, Any] = {}
+        added: dict[str, Any] = {}
         if batch.pooled is not None:
-            more["added_cond_kwargs"] = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
-        given = torch.cat([noisy, image], dim=1)
-        predicted = self.unet(given, draws.timesteps, context, return_dict=False, **more)[0]
-        wanted = prediction_target(self.objective.prediction, target, draws.noise, a)
-        return predicted, wanted, a, context
+            added["added_cond_kwargs"] = {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+        inputs = torch.cat([add_noise(clean, draws.noise, a), image], dim=1)
+        predicted = self.unet(inputs, draws.timesteps, context, return_dict=False, **added)[0]
+        target = prediction_target(self.objective.prediction, clean, draws.noise, a)
+        return predicted, target, a, context
 
     def latents(self, batch: EditBatch) -> tuple[Tensor, Tensor]:
-        """The target, sampled and scaled, and the image condition, neither; a missing image is zeros."""
+        """The edited picture's latents, sampled and scaled, and the image condition (zeros if dropped)."""
         draws = batch.draws
-        target = (batch.mean + batch.std * draws.posterior) * self.latent_scale
+        clean = (batch.mean + batch.std * draws.posterior) * self.latent_scale
         image = torch.where(draws.image_null[:, None, None, None], 0.0, batch.before * self.condition_scale)
-        return target, image
+        return clean, image
 
     def _loss(
-        self, batch: EditBatch, predicted: Tensor, wanted: Tensor, a: Tensor, context: Tensor
+        self, batch: EditBatch, predicted: Tensor, target: Tensor, a: Tensor, context: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        chosen = self.objective
+        objective = self.objective
         cells = None
-        if chosen.change_share and batch.changed is not None:
+        if objective.change_share and batch.changed is not None:
             changed = torch.where(batch.draws.image_null[:, None, None, None], 1.0, batch.changed)
-            cells = change_weights(changed, chosen.change_share, chosen.change_weight_most)
-        loss = noise_loss(predicted, wanted, snr_weight(a, chosen.snr_clip, chosen.prediction), cells)
-        numbers: dict[str, float] = {}
-        if chosen.snr_clip is not None or cells is not None:
-            numbers["mse"] = float(F.mse_loss(predicted.detach(), wanted))
+            cells = change_weights(changed, objective.change_share, objective.change_weight_most)
+        loss = noise_loss(predicted, target, snr_weight(a, objective.snr_clip, objective.prediction), cells)
+        metrics: dict[str, float] = {}
+        if objective.snr_clip is not None or cells is not None:
+            metrics["mse"] = float(F.mse_loss(predicted.detach(), target))
         if self.aside is not None:
             extra, more = self.aside.loss(batch, context.float())
-            loss, numbers = loss + extra, numbers | more
-        return loss, numbers
+            loss, metrics = loss + extra, metrics | more
+        return loss, metrics

@@ -1,21 +1,22 @@
-"""Where a step's samples come from: the latent cache, or pictures that are encoded as training goes.
+"""The samples of each step: from the latent cache, or from pictures that are encoded during training.
 
-A run's samples stand in one endless row. Place p of it is one row of the data, in one variant, with one draw
-of all that is random; which, follows from p and the run's seed. Step k takes the places from k · batch on. So
-the order, the noise and the dropout are the same however a batch is split over processes and micro-batches,
-and a run that goes on needs nothing but the number of its step.
+A run's samples form one endless sequence. The sample at position p is one row of the data, in one variant,
+with one random draw; all of it depends only on p and the run's seed. Step k uses the positions from k · batch
+on. So order, noise and dropout do not depend on how a batch is split over processes and micro-batches, and a
+resumed run needs only its step number.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import re
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,41 +31,45 @@ from ip2p.training.transform import Transform
 from ip2p.training.workers import start_worker
 
 if TYPE_CHECKING:
-    from ip2p.training.cache import LatentCache, TextCache
+    from ip2p.models.text import Prompt
+    from ip2p.training.cache import LatentCache
 
 log = logging.getLogger("ip2p")
 
 MAX_BROKEN = 0.01
 QUARANTINE = "quarantine.jsonl"
-# Mirrored pictures would make these words wrong.
+CHUNK = 64  # rows that a worker process reads at once
+# A mirrored picture would contradict these words.
 _SIDED = re.compile(r"\b(left|right|clockwise|counterclockwise)\b", re.IGNORECASE)
+
+T = TypeVar("T")
+
+
+# --- order -------------------------------------------------------------------------------------
 
 
 class Order:
-    """Which of `count` rows stands at a place: every epoch has each row once, in an order of its own.
+    """Maps a position to one of `rows`: each epoch has every row once, in a new order.
 
-    blocks: rows that are cheap to read together; then blocks are shuffled, and rows among `window` of them.
-    endless: place p is row p, for a source that never repeats itself.
+    blocks: rows that are cheap to read together. Then the order of the blocks is random, and the order of
+    the rows within each `window` of blocks.
     """
 
     def __init__(
         self,
-        count: int,
+        rows: Sequence[int],
         seed: int,
         *,
         blocks: Sequence[Sequence[int]] | None = None,
-        endless: bool = False,
         window: int = 16,
     ) -> None:
-        if count < 1:
-            raise InputError("there is no row left to train on; look at the data: ip2p data check PATH")
-        self.count, self.seed, self.blocks, self.endless, self.window = count, seed, blocks, endless, window
+        if not rows:
+            raise InputError("no rows are left for training; check the data: ip2p data check PATH")
+        self.rows, self.seed, self.blocks, self.window = rows, seed, blocks, window
         self._epoch: tuple[int, Any] = (-1, None)
 
     def __call__(self, place: int) -> int:
-        if self.endless:
-            return place
-        epoch, position = divmod(place, self.count)
+        epoch, position = divmod(place, len(self.rows))
         if self._epoch[0] != epoch:
             self._epoch = epoch, self._shuffled(epoch)
         return int(self._epoch[1][position])
@@ -72,7 +77,7 @@ class Order:
     def _shuffled(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng(place_seed("epoch", self.seed, epoch))
         if self.blocks is None or len(self.blocks) < 2:
-            return rng.permutation(self.count)
+            return rng.permutation(np.asarray(self.rows))
         order = rng.permutation(len(self.blocks))
         parts = []
         for first in range(0, len(order), self.window):
@@ -82,9 +87,9 @@ class Order:
 
 
 class PromptOrder:
-    """Which of `rows` stands at a place: every epoch has each prompt once, and one of its pairs at random.
+    """Maps a position to one of `rows`: each epoch has every prompt once, with one of its pairs at random.
 
-    So a prompt with four pairs weighs as much as one with one, as in the released training.
+    So a prompt with four pairs has the same weight as a prompt with one, as in the released training.
     """
 
     def __init__(self, rows: Sequence[int], prompts: Sequence[str], seed: int) -> None:
@@ -92,48 +97,16 @@ class PromptOrder:
         for row, prompt in zip(rows, prompts, strict=True):
             groups.setdefault(prompt, []).append(row)
         self.groups, self.seed = list(groups.values()), seed
-        self.order = Order(len(self.groups), seed)
+        self.order = Order(range(len(self.groups)), seed)
 
     def __call__(self, place: int) -> int:
         group = self.groups[self.order(place)]
         return group[place_seed("pair", self.seed, place) % len(group)]
 
 
-class Words(NamedTuple):
-    """A text as `EditBatch` has it."""
-
-    text: Tensor
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-
-
-Reader = Callable[[list[str]], Words]
-
-
-def read_tokens(tokenizer: Any) -> Reader:
-    """Texts as the tokens of an encoder that learns along."""
-
-    def read(texts: list[str]) -> Words:
-        limit = tokenizer.model_max_length
-        told = tokenizer(texts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt")
-        return Words(told.input_ids)
-
-    return read
-
-
-def read_cached(cache: TextCache) -> Reader:
-    """Texts as the hidden states of an encoder that does not."""
-
-    def read(texts: list[str]) -> Words:
-        prompt = cache.read(cache.places(texts))
-        return Words(prompt.hidden, prompt.pooled, prompt.time_ids)
-
-    return read
-
-
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which part of each step this process makes: `batch` samples in all, `micro` of them at once here."""
+    """This process's share of each step of `batch` samples; it processes `micro` samples at a time."""
 
     batch: int
     micro: int
@@ -144,43 +117,67 @@ class Share:
         if self.batch % (self.micro * self.world):
             raise InputError(
                 f"a batch of {self.batch} cannot be split into micro-batches of {self.micro} on {self.world} "
-                f"processes; give a --batch that is a multiple of {self.micro * self.world}."
+                f"processes; use a --batch that is a multiple of {self.micro * self.world}."
             )
 
     def places(self, step: int) -> list[range]:
-        """The places of this process's micro-batches."""
-        turn = self.micro * self.world
-        starts = range(step * self.batch + self.rank * self.micro, (step + 1) * self.batch, turn)
+        """The positions of this process's micro-batches."""
+        stride = self.micro * self.world
+        starts = range(step * self.batch + self.rank * self.micro, (step + 1) * self.batch, stride)
         return [range(start, start + self.micro) for start in starts]
 
 
 def variant_of(place: int, seed: int, transform: Transform, instruction: str) -> int:
-    """The variant that stands at a place; an instruction that names a side is not mirrored."""
+    """The variant at a position; a pair whose instruction names a side is not mirrored."""
     variant = place_seed("variant", seed, place) % transform.variants
     return variant & ~1 if transform.flip and _SIDED.search(instruction) else variant
+
+
+# --- texts -------------------------------------------------------------------------------------
+
+
+class TextInput(NamedTuple):
+    """The fields of an `EditBatch` that hold its texts."""
+
+    text: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+
+Reader = Callable[[list[str]], TextInput]
+
+
+def read_prompts(encode: Callable[[list[str]], Prompt]) -> Reader:
+    """A reader of texts that a frozen encoder has encoded."""
+
+    def read(texts: list[str]) -> TextInput:
+        prompt = encode(texts)
+        return TextInput(prompt.hidden, prompt.pooled, prompt.time_ids)
+
+    return read
 
 
 def chosen_texts(
     instructions: Sequence[str], captions: Sequence[str], text_null: Tensor, alone: Tensor
 ) -> list[str]:
-    """The text of each sample after the dropout: the instruction, nothing, or the edited caption alone."""
+    """Each sample's text after the dropout: the instruction, "", or (`alone`) the edited caption."""
     rows = zip(instructions, captions, text_null.tolist(), alone.tolist(), strict=True)
     return [caption if only else "" if null else instruction for instruction, caption, null, only in rows]
 
 
-# --- from the cache ---
+# --- from the cache ----------------------------------------------------------------------------
 
 
 class CachedSamples:
-    """Samples whose latents lie on the disk.
+    """Samples whose latents are cached on disk.
 
-    kept: the places in the cache that are trained on. ahead: read in a thread while the device works.
+    kept: the positions in the cache to train on. ahead: prepare batches in a thread while the device works.
     """
 
     def __init__(
         self,
         cache: LatentCache,
-        words: Reader,
+        read_texts: Reader,
         transform: Transform,
         objective: Objective,
         share: Share,
@@ -189,35 +186,31 @@ class CachedSamples:
         kept: Sequence[int],
         ahead: bool = True,
     ) -> None:
-        self.ahead = ahead
-        self.cache, self.words, self.transform, self.objective = cache, words, transform, objective
-        self.share, self.seed = share, seed
-        prompts = cache.prompts  # rebuilt at each access
+        self.cache, self.read_texts, self.transform, self.objective = cache, read_texts, transform, objective
+        self.share, self.seed, self.ahead = share, seed, ahead
+        prompts = cache.prompts  # a property that builds the list at each access
         self.order = PromptOrder(kept, [prompts[place] for place in kept], seed)
         self.shape = cache.read([kept[0]], [0]).before.shape[1:]
 
     def batch(self, places: Sequence[int]) -> EditBatch:
         rows = [self.order(place) for place in places]
-        told = [self.cache.instructions[row] for row in rows]
+        instructions = [self.cache.instructions[row] for row in rows]
+        captions = [self.cache.edited_captions[row] for row in rows]
         variants = [
             variant_of(place, self.seed, self.transform, text)
-            for place, text in zip(places, told, strict=True)
+            for place, text in zip(places, instructions, strict=True)
         ]
         draws = draw(places, self.seed, self.shape, self.objective)
-        latents = self.cache.read(rows, variants)
-        captions = [self.cache.edited_captions[row] for row in rows]
-        words = self.words(chosen_texts(told, captions, draws.text_null, draws.caption_only))
+        texts = self.read_texts(chosen_texts(instructions, captions, draws.text_null, draws.caption_only))
         return EditBatch(
-            before=latents.before,
-            mean=latents.mean,
-            std=latents.std,
+            **vars(self.cache.read(rows, variants)),
+            **texts._asdict(),
             draws=draws,
             ids=[self.cache.ids[row] for row in rows],
-            **words._asdict(),
         )
 
     def __call__(self, first: int) -> Iterator[list[EditBatch]]:
-        """The micro-batches of each step from `first` on, read ahead by a thread if the device is another."""
+        """Yield the micro-batches of each step from `first` on."""
 
         def steps() -> Iterator[list[EditBatch]]:
             step = first
@@ -225,118 +218,119 @@ class CachedSamples:
                 yield [self.batch(places) for places in self.share.places(step)]
                 step += 1
 
-        # On a CPU a second thread's small sums would take the cores from the network's.
+        # On a CPU, a second thread would take cores from the network.
         return ahead(steps()) if self.ahead else steps()
 
 
-def ahead(items: Iterator[Any], count: int = 3) -> Iterator[Any]:
-    """The items, up to `count` of them made beforehand in a thread; its error is raised here."""
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(count)
-    ended = threading.Event()
-
-    def put(row: tuple[bool, Any]) -> bool:
-        while not ended.is_set():
-            try:
-                ready.put(row, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put((True, item)):
-                    return
-        except BaseException as error:
-            put((False, error))
-
-    threading.Thread(target=work, daemon=True).start()
+def ahead(items: Iterator[T], size: int = 3) -> Iterator[T]:
+    """Yield the items, up to `size` of which are prepared in a thread; its errors are raised here."""
+    end: Any = object()
+    worker = ThreadPoolExecutor(1)
     try:
-        while True:
-            good, item = ready.get()
-            if not good:
-                raise item
+        pending = deque(worker.submit(next, items, end) for _ in range(size))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(worker.submit(next, items, end))
             yield item
     finally:
-        ended.set()
+        worker.shutdown(wait=False, cancel_futures=True)
 
 
-# --- encoded as training goes ---
+# --- encoded during training -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The rows of each pool: `size` rows are used `reuse` times each, in an order that `seed` decides."""
+
+    share: Share
+    size: int
+    reuse: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Steps per pool."""
+        return self.size * self.reuse // self.share.batch
+
+    def rows(self, turn: int) -> list[int]:
+        """For each sample of pool number `turn`, over all processes, its row in the pool."""
+        if self.reuse == 1:
+            return list(range(self.size))
+        generator = torch.Generator().manual_seed(place_seed("pool", self.seed, turn))
+        shuffled = [torch.randperm(self.size, generator=generator) for _ in range(self.reuse)]
+        return torch.cat(shuffled).tolist()
+
+    def needed(self, turn: int) -> list[int]:
+        """The rows of the pool that this process's samples use, ascending."""
+        rows = self.rows(turn)
+        places = chain.from_iterable(self.share.places(step) for step in range(self.steps))
+        return sorted({rows[place] for place in chain.from_iterable(places)})
 
 
 class _Chunks(torch.utils.data.IterableDataset):
-    """Pictures and words of the pools from `turn` on, some dozens of rows at a time, an endless stream."""
+    """An endless stream of chunks: pictures and texts of up to `CHUNK` rows of the pools from `turn` on."""
 
     def __init__(self, samples: PooledSamples, turn: int) -> None:
-        # Only what a worker process needs: the network stays where it is.
+        # Only what a worker process needs: the network stays in the main process.
         self.source, self.order, self.transform = samples.source, samples.order, samples.transform
-        self.pool, self.seed, self.needed, self.turn = samples.pool, samples.seed, samples.needed, turn
+        self.pools, self.turn = samples.pools, turn
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
         mine, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        turn, number = self.turn, 0
-        while True:
-            needed = self.needed(turn)
+        number = 0
+        for turn in count(self.turn):
+            needed = self.pools.needed(turn)
             for start in range(0, len(needed), CHUNK):
                 if number % workers == mine:
-                    yield self.make([turn * self.pool + k for k in needed[start : start + CHUNK]])
+                    yield self.read([turn * self.pools.size + k for k in needed[start : start + CHUNK]])
                 number += 1
-            turn += 1
 
-    def make(self, places: Sequence[int]) -> dict[str, Any]:
-        pairs: list[Pair] = []
-        pixels, broken = [], []
-        for place in places:
-            pair, made, bad = self._row(place)
-            pairs.append(pair)
-            pixels.append(made)
-            broken += bad
-        labels = {
-            key: torch.from_numpy(np.stack([pair.labels[key] for pair in pairs])) for key in pairs[0].labels
-        }
+    def read(self, places: Sequence[int]) -> dict[str, Any]:
+        broken: list[tuple[str, str]] = []
+        rows = [self._row(place, broken) for place in places]
+        pairs = [pair for pair, _ in rows]
         return {
-            "pixels": torch.from_numpy(np.stack(pixels)),
+            "pixels": torch.from_numpy(np.stack([pixels for _, pixels in rows])),
             "ids": [pair.id for pair in pairs],
             "instructions": [pair.instruction for pair in pairs],
             "captions": [pair.edited_caption for pair in pairs],
-            "labels": labels,
+            "labels": {
+                key: torch.from_numpy(np.stack([pair.labels[key] for pair in pairs]))
+                for key in pairs[0].labels
+            },
             "broken": broken,
         }
 
-    def _row(self, place: int) -> tuple[Pair, np.ndarray, list[tuple[str, str]]]:
-        """The row at a place, or the next whole one after it."""
-        broken: list[tuple[str, str]] = []
+    def _row(self, place: int, broken: list[tuple[str, str]]) -> tuple[Pair, np.ndarray]:
+        """The row at a position, or the first usable one after it; adds the rows it skips to `broken`."""
         row = self.order(place)
         for k in range(100):
             try:
                 pair = self.source[(row + k) % len(self.source)]
-                variant = variant_of(place, self.seed, self.transform, pair.instruction)
-                return pair, self.transform.versions(pair, [variant])[0], broken
+                variant = variant_of(place, self.pools.seed, self.transform, pair.instruction)
+                return pair, self.transform.versions(pair, [variant])[0]
             except BrokenRow as error:
                 broken.append((error.id, error.reason))
+        id, reason = broken[-100]
         raise InputError(
-            f"a hundred rows one after the other of {self.source.name} are broken, {broken[0][0]} first "
-            f"({broken[0][1]}); look at it: ip2p data check {self.source.name}"
+            f"100 consecutive rows of {self.source.name} are broken, the first of them {id} ({reason}); "
+            f"check the data: ip2p data check {self.source.name}"
         )
 
 
-CHUNK = 64
-
-
 class PooledSamples:
-    """Samples that are read, encoded, and used `reuse` times, `pool` rows of the order at a time.
+    """Samples from pools: `pool` rows of the order are encoded at once and used `reuse` times.
 
-    encode: uint8 pictures [batch, 3, h, w] to the mean and standard deviation of their latents. With
-    `reuse` 1 this is plain training without a cache; a drawn world that never ends pays for more.
+    encode: maps uint8 pictures [batch, 3, h, w] to the mean and standard deviation of their latents. `reuse`
+    1 is plain training without a cache; more pays off for pictures that are drawn and never repeat.
     quarantine: a file for the ids and faults of broken rows.
     """
 
     def __init__(
         self,
         source: Source,
-        words: Reader,
+        read_texts: Reader,
         transform: Transform,
         encode: Callable[[Tensor], tuple[Tensor, Tensor]],
         objective: Objective,
@@ -349,145 +343,108 @@ class PooledSamples:
         kept: Sequence[int] | None = None,
         quarantine: Path | None = None,
     ) -> None:
-        self.source, self.words, self.transform, self.encode = source, words, transform, encode
-        self.objective, self.share, self.seed = objective, share, seed
-        # Whole steps make up a pool.
-        self.pool = max(1, round(pool / share.batch)) * share.batch
-        self.reuse, self.workers, self.quarantine = reuse, workers, quarantine
+        self.source, self.read_texts, self.transform, self.encode = source, read_texts, transform, encode
+        self.objective, self.workers, self.quarantine = objective, workers, quarantine
+        whole = max(1, round(pool / share.batch)) * share.batch  # a whole number of steps
+        self.pools = Pools(share, whole, reuse, seed)
         self.order: Callable[[int], int]
+        prompts = getattr(source, "prompts", None)
+        rows = range(len(source)) if kept is None else kept
         if source.endless:
-            self.order = Order(1, seed, endless=True)
+            self.order = int  # position p is row p
+        elif prompts is not None:
+            self.order = PromptOrder(rows, [prompts[row] for row in rows], seed)
         else:
-            rows = range(len(source)) if kept is None else kept
-            prompts = getattr(source, "prompts", None)
-            if prompts is not None:
-                self.order = PromptOrder(rows, [prompts[row] for row in rows], seed)
-            else:
-                self.order = _Kept(Order(len(rows), seed, blocks=_blocks(source, rows)), rows)
-        self.seen, self.broken = 0, {}  # type: ignore[var-annotated]
-
-    @property
-    def steps_a_pool(self) -> int:
-        return self.pool * self.reuse // self.share.batch
-
-    def rows_of(self, turn: int) -> list[int]:
-        """Which of the pool's rows each of its samples is, over all processes."""
-        if self.reuse == 1:
-            return list(range(self.pool))
-        generator = torch.Generator().manual_seed(place_seed("pool", self.seed, turn))
-        shuffled = [torch.randperm(self.pool, generator=generator) for _ in range(self.reuse)]
-        return torch.cat(shuffled).tolist()
-
-    def needed(self, turn: int) -> list[int]:
-        """The rows of the pool that this process's samples are."""
-        if self.share.world == 1:
-            return list(range(self.pool))
-        rows = self.rows_of(turn)
-        steps = range(self.steps_a_pool)
-        mine = {rows[place] for step in steps for places in self.share.places(step) for place in places}
-        return sorted(mine)
+            chosen = set(rows)
+            blocks = [[row for row in block if row in chosen] for block in source.blocks()]
+            self.order = Order(rows, seed, blocks=[block for block in blocks if block])
+        self.seen = 0
+        self.broken: dict[str, str] = {}
 
     def __call__(self, first: int) -> Iterator[list[EditBatch]]:
-        """The micro-batches of each step from `first` on; a run that goes on encodes its pool anew."""
-        turn, step = divmod(first, self.steps_a_pool)
+        """Yield the micro-batches of each step from `first` on; a resumed run encodes its pool again."""
+        pools = self.pools
+        start, step = divmod(first, pools.steps)
         loader = torch.utils.data.DataLoader(
-            _Chunks(self, turn),
+            _Chunks(self, start),
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=start_worker,
-            # While one pool is learnt from, the next is read.
-            prefetch_factor=max(2, -(-self.pool // CHUNK) // self.workers) if self.workers else None,
+            # Read the next pool while training on the current one.
+            prefetch_factor=max(2, -(-pools.size // CHUNK) // self.workers) if self.workers else None,
         )
         chunks = iter(loader)
-        while True:
-            pool = self._encoded(chunks, self.needed(turn))
-            rows = self.rows_of(turn)
-            base = turn * self.pool * self.reuse
-            for k in range(step, self.steps_a_pool):
-                places = self.share.places(k)
+        for turn in count(start):
+            needed, rows = pools.needed(turn), pools.rows(turn)
+            pool = self._encoded(chunks, len(needed))
+            at = {row: number for number, row in enumerate(needed)}
+            base = turn * pools.size * pools.reuse
+            for k in range(step, pools.steps):
                 yield [
-                    self._batch(pool, [rows[p] for p in some], [base + p for p in some]) for some in places
+                    self._batch(pool, [at[rows[p]] for p in places], [base + p for p in places])
+                    for places in pools.share.places(k)
                 ]
-            turn, step = turn + 1, 0
+            step = 0
 
-    def _encoded(self, chunks: Iterator[dict[str, Any]], needed: Sequence[int]) -> dict[str, Any]:
-        """A pool: its latents, words and labels; `at` finds a row of it."""
-        parts: dict[str, list[Any]] = {}
-        labels: dict[str, list[Tensor]] = {}
-        count = 0
-        while count < len(needed):
+    def _encoded(self, chunks: Iterator[dict[str, Any]], missing: int) -> dict[str, Any]:
+        """The next `missing` rows of the chunks, with latents instead of pixels."""
+        parts: list[dict[str, Any]] = []
+        while missing > 0:
             chunk = next(chunks)
-            pixels = chunk["pixels"]
-            count += len(pixels)
-            self._note(chunk["broken"], len(pixels))
-            both = pixels.transpose(0, 1).reshape(-1, *pixels.shape[2:])
-            mean, std = self.encode(both)
+            pixels: Tensor = chunk.pop("pixels")
+            missing -= len(pixels)
+            self._note(chunk.pop("broken"), len(pixels))
+            mean, std = self.encode(pixels.transpose(0, 1).flatten(0, 1))
             half = len(pixels)
-            made = {"before": mean[:half], "mean": mean[half:], "std": std[half:]}
+            chunk |= {"before": mean[:half], "mean": mean[half:], "std": std[half:]}
             if self.objective.change_share:
                 differ = (pixels[:, 0] != pixels[:, 1]).any(dim=1, keepdim=True).float()
-                made["changed"] = F.max_pool2d(differ, differ.shape[-1] // mean.shape[-1]).to(mean.device)
-            for key, value in made.items():
-                parts.setdefault(key, []).append(value)
-            for key, value in chunk["labels"].items():
-                labels.setdefault(key, []).append(value)
-            for key in ("ids", "instructions", "captions"):
-                parts.setdefault(key, []).extend(chunk[key])
-        pool: dict[str, Any] = {k: torch.cat(v) if isinstance(v[0], Tensor) else v for k, v in parts.items()}
-        pool["labels"] = {k: torch.cat(v) for k, v in labels.items()}
-        pool["at"] = {row: number for number, row in enumerate(needed)}
-        return pool
+                chunk["changed"] = F.max_pool2d(differ, differ.shape[-1] // mean.shape[-1]).to(mean.device)
+            parts.append(chunk)
+        return _joined(parts)
 
     def _batch(self, pool: dict[str, Any], rows: Sequence[int], places: Sequence[int]) -> EditBatch:
-        at = [pool["at"][row] for row in rows]
-        draws = draw(places, self.seed, pool["mean"].shape[1:], self.objective)
-        told = [pool["instructions"][k] for k in at]
-        captions = [pool["captions"][k] for k in at]
-        words = self.words(chosen_texts(told, captions, draws.text_null, draws.caption_only))
+        draws = draw(places, self.pools.seed, pool["mean"].shape[1:], self.objective)
+        instructions = [pool["instructions"][k] for k in rows]
+        captions = [pool["captions"][k] for k in rows]
+        texts = self.read_texts(chosen_texts(instructions, captions, draws.text_null, draws.caption_only))
         return EditBatch(
-            before=pool["before"][at],
-            mean=pool["mean"][at],
-            std=pool["std"][at],
+            before=pool["before"][rows],
+            mean=pool["mean"][rows],
+            std=pool["std"][rows],
             draws=draws,
-            ids=[pool["ids"][k] for k in at],
-            changed=pool["changed"][at] if "changed" in pool else None,
-            labels={k: v[at] for k, v in pool["labels"].items()},
-            **words._asdict(),
+            ids=[pool["ids"][k] for k in rows],
+            changed=pool["changed"][rows] if "changed" in pool else None,
+            labels={k: v[rows] for k, v in pool["labels"].items()},
+            **texts._asdict(),
         )
 
     def _note(self, broken: Sequence[tuple[str, str]], seen: int) -> None:
+        """Record broken rows. Raises InputError if there are too many."""
         self.seen += seen
         for id, reason in broken:
             if id in self.broken:
                 continue
             self.broken[id] = reason
-            log.warning("%s is left out: %s", id, reason)
+            log.warning("skipping %s: %s", id, reason)
             if self.quarantine is not None:
                 append_row(self.quarantine, {"id": id, "reason": reason})
-        whole = self.seen if self.source.endless else min(self.seen, len(self.source))
-        if len(self.broken) > MAX_BROKEN * max(whole, 100):
+        total = self.seen if self.source.endless else min(self.seen, len(self.source))
+        if len(self.broken) > MAX_BROKEN * max(total, 100):
             first = "; ".join(f"{id}: {reason}" for id, reason in list(self.broken.items())[:3])
             raise InputError(
                 f"{len(self.broken)} of {self.seen} rows of {self.source.name} are broken, more than "
-                f"{MAX_BROKEN:.0%} ({first}); mend or remove them, then run the same command again."
+                f"{MAX_BROKEN:.0%} ({first}); fix or remove them, then run the same command again."
             )
 
 
-class _Kept:
-    """An order over some of a source's rows."""
-
-    def __init__(self, order: Order, rows: Sequence[int]) -> None:
-        self.order, self.rows = order, rows
-
-    def __call__(self, place: int) -> int:
-        return self.rows[self.order(place)]
-
-
-def _blocks(source: Source, rows: Sequence[int]) -> list[list[int]] | None:
-    """The source's blocks as places in `rows`; None when all rows are one block."""
-    blocks = source.blocks()
-    if len(blocks) < 2:
-        return None
-    place = {row: number for number, row in enumerate(rows)}
-    told = [[place[row] for row in block if row in place] for block in blocks]
-    return [block for block in told if block]
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Columns of tensors, lists, or such columns, joined along the rows."""
+    joined: dict[str, Any] = {}
+    for key, first in parts[0].items():
+        values = [part[key] for part in parts]
+        if isinstance(first, dict):
+            joined[key] = _joined(values)
+        else:
+            joined[key] = torch.cat(values) if isinstance(first, Tensor) else list(chain(*values))
+    return joined

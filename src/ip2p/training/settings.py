@@ -1,4 +1,4 @@
-"""The settings of `ip2p train`, each declared once. A recipe (`recipes/*.yaml`) may set every one of them."""
+"""The settings of `ip2p train` and `ip2p distill`. A recipe (`recipes/*.yaml`) can set any of them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     )
     resize_to: int | None = setting(
         None,
-        "random crops: the shorter side is resized to anything from --size to this",
+        "random crops: resize the shorter side to a random length from --size to this",
         ge=1,
         le=10**5,
         group=DATA,
@@ -82,14 +82,14 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     )
     no_flip: bool = setting(
         False,
-        "do not mirror pictures (those whose words name a side never are)",
+        "do not mirror pictures; pairs whose instruction names a side are never mirrored",
         group=DATA,
         hidden=True,
     )
-    batch: int = setting(32, "batch size, over all processes", ge=1, le=10**6, group=COMMON)
+    batch: int = setting(32, "batch size across all processes", ge=1, le=10**6, group=COMMON)
     micro_batch: int | None = setting(
         None,
-        "samples per process and pass; the rest accumulate",
+        "samples per process and forward pass; gradients are accumulated",
         ge=1,
         le=10**6,
         example=8,
@@ -119,20 +119,20 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     )
     ema_on_cpu: bool = setting(
         False,
-        "keep the EMA in the host's memory, updated beside the next step; saves 4 bytes a weight on the GPU",
+        "keep the EMA in CPU memory, which saves 4 bytes per weight on the GPU",
         group=MEMORY,
         same_job=False,
         hidden=True,
     )
     optimizer: Literal["adamw", "adamw8bit"] = setting(
         "adamw",
-        "adamw8bit keeps its moments in 8 bits, a quarter of the memory: pip install 'ip2p[8bit]'",
+        "adamw8bit stores its moments in 8 bits, a quarter of the memory: pip install 'ip2p[8bit]'",
         group=OPTIMIZER,
         hidden=True,
     )
     ema_updates: int = setting(
         1,
-        "EMA updates per step; the paper's code has one per micro-batch, which are 4",
+        "EMA updates per step; the paper's code makes one per micro-batch, so 4",
         ge=1,
         le=1000,
         example=4,
@@ -141,16 +141,18 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     )
     text_null: float = setting(
         0.05,
-        "share of samples without their instruction",
+        "fraction of samples without the instruction",
         ge=0,
         le=1,
         group=DROPOUT,
         hidden=True,
     )
     image_null: float = setting(
-        0.05, "share of samples without their picture", ge=0, le=1, group=DROPOUT, hidden=True
+        0.05, "fraction of samples without the input picture", ge=0, le=1, group=DROPOUT, hidden=True
     )
-    both_null: float = setting(0.05, "share of samples without both", ge=0, le=1, group=DROPOUT, hidden=True)
+    both_null: float = setting(
+        0.05, "fraction of samples without both", ge=0, le=1, group=DROPOUT, hidden=True
+    )
     min_snr: float | None = setting(
         None,
         "gamma of Min-SNR weighting (its paper uses 5); default: none",
@@ -173,10 +175,13 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
         "attention", "layers that get a LoRA", group=OPTIMIZER, hidden=True
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "number format of the passes; the weights stay fp32", group=MEMORY, same_job=False
+        "auto",
+        "number format of the forward and backward pass; the weights stay fp32",
+        group=MEMORY,
+        same_job=False,
     )
     compile: bool = setting(
-        False, "compile the UNet first; pays off on a GPU in long runs", group=MEMORY, same_job=False
+        False, "compile the UNet; pays off in long runs on a GPU", group=MEMORY, same_job=False
     )
     checkpointing: bool = setting(
         False,
@@ -193,21 +198,28 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     cache_dtype: Literal["fp16", "fp32"] = setting(
         "fp16", "number format of the cache", group=MEMORY, hidden=True
     )
-    no_cache: bool = setting(False, "encode the pictures each time", group=MEMORY, hidden=True)
+    no_cache: bool = setting(
+        False, "encode the pictures during training instead of caching them", group=MEMORY, hidden=True
+    )
     pool: int = setting(
         1024,
-        "without a cache: pairs that are read and encoded at once",
+        "without a cache: pairs to encode at a time",
         ge=1,
         le=10**9,
         group=MEMORY,
         hidden=True,
     )
     reuse: int = setting(
-        1, "without a cache: how often each is used", ge=1, le=10**9, group=MEMORY, hidden=True
+        1,
+        "without a cache: number of times to use each encoded pair",
+        ge=1,
+        le=10**9,
+        group=MEMORY,
+        hidden=True,
     )
     workers: int = setting(
         1,
-        "processes that read pictures ahead",
+        "worker processes that load pictures",
         ge=0,
         le=10**9,
         group=MEMORY,
@@ -243,7 +255,7 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     )
     validate_steps: int = setting(
         20,
-        "sampling steps of a validation's edits",
+        "sampling steps of the edits in a validation",
         ge=1,
         le=10**9,
         group=VALIDATION,
@@ -252,7 +264,7 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     )
     clip: str | None = setting(
         None,
-        "CLIP for the curves: a folder or a Hugging Face model id; default: the base's own",
+        "CLIP model for validation: a folder or a Hugging Face model id; default: the base's own",
         group=VALIDATION,
         metavar="MODEL",
         same_job=False,
@@ -269,14 +281,14 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     )
     watch: str = setting(
         "auto",
-        "the number that decides; auto: success, else directional, else loss",
+        "metric for --stop-when-worse; auto: success, else clip_directional, else loss",
         group=VALIDATION,
         same_job=False,
         hidden=True,
     )
     nan_steps: int = setting(
         1,
-        "stop after this many steps in a row that are not finite",
+        "stop after this many consecutive steps with nonfinite gradients",
         ge=1,
         le=10**9,
         group=VALIDATION,
@@ -290,7 +302,11 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
         same_job=False,
     )
     profile: bool = setting(
-        False, "print the time of each part of a step", group=VALIDATION, same_job=False, hidden=True
+        False,
+        "measure and print the time of each part of a step",
+        group=VALIDATION,
+        same_job=False,
+        hidden=True,
     )
     seconds: float | None = setting(
         None,
@@ -305,7 +321,7 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     revision: str | None = setting(None, "branch, tag or commit of the base", group=MODEL)
     vae: str | None = setting(
         None,
-        "another autoencoder: a folder, a Hugging Face model id, or a file",
+        "replace the autoencoder: a folder, a Hugging Face model id, or a file",
         group=MODEL,
         metavar="MODEL",
     )
@@ -315,7 +331,7 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
     split: str = setting("train", "split of the data set", group=DATA, hidden=True)
     stream: bool = setting(
         False,
-        "read a Hugging Face data set without downloading it first; nothing is cached",
+        "stream a Hugging Face data set instead of downloading it; nothing is cached",
         group=DATA,
         same_job=False,
     )
@@ -351,16 +367,14 @@ class TrainConfig(RunSettings, ColumnSettings, DeviceSettings):
                 field="batch",
             )
         if self.text_null + self.image_null + self.both_null > 1:
-            raise Conflict(
-                "{text_null}, {image_null} and {both_null} are more than 1 together. Try 0.05 each."
-            )
+            raise Conflict("{text_null}, {image_null} and {both_null} add up to more than 1. Try 0.05 each.")
         if self.lora_alpha is not None and self.lora is None:
-            raise Conflict("{lora_alpha} is a LoRA's; add {lora} 16.")
+            raise Conflict("{lora_alpha} applies only to a LoRA; add {lora} 16.")
         if self.stop_when_worse is not None and not (self.validate_every and self.held_out):
             raise Conflict("{stop_when_worse} needs validations; set {validate_every} and {held_out}.")
 
     def check(self) -> None:
-        """Raise InputError when something is missing without which nothing can be trained."""
+        """Raise InputError if a required setting is missing."""
         check_needed(self, *((name, f"{flag} is") for name, flag in self.needed.items()), example=self.usage)
         if self.output is not None and self.output.is_file():
             raise InputError(f"--output {self.output} is a file; name a folder.")
@@ -382,12 +396,12 @@ class DistillConfig(TrainConfig):
     )
     stage: Literal["guidance", "few-steps"] = setting(
         "guidance",
-        "guidance: one pass a step instead of three; few-steps: that, and 4 steps instead of 20",
+        "guidance: one pass per step instead of three; few-steps: also 4 steps instead of 20",
         group=COMMON,
     )
     text_range: ScaleRange = setting(
         None,
-        "least and greatest text CFG to learn; default: 1 12, or the model's if it is distilled",
+        "minimum and maximum text CFG to learn; default: 1 12, or the model's if it is distilled",
         example=(1.0, 12.0),
         group=OPTIMIZER,
         metavar="LOW HIGH",
@@ -395,27 +409,27 @@ class DistillConfig(TrainConfig):
     )
     image_range: ScaleRange = setting(
         None,
-        "least and greatest image CFG to learn; default: 1 2.5, or the model's if it is distilled",
+        "minimum and maximum image CFG to learn; default: 1 2.5, or the model's if it is distilled",
         example=(1.0, 2.5),
         group=OPTIMIZER,
         metavar="LOW HIGH",
         hidden=True,
     )
     lr: float = setting(1e-5, "learning rate; a LoRA needs about 1e-4", ge=0, le=1, group=COMMON)
-    # What only a training has; `check_together` refuses it.
-    min_snr: float | None = setting(None, "not for a distillation", group=OPTIMIZER, hidden=True)
+    # These do not apply; `check_together` rejects them.
+    min_snr: float | None = setting(None, "does not apply to distillation", group=OPTIMIZER, hidden=True)
     prediction: Literal["auto", Prediction] = setting(
-        "auto", "not for a distillation", group=MODEL, hidden=True
+        "auto", "does not apply to distillation", group=MODEL, hidden=True
     )
 
     def check_together(self) -> None:
         super().check_together()
         if self.min_snr is not None:
-            raise Conflict(
-                "{min_snr} is for training; a distillation has none. Leave it out.", field="min_snr"
-            )
+            raise Conflict("{min_snr} does not apply to distillation; remove it.", field="min_snr")
         if self.prediction != "auto":
-            raise Conflict("{prediction} is for training; a distilled model predicts what its teacher does.")
+            raise Conflict(
+                "{prediction} does not apply to distillation: the model predicts what its teacher predicts."
+            )
         for name in ("text_range", "image_range"):
             limits = getattr(self, name)
             if limits is not None and limits[0] >= limits[1]:

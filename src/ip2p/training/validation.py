@@ -7,8 +7,8 @@ rows' ids.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,28 +16,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ip2p.base.errors import InputError
-from ip2p.base.files import append_row, make_folder, write_text
+from ip2p.base.files import make_folder
+from ip2p.base.terminal import say
 from ip2p.data.records import BrokenRow, Pair
 from ip2p.editing.editor import Editor
 from ip2p.evaluation import metrics
 from ip2p.models.clip import Clip, similarities
 from ip2p.pictures.images import contact_sheet, save_image
-from ip2p.training.cache import LatentCache, Latents
+from ip2p.training.cache import Latents, encode_pictures
+from ip2p.training.curves import Curves
 from ip2p.training.loss import TIMESTEPS
-from ip2p.training.objective import place_seed
+from ip2p.training.objective import Draws, EditBatch, EditTask, place_seed
+from ip2p.training.samples import Reader
 from ip2p.training.transform import Transform
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from ip2p.models.bundle import Bundle
 
-CURVES, PICTURE, GRIDS = "curves.jsonl", "curves.png", "held-out"
+GRIDS = "held-out"
 DRAWS = 4  # noise levels for the loss of each held-out row
-# Of the plot: panel size in pixels, panels per row, and maximum points per curve.
-PANEL, ACROSS, POINTS = (480, 240), 2, 1000
 
 
 def held_out(ids: Sequence[str], count: int, seed: int = 0) -> list[int]:
@@ -61,40 +64,40 @@ def held_out(ids: Sequence[str], count: int, seed: int = 0) -> list[int]:
 
 def held_out_loss(
     loss: Callable[[Latents, Sequence[int], Tensor, Tensor], Tensor],
-    cache: LatentCache,
-    places: Sequence[int],
+    ids: Sequence[str],
+    latents: Latents,
     *,
     batch: int = 8,
     seed: int = 0,
     draws: int = DRAWS,
     steps: int = TIMESTEPS,
 ) -> float:
-    """The mean denoising loss of the rows at `places` of a cache, each at `draws` fixed noise levels.
+    """The mean denoising loss of some rows, each at `draws` fixed noise levels.
 
-    loss: (latents, places, noise [b, channels, h, w], timesteps [b]) → the loss of each row [b]. The latents
-    are those of the unaugmented variant with zero deviation, so that a sampled target is the mean. The noise
-    is derived from the row's id. A row's timesteps are `steps / draws` apart from a random start, so every
-    row covers high and low noise. The batch size affects only rounding.
+    loss: (latents, places, noise [b, channels, h, w], timesteps [b]) → the loss of each row [b]; places index
+    `ids`. latents: of the rows with these ids, unaugmented. Their deviation is set to zero, so that a sampled
+    target is the mean. The noise is derived from the row's id. A row's timesteps are `steps / draws` apart
+    from a random start, so every row covers high and low noise. The batch size affects only rounding.
     """
-    tasks = [(place, draw) for place in places for draw in range(draws)]
+
+    def generator(*parts: object) -> torch.Generator:
+        return torch.Generator().manual_seed(place_seed("held-out loss", seed, *parts))
+
+    tasks = [(place, draw) for place in range(len(ids)) for draw in range(draws)]
     total = 0.0
     for first in range(0, len(tasks), batch):
         chunk = tasks[first : first + batch]
         rows = [place for place, _ in chunk]
-        latents = cache.read(rows, [0] * len(rows))
+        mean = latents.mean[rows]
         noise, times = [], []
         for place, draw in chunk:
-            begin = torch.Generator().manual_seed(place_seed("held-out loss", seed, cache.ids[place]))
-            start = torch.rand((), generator=begin).item()
+            start = torch.rand((), generator=generator(ids[place])).item()
             times.append(min(steps - 1, int((start + draw) / draws * steps)))
-            generator = torch.Generator().manual_seed(
-                place_seed("held-out loss", seed, cache.ids[place], draw)
-            )
-            noise.append(torch.randn(latents.mean.shape[1:], generator=generator))
-        still = replace(latents, std=torch.zeros_like(latents.std))
+            noise.append(torch.randn(mean.shape[1:], generator=generator(ids[place], draw)))
+        some = Latents(latents.before[rows], mean, torch.zeros_like(mean))
         with torch.no_grad():
-            losses = loss(still, rows, torch.stack(noise), torch.tensor(times))
-        assert losses.shape == (len(rows),), "one loss for each row"
+            losses = loss(some, rows, torch.stack(noise), torch.tensor(times))
+        assert losses.shape == (len(rows),), "one loss per row"
         total += float(losses.double().sum())
     return total / len(tasks)
 
@@ -214,88 +217,6 @@ def _levels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-# --- curves ------------------------------------------------------------------------------------
-
-
-class Curves:
-    """Numbers by step: one line per step in `curves.jsonl`, and a plot of them, `curves.png`."""
-
-    def __init__(self, folder: Path) -> None:
-        make_folder(folder)
-        self.folder = folder
-        self.path = folder / CURVES
-        self.rows: list[dict[str, Any]] = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError):  # a line truncated by a kill or a full disk
-                    row = json.loads(line)
-                    if isinstance(row, dict) and isinstance(row.get("step"), int):
-                        self.rows.append(row)
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the numbers of a step and sync them to disk; nonfinite values become null."""
-        finite = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
-        row: dict[str, Any] = {"step": step, **finite}
-        append_row(self.path, row)
-        self.rows.append(row)
-
-    def forget_after(self, step: int) -> None:
-        """Drop the rows after `step`, from which a run resumes: they will be written again."""
-        kept = [row for row in self.rows if row["step"] <= step]
-        if len(kept) < len(self.rows):
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.rows = kept
-
-    def keys(self) -> list[str]:
-        """The names of the numbers, in order of first appearance."""
-        return list(dict.fromkeys(key for row in self.rows for key in row if key != "step"))
-
-    def series(self, key: str) -> list[tuple[int, float]]:
-        """The finite values of one number as (step, value)."""
-        return [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
-
-    def draw(self) -> Path | None:
-        """Draw each curve in its own panel; None if there is nothing to draw yet."""
-        series = {key: points for key in self.keys() if (points := self.series(key))}
-        if not series:
-            return None
-        width, height = PANEL
-        columns = min(ACROSS, len(series))
-        sheet = Image.new("RGB", (columns * width, -(-len(series) // columns) * height), "white")
-        last = max(points[-1][0] for points in series.values())
-        for number, (key, points) in enumerate(series.items()):
-            panel = _panel(key, points, last)
-            sheet.paste(panel, (number % columns * width, number // columns * height))
-        return save_image(sheet, self.folder / PICTURE)
-
-
-def _panel(key: str, points: Sequence[tuple[int, float]], last: int) -> Image.Image:
-    """The panel of one curve from step 0 to `last`, with its range and its latest value."""
-    width, height = PANEL
-    left, top, right, bottom = 72, 32, width - 16, height - 28
-    low, high = min(v for _, v in points), max(v for _, v in points)
-    room = (high - low) or max(abs(high), 1.0)
-    panel = Image.new("RGB", PANEL, "white")
-    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(13)
-    pen.text((left, 8), f"{key}: {points[-1][1]:.4g} at step {points[-1][0]}", "black", font)
-    pen.line([(left, top), (left, bottom), (right, bottom)], "#999999")
-    for bound, at in ((low, bottom), (high, top)):
-        pen.text((left - 6, at), f"{bound:.4g}", "#555555", font, anchor="rm")
-    pen.text((left, bottom + 6), "0", "#555555", font)
-    pen.text((right, bottom + 6), str(last), "#555555", font, anchor="ra")
-    stride = -(-len(points) // POINTS)
-    # Subsampled from the end, so that the latest point is always included.
-    drawn = [
-        (left + (right - left) * step / max(last, 1), bottom - (bottom - top) * (value - low) / room)
-        for step, value in points[::-1][::stride]
-    ]
-    pen.line(drawn, "#1f6fb2", 2)
-    if len(drawn) < 40:
-        for x, y in drawn:
-            pen.ellipse((x - 2, y - 2, x + 2, y + 2), "#1f6fb2")
-    return panel
-
-
 # --- early stopping ----------------------------------------------------------------------------
 
 
@@ -338,3 +259,63 @@ class Watch:
         """Restore a saved state; a state of another number is ignored."""
         if state["key"] == self.key:
             self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
+
+
+# --- one validation ----------------------------------------------------------------------------
+
+
+class Validation:
+    """Validates at a step: held-out loss, edits, curves and log. Returns True to stop the run early.
+
+    autocast: as in `encode_pictures`.
+    """
+
+    def __init__(
+        self,
+        edits: HeldOut,
+        watch: Watch,
+        task: EditTask,
+        bundle: Bundle,
+        read_texts: Reader,
+        accelerator: Accelerator,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.edits, self.watch, self.task, self.bundle = edits, watch, task, bundle
+        self.read_texts, self.accelerator = read_texts, accelerator
+        self.curves = Curves(edits.folder)
+        (before, _), (mean, std) = (
+            encode_pictures(bundle.vae, pixels, autocast=autocast) for pixels in (edits.before, edits.after)
+        )
+        self.latents = Latents(before.cpu(), mean.cpu(), std.cpu())
+
+    def __call__(self, step: int) -> bool:
+        started = time.monotonic()
+        loss = held_out_loss(self._loss, [pair.id for pair in self.edits.pairs], self.latents)
+        values = {"loss": loss, **self.edits(step, self.bundle)}
+        self.curves.forget_after(step - 1)
+        self.curves.add(step, values)
+        self.curves.draw()
+        self.accelerator.log({f"held out/{name}": value for name, value in values.items()}, step=step)
+        text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        say(f"held out: step {step} {text} ({time.monotonic() - started:.0f} s)")
+        watch = self.watch
+        stop = watch.see(step, values)
+        if stop:
+            say(
+                f"{watch.key} was best at step {watch.best_step} ({watch.best:.4g}), with no new best in "
+                f"{watch.patience} validations since; stopping."
+            )
+        return stop
+
+    def _loss(self, latents: Latents, places: Sequence[int], noise: Tensor, times: Tensor) -> Tensor:
+        keep = torch.zeros(len(places), dtype=torch.bool)
+        texts = self.read_texts([self.edits.pairs[place].instruction for place in places])
+        batch = EditBatch(
+            **vars(latents),
+            **texts._asdict(),
+            draws=Draws(torch.zeros_like(noise), noise, times, keep, keep, keep),
+            ids=[],
+        )
+        with torch.no_grad(), self.accelerator.autocast():
+            predicted, target, *_ = self.task.predict(batch.map(lambda t: t.to(self.accelerator.device)))
+        return (predicted.float() - target).square().mean(dim=(1, 2, 3)).cpu()

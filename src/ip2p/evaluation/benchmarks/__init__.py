@@ -1,6 +1,6 @@
-"""Public benchmarks, on data that the user has: how each is read and what it measures.
+"""Public benchmarks, for data that the user downloads: how to read each, and its metrics.
 
-docs/evaluate.md says of each what its public evaluator gets wrong. `published` has its metrics as published.
+docs/evaluate.md lists the faults of each public evaluator, which the `published` metrics reproduce.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """read: a path, and whether as published, to records; make: a record to a row. by_kind: see `Protocol`.
+    """How to read and measure a benchmark.
 
-    metrics: the corrected protocol. published: the public evaluator's metrics, by name; other names are ours.
+    read: returns the records at a path; its second argument is `--as-published`. make: turns a record into a
+    row. metrics: of the corrected protocol. published_metrics: of the public evaluator; `published` defines
+    those that only it has. by_kind: see `Protocol`.
     """
 
     read: Callable[[Path, bool], Sequence[Any]]
@@ -77,17 +79,17 @@ BENCHMARKS = {
 
 
 def open_benchmark(config: EvaluateConfig) -> tuple[ListedRows, Protocol]:
-    """The rows and the protocol of the config's benchmark. Raises InputError for data of another layout."""
+    """The rows and the protocol of the benchmark. Raises InputError for data in another layout."""
     from ip2p.data.columns import stamp
     from ip2p.evaluation.run import Protocol
 
     assert config.benchmark is not None
     benchmark, path = BENCHMARKS[config.benchmark], Path(config.data).expanduser()
     if not path.exists():
-        raise InputError(f"{path} is missing; name the benchmark's files, which you download yourself.")
+        raise InputError(f"{path} does not exist; download the benchmark and pass the path of its files.")
     records = benchmark.read(path, config.as_published)
     if not records:
-        raise InputError(f"{path} holds no rows of {config.benchmark}; docs/evaluate.md shows its layout.")
+        raise InputError(f"{path} has no rows of {config.benchmark}; see docs/evaluate.md for the layout.")
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
     key = stamp(files, config.benchmark, config.as_published)
     source = ListedRows(config.benchmark, key, records, benchmark.make, config.count)

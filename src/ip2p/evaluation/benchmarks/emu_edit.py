@@ -10,16 +10,10 @@ from ip2p.evaluation.metrics import Metric, Shot
 from ip2p.evaluation.rows import EvalRow
 from ip2p.models.clip import similarities
 
-# The paper does not name its models: both usual ones are reported.
+# The paper does not name its encoders, so both common ones are reported.
 METRICS = (
-    *(
-        "clip_directional",
-        "clip_image",
-        "clip_text",
-        "clip_b32_directional",
-        "clip_b32_image",
-        "clip_b32_text",
-    ),
+    *("clip_directional", "clip_image", "clip_text"),
+    *("clip_b32_directional", "clip_b32_image", "clip_b32_text"),
     *("dino_image", "l1_input"),
 )
 COLUMNS = ("image", "instruction", "task", "idx", "input_caption", "output_caption")
@@ -44,10 +38,10 @@ def make_emu_row(cell: Cell) -> EvalRow:
 
 
 def published_direction(shot: Shot, encoders: Encoders) -> float:
-    """Directional similarity of every row: equal captions have no direction and count as 0."""
+    """Directional similarity of every row; 0 for equal captions, which have no direction."""
     rows = (
         *(encoders.image("clip_b32", picture) for picture in (shot.before, shot.output)),
-        *(encoders.text("clip_b32", words) for words in (shot.caption, shot.edited_caption)),
+        *(encoders.text("clip_b32", text) for text in (shot.caption, shot.edited_caption)),
     )
     return float(similarities(*(row.cpu()[None] for row in rows)).directional)
 

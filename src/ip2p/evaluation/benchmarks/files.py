@@ -1,4 +1,4 @@
-"""What the adapters share: tables of a benchmark row by row, pictures on disk, and masks by run lengths."""
+"""Shared by the benchmarks: parquet rows on demand, picture files, and run-length encoded masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ip2p.data.records import open_picture
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of a parquet file, read when it is needed: its pictures may be large."""
+    """A row of a parquet file, read on demand because its pictures may be large."""
 
     path: str
     group: int
@@ -39,7 +39,7 @@ def _group(path: str, group: int) -> Any:
 
 
 def table_cells(path: Path, needed: Sequence[str]) -> list[Cell]:
-    """The rows of a parquet file, or of those in a folder. Raises InputError for other columns or no file."""
+    """The rows of a parquet file or a folder of them. Raises InputError for missing columns or files."""
     import pyarrow.parquet as pq
 
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
@@ -50,7 +50,9 @@ def table_cells(path: Path, needed: Sequence[str]) -> list[Cell]:
         except (OSError, ValueError) as error:
             raise InputError(f"{file} is not a parquet file ({error}).") from None
         if lacking := [name for name in needed if name not in footer.schema_arrow.names]:
-            raise InputError(f"{file} lacks the columns {', '.join(lacking)}; it is not this benchmark's.")
+            raise InputError(
+                f"{file} does not have the columns {', '.join(lacking)}; it is not of this benchmark."
+            )
         for group in range(footer.num_row_groups):
             cells += [Cell(str(file), group, k) for k in range(footer.metadata.row_group(group).num_rows)]
     if not cells:
@@ -69,7 +71,7 @@ def picture_at(path: Path, id: str) -> Image.Image:
 
 
 def read_object(folder: Path, *names: str) -> dict[str, Any]:
-    """The first of these JSON files in a folder. Raises InputError if there is none, or none that is read."""
+    """The object in the first of these JSON files that exists. Raises InputError if there is none."""
     for name in names:
         path = folder / name
         if path.is_file():
@@ -79,11 +81,11 @@ def read_object(folder: Path, *names: str) -> dict[str, Any]:
                 raise InputError(f"{path} cannot be read ({error}). Download it again.") from None
             if isinstance(found, dict):
                 return found
-    raise InputError(f"{folder} has no {names[0]}; name the benchmark's own folder (docs/evaluate.md).")
+    raise InputError(f"{folder} has no {names[0]}; pass the benchmark's folder (docs/evaluate.md).")
 
 
 def decoded_mask(runs: list[int], height: int, width: int, *, border: bool) -> Tensor:
-    """[start, length, start, length, …] over the pixels row by row → bool [height, width]."""
+    """[start, length, start, length, …] over the pixels in row order → bool [height, width]."""
     flat = torch.zeros(height * width, dtype=torch.bool)
     for start, length in zip(runs[::2], runs[1::2], strict=True):
         flat[start : start + length] = True

@@ -17,7 +17,7 @@ PUBLISHED_GROUPS = {
 
 
 def read_gedit_edits(path: Path, published: bool) -> list[Cell]:
-    """The English edits; as published those of ten groups."""
+    """The English edits; with `published`, only those of ten groups."""
     import pyarrow.parquet as pq
 
     cells = table_cells(path, COLUMNS)

@@ -1,4 +1,4 @@
-"""ImgEdit's basic benchmark (Ye et al. 2025): basic_edit.json, prompts.json and the pictures; by a judge."""
+"""ImgEdit's basic benchmark (Ye et al. 2025): basic_edit.json, prompts.json and pictures; for a judge."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ImageEdit:
 
 
 def read_imgedit_edits(folder: Path, published: bool) -> list[ImageEdit]:
-    """The entries, with their pictures. Raises InputError where there are none."""
+    """The entries with their picture files. Raises InputError if there are none."""
     edits = read_object(folder, "basic_edit.json", "singleturn.json")
     first = next(iter(edits.values()))["id"] if edits else ""
     home = next((folder / name for name in HOMES if (folder / name / first).is_file()), None)

@@ -1,6 +1,7 @@
 """MagicBrush's test set (Zhang et al. 2023): edit_sessions.json, local_descriptions.json and images/.
 
-Single-turn edits start from the last turn's *target*; multi-turn edits chain, and the last result counts.
+Single-turn edits start from the previous turn's *target*. Multi-turn edits are chained, and the last result
+is measured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ METRICS = ("l1", "l2", "clip_b32_target", "clip_b32_text", "dino_target", "l1_ou
 
 @dataclass(frozen=True)
 class BrushSession:
-    """Turns of one picture, from `before` to `after`, whose local caption is `caption`."""
+    """One or more turns, from `before` to `after`; caption: the local caption of `after`."""
 
     id: str
     group: str
@@ -32,12 +33,12 @@ class BrushSession:
 
 
 def read_turns(folder: Path, published: bool) -> list[BrushSession]:
-    """Every turn by itself."""
+    """Every turn as a single edit."""
     return [one for turns in _sessions(folder) for one in turns]
 
 
 def read_sessions(folder: Path, published: bool) -> list[BrushSession]:
-    """Each session as one chain of edits; it has no mask, since each turn has another."""
+    """Each session as one chain of edits, without a mask, since the turns have different ones."""
     chains = ((turns[0], turns[-1], tuple(one.turns[0] for one in turns)) for turns in _sessions(folder))
     return [replace(last, id=last.group, before=a.before, turns=t, mask=None) for a, last, t in chains]
 
@@ -47,8 +48,8 @@ def _sessions(folder: Path) -> list[list[BrushSession]]:
 
     def one(name: str, number: int, turn: dict[str, str]) -> BrushSession:
         before, after, mask = (folder / "images" / name / turn[part] for part in ("input", "output", "mask"))
-        words = captions.get(name, {}).get(turn["output"], "")
-        return BrushSession(f"{name}-{number}", name, before, after, (turn["instruction"],), words, mask)
+        caption = captions.get(name, {}).get(turn["output"], "")
+        return BrushSession(f"{name}-{number}", name, before, after, (turn["instruction"],), caption, mask)
 
     sessions = read_object(folder, "edit_sessions.json").items()
     return [[one(name, k, turn) for k, turn in enumerate(turns, 1)] for name, turns in sessions if turns]
@@ -63,12 +64,12 @@ def make_magicbrush_row(one: BrushSession) -> EvalRow:
 
 
 def published_clip_t(shot: Shot, encoders: Encoders) -> float:
-    """CLIP-T of the public evaluator, whose tokenizer stops at a text of more than 77 tokens."""
+    """CLIP-T of the public evaluator, which fails for a text of more than 77 tokens."""
     tokens = len(encoders.model("clip_b32").tokenizer(shot.edited_caption)["input_ids"])
     if tokens > 77:
         raise InputError(
-            f"a caption has {tokens} tokens, at which MagicBrush's evaluator stops (at most 77): "
-            f"{shot.edited_caption[:60]!r}. Leave --as-published away: longer captions are then cut."
+            f"a caption has {tokens} tokens, but MagicBrush's evaluator fails at more than 77: "
+            f"{shot.edited_caption[:60]!r}. Without --as-published, longer captions are truncated."
         )
     return text_similarity(shot, encoders, "clip_b32")
 

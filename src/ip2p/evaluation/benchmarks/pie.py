@@ -1,4 +1,4 @@
-"""PIE-Bench (Ju et al. 2024): mapping_file.json with masks by run lengths, and annotation_images/."""
+"""PIE-Bench (Ju et al. 2024): mapping_file.json with run-length encoded masks, and annotation_images/."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class PieEdit:
-    """An entry of the mapping file. border: the mask gets a border, as the public evaluator gives it."""
+    """An entry of the mapping file. border: add a border to the mask, as the public evaluator does."""
 
     id: str
     picture: Path
@@ -54,7 +54,7 @@ def _structure(shot: Shot, encoders: Encoders) -> float:
 
 
 def _blacked(name: str) -> Metric:
-    """A metric with the mask's inside black in both pictures, over *all* pixels; NaN without an outside."""
+    """A metric over *all* pixels, with the masked region black in both pictures; NaN if it is everything."""
 
     def measure(shot: Shot, encoders: Encoders) -> float:
         if shot.mask is None or bool(shot.mask.all()):

@@ -1,10 +1,10 @@
-"""Stages `encoder` and `decoder`: a KL autoencoder with 8 x 8 pixels a latent cell and white latents.
+"""Stages `encoder` and `decoder`: a KL autoencoder with 8 x 8 pixels per latent cell and white latents.
 
 1. The encoder is set to the linear projection of each patch on its principal components, scaled to unit
-   variance. It is not trained: the latents of a page are the same whatever the decoder, so the editor can be
-   trained before, after or beside it.
-2. The decoder trains on crops, most of them over a thing, at a constant learning rate.
-3. It trains on whole pages while the learning rate falls.
+   variance. It is not trained, so the latents do not depend on the decoder, and the editor can be trained
+   independently of it.
+2. The decoder is trained on crops, most of them of a thing, with a constant learning rate.
+3. It is trained on whole pages with a decreasing learning rate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ip2p.training.storybook.stage import SUMMARY, Run, train_stage
 
 
 def new_autoencoder(preset: Preset) -> Any:
-    """The untrained network, a plain diffusers AutoencoderKL."""
+    """The untrained autoencoder, a diffusers AutoencoderKL."""
     from diffusers import AutoencoderKL
 
     levels = len(preset.vae_channels)
@@ -36,7 +36,7 @@ def new_autoencoder(preset: Preset) -> Any:
         block_out_channels=preset.vae_channels,
         layers_per_block=preset.vae_layers,
         latent_channels=preset.latent_channels,
-        # One group: several groups would hide each group's level from the layers after it.
+        # A single group: several groups would remove the level of each group.
         norm_num_groups=1,
         mid_block_add_attention=False,
         scaling_factor=1.0,
@@ -48,16 +48,16 @@ def new_autoencoder(preset: Preset) -> Any:
     return vae
 
 
-# --- the start: principal components of patches -----------------------------------------------
+# --- initialization: principal components of patches -----------------------------------------
 
 
 @torch.no_grad()
 def start_from_components(vae: Any, pages: Float[Tensor, "batch 3 height width"]) -> None:
     """Set the encoder to the projection of each 8 x 8 patch on its principal components, of unit variance.
 
-    pages: pictures in [-1, 1]. Each level's strided convolution takes the principal components of 2 x 2
-    neighbors, as many as it has channels. The last normalization and SiLU pass values on unchanged because
-    constant channels set the scale, and because SiLU(x) - SiLU(-x) = x.
+    pages: pictures in [-1, 1]. The strided convolution of each level computes the principal components of
+    2 x 2 neighbors, one per channel. The last normalization and SiLU do not change values, because constant
+    channels fix the scale, and because SiLU(x) - SiLU(-x) = x.
     """
     encoder = vae.encoder
     mean = pages.mean(dim=(0, 2, 3))
@@ -75,7 +75,7 @@ def start_from_components(vae: Any, pages: Float[Tensor, "batch 3 height width"]
             axes = axes * unit.repeat_interleave(4) / new_unit[:, None]
             _set_conv(conv, axes.view(len(axes), -1, 2, 2))
             unit = new_unit
-    # The last level holds components k and, further on, the first of them with the opposite sign.
+    # The last level has the components, then the first of them with the opposite sign.
     known, latents = x.shape[1], vae.config.latent_channels
     axes, x, new_unit = components(x, known)
     axes, x = axes * unit / new_unit[:, None], x / new_unit[:, None, None]
@@ -99,16 +99,16 @@ def start_from_components(vae: Any, pages: Float[Tensor, "batch 3 height width"]
         _set_conv(conv, torch.eye(size))
 
 
-CONSTANTS = 8  # channels of the encoder's last level that start as constants
+CONSTANTS = 8  # constant channels of the encoder's last level
 START_LOGVAR = -6.0
 
 
 def components(
     x: Float[Tensor, "batch channels h w"], count: int
 ) -> tuple[Float[Tensor, "count channels"], Float[Tensor, "batch count h w"], Float[Tensor, " count"]]:
-    """The channels' principal axes by falling variance, the components, and the components' units.
+    """The principal axes of the channels by decreasing variance, the components, and their units.
 
-    A unit is a standard deviation, or a small one for what has next to no variance.
+    A unit is the standard deviation, with a lower limit for components with almost no variance.
     """
     rows = x.transpose(0, 1).reshape(x.shape[1], -1).double()
     rows = rows - rows.mean(dim=1, keepdim=True)
@@ -118,7 +118,7 @@ def components(
 
 
 def _set_conv(conv: nn.Conv2d, weight: Tensor) -> None:
-    """Put `weight`, [out, in] or [out, in, 2, 2], in the kernel's middle or upper left; zeros elsewhere."""
+    """Set the kernel's center or upper left to `weight`, [out, in] or [out, in, 2, 2], and the rest to 0."""
     conv.weight.zero_()
     if conv.bias is not None:
         conv.bias.zero_()
@@ -131,9 +131,9 @@ def _set_conv(conv: nn.Conv2d, weight: Tensor) -> None:
 
 
 def skip_identities(encoder: nn.Module) -> None:
-    """Skip the residual branches that add exactly nothing, in place. The encoder's output does not change.
+    """Skip residual branches whose output is exactly zero, in place; the encoder's output does not change.
 
-    That is all of them in an encoder of `start_from_components`, and most of the time of a pass.
+    In an encoder of `start_from_components`, these are all of them, and most of the computing time.
     """
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -149,17 +149,17 @@ def skip_identities(encoder: nn.Module) -> None:
 
 
 class DecoderTask(nn.Module):
-    """The decoder's loss on pictures in [-1, 1] [batch, 3, h, w], given the noise of their latents.
+    """The decoder's loss for pictures in [-1, 1], [batch, 3, h, w], and the noise to add to their latents.
 
-    The noise has the standard deviation of the encoder's posterior, so that small errors of an editor's
-    latents are decoded well.
+    The noise is scaled by the standard deviation of the encoder's posterior, so that the decoder tolerates
+    small errors in an editor's latents.
     """
 
     def __init__(self, vae: Any, preset: Preset) -> None:
         super().__init__()
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
         self.preset = preset
-        self._vae = [vae]  # in a list, so that the encoder is not a part of what is trained and saved
+        self._vae = [vae]  # in a list, so that the encoder is not a submodule and is not trained or saved
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
         vae = self._vae[0]
@@ -173,10 +173,10 @@ class DecoderTask(nn.Module):
 
 
 def picture_loss(error: Float[Tensor, "batch 3 h w"], hue: float, gradient: float) -> Float[Tensor, ""]:
-    """|e| + 2 e^2, and the absolute errors of hue (R-G, G-B) and of neighboring pixels' differences.
+    """|e| + 2 e^2, plus the absolute errors of hue (R-G, G-B) and of the differences of neighboring pixels.
 
-    Absolute errors keep edges and squares are what PSNR counts. A small thing's hue is a small part of
-    either and would be learned last.
+    Absolute errors preserve edges, and squared errors determine PSNR. The hue of a small thing is a small
+    part of either and would be learned last.
     """
     loss = error.abs().mean() + 2 * error.square().mean()
     loss = loss + hue * (error[:, :2] - error[:, 1:]).abs().mean()
@@ -190,9 +190,9 @@ def picture_loss(error: Float[Tensor, "batch 3 h w"], hue: float, gradient: floa
 
 @torch.no_grad()
 def measure_autoencoder(vae: Any, run: Run) -> dict[str, float]:
-    """On 256 new pages: mean PSNR in dB, and the PSNR that 2% of them stay below (`known_psnr`).
+    """The mean PSNR in dB on 256 new pages, and its 2% quantile (`known_psnr`).
 
-    A picture below `known_psnr` is unlike the pages that the autoencoder was trained on.
+    A picture below `known_psnr` differs from the pages that the autoencoder was trained on.
     """
     values = []
     for x in _pages(run, 256, seed=run.preset.seed + 1):
@@ -208,7 +208,7 @@ def _pages(run: Run, count: int, *, seed: int, batch: int = 16) -> Iterator[Tens
 
 
 def write_encoder(run: Run) -> None:
-    """Write `vae` with its final encoder and an untrained decoder."""
+    """Write `vae` with the final encoder and an untrained decoder."""
     preset = run.preset
     torch.manual_seed(preset.seed)
     vae = new_autoencoder(preset)
@@ -259,7 +259,7 @@ def train_decoder(run: Run) -> None:
 
 
 def _with_noise(run: Run, pictures: Crops | Pages) -> Iterator[list[Any]]:
-    """Batches of pictures and of noise for their latents."""
+    """Batches of pictures, and of noise for their latents."""
     channels, factor = run.preset.latent_channels, 2 ** (len(run.preset.vae_channels) - 1)
     kind = type(pictures).__name__
     for step, pixels in enumerate(read_ahead(pictures, run.preset.workers), pictures.start):

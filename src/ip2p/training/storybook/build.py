@@ -1,12 +1,12 @@
-"""Train the storybook models from nothing: `ip2p storybook build --preset smoke|cpu|h100`.
+"""Trains the storybook models from scratch: `ip2p storybook build --preset smoke|cpu|h100`.
 
-The stages follow one another; every preset is this one recipe with other numbers. A stage saves its state,
-stops in time, and continues from where it stopped.
+The stages run in order, and every preset is the same recipe with other numbers. A stage saves its state when
+the time is up, and the next call resumes it.
 
 1. `encoder`, `decoder`: the autoencoder (`autoencoder`).
 2. `text`: the tokenizer and the text encoder (`text`).
-3. `clip`: a CLIP that ranks and filters (`clip`).
-4. `perception`, `unet`, `decay`: the editor (`editor`). It needs the encoder, not the decoder.
+3. `clip`: a CLIP for ranking and filtering (`clip`).
+4. `perception`, `unet`, `decay`: the editor (`editor`). It needs the encoder but not the decoder.
 5. `lm`: the language model that writes edits of captions (`language_model`).
 """
 
@@ -36,7 +36,7 @@ from ip2p.training.storybook.autoencoder import train_decoder, write_encoder
 from ip2p.training.storybook.clip import train_clip
 from ip2p.training.storybook.editor import new_unet, train_decay, train_perception, train_unet
 from ip2p.training.storybook.language_model import train_lm
-from ip2p.training.storybook.presets import PRESETS
+from ip2p.training.storybook.presets import PRESETS, Preset
 from ip2p.training.storybook.stage import SUMMARY, OutOfTime, Run
 from ip2p.training.storybook.text import train_text
 
@@ -67,13 +67,12 @@ def run(
     bundle: str | os.PathLike[str] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> bool:
-    """Build, or continue a build. True when all requested stages are finished, False when the time ran out.
+    """Build, or resume. True if all requested stages are finished, False if the time ran out.
 
-    `seconds` is the time of this call alone; `steps` caps every stage's steps (for tests of a large preset).
-    `minutes` replaces the length of stage `stage` (perception, unet or decay), which continues if it had
-    finished before; `decay` always starts again from the newest state of `unet`, finished or not.
-    `start` names a trained bundle of the same preset whose UNet is trained further (`start_from`).
-    `bundle` receives the half-precision folder as it is at the end of the call, finished or not.
+    seconds: time limit of this call. steps: maximum steps of each stage, to test a large preset. minutes:
+    replaces the length of `stage` (perception, unet or decay) and continues it if it was finished; `decay`
+    always starts again from the newest state of `unet`. start: a trained bundle whose UNet is trained further
+    (`start_from`). bundle: folder for the half-precision model at the end of the call, finished or not.
     """
     from ip2p.base.devices import pick_device
 
@@ -85,14 +84,14 @@ def run(
     preset = PRESETS[preset_name]
     if minutes is not None:
         if stage not in ("perception", "unet", "decay"):
-            raise InputError("--minutes sets the length of one stage: add --stage perception, unet or decay")
+            raise InputError("--minutes sets the length of one stage; add --stage perception, unet or decay")
         preset = replace(preset, **{stage: replace(getattr(preset, stage), minutes=minutes)})
         if stage == "perception":
             preset = replace(preset, perception_most=minutes)
     if steps is not None:
         limited = ("decoder", "decoder_pages", "text", "perception", "unet", "decay", "clip", "lm")
         shorter = {name: replace(getattr(preset, name), steps=steps) for name in limited}
-        # A few steps need few pages.
+        # Few steps need few pages.
         pool = replace(preset.pool, fresh=1, pool=1) if steps < 64 else preset.pool
         preset = replace(preset, pool=pool, **shorter)
     here = Run(
@@ -111,6 +110,10 @@ def run(
     with lock_folder(here.output):
         if start is not None:
             start_from(here, start)
+        if (here.output / "start").exists():
+            here.preset = started_preset(here)
+            # New pages each time that the model is trained further.
+            here.seed_shift = 1000 + int((here.summary("start").get("unet") or {}).get("steps", 0))
         for name, train in TRAINERS.items():
             if stage not in ("all", name):
                 continue
@@ -120,17 +123,17 @@ def run(
             try:
                 train(here)
             except OutOfTime:
-                here.log(f"{name}: time is up; the same command continues from here")
+                here.log(f"{name}: the time limit is reached; run the same command again to resume")
                 finished = False
                 break
         if bundle is not None and (here.output / "clip").exists():
             with contextlib.suppress(InputError):
-                save_bundle(here.output, Path(bundle), name=preset_name, card=card(here), dtype=torch.float16)
+                save_bundle(here.output, Path(bundle), here.preset, card=card(here), dtype=torch.float16)
     return finished
 
 
 def _goes_on(run: Run, stage: str, minutes: float | None) -> bool:
-    """Whether a finished stage has more to do: more minutes, or a longer `unet` to decay from."""
+    """Whether a finished stage has more to do: more minutes, or a longer `unet` before `decay`."""
     if minutes is not None:
         return True
     if stage != "decay":
@@ -139,15 +142,14 @@ def _goes_on(run: Run, stage: str, minutes: float | None) -> bool:
     return bool(state) and state[-1]["step"] != run.summary("decay").get("steps_before")
 
 
-# --- starting from a model that is there ---
+# --- starting from a trained model ---
 
 
 def start_from(run: Run, model: str) -> None:
-    """Put a trained bundle's parts into a new build, so that its UNet is trained further.
+    """Copy the networks of a trained storybook model into a new build, which trains its UNet further.
 
-    All stages before `unet` count as finished, and so does its language model, if it has one.
-    Raises InputError when the build has begun already, ModelError when the model has other numbers than
-    the preset.
+    The stages before `unet` count as finished, as does the language model if there is one. Raises InputError
+    if the folder has another build, and ModelError for a model that is not a storybook model.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -155,72 +157,96 @@ def start_from(run: Run, model: str) -> None:
     from ip2p.models.bundle import find_model
 
     folder = find_model(model)
-    started = run.output / "start"
-    if not started.exists() and run.state_dir.exists():
+    if (run.output / "start").exists():
+        return
+    if run.state_dir.exists():
         raise InputError(f"{run.output} holds a build already; --start needs a new folder: --out OTHER")
-    if not started.exists():
-        try:
-            made = json.loads((folder / "ip2p.json").read_text())
-            scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        except OSError as error:
-            raise ModelError(
-                f"{folder} was not made by ip2p storybook build: {error.filename} is missing"
-            ) from None
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
-        shapes = {key: value.shape for key, value in new_unet(run.preset).state_dict().items()}
-        if (
-            {key: value.shape for key, value in unet.state_dict().items()} != shapes
-            or made["native_size"] != run.preset.size
-            or scheduler.get("prediction_type", "epsilon") != run.preset.prediction
-        ):
-            raise ModelError(
-                f"{model} was built with preset {made.get('preset')!r} at {made['native_size']} px and does "
-                f"not fit preset {run.name!r}; train it further with its own preset"
-            )
-        AutoencoderKL.from_pretrained(folder / "vae").float().save_pretrained(run.output / "vae")
-        CLIPModel.from_pretrained(folder / "clip").float().save_pretrained(run.output / "clip")
-        text = CLIPTextModel.from_pretrained(folder / "text_encoder").float()
-        text.save_pretrained(run.output / "text_tower")
-        CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(run.output / "tokenizer")
-        for stage in ("encoder", "decoder", "text", "clip"):
-            known = {"known_psnr": made.get("known_psnr")} if stage == "decoder" else {}
-            run.finish(stage, {**made["trained"].get(stage, {}), **known})
-        run.finish("perception", {"measured": made["trained"].get("perception", {})})
-        run.finish("start", {"unet": made["trained"].get("unet")})
-        unet.save_pretrained(started / "unet")
-        _take_lm(run, folder)
-    # It sees new pages each time that it is trained further.
-    before = run.summary("start").get("unet") or {}
-    run.seed_shift = 1000 + int(before.get("steps", 0))
+    try:
+        made = json.loads((folder / "ip2p.json").read_text())
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        trained, native_size = made["trained"], made["native_size"]
+    except (OSError, KeyError) as error:
+        missing = error.filename if isinstance(error, OSError) else error
+        raise ModelError(f"{folder} was not made by ip2p storybook build: {missing} is missing") from None
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
+    AutoencoderKL.from_pretrained(folder / "vae").float().save_pretrained(run.output / "vae")
+    CLIPModel.from_pretrained(folder / "clip").float().save_pretrained(run.output / "clip")
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder").float()
+    text.save_pretrained(run.output / "text_tower")
+    CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(run.output / "tokenizer")
+    for stage in ("encoder", "decoder", "text", "clip"):
+        known = {"known_psnr": made.get("known_psnr")} if stage == "decoder" else {}
+        run.finish(stage, {**trained.get(stage, {}), **known})
+    run.finish("perception", {"measured": trained.get("perception", {})})
+    run.finish(
+        "start",
+        {
+            "unet": trained.get("unet"),
+            "size": native_size,
+            "prediction": scheduler.get("prediction_type", "epsilon"),
+            "guidance": {key: made[key] for key in ("text_cfg", "image_cfg") if key in made},
+        },
+    )
+    _take_lm(run, folder)
+    unet.save_pretrained(run.output / "start" / "unet")
+
+
+def started_preset(run: Run) -> Preset:
+    """The run's preset with the networks of the model that the build started from."""
+    unet, vae, text = (
+        json.loads((run.output / part / "config.json").read_text())
+        for part in ("start/unet", "vae", "text_tower")
+    )
+    start = run.summary("start")
+    preset = replace(
+        run.preset,
+        size=start.get("size", run.preset.size),
+        prediction=start.get("prediction", run.preset.prediction),
+        vae_channels=tuple(vae["block_out_channels"]),
+        latent_channels=vae["latent_channels"],
+        text_width=text["hidden_size"],
+        text_layers=text["num_hidden_layers"],
+        unet_channels=tuple(unet["block_out_channels"]),
+        unet_layers=_hashable(unet["layers_per_block"]),
+        unet_groups=unet["norm_num_groups"],
+        fine_attention=unet["up_block_types"][-1].startswith("CrossAttn"),
+        heads=_hashable(unet["attention_head_dim"]),
+    )
+    made = dict(new_unet(preset).config)
+    if odd := [key for key in ("down_block_types", "up_block_types") if list(made[key]) != unet[key]]:
+        raise ModelError(f"{run.output / 'start'}: the UNet's {odd[0]} are not those of a storybook model")
+    return preset
 
 
 def _take_lm(run: Run, folder: Path) -> None:
-    """Count a model's language model as finished, if it has one."""
+    """Copy the language model of a model, if it has one, and mark its stage as finished."""
     if (folder / PACKAGED_LM).is_dir():
         shutil.copytree(folder / PACKAGED_LM, run.output / PACKAGED_LM)
         run.finish("lm", _lm_summary(folder / PACKAGED_LM))
 
 
 def _lm_summary(folder: Path) -> dict[str, Any]:
-    """How long a language model was trained, as its folder says."""
+    """How long a language model was trained, from its card."""
     recorded = json.loads((folder / LM_CARD).read_text())
     return {key: recorded[key] for key in SUMMARY if key in recorded}
 
 
-# --- putting it together ------------------------------------------------------------------------
+# --- the output ---------------------------------------------------------------------------------
 
 
-def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write the trained parts as one diffusers folder in half precision, in shards under 16 MiB.
+def save_bundle(
+    source: Path, target: Path, preset: Preset, *, card: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Write the trained networks as one diffusers folder, in files of less than 16 MiB.
 
-    Without a finished decay, the editor is the moving average of the newest state. Raises InputError when
-    there is none.
+    Without a finished decay, the editor has the EMA weights of the newest state. Raises InputError if there
+    are none.
     """
     from diffusers import AutoencoderKL
     from transformers import CLIPModel, CLIPTokenizer
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    kept = {}  # that other hands wrote, or an earlier build
+    kept = {}  # files of an earlier build, or written by hand
     if (target / "README.md").exists():
         kept["README.md"] = target / "README.md"
     lm = next((folder / PACKAGED_LM for folder in (source, target) if (folder / PACKAGED_LM).is_dir()), None)
@@ -230,7 +256,7 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
     write_editor(
         target,
         {
-            **_editor_networks(source),
+            **_editor_networks(source, preset),
             "vae": AutoencoderKL.from_pretrained(source / "vae"),
             "clip": CLIPModel.from_pretrained(source / "clip"),
         },
@@ -241,7 +267,7 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
                 "beta_end": BETA_END,
                 "beta_schedule": "scaled_linear",
                 "num_train_timesteps": TIMESTEPS,
-                "prediction_type": PRESETS[name].prediction,
+                "prediction_type": preset.prediction,
             }
         ),
         dtype=dtype,
@@ -251,8 +277,8 @@ def save_bundle(source: Path, target: Path, *, name: str, card: dict[str, Any], 
     )
 
 
-def _editor_networks(source: Path) -> dict[str, Any]:
-    """The finished UNet and text encoder, or else the averages of the newest `unet` or `perception` state."""
+def _editor_networks(source: Path, preset: Preset) -> dict[str, Any]:
+    """The finished UNet and text encoder, or else the EMA of the newest `unet` or `perception` state."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -264,12 +290,10 @@ def _editor_networks(source: Path) -> dict[str, Any]:
     states = (Checkpoints(source / "state" / stage).load() for stage in ("unet", "perception"))
     state = next((found for found in states if found is not None), None)
     if state is None:
-        raise InputError(f"{source} holds no trained UNet yet; run: ip2p storybook build --out {source}")
-    fingerprint = state["fingerprint"]
-    shape = {key: _hashable(fingerprint[key]) for key in SHAPE}
-    preset = replace(PRESETS[fingerprint["preset"]], **shape)
+        raise InputError(f"{source} has no trained UNet yet; run: ip2p storybook build --out {source}")
+    shape = {key: _hashable(state["fingerprint"][key]) for key in SHAPE}
     networks = {
-        "unet": new_unet(preset),
+        "unet": new_unet(replace(preset, **shape)),
         "text_encoder": CLIPTextModel.from_pretrained(source / "text_tower"),
     }
     average = state["ema"]["average"]
@@ -288,10 +312,9 @@ def _hashable(value: Any) -> Any:
 
 
 def card(run: Run) -> dict[str, Any]:
-    """What the model is and how it was made, as `ip2p.json` beside the weights.
+    """The content of the model's `ip2p.json`.
 
-    An unfinished UNet counts as far as it went; one that started from a trained model adds to that one's
-    numbers.
+    An unfinished UNet counts with its progress; one that started from a trained model adds to its numbers.
     """
     made = {
         stage: {key: summary[key] for key in SUMMARY if key in summary}
@@ -317,4 +340,5 @@ def card(run: Run) -> dict[str, Any]:
         "closed_vocabulary": True,
         "preset": run.name,
         "trained": made,
+        **run.summary("start").get("guidance", {}),
     }

@@ -1,4 +1,4 @@
-"""Stage `clip`: a small CLIP that ranks results (`ip2p edit --best`) and filters pairs (`ip2p synth`)."""
+"""Stage `clip`: a small CLIP for ranking results (`ip2p edit --best`) and filtering pairs (`ip2p synth`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ip2p_storybook.scene import rng_for
 
 
 class EditedPages(Stream):
-    """Edits drawn at random: uint8 `before` and `after` [batch, 3, size, size], and lists of texts.
+    """Random edits: uint8 `before` and `after` [batch, 3, size, size], and lists of texts.
 
     The texts are `instruction`, `caption` (of the page before) and `edited_caption`.
     """
@@ -38,7 +38,7 @@ class EditedPages(Stream):
 
 
 def new_clip(preset: Preset, tokenizer: Any) -> Any:
-    """The untrained network, a plain CLIPModel."""
+    """The untrained network, a CLIPModel."""
     from transformers import CLIPConfig, CLIPModel
 
     text = text_config(preset, tokenizer)
@@ -62,9 +62,9 @@ def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 
 class ClipTask(nn.Module):
-    """Captions against pictures, and instructions against the direction from one picture to the other.
+    """The contrastive loss of captions and pictures, and of instructions and changes between pictures.
 
-    Page and edited page are in the same batch, each the other's hard negative.
+    A page and its edited page are in the same batch, so each is a hard negative of the other.
     """
 
     def __init__(self, clip: Any, tokenizer: Any, preset: Preset) -> None:
@@ -105,9 +105,9 @@ def train_clip(run: Run) -> None:
     tokenizer = load_tokenizer(run)
     torch.manual_seed(preset.seed)
     clip = use_plain_attention(new_clip(preset, tokenizer), run.device)
-    # The text tower starts as the one that reads instructions.
-    read = CLIPTextModel.from_pretrained(run.output / "text_tower").state_dict()
-    clip.text_model.load_state_dict({key.removeprefix("text_model."): value for key, value in read.items()})
+    # The text tower is initialized with the text encoder of the instructions.
+    tower = CLIPTextModel.from_pretrained(run.output / "text_tower").state_dict()
+    clip.text_model.load_state_dict({key.removeprefix("text_model."): v for key, v in tower.items()})
 
     def batches(first: int) -> Iterator[list[Any]]:
         pairs = EditedPages(preset.clip.batch, preset.size, preset.seed + 2, first)

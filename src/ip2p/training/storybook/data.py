@@ -1,7 +1,7 @@
-"""What the stages learn from: pages that are drawn while training runs, and shards of edited pages.
+"""Training data of the stages: pages drawn during training, and shards of edited pages.
 
-Batch k of every stream and shard k of a world follow from the seed and k alone, so that a resumed run sees
-what it would have seen.
+Batch k of a stream and shard k of a world depend only on the seed and k, so that a resumed run sees the same
+data as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ip2p_storybook.scene import Scene, rng_for, sample_scene
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """An endless stream of batches. Subclasses define `make(index)`; workers share the indices in turn."""
+    """An endless stream of batches. Subclasses define `make(index)`; the workers split the indices."""
 
     def __init__(self, batch: int, size: int, seed: int, start: int = 0) -> None:
         self.batch, self.size, self.seed, self.start = batch, size, seed, start
@@ -44,7 +44,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def read_ahead(batches: torch.utils.data.IterableDataset, workers: int, ahead: int = 8) -> Iterator[Any]:
-    """The batches, about `ahead` of them made in advance by worker processes."""
+    """The batches, about `ahead` of them prepared in advance by worker processes."""
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,
@@ -66,7 +66,7 @@ def to_signed(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 def training_scene(*parts: object) -> Scene:
-    """A page for training, whose seed is even; all other pages have odd seeds (`edits.sample_edit`)."""
+    """A training page. Its seed is even; all other pages have odd seeds (`edits.sample_edit`)."""
     scene = sample_scene(rng_for("train", *parts))
     return replace(scene, seed=scene.seed & ~1)
 
@@ -80,7 +80,7 @@ class Pages(Stream):
 
 
 class Crops(Stream):
-    """Square cutouts, most of them over a thing: uint8 [batch, 3, crop, crop], `per_page` of each page."""
+    """Square crops, most of them of a thing: uint8 [batch, 3, crop, crop], `per_page` of each page."""
 
     def __init__(
         self, batch: int, size: int, seed: int, start: int = 0, *, crop: int, per_page: int = 2
@@ -111,10 +111,10 @@ class Crops(Stream):
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """An endless row of shards. Shard k holds `groups` base pages, each with `edits` edited versions.
+    """An endless sequence of shards. Each has `groups` base pages with `edits` edited versions each.
 
-    A pair of pages of one group is kept when the language can say the edit between them: each edit, its
-    reversal, and the way from one result to another. Each pair has `wordings` instructions.
+    A pair of pages of one group is used if an instruction can express the edit between them: each edit, its
+    reversal, and edits from one result to another. Each pair has `wordings` instructions.
     """
 
     size: int
@@ -123,26 +123,26 @@ class World:
     groups: int = 64
     edits: int = 5
     wordings: int = 4
-    cross_pairs: int = 5  # of a group, at most
-    often: Mapping[str, float] = field(default_factory=dict)  # how much more often a kind of edit is drawn
+    cross_pairs: int = 5  # maximum pairs of two results per group
+    often: Mapping[str, float] = field(default_factory=dict)  # factors on the share of kinds of edits
 
     @property
     def pages(self) -> int:
-        """Pages of a shard."""
+        """Pages per shard."""
         return self.groups * (self.edits + 1)
 
 
 @dataclass(frozen=True)
-class Said:
-    """Two pages of a group, by their numbers, and edits in words that lead from one to the other."""
+class PagePair:
+    """Two pages of a group, by number, and wordings of the edit from one to the other."""
 
     before: int
     after: int
     edits: tuple[Edit, ...]
 
 
-def draw_group(world: World, number: int) -> tuple[list[Scene], list[Said]]:
-    """A base page with its edited versions, and the pairs among them that the language can say."""
+def draw_group(world: World, number: int) -> tuple[list[Scene], list[PagePair]]:
+    """A base page with its edited versions, and the pairs among them that have an instruction."""
     rng = rng_for("group", world.seed, number)
     kinds = kind_shares(world.often)
     base = reversible(training_scene("group page", world.seed, number))
@@ -162,28 +162,28 @@ def draw_group(world: World, number: int) -> tuple[list[Scene], list[Said]]:
     pairs = []
     for k, edit in enumerate(edits, 1):
         again = [reword(edit, base, edit.after) for _ in range(world.wordings - 1)]
-        pairs.append(Said(0, k, (edit, *(e for e in again if e is not None))))
+        pairs.append(PagePair(0, k, (edit, *(e for e in again if e is not None))))
         if edit.steps:
             middle = edit.steps[0].after
             back = [say_two_changes(edit.after, middle, base, rng) for _ in range(world.wordings)]
         else:
             back = [say_change(edit.after, base, rng) for _ in range(world.wordings)]
-        pairs.append(Said(k, 0, tuple(e for e in back if e is not None)))
+        pairs.append(PagePair(k, 0, tuple(e for e in back if e is not None)))
     across = [(a, b) for a in range(1, len(scenes)) for b in range(1, len(scenes)) if a != b]
     rng.shuffle(across)
     found = 0
     for a, b in across:
         if found == world.cross_pairs:
             break
-        said = [_say_across(scenes[a], base, scenes[b], rng) for _ in range(world.wordings)]
-        if any(said):
+        wordings = [_say_across(scenes[a], base, scenes[b], rng) for _ in range(world.wordings)]
+        if any(wordings):
             found += 1
-            pairs.append(Said(a, b, tuple(e for e in said if e is not None)))
+            pairs.append(PagePair(a, b, tuple(e for e in wordings if e is not None)))
     return scenes, [pair for pair in pairs if pair.edits]
 
 
 def _say_across(before: Scene, base: Scene, after: Scene, rng: random.Random) -> Edit | None:
-    """The way from one result to another, as one edit, or else as undoing one and doing the other."""
+    """The edit from one result to another, directly or as undoing one and applying the other."""
     return say_change(before, after, rng) or say_two_changes(before, base, after, rng)
 
 

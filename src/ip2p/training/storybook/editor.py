@@ -1,8 +1,8 @@
 """Stages `perception`, `unet` and `decay`: one editing network, three runs of the training loop.
 
-1. `perception` asks what is on the page and what the instruction changes, at full noise (see `perception`).
-2. `unet` trains the edit itself at all noise levels and a constant learning rate. It can be extended.
-3. `decay` takes a copy of the newest state of `unet`, lets the learning rate fall, and writes the model.
+1. `perception` trains the recognition of the page and of the requested change, at full noise (`perception`).
+2. `unet` trains the edit itself at all noise levels with a constant learning rate. It can be extended.
+3. `decay` continues from the newest state of `unet` with a decreasing learning rate, and writes the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NO_DROPOUT = Shares(text=0.0, image=0.0, both=0.0)
 
 
 def new_unet(preset: Preset) -> Any:
-    """The untrained network, a plain diffusers UNet2DConditionModel with 2 x latent channels of input."""
+    """The untrained UNet, a diffusers UNet2DConditionModel with twice the latent channels as input."""
     from diffusers import UNet2DConditionModel
 
     levels = len(preset.unet_channels)
@@ -40,7 +40,7 @@ def new_unet(preset: Preset) -> Any:
         sample_size=preset.cells,
         in_channels=2 * preset.latent_channels,
         out_channels=preset.latent_channels,
-        # Attention costs most on the finest level; it attends only on the way up, if at all.
+        # Attention is most expensive on the finest level, so it is used only in the up blocks, if at all.
         down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (levels - 1)),
         up_block_types=(*("CrossAttnUpBlock2D",) * (levels - 1), top),
         block_out_channels=preset.unet_channels,
@@ -53,12 +53,12 @@ def new_unet(preset: Preset) -> Any:
 
 @torch.no_grad()
 def start_as_copy(unet: Any) -> None:
-    """Set a new network that predicts x0 to return its image condition, whatever the noise and the text.
+    """Initialize a UNet that predicts x0 to return its image condition, for any noise and text.
 
-    An edit leaves most of the page as it is, and a network that starts from nothing takes most of its samples
-    to learn that. Half of the first convolution's channels hold the image condition c as c and -c, with
-    constants beside them. The last skip connection brings them to the output, where the constants fix the
-    scale of the normalization and SiLU(c) - SiLU(-c) = c. The other half starts as usual.
+    An edit leaves most of the page unchanged, and a randomly initialized network needs most of its samples to
+    learn that. Half of the first convolution's channels are set to the image condition c and to -c, with
+    constants next to them. The last skip connection passes them to the output, where the constants fix the
+    scale of the normalization and SiLU(c) - SiLU(-c) = c. The other half is initialized as usual.
     """
     latents, width, groups = (
         unet.config.out_channels,
@@ -100,7 +100,7 @@ def start_as_copy(unet: Any) -> None:
 
 @dataclass
 class EditorParts:
-    """All that the three runs share: the task, and where its samples come from."""
+    """Shared by the three stages: the task, and the networks that its samples need."""
 
     task: EditTask
     heads: Perception
@@ -110,7 +110,7 @@ class EditorParts:
 
 
 def build_parts(run: Run) -> EditorParts:
-    """Load what earlier stages wrote, and build the network, as a start or of the bundle that was given."""
+    """Load the networks of earlier stages and create the UNet, or load that of `--start`."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextModel
@@ -153,7 +153,7 @@ def build_parts(run: Run) -> EditorParts:
 
 
 def latent_shards(run: Run, parts: EditorParts, *, validation: bool = False) -> LatentShards:
-    """The shards of the pages that are trained on, or of others."""
+    """The shards of the training pages, or of validation pages."""
     preset = run.preset
     world = World(
         size=preset.size,
@@ -185,7 +185,7 @@ def _train(
     after: str | None = None,
     fingerprint: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train on pages that `steps_before` steps of earlier stages have not seen."""
+    """Train on pages that were not used in `steps_before` steps of earlier stages."""
     preset = run.preset
     samples = EditorSamples(
         latent_shards(run, parts),
@@ -205,11 +205,11 @@ def _train(
     )
 
 
-# --- seeing -------------------------------------------------------------------------------------
+# --- perception -------------------------------------------------------------------------------------
 
 
 def train_perception(run: Run) -> None:
-    """Train until the gates are passed, or `perception_most` minutes are used. Raises OutOfTime."""
+    """Train until the gates are passed, for at most `perception_most` minutes. Raises OutOfTime."""
     preset = run.preset
     parts = build_parts(run)
     minutes = preset.perception.minutes
@@ -224,14 +224,14 @@ def train_perception(run: Run) -> None:
         run.log(f"perception: {'; '.join(missed)}; training to {minutes:g} minutes")
     if missed:
         run.log(
-            f"perception: {'; '.join(missed)} after {minutes:g} minutes. The edit is trained all the same; "
-            "expect edits of things that it cannot see to fail"
+            f"perception: {'; '.join(missed)} after {minutes:g} minutes. Training continues, but edits of "
+            "things that it does not recognize will fail"
         )
     run.finish("perception", {**summary, "measured": measured, "missed": missed})
 
 
 def missed_gates(preset: Preset, measured: dict[str, float]) -> list[str]:
-    """What of `Preset.gates` was not reached, in words."""
+    """Messages for the `Preset.gates` that were not reached."""
     return [
         f"{name} is {measured[name]:.1%}, below {least:.0%}"
         for name, least in preset.gates.items()
@@ -241,9 +241,9 @@ def missed_gates(preset: Preset, measured: dict[str, float]) -> list[str]:
 
 @torch.no_grad()
 def measure_perception(run: Run, parts: EditorParts, count: int = 512) -> dict[str, float]:
-    """On pairs of new pages: the share of things whose kind, color, … is named right, and the IoU of changes.
+    """The accuracy for the kind, color, … of things, and the IoU of changed cells, on new pages.
 
-    `change` is the IoU over edits of things, `change_page` that over edits of the whole page.
+    `change` is the IoU for edits of things, `change_page` for edits of the whole page.
     """
     shards = latent_shards(run, parts, validation=True)
     shards.make([0], then=[])
@@ -284,7 +284,7 @@ def measure_perception(run: Run, parts: EditorParts, count: int = 512) -> dict[s
 
 
 def head_weight(preset: Preset, batch: int) -> Callable[[int], float]:
-    """The weight of the perception heads' loss: half of it is lost every `head_half_life` samples."""
+    """The weight of the perception heads' loss, which halves every `head_half_life` samples."""
     return lambda step: max(
         preset.head_weight_least, preset.head_weight * 0.5 ** (step * batch / preset.head_half_life)
     )
@@ -309,7 +309,7 @@ def train_unet(run: Run) -> None:
 
 
 def train_decay(run: Run) -> None:
-    """Let the learning rate fall on a copy of the newest `unet` state; write `unet` and `text_encoder`.
+    """Train a copy of the newest `unet` state with a decreasing learning rate; write the two networks.
 
     Raises OutOfTime.
     """

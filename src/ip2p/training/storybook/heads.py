@@ -1,4 +1,4 @@
-"""Classifiers of several fields at once, which sit on a network's features while it is trained."""
+"""Classification heads for several fields, on the features of a network in training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Heads(nn.Module):
-    """Class logits from features: one hidden layer, the classes of all fields side by side."""
+    """Class logits from features, with one hidden layer; the classes of all fields are concatenated."""
 
     def __init__(self, features: int, sizes: Sequence[int], hidden: int = 192) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Heads(nn.Module):
 def class_loss(
     logits: Float[Tensor, "*batch classes"], labels: Int[Tensor, "*batch fields"], sizes: Sequence[int]
 ) -> Float[Tensor, ""]:
-    """The mean of the fields' cross-entropies; a field without a label (-100) counts nothing."""
+    """The mean cross-entropy of the fields; fields without a label (-100) are ignored."""
     losses = []
     for field, part in enumerate(logits.float().split(list(sizes), dim=-1)):
         own = labels[..., field].reshape(-1)

@@ -21,14 +21,14 @@ from ip2p_storybook.language import OTHER_NOUNS, plural, words_of
 from ip2p_storybook.scene import KINDS, rng_for
 from ip2p_storybook.triples import ExactTriple, exact_triples
 
-LM_TOKENS = 600  # the words of captions and instructions, and the letters that spell all others
+LM_TOKENS = 600  # words of captions and instructions, and letters for all other words
 
 
 class Triples(Stream):
-    """Batches of exact triples in tokens, (tokens, labels) [batch, longest], in groups of GROUPED.
+    """Batches of tokenized exact triples, (tokens, labels) [batch, longest], in groups of GROUPED.
 
-    Group k is the same on every machine. Those of a batch are alike in length, so that little is padded.
-    None is such as `ip2p synth instruct` would refuse: "add a tree on the left" it takes for a spatial edit.
+    The triples of a batch have similar lengths, so there is little padding. Triples that `ip2p synth
+    instruct` would reject are excluded, such as "add a tree on the left", which it takes for a spatial edit.
     """
 
     GROUPED = 8
@@ -39,12 +39,12 @@ class Triples(Stream):
 
     def make(self, group: int) -> list[tuple[Tensor, Tensor]]:
         count = self.batch * self.GROUPED
-        # About a third is left out. Three times as many as are wanted are surely enough.
+        # About a third is rejected, so three times as many are enough.
         drawn = exact_triples(3 * count, self.seed, first=3 * count * group)
         plain = (to_learn(triple) for triple in drawn if is_plain(triple))
-        taken = (triple for triple in plain if reject(triple) is None)
-        rows = sorted((row_of(triple, self.tokenizer) for triple in islice(taken, count)), key=len)
-        # What pads stands behind the rest, where nothing looks at it.
+        kept = (triple for triple in plain if reject(triple) is None)
+        rows = sorted((row_of(triple, self.tokenizer) for triple in islice(kept, count)), key=len)
+        # Padding is at the end, where no token attends to it.
         made = (
             batch_of(rows[first : first + self.batch], self.tokenizer.pad_token_id)
             for first in range(0, count, self.batch)
@@ -59,9 +59,9 @@ _VAGUE_NAMES = frozenset(("thing", "things", *KINDS, *map(plural, KINDS), *OTHER
 
 
 def is_plain(exact: ExactTriple) -> bool:
-    """Whether the instruction calls things what their captions call them.
+    """Whether the instruction uses the same names for things as the captions.
 
-    "The cat", and not "it" or "the animal": a small model is never sure on which pages those will do.
+    "The cat", not "it" or "the animal": a small model cannot learn when those are unambiguous.
     """
     for step in exact.edit.steps or (exact.edit,):
         words = set(words_of(step.instruction))
@@ -71,10 +71,10 @@ def is_plain(exact: ExactTriple) -> bool:
 
 
 def to_learn(exact: ExactTriple) -> Triple:
-    """A triple as the language model learns it: its instruction has one capital and no stop.
+    """A triple for the language model: its instruction has one capital letter and no final punctuation.
 
-    Words LIKE THESE Or These are no tokens, so that it would have to learn to spell; and each thing of no
-    account that it has to guess hides what it gets wrong.
+    Words LIKE THESE Or These are not tokens, so the model would have to learn to spell them. Unpredictable
+    details also add noise to the loss.
     """
     text = exact.instruction.rstrip(".?")
     words = text.split()
@@ -89,10 +89,10 @@ def to_learn(exact: ExactTriple) -> Triple:
 
 
 class LmTask(nn.Module):
-    """A language model's loss a token of the answers; those of the edited captions weigh `edited` times more.
+    """The loss per token of the answers; tokens of edited captions have the weight `edited`.
 
-    There are hundreds of ways to edit a caption, and no model can know which comes; but what the caption is
-    after an edit follows from it, and that is where a model is right or wrong.
+    There are hundreds of possible instructions for a caption, and no model can predict which one is used. The
+    edited caption follows from the instruction, so its tokens show whether the model is right.
     """
 
     def __init__(self, lm: Any, tokenizer: Any, edited: float) -> None:
@@ -110,8 +110,8 @@ class LmTask(nn.Module):
         losses = F.cross_entropy(logits, labels[learned], reduction="none")
         after = after[learned]
         weights = torch.where(after, self.edited, 1.0)
-        numbers = {"instruction": losses[~after].mean(), "edited": losses[after].mean()}
-        return (losses * weights).sum() / weights.sum(), {k: float(v.detach()) for k, v in numbers.items()}
+        metrics = {"instruction": losses[~after].mean(), "edited": losses[after].mean()}
+        return (losses * weights).sum() / weights.sum(), {k: float(v.detach()) for k, v in metrics.items()}
 
 
 def train_lm(run: Run) -> None:
@@ -139,7 +139,7 @@ def train_lm(run: Run) -> None:
         return ([batch] for batch in islice(chain.from_iterable(groups), done, None))
 
     keys = [key for key in asdict(preset) if key.startswith("lm_")]
-    # Its products are so small that half precision costs more than it saves.
+    # Its matrix products are so small that half precision is slower.
     summary = train_stage(
         run,
         "lm",

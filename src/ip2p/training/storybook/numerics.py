@@ -1,4 +1,4 @@
-"""Which number format and memory layout train fastest on this machine, found by a short measurement."""
+"""Finds the precision and memory layout that train fastest on this machine, with a short measurement."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _MARGIN = 1.25  # another format must be faster by this factor
 def measure_numerics(device: torch.device, channels: int = 128, side: int = 16, batch: int = 16) -> Numerics:
     """The fastest format and layout of a residual block's forward and backward pass. Half a second on a CPU.
 
-    A GPU gets bf16 channels-last without a measurement. On CPUs the answer differs by kind: bf16 wins with
-    AMX or AVX512-BF16 and loses by a large factor with AVX2.
+    A GPU gets bf16 channels-last without a measurement. On CPUs it varies: bf16 is faster with AMX or
+    AVX512-BF16, and slower by a large factor with AVX2.
     """
     if device.type == "cuda":
         return Numerics("bf16", torch.channels_last)
@@ -44,7 +44,7 @@ def measure_numerics(device: torch.device, channels: int = 128, side: int = 16, 
 def _block_seconds(
     numerics: Numerics, channels: int, side: int, batch: int, *, limit: float = float("inf"), repeats: int = 5
 ) -> float:
-    """The shortest of some passes; a pass longer than `limit` ends the measurement."""
+    """The time of the fastest of some passes; stops early if it exceeds `limit`."""
     block = nn.Sequential(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
     block.to(memory_format=numerics.memory_format)  # type: ignore[call-overload]
     x = torch.randn(batch, channels, side, side).contiguous(memory_format=numerics.memory_format)
@@ -55,7 +55,7 @@ def _block_seconds(
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=numerics.precision == "bf16"):
             loss = block(x).square().mean()
         loss.backward()
-        if turn:  # the first one prepares the kernels
+        if turn:  # the first pass is a warm-up
             best = min(best, time.perf_counter() - started)
             if best > limit:
                 break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,7 @@ class PairRow:
 
 
 def draw_pair_row(edit: Edit, size: int = 256) -> PairRow:
-    """Draw both pages of an edit and caption them in the same manner."""
+    """Draw both pages of an edit and write captions of the same form."""
 
     def prompt(of: str) -> str:
         return caption(getattr(edit, of), rng_for("pair", edit.before.seed))
@@ -51,23 +51,18 @@ def draw_pair_row(edit: Edit, size: int = 256) -> PairRow:
     )
 
 
-def pair_rows(edits: Iterable[Edit], size: int = 256) -> Iterator[PairRow]:
-    """The rows of the edits, one by one, in their order."""
-    return (draw_pair_row(edit, size) for edit in edits)
-
-
 def write_pairs(edits: Iterable[Edit], path: Path, *, size: int = 256) -> int:
-    """Write the edits' pairs as one parquet file, whole or not at all; returns how many.
+    """Write pairs as one parquet file, atomically, and return their number.
 
-    Pictures are PNG bytes in the hub's `Image` columns; `datasets.load_dataset("parquet", ...)` decodes
-    them by itself. At most 100 rows are held in memory.
+    Pictures are PNG bytes in Hugging Face `Image` columns, which `datasets.load_dataset("parquet", ...)`
+    decodes. At most 100 rows are held in memory.
     """
     import pyarrow.parquet as pq
 
     schema = hub_schema(
         {column: "Image" if column.endswith("_image") else "string" for column in PAIR_COLUMNS}
     )
-    rows = pair_rows(edits, size)
+    rows = (draw_pair_row(edit, size) for edit in edits)
     count = 0
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         while group := list(islice(rows, _ROWS_A_GROUP)):
@@ -92,7 +87,7 @@ def _table(rows: list[PairRow], first: int, schema: Any) -> Any:
 
 
 def write_exact_triples(triples: Iterable[ExactTriple], path: Path) -> int:
-    """Write triples as parquet in the columns of `ip2p synth`, whole or not at all; returns how many."""
+    """Write triples as parquet with the columns of `ip2p synth`, atomically, and return their number."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

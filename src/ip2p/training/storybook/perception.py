@@ -1,11 +1,11 @@
-"""The heads of stage `perception`: the editor's network learns to see and to read before it learns to edit.
+"""The heads of stage `perception`: the UNet learns to recognize pages and instructions before it edits.
 
-The network gets the page, an instruction and pure noise. Heads on its features name, in each cell, the kind,
-color, size, number and clothes of what is there, before and after the edit, and say which cells the edit
-changes. The picture itself is asked for too, as the velocity at full noise. Stable Diffusion brings all this
-to InstructPix2Pix; a network that starts from nothing would have to find it in the errors of pictures.
+The UNet gets the page, an instruction and pure noise. Heads on its features classify, for each cell, the
+kind, color, size, number and clothes of the thing there, before and after the edit, and whether the edit
+changes the cell. The picture itself is predicted as well. InstructPix2Pix starts from Stable Diffusion, which
+has this knowledge; a randomly initialized network would have to learn it from the errors of pictures alone.
 
-The stage (`editor.train_perception`) trains on until most things are named right and most changes found.
+The stage (`editor.train_perception`) ends when most things are classified correctly and most changes found.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ip2p.training.storybook.heads import Heads, class_loss
 from ip2p_storybook.labels import EDIT_SIZES, IGNORED, PAGE_SIZES, THING_CLASSES, THING_SIZES
 
 FIELDS = tuple(THING_CLASSES)
-BACKGROUND_WEIGHT = 0.5  # of the loss of cells in which nothing stands
+BACKGROUND_WEIGHT = 0.5  # of the loss of empty cells
 
 
 class CellHead(nn.Module):
@@ -49,7 +49,7 @@ class CellHead(nn.Module):
 
 @dataclass(frozen=True)
 class Seen:
-    """What the heads say: logits by cell of the page before and after, of both pages, and of a change."""
+    """The heads' logits: per cell before and after, per page before and after, and of a change per cell."""
 
     before: Tensor
     after: Tensor
@@ -59,9 +59,9 @@ class Seen:
 
 
 class Perception(nn.Module):
-    """The heads of an editor; each forward pass of its UNet leaves the features that they read.
+    """The heads of an editor, which use the features of the UNet's last forward pass.
 
-    The page before is read where the way down ends, the rest where the way up ends.
+    The page before the edit is classified from the last down block, the rest from the last up block.
     """
 
     def __init__(self, unet: Any, text_width: int) -> None:
@@ -82,7 +82,7 @@ class Perception(nn.Module):
         return hook
 
     def see(self) -> Seen:
-        """The heads' logits for the network's last forward pass."""
+        """The logits for the UNet's last forward pass."""
         before, page_before = self.before(self._features["before"])
         after, page_after = self.after(self._features["after"])
         return Seen(before, after[:, :-1], page_before, page_after, after[:, -1])
@@ -90,27 +90,27 @@ class Perception(nn.Module):
     def loss(
         self, batch: EditBatch, context: Float[Tensor, "batch tokens features"]
     ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-        """The weighted loss, and shares: things named right on the page before, changed cells' IoU.
+        """The weighted loss, the accuracy for things before the edit, and the IoU of changed cells.
 
-        Only what the conditions tell is asked: the page before if it is shown, the page after by a caption
-        or by page and instruction, the change by these two, the edit by its words.
+        Only what the conditions determine counts: the page before if it is the input, the page after given a
+        caption or page and instruction, the change given both, and the edit given its instruction.
         """
         labels, draws = batch.labels, batch.draws
         assert labels is not None and batch.changed is not None, "perception needs drawn pages"
         seen = self.see()
         no_image, no_text = draws.image_null, draws.text_null
         both = ~(no_image | no_text) & ~draws.caption_only
-        told = draws.caption_only | both
+        known = draws.caption_only | both
         before = _hidden(cell_labels(labels["before_cells"], labels["before_things"]), no_image)
-        after = _hidden(cell_labels(labels["after_cells"], labels["after_things"]), ~told)
-        words = _hidden(labels["edit"], no_text | draws.caption_only)
+        after = _hidden(cell_labels(labels["after_cells"], labels["after_things"]), ~known)
+        edit = _hidden(labels["edit"], no_text | draws.caption_only)
         losses = [
             cells_loss(seen.before, before),
             cells_loss(seen.after, after),
             0.5 * class_loss(seen.page_before, _hidden(labels["before_page"], no_image), PAGE_SIZES),
-            0.5 * class_loss(seen.page_after, _hidden(labels["after_page"], ~told), PAGE_SIZES),
+            0.5 * class_loss(seen.page_after, _hidden(labels["after_page"], ~known), PAGE_SIZES),
             change_loss(seen.changed, batch.changed[:, 0], both),
-            0.5 * class_loss(self.edit(context[:, -1]), words, EDIT_SIZES),
+            0.5 * class_loss(self.edit(context[:, -1]), edit, EDIT_SIZES),
         ]
         with torch.no_grad():
             shown = ~no_image
@@ -118,19 +118,19 @@ class Perception(nn.Module):
                 seen.before[shown], labels["before_cells"][shown], labels["before_things"][shown]
             )["kind"]
             iou = change_iou(seen.changed[both], batch.changed[both, 0] > 0)
-        numbers = {"named": right / max(count, 1), "iou": iou, "change": float(losses[4].detach())}
-        return labels["weight"] * torch.stack(losses).sum(), numbers
+        metrics = {"named": right / max(count, 1), "iou": iou, "change": float(losses[4].detach())}
+        return labels["weight"] * torch.stack(losses).sum(), metrics
 
 
 def _hidden(labels: Int[Tensor, " batch *fields"], rows: Bool[Tensor, " batch"]) -> Tensor:
-    """Labels without those of some rows."""
+    """Labels with those of some rows replaced by IGNORED."""
     return labels.masked_fill(rows.view(-1, *(1,) * (labels.ndim - 1)), IGNORED)
 
 
 def cell_labels(
     cells: Int[Tensor, "batch h w"], things: Int[Tensor, "batch things fields"]
 ) -> Int[Tensor, "batch fields h w"]:
-    """The classes of the thing in each cell; where there is none, kind 0 and nothing of the rest."""
+    """The classes of the thing in each cell; an empty cell has kind 0, and IGNORED for the other fields."""
     nothing = things.new_full((len(things), 1, things.shape[2]), IGNORED)
     nothing[..., FIELDS.index("kind")] = 0
     table = torch.cat([nothing, things], dim=1)
@@ -141,7 +141,7 @@ def cell_labels(
 def cells_loss(
     logits: Float[Tensor, "batch classes h w"], labels: Int[Tensor, "batch fields h w"]
 ) -> Float[Tensor, ""]:
-    """The sum of the fields' mean cross-entropies over things' cells, and the background's, weighted."""
+    """The weighted sum of the fields' mean cross-entropies, over cells with things and over empty cells."""
     parts = logits.float().split(list(THING_SIZES), dim=1)
     total = logits.sum() * 0.0
     for field, part in enumerate(parts):
@@ -161,7 +161,7 @@ def cells_loss(
 def change_loss(
     logits: Float[Tensor, "batch h w"], changed: Float[Tensor, "batch h w"], rows: Bool[Tensor, " batch"]
 ) -> Float[Tensor, ""]:
-    """Mean of each sample's cross-entropies over its changed and over its unchanged cells."""
+    """The mean of the cross-entropies over changed and over unchanged cells of each sample."""
     if not rows.any():
         return logits.sum() * 0.0
     losses = F.binary_cross_entropy_with_logits(logits[rows].float(), changed[rows], reduction="none")
@@ -177,9 +177,9 @@ def named_right(
     cells: Int[Tensor, "batch h w"],
     things: Int[Tensor, "batch things fields"],
 ) -> dict[str, tuple[int, int]]:
-    """For each field, how many visible things are named right, and how many there are.
+    """For each field, the numbers of correctly classified visible things and of all visible things.
 
-    A thing's name is the class with the largest sum of log-probabilities over its cells.
+    A thing's class is the one with the largest sum of log-probabilities over its cells.
     """
     counts = dict.fromkeys(FIELDS, (0, 0))
     if not len(logits):
@@ -196,7 +196,7 @@ def named_right(
 
 @torch.no_grad()
 def change_iou(logits: Float[Tensor, "batch h w"], changed: Bool[Tensor, "batch h w"]) -> float:
-    """Intersection over union of the cells called changed and those that are, over the batch."""
-    called = logits > 0
-    union = (called | changed).sum()
-    return float((called & changed).sum() / union) if union else 0.0
+    """Intersection over union of the predicted and the actual changed cells, over the batch."""
+    predicted = logits > 0
+    union = (predicted | changed).sum()
+    return float((predicted & changed).sum() / union) if union else 0.0

@@ -1,4 +1,4 @@
-"""The numbers of the storybook build: one recipe in three sizes."""
+"""The presets of the storybook build: one recipe in three sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HARD_KINDS = ("add", "replace", "two", "move", "put_on", "style", "count")
 class StageConfig:
     """One run of the training loop. It ends after `steps` steps or `minutes`, whichever comes first.
 
-    `schedule` "constant" can be extended at any time; "cosine" falls from `lr` to a fiftieth of it.
+    The schedule "constant" can be extended at any time; "cosine" decreases from `lr` to 2% of it.
     """
 
     steps: int = 1_000_000
@@ -31,10 +31,10 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig:
-    """Which shards of edited pages a block of training draws from (`samples.EditorSamples`).
+    """The shards of edited pages that a block of training uses (`samples.EditorSamples`).
 
-    fresh: new shards of a block. pool: all of its shards. reuse: how often a page is seen in the end.
-    shards: the most that are kept on disk; blocks after that reuse them.
+    fresh: new shards per block. pool: all shards of a block. reuse: how often each page is used in total.
+    shards: maximum number of shards on disk; later blocks reuse them.
     """
 
     fresh: int = 4
@@ -44,7 +44,7 @@ class PoolConfig:
 
 
 def kind_shares(often: Mapping[str, float]) -> dict[str, float]:
-    """How often each kind of edit is drawn; those in `often` by that factor more."""
+    """The relative frequency of each kind of edit, with the factors in `often`."""
     return {kind: weight * often.get(kind, 1.0) for kind, weight in KIND_WEIGHTS.items()}
 
 
@@ -54,14 +54,14 @@ class Preset:
 
     size: int  # side of a page
 
-    # --- the autoencoder: a fixed encoder; a decoder that sees crops, then whole pages as the rate falls
+    # --- the autoencoder: a fixed encoder; a decoder trained on crops, then on whole pages
     decoder: StageConfig
     decoder_pages: StageConfig
     vae_channels: tuple[int, ...] = (16, 32, 64, 128)
     vae_layers: int = 1
     latent_channels: int = 16
     crop: int = 64
-    pca_pages: int = 512  # whose patches set the encoder
+    pca_pages: int = 512  # pages that determine the encoder
     hue_weight: float = 1.0  # of errors in the differences between color channels
     gradient_weight: float = 1.0  # of errors in the differences between neighboring pixels
 
@@ -74,50 +74,50 @@ class Preset:
     clip_pixels: int = 64
     clip_patch: int = 8
 
-    # --- the pages that the editor learns from
-    groups: int = 64  # base pages of a shard
+    # --- the editor's training pages
+    groups: int = 64  # base pages per shard
     edits: int = 5  # edited versions of each
     often: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(HARD_KINDS, 1.5))
     pool: PoolConfig = PoolConfig()
 
-    # --- the editor: perception, the edit at a constant rate, and a copy whose rate falls
+    # --- the editor: perception, the edit at a constant learning rate, and its decay
     perception: StageConfig
     unet: StageConfig
     decay: StageConfig
     unet_channels: tuple[int, ...] = (128, 192)
     unet_layers: int | tuple[int, ...] = 1
     unet_groups: int = 8
-    fine_attention: bool = False  # whether the finest level attends, on the way up
-    heads: int = 4  # of attention
-    # The least shares at which perception ends (`editor.measure_perception`), and the most minutes it gets.
+    fine_attention: bool = False  # whether the last up block has attention
+    heads: int | tuple[int, ...] = 4  # of attention, or per level
+    # The accuracies at which perception ends (`editor.measure_perception`), and its maximum minutes.
     gates: Mapping[str, float] = field(default_factory=lambda: {"kind": 0.9, "change": 0.7})
     perception_most: float
-    # A small network that predicts noise or velocity takes most of its samples to learn to copy the page. One
-    # that predicts x0 starts as the copy (`editor.start_as_copy`). "epsilon" is the paper's.
+    # A small network that predicts noise or velocity needs most of its samples to learn to copy the page. One
+    # that predicts x0 is initialized to the copy (`editor.start_as_copy`). The paper uses "epsilon".
     prediction: str = "sample"
     snr_clip: tuple[float, float] | None = (1.0, 5.0)
-    # t = 1000 u^power: below 1 favors the noisy steps, where an edit is decided. 1 is the paper's.
+    # t = 1000 u^power: below 1 favors noisy steps, which determine the edit. The paper uses 1.
     timestep_power: float = 0.5
-    # Changed cells weigh more, up to `change_weight_most`, so that they make up about `change_share` of a
-    # sample's loss: a hat is two cells of 256 (`training.loss.change_weights`).
+    # Changed cells have a higher weight, at most `change_weight_most`, so that they make up about
+    # `change_share` of a sample's loss: a hat is two of 256 cells (`training.loss.change_weights`).
     change_share: float = 0.5
     change_weight_most: float = 24.0
     caption_share: float = 0.12  # samples with a caption and no page
-    head_weight: float = 0.5  # of the perception heads' loss as the edit begins to be trained
+    head_weight: float = 0.5  # initial weight of the perception heads' loss in stage unet
     head_weight_least: float = 0.05
     head_half_life: float = 200_000  # samples
 
-    # --- the language model: 177,000 parameters; its tokens are words and the captions' phrases
+    # --- the language model: 177,000 parameters; its tokens are words and phrases of captions
     lm: StageConfig
     lm_width: int = 64
     lm_layers: int = 4
     lm_heads: int = 4
     lm_inner: int = 96
-    lm_texts: int = 20_000  # triples whose words are its tokens
+    lm_texts: int = 20_000  # triples that determine its tokens
     lm_edited: float = 4.0  # weight of an edited caption's tokens
 
     # --- all stages
-    precision: Literal["auto", "no", "bf16"] = "auto"  # auto: what is faster on this machine
+    precision: Literal["auto", "no", "bf16"] = "auto"  # auto: the faster one on this machine
     ema: float = 0.999
     workers: int = 1
     save_every: float = 120.0  # seconds
@@ -130,7 +130,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # Seconds: shows that the whole path runs. Its pictures are noise.
+    # Takes seconds and tests all stages; its pictures are noise.
     "smoke": Preset(
         size=64,
         decoder=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=2),
@@ -162,7 +162,7 @@ PRESETS: dict[str, Preset] = {
         precision="no",
         workers=0,
     ),
-    # Two CPU cores, in pieces of any length.
+    # For two CPU cores, in calls of any length.
     "cpu": Preset(
         size=128,
         decoder=StageConfig(minutes=60, batch=16, lr=1e-3),
@@ -175,9 +175,9 @@ PRESETS: dict[str, Preset] = {
         decay=StageConfig(minutes=25, batch=32, lr=7e-4, warmup=0, schedule="cosine"),
         perception_most=150,
         lm=StageConfig(steps=8000, minutes=30, batch=64, lr=4e-3, schedule="cosine"),
-        ema=0.995,  # a perception of minutes is measured with it; 0.998 lags it by 500 steps
+        ema=0.995,  # perception is measured with the EMA, which lags by 500 steps at 0.998
     ),
-    # One H100, in calls of some minutes. The encoder is the CPU's, so its latents are too.
+    # For one H100, in calls of some minutes. The encoder and its latents are the same as in `cpu`.
     "h100": Preset(
         size=128,
         decoder=StageConfig(minutes=4, batch=32, lr=1e-3),

@@ -1,7 +1,7 @@
-"""The editor's samples: pairs of pages from shards whose latents are encoded once and kept on disk.
+"""The editor's samples: pairs of pages from shards whose latents are encoded once and saved on disk.
 
-Training goes through blocks. A block's pool is `fresh` new shards and some earlier ones; pairs are drawn from
-it so that each kind of edit has its share. Everything about step k follows from the seed and k.
+Training consists of blocks. The pool of a block has `fresh` new shards and some earlier ones; pairs are
+sampled from it so that each kind of edit has its share. Everything in step k depends only on the seed and k.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ip2p_storybook.edits import EDIT_KINDS
 from ip2p_storybook.labels import IGNORED
 
 FULL_NOISE = 999
-AHEAD = 50  # blocks whose shards the workers draw in turn, two shards a worker in advance
+AHEAD = 50  # blocks whose shards the workers draw, two shards ahead per worker
 
 
 class LatentShards:
-    """Shards of a world with their pages' latents in half precision, in `folder`, made when first asked for.
+    """Shards of a world with the latents of their pages in half precision, made on demand in `folder`.
 
-    vae: the autoencoder whose modes they are; another encoder gets other files.
+    vae: the latents are its modes; another encoder gets its own files.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class LatentShards:
         return self.folder / f"shard-{number:05}.pt"
 
     def make(self, numbers: list[int], then: list[int]) -> None:
-        """Draw and encode the shards that are not on disk; `then`: what the workers go on with."""
+        """Draw and encode the shards that are not on disk. then: the shards that the workers draw next."""
         missing = [number for number in numbers if not self.path(number).exists()]
         drawn, made = self._ahead
         for number in missing:
             if not drawn or drawn[0] != number:
-                # Workers take turns in this order, and the loader keeps it.
+                # The loader keeps this order.
                 drawn = [*missing[missing.index(number) :], *(n for n in then if not self.path(n).exists())]
                 made = read_ahead(Shards(self.world, drawn, self.tokens), self.workers, ahead=self.workers)
             self._write(drawn.pop(0), next(made))
@@ -77,7 +77,7 @@ class LatentShards:
 
 
 class Pool:
-    """Several shards as one: `pages` by page number and `pairs` by pair number, on a device."""
+    """Several shards joined: `pages` by page number and `pairs` by pair number, on a device."""
 
     PAGES = ("latents", "cells", "things", "page", "captions")
     PAIRS = ("kind", "changed", "words", "edit")
@@ -98,22 +98,22 @@ class Pool:
         self.before, self.after = torch.cat(before).to(device), torch.cat(after).to(device)
 
     def weights(self, kinds: Mapping[str, float]) -> Tensor:
-        """Of each pair, such that kinds are drawn in the given proportion."""
+        """Sampling weights of the pairs, so that kinds are drawn in the given proportions."""
         counts = torch.bincount(self.pairs["kind"], minlength=len(EDIT_KINDS)).clamp(min=1)
-        wanted = torch.tensor([kinds[kind] for kind in EDIT_KINDS], device=counts.device)
-        return (wanted / counts)[self.pairs["kind"]]
+        shares = torch.tensor([kinds[kind] for kind in EDIT_KINDS], device=counts.device)
+        return (shares / counts)[self.pairs["kind"]]
 
     def batch(
         self, rows: Tensor, draws: Draws, wording: Tensor, empty: Tensor, weight: float = 1.0
     ) -> EditBatch:
-        """The pairs `rows` as a batch. wording: which instruction, and which caption, of each [batch]."""
+        """The pairs `rows` as a batch. wording: selects the instruction and the caption of each, [batch]."""
         before, after = self.before[rows], self.after[rows]
         words, captions = self.pairs["words"][rows], self.pages["captions"][after]
         line = torch.arange(len(rows), device=rows.device)
         text = words[line, wording % words.shape[1]].long()
         text = torch.where(draws.text_null[:, None], empty, text)
-        told = captions[line, wording % captions.shape[1]].long()
-        text = torch.where(draws.caption_only[:, None], told, text)
+        caption = captions[line, wording % captions.shape[1]].long()
+        text = torch.where(draws.caption_only[:, None], caption, text)
         zero = torch.zeros((), device=rows.device)
         labels = {"edit": self.pairs["edit"][rows].long(), "weight": torch.tensor(weight)}
         for name, page in (("before", before), ("after", after)):
@@ -123,7 +123,7 @@ class Pool:
             labels[f"{name}_page"] = self.pages["page"][page].long()
         return EditBatch(
             before=self.pages["latents"][before].float(),
-            # The mode itself: a white latent's posterior is narrow.
+            # The mode is enough, because the posterior is narrow.
             mean=self.pages["latents"][after].float(),
             std=zero,
             draws=draws,
@@ -137,7 +137,7 @@ class Pool:
 def draw_step(
     count: int, shape: tuple[int, ...], objective: Objective, generator: torch.Generator, full_noise: bool
 ) -> Draws:
-    """What is random about a step's samples, from one generator; `full_noise`: all at the last timestep."""
+    """The draws of a step's samples, from one generator. full_noise: use the last timestep for all."""
     device = generator.device
     r, u, c = torch.rand((3, count), generator=generator, device=device)
     noise = torch.randn((count, *shape), generator=generator, device=device)
@@ -155,10 +155,10 @@ def draw_step(
 
 
 class EditorSamples:
-    """Batches of step k on, for `training.loop.fit`.
+    """The batches of the editor's stages, for `training.loop.fit`.
 
-    full_noise: all samples at the last timestep. weight: of the perception heads' loss, by step.
-    steps_before: of earlier stages, whose new shards come first.
+    full_noise: as in `draw_step`. weight: of the perception heads' loss, by step. steps_before: steps of
+    earlier stages; their new shards are not used as new ones again.
     """
 
     def __init__(
@@ -177,12 +177,12 @@ class EditorSamples:
         self.shards, self.config, self.objective = shards, config, objective
         self.batch, self.seed, self.device = batch, seed, device
         self.full_noise, self.weight = full_noise, weight
-        self.steps_a_block = max(1, config.fresh * shards.world.pages * config.reuse // batch)
-        self.blocks_before = -(-steps_before // self.steps_a_block)
+        self.steps_per_block = max(1, config.fresh * shards.world.pages * config.reuse // batch)
+        self.blocks_before = -(-steps_before // self.steps_per_block)
         self.empty = shards.tokens([""]).to(device)
 
     def fresh(self, block: int) -> range:
-        """The new shards of a block; none once `config.shards` are made."""
+        """The new shards of a block; none once there are `config.shards` shards."""
         first = (self.blocks_before + block) * self.config.fresh
         return range(min(first, self.config.shards), min(first + self.config.fresh, self.config.shards))
 
@@ -194,7 +194,7 @@ class EditorSamples:
         return [*fresh, *earlier.tolist()]
 
     def __call__(self, first: int) -> Iterator[list[EditBatch]]:
-        block, start = divmod(first, self.steps_a_block)
+        block, start = divmod(first, self.steps_per_block)
         while True:
             numbers = self.numbers(block)
             self.shards.make(
@@ -202,8 +202,8 @@ class EditorSamples:
             )
             pool = Pool([self.shards.read(number) for number in numbers], self.device)
             weights = pool.weights(kind_shares(self.shards.world.often))
-            for k in range(start, self.steps_a_block):
-                yield [self.make(pool, weights, block * self.steps_a_block + k)]
+            for k in range(start, self.steps_per_block):
+                yield [self.make(pool, weights, block * self.steps_per_block + k)]
             block, start = block + 1, 0
 
     def make(self, pool: Pool, weights: Tensor, step: int) -> EditBatch:

@@ -1,4 +1,4 @@
-"""The storybook as training data that is drawn as it is read, and need not ever repeat itself."""
+"""The storybook as training data that is drawn on the fly and never repeats."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ENDLESS = 2**31
 
 
 class StorybookSource:
-    """Pairs of pages `size` pixels wide and high; row k of a seed is the same on every machine.
+    """Pairs of square pages of `size` pixels; row k of a seed is the same on every machine.
 
-    count: how many rows there are; None is without end. split: "train" leaves out what the score holds
-    back (`edits.sample_edit`).
+    count: the number of rows; None is endless. split: "train" excludes what the score holds out
+    (`edits.sample_edit`).
     """
 
     def __init__(self, size: int, *, seed: int = 0, split: Split = "train", count: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What the stages of the storybook build share: where they save, when they stop, how they train."""
+"""Shared by the stages of the storybook build: folders, time limits, and the call of the training loop."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ip2p.training.loop import LoopConfig, fit, new_accelerator
 from ip2p.training.storybook.numerics import Numerics, measure_numerics
 from ip2p.training.storybook.presets import Preset, StageConfig
 
-SUMMARY = ("steps", "samples", "minutes")  # of each stage, on the model's card
+SUMMARY = ("steps", "samples", "minutes")  # of each stage, in the model's `ip2p.json`
 
 
 class OutOfTime(Exception):
-    """This call's seconds are used up; the state is saved."""
+    """The time limit of this call is reached; the state is saved."""
 
 
 @dataclass
 class Run:
-    """One call of the build: its numbers, its folder, its device, and the time at which it stops."""
+    """One call of the build: its preset, folder, device and time limit."""
 
     preset: Preset
     name: str
@@ -36,7 +36,7 @@ class Run:
     device: torch.device
     deadline: float | None  # of time.monotonic()
     log: Callable[[str], None]
-    seed_shift: int = 0  # of the editor's pages, for a model that is trained further
+    seed_shift: int = 0  # added to the seed of the editor's pages when a model is trained further
 
     @property
     def state_dir(self) -> Path:
@@ -44,7 +44,7 @@ class Run:
 
     @cached_property
     def numerics(self) -> Numerics:
-        """The number format and memory layout to train in on this machine."""
+        """The precision and memory layout for training on this machine."""
         if self.preset.precision != "auto":
             return Numerics(self.preset.precision, torch.contiguous_format)
         found = measure_numerics(self.device)
@@ -56,12 +56,12 @@ class Run:
         return (self.state_dir / f"{stage}.done.json").exists()
 
     def summary(self, stage: str) -> dict[str, Any]:
-        """What a finished stage recorded about itself; empty for an unfinished one."""
+        """The summary of a finished stage; empty for an unfinished one."""
         path = self.state_dir / f"{stage}.done.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def finish(self, stage: str, summary: dict[str, Any]) -> None:
-        """Mark a stage as finished."""
+        """Save the summary of a stage, which marks it as finished."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
         write_text(self.state_dir / f"{stage}.done.json", json.dumps(summary, indent=1) + "\n")
 
@@ -77,12 +77,12 @@ def train_stage(
     precision: str | None = None,
     after: str | None = None,
 ) -> dict[str, Any]:
-    """Train to the stage's end (`train.loop.fit`) and return its summary.
+    """Train the stage to its end (`training.loop.fit`) and return its summary.
 
-    fingerprint: the numbers that a resumed stage must keep, besides the batch. Length, learning rate,
-    workers and precision are free, so that a run can be extended and moved to another machine.
-    precision: instead of the run's. after: a stage of the same network; if this one has not begun, it takes
-    over that one's weights, averages and optimizer state. Raises OutOfTime when this call's time is up.
+    fingerprint: settings that must not change on resume, in addition to the batch size. Length, learning
+    rate, workers and precision may change, so that a run can be extended or moved to another machine.
+    precision: overrides the run's. after: a stage of the same network; a new stage starts with its weights,
+    EMA and optimizer state. Raises OutOfTime when the time limit is reached.
     """
     fingerprint = plain(
         {
@@ -99,16 +99,9 @@ def train_stage(
         task,
         batches,
         LoopConfig(
-            steps=config.steps,
-            minutes=config.minutes,
-            batch=config.batch,
-            lr=config.lr,
-            schedule=config.schedule,
-            warmup=config.warmup,
-            weight_decay=config.weight_decay,
+            **vars(config),
             decay_vectors=False,
-            betas=(0.9, 0.99),
-            clip_norm=config.clip_norm,
+            beta2=0.99,
             ema=run.preset.ema,
             nan_steps=10,
             save_every=None,
@@ -133,7 +126,7 @@ def train_stage(
 
 
 def _continue_from(run: Run, source: str, target: str, fingerprint: dict[str, Any]) -> None:
-    """Copy the newest state of `source` to stage `target`, unless that has begun. Its steps start at 0."""
+    """Copy the newest state of stage `source` to a new stage `target`, whose steps start at 0."""
     checkpoints = Checkpoints(run.state_dir / target)
     if checkpoints.rows():
         return
@@ -145,7 +138,7 @@ def _continue_from(run: Run, source: str, target: str, fingerprint: dict[str, An
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists, as they come back from a file."""
+    """Replace tuples with lists, as JSON does."""
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
-"""Stage `text`: the tokenizer, and a text encoder that learns to tell what an instruction asks for.
+"""Stage `text`: the tokenizer, and a text encoder that learns to classify instructions.
 
-The editor is conditioned on this encoder, and trains it further. Instructions are drawn without their pages.
+The editor is conditioned on this encoder and trains it further. Instructions are generated without pages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ip2p.training.samples import read_tokens
 from ip2p.training.storybook.data import Stream, read_ahead
 from ip2p.training.storybook.heads import Heads, class_loss
 from ip2p.training.storybook.presets import Preset
@@ -24,11 +23,11 @@ from ip2p_storybook.labels import EDIT_SIZES, edit_labels
 from ip2p_storybook.language import vocabulary
 from ip2p_storybook.scene import rng_for
 
-TEXT_TOKENS = 48  # 99% of the captions and of the instructions fit
+TEXT_TOKENS = 48  # enough for 99% of the captions and instructions
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Write a CLIP tokenizer: each word of the storybook's language is one token, others become bytes."""
+    """Write a CLIP tokenizer with one token per word of the storybook's language; others become bytes."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
@@ -50,7 +49,7 @@ END = "</w>"  # of a word, in CLIP's vocabularies
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     """Byte-pair merges (Sennrich et al. 2016) until each word is one token.
 
-    Ties are broken by spelling: the library's own trainer gives another order each time.
+    Ties are broken by spelling, because the order of the library's trainer is not reproducible.
     """
     spelled = [[*word[:-1], word[-1] + END] for word in sorted(set(words))]
     merges = []
@@ -66,7 +65,7 @@ def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def load_tokenizer(run: Run) -> Any:
-    """The build's tokenizer, made at the first call."""
+    """The tokenizer of the build, created at the first call."""
     from transformers import CLIPTokenizer
 
     if not (run.output / "tokenizer").exists():
@@ -76,12 +75,19 @@ def load_tokenizer(run: Run) -> Any:
 
 def text_reader(tokenizer: Any) -> Callable[[list[str]], Tensor]:
     """Texts to padded tokens, int64 [texts, TEXT_TOKENS]."""
-    read = read_tokens(tokenizer)
-    return lambda texts: read(texts).text
+    return lambda texts: (
+        tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+    )
 
 
 def text_config(preset: Preset, tokenizer: Any) -> dict[str, Any]:
-    """The settings of a text tower: the encoder's and, with the same numbers, CLIP's."""
+    """The settings of a text tower: of the text encoder and of CLIP."""
     return {
         "hidden_size": preset.text_width,
         "intermediate_size": 3 * preset.text_width,
@@ -97,14 +103,14 @@ def text_config(preset: Preset, tokenizer: Any) -> dict[str, Any]:
 
 
 def new_text_encoder(preset: Preset, tokenizer: Any) -> Any:
-    """The untrained encoder, a plain CLIPTextModel."""
+    """The untrained encoder, a CLIPTextModel."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig(**text_config(preset, tokenizer)))
 
 
 class Instructions(Stream):
-    """Instructions as tokens [batch, TEXT_TOKENS], and what they ask for: `edit_labels` [batch, fields]."""
+    """Instructions as tokens [batch, TEXT_TOKENS], and their `edit_labels` [batch, fields]."""
 
     def __init__(
         self,
@@ -128,7 +134,7 @@ class Instructions(Stream):
 
 
 class InstructionTask(nn.Module):
-    """The loss of naming from words an edit's kind, its thing before and after, and the page's change."""
+    """The loss of classifying instructions: kind, thing before and after, and change of the page."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -136,7 +142,7 @@ class InstructionTask(nn.Module):
         self.heads = Heads(encoder.config.hidden_size, EDIT_SIZES)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """[batch, classes of all fields], from the last token, which has seen all others."""
+        """[batch, classes of all fields], from the last token, which attends to all others."""
         return self.heads(self.encoder(tokens).last_hidden_state[:, -1].float())
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -170,18 +176,18 @@ def train_text(run: Run) -> None:
 
 @torch.no_grad()
 def measure_text(task: InstructionTask, tokens: Callable[[list[str]], Tensor], run: Run) -> dict[str, float]:
-    """How often 512 new instructions, half of them in unseen phrasings, have their kind named right."""
+    """The accuracy for the kind of edit on 512 new instructions, half of them with unseen phrasings."""
     measured = {}
     for split in ("test", "unseen_phrasings"):
-        words, labels = Instructions(256, run.preset.seed + 7, tokens=tokens, split=split).make(0)
-        named = task.logits(words.to(run.device))[:, : EDIT_SIZES[0]].argmax(1).cpu()
-        measured[f"kind_{split}"] = round(float((named == labels[:, 0]).float().mean()), 4)
+        texts, labels = Instructions(256, run.preset.seed + 7, tokens=tokens, split=split).make(0)
+        kinds = task.logits(texts.to(run.device))[:, : EDIT_SIZES[0]].argmax(1).cpu()
+        measured[f"kind_{split}"] = round(float((kinds == labels[:, 0]).float().mean()), 4)
     run.log("text: " + ", ".join(f"{key} {value:.1%}" for key, value in measured.items()))
     return measured
 
 
 def use_plain_attention(network: Any, device: torch.device) -> Any:
-    """On a CPU, attention as two matrix products: here the fused kernel's backward pass is slower."""
+    """On a CPU, use attention without the fused kernel, whose backward pass is slower there."""
     if device.type == "cpu":
         network.set_attn_implementation("eager")
     return network
