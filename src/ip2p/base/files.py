@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -158,3 +159,9 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is not a local path can be a Hugging Face name: owner/name."""
+    local = name.startswith((".", "~", "/", "\\")) or Path(name).parent.is_dir()
+    return not local and re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None

@@ -14,12 +14,6 @@ from ip2p.data.columns import of_split
 CONVERTED = "refs/convert/parquet"  # the parquet version that the Hub keeps of most data sets
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a name that is not a local path can be a Hugging Face name: owner/name."""
-    local = name.startswith((".", "~", "/", "\\")) or Path(name).parent.is_dir()
-    return not local and re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None
-
-
 def download_command(name: str, revision: str | None) -> str:
     more = f" --revision {revision}" if revision else ""
     return f"hf download --repo-type dataset {name}{more} --include '*.parquet'"

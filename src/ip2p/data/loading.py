@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ip2p.base.errors import InputError
+from ip2p.base.files import is_hub_name
 from ip2p.data import hub
 from ip2p.data.columns import of_split
 from ip2p.data.folders import TABLES, FolderSource, find_table, picture_folders, sidecar_rows
@@ -45,7 +46,7 @@ def open_source(
         raise InputError(f"--columns {columns}: {error}.") from None
     here = Path(path).expanduser()
     if not here.exists():
-        if hub.is_hub_name(path):
+        if is_hub_name(path):
             return _from_hub(path, stream=stream, revision=revision, split=split, chosen=chosen)
         raise images.missing_file(here)
     for flag, given in (("--revision", revision is not None), ("--stream", stream)):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ip2p.base.errors import InputError, ModelError, hub_error
+from ip2p.base.files import is_hub_name
 from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.families import unet_refusal
@@ -273,7 +274,7 @@ def _find_vae(vae: str | Path, stored: Stored) -> _Part:
         part = _vae_folder(path)
     elif path.is_file() or path.suffix in SINGLE_FILES:
         part = _vae_file(path, scale)
-    elif is_hub_name(str(vae), path):
+    elif is_hub_model(str(vae)):
         part = _vae_folder(from_hub(str(vae), HUB_PART, lambda folder: _has_config(folder)))
     else:
         raise ModelError(f"{vae}: no such autoencoder. {_closest(path, [])}")
@@ -403,7 +404,7 @@ def find_model(model: str | Path, *, revision: str | None = None) -> Path:
     packaged = packaged_models()
     if not path.exists() and (file := HUB_FILE.fullmatch(name)) and not path.parent.is_dir():
         return _hub_file(file[1], file[2], revision)
-    if not path.exists() and name not in packaged and is_hub_name(name, path):
+    if not path.exists() and name not in packaged and is_hub_model(name):
         return _single_file_of(from_hub(name, HUB_FILES, _is_model, revision=revision), name)
     if revision is not None:
         raise InputError(f"{name} is not a hub name, so it has no --revision {revision}; leave it out.")
@@ -461,10 +462,9 @@ def _listed_root(name: str, revision: str | None) -> list[str]:
     return _choose_root([file for file in files if "/" not in file], name)
 
 
-def is_hub_name(name: str, path: Path) -> bool:
-    """Whether `name` can only mean a model on the hub: OWNER/NAME, and no place here. `path` is it as one."""
-    local = name.startswith((".", "~", "/", "\\")) or path.parent.is_dir() or path.suffix in SINGLE_FILES
-    return not local and re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None
+def is_hub_model(name: str) -> bool:
+    """Whether a name can only mean a model on the hub: OWNER/NAME, neither a path here nor a single file."""
+    return is_hub_name(name) and Path(name).suffix not in SINGLE_FILES
 
 
 def called(model: str | Path) -> str:
@@ -528,7 +528,7 @@ def find_folder(
                 f"{model} is a local folder, so --revision {revision} does not apply; remove it."
             )
         return folder
-    if is_hub_name(str(model), folder):
+    if is_hub_model(str(model)):
         return from_hub(str(model), files, whole, revision=revision)
     close = closest_file(folder)
     hint = f"Did you mean {close}?" if close else "Use a folder, or a Hugging Face OWNER/NAME."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ip2p.base.errors import ModelError
-from ip2p.models.bundle import Bundle, is_hub_name
+from ip2p.models.bundle import Bundle, is_hub_model
 from ip2p.models.export import Item, folder_name, write_folder
 from ip2p.models.load import NETWORKS, SECOND, empty_network, pipeline_index, texts_of
 
@@ -330,7 +330,7 @@ def _snippet(name: str, kind: str, native_size: int, text_cfg: float, image_cfg:
 
 
 def _on_hub(name: str) -> bool:
-    return not Path(name).expanduser().exists() and is_hub_name(name, Path(name))
+    return not Path(name).expanduser().exists() and is_hub_model(name)
 
 
 def _here(value: Any) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ip2p.base.errors import InputError
+from ip2p.base.files import is_hub_name
 from ip2p.data import columns, hub
 from ip2p.synth.settings import Language
 from ip2p.synth.tables import ENDINGS, LINE, parquet_rows, read_rows
@@ -192,7 +193,7 @@ def take(
 
 def _rows(path: str, *, split: str, revision: str | None, stream: bool) -> Iterator[dict[str, Any]]:
     here = Path(path).expanduser()
-    if here.exists() or not hub.is_hub_name(path):
+    if here.exists() or not is_hub_name(path):
         for flag, used in (("--revision", revision is not None), ("--stream", stream)):
             if used and here.exists():
                 raise InputError(f"{path} is a local path, so {flag} does not apply; remove it.")
