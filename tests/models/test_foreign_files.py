@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import json
 import pathlib
 import pickle
@@ -325,16 +326,17 @@ def test_a_unet_alone_opens_with_the_parts_of_another_model(plain, place, sd1_di
 
 
 def test_a_unet_alone_is_served_and_draws_pairs(plain, place, sd1_dir):
-    from ip2p.serve.app import _loader
+    from ip2p.serve.app import _local_maker
     from ip2p.serve.options import ServeConfig
     from ip2p.synth.pairs import PairMaker
 
     path = place / "unet.safetensors"
     safetensors.torch.save_file({k: v for k, v in plain.items() if k.startswith(keys.UNET)}, path)
-    editor = _loader(str(path), ServeConfig(parts_from=str(sd1_dir), device="cpu", dtype="fp32"))()
+    config = ServeConfig(model=(f"mine={path}",), parts_from=str(sd1_dir), device="cpu", dtype="fp32")
     painter = PairMaker(path, parts_from=sd1_dir, device="cpu", dtype="fp32", steps=1)
-    for bundle in (editor.bundle, painter.editor.bundle):
-        assert torch.equal(bundle.unet.conv_in.weight, plain[INPUT])
+    with contextlib.closing(_local_maker(config)) as maker, maker._using("mine") as editor:
+        for bundle in (editor.bundle, painter.editor.bundle):
+            assert torch.equal(bundle.unet.conv_in.weight, plain[INPUT])
     with pytest.raises(ModelError, match="UNet alone.*--parts-from"):
         PairMaker(path, device="cpu")
 
