@@ -98,6 +98,13 @@ def test_settings_are_read_from_text_and_from_numpy():
     assert EditSettings(steps=np.int64(7), text_cfg=np.float32(0.5)).steps == 7
 
 
+def test_a_path_is_text_where_text_is_expected():
+    found = ModelSettings.read({"model": Path("some/folder"), "vae": Path("vae.safetensors")})
+    assert (found.model, found.vae) == (str(Path("some/folder")), "vae.safetensors")
+    with pytest.raises(InputError, match="steps is .*; it must be"):
+        EditSettings.read({"steps": Path("10")})
+
+
 def test_a_bare_auto_mask_has_the_usual_threshold():
     assert EditSettings(auto_mask=True).auto_mask == AUTO_MASK == 0.5
     assert EditSettings(auto_mask=False).auto_mask is None

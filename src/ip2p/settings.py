@@ -224,11 +224,16 @@ class Settings(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, values: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        """Accept old names, and raise errors in the caller's notation."""
+        """Accept old names and paths for text, and raise errors in the caller's notation."""
         voice = (info.context or {}).get("voice", PYTHON)
         if isinstance(values, dict):
             known = cls.field_names()
             values = {known.get(name, name): value for name, value in values.items()}
+            for name, value in values.items():
+                if isinstance(value, Path) and name in cls.model_fields:
+                    kinds = flat_types(cls.model_fields[name].annotation)
+                    if str in kinds and Path not in kinds:
+                        values[name] = str(value)
         try:
             settings = handler(values)
             settings.check_together()
