@@ -472,7 +472,7 @@ def test_a_full_queue_is_told_with_the_time_to_wait(serve, editor):
     for client in "bc":
         service.submit(request(), client=client)
     for refused in (lambda: service.submit(request(), client="d"), lambda: service.check_room("d")):
-        with pytest.raises(Full, match="2 requests wait") as full:
+        with pytest.raises(Full, match="2 requests are waiting") as full:
             refused()
         assert full.value.scope == "queue" and 1 <= full.value.retry_after <= 600
     assert service.stats().rejected == {"queue": 2}
@@ -482,7 +482,7 @@ def test_one_client_cannot_take_all_the_room(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve(join=1, limits=Limits(queue=64, per_client=3))
     jobs = [service.submit(request(steps=100), client="a") for _ in range(3)]
-    with pytest.raises(Full, match="3 of your requests") as full:
+    with pytest.raises(Full, match="You have 3 requests") as full:
         service.submit(request(), client="a")
     assert full.value.scope == "client"
     service.check_room("b")
@@ -497,9 +497,9 @@ def test_a_place_is_kept_while_a_picture_is_decoded(serve, editor):
     until(lambda: running.state == "running")
     with service.room("b") as place:
         for late in (lambda: service.submit(request(), client="c"), lambda: service.check_room("b")):
-            with pytest.raises(Full, match="1 requests wait"):
+            with pytest.raises(Full, match="1 requests are waiting"):
                 late()
-        with pytest.raises(Full, match="1 requests wait"), service.room("c"):
+        with pytest.raises(Full, match="1 requests are waiting"), service.room("c"):
             raise AssertionError("there was no room")
         waiting = service.submit(request(), client="b", place=place)
     assert waiting.state == "waiting"
@@ -508,7 +508,7 @@ def test_a_place_is_kept_while_a_picture_is_decoded(serve, editor):
         raise KeyError("the body cannot be read")
     service.check_room("c")
     limited = serve(join=1, limits=Limits(queue=64, per_client=1))
-    with limited.room("a"), pytest.raises(Full, match="1 of your requests"):
+    with limited.room("a"), pytest.raises(Full, match="You have 1 requests"):
         limited.check_room("a")
 
 

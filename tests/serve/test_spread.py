@@ -183,7 +183,7 @@ def test_an_edit_that_loses_two_replicas_fails(spread, here):
     here.lost = [1, 1]
     job = spread.submit(request(), client="a")
     assert job.wait(60) and job.state == "failed" and isinstance(job.error, ResourceError)
-    assert "2 replicas were lost" in str(job.error)
+    assert "2 replicas failed" in str(job.error)
 
 
 def test_what_a_replica_refuses_is_told_with_its_field(spread):

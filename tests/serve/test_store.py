@@ -104,7 +104,7 @@ def test_files_of_one_edit_make_no_room_for_each_other(tmp_path):
     for _ in range(2):
         names.append(store.put(b"1234", ".png", beside=names))
     assert store.read(old) is None and store.shelf.dropped_early(old)
-    with pytest.raises(ResourceError, match="together 12 bytes.*--store-mb"):
+    with pytest.raises(ResourceError, match="edit have 12 bytes.*--store-mb"):
         store.put(b"1234", ".png", beside=names)
     assert [store.read(name) for name in names] == [b"1234"] * 2
     later = store.put(b"1234", ".png")  # of another

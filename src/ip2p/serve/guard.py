@@ -272,7 +272,7 @@ class _Body:
             self.refusal = too_large(guard.most)
         elif self.parts > guard.structure:
             self.refusal = Refusal(
-                f"body has more brackets, braces and commas than the limit of {guard.structure:,}. "
+                f"body has more than {guard.structure:,} brackets, braces and commas. "
                 "Send only the fields of an edit.",
                 status=422,
                 field="body",

@@ -81,6 +81,7 @@ export class Batch {
         const { file, line } = entry;
         const [state, bar, act] = [".state", "progress", ".act"].map((each) => /** @type {HTMLElement} */ (line.querySelector(each)));
         line.className = "busy";
+        state.textContent = "Starting …";
         act.replaceChildren();
         try {
           const { format, preview } = await patiently(() => api.look(file), signal);
