@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ip2p.training.storybook.pairs import PAIR_COLUMNS, pair_row, write_pairs
+from ip2p.training.storybook.pairs import PAIR_COLUMNS, draw_pair_row, write_pairs
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import Edit, sample_edit
 from ip2p_storybook.scene import rng_for
@@ -58,7 +58,7 @@ def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
 
 def test_both_captions_have_the_same_form() -> None:
     edit = sample_edit(rng_for("form"), "style")
-    row = pair_row(edit, 32)
+    row = draw_pair_row(edit, 32)
     assert row.original_image.shape == row.edited_image.shape == (32, 32, 3)
     same = set(row.original_prompt.split()) & set(row.edited_prompt.split())
     assert len(same) >= 3
