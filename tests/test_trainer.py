@@ -409,7 +409,7 @@ def test_validations_can_be_turned_on_when_a_run_resumes(config, stop_at):
     with pytest.raises(Killed):
         trainer.run(config)
     again()
-    result = trainer.run(config.changed(validate_every=2, held_out=2, validate_steps=1))
+    result = trainer.run(config.changed(validate_every=2, validate_steps=1))
     assert result.finished
     rows = [json.loads(x) for x in (config.output / "training" / "curves.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 6]

@@ -274,7 +274,7 @@ def test_data_of_another_layout_is_refused(name, tmp_path, settings):
     with pytest.raises(InputError, match=r"has no|holds no"):
         ip2p.evaluate(data=str(tmp_path / "data"), **base)
     shutil.rmtree(tmp_path / "data")
-    with pytest.raises(InputError, match="is missing"):
+    with pytest.raises(InputError, match="does not exist"):
         ip2p.evaluate(data=str(tmp_path / "data"), **base)
 
 

@@ -121,11 +121,11 @@ def test_words_that_a_closed_vocabulary_lacks_are_named_once_as_they_are_typed(
 def test_the_storybook_knows_every_word_of_its_language(tmp_path):
     from transformers import CLIPTokenizer
 
-    from ip2p.training.storybook.text import tokenizer_from_texts
+    from ip2p.training.storybook.text import write_tokenizer
     from ip2p_storybook.edits import sample_edit
     from ip2p_storybook.scene import rng_for
 
-    tokenizer_from_texts(tmp_path)
+    write_tokenizer(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     for split in ("test", "unseen_phrasings"):
         for k in range(300):

@@ -184,7 +184,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(four_steps_of_32, tiny_m
     worker = str(Path(__file__).with_name("two_processes.py"))
     made = subprocess.run(
         [sys.executable, *launch, worker, str(tiny_model_dir), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=280,

@@ -68,7 +68,7 @@ class LoopConfig:
 
 
 @dataclass
-class Result:
+class FitResult:
     """How a call ended: whether the run is finished, and what it logged."""
 
     finished: bool
@@ -140,7 +140,7 @@ def fit(
     deadline: float | None = None,
     validation: Validation | None = None,
     say: Callable[[str], None] | None = None,
-) -> Result:
+) -> FitResult:
     """Train `task` to the end of `config`, resuming from the newest checkpoint in `folder`.
 
     task: maps a micro-batch to (mean loss, metrics to log). Its parameters that require gradients are
@@ -226,7 +226,7 @@ class _Run:
         self.say = say or log.info
         self.main = accelerator.is_main_process
         self.timer = Timer(config.profile, accelerator.device)
-        self.checkpoints = Checkpoints(folder, keep=config.keep)
+        self.checkpoints, self.log = Checkpoints(folder, keep=config.keep), Curves(folder, LOG)
         self.step, self.curve = 0, list[dict[str, float]]()
         self.started = self.logged = time.monotonic()  # `started`: as if there had been one call
         self.sums: dict[str, float] = {}  # of the metrics since the last line of the log
@@ -256,8 +256,9 @@ class _Run:
             self.step, self.curve = state["step"], state["curve"]
             self.started -= state["seconds"]
             if self.main:
-                Curves(folder, LOG).forget_after(self.step)
                 self.say(f"{name}: resuming from step {self.step}")
+        if self.main:
+            self.log.forget_after(self.step)  # also what a run wrote that was killed before it saved
         self.logged_step = self.step
 
         # 3. What accelerate wraps.
@@ -274,8 +275,8 @@ class _Run:
         minutes = self.config.minutes
         return max(self.step / self.config.steps, self.seconds() / (60 * minutes) if minutes else 0.0)
 
-    def result(self, *, finished: bool, stopped_early: bool = False) -> Result:
-        return Result(finished, self.step, self.seconds(), self.curve, stopped_early)
+    def result(self, *, finished: bool, stopped_early: bool = False) -> FitResult:
+        return FitResult(finished, self.step, self.seconds(), self.curve, stopped_early)
 
     def save(self) -> None:
         """Write a checkpoint; all processes wait for it."""
@@ -360,7 +361,7 @@ class _Run:
         self.curve.append({k: round(v, 6) for k, v in row.items()})
         if self.main:
             metrics = {k: v for k, v in self.curve[-1].items() if k != "step"}
-            Curves(self.folder, LOG).add(self.step, metrics)
+            self.log.add(self.step, metrics)
             metrics.pop("seconds")
             self.accelerator.log(metrics, step=self.step)
             text = " ".join(f"{k} {v:.5g}" for k, v in means.items())

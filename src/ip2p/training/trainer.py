@@ -42,7 +42,7 @@ from ip2p.settings import EditSettings, Split, first_difference, meta_of, run_js
 from ip2p.training.budget import training_memory
 from ip2p.training.cache import TextCache, build_cache, encode_pictures, text_key, weights_key
 from ip2p.training.curves import Curves
-from ip2p.training.loop import LoopConfig, Result, fit, new_accelerator
+from ip2p.training.loop import FitResult, LoopConfig, fit, new_accelerator
 from ip2p.training.loss import Shares
 from ip2p.training.objective import EditTask, Objective
 from ip2p.training.samples import CachedSamples, PooledSamples, Reader, Share, read_prompts
@@ -142,7 +142,7 @@ def start(config: TrainConfig, recipe: type[Recipe]) -> Path:
     return output
 
 
-def run(config: TrainConfig, recipe: type[Recipe] = Recipe) -> Result | None:
+def run(config: TrainConfig, recipe: type[Recipe] = Recipe) -> FitResult | None:
     """Train in this process, which may be one of several; None if the run was already finished.
 
     Raises InputError, ModelError and ResourceError as `fit`, `build_cache` and `load_base` do.
@@ -211,7 +211,7 @@ class _Context:
         return encode_prompts(self.bundle, texts, self.transform.size)
 
 
-def _train(config: TrainConfig, output: Path, recipe: Recipe) -> Result:
+def _train(config: TrainConfig, output: Path, recipe: Recipe) -> FitResult:
     started = time.monotonic()
     # 1. The networks, the data and the loss.
     accelerator = _accelerator(config, output / TRAINING)

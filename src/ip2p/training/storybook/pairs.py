@@ -57,33 +57,28 @@ def write_pairs(edits: Iterable[Edit], path: Path, *, size: int = 256) -> int:
     Pictures are PNG bytes in Hugging Face `Image` columns, which `datasets.load_dataset("parquet", ...)`
     decodes. At most 100 rows are held in memory.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = hub_schema(
         {column: "Image" if column.endswith("_image") else "string" for column in PAIR_COLUMNS}
     )
-    rows = (draw_pair_row(edit, size) for edit in edits)
+    rows = (_cells(draw_pair_row(edit, size), number) for number, edit in enumerate(edits))
     count = 0
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         while group := list(islice(rows, _ROWS_A_GROUP)):
-            writer.write_table(_table(group, count, schema))
+            writer.write_table(pa.Table.from_pylist(group, schema))
             count += len(group)
     return count
 
 
-def _table(rows: list[PairRow], first: int, schema: Any) -> Any:
-    import pyarrow as pa
-
-    def cell(row: PairRow, column: str, number: int) -> object:
-        value = getattr(row, column)
-        if isinstance(value, str):
-            return value
-        return {"bytes": encoded(value), "path": f"{number:07}_{int(column == 'edited_image')}.png"}
-
-    columns = [
-        [cell(row, column, number) for number, row in enumerate(rows, start=first)] for column in PAIR_COLUMNS
-    ]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+def _cells(row: PairRow, number: int) -> dict[str, Any]:
+    return {
+        name: value
+        if isinstance(value, str)
+        else {"bytes": encoded(value), "path": f"{number:07}_{int(name == 'edited_image')}.png"}
+        for name, value in vars(row).items()
+    }
 
 
 def write_exact_triples(triples: Iterable[ExactTriple], path: Path) -> int:

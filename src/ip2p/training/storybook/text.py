@@ -26,7 +26,7 @@ from ip2p_storybook.scene import rng_for
 TEXT_TOKENS = 48  # enough for 99% of the captions and instructions
 
 
-def make_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Write a CLIP tokenizer with one token per word of the storybook's language; others become bytes."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
@@ -69,7 +69,7 @@ def load_tokenizer(run: Run) -> Any:
     from transformers import CLIPTokenizer
 
     if not (run.output / "tokenizer").exists():
-        make_tokenizer(run.output / "tokenizer")
+        write_tokenizer(run.output / "tokenizer")
     return CLIPTokenizer.from_pretrained(run.output / "tokenizer")
 
 
