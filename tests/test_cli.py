@@ -493,7 +493,7 @@ def test_build_hands_its_settings_on(
     from ip2p.training.storybook import build
 
     called: dict[str, object] = {}
-    monkeypatch.setattr(build, "run", lambda *args, **settings: called.update(settings, args=args))
+    monkeypatch.setattr(build, "build_model", lambda *args, **settings: called.update(settings, args=args))
     words = [
         "--preset",
         "cpu",

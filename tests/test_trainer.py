@@ -119,7 +119,7 @@ def kill():
 def whole(pairs, base, cache, tmp_path_factory):
     """A run that nothing disturbed: its settings and its output."""
     config = settings(pairs, base, cache, tmp_path_factory.mktemp("whole") / "editor")
-    trainer.run(config)
+    trainer.run_training(config)
     return config
 
 
@@ -180,10 +180,10 @@ def test_training_changes_every_kind_of_weight(whole, base):
 def test_n_then_killed_then_n_is_2n_to_the_bit(config, whole, stop_at):
     again = stop_at(5, kill)  # one step after the checkpoint of step 4
     with pytest.raises(Killed):
-        trainer.run(config)
+        trainer.run_training(config)
     again()
     assert state(config)["step"] == 4
-    trainer.run(config)
+    trainer.run_training(config)
     ours, theirs = state(config), state(whole)
     for part in ("model", "optimizer"):
         a, b = ours[part], theirs[part]
@@ -200,9 +200,9 @@ def test_n_then_killed_then_n_is_2n_to_the_bit(config, whole, stop_at):
 
 
 def test_more_steps_go_on_from_a_finished_run(config, whole):
-    trainer.run(config.changed(steps=4))
+    trainer.run_training(config.changed(steps=4))
     assert state(config)["step"] == 4
-    trainer.run(config)
+    trainer.run_training(config)
     assert same(weights(config.output), weights(whole.output))
 
 
@@ -214,23 +214,23 @@ def test_a_signal_saves_and_the_rest_gives_the_same(config, whole, stop_at, numb
     try:
         again = stop_at(3, lambda: os.kill(os.getpid(), number))
         with pytest.raises(error):
-            trainer.run(config)
+            trainer.run_training(config)
     finally:
         signal.signal(signal.SIGINT, before)
     again()
     assert state(config)["step"] == 4  # the step in which it came was finished
-    trainer.run(config)
+    trainer.run_training(config)
     assert same(weights(config.output), weights(whole.output))
 
 
 def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(config, whole, stop_at, caplog):
     again = stop_at(5, kill)
     with pytest.raises(Killed):
-        trainer.run(config)
+        trainer.run_training(config)
     again()
     newest = config.output / "training" / "step-00000004.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
-    trainer.run(config)
+    trainer.run_training(config)
     assert "step-00000004.pt is missing or truncated" in caplog.text
     assert same(weights(config.output), weights(whole.output))
 
@@ -249,7 +249,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(conf
     monkeypatch.setattr(loop, "learning_rate", lambda c, s, p: (steps.update(now=s), rate(c, s, p))[1])
     monkeypatch.setattr(EditTask, "forward", bad_at_three)
     with pytest.raises(ModelError, match=r"step 3 are not finite.*not-applied.jsonl.*--nan-steps 10"):
-        trainer.run(config)
+        trainer.run_training(config)
     saved = state(config)
     assert saved["step"] == 3 and all(torch.isfinite(v).all() for v in saved["model"].values())
     [row] = [
@@ -258,14 +258,14 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(conf
     assert row["step"] == 3 and len(row["ids"]) == 4
     # The same call meets it again; with patience the run steps over it and ends.
     with pytest.raises(ModelError):
-        trainer.run(config)
-    assert trainer.run(config.changed(nan_steps=10)).finished
+        trainer.run_training(config)
+    assert trainer.run_training(config.changed(nan_steps=10)).finished
     assert all(torch.isfinite(v).all() for v in state(config)["model"].values())
 
 
 def test_two_runs_in_one_folder_the_second_is_refused(config):
     with lock_folder(config.output), pytest.raises(InputError, match="another ip2p process is writing to"):
-        trainer.run(config)
+        trainer.run_training(config)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_two_runs_in_one_folder_the_second_is_refused(config):
 def test_a_changed_setting_is_refused_by_name(whole, change, named):
     before = (whole.output / "training" / "manifest.jsonl").read_bytes()
     with pytest.raises(InputError, match=named):
-        trainer.run(whole.changed(steps=8, **change))
+        trainer.run_training(whole.changed(steps=8, **change))
     assert before == (whole.output / "training" / "manifest.jsonl").read_bytes()
 
 
@@ -290,25 +290,25 @@ def test_changed_data_are_refused(config, tmp_path, stop_at):
     config = config.changed(data=str(own))
     again = stop_at(3, kill)
     with pytest.raises(Killed):
-        trainer.run(config)
+        trainer.run_training(config)
     again()
     write_pairs((sample_edit(rng_for("test", 1, k)) for k in range(24)), own, size=SIDE)
     with pytest.raises(InputError, match="content of --data"):
-        trainer.run(config)
+        trainer.run_training(config)
 
 
 def test_how_a_batch_is_split_may_change_when_a_run_goes_on(config, stop_at):
     again = stop_at(3, kill)
     with pytest.raises(Killed):
-        trainer.run(config)
+        trainer.run_training(config)
     again()
-    assert trainer.run(config.changed(micro_batch=2)).finished
+    assert trainer.run_training(config.changed(micro_batch=2)).finished
 
 
 def test_time_up_saves_and_the_next_call_goes_on(config, whole):
-    assert not trainer.run(config.changed(seconds=0.0)).finished
+    assert not trainer.run_training(config.changed(seconds=0.0)).finished
     assert not (config.output / "model_index.json").exists()
-    trainer.run(config)
+    trainer.run_training(config)
     assert same(weights(config.output), weights(whole.output))
 
 
@@ -316,10 +316,10 @@ def test_killed_as_the_editor_is_written_the_next_call_writes_it(config, monkeyp
     real = trainer.save_editor
     monkeypatch.setattr(trainer, "save_editor", lambda *a, **k: kill())
     with pytest.raises(Killed):
-        trainer.run(config)
+        trainer.run_training(config)
     assert not (config.output / "model_index.json").exists()
     monkeypatch.setattr(trainer, "save_editor", real)
-    trainer.run(config)
+    trainer.run_training(config)
     assert same(weights(config.output), weights(whole.output))
 
 
@@ -330,7 +330,7 @@ def test_a_lora_of_an_editor_is_a_file_and_a_merged_model(config, tiny_model_dir
     from ip2p.editing.editor import Editor
 
     config = config.changed(base=str(tiny_model_dir), lora=2, ema=0.0)
-    trainer.run(config)
+    trainer.run_training(config)
     trained = state(config)["model"]
     assert trained and all(".lora_" in name for name in trained)
     whole = Editor.load(config.output, device="cpu", dtype="fp32")
@@ -344,7 +344,7 @@ def test_a_lora_of_an_editor_is_a_file_and_a_merged_model(config, tiny_model_dir
 
 def test_a_lora_of_stable_diffusion_trains_the_widened_input_too(config):
     config = config.changed(lora=2)
-    trainer.run(config)
+    trainer.run_training(config)
     trained = state(config)["model"]
     assert any("conv_in" in name for name in trained) and any(".lora_" in name for name in trained)
     assert not (config.output / trainer.LORA_FILE).exists()
@@ -355,8 +355,8 @@ def test_a_unet_can_start_from_its_config_alone(config, tiny_model_dir, tmp_path
     own = tmp_path / "unet.json"
     own.write_text((tiny_model_dir / "unet" / "config.json").read_text())
     with pytest.raises(InputError, match="add --parts-from MODEL"):
-        trainer.run(config.changed(base=str(own)))
-    assert trainer.run(config.changed(base=str(own), parts=str(tiny_model_dir), steps=2)).finished
+        trainer.run_training(config.changed(base=str(own)))
+    assert trainer.run_training(config.changed(base=str(own), parts=str(tiny_model_dir), steps=2)).finished
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
@@ -371,9 +371,9 @@ def test_a_unet_alone_is_trained_with_the_parts_of_another_model(config, tiny_mo
     if form == "file":
         base = base / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ModelError, match="UNet alone.*--parts-from"):
-        trainer.run(config.changed(base=str(base)))
+        trainer.run_training(config.changed(base=str(base)))
     config = config.changed(base=str(base), parts_from=str(tiny_model_dir), steps=1, lr=0.0)
-    assert trainer.run(config).finished
+    assert trainer.run_training(config).finished
     written = weights(config.output)  # in fp16, as the base
     assert all(torch.allclose(written[key].float(), own[key].float(), atol=1e-3) for key in own)
 
@@ -384,7 +384,7 @@ def test_sd2_and_sdxl_train_and_open(config, sd2_dir, xl_dir, page, kind):
 
     folder = {"sd2": sd2_dir, "xl": xl_dir}[kind]
     config = config.changed(base=str(folder), steps=2)
-    trainer.run(config)
+    trainer.run_training(config)
     scheduler = json.loads((config.output / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == ("v_prediction" if kind == "sd2" else "epsilon")
     [result] = Editor.load(config.output, device="cpu").edit(page, "make it night", steps=1)
@@ -395,7 +395,7 @@ def test_the_packaged_model_is_trained_further(config, page):
     from ip2p.editing.editor import Editor
 
     config = config.changed(base="storybook", data="storybook", steps=2, pool=8, size=None)
-    trainer.run(config)
+    trainer.run_training(config)
     start = weights(find_model("storybook"))
     made = weights(config.output)
     assert made.keys() == start.keys()
@@ -407,9 +407,9 @@ def test_the_packaged_model_is_trained_further(config, page):
 def test_validations_can_be_turned_on_when_a_run_resumes(config, stop_at):
     again = stop_at(3, kill)
     with pytest.raises(Killed):
-        trainer.run(config)
+        trainer.run_training(config)
     again()
-    result = trainer.run(config.changed(validate_every=2, validate_steps=1))
+    result = trainer.run_training(config.changed(validate_every=2, validate_steps=1))
     assert result.finished
     rows = [json.loads(x) for x in (config.output / "training" / "curves.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 6]
@@ -419,7 +419,7 @@ def test_validations_can_be_turned_on_when_a_run_resumes(config, stop_at):
 
 
 def test_without_a_cache_the_pictures_are_encoded_as_it_goes(config):
-    done = trainer.run(config.changed(no_cache=True, pool=8))
+    done = trainer.run_training(config.changed(no_cache=True, pool=8))
     assert done.finished
 
 
@@ -427,7 +427,7 @@ def test_the_storybook_is_drawn_as_it_goes_and_scored(config, tiny_model_dir):
     config = config.changed(
         data="storybook", base=str(tiny_model_dir), validate_every=4, held_out=2, validate_steps=1
     )
-    trainer.run(config)
+    trainer.run_training(config)
     rows = [json.loads(x) for x in (config.output / "training" / "curves.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 6]
     assert {"loss", "psnr", "success", "kept"} <= rows[0].keys()
@@ -453,14 +453,14 @@ def test_broken_rows_are_quarantined_and_beyond_one_in_a_hundred_it_stops(config
     # Without a cache it has to come by the row to see it.
     for name, more in (("cached", {"steps": 1}), ("online", {"steps": 5, "no_cache": True, "pool": 120})):
         own = config.changed(output=config.output.with_name(name), batch=24, **more)
-        assert trainer.run(own).finished
+        assert trainer.run_training(own).finished
     told = (config.output.with_name("online") / "training" / "quarantine.jsonl").read_text()
     assert "007" in told
     for k in (8, 9):
         broken = folder / "after" / f"{k:03}.png"
         broken.write_bytes(b"no picture")
     with pytest.raises(InputError, match="broken"):
-        trainer.run(config.changed(output=config.output.with_name("other")))
+        trainer.run_training(config.changed(output=config.output.with_name("other")))
 
 
 # --- validations ---
@@ -478,14 +478,14 @@ def test_validations_are_shown_logged_and_end_a_run_that_gets_worse(config, tiny
     config = config.changed(watch="loss")
     values = iter([0.5, 0.4, 0.45, 0.6, 0.41, 0.1])
     monkeypatch.setattr(validation, "held_out_loss", lambda *a, **k: next(values))
-    result = trainer.run(config)
+    result = trainer.run_training(config)
     assert result.stopped_early and result.step == 10
     folder = config.output / "training"
     rows = [json.loads(x) for x in (folder / "curves.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows] == [0.5, 0.4, 0.45, 0.6, 0.41]
     assert {"psnr", "clip_image", "clip_directional"} <= rows[0].keys()
     assert len(list((folder / "held-out").glob("*.png"))) == 5 and (config.output / "curves.png").exists()
-    assert trainer.run(config) is None  # it is finished
+    assert trainer.run_training(config) is None  # it is finished
 
 
 def test_held_out_pairs_are_not_trained_on(config, monkeypatch):
@@ -499,14 +499,16 @@ def test_held_out_pairs_are_not_trained_on(config, monkeypatch):
 
     monkeypatch.setattr(trainer.CachedSamples, "batch", note)
     config = config.changed(steps=30, validate_every=100, held_out=2, lr=1e-5)
-    trainer.run(config)
+    trainer.run_training(config)
     assert len(seen) == 22
 
 
 def test_curves_go_to_tensorboard_which_is_the_default_when_it_is_there(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer.run(config.changed(steps=2, track="auto", validate_every=1, held_out=2, validate_steps=1))
+    trainer.run_training(
+        config.changed(steps=2, track="auto", validate_every=1, held_out=2, validate_steps=1)
+    )
     told = set()
     for events in (config.output / "training" / "tensorboard").rglob("events*"):
         read = EventAccumulator(str(events))
@@ -528,7 +530,7 @@ def test_stopping_when_it_gets_worse_needs_pairs_to_hold_out(config, tmp_path):
     few = tmp_path / "few.parquet"
     write_pairs((sample_edit(rng_for("test", 0, k)) for k in range(6)), few, size=SIDE)
     with pytest.raises(InputError, match="has 6 rows"):
-        trainer.run(config.changed(data=str(few), validate_every=2, stop_when_worse=1))
+        trainer.run_training(config.changed(data=str(few), validate_every=2, stop_when_worse=1))
 
 
 def test_two_processes_share_a_run_validate_it_and_write_one_editor(config, tmp_path):
@@ -551,7 +553,7 @@ def test_two_processes_share_a_run_validate_it_and_write_one_editor(config, tmp_
     assert made.returncode == 0, made.stderr[-3000:]
     assert made.stdout.split() == [str(both.output)]
     assert (both.output / "model_index.json").exists()
-    trainer.run(config.changed(**more))
+    trainer.run_training(config.changed(**more))
     curves = [
         [json.loads(line)["loss"] for line in (folder / "training" / "curves.jsonl").read_text().splitlines()]
         for folder in (both.output, config.output)

@@ -42,7 +42,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     patch = pytest.MonkeyPatch()
     patch.setitem(PRESETS, "smoke", unhurried())
-    assert build.run("smoke", folder, device="cpu", bundle=folder / "bundle", log=quiet)
+    assert build.build_model("smoke", folder, device="cpu", bundle=folder / "bundle", log=quiet)
     patch.undo()
     return folder
 
@@ -117,7 +117,7 @@ def test_the_tokenizer_is_the_same_each_time(built, tmp_path):
 def test_a_finished_build_says_so_and_changes_nothing(built):
     before = {p: p.stat().st_mtime_ns for p in built.rglob("*.safetensors")}
     said = []
-    assert build.run("smoke", built, device="cpu", log=said.append)
+    assert build.build_model("smoke", built, device="cpu", log=said.append)
     assert said == [f"{s}: finished already" for s in build.STAGES]
     assert before == {p: p.stat().st_mtime_ns for p in built.rglob("*.safetensors")}
 
@@ -153,7 +153,7 @@ def test_a_killed_stage_continues_to_the_same_weights(built, tmp_path, monkeypat
     first, needs = KILLED[name]
     lay_finished(built, tmp_path, needs)
     if name == "decoder":
-        build.run("smoke", tmp_path, stage="encoder", device="cpu", log=quiet)
+        build.build_model("smoke", tmp_path, stage="encoder", device="cpu", log=quiet)
     real, calls = loop.learning_rate, []
     crash_at = 3
 
@@ -165,9 +165,9 @@ def test_a_killed_stage_continues_to_the_same_weights(built, tmp_path, monkeypat
 
     monkeypatch.setattr(loop, "learning_rate", crash)
     with pytest.raises(ConnectionAbortedError):
-        build.run("smoke", tmp_path, stage=name, device="cpu", log=quiet)
+        build.build_model("smoke", tmp_path, stage=name, device="cpu", log=quiet)
     said = []
-    assert build.run("smoke", tmp_path, stage=name, device="cpu", log=said.append)
+    assert build.build_model("smoke", tmp_path, stage=name, device="cpu", log=said.append)
     assert said[0] == f"{first}: resuming from step {crash_at - 1}"
     state = first if name == "decay" else name
     ours, whole = (Checkpoints(folder / "state" / state).load() for folder in (tmp_path, built))
@@ -182,37 +182,37 @@ def test_a_run_moved_to_another_number_format_continues(built, tmp_path, monkeyp
     smoke = PRESETS["smoke"]
     short = replace(smoke, perception=replace(smoke.perception, steps=2))
     monkeypatch.setitem(PRESETS, "smoke", short)
-    build.run("smoke", tmp_path, stage="perception", device="cpu", log=quiet)
+    build.build_model("smoke", tmp_path, stage="perception", device="cpu", log=quiet)
     (tmp_path / "state" / "perception.done.json").unlink()
     monkeypatch.setitem(PRESETS, "smoke", replace(smoke, precision="bf16"))
     said = []
-    assert build.run("smoke", tmp_path, stage="perception", device="cpu", log=said.append)
+    assert build.build_model("smoke", tmp_path, stage="perception", device="cpu", log=said.append)
     assert said[0] == "perception: resuming from step 2"
 
 
 def test_unet_is_extended_and_decays_again(built, tmp_path, monkeypatch):
     lay_finished(built, tmp_path, ("encoder", "text", "perception"))
-    assert build.run("smoke", tmp_path, stage="unet", device="cpu", log=quiet)
-    assert build.run("smoke", tmp_path, stage="decay", device="cpu", log=quiet)
+    assert build.build_model("smoke", tmp_path, stage="unet", device="cpu", log=quiet)
+    assert build.build_model("smoke", tmp_path, stage="decay", device="cpu", log=quiet)
     first = json.loads((tmp_path / "state" / "decay.done.json").read_text())
     smoke = PRESETS["smoke"]
     monkeypatch.setitem(PRESETS, "smoke", replace(smoke, unet=replace(smoke.unet, steps=8)))
     said = []
-    assert build.run("smoke", tmp_path, stage="unet", minutes=600, device="cpu", log=said.append)
+    assert build.build_model("smoke", tmp_path, stage="unet", minutes=600, device="cpu", log=said.append)
     assert said[0] == "unet: resuming from step 6"
-    assert build.run("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
+    assert build.build_model("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
     second = json.loads((tmp_path / "state" / "decay.done.json").read_text())
     assert (first["steps_before"], second["steps_before"]) == (6, 8)
     assert [path.name for path in (tmp_path / "state").glob("decay-*")] == ["decay-00000008"]
     # The rate falls on the copy; the run that can be extended keeps its state.
     assert Checkpoints(tmp_path / "state" / "unet").load()["step"] == 8
-    assert build.run("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
+    assert build.build_model("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
     assert said[-1] == "decay: finished already"
 
 
 def test_minutes_without_a_stage_are_refused(tmp_path):
     with pytest.raises(InputError, match="--minutes sets the length of one stage"):
-        build.run("smoke", tmp_path, minutes=3.0, device="cpu", log=quiet)
+        build.build_model("smoke", tmp_path, minutes=3.0, device="cpu", log=quiet)
 
 
 def test_missed_gates_are_named_and_training_goes_on_to_the_most_minutes(built, tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_missed_gates_are_named_and_training_goes_on_to_the_most_minutes(built, 
     strict = replace(smoke, gates={"kind": 0.9, "change": 0.7}, perception=brief, perception_most=700)
     monkeypatch.setitem(PRESETS, "smoke", strict)
     said = []
-    assert build.run("smoke", tmp_path, stage="perception", device="cpu", log=said.append)
+    assert build.build_model("smoke", tmp_path, stage="perception", device="cpu", log=said.append)
     assert any("below 90%" in line and "training to 700 minutes" in line for line in said)
     summary = json.loads((tmp_path / "state" / "perception.done.json").read_text())
     assert [line.split()[0] for line in summary["missed"]] == ["kind", "change"]
@@ -240,7 +240,7 @@ def test_a_bundle_is_trained_further_from_its_weights(built, tmp_path, monkeypat
 
     monkeypatch.setattr(stage, "fit", note_the_start)
     bundle = tmp_path / "bundle"
-    assert build.run(
+    assert build.build_model(
         "smoke", tmp_path, start=str(built / "bundle"), device="cpu", bundle=bundle, log=said.append
     )
     assert said[:5] == [
@@ -262,14 +262,14 @@ def test_a_bundle_is_trained_further_from_its_weights(built, tmp_path, monkeypat
 
 
 def test_starting_in_a_folder_that_holds_another_build_is_refused(built, tmp_path):
-    build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=quiet)
+    build.build_model("smoke", tmp_path, seconds=0.0, device="cpu", log=quiet)
     with pytest.raises(InputError, match="holds a build already"):
-        build.run("smoke", tmp_path, start=str(built / "bundle"), device="cpu", log=quiet)
+        build.build_model("smoke", tmp_path, start=str(built / "bundle"), device="cpu", log=quiet)
 
 
 def test_a_model_of_another_recipe_is_refused(built, tmp_path, tiny_model_dir):
     with pytest.raises(ModelError, match="was not made by ip2p storybook build"):
-        build.run("cpu", tmp_path / "a", start=str(tiny_model_dir), device="cpu", log=quiet)
+        build.build_model("cpu", tmp_path / "a", start=str(tiny_model_dir), device="cpu", log=quiet)
 
 
 def test_the_packaged_model_is_trained_further_by_any_preset(tmp_path, monkeypatch):
@@ -280,8 +280,8 @@ def test_the_packaged_model_is_trained_further_by_any_preset(tmp_path, monkeypat
 
     monkeypatch.setitem(PRESETS, "smoke", replace(unhurried(), save_every=1e9))
     shared = {"start": "storybook", "device": "cpu", "bundle": tmp_path / "model", "log": quiet}
-    assert not build.run("smoke", tmp_path / "build", seconds=0.0, **shared)
-    assert build.run("smoke", tmp_path / "build", **shared)
+    assert not build.build_model("smoke", tmp_path / "build", seconds=0.0, **shared)
+    assert build.build_model("smoke", tmp_path / "build", **shared)
     folders = [find_model("storybook"), tmp_path / "model"]
     before, after = (UNet2DConditionModel.from_pretrained(folder / "unet").float() for folder in folders)
     plain = [{k: v for k, v in unet.config.items() if not k.startswith("_")} for unet in (before, after)]
@@ -301,7 +301,7 @@ def test_the_packaged_model_is_trained_further_by_any_preset(tmp_path, monkeypat
 
 def test_time_up_saves_and_the_next_call_goes_on(tmp_path):
     said = []
-    assert not build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=said.append)
+    assert not build.build_model("smoke", tmp_path, seconds=0.0, device="cpu", log=said.append)
     assert said[-1] == "decoder: the time limit is reached; run the same command again to resume"
     assert Checkpoints(tmp_path / "state" / "decoder_crops").load()["step"] == 0
 
@@ -380,27 +380,29 @@ def test_an_unfinished_editor_still_gives_a_bundle(built, tmp_path, name):
     lay_finished(built, tmp_path, ("encoder", "text", "perception")[: 2 if name == "perception" else 3])
     (tmp_path / "clip").symlink_to(built / "clip")
     bundle = tmp_path / "bundle"
-    assert not build.run("smoke", tmp_path, stage=name, seconds=0.0, device="cpu", bundle=bundle, log=quiet)
+    assert not build.build_model(
+        "smoke", tmp_path, stage=name, seconds=0.0, device="cpu", bundle=bundle, log=quiet
+    )
     assert (bundle / "unet" / "config.json").exists()
 
 
 def test_other_numbers_are_refused_on_resume(tmp_path, monkeypatch):
-    build.run("smoke", tmp_path, seconds=0.0, device="cpu", log=quiet)
+    build.build_model("smoke", tmp_path, seconds=0.0, device="cpu", log=quiet)
     monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], hue_weight=0.5))
     with pytest.raises(InputError, match="hue_weight"):
-        build.run("smoke", tmp_path, device="cpu", log=quiet)
+        build.build_model("smoke", tmp_path, device="cpu", log=quiet)
 
 
 def test_two_builds_in_one_folder_the_second_is_refused(tmp_path):
     with lock_folder(tmp_path), pytest.raises(InputError, match="another ip2p process is writing to"):
-        build.run("smoke", tmp_path, device="cpu", log=quiet)
+        build.build_model("smoke", tmp_path, device="cpu", log=quiet)
 
 
 def test_unknown_preset_and_stage_are_named(tmp_path):
     with pytest.raises(InputError, match="'huge'.*smoke, cpu, h100"):
-        build.run("huge", tmp_path)
+        build.build_model("huge", tmp_path)
     with pytest.raises(InputError, match="'gan'.*encoder, decoder, text, clip, perception, unet, decay, lm"):
-        build.run("smoke", tmp_path, stage="gan")
+        build.build_model("smoke", tmp_path, stage="gan")
 
 
 def test_batches_do_not_depend_on_where_the_stream_starts():

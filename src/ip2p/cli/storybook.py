@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -17,12 +18,12 @@ from ip2p.settings import (
     MAX_SEED,
     DeviceSettings,
     DTypeSettings,
+    EditSettings,
     OverwriteSettings,
     RunSettings,
     ScaleSettings,
     ScheduleName,
     Seed,
-    Size,
     Split,
     StepSettings,
     Texts,
@@ -31,6 +32,9 @@ from ip2p.settings import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ip2p_storybook.edits import Edit
 
 
@@ -129,9 +133,11 @@ class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings,
     schedule: ScheduleName | None = setting(
         None, "noise schedule", fallback="linspace", group=COMMON, aliases=("spacing",)
     )
-    size: Size = setting(
+    size: int | None = setting(
         None,
         "side of a picture; default: the model's training size",
+        ge=32,
+        le=1024,
         example=256,
         group=COMMON,
         metavar="SIDE",
@@ -230,10 +236,10 @@ def run_build(config: BuildConfig) -> None:
     bundle = config.bundle or config.out / "bundle"
 
     from ip2p.models.load import quiet  # imports torch
-    from ip2p.training.storybook.build import run
+    from ip2p.training.storybook.build import build_model
 
     with quiet():
-        run(
+        build_model(
             config.preset,
             config.out,
             seconds=config.seconds,
@@ -248,7 +254,38 @@ def run_build(config: BuildConfig) -> None:
 
 
 def run_score(config: ScoreConfig) -> None:
-    """Score a model on edits with exact answers and print the numbers."""
-    from ip2p.evaluation.storybook import run  # imports torch
+    """Score a model on edits with exact answers: print the tables and write the requested files."""
+    from ip2p_storybook.edits import SPLITS
 
-    run(config)
+    for split in config.split:
+        if split not in SPLITS:
+            raise InputError(f"--split is {split!r}; choose one of: {', '.join(SPLITS)}.")
+    for path in (config.out, config.sheet):
+        if path is not None:
+            check_output(path, overwrite=config.overwrite)
+
+    from ip2p.editing.editor import Editor  # these import torch
+    from ip2p.evaluation import storybook
+
+    splits = tuple(dict.fromkeys(config.split)) or storybook.SPLITS
+    editor = Editor.load(config.model, device=config.device, dtype=config.dtype)
+    rows: list[tuple[storybook.Case, NDArray[np.uint8]]] = []
+    with progress("scoring", config.count * len(splits)) as advance:
+        result = storybook.score(
+            editor,
+            count=config.count,
+            seed=config.seed,
+            settings=EditSettings(**{name: getattr(config, name) for name in storybook.SAMPLING}),
+            size=config.size,
+            batch_size=config.batch_size,
+            splits=splits,
+            advance=advance,
+            rows=rows,
+            keep_rows=storybook.ROWS_SHOWN if config.sheet else 0,
+        )
+    print(storybook.as_text(result))
+    if config.out:
+        write_text(config.out, json.dumps({"model": config.model, **result}, indent=1) + "\n")
+    if config.sheet:
+        with replacing(config.sheet) as temporary:
+            storybook.rows_picture(rows).save(temporary)

@@ -13,7 +13,6 @@ they show what each metric can and cannot distinguish.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ip2p.base.errors import InputError
 from ip2p_storybook import edits, metrics
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import EDIT_KINDS, Edit, alternatives, change_mask, is_unique, sample_edit
@@ -368,40 +366,3 @@ def rows_picture(rows: Sequence[tuple[Case, NDArray[np.uint8]]]) -> Any:
         for case, output in rows
     ]
     return sheet_in_columns(shown, labels, header=("page", "result", "exact answer"), columns=2, letters=64)
-
-
-def run(config: Any) -> None:
-    """`ip2p storybook score`: print the tables and write the requested files."""
-    from ip2p.base.files import check_output, replacing, write_text
-    from ip2p.base.terminal import progress
-    from ip2p.editing.editor import Editor
-    from ip2p.settings import EditSettings
-
-    for split in config.split:
-        if split not in edits.SPLITS:
-            raise InputError(f"--split is {split!r}; choose one of: {', '.join(edits.SPLITS)}.")
-    splits = tuple(dict.fromkeys(config.split)) or SPLITS
-    for path in (config.out, config.sheet):
-        if path is not None:
-            check_output(path, overwrite=config.overwrite)
-    editor = Editor.load(config.model, device=config.device, dtype=config.dtype)
-    rows: list[tuple[Case, NDArray[np.uint8]]] = []
-    with progress("scoring", config.count * len(splits)) as advance:
-        result = score(
-            editor,
-            count=config.count,
-            seed=config.seed,
-            settings=EditSettings(**{name: getattr(config, name) for name in SAMPLING}),
-            size=config.size,
-            batch_size=config.batch_size,
-            splits=splits,
-            advance=advance,
-            rows=rows,
-            keep_rows=ROWS_SHOWN if config.sheet else 0,
-        )
-    print(as_text(result))
-    if config.out:
-        write_text(config.out, json.dumps({"model": config.model, **result}, indent=1) + "\n")
-    if config.sheet:
-        with replacing(config.sheet) as temporary:
-            rows_picture(rows).save(temporary)

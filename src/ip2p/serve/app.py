@@ -44,7 +44,10 @@ except ImportError as error:
 from ip2p import __version__
 from ip2p.serve import metrics
 from ip2p.serve.errors import Refusal, declared_errors, error_response
-from ip2p.serve.faces import a1111, native, openai, start
+from ip2p.serve.faces.a1111 import a1111_router
+from ip2p.serve.faces.native import native_router
+from ip2p.serve.faces.openai import openai_router
+from ip2p.serve.faces.start import start_router
 from ip2p.serve.guard import Guard
 from ip2p.serve.maker import LocalMaker, default_join
 from ip2p.serve.mark import checker, marker
@@ -64,18 +67,21 @@ FLUSH_SECONDS = 5  # after the last edit: for its answer to go out
 
 def serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
-    run(config)
+    run_server(config)
 
 
 def ui(config: UiConfig) -> None:
     """Serve the page to this machine and open it in the browser."""
-    run(config.serving(), browser=not config.no_browser, any_port=True)
+    run_server(config.serving(), browser=not config.no_browser, any_port=True, log_requests=False)
 
 
-def run(config: ServeConfig, *, browser: bool = False, any_port: bool = False) -> None:
+def run_server(
+    config: ServeConfig, *, browser: bool = False, any_port: bool = False, log_requests: bool = True
+) -> None:
     """Load the first model, listen, and serve until a signal; the address goes to stderr.
 
-    browser: open the page. any_port: if the port is in use, take the next free one. Raises what the model's
+    browser: open the page. any_port: if the port is in use, take the next free one. log_requests: write a
+    line of JSON for each request to stderr. Raises what the model's
     loading raises, and InputError for an address that cannot be listened at.
     """
     with contextlib.ExitStack() as stack:
@@ -93,11 +99,11 @@ def run(config: ServeConfig, *, browser: bool = False, any_port: bool = False) -
 
         settings = server_config(make_app(service, config))
         server = _Server(settings, lambda: service.drain(config.drain_seconds), ready)
-        # A line of JSON for each request on stderr, without a prefix.
         access = logging.getLogger("ip2p.serve.access")
-        access.addHandler(logging.StreamHandler(sys.stderr))
-        access.setLevel(logging.INFO)
         access.propagate = False
+        if log_requests:
+            access.addHandler(logging.StreamHandler(sys.stderr))  # without a prefix
+            access.setLevel(logging.INFO)
         server.run(sockets=[listening])
 
 
@@ -277,8 +283,8 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
         redoc_url=None,
         responses=declared_errors("native"),
     )
-    for face in (native, start, openai, a1111):
-        app.include_router(face.router(desk))
+    for router in (native_router, start_router, openai_router, a1111_router):
+        app.include_router(router(desk))
 
     @app.get("/healthz", tags=["server"], summary="Liveness check")
     async def read_health() -> dict[str, str]:

@@ -123,7 +123,7 @@ def train(config: TrainConfig | None = None, **changes: Unpack[TrainArguments]) 
 
 
 def start(config: TrainConfig, recipe: type[Recipe]) -> Path:
-    """Train in this process or on a Ray cluster, and return the output folder. Raises as `run` does."""
+    """Train in this process or on a Ray cluster; returns the output folder. Raises as `run_training` does."""
     config.check()
     output = Path(str(config.output))
     if config.ray is not None:
@@ -131,18 +131,18 @@ def start(config: TrainConfig, recipe: type[Recipe]) -> Path:
 
         make_folder(output)
         launch(
-            partial(run, recipe=recipe),
+            partial(run_training, recipe=recipe),
             config.changed(ray=None),
             workers=config.ray,
             storage=output / TRAINING / "ray",
             use_gpu=False if config.device == "cpu" else None,
         )
     else:
-        run(config, recipe)
+        run_training(config, recipe)
     return output
 
 
-def run(config: TrainConfig, recipe: type[Recipe] = Recipe) -> FitResult | None:
+def run_training(config: TrainConfig, recipe: type[Recipe] = Recipe) -> FitResult | None:
     """Train in this process, which may be one of several; None if the run was already finished.
 
     Raises InputError, ModelError and ResourceError as `fit`, `build_cache` and `load_base` do.

@@ -169,7 +169,7 @@ def img2img_body(limits: Limits) -> type[Img2Img]:
     return wire.body_within(limits, Img2Img, "a1111", fields, **how)
 
 
-def router(desk: Desk) -> APIRouter:
+def a1111_router(desk: Desk) -> APIRouter:
     """The routes below `/sdapi/v1`."""
     routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=declared_errors("a1111"))
     service, kind = desk.service, img2img_body(desk.service.limits)

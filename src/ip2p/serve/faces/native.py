@@ -96,7 +96,7 @@ def edit_body(limits: Limits) -> type[EditBody]:
     return wire.body_within(limits, EditBody, None, fields)
 
 
-def router(desk: Desk) -> APIRouter:
+def native_router(desk: Desk) -> APIRouter:
     """The routes of `/v1/edits`, `/v1/files`, `/v1/schema` and `/v1/models`."""
     routes = APIRouter(tags=["edits"], responses=declared_errors("native"))
     service, kind = desk.service, edit_body(desk.service.limits)

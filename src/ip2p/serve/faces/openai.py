@@ -116,7 +116,7 @@ def images_body(limits: Limits) -> type[ImagesEdit]:
     return wire.body_within(limits, ImagesEdit, "openai", {"n": (int | None, count)}, nullable=True)
 
 
-def router(desk: Desk) -> APIRouter:
+def openai_router(desk: Desk) -> APIRouter:
     """The route of `/v1/images/edits`; `/v1/models` is the native one."""
     routes = APIRouter(tags=["openai"], responses=declared_errors("openai"))
     service, kind = desk.service, images_body(desk.service.limits)

@@ -100,7 +100,7 @@ class PictureAnswer(BaseModel):
     preview: str = Field(description="preview that any browser can show, as a WebP in base64")
 
 
-def router(desk: Desk) -> APIRouter:
+def start_router(desk: Desk) -> APIRouter:
     """The routes of `/v1/card`, `/v1/examples` and `/v1/pictures`."""
     routes = APIRouter(tags=["edits"], responses=declared_errors("native"))
     service = desk.service

@@ -54,7 +54,7 @@ STAGES = tuple(TRAINERS)
 EDITOR = ("unet", "text_encoder")  # the networks that `decay` writes
 
 
-def run(
+def build_model(
     preset_name: str,
     output: str | os.PathLike[str],
     *,
