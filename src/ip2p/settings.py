@@ -783,7 +783,19 @@ class PartsSettings(Settings):
     )
 
 
-class ModelChoice(PartsSettings):
+class VaeSettings(Settings):
+    """Which autoencoder to use."""
+
+    vae: str | None = setting(
+        None,
+        "replace the autoencoder: a folder, a Hugging Face model id, or a file",
+        group=MODEL,
+        label="VAE model",  # "VAE" in A1111 is a file name in its own folder
+        metavar="MODEL",
+    )
+
+
+class ModelChoice(VaeSettings, PartsSettings):
     """Which model to load."""
 
     model: str = setting(
@@ -806,13 +818,6 @@ class ModelChoice(PartsSettings):
         "for files with both: ema or plain weights; auto uses ema unless it belongs to another model",
         group=MODEL,
         label="Model weights",
-    )
-    vae: str | None = setting(
-        None,
-        "replace the autoencoder: a folder, a Hugging Face model id, or a file",
-        group=MODEL,
-        label="VAE model",  # "VAE" in A1111 is a file name in its own folder
-        metavar="MODEL",
     )
 
 
