@@ -118,6 +118,11 @@ def meta_of(found: FieldInfo) -> Meta:
     return found.json_schema_extra if isinstance(found.json_schema_extra, Meta) else Meta()
 
 
+def _is_text(kind: type[BaseModel], name: str) -> bool:
+    found = kind.model_fields.get(name)
+    return found is not None and found.annotation in (str, str | None)
+
+
 # --- the notation of a setting ------------------------------------------------------------------
 
 
@@ -229,6 +234,9 @@ class Settings(BaseModel):
         if isinstance(values, dict):
             known = cls.field_names()
             values = {known.get(name, name): value for name, value in values.items()}
+            for name, value in values.items():
+                if isinstance(value, Path) and _is_text(cls, name):
+                    values[name] = str(value)  # the text of a model or a data set may be a path
         try:
             settings = handler(values)
             settings.check_together()

@@ -374,6 +374,9 @@ def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
         configs = configs | {"vae": parts.configs["vae"]}
         weights_of = stored.weights | {"vae": parts.weights["vae"]}
         borrowed = {"vae": parts.borrowed.get("vae", parts)}
+        words = [one.configs["text_encoder"].get("vocab_size") for one in (stored, parts)]
+        if not stored.tokenizers and words[0] == words[1]:
+            stored = replace(stored, tokenizers=parts.tokenizers)
         return replace(stored, configs=configs, weights=weights_of, borrowed=borrowed, lacking=parts.lacking)
     return stored
 
