@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from ip2p.base.errors import InputError
+from ip2p.editing.chain import save_animation
 from ip2p.pictures.images import flattened, load_image, save_image, to_bytes, to_tensor, with_alpha
 from ip2p.pictures.infotext import parse_infotext
 from ip2p.settings import EditSettings
@@ -87,6 +88,20 @@ def test_a_chain_and_a_batch_keep_the_alpha(tiny_editor):
     [first] = tiny_editor.edit_batch([picture], "make it night", seeds=[1], **FAST)
     [second] = tiny_editor.edit(first, "make it snow", **FAST)
     assert second.getchannel("A").tobytes() == picture.getchannel("A").tobytes()
+
+
+@pytest.mark.parametrize("ending", ["webp", "gif"])
+def test_an_animation_keeps_the_alpha_or_says_that_it_cannot(tmp_path, ending, recwarn):
+    picture, path = cutout(), tmp_path / f"a.{ending}"
+    save_animation([picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)], path, frame_ms=100)
+    with Image.open(path) as moving:
+        first = moving.convert("RGBA")
+    lines = [str(one.message) for one in recwarn]
+    if ending == "webp":
+        assert first.getchannel("A").tobytes() == picture.getchannel("A").tobytes() and not lines
+    else:
+        assert first.getchannel("A").getextrema() == (255, 255)
+        assert len(lines) == 1 and "the animation is on white. Write a .webp" in lines[0]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])

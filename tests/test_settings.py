@@ -22,6 +22,7 @@ from ip2p.settings import (
     settings_from_body,
     voice_of,
 )
+from ip2p.synth.settings import SynthPairsConfig
 
 
 class Sharpened(EditSettings):
@@ -113,6 +114,10 @@ def test_a_bare_auto_mask_has_the_usual_threshold():
 def test_an_earlier_name_is_still_accepted():
     assert EditSettings(spacing="karras").schedule == "karras"
     assert EditSettings().changed(spacing="karras").schedule == "karras"
+
+
+def test_a_path_may_name_a_model():
+    assert SynthPairsConfig.read({"parts_from": Path("a") / "b"}).parts_from == str(Path("a") / "b")
 
 
 def test_every_setting_has_a_help_text_and_a_group():

@@ -9,18 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_model
+from PIL import Image
 
 from ip2p.base.errors import InputError, ModelError, ResourceError, Terminated
 from ip2p.base.files import write_text
 from ip2p.base.ledger import lock_folder
 from ip2p.cli import main as cli
 from ip2p.models.bundle import find_model
+from ip2p.pictures.images import to_bytes
 from ip2p.training import loop, trainer, validation
 from ip2p.training.checkpoints import Checkpoints
 from ip2p.training.settings import TrainConfig
@@ -501,6 +506,61 @@ def test_held_out_pairs_are_not_trained_on(config, monkeypatch):
     config = config.changed(steps=30, validate_every=100, held_out=2, lr=1e-5)
     trainer.run_training(config)
     assert len(seen) == 22
+
+
+def siblings(path: Path, counts: list[int]) -> Path:
+    """A parquet with `counts[k]` pairs of prompt k; the ids are PROMPT/SEED."""
+    rows = []
+    for prompt, count in enumerate(counts):
+        words = {name: f"{name} of {prompt}" for name in ("original_prompt", "edit_prompt", "edited_prompt")}
+        for seed in range(count):
+            values = np.random.default_rng((prompt, seed)).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+            before, after = (to_bytes(Image.fromarray(one).resize((SIDE, SIDE))) for one in values)
+            row = {"id": f"{prompt}/{seed}", "original_image": before, "edited_image": after}
+            rows.append(row | words)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[str]:
+    """The ids of all pairs that training draws, in order."""
+    found: list[str] = []
+    real = trainer.CachedSamples.batch
+
+    def note(self, places):
+        batch = real(self, places)
+        found.extend(batch.ids)
+        return batch
+
+    monkeypatch.setattr(trainer.CachedSamples, "batch", note)
+    return found
+
+
+def test_training_draws_four_pairs_of_one_prompt_as_often_as_one_of_another(config, drawn, tmp_path):
+    data = siblings(tmp_path / "pairs.parquet", [4, 1])
+    trainer.run_training(config.changed(data=str(data), steps=10, batch=8, save_every=100, lr=1e-5))
+    assert len(drawn) == 80
+    assert Counter(id.split("/")[0] for id in drawn) == {"0": 40, "1": 40}
+    assert set(drawn) == {"0/0", "0/1", "0/2", "0/3", "1/0"}
+
+
+def test_training_and_the_held_out_split_share_no_prompt(config, drawn, tmp_path, monkeypatch):
+    held = []
+    real = trainer.CachedSamples.__init__
+
+    def note(self, cache, *rest, kept, **more):
+        held.extend(cache.ids[place] for place in range(len(cache.ids)) if place not in set(kept))
+        real(self, cache, *rest, kept=kept, **more)
+
+    monkeypatch.setattr(trainer.CachedSamples, "__init__", note)
+    data = siblings(tmp_path / "pairs.parquet", [4] * 10)
+    trainer.run_training(
+        config.changed(data=str(data), steps=9, save_every=100, validate_every=100, held_out=1, lr=1e-5)
+    )
+    assert len(held) == 4 and len({id.split("/")[0] for id in held}) == 1  # one prompt with its siblings
+    prompts = Counter(id.split("/")[0] for id in drawn)
+    assert set(prompts.values()) == {4} and len(prompts) == 9 and held[0].split("/")[0] not in prompts
 
 
 def test_curves_go_to_tensorboard_which_is_the_default_when_it_is_there(config):

@@ -1,9 +1,11 @@
 """Open a folder that ip2p wrote with transformers 4, in an environment of its own.
 
     python -m benchmarks.interchange FOLDER
+    python -m benchmarks.interchange FOLDER --python OTHER/bin/python
 
-Installs transformers 4 into a temporary folder, which a second process puts before the packages of this one;
-there the tokenizers (fast and slow) and the text encoders are loaded and their results compared with ours.
+Installs transformers 4 into a temporary folder, which a second process puts before the packages of this one.
+With --python, the second process runs in an environment that has torch and transformers 4. There the
+tokenizers (fast and slow) and the text encoders are loaded, and their results are compared with ours.
 """
 
 from __future__ import annotations
@@ -45,13 +47,16 @@ def main() -> None:
     parser.add_argument(
         "--installed", type=Path, help="a folder with transformers 4 in it; none is installed"
     )
+    parser.add_argument(
+        "--python", help="the interpreter of an environment with torch and transformers 4; none is installed"
+    )
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = settings.installed or Path(temporary)
-        if settings.installed is None:
+        if settings.installed is None and settings.python is None:
             command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place)]
             subprocess.run([*command, *PACKAGES], check=True)
-        theirs = read_with(place, settings.folder)
+        theirs = read_with(settings.folder, settings.python, place)
     ids, hidden = read_here(settings.folder)
     import torch
 
@@ -62,10 +67,10 @@ def main() -> None:
     sys.exit(0 if same and far < 1e-4 else 1)
 
 
-def read_with(packages: Path, folder: Path) -> dict:
-    """What transformers 4 in `packages` reads from the folder."""
-    path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
-    words = [sys.executable, "-c", READER, str(folder.resolve()), json.dumps(TEXTS)]
+def read_with(folder: Path, python: str | None, packages: Path) -> dict:
+    """What transformers 4 of the interpreter `python`, or else of `packages`, reads from the folder."""
+    path = "" if python else os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
+    words = [python or sys.executable, "-c", READER, str(folder.resolve()), json.dumps(TEXTS)]
     done = subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"transformers 4 cannot read {folder}: {done.stderr.strip().splitlines()[-1]}")

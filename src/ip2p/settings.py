@@ -118,6 +118,11 @@ def meta_of(found: FieldInfo) -> Meta:
     return found.json_schema_extra if isinstance(found.json_schema_extra, Meta) else Meta()
 
 
+def _is_text(kind: type[BaseModel], name: str) -> bool:
+    found = kind.model_fields.get(name)
+    return found is not None and found.annotation in (str, str | None)
+
+
 # --- the notation of a setting ------------------------------------------------------------------
 
 
@@ -230,10 +235,8 @@ class Settings(BaseModel):
             known = cls.field_names()
             values = {known.get(name, name): value for name, value in values.items()}
             for name, value in values.items():
-                if isinstance(value, Path) and name in cls.model_fields:
-                    kinds = flat_types(cls.model_fields[name].annotation)
-                    if str in kinds and Path not in kinds:
-                        values[name] = str(value)
+                if isinstance(value, Path) and _is_text(cls, name):
+                    values[name] = str(value)  # the text of a model or a data set may be a path
         try:
             settings = handler(values)
             settings.check_together()
@@ -798,7 +801,19 @@ class PartsSettings(Settings):
     )
 
 
-class ModelChoice(PartsSettings):
+class VaeSettings(Settings):
+    """Which autoencoder to use."""
+
+    vae: str | None = setting(
+        None,
+        "replace the autoencoder: a folder, a Hugging Face model id, or a file",
+        group=MODEL,
+        label="VAE model",  # "VAE" in A1111 is a file name in its own folder
+        metavar="MODEL",
+    )
+
+
+class ModelChoice(VaeSettings, PartsSettings):
     """Which model to load."""
 
     model: str = setting(
@@ -821,13 +836,6 @@ class ModelChoice(PartsSettings):
         "for files with both: ema or plain weights; auto uses ema unless it belongs to another model",
         group=MODEL,
         label="Model weights",
-    )
-    vae: str | None = setting(
-        None,
-        "replace the autoencoder: a folder, a Hugging Face model id, or a file",
-        group=MODEL,
-        label="VAE model",  # "VAE" in A1111 is a file name in its own folder
-        metavar="MODEL",
     )
 
 

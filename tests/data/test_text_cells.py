@@ -1,8 +1,19 @@
 """Cells of data sets that hold several texts, and the column names of published sets."""
 
-import pytest
+import json
+import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from layouts import IMAGE, add, make_pairs
+
+from ip2p.base.errors import InputError
+from ip2p.data.check import check
 from ip2p.data.columns import find_columns, text
+from ip2p.data.loading import open_source
+from ip2p.data.records import NotText
+from ip2p.synth.records import read_triples
 
 
 @pytest.mark.parametrize(
@@ -12,15 +23,67 @@ from ip2p.data.columns import find_columns, text
         ("", " make it night"),
         "['make it night', \"turn the cat's hat red\"]",
         '["make it night", "x"]',
+        "('make it night', 'x')",
+        b"make it night",
     ],
 )
 def test_a_list_of_texts_gives_its_first_and_never_pythons_notation(cell):
     assert text(cell) == "make it night"
 
 
-@pytest.mark.parametrize("words", ["[make it] night", "[make it night]", "[1, 2]", "[" * 5000 + "]" * 5000])
+@pytest.mark.parametrize(
+    "words",
+    ["(very:1.2) (make it night)", "[make it] night", "[make it night]", "[1, 2]", "[" * 5000 + "]" * 5000],
+)
 def test_brackets_that_are_no_list_of_texts_stay(words):
     assert text(words) == words
+
+
+def objects(folder, layout):
+    """Three pairs, whose instructions are objects."""
+    cells = [{"role": "user", "content": f"make it night {k}"} for k in range(3)]
+    pairs = make_pairs(3)
+    folder.mkdir()
+    if layout == "parquet":
+        pictures = [
+            pa.array([{"bytes": p, "path": None} for p in side], IMAGE)
+            for side in zip(*((pair.before, pair.after) for pair in pairs), strict=True)
+        ]
+        table = {"original_image": pictures[0], "edit_prompt": cells, "edited_image": pictures[1]}
+        pq.write_table(pa.table(table), folder / "a.parquet")
+    elif layout == "shards":
+        with tarfile.open(folder / "a.tar", "w") as tar:
+            for number, pair in enumerate(pairs):
+                add(tar, f"{number}.before.jpg", pair.before)
+                add(tar, f"{number}.after.png", pair.after)
+                add(tar, f"{number}.json", json.dumps({"instruction": cells[number]}).encode())
+    else:
+        lines = []
+        for number, pair in enumerate(pairs):
+            (folder / f"{number}.jpg").write_bytes(pair.before)
+            (folder / f"{number}.png").write_bytes(pair.after)
+            picture = f"{number}.jpg" if number else {"path": f"{number}.jpg"}
+            lines.append({"before": picture, "after": f"{number}.png", "instruction": [cells[number]]})
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["parquet", "shards", "folders"])
+def test_an_object_in_a_column_of_texts_is_refused_by_name(tmp_path, layout):
+    source = open_source(str(objects(tmp_path / "set", layout)))
+    for row in range(3):
+        with pytest.raises(NotText, match=r"instruction: an object \(role, content\) is no text"):
+            source[row]
+    [finding] = check(source).defects
+    assert (finding.name, finding.count) == ("no words", 3)
+    assert all("an object (role, content)" in id for id in finding.ids)
+
+
+def test_a_triple_of_objects_is_refused_by_name(tmp_path):
+    row = {"caption": "a", "instruction": {"text": "b"}, "edited_caption": "c"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=r"t.jsonl, row 1: instruction: an object \(text\) is no text"):
+        read_triples(tmp_path / "t.jsonl")
 
 
 def test_an_empty_list_is_an_empty_text():

@@ -153,6 +153,8 @@ def test_parts_of_a_model_are_named_and_brought(run, file, sd1_dir, tmp_path):
     bare = {key: value for key, value in state.items() if not key.startswith(keys.VAE)}
     safetensors.torch.save_file(bare, tmp_path / "bare.safetensors")
     assert json.loads(run("model", "info", "bare.safetensors", "--json")[1])["missing"] == ["vae"]
+    assert run("model", "convert", "bare.safetensors", "complete", "--parts-from", sd1_dir)[0] == 0
+    assert json.loads(run("model", "info", "complete", "--json")[1])["missing"] == []
 
 
 def test_info_of_an_inpainting_model_advises_nothing_that_would_refuse(run, file, tmp_path):
@@ -185,7 +187,7 @@ def test_distilled_samplers_a_drawn_seed_and_named_settings_over_a_files(run, sd
     from ip2p.pictures.infotext import parse_infotext, read_infotext
 
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "page.png")
-    words = ("--model", sd1_dir, "--steps", "2", "--seed", "-1")
+    words = ("--model", sd1_dir, "--steps", "2", "--seed", "-1", "--size", "64")
     seeds = set()
     for sampler, label in (("lcm", "LCM"), ("tcd", "TCD")):
         assert (

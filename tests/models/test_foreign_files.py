@@ -84,6 +84,17 @@ def test_the_stale_average_of_a_merge_is_not_used(plain, place, blocks):
     assert torch.equal(forced.conv_in.weight, stale[keys.ema_name(INPUT)])
 
 
+@pytest.mark.parametrize("entry", ["sd_merge_recipe", "modelspec.merged_from"])
+def test_the_average_of_a_declared_merge_is_not_used_however_near_it_is(plain, place, entry):
+    torch.manual_seed(0)
+    path = place / "merge.safetensors"
+    safetensors.torch.save_file(plain | twins(plain, near), path, metadata={entry: '{"type": "webui"}'})
+    with pytest.warns(UserWarning, match=f"plain weights are used: the header says .* a merge .{entry}"):
+        unet = load_bundle(path).unet
+    assert torch.equal(unet.conv_in.weight, plain[INPUT])
+    assert not torch.equal(load_bundle(path, weights="ema").unet.conv_in.weight, plain[INPUT])
+
+
 @pytest.mark.parametrize("choice", ["auto", "ema"])
 @pytest.mark.parametrize("fault", ["partial", "other shape"])
 def test_an_incomplete_average_falls_back_to_the_plain_weights(plain, place, fault, choice):
@@ -325,20 +336,70 @@ def test_a_unet_alone_opens_with_the_parts_of_another_model(plain, place, sd1_di
     assert torch.equal(load_bundle(place / "out").unet.conv_in.weight, plain[INPUT])
 
 
-def test_a_unet_alone_is_served_and_draws_pairs(plain, place, sd1_dir):
-    from ip2p.serve.app import _local_maker
+def served(path, **settings):
+    """The editor that a server loads for a model."""
+    from ip2p.serve.app import make_service
     from ip2p.serve.options import ServeConfig
+
+    config = ServeConfig(model=(f"mine={path}",), device="cpu", dtype="fp32", **settings)
+    with contextlib.ExitStack() as stack:
+        return make_service(config, stack).maker._models["mine"].load()
+
+
+def test_a_unet_alone_is_served_and_draws_pairs(plain, place, sd1_dir):
     from ip2p.synth.pairs import PairMaker
 
     path = place / "unet.safetensors"
     safetensors.torch.save_file({k: v for k, v in plain.items() if k.startswith(keys.UNET)}, path)
-    config = ServeConfig(model=(f"mine={path}",), parts_from=str(sd1_dir), device="cpu", dtype="fp32")
     painter = PairMaker(path, parts_from=sd1_dir, device="cpu", dtype="fp32", steps=1)
-    with contextlib.closing(_local_maker(config)) as maker, maker._using("mine") as editor:
-        for bundle in (editor.bundle, painter.editor.bundle):
-            assert torch.equal(bundle.unet.conv_in.weight, plain[INPUT])
+    for bundle in (served(path, parts_from=str(sd1_dir)).bundle, painter.editor.bundle):
+        assert torch.equal(bundle.unet.conv_in.weight, plain[INPUT])
     with pytest.raises(ModelError, match="UNet alone.*--parts-from"):
         PairMaker(path, device="cpu")
+
+
+def test_a_file_without_an_autoencoder_is_served_with_one(plain, place, sd1_dir):
+    path = place / "model.safetensors"
+    safetensors.torch.save_file({k: v for k, v in plain.items() if not k.startswith(keys.VAE)}, path)
+    vae = served(path, vae=str(sd1_dir)).bundle.vae
+    whole = load_bundle(sd1_dir).vae.state_dict()
+    assert all(torch.equal(vae.state_dict()[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+@pytest.mark.parametrize(
+    ("channels", "width", "words"),
+    [
+        (8, 768, "--parts-from stable-diffusion-v1-5/stable-diffusion-v1-5; or make a complete model: "),
+        (8, 1024, "--parts-from stabilityai/stable-diffusion-2-1"),
+        (8, 2048, "--parts-from stabilityai/stable-diffusion-xl-base-1.0"),
+        (4, 1024, "no editor.*ip2p train --base .*--parts-from stabilityai/stable-diffusion-2-1"),
+        (9, 768, "an inpainting model, which follows no instructions"),
+    ],
+)
+def test_the_advice_for_a_unet_alone_fits_it(tmp_path, channels, width, words, form):
+    """A command that is advised must not refuse the file."""
+    if form == "folder":
+        config = {"_class_name": "UNet2DConditionModel", "in_channels": channels}
+        (tmp_path / "config.json").write_text(json.dumps(config | {"cross_attention_dim": width}))
+        path = tmp_path
+    else:
+        path = tmp_path / "unet.safetensors"
+        text = f"{keys.UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+        safetensors.torch.save_file(
+            {INPUT: torch.zeros(8, channels, 3, 3), text: torch.zeros(8, width)}, path
+        )
+    with pytest.raises(ModelError, match=words) as error:
+        load_bundle(path)
+    assert ("--parts-from" in str(error.value)) == (channels != 9)
+
+
+def test_a_base_of_parts_is_advised_with_its_parts(plain, place, sd1_dir):
+    weight = plain[INPUT][:, :4].contiguous()
+    unet = {k: v for k, v in plain.items() if k.startswith(keys.UNET)} | {INPUT: weight}
+    safetensors.torch.save_file(unet, place / "unet.safetensors")
+    with pytest.raises(ModelError, match=f"ip2p train --base .*unet.safetensors --parts-from {sd1_dir}"):
+        load_bundle(place / "unet.safetensors", parts_from=sd1_dir)
 
 
 def test_a_unet_of_another_kind_than_the_parts_is_refused(plain, place, xl_dir):
@@ -525,5 +586,5 @@ def test_an_editor_edits_with_a_tiny_autoencoder(tiny_vae, sd1_dir, memory):
     from ip2p.editing.editor import Editor
 
     editor = Editor.load(sd1_dir, vae=tiny_vae, device="cpu", memory=memory)
-    [result] = editor.edit(Image.new("RGB", (64, 64), "teal"), "make it night", steps=2, seeds=[1])
+    [result] = editor.edit(Image.new("RGB", (64, 64), "teal"), "make it night", steps=2, size=64, seeds=[1])
     assert result.size == (64, 64)

@@ -24,3 +24,15 @@ def test_state_round_trip():
     again.load_state_dict(ema.state_dict())
     assert again.updates == 1
     assert all(torch.equal(a, b) for a, b in zip(ema.average.values(), again.average.values(), strict=True))
+
+
+def test_four_updates_of_a_step_are_those_after_four_micro_batches():
+    model = torch.nn.Linear(3, 2)
+    once, often = Ema(model), Ema(model)
+    for _ in range(5):
+        torch.nn.init.normal_(model.weight)
+        once.update(model, 4)
+        for _ in range(4):
+            often.update(model)
+    assert once.updates == often.updates == 20
+    torch.testing.assert_close(once.average["weight"], often.average["weight"])

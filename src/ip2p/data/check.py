@@ -6,6 +6,8 @@ comes from a rule of thumb, which its line states, or is a fact worth knowing be
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import json
 import math
@@ -23,7 +25,7 @@ from typing import Any, Literal
 from PIL import Image, ImageOps
 
 from ip2p.data.align import find_move
-from ip2p.data.records import BrokenRow, MissingPart, Pair, Source, open_picture
+from ip2p.data.records import BrokenRow, MissingPart, NotText, Pair, Source, open_picture
 from ip2p.pictures import images
 
 SHOWN = 5  # ids listed per finding
@@ -134,6 +136,8 @@ class _Row:
 
 
 def _look(pair: Pair | BrokenRow) -> _Row:
+    if isinstance(pair, NotText):
+        return _Row(pair.id, found={"no words": pair.reason})
     if isinstance(pair, BrokenRow):
         name = "missing picture" if isinstance(pair, MissingPart) else "broken picture"
         return _Row(pair.id, found={name: pair.reason})
@@ -178,12 +182,11 @@ def why_no_words(text: str) -> str:
     for pattern, name in _NO_WORDS.items():
         if re.fullmatch(pattern, plain, re.IGNORECASE | re.DOTALL):
             return name
-    if plain[0] in "[{":
-        try:
-            json.loads(plain)
-        except ValueError:
-            return ""
-        return "JSON"
+    if plain[0] in "[{(":
+        for read, name in ((json.loads, "JSON"), (ast.literal_eval, "Python's notation of a value")):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                if not isinstance(read(plain), str):
+                    return name
     return ""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ip2p.base.errors import InputError
-from ip2p.data.records import BrokenRow, MissingPart
+from ip2p.data.records import BrokenRow, MissingPart, NotText
 from ip2p.settings import part_name
 
 # First the name in the Hugging Face version (if any), then MagicBrush's, then other obvious names.
@@ -132,29 +132,38 @@ def words_of(
     row: Mapping[str, Any],
     names: Mapping[str, Sequence[str]] = WORDS,
     chosen: Mapping[str, str] | None = None,
+    *,
+    id: str = "",
 ) -> dict[str, str]:
     """The texts of a row: instruction, caption, edited_caption and id; "" if absent.
 
-    `names`: the known keys by field; `chosen`: keys that the user names, which stand for these.
+    `names`: the known keys by field; `chosen`: keys that the user names, which stand for these; `id`: the
+    row's, for the NotText that `text` raises.
     """
     names = {**names, **{part: (key.lower(),) for part, key in (chosen or {}).items()}}
     folded = {str(key).lower(): value for key, value in row.items()}
     found = {}
     for part in WORDS:
         values = (folded[name] for name in names.get(part, ()) if folded.get(name) is not None)
-        found[part] = text(next(values, ""))
+        found[part] = text(next(values, ""), part, id)
     return found
 
 
-def text(value: object) -> str:
+def text(value: object, part: str = "text", id: str = "") -> str:
     """A cell as text, stripped; "" for null. A list gives its first text that is not empty.
 
-    A list written as text, in JSON's or Python's notation, counts as a list.
+    A list written as text, in JSON's or Python's notation, counts as a list; bytes are UTF-8. Raises NotText,
+    which names the field `part` and the row `id`, for an object.
     """
-    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+    if isinstance(value, str) and value.strip()[:1] + value.strip()[-1:] in ("[]", "()"):
         value = _listed(value.strip())
     if isinstance(value, list | tuple):
-        return next((words for one in value if (words := text(one))), "")
+        return next((words for one in value if (words := text(one, part, id))), "")
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, Mapping | set | frozenset):
+        keys = ", ".join(str(key) for key in list(value)[:4])
+        raise NotText(id, f"{part}: an object ({keys[:60]}) is no text; name a column of texts")
     return "" if value is None else str(value).strip()
 
 
@@ -165,7 +174,7 @@ def _listed(words: str) -> object:
             found = read(words)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(found, list) and all(isinstance(one, str) for one in found):
+        if isinstance(found, list | tuple) and all(isinstance(one, str) for one in found):
             return found
     return words
 

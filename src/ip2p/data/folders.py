@@ -140,7 +140,7 @@ class FolderSource:
 
     def _find_root(self) -> Path:
         """The folder that the paths of pictures start at, by the first row that names one."""
-        names = (self._text(row, "before") for row in self._rows if isinstance(row, dict))
+        names = (self._file(row, "before") for row in self._rows if isinstance(row, dict))
         name = next(filter(None, names), "")
         above = [self._root, *self._root.absolute().parents[:3]]
         places = [place for folder in above for place in (folder, folder / "images")]
@@ -158,7 +158,7 @@ class FolderSource:
         cells = self._rows[row]
         found: list[Path | None] = []
         for number, part in enumerate(("before", "after", "mask")):
-            name = self._text(cells, part) if isinstance(cells, dict) else ""
+            name = self._file(cells, part) if isinstance(cells, dict) else ""
             folder = self._folders[number] if self._folders and number < 2 else self._root
             found.append(folder / name if name else None)
         return found
@@ -167,7 +167,7 @@ class FolderSource:
         """The text file with the instruction of a row, if there is one."""
         cells = self._rows[row]
         pictures = [path for path in self._paths(row)[:2] if path is not None]
-        id = self._text(cells, "id") if isinstance(cells, dict) else ""
+        id = self._file(cells, "id") if isinstance(cells, dict) else ""
         stems = dict.fromkeys(filter(None, (id, *(path.stem for path in pictures))))
         places = (*(self._root / name for name in TEXT_FOLDERS), self._root)
         paths = [path.with_suffix(".txt") for path in pictures]
@@ -176,7 +176,7 @@ class FolderSource:
 
     def _instruction(self, row: int, cells: dict[str, Any], id: str) -> str:
         if "instruction" in self._columns:
-            return self._text(cells, "instruction")
+            return self._text(cells, "instruction", id)
         path = self._sidecar(row)
         if path is None:
             stem = next((path.stem for path in self._paths(row)[:2] if path is not None), id)
@@ -186,8 +186,14 @@ class FolderSource:
         except (OSError, UnicodeDecodeError) as error:
             raise BrokenRow(id, f"{path} cannot be read as UTF-8 text ({error})") from None
 
-    def _text(self, cells: dict[str, Any], part: str) -> str:
-        return columns.text(cells.get(self._columns.get(part, "")))
+    def _text(self, cells: dict[str, Any], part: str, id: str = "") -> str:
+        return columns.text(cells.get(self._columns.get(part, "")), part, id)
+
+    def _file(self, cells: dict[str, Any], part: str) -> str:
+        """The name of a file; "" for none. An object's is its `path`, as in the rows of `datasets`."""
+        cell = cells.get(self._columns.get(part, ""))
+        cell = cell.get("path") if isinstance(cell, Mapping) else cell
+        return "" if isinstance(cell, Mapping) else columns.text(cell)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -199,7 +205,7 @@ class FolderSource:
         cells, id = self._rows[row], f"{row:07}"
         if isinstance(cells, str):
             raise BrokenRow(id, cells)
-        id = self._text(cells, "id") or id
+        id = self._text(cells, "id", id) or id
         before, after, mask = self._paths(row)
         return Pair(
             id=id,
@@ -208,8 +214,8 @@ class FolderSource:
             mask=None if mask is None else columns.read_picture(mask, "mask", id),
             scores=columns.scores_of(cells),
             instruction=self._instruction(row, cells, id),
-            caption=self._text(cells, "caption"),
-            edited_caption=self._text(cells, "edited_caption"),
+            caption=self._text(cells, "caption", id),
+            edited_caption=self._text(cells, "edited_caption", id),
         )
 
 

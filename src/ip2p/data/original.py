@@ -13,7 +13,7 @@ from typing import Any
 from ip2p.base.errors import InputError
 from ip2p.data import columns
 from ip2p.data.handles import Lately
-from ip2p.data.records import MissingPart, Pair
+from ip2p.data.records import BrokenRow, MissingPart, Pair
 from ip2p.settings import part_name
 
 SEEDS, PROMPT, METADATA = "seeds.json", "prompt.json", "metadata.jsonl"
@@ -139,5 +139,7 @@ def _prompt(
     try:
         prompt = json.loads((folder / PROMPT).read_text(encoding="utf-8"))
         return columns.words_of(prompt, columns.ORIGINAL_WORDS, chosen), metadata
+    except BrokenRow as error:
+        return error.reason, metadata
     except (OSError, ValueError, AttributeError) as error:
         return f"{folder / PROMPT} is missing or cannot be read ({type(error).__name__})", metadata

@@ -125,7 +125,7 @@ class ParquetSource:
     def _pair(self, cells: dict[str, Any], names: dict[str, str], id: str) -> Pair:
         cell = {part: cells[name] for part, name in names.items()}
         if cell.get("id") not in (None, ""):
-            id = columns.text(cell["id"])
+            id = columns.text(cell["id"], "id", id)
         elif cell.get("img_id") is not None:
             turn = cell.get("turn_index")
             id = columns.text(cell["img_id"]) + (f"-{turn}" if turn is not None else "")
@@ -134,9 +134,9 @@ class ParquetSource:
             id=id,
             before=self._picture(cell["before"], "before", id),
             after=self._picture(cell["after"], "after", id),
-            instruction=columns.text(cell["instruction"]),
-            caption=columns.text(cell.get("caption")),
-            edited_caption=columns.text(cell.get("edited_caption")),
+            instruction=columns.text(cell["instruction"], "instruction", id),
+            caption=columns.text(cell.get("caption"), "caption", id),
+            edited_caption=columns.text(cell.get("edited_caption"), "edited_caption", id),
             mask=self._picture(mask, "mask", id) if _holds(mask) else None,
             scores=columns.scores_of(cell),
         )

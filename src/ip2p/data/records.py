@@ -33,6 +33,10 @@ class MissingPart(BrokenRow):
     """A row without a picture or without its texts."""
 
 
+class NotText(BrokenRow):
+    """A row with something else than text, such as a JSON object, in a column of texts."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """One edit: the pictures before and after, and the instruction.

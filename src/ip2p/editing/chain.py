@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,21 @@ def format_drift(drifts: Sequence[Drift], names: Sequence[str]) -> list[str]:
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, *, frame_ms: int) -> Path:
-    """Write a looping GIF or WebP at the size of the last picture, which is shown twice as long."""
+    """Write a looping GIF or WebP at the size of the last picture, which is shown twice as long.
+
+    WebP keeps transparency; GIF has no partial transparency, so there the pictures are on white.
+    """
     durations = [frame_ms] * (len(frames) - 1) + [2 * frame_ms]
     size = frames[-1].size
-    shown = [resized(flattened(frame, "white"), size) for frame in frames]
     kind = {".gif": "GIF", ".webp": "WEBP"}[path.suffix.lower()]
+    clear = any(frame.mode == "RGBA" for frame in frames)
+    if clear and kind == "GIF":
+        warnings.warn(
+            "GIF has no partial transparency; the animation is on white. Write a .webp to keep it.",
+            stacklevel=2,
+        )
+    keep = clear and kind == "WEBP"
+    shown = [resized(frame.convert("RGBA") if keep else flattened(frame, "white"), size) for frame in frames]
     options: dict[str, Any] = {"quality": 90} if kind == "WEBP" else {"disposal": 1}
     if kind == "GIF":
         # One palette per frame; dithered, because 256 colors are few for a photograph.

@@ -21,6 +21,7 @@ from ip2p.models import configs as ldm
 from ip2p.models import keys
 from ip2p.models.families import unet_refusal
 from ip2p.models.load import (
+    BASES,
     PARTS,
     PHOTO_MODEL,
     PICKLES,
@@ -29,6 +30,7 @@ from ip2p.models.load import (
     Choice,
     Stored,
     Weights,
+    completion_advice,
     empty_network,
     fill,
     load_part,
@@ -172,7 +174,9 @@ def make_bundle(
     path = stored.path
     if vae is None and "vae" in stored.lacking:
         example = "madebyollin/sdxl-vae-fp16-fix" if stored.kind == "sdxl" else "stabilityai/sd-vae-ft-mse"
-        raise ModelError(f"{path} holds no autoencoder. Name one: --vae {example}")
+        base = BASES[{"SD 1.x": 768, "SD 2.x": 1024, "SDXL": 2048}[stored.architecture]]
+        advice = completion_advice(path, base)
+        raise ModelError(f"{path} holds no autoencoder. Name one: --vae {example}; {advice}")
     texts = tokenizer_texts(stored)
     own = set(stored.networks) - ({"unet"} if unet is not None else set()) - ({"vae"} if vae else set())
     parts = {part: _part(stored, part) for part in stored.networks if part in own}
@@ -236,7 +240,9 @@ def not_an_editor(stored: Stored) -> str:
         return (
             line + f"Bases with its noise levels cannot be trained here. Use an editor such as {PHOTO_MODEL}."
         )
-    return line + f"Train one: ip2p train --base {stored.path}"
+    parts = "".join(f" --parts-from {one.path}" for one in list(stored.borrowed.values())[:1])
+    vae = " --vae stabilityai/sd-vae-ft-mse" if "vae" in stored.lacking and not parts else ""
+    return line + f"Train one: ip2p train --base {stored.path}{parts}{vae}"
 
 
 @dataclass(frozen=True)

@@ -247,10 +247,12 @@ def _is_unet_folder(path: Path) -> bool:
 
 
 def _open_unet_folder(folder: Path, parts: Stored | None) -> Stored:
+    config = read_json(folder / "config.json")
     if parts is None:
-        raise ModelError(_UNET_ALONE.format(folder))
+        width = _same_everywhere(config.get("cross_attention_dim"))
+        raise ModelError(_unet_alone(folder, int(config.get("in_channels", 4)), width))
     # Unlike in a single file, the weights have the network's own names.
-    return _with_parts(folder, "folder", read_json(folder / "config.json"), part_weights(folder), parts)
+    return _with_parts(folder, "folder", config, part_weights(folder), parts)
 
 
 def _with_parts(
@@ -294,10 +296,34 @@ def _same_everywhere(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple) and len(set(value)) == 1 else value
 
 
-_UNET_ALONE = (
-    "{} holds a UNet alone. Name the model that brings the text encoder, the tokenizer and the autoencoder: "
-    "--parts-from stable-diffusion-v1-5/stable-diffusion-v1-5"
-)
+# A public base model of each width of text embeddings: SD 1.x, SD 2.x and SDXL.
+BASES = {
+    768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    1024: "stabilityai/stable-diffusion-2-1",
+    2048: "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+def completion_advice(path: Path, base: str) -> str:
+    """How to make a complete model, which every command opens; not all have --parts-from and --vae."""
+    return f"or make a complete model: ip2p model convert {path} whole.safetensors --parts-from {base}"
+
+
+def _unet_alone(path: Path, channels: int, width: Any) -> str:
+    """What a UNet without other parts needs. channels: of its input; width: of its text embeddings."""
+    if refusal := families.unet_refusal(channels, 8):
+        return f"{path}: {refusal}"
+    base = BASES.get(width, BASES[768])
+    line = f"{path} holds a UNet alone. "
+    if channels == 4:
+        return (
+            f"{line}It takes 4 channels, so it is no editor; an editor takes 8. Train one: ip2p train "
+            f"--base {path} --parts-from {base}"
+        )
+    return (
+        f"{line}Name the model that brings the text encoder, the tokenizer and the autoencoder: "
+        f"--parts-from {base}; {completion_advice(path, base)}"
+    )
 
 
 def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
@@ -313,8 +339,12 @@ def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
     declared = _header(path, weights.metadata.get(CONFIGS_ENTRY))
     tokenizers = _unpacked(path, weights.metadata.get(TOKENIZERS_ENTRY))
     average = _choose_average(path, weights, choice)
+    unet_alone = ldm.INPUT in shapes and not declared and not ldm.has_text_encoder(shapes)
+    if unet_alone and parts is None:
+        text = shapes.get(f"{keys.UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))
+        raise ModelError(_unet_alone(path, shapes[ldm.INPUT][1], text[1]))
     try:
-        if ldm.INPUT in shapes and not declared and not ldm.has_text_encoder(shapes):
+        if unet_alone and parts is not None:
             return _open_unet_file(path, weights, parts, average)
         kind = ldm.architecture(shapes)
         configs = declared.get("configs") or ldm.ldm_configs(
@@ -344,13 +374,14 @@ def _open_file(path: Path, choice: Choice, parts: Stored | None) -> Stored:
         configs = configs | {"vae": parts.configs["vae"]}
         weights_of = stored.weights | {"vae": parts.weights["vae"]}
         borrowed = {"vae": parts.borrowed.get("vae", parts)}
+        words = [one.configs["text_encoder"].get("vocab_size") for one in (stored, parts)]
+        if not stored.tokenizers and words[0] == words[1]:
+            stored = replace(stored, tokenizers=parts.tokenizers)
         return replace(stored, configs=configs, weights=weights_of, borrowed=borrowed, lacking=parts.lacking)
     return stored
 
 
-def _open_unet_file(path: Path, weights: Weights, parts: Stored | None, average: Mapping[str, Any]) -> Stored:
-    if parts is None:
-        raise ModelError(_UNET_ALONE.format("It"))
+def _open_unet_file(path: Path, weights: Weights, parts: Stored, average: Mapping[str, Any]) -> Stored:
     side = int(parts.configs["unet"].get("sample_size") or 64)
     config = ldm.unet_config(weights.shapes, sample_size=side)
     if added := parts.configs["unet"].get("addition_time_embed_dim"):
@@ -366,6 +397,8 @@ def _open_unet_file(path: Path, weights: Weights, parts: Stored | None, average:
 # Distance of weights from their average: a few percent within one training, far more between two models.
 FAR = 0.1
 COMPARED = 4096  # elements of each weight
+# Entries that merging programs write into the header.
+MERGED = ("sd_merge_recipe", "sd_merge_models", "modelspec.merged_from")
 
 
 def _choose_average(path: Path, weights: Weights, choice: Choice) -> dict[str, Any]:
@@ -392,6 +425,9 @@ def _choose_average(path: Path, weights: Weights, choice: Choice) -> dict[str, A
     if odd:
         some = f"{len(odd)} of {len(plain)} averaged weights (EMA)"
         return plain_instead(f"{some} are missing or of another shape, {odd[0]} first")
+    if choice == "auto" and (entry := next((name for name in MERGED if weights.metadata.get(name)), None)):
+        # Two related models may be nearer to each other than FAR.
+        return plain_instead(f"the header says that the file is a merge ({entry}), so they hold all of it")
     far = _distance(weights, twins)
     if choice == "auto" and far > FAR:
         reason = f"the averaged weights (EMA) are {far:.0%} away from them, so they are another model's"

@@ -160,6 +160,7 @@ def _local_maker(config: ServeConfig) -> LocalMaker:
         return Editor.load(
             model,
             parts_from=config.parts_from,
+            vae=config.vae,
             device=config.device,
             dtype=config.dtype,
             memory=config.memory,

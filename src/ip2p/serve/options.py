@@ -24,6 +24,7 @@ from ip2p.settings import (
     RaySettings,
     RunSettings,
     Texts,
+    VaeSettings,
     setting,
 )
 
@@ -32,7 +33,15 @@ MIN_KEY = 16  # characters of a server's key: what guessing cannot find
 ACCESS, LIMITS, RESULTS = "Access", "Limits", "Results"
 
 
-class _Served(RunSettings, PartsSettings, CompileSettings, MemorySettings, DTypeSettings, DeviceSettings):
+class _Served(
+    RunSettings,
+    VaeSettings,
+    PartsSettings,
+    CompileSettings,
+    MemorySettings,
+    DTypeSettings,
+    DeviceSettings,
+):
     """What a server and the page on this machine share."""
 
     port: int = setting(7860, "TCP port to listen on", ge=0, le=65535, group=COMMON)

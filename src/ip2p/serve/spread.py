@@ -235,6 +235,7 @@ def portable(config: ServeConfig) -> ServeConfig:
         safety=config.safety and absolute(config.safety),
         tiny_vae=config.tiny_vae and absolute(config.tiny_vae),
         parts_from=config.parts_from and absolute(config.parts_from),
+        vae=config.vae and absolute(config.vae),
         ray=None,
         api_key_file=None,
         config=None,

@@ -16,7 +16,7 @@ from typing import Any
 
 from ip2p.base.errors import InputError
 from ip2p.base.files import is_hub_name
-from ip2p.data import columns, hub
+from ip2p.data import hub
 from ip2p.synth.settings import Language
 from ip2p.synth.tables import ENDINGS, LINE, parquet_rows, read_rows
 
@@ -159,7 +159,7 @@ def take(
                 break
         caption = Caption(
             text=next(filter(None, (clean(_text(cells.get(name))) for name in names)), ""),
-            url=columns.text(_cell(cells, "url")),
+            url=_text(_cell(cells, "url")),
             score=_number(_cell(cells, "score")),
         )
         reason = _left_out(caption, cells, rules, blocked)
@@ -248,11 +248,11 @@ def _left_out(
     if rules.min_score is not None and (caption.score is None or caption.score < rules.min_score):
         return "below the score"
     unsafe = _number(_cell(cells, "unsafe"))
-    if columns.text(_cell(cells, "nsfw")).upper() == "NSFW" or (unsafe is not None and unsafe >= UNSAFE):
+    if _text(_cell(cells, "nsfw")).upper() == "NSFW" or (unsafe is not None and unsafe >= UNSAFE):
         return "unsafe by their table"
     if blocked(caption.text):
         return "on the block-list"
-    declared = columns.text(_cell(cells, "language")).lower()
+    declared = _text(_cell(cells, "language")).lower()
     if rules.language == "english" and (declared or "en") not in ("en", "eng", "english"):
         return "in another language"
     if not is_in(caption.text, rules.language):

@@ -18,6 +18,7 @@ from ip2p.base import jobs
 from ip2p.base.errors import InputError
 from ip2p.base.files import replacing
 from ip2p.data import columns
+from ip2p.data.records import NotText
 from ip2p.synth.kinds import kind_of
 from ip2p.synth.tables import read_rows
 
@@ -174,8 +175,11 @@ def read_triples(path: Path) -> list[Triple]:
     edits: dict[str, int] = {}
     seen: set[str] = set()
     for place, row in enumerate(_rows(path), 1):
-        caption = columns.words_of(row, _NAMES)["caption"]
-        triple = triple_of(row, number=edits.get(caption, 0))
+        try:
+            caption = columns.words_of(row, _NAMES)["caption"]
+            triple = triple_of(row, number=edits.get(caption, 0))
+        except NotText as error:
+            raise InputError(f"{path}, row {place}: {error.reason}.") from None
         if triple is None:
             raise InputError(
                 f"{path}, row {place}: a triple needs a caption, an instruction and an edited_caption; "
