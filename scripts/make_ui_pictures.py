@@ -79,7 +79,7 @@ def draw(page: Page, keep: Callable[[str], None]) -> None:
     page.evaluate("document.querySelector('#undo').click()")
     page.evaluate("document.querySelector('#undo').click()")
     set_value(page, "count", 4)
-    page.wait_for_selector("#steps li:first-child [aria-current]")
+    page.wait_for_selector("#steps li:first-child [aria-current]", state="attached")
     page.click("#mask")
     stroke(page)
     keep("mask")
