@@ -190,7 +190,7 @@ class EvaluateConfig(
                 "{as_code} has its own metrics; remove {metrics} and {benchmark}.", field="as_code"
             )
         if (self.judge is None) == bool(self.judge_model):
-            raise Conflict("{judge} and {judge_model} are needed together.", field="judge")
+            raise Conflict("{judge} and {judge_model} go together; set both.", field="judge")
         if self.baseline and not (self.base or self.model):
             raise Conflict("{baseline} needs {base} or {model}.", field="baseline")
 

@@ -159,7 +159,7 @@ def fit(
     # fp16 searches for its loss scale with nonfinite steps.
     patience = config.nan_steps if accelerator.scaler is None else max(config.nan_steps, 30)
     bad, stopped_early = 0, False
-    saved = time.monotonic()
+    saved = run.logged = time.monotonic()
     run.model.train()
     steps = batches(run.step)
     with _signals() as signals, contextlib.closing(steps):  # type: ignore[type-var]
@@ -228,7 +228,8 @@ class _Run:
         self.timer = Timer(config.profile, accelerator.device)
         self.checkpoints, self.log = Checkpoints(folder, keep=config.keep), Curves(folder, LOG)
         self.step, self.curve = 0, list[dict[str, float]]()
-        self.started = self.logged = time.monotonic()  # `started`: as if there had been one call
+        self.started = time.monotonic()  # moved back by the time of earlier calls
+        self.logged = self.started  # time of the last line of the log
         self.sums: dict[str, float] = {}  # of the metrics since the last line of the log
 
         # 1. The initial state.
