@@ -532,6 +532,37 @@ def test_what_a_dropped_file_was_made_by_is_not_suggested_again(
     expect(page.locator("#suggestions .chip", has_text="make it snow")).to_have_count(0)
 
 
+def test_a_pasted_picture_is_opened(page: Page, photo: Path):
+    page.evaluate(
+        """([bytes, name]) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(bytes)], name));
+            const paste = new ClipboardEvent('paste', {clipboardData: transfer, bubbles: true});
+            document.body.dispatchEvent(paste);
+        }""",
+        [list(photo.read_bytes()), photo.name],
+    )
+    expect(page.locator("#stage")).to_be_visible()
+    status(page, "Describe what to change.")
+    assert steps_of(page) == [photo.name]
+
+
+def test_a_picture_dropped_during_an_edit_gets_no_result_of_the_old_one(page: Page, photo: Path):
+    open_picture(page, photo)
+    quick(page, count=4, steps=50)
+    page.locator("#instruction").fill("make it night")
+    page.locator("#instruction").press("Enter")
+    expect(page.locator("#run")).to_have_text("Stop")
+    drop(page, ROOT / "examples/page-2.png")
+    status(page, "Describe what to change.")
+    expect(page.locator("#run")).to_have_text("Edit")
+    shown = pixels_of(page, "#before")
+    page.wait_for_timeout(1500)  # a late result would come in this time
+    expect(page.locator("#strip button")).to_have_count(0)
+    assert pixels_of(page, "#before") == shown
+    assert sorted(steps_of(page)) == sorted([photo.name, "page-2.png"])
+
+
 def test_a_setting_out_of_range_is_explained_at_its_field(page: Page, photo: Path):
     open_picture(page, photo)
     setting(page, "steps", 900)

@@ -281,8 +281,14 @@ def test_a_transparent_background_is_never_ignored(client, png):
     assert refused.value.param == "background"
     with pytest.raises(openai.BadRequestError, match="jpeg cannot hold"):
         client.images.edit(image=png, prompt="x", background="transparent", output_format="jpeg")
-    with pytest.raises(openai.BadRequestError, match="auto, opaque, transparent"):
+    with pytest.raises(
+        openai.BadRequestError, match="background is 'pink'.*auto, opaque, transparent"
+    ) as refused:
         client.images.edit(image=png, prompt="x", background="pink")
+    assert refused.value.param == "background"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.edit(image=png, prompt="x", extra_body={"background_color": "no color"})
+    assert refused.value.param == "background_color" and "background_color" in refused.value.message
 
 
 def test_an_opaque_background_of_a_cut_out_is_white(client):

@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 import time
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
@@ -454,7 +455,7 @@ def test_every_refusal_names_the_field_and_the_limit(serve, changes, field, limi
     with pytest.raises(SettingError) as refused:
         service.submit(request(limited_settings(service.limits), **changes), client="a")
     assert refused.value.field == field
-    assert field in str(refused.value) and limit in str(refused.value)
+    assert str(refused.value).startswith((field, "mask and auto_mask both")) and limit in str(refused.value)
     assert len(str(refused.value)) < 400
     assert service.stats().waiting == service.stats().running == 0
 
@@ -892,8 +893,8 @@ def test_many_real_edits_leave_nothing_behind(serve):
     some(20)
     rounds = [some(20), some(60), some(60), some(60)]
     objects, tensors, threads = zip(*rounds, strict=True)
-    # A leak grows in every round; a library's caches grow in some of them.
-    assert min(after - before for before, after in itertools.pairwise(objects)) < 500
+    # A leak grows in every round; a library's caches grow in one of them.
+    assert median(after - before for before, after in itertools.pairwise(objects)) < 500
     # Fewer, where something of an earlier test went meanwhile.
     assert tensors[-1] <= tensors[0] and threads[-1] <= threads[0]
 

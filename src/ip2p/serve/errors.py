@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from ip2p.base.errors import InputError, Ip2pError, ResourceError
-from ip2p.settings import voice_of
+from ip2p.settings import EditSettings, voice_of
 
 Face = Literal["native", "openai", "a1111"]
 # What the clients of an interface call a field of a request that is not a setting.
@@ -133,6 +133,17 @@ def refusal_of(error: Exception, path: str) -> Refusal:
     return Refusal(message, status=status, field=field, headers=headers)
 
 
+def outer_name(field: str, face: Face) -> str:
+    """What an interface calls a field of a request."""
+    return FIELD_NAMES[face].get(field) or (field if face == "native" else voice_of(face).name(field))
+
+
+def inner_name(name: str, face: Face) -> str:
+    """The field that an interface calls so: the inverse of `outer_name`."""
+    fields = (*FIELD_NAMES[face], *EditSettings.model_fields)
+    return next((field for field in fields if outer_name(field, face) == name), name)
+
+
 def error_response(error: Exception, path: str) -> JSONResponse:
     """An error in the form of the interface at `path`."""
     refusal = refusal_of(error, path)
@@ -145,7 +156,7 @@ def error_body(error: Exception, path: str) -> dict[str, Any]:
     message, field = str(refusal), refusal.field
     if field is not None:
         # The interface's own name of the field, in the message too.
-        own = FIELD_NAMES[face].get(field) or (field if face == "native" else voice_of(face).name(field))
+        own = outer_name(field, face)
         if not re.search(rf"\b{re.escape(own)}\b", message):
             message = re.sub(rf"\b{re.escape(field)}\b", lambda _: own, message, count=1)
         field = own

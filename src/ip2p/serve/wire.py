@@ -25,12 +25,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from ip2p.pictures.images import flattened, load_image, to_bytes
-from ip2p.serve.errors import Refusal
+from ip2p.serve.errors import Refusal, face_of, inner_name
 from ip2p.serve.jobs import Job
 from ip2p.serve.options import ServeConfig
 from ip2p.serve.requests import NOT_TEXT, EditRequest, Limits, is_text, limited_settings, naming
 from ip2p.serve.service import Service
-from ip2p.settings import PYTHON, EditSettings, Interface, SettingError, Voice, explained, interface_body
+from ip2p.settings import EditSettings, Interface, SettingError, explained, interface_body
 
 Body = TypeVar("Body", bound=BaseModel)
 T = TypeVar("T")
@@ -67,7 +67,7 @@ class Desk:
 # --- bodies --------------------------------------------------------------------------------------
 
 
-async def read_body(request: Request, kind: type[Body], desk: Desk, voice: Voice = PYTHON) -> Body:
+async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
     """The body of a request, a form or JSON, as `kind`; a file in a form becomes its bytes.
 
     A field that comes several times, as `image` or as `image[]`, becomes a list if `kind` has one. Raises
@@ -99,7 +99,10 @@ async def read_body(request: Request, kind: type[Body], desk: Desk, voice: Voice
     try:
         return kind.model_validate({earlier.get(name, name): value for name, value in values.items()})
     except ValidationError as error:
-        raise explained(error, kind, voice) from None
+        # The names in a body are already those of the interface.
+        refused = explained(error, kind)
+        refused.field = inner_name(refused.field, face_of(request.url.path))
+        raise refused from None
 
 
 async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> dict[str, Any]:

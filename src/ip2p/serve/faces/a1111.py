@@ -31,7 +31,7 @@ from ip2p.serve.errors import Refusal, declared_errors
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
 from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Opened, OptionalPicture
-from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, settings_from_body, voice_of
+from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, settings_from_body
 
 CLIENTS = 1000  # whose model and newest edit are remembered
 RESIZE_MODES: tuple[Literal["stretch", "crop", "pad"], ...] = ("stretch", "crop", "pad")
@@ -200,7 +200,7 @@ def a1111_router(desk: Desk) -> APIRouter:
     async def img2img(request: Request) -> Img2ImgAnswer:
         client = wire.caller_of(request)
         service.check_room(client)  # before the body is read, so that a refusal is cheap
-        body: Any = await wire.read_body(request, kind, desk, voice_of("a1111"))
+        body: Any = await wire.read_body(request, kind, desk)
         name = (body.override_settings or {}).get("sd_model_checkpoint")
         model = model_of(client) if name is None else known_model(str(name))
         count = _check_body(body, service.limits.count)

@@ -19,7 +19,7 @@ from ip2p.serve.faces.native import EVENTS, check_model
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits, limited_settings
 from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Encoding, Format, Opened, OptionalPicture
-from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, parse_size, settings_from_body, voice_of
+from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, parse_size, settings_from_body
 
 PATH = "/v1/images/edits"
 # There are no tokens here, but clients read the counts.
@@ -129,7 +129,7 @@ def openai_router(desk: Desk) -> APIRouter:
     )
     async def edit_images(request: Request) -> Response:
         service.check_room(wire.caller_of(request))  # before the body is read, so that a refusal is cheap
-        body: Any = await wire.read_body(request, kind, desk, voice_of("openai"))
+        body: Any = await wire.read_body(request, kind, desk)
         quality = wire.QUALITY if body.output_compression is None else max(1, body.output_compression)
         encoding = Encoding(body.output_format or "png", quality)
         edit_of = functools.partial(_edit_of, desk, body)
