@@ -245,7 +245,7 @@ def test_without_ray_the_next_step_is_told(monkeypatch, capsys):
 
 def test_what_is_for_ray_alone_is_refused_without_it(capsys):
     assert main(["serve", "--replicas", "2"]) == 2
-    assert "--replicas is for Ray; add --ray" in capsys.readouterr().err
+    assert "--replicas requires --ray" in capsys.readouterr().err
 
 
 def test_the_service_of_a_config_without_ray_is_here(tmp_path):

@@ -61,7 +61,7 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
     for path in checkpoints.folder.glob("*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="no checkpoint in .* can be read"):
+    with pytest.raises(InputError, match="no checkpoint in .* is readable"):
         checkpoints.load()
 
 
