@@ -18,6 +18,7 @@ from ip2p.models.export import export_file
 from ip2p.models.load import open_model
 from ip2p.models.save import save_editor
 from ip2p.pictures.images import to_tensor
+from ip2p.settings import EditSettings
 from ip2p.synth.pairs import PairMaker
 from ip2p.synth.records import Candidate, Triple
 
@@ -55,9 +56,7 @@ def test_an_edit_equals_that_of_diffusers(editor, editor_dir, tmp_path, page):
         editor.encode_text("make it night"),
         editor.encode_text(""),
         noise=NoiseStream([SEED], image.shape[1:]),
-        text_cfg=7.5,
-        image_cfg=1.5,
-        sampler="euler_ancestral",
+        settings=EditSettings(text_cfg=7.5, image_cfg=1.5, sampler="euler_ancestral"),
         sigmas=linspace_sigmas(editor.schedule, STEPS),
     )
     for folder in (editor_dir, tmp_path / "saved"):

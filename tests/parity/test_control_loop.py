@@ -9,6 +9,7 @@ from ip2p.base.devices import NoiseStream
 from ip2p.diffusion.schedule import linspace_sigmas
 from ip2p.editing.editor import Editor
 from ip2p.pictures.images import to_tensor
+from ip2p.settings import EditSettings
 
 STEPS = 8
 TEXT_CFG, IMAGE_CFG, SCALE = 7.5, 1.5, 0.8
@@ -51,8 +52,7 @@ def test_residuals_in_all_three_passes_match_a_plain_loop(tiny_editor, page, mem
             text,
             null_text,
             noise=NoiseStream([6], image.shape[1:]),
-            text_cfg=TEXT_CFG,
-            image_cfg=IMAGE_CFG,
+            settings=EditSettings(text_cfg=TEXT_CFG, image_cfg=IMAGE_CFG),
             sigmas=linspace_sigmas(editor.schedule, STEPS),
             control=control,
         )

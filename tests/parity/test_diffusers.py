@@ -13,6 +13,7 @@ from ip2p.base.devices import NoiseStream
 from ip2p.diffusion.samplers import SAMPLERS
 from ip2p.diffusion.schedule import linspace_sigmas
 from ip2p.pictures.images import to_tensor
+from ip2p.settings import EditSettings
 
 # One picture for several results is what is compared; its warning asks for copies of the picture.
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")
@@ -56,9 +57,7 @@ def ours(editor, page, text_cfg, image_cfg, negative="", sampler="euler_ancestra
         editor.encode_text(INSTRUCTION),
         editor.encode_text(negative),
         noise=NoiseStream(SEEDS, image_latent.shape[1:]),
-        text_cfg=text_cfg,
-        image_cfg=image_cfg,
-        sampler=sampler,
+        settings=EditSettings(text_cfg=text_cfg, image_cfg=image_cfg, sampler=sampler),
         sigmas=linspace_sigmas(editor.schedule, STEPS) if sigmas is None else sigmas,
     )
     return last

@@ -16,6 +16,7 @@ from ip2p.base.errors import ModelError
 from ip2p.diffusion.schedule import linspace_sigmas
 from ip2p.editing.editor import Editor
 from ip2p.pictures.images import to_tensor
+from ip2p.settings import EditSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")
 
@@ -71,11 +72,8 @@ def ours(editor, picture, text_cfg, image_cfg, negative="", sampler="euler_ances
         editor.encode_text(INSTRUCTION, (WIDTH, HEIGHT)),
         editor.encode_text(negative, (WIDTH, HEIGHT)),
         noise=NoiseStream(SEEDS, image_latent.shape[1:]),
-        text_cfg=text_cfg,
-        image_cfg=image_cfg,
-        sampler=sampler,
+        settings=EditSettings(text_cfg=text_cfg, image_cfg=image_cfg, sampler=sampler, **more),
         sigmas=linspace_sigmas(editor.schedule, STEPS) if sigmas is None else sigmas,
-        **more,
     )
     return last
 
@@ -95,7 +93,7 @@ def test_sdxl_edits_match_diffusers(pipeline, editor, wide, negative, zeros, res
     expected = theirs(pipeline, wide, 5.0, 1.5, negative, guidance_rescale=rescale)
     assert expected.std() > 0.1
     editor = changed(editor, memory, zero_empty_text=zeros)
-    actual = ours(editor, wide, 5.0, 1.5, negative or "", rescale=rescale)
+    actual = ours(editor, wide, 5.0, 1.5, negative or "", text_cfg_rescale=rescale)
     torch.testing.assert_close(actual, expected, **CLOSE)
 
 

@@ -15,6 +15,7 @@ from ip2p.base.errors import InputError, ModelError
 from ip2p.diffusion.schedule import linspace_sigmas
 from ip2p.editing.editor import Editor
 from ip2p.models.text import encode_prompts
+from ip2p.settings import EditSettings
 from ip2p.synth.pairs import PairMaker, open_painter
 from ip2p.synth.records import Candidate, Triple, candidate
 
@@ -158,8 +159,7 @@ def test_with_p_zero_both_pictures_are_drawn_as_if_alone(bundle, sampler):
             editor.encode_text(text),
             editor.encode_text(""),
             noise=NoiseStream([which.seed], (4, 16, 16)),
-            text_cfg=which.scale,
-            sampler=sampler,
+            settings=EditSettings(text_cfg=which.scale, sampler=sampler),
             sigmas=linspace_sigmas(editor.schedule, STEPS),
         )
         torch.testing.assert_close(latents[None], alone, atol=1e-4, rtol=1e-4)

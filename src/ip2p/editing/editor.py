@@ -384,8 +384,7 @@ class Editor:
         batch_size = self.fitting_batch(size) if batch_size is None else batch_size
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1. Try batch_size=4.")
-        assert settings.steps is not None and settings.schedule is not None and settings.sampler is not None
-        assert settings.text_cfg is not None and settings.image_cfg is not None
+        assert settings.steps is not None
         results = []
         with _memory_error(*size):
             null_text = self.encode_text(settings.negative, size)
@@ -405,13 +404,7 @@ class Editor:
                     text,
                     null_text,
                     noise=NoiseStream(batch_seeds, latents.shape[1:], self.device),
-                    text_cfg=settings.text_cfg,
-                    image_cfg=settings.image_cfg,
-                    sampler=settings.sampler,
-                    sigmas=SPACINGS[settings.schedule](self.schedule, settings.steps),
-                    rescale=settings.text_cfg_rescale,
-                    interval=settings.cfg_interval,
-                    every=settings.cfg_every,
+                    settings=settings,
                     control=batch[0].control,
                     hold=self._known_region(latents, regions, size),
                 )
@@ -591,13 +584,8 @@ class Editor:
         null_text: Tensor | Prompt,
         *,
         noise: NoiseStream,
-        text_cfg: float = 7.5,
-        image_cfg: float = 1.5,
-        sampler: str = "euler_ancestral",
-        sigmas: Tensor,
-        rescale: float = 0.0,
-        interval: tuple[float, float] = (0.0, 1.0),
-        every: int = 1,
+        settings: EditSettings | None = None,
+        sigmas: Tensor | None = None,
         control: Control | None = None,
         hold: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[Tensor]:
@@ -605,11 +593,17 @@ class Editor:
 
         image_latent: [1 or batch, channels, h, w] from `encode_image`, or None to generate from text alone.
         text, null_text: [1 or batch, tokens, features] or Prompts with as many rows. noise: called for the
-        start and then by the sampler. sigmas: decreasing, with a final zero, as from `diffusion.schedule`.
-        rescale, interval, every: see `guided`. control: from `self.control`. hold: known latents [1 or batch,
-        channels, h, w], and a map [1 or batch, 1, h, w] that is 1 where the result may change and 0 where it
-        is kept equal to the known latents (`masks.hold_known`).
+        start and then by the sampler. settings: of sampling and guidance; the others have no effect. sigmas:
+        replace the noise levels of the settings; decreasing, with a final zero. control: from
+        `self.control`. hold: known latents [1 or batch, channels, h, w], and a map [1 or batch, 1, h, w] that
+        is 1 where the result may change and 0 where it is kept equal to the known latents
+        (`masks.hold_known`).
         """
+        settings = self.resolved(settings)
+        assert settings.steps is not None and settings.schedule is not None and settings.sampler is not None
+        assert settings.text_cfg is not None and settings.image_cfg is not None
+        if sigmas is None:
+            sigmas = SPACINGS[settings.schedule](self.schedule, settings.steps)
         start = noise() * sigmas[0]
         factor = self.bundle.latent_factor
         plan = self._plan(len(start), *(side * factor for side in start.shape[-2:]))
@@ -618,18 +612,18 @@ class Editor:
             text=text,
             null_text=null_text,
             image=image_latent,
-            text_cfg=float(text_cfg),
-            image_cfg=float(image_cfg),
-            rescale=float(rescale),
-            interval=interval,
-            every=every,
+            text_cfg=settings.text_cfg,
+            image_cfg=settings.image_cfg,
+            rescale=settings.text_cfg_rescale,
+            interval=settings.cfg_interval,
+            every=settings.cfg_every,
             in_turn=not plan.passes_at_once,
         )
         if hold is not None:
             known, free = hold
             start = start + (1 - free) * known
             denoise = masks.hold_known(denoise, known, free)
-        sampling = sampler_for(sampler, self.schedule)(denoise, start, sigmas, noise)
+        sampling = sampler_for(settings.sampler, self.schedule)(denoise, start, sigmas, noise)
         while True:
             # Entered for each step: a generator must not keep inference mode on while its caller runs.
             with torch.inference_mode():

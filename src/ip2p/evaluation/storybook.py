@@ -198,20 +198,15 @@ def edit_tensors(
     """
 
     from ip2p.base.devices import NoiseStream
-    from ip2p.diffusion.schedule import SPACINGS
     from ip2p.models.text import join_prompts
 
-    settings = editor.resolved(settings)
     images = editor.encode_image(pictures)
     latents = editor.edit_latents(
         images,
         join_prompts([editor.encode_text(text) for text in instructions]),
         editor.encode_text(""),
         noise=NoiseStream(list(seeds), images.shape[1:], editor.device),
-        text_cfg=settings.text_cfg or 0.0,
-        image_cfg=settings.image_cfg or 0.0,
-        sampler=settings.sampler or "",
-        sigmas=SPACINGS[settings.schedule or ""](editor.schedule, settings.steps or 0),
+        settings=settings,
     )
     for last in latents:
         final = last

@@ -386,14 +386,14 @@ class JoinedEditor(Editor):
 
         return self.engine.call(decode)
 
-    def edit_latents(self, *args: Any, **settings: Any) -> Iterator[Tensor]:
+    def edit_latents(self, *args: Any, **options: Any) -> Iterator[Tensor]:
         lane = self.engine.lane
-        height, width = (side * self.bundle.latent_factor for side in settings["noise"].shape[-2:])
+        height, width = (side * self.bundle.latent_factor for side in options["noise"].shape[-2:])
         passes = self._footprint.passes if self._plan(1, height, width).passes_at_once else 1
         lane.most = passes * super().fitting_batch((width, height))
         self.engine.enter(lane)
         try:
-            yield from super().edit_latents(*args, **settings)
+            yield from super().edit_latents(*args, **options)
         finally:
             self.engine.leave(lane)
 
