@@ -43,7 +43,7 @@ from ip2p.models.load import (
     tokenizer_texts,
 )
 from ip2p.pictures.images import closest_file, closest_name
-from ip2p.settings import EditSettings
+from ip2p.settings import EditSettings, meta_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -71,6 +71,14 @@ HUB_FILE = re.compile(r"([\w.\-]+/[\w.\-]+)/([\w.\-/]+\.(?:safetensors|ckpt|pt|p
 HUB_PART = ("config.json", "diffusion_pytorch_model.safetensors", "vae/config.json", "vae/*model.safetensors")
 
 
+# The settings that a card may recommend, and their values where it does not.
+RECOMMENDED: dict[str, Any] = {
+    name: meta_of(found).fallback
+    for name, found in EditSettings.model_fields.items()
+    if meta_of(found).fallback is not None
+}
+
+
 @dataclass(frozen=True)
 class Card:
     """The contents of a model's `ip2p.json`, where every field is optional.
@@ -88,14 +96,11 @@ class Card:
     closed_vocabulary: bool = False
     text_cfg_range: tuple[float, float] | None = None
     image_cfg_range: tuple[float, float] | None = None
-    steps: int = 20
-    sampler: str = "euler_ancestral"
-    schedule: str = "linspace"
-    text_cfg: float = 7.5
-    image_cfg: float = 1.5
-
-
-RECOMMENDED = ("steps", "sampler", "schedule", "text_cfg", "image_cfg")
+    steps: int = RECOMMENDED["steps"]
+    sampler: str = RECOMMENDED["sampler"]
+    schedule: str = RECOMMENDED["schedule"]
+    text_cfg: float = RECOMMENDED["text_cfg"]
+    image_cfg: float = RECOMMENDED["image_cfg"]
 
 
 @dataclass(frozen=True)
