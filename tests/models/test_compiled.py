@@ -1,6 +1,7 @@
 """The layout and the compilation of an editor's networks."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -23,6 +24,7 @@ def test_channels_last_changes_fp32_latents_by_rounding_only(tiny_model_dir, mon
         torch.testing.assert_close(fast.decode(x), plain.decode(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.timeout(900)  # a busy machine compiles for minutes
 def test_a_compiled_edit_equals_the_eager_one(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     page = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
