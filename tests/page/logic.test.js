@@ -133,7 +133,7 @@ test("types are told in words", () => {
   assert.equal(typeOf({ type: "array", minItems: 2, maxItems: 2, prefixItems: [{ type: "number" }, { type: "number" }] }), "list of 2 (number)");
 });
 
-test("a range is told in words", () => {
+test("a range is described in words", () => {
   assert.equal(rangeOf({ anyOf: [{ type: "number", minimum: 0, maximum: 1 }, { type: "null" }] }), "0 to 1");
   assert.equal(rangeOf({ minimum: -1, maximum: 2 ** 63 }), "at least -1");
   assert.equal(rangeOf({ maximum: 8 }), "at most 8");

@@ -81,8 +81,8 @@ def run_server(
     """Load the first model, listen, and serve until a signal; the address goes to stderr.
 
     browser: open the page. any_port: if the port is in use, take the next free one. log_requests: write a
-    line of JSON for each request to stderr. Raises what the model's
-    loading raises, and InputError for an address that cannot be listened at.
+    line of JSON for each request to stderr. Raises what the model's loading raises, and InputError for an
+    address that cannot be listened at.
     """
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listening(config.host, config.port, tries=20 if any_port else 1))

@@ -1020,7 +1020,7 @@ async function begin() {
     kept = false;
   }
   showAll();
-  const told = showExamples().catch(() => {
+  const examplesShown = showExamples().catch(() => {
     // takeModel says so where the server is gone
     el("examples").replaceChildren();
     el("examples-title").hidden = true;
@@ -1031,7 +1031,7 @@ async function begin() {
     return complain(error, () => void begin());
   }
   await takeModel(page?.model ?? null, page?.values ?? {});
-  await told;
+  await examplesShown;
   document.body.dataset.ready = "";
 }
 
