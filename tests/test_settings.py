@@ -169,9 +169,10 @@ def test_the_infotext_has_a_new_setting_both_ways():
 
 def test_the_written_arguments_are_those_of_the_settings():
     tool = runpy.run_path(str(Path(__file__).parents[1] / "scripts/make_arguments.py"))
-    for path, *rest in tool["FILES"]:
-        assert path.read_text(encoding="utf-8") == tool["write_arguments"](*rest), path
-    assert "    sharpness: float | None\n" in tool["write_arguments"](Sharpened)
+    for path, classes in tool["FILES"].items():
+        assert path.read_text(encoding="utf-8") == tool["write_arguments"](classes), path
+    sharpened = tool["EDIT"]._replace(kind=Sharpened)
+    assert "    sharpness: float | None\n" in tool["write_arguments"]([sharpened])
 
 
 def test_the_editor_grids_chains_and_batches_take_a_new_setting(tiny_editor, page):

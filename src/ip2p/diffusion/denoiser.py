@@ -89,19 +89,26 @@ class UNetDenoiser:
         # Most editors are trained on unscaled image latents; condition_scale is then 1.
         channels = torch.cat([scaled, (image * self.condition_scale).to(dtype)], dim=1)
         time = self.schedule.network_time(sigma).to(x.device, torch.float32).expand(len(x))
-        more = {} if self.control is None else self.control(scaled, time, inputs)
-        added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
-        if added:
-            more = more | {"added_cond_kwargs": added}
-        if "timestep_cond" in inputs:
-            more = more | {"timestep_cond": inputs["timestep_cond"]}
-        hidden = inputs["encoder_hidden_states"]
-        output = self.unet(channels, time, encoder_hidden_states=hidden, return_dict=False, **more)[0]
-        return output.to(x.dtype)
+        residuals = {} if self.control is None else self.control(scaled, time, inputs)
+        return self.run_unet({"sample": channels, "timestep": time, **inputs}, residuals).to(x.dtype)
+
+    def run_unet(self, rows: TextInputs, residuals: Mapping[str, Any]) -> Tensor:
+        """The UNet's output for its inputs by name, each [batch, …], and a ControlNet's residuals."""
+        return call_unet(self.unet, rows, residuals)
 
     def x0(self, x: Latent, prediction: Latent, sigma: Sigma) -> Latent:
         """x0 from the prediction, guided or not."""
         return X0[self.schedule.prediction](x, prediction, sigma)
+
+
+def call_unet(unet: nn.Module, rows: TextInputs, residuals: Mapping[str, Any] = {}) -> Tensor:
+    """The output of a diffusers UNet for its inputs by name, each [batch, …]."""
+    rows = dict(rows)
+    added = {name: rows.pop(name) for name in ("text_embeds", "time_ids") if name in rows}
+    more = {"added_cond_kwargs": added} if added else {}
+    x, time = rows.pop("sample"), rows.pop("timestep")
+    output: Tensor = unet(x, time, **rows, **more, **residuals, return_dict=False)[0]
+    return output
 
 
 def text_inputs(text: Text, count: int) -> TextInputs:

@@ -28,6 +28,9 @@ from ip2p.synth.workers import worker_options
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from typing_extensions import Unpack
+
+    from ip2p.evaluation.arguments import EvaluateArguments
 
 STORYBOOK = "storybook"
 JOB = "edits"  # subfolder of the report
@@ -62,7 +65,7 @@ class Protocol:
         return chosen_metrics(self.metrics, known) | (JUDGED if self.judged else {})
 
 
-def evaluate(config: EvaluateConfig | None = None, **changes: Any) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig | None = None, **changes: Unpack[EvaluateArguments]) -> dict[str, Any]:
     """Score editors on a data set, write the report, and return the content of `report.json`.
 
     config, changes: the settings, see `EvaluateConfig`; the same call resumes.

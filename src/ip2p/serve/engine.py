@@ -1,9 +1,9 @@
-"""One editor for many threads: their simultaneous calls of its network are joined into one.
+"""One editor for many threads: their simultaneous UNet calls are joined into one batch.
 
-Every thread edits as if it were alone. One more thread runs the networks: it waits until each thread that
-samples has asked for its next step, joins rows of equal shape, also those of different steps, into one call,
-and splits the answer. Rows of a batch do not see each other in these networks, so each thread gets what it
-would get alone, except for the rounding of sums.
+Each thread edits as if it were alone. An additional thread runs the networks: it waits until every sampling
+thread has requested its next step, joins rows of equal shape into one call, even from different steps, and
+splits the output. Rows of a batch are independent in these networks, so each thread gets the result that it
+would get alone, up to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ip2p.base.errors import ResourceError
 from ip2p.diffusion import Latent, Sigma
-from ip2p.diffusion.denoiser import UNetDenoiser
+from ip2p.diffusion.denoiser import TextInputs, UNetDenoiser, call_unet
 from ip2p.editing.editor import Editor
 from ip2p.models.bundle import load_tiny
 from ip2p.models.memory import Memory
@@ -34,38 +34,38 @@ from ip2p.serve.jobs import Stopped
 
 T = TypeVar("T")
 
-# Seconds that a call waits for a thread that samples and has not asked yet. Between two steps a thread does
-# next to nothing; one that decodes, ends or fails is not waited for at all.
+# Seconds for which a call waits for a sampling thread that has not requested its step yet. A thread does very
+# little between two steps; one that decodes, ends or fails is not waited for.
 PATIENCE = 0.02
-# Seconds for which a memory plan holds: to make one takes as long as a small network's call.
+# Seconds for which a memory plan is valid: making one takes as long as a call of a small network.
 LOOK = 1.0
-PASSES = 3  # rows that a picture has in a call at most (equation 3)
+PASSES = 3  # maximum rows of a picture in a call (equation 3)
 
 
 class Lane:
-    """One thread's way through a JoinedEditor. Any thread may call `stop`."""
+    """The state of one thread in a JoinedEditor. Any thread may call `stop`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.pictures: int | None = None  # how many of an edit's results to make at once; None: what fits
+        self.pictures: int | None = None  # of an edit that are sampled at once; None: as many as fit
         self.x0: Tensor | None = None  # the newest prediction of the result, [batch, channels, h, w]
-        self.most = PASSES  # rows of a call that fit in memory
+        self.most = PASSES  # maximum rows of a call, given the memory
         self.stopped = False
         self.kind: Kind | None = None  # of its last rows
-        self.work: _Work | None = None  # what it waits for
+        self.work: _Work | None = None  # the work that it waits for
 
     def stop(self) -> None:
-        """Make the edit raise Stopped: at once if it waits, else at its next call of the model."""
+        """Make the edit raise Stopped: immediately if it waits, or else at its next call of a network."""
         self._engine.stop(self)
 
 
-# What has to be equal for rows to share a call: each argument's name, the shape of a row, the dtype.
+# Rows can share a call if these are equal: each argument's name, the shape of a row, and the dtype.
 Kind = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 
 @dataclass(eq=False)
 class _Work:
-    """Something for the engine to do: a call of its own, or rows that may be joined to those of others."""
+    """Work for the engine: a call, or rows that can be joined with others."""
 
     lane: Lane
     call: Callable[[], Any] | None = None
@@ -86,9 +86,9 @@ class _Work:
             self.end(answer)
 
     def end(self, answer: Any = None, error: BaseException | None = None) -> None:
-        # Before its thread wakes up: until it calls again it is one to wait for.
+        # Before its thread wakes up, so that the engine waits for the thread's next step.
         self.lane.work = None
-        with contextlib.suppress(InvalidStateError):  # it was stopped meanwhile
+        with contextlib.suppress(InvalidStateError):  # it was stopped in the meantime
             if error is None:
                 self.answer.set_result(answer)
             else:
@@ -96,21 +96,21 @@ class _Work:
 
 
 class Engine:
-    """The thread in which an editor's networks work, and what waits for it."""
+    """The thread that runs an editor's networks, and its waiting work."""
 
     def __init__(self, unet: nn.Module, join: int, patience: float, calls: Counter[int]) -> None:
         self.unet, self.join, self.patience, self.calls = unet, join, patience, calls
         self._changed = threading.Condition()
         self._single: deque[_Work] = deque()
         self._posted: list[_Work] = []
-        self._lanes: set[Lane] = set()  # those that sample
+        self._lanes: set[Lane] = set()  # of sampling threads
         self._own = threading.local()
         self._free_since = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="ip2p-engine", daemon=True)
         self._thread.start()
 
-    # --- for the threads that edit ---------------------------------------------------------------
+    # --- called by the editing threads -----------------------------------------------------------
 
     @property
     def lane(self) -> Lane:
@@ -122,7 +122,7 @@ class Engine:
 
     @contextlib.contextmanager
     def new_lane(self) -> Iterator[Lane]:
-        """A lane for the calling thread, to be watched and stopped, while the block runs."""
+        """A lane for the calling thread within the block, with which another thread can watch and stop it."""
         before = getattr(self._own, "lane", None)
         lane = self._own.lane = Lane(self)
         try:
@@ -133,7 +133,7 @@ class Engine:
             self._own.lane = before
 
     def enter(self, lane: Lane) -> None:
-        """The lane samples from now on: calls wait for its next step."""
+        """Mark the lane as sampling: calls wait for its next step."""
         with self._changed:
             lane.kind = None
             self._lanes.add(lane)
@@ -144,14 +144,14 @@ class Engine:
             self._changed.notify()
 
     def call(self, call: Callable[[], T]) -> T:
-        """`call()`, in the engine's thread."""
+        """Run `call()` in the engine's thread and return its result."""
         if threading.current_thread() is self._thread:
             return call()
         answer: T = self._wait_for(_Work(self.lane, call))
         return answer
 
     def predict(self, rows: dict[str, Tensor]) -> Tensor:
-        """The network's answer to rows, [rows, channel, h, w], in one call with rows of others."""
+        """The UNet's output for some rows, computed in one call with the rows of other threads."""
         answer: Tensor = self._wait_for(_Work(self.lane, rows=rows))
         return answer
 
@@ -179,7 +179,7 @@ class Engine:
         with self._changed:
             lane.stopped = True
             if (work := lane.work) is not None:
-                # What the engine has begun it ends; nobody waits for the answer.
+                # If the engine is running it already, it finishes and the result is discarded.
                 if work in self._single:
                     self._single.remove(work)
                 if work in self._posted:
@@ -188,7 +188,7 @@ class Engine:
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread after what it is doing; what waits fails."""
+        """End the thread after its current work; waiting work fails."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -204,11 +204,11 @@ class Engine:
             else:
                 self.calls[len(some)] += 1
                 self._answer(some)
-            del some  # or the last pictures stay in memory until the next call
+            del some  # otherwise the last pictures stay in memory until the next call
             self._free_since = time.monotonic()
 
     def _take(self) -> list[_Work]:
-        """Wait for what to do; nothing at the end."""
+        """Wait for the next work; empty after `close`."""
         with self._changed:
             while not self._closed:
                 if some := self._next():
@@ -220,7 +220,7 @@ class Engine:
             return []
 
     def _next(self) -> list[_Work]:
-        """What to do now: a call of its own first, since it begins or ends an edit; else rows to join."""
+        """The next work: calls first, since they begin or end an edit, then rows to join."""
         if self._single:
             return [self._single.popleft()]
         first = next(filter(self._complete, self._posted), None)
@@ -235,90 +235,52 @@ class Engine:
         return some
 
     def _complete(self, work: _Work) -> bool:
-        """Whether no thread that may add rows of the same shape needs to be waited for."""
+        """Whether every thread that might add rows of the same shape has done so, or the wait is over."""
         if time.monotonic() >= self._deadline(work):
             return True
         return not any(lane.work is None and lane.kind in (None, work.lane.kind) for lane in self._lanes)
 
     def _deadline(self, work: _Work) -> float:
-        # Threads that have just been answered need their time, however long another one has waited.
+        # Threads that just got a result need time for their next step, however long others have waited.
         return max(work.since, self._free_since) + self.patience
 
     def _answer(self, some: Sequence[_Work]) -> None:
-        """Compute all rows in one call; if that fails, each alone, so that only the culprit fails."""
+        """Compute all rows in one call. If it fails, compute each alone, so that only the cause fails."""
         if len(some) > 1:
-            # Most often memory runs out; nothing is known of whose fault it is.
+            # The usual cause is memory, and any of the rows may be at fault.
             with contextlib.suppress(Exception):
                 joined = {name: torch.cat([work.rows[name] for work in some]) for name in some[0].rows}
-                answers = self._predict(joined).split([work.count for work in some])
+                answers = call_unet(self.unet, joined).split([work.count for work in some])
                 for work, answer in zip(some, answers, strict=True):
                     work.end(answer)
                 return
         for work in some:
-            work.run(lambda rows=work.rows: self._predict(rows))  # type: ignore[misc]
-
-    def _predict(self, rows: dict[str, Tensor]) -> Tensor:
-        named = {name: rows[name] for name in ("encoder_hidden_states", "timestep_cond") if name in rows}
-        added = {name: value for name, value in rows.items() if name not in (*named, "sample", "timestep")}
-        output: Tensor = self.unet(
-            rows["sample"],
-            rows["timestep"],
-            return_dict=False,
-            **named,
-            **({"added_cond_kwargs": added} if added else {}),
-        )[0]
-        return output
+            work.run(lambda rows=work.rows: call_unet(self.unet, rows))  # type: ignore[misc]
 
 
-class _JoinedUNet(nn.Module):
-    """Takes the UNet's place and hands its inputs to the engine."""
+@dataclass(frozen=True, kw_only=True)
+class _JoinedDenoiser(UNetDenoiser):
+    """A denoiser whose UNet runs in the engine; its last x0 stays in the thread's lane, for previews."""
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__()
-        self.unet = engine.unet
-        self.engine = engine
+    engine: Engine
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        *,
-        encoder_hidden_states: Tensor,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        timestep_cond: Tensor | None = None,
-        **more: Any,
-    ) -> tuple[Tensor]:
-        rows = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        rows |= added_cond_kwargs or {}
-        if timestep_cond is not None:
-            rows["timestep_cond"] = timestep_cond
-        residuals = {name: value for name, value in more.items() if name != "return_dict"}
+    def run_unet(self, rows: TextInputs, residuals: Mapping[str, Any]) -> Tensor:
         if residuals:  # of a ControlNet: lists of maps, which are not joined
-            named = {**more, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
-            if added_cond_kwargs:
-                named["added_cond_kwargs"] = added_cond_kwargs
-            answer: tuple[Tensor] = self.engine.call(lambda: self.unet(sample, timestep, **named))
-            return answer
-        return (self.engine.predict(rows),)
-
-
-@dataclass(frozen=True)
-class _WatchedDenoiser(UNetDenoiser):
-    """A denoiser that keeps its last prediction of the result in the thread's lane, for previews."""
+            return self.engine.call(lambda: call_unet(self.unet, rows, residuals))
+        return self.engine.predict(dict(rows))
 
     def x0(self, x: Latent, prediction: Latent, sigma: Sigma) -> Latent:
         result = super().x0(x, prediction, sigma)
-        assert isinstance(self.unet, _JoinedUNet)
-        self.unet.engine.lane.x0 = result
+        self.engine.lane.x0 = result
         return result
 
 
 class JoinedEditor(Editor):
-    """An editor for any number of threads at once; it shares the weights of the editor that it is made from.
+    """An editor for any number of threads, which shares the weights of `editor`.
 
-    join: how many threads share a call at most, and how many pictures an edit makes at once unless its lane
-    sets that. calls: counts the calls of the network by the number of threads joined. tiny_vae: an
-    AutoencoderTiny for `decode_preview`, a folder or a hub name. Close it at the end.
+    join: maximum number of threads in a call, and of pictures that an edit samples at once unless its lane
+    sets that. calls: counts the UNet calls by the number of threads joined. tiny_vae: an AutoencoderTiny for
+    `decode_preview`, a folder or a hub name. Call `close` at the end.
     """
 
     def __init__(
@@ -330,7 +292,7 @@ class JoinedEditor(Editor):
         calls: Counter[int] | None = None,
         tiny_vae: str | Path | None = None,
     ) -> None:
-        # The same networks, where they are: hooks that move them to the device are replaced, not doubled.
+        # The networks stay where they are. Hooks that move them to the device are replaced, not added twice.
         super().__init__(
             editor.bundle,
             controlnet=editor.controlnet,
@@ -343,26 +305,26 @@ class JoinedEditor(Editor):
         self.warn_once = False  # each request has its own client
         self.calls = Counter() if calls is None else calls
         self.engine = Engine(editor.bundle.unet, join, patience, self.calls)
-        own = {each.name: getattr(self.model, each.name) for each in fields(self.model)}
-        self.model = _WatchedDenoiser(**{**own, "unet": _JoinedUNet(self.engine)})
+        settings = {each.name: getattr(self.model, each.name) for each in fields(self.model)}
+        self.model = _JoinedDenoiser(**settings, engine=self.engine)
         self.lane = self.engine.new_lane
         self._plans: dict[tuple[int, int, int], tuple[float, Memory]] = {}
         self._reading = threading.Lock()
         self._reader = replace(editor.bundle, tokenizer=copy.deepcopy(editor.bundle.tokenizer))
 
     def close(self) -> None:
-        """End the engine's thread; edits that still run fail."""
+        """End the engine's thread. Running edits fail."""
         self.engine.close()
 
-    # All that touches a network runs in the engine's thread: the CPU's cores and the switches for tiling,
-    # tokenizing and offloading serve one thread at a time.
+    # Everything that uses a network runs in the engine's thread, because tiling, offloading, and the CPU's
+    # cores serve one thread at a time.
 
     def encode_text(self, text: str, size: tuple[int, int] | None = None) -> Tensor | Prompt:
         encode = super().encode_text
         return self.engine.call(lambda: encode(text, size))
 
     def words_without_effect(self, text: str) -> list[str]:
-        with self._reading:  # not in the engine, where it would wait for a step
+        with self._reading:  # not in the engine, which may be busy with a step
             return words_without_effect(self._reader, text)
 
     def encode_image(self, pictures: Tensor) -> Tensor:
@@ -374,7 +336,7 @@ class JoinedEditor(Editor):
         return self.engine.call(lambda: decode(latents))
 
     def decode_preview(self, latents: Tensor) -> Tensor:
-        """As `decode`, by the tiny autoencoder if there is one."""
+        """Like `decode`, with the tiny autoencoder if there is one."""
         tiny = self.tiny_vae
         if tiny is None:
             return self.decode(latents)

@@ -1,4 +1,4 @@
-"""A job: one request on its way from the queue to its results, as its readers see it."""
+"""A job: one request from the queue to its results, and its events."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Stopped(Exception):
 
 
 class Stoppable(Protocol):
-    """What works on a job. Any thread may call `stop`."""
+    """Something that works on a job. Any thread may call `stop`."""
 
     def stop(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished picture, with `info` as `Editor.edit` sets it, its seed, and its region if one was found."""
+    """A finished picture with the `info` of `Editor.edit`, its seed, and the detected mask, if any."""
 
     image: Image.Image
     seed: int
@@ -48,13 +48,13 @@ class Result:
 
     @property
     def parameters(self) -> str:
-        """Its infotext."""
+        """The infotext of the picture."""
         return str(self.image.info.get("parameters", ""))
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A result on disk: the names of its file and of its mask's file, its seed, its infotext."""
+    """A result on disk. file, mask: file names. parameters: the infotext."""
 
     file: str
     mask: str | None
@@ -64,7 +64,7 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A change of a job. number, image: a preview and the number of its result."""
+    """A change of a job. image: a preview of result `number`."""
 
     kind: Literal["position", "step", "preview", "done", "failed", "cancelled"]
     position: int
@@ -75,11 +75,11 @@ class Event:
 
 
 class Job:
-    """A request on its way. Any thread may read it; only the service and the maker change it.
+    """A request that waits, runs or has ended. Any thread may read it; the service and the maker change it.
 
-    steps: of all results together. results: each as soon as it is finished, those of a cancelled job too.
+    steps: of all results together. results: each result as soon as it is finished, also of a cancelled job.
     kept: replaces the results once they are on disk. places: pictures that are sampled at once. encode:
-    writes a result. keep: move the results to disk as soon as they are made.
+    writes a result. keep: whether the results move to disk as soon as they are finished.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Job:
         self.client, self.model, self.encode, self.keep = client, model, encode, keep
         self.size = request.image.size
         self.count = len(request.seeds)
-        self.request: EditRequest | None = request  # until the job ends: its picture is large
+        self.request: EditRequest | None = request  # None after the end, since its picture is large
         self.state: State = "waiting"
         self.step, self.steps = 0, (request.settings.resolved().steps or 1) * self.count
         self.results: list[Result] = []
@@ -128,54 +128,54 @@ class Job:
 
     @property
     def position(self) -> int:
-        """How many requests begin before it; 0 once it runs."""
+        """The number of requests that start before it; 0 once it runs."""
         return self._queue.position(self)
 
     @property
     def previews(self) -> list[Image.Image | None]:
-        """The newest small picture of each result. They are made only while somebody looks."""
+        """The newest preview of each result. Previews are made only while someone reads them."""
         self._previews_read = time.monotonic()
         return list(self._previews)
 
     @property
     def watched(self) -> bool:
-        """Whether somebody reads its events or previews."""
+        """Whether someone reads its events or previews."""
         return bool(self._listeners) or time.monotonic() - self._previews_read < WATCHED
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate until the end; None where nothing was measured yet, 0 at the end."""
+        """Estimated seconds until the end; None before the first measurement, 0 after the end."""
         if not self.active:
             return 0.0
         if self._sampled is not None and self.step:
-            # One more step for what comes after the last one.
+            # One more step accounts for the work after the last one.
             each = (time.monotonic() - self._sampled) / self.step
             return each * (self.steps - self.step + 1)
         return self._queue.estimate(self)
 
     @property
     def bytes(self) -> int:
-        """About how much memory its pictures take."""
+        """The approximate memory of its pictures."""
         pictures = [*(result.image for result in self.results), *filter(None, self._previews)]
         return sum(image.width * image.height * 4 for image in pictures)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end, at most so many seconds. Returns whether the job has ended."""
+        """Wait for the end, at most `timeout` seconds. Returns whether the job has ended."""
         return self._over.wait(timeout)
 
     async def until_end(self) -> None:
-        """`wait` for asyncio. It does not count as watching, so no previews are made for it."""
+        """`wait` for asyncio. It does not count as watching, so it causes no previews."""
         with _waker(self._enders) as over:
             if not self._over.is_set():
                 await over.wait()
 
     async def events(self) -> AsyncIterator[Event]:
-        """Changes until the end. Any number may read; a slow reader misses what is outdated."""
+        """Yield changes until the end. Any number of readers is allowed; a slow one skips outdated events."""
         position, step, shown = -1, 0, list[Image.Image | None]([None] * self.count)
         with _waker(self._listeners) as changed:
             while True:
                 changed.clear()
-                state = self.state  # before the rest, which changes first
+                state = self.state  # read first, because it changes last
                 if state == "waiting" and self.position != position:
                     position = self.position
                     yield self._event("position")
@@ -195,19 +195,19 @@ class Job:
         state = {"position": self.position, "step": self.step, "steps": self.steps}
         return Event(kind=kind, **state, **preview)  # type: ignore[arg-type]
 
-    # --- for what works on it -----------------------------------------------------------------------
+    # --- for the service and the maker --------------------------------------------------------------
 
     def start(self, places: int) -> None:
         self.places, self.started, self.state = places, time.monotonic(), "running"
         self.notify()
 
     def start_sampling(self) -> None:
-        """Count the time of the steps from now on, at the first call only."""
+        """Start the clock of the steps. Only the first call has an effect."""
         if self._sampled is None:
             self._sampled = time.monotonic()
 
     def restart(self) -> None:
-        """Start over, after what worked on it was lost."""
+        """Start over after its worker was lost."""
         self.step, self.results, self._sampled = 0, [], time.monotonic()
 
     def add_result(self, result: Result, *, preview: bool) -> None:
@@ -218,25 +218,25 @@ class Job:
             self.show(len(self.results) - 1, result.image)
 
     def show(self, number: int, picture: Image.Image) -> None:
-        """Make a picture, scaled down, the preview of a result."""
+        """Set the preview of a result to a picture, scaled down."""
         small = picture.copy()
         small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         small.info = {}
         self._previews[number] = small
 
     def put_away(self, kept: list[Kept]) -> None:
-        """Name the files that replace the results."""
+        """Replace the results with their files."""
         self.kept = kept
-        self.results = []  # only now: a reader who finds them empty looks there
+        self.results = []  # after `kept`: a reader who finds no results reads that
 
     def notify(self) -> None:
-        """Wake all readers of the events."""
+        """Wake all readers of events."""
         for wake in list(self._listeners):
             wake()
 
     @contextlib.contextmanager
     def stoppable(self, worker: Stoppable) -> Iterator[None]:
-        """While the block runs, `stop` reaches the worker; at once if it was called before."""
+        """Within the block, `stop` stops the worker; immediately if it was called before."""
         with self._lock:
             self._worker = worker
             if self._stopped:
@@ -248,7 +248,7 @@ class Job:
                 self._worker = None
 
     def stop(self, reason: Ip2pError | None = None) -> None:
-        """Have what works on it end within a step. reason: the error that the job fails with."""
+        """Stop the job within a step. reason: the error with which it fails; None: it counts as cancelled."""
         with self._lock:
             self.stop_reason, self._stopped = self.stop_reason or reason, True
             if self._worker is not None:
@@ -260,13 +260,13 @@ class Job:
             raise Stopped
 
     def settle(self, state: State, error: Ip2pError | None) -> None:
-        """Drop what a job that ends in `state` no longer needs."""
+        """Record the outcome and free what an ended job no longer needs."""
         self.ended, self.error, self.request = time.monotonic(), error, None
         if state == "failed":
             self.results, self._previews = [], [None] * self.count
 
     def end(self, state: State) -> None:
-        """End it and wake everybody who waits. The last of all, for those who read without a lock."""
+        """Set the final state and wake all waiters. Call it last, because readers use no lock."""
         self.state = state
         self._over.set()
         self.notify()
@@ -276,7 +276,7 @@ class Job:
 
 @contextlib.contextmanager
 def _waker(wakers: set[Callable[[], None]]) -> Iterator[asyncio.Event]:
-    """An event of the running loop, which any thread sets by calling what is put into `wakers`."""
+    """An event of the running loop. Any thread sets it by calling the function that is added to `wakers`."""
     loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
     def wake() -> None:

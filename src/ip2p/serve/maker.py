@@ -1,4 +1,4 @@
-"""What makes the results of jobs in this process: the loaded models, and the steps that jobs share."""
+"""Makers run jobs: `LocalMaker` with models in this process, `spread.ReplicaMaker` on a cluster."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ from ip2p.serve.jobs import Job, Result
 from ip2p.serve.requests import EditRequest, Limits, naming
 from ip2p.settings import SettingError
 
-# The share of a request's time that previews may take: the autoencoder's decoder costs as much as a step.
+# Maximum share of a request's time for previews: the decoder is as expensive as a step.
 PREVIEW_SHARE = 0.25
 
 
 class Maker:
-    """What makes the results of jobs; the base of `LocalMaker` and `spread.ReplicaMaker`.
+    """Makes the results of jobs; the base class of `LocalMaker` and `spread.ReplicaMaker`.
 
-    models: their names, the default first. slots: pictures at once. changed: the lock of the service's
-    queue; it is notified when a model is free. calls: calls of a network, by how many requests shared one.
+    models: their names, the default first. slots: number of pictures sampled at once. changed: the lock of
+    the service's queue; it is notified when a model is free. calls: UNet calls, by the number of requests in
+    a call.
     """
 
     def __init__(self, models: Sequence[str], slots: int) -> None:
@@ -47,44 +48,44 @@ class Maker:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """The models that are loaded."""
+        """The names of the loaded models."""
         raise NotImplementedError
 
     def warm(self) -> None:
-        """Load the first model. Raises what its loading raises."""
+        """Load the first model. Raises the errors of loading."""
         self.card(self.models[0])
 
     def card(self, model: str) -> Card:
-        """A model's card, with the settings that it recommends. Loads the model."""
+        """A model's card, with its recommended settings. Loads the model."""
         raise NotImplementedError
 
     def check(self, request: EditRequest, model: str, limits: Limits) -> None:
-        """Raise SettingError for what a model cannot do, if that is known before it is loaded."""
+        """Raise SettingError for a request that the model cannot run, if it is loaded already."""
 
     def reserve(self, model: str) -> bool:
-        """Count a user of a model, if it is loaded or has room to be."""
+        """Count one more user of a model, if it is loaded or can be. Returns whether it was counted."""
         return True
 
     def release(self, model: str) -> None:
-        """Stop counting a user."""
+        """Count one user less."""
 
     def make(self, job: Job, limits: Limits) -> None:
-        """Make all results of a job. Raises Stopped, and what failed."""
+        """Make all results of a job. Raises Stopped, and the errors of the edit."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give up what it holds."""
+        """Free all resources."""
 
 
 @dataclass
 class _Model:
-    """A model by its name: `loaded` from the start, or loaded by `load` when it is first needed."""
+    """A model: `loaded` from the start, or loaded with `load` at its first use."""
 
     load: Callable[[], Editor]
     loaded: Editor | None
     joined: JoinedEditor | None = None
     users: int = 0
-    used: float = 0.0  # when it was last released
+    used: float = 0.0  # time of the last release
     loading: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -95,12 +96,12 @@ class _Model:
 class LocalMaker(Maker):
     """Makes edits with models of this process.
 
-    editors: models by name, each an editor or a function that loads one when it is first needed; at most
-    `loaded` of the functions' stay loaded. join: how many pictures are sampled at once, of all requests
-    (`default_join` if None). check: called on every result before anybody sees it; an Ip2pError that it
-    raises fails the request. There are no previews then, since nothing would have checked them. finish:
-    called next, may raise too; what it returns replaces the result. tiny_vae: an AutoencoderTiny that decodes
-    the previews (`bundle.load_tiny`); without one, the model's autoencoder does.
+    editors: models by name, each an editor, or a function that loads one at its first use; at most `loaded`
+    of the latter stay loaded. join: number of pictures of all requests that are sampled at once
+    (`default_join` if None). check: called with each result before anyone sees it; if it raises Ip2pError,
+    the request fails. It disables previews, which would be unchecked. finish: called next; its return value
+    replaces the result, and it may raise too. tiny_vae: an AutoencoderTiny that decodes previews
+    (`bundle.load_tiny`); by default the model's autoencoder does.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class LocalMaker(Maker):
             return tuple(name for name, model in self._models.items() if model.editor is not None)
 
     def reserve(self, name: str) -> bool:
-        """Count a user of a model that is loaded or can be; an unused model makes room for it."""
+        """Count one more user of a model that is loaded or can be; unloads an unused model to make room."""
         with self.changed:
             model = self._models[name]
             if model.editor is None and not model.users:
@@ -152,12 +153,12 @@ class LocalMaker(Maker):
             self.changed.notify_all()
 
     def _open(self, name: str) -> JoinedEditor:
-        """The editor of a model that was reserved, loaded if need be."""
+        """The editor of a reserved model. Loads it if necessary."""
         model = self._models[name]
         with model.loading:
             if model.joined is None:
                 if model.loaded is None:
-                    gc.collect()  # what made room
+                    gc.collect()  # the model that was unloaded
                     if torch.cuda.is_available():
                         torch.cuda.empty_cache()
                 model.joined = JoinedEditor(
@@ -167,7 +168,7 @@ class LocalMaker(Maker):
 
     @contextlib.contextmanager
     def _using(self, name: str) -> Iterator[JoinedEditor]:
-        """The editor of a model, waited for until there is room for it."""
+        """The editor of a model. Waits until there is room for it."""
         with self.changed:
             self.changed.wait_for(lambda: self.reserve(name))
         try:
@@ -185,7 +186,7 @@ class LocalMaker(Maker):
             self._unload(model)
 
     def warm(self) -> None:
-        """Load the first model, and compile it if it is to be compiled. Raises what its loading raises."""
+        """Load the first model, and compile it if its settings say so. Raises the errors of loading."""
         with self._using(self.models[0]) as editor:
             if editor.origin.compile:
                 side = editor.bundle.card.native_size
@@ -209,7 +210,7 @@ class LocalMaker(Maker):
             _working_size(editor, request, limits)
 
     def make(self, job: Job, limits: Limits) -> None:
-        """Make all results of a job, as many at once as it has places. Raises Stopped, and what failed."""
+        """Make all results of a job, as many at once as it has places. Raises Stopped and edit errors."""
         editor = self._open(job.model)
         request = _resolved(job, editor, limits)
         size = _working_size(editor, request, limits)
@@ -232,7 +233,7 @@ class LocalMaker(Maker):
                 except ResourceError:
                     if len(seeds) == 1 or lane.stopped:
                         raise
-                    at_once = lane.pictures = 1  # what does not fit together may fit alone
+                    at_once = lane.pictures = 1  # one may fit where several do not
                     continue
                 for seed, picture in zip(seeds, pictures, strict=True):
                     self._finish(job, request, seed, picture)
@@ -251,18 +252,18 @@ class LocalMaker(Maker):
 
 
 def _resolved(job: Job, editor: Editor, limits: Limits) -> EditRequest:
-    """The job's request with the model's own values for what it leaves open; its steps are known now."""
+    """The job's request with the model's defaults for unset values. Sets the number of the job's steps."""
     assert job.request is not None
     settings = editor.resolved(job.request.settings)
     assert settings.steps is not None
-    # A request's steps were checked against the server's limit; a model's own are kept within it.
+    # The steps of a request were checked against the server's limit; the model's default may exceed it.
     steps = min(settings.steps, limits.steps)
     job.steps = steps * job.count
     return dataclasses.replace(job.request, settings=settings.changed(steps=steps))
 
 
 def _working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple[int, int]:
-    """The width and height at which the model works. Raises SettingError for one over the limit."""
+    """The working width and height. Raises SettingError for a size over the limit."""
     pixels, settings = request.image.size, request.settings
     if settings.mask is not None:
         left, top, right, bottom = masks.padded_box(settings.mask, settings.mask_padding)
@@ -284,15 +285,15 @@ def _working_size(editor: Editor, request: EditRequest, limits: Limits) -> tuple
 def _watch(
     job: Job, editor: JoinedEditor, lane: Lane, first: int, count: int, every: int
 ) -> Callable[[int, int, Tensor], None]:
-    """A function to call after each step: it counts the step, stops the edit, and makes previews."""
+    """The callback of an edit: it counts the steps, stops the edit, and makes previews."""
     before, began, shown = job.step, time.monotonic(), 0.0
     job.start_sampling()
 
     def preview() -> None:
-        """Decode the model's present prediction of the results, if somebody looks and it is cheap.
+        """Decode the current x0, if someone watches and previews have taken little time so far.
 
-        With an autoencoder, since a linear map from latents to colors would have to be fitted to every
-        model; the cost is bounded by its share of the time.
+        An autoencoder decodes it, because a linear map from latents to colors would have to be fitted for
+        each model.
         """
         nonlocal shown
         started, x0 = time.monotonic(), lane.x0

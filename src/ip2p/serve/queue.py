@@ -1,4 +1,4 @@
-"""Who edits next: one bounded queue in which the clients take turns."""
+"""One bounded queue in which clients take turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMOOTH = 0.2  # weight of the newest request in the running means
 
 
 class Full(ResourceError):
-    """No room for a request now. retry_after: seconds; scope: whose room is taken."""
+    """There is no room for a request. retry_after: seconds; scope: which limit is reached."""
 
     def __init__(self, message: str, *, retry_after: float, scope: Literal["queue", "client"]) -> None:
         super().__init__(message)
@@ -26,22 +26,22 @@ class Full(ResourceError):
 
 
 class Draining(ResourceError):
-    """The server takes no more requests. retry_after: seconds after which another one may be there."""
+    """The server accepts no more requests. retry_after: seconds until a new server may be running."""
 
     retry_after = 10.0
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A place in the queue, kept for a request of a client."""
+    """A place in the queue that is reserved for a client's request."""
 
     client: str
 
 
 class FairQueue:
-    """Jobs that wait, by client, and those that run in a number of slots. Any thread may call it.
+    """The waiting jobs, by client, and the running jobs. All methods are thread-safe.
 
-    changed: the lock; it is notified when a job may begin. slots: pictures that are sampled at once.
+    changed: the lock; it is notified when a job may start. slots: number of pictures sampled at once.
     """
 
     def __init__(self, limits: Limits, slots: int, changed: threading.Condition) -> None:
@@ -54,8 +54,8 @@ class FairQueue:
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by client; the first is next
         self._of_client: Counter[str] = Counter()
         self._places: list[Place] = []
-        self._pace: float | None = None  # seconds from one end to the next while all slots are taken
-        self._seconds: float | None = None  # that a request runs
+        self._pace: float | None = None  # seconds between two finished jobs while all slots are taken
+        self._seconds: float | None = None  # for which a request runs
 
     @property
     def waiting(self) -> list[Job]:
@@ -64,13 +64,13 @@ class FairQueue:
 
     @property
     def clients(self) -> int:
-        """How many have jobs that wait or run."""
+        """The number of clients with waiting or running jobs."""
         return len(self._of_client)
 
     # --- room -------------------------------------------------------------------------------------
 
     def check_room(self, client: str) -> None:
-        """Raise Full or Draining if a request of this client would not be taken now."""
+        """Raise Full or Draining if a request from this client would be rejected now."""
         with self._changed:
             if self.draining:
                 self.rejected["draining"] += 1
@@ -83,16 +83,16 @@ class FairQueue:
 
     def _refuse(self, scope: Literal["queue", "client"], message: str) -> None:
         self.rejected[scope] += 1
-        # By then all that waits now has begun; for a client, one of its jobs has ended.
+        # By then every waiting job has started, or one of the client's jobs has ended.
         ahead = len(self.waiting) if scope == "queue" else self.clients
         seconds = min(600.0, max(1.0, (self._pace or 1.0) * ahead))
         raise Full(f"{message} Try again in {seconds:.0f} seconds.", retry_after=seconds, scope=scope)
 
     @contextlib.contextmanager
     def room(self, client: str) -> Iterator[Place]:
-        """Keep a place while a picture is decoded, so that no request is refused after that work.
+        """Reserve a place while a picture is decoded, so that no request is rejected after that work.
 
-        Not while a body is on its way: a slow upload would block others. Raises Full or Draining.
+        Do not reserve it during the upload: a slow upload would block others. Raises Full or Draining.
         """
         with self._changed:
             self.check_room(client)
@@ -126,12 +126,12 @@ class FairQueue:
     # --- turns ------------------------------------------------------------------------------------
 
     def take(self, reserve: Callable[[str], bool]) -> Job | None:
-        """The next job, started, if there is a slot and `reserve` gives its model."""
+        """Start and return the next job, if there is a free slot and `reserve` succeeds for its model."""
         with self._changed:
             if not self._waiting or not self._free:
                 return None
             client, jobs = next(iter(self._waiting.items()))
-            # No job overtakes it: a model that is always busy would block another one forever.
+            # Later jobs must not overtake it, or a model that is always busy would block the others forever.
             if not reserve(jobs[0].model):
                 return None
             job = jobs.popleft()
@@ -149,7 +149,7 @@ class FairQueue:
             return job
 
     def withdraw(self, job: Job) -> None:
-        """Take out a job that waits."""
+        """Remove a waiting job."""
         with self._changed:
             jobs = self._waiting[job.client]
             jobs.remove(job)
@@ -157,12 +157,12 @@ class FairQueue:
                 del self._waiting[job.client]
 
     def free(self, job: Job) -> None:
-        """Give the job's slots to others, also while its results are written."""
+        """Free the job's slots."""
         with self._changed:
             self._free += job.places
 
     def measure(self, job: Job) -> None:
-        """Take the time of a job that was made into the estimates."""
+        """Update the estimates with the time of a finished job."""
         with self._changed:
             assert job.started is not None
             took = time.monotonic() - job.started
@@ -170,7 +170,7 @@ class FairQueue:
             self._pace = _smoothed(self._pace, took / max(1, len(self.running)))
 
     def leave(self, job: Job) -> None:
-        """Stop counting a job, which ends."""
+        """Remove a job that has ended from the counts."""
         with self._changed:
             self.running.pop(job.id, None)
             self._of_client[job.client] -= 1
@@ -180,12 +180,12 @@ class FairQueue:
     # --- estimates --------------------------------------------------------------------------------
 
     def position(self, job: Job) -> int:
-        """How many jobs begin before it; 0 for one that does not wait."""
+        """The number of jobs that start before it; 0 if it is not waiting."""
         with self._changed:
             before, own = 0, self._waiting.get(job.client)
             if own is None or job not in own:
                 return 0
-            turn = own.index(job)  # so many rounds come first, and the clients before it in its own round
+            turn = own.index(job)  # full rounds before it; then the clients ahead of it in its own round
             passed = False
             for client, jobs in self._waiting.items():
                 passed = passed or client == job.client
@@ -193,7 +193,7 @@ class FairQueue:
             return before
 
     def estimate(self, job: Job) -> float | None:
-        """Seconds until its end; None where nothing was measured yet."""
+        """Seconds until the job ends; None before the first measurement."""
         with self._changed:
             if self._seconds is None or self._pace is None:
                 return None

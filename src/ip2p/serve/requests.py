@@ -1,4 +1,4 @@
-"""What a request asks for, and what it may ask for."""
+"""Requests for edits, their limits, and the check of a request against them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ NOT_TEXT = "contains half of a character (a lone surrogate). Send valid Unicode.
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may ask for, and how many requests there may be; `Service.submit` checks them."""
+    """Limits of a request and of the number of requests. `Service.submit` enforces them."""
 
     pixels: int = 16_000_000  # of a picture
-    working_pixels: int | None = None  # at which the model works; None: 4 times its own size, at least 1024²
+    working_pixels: int | None = (
+        None  # of the working size; None: 4 times the model's native size, at least 1024²
+    )
     steps: int = 150
     count: int = 8  # results of one request
     words: int = 2000  # characters of the instruction, and of the negative prompt
-    queue: int = 64  # requests waiting, of all clients
-    per_client: int = 16  # requests waiting and running, of one client
-    waiting_pixels: int = 256_000_000  # of all pictures waiting: 3 bytes of memory each
+    queue: int = 64  # waiting requests of all clients
+    per_client: int = 16  # waiting and running requests of one client
+    waiting_pixels: int = 256_000_000  # of all waiting pictures: 3 bytes of memory each
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
     """One edit.
 
-    image: upright RGB; the EXIF and color profile in its `info` go over to the results. settings: its mask
-    ("L", of the picture's size) and control image are pictures; `seeds`, one for each result, replace its
-    seed. model: a name of `Service.models`, None for the first. previews: a small picture of the state every
-    so many steps; 0 for none. warnings: about the pictures, for the client.
+    image: upright RGB; the results keep the EXIF and color profile in its `info`. settings: the mask (mode
+    "L", the size of the picture) and the control image are pictures. seeds: one for each result; they replace
+    the seed of the settings. model: a name in `Service.models`; None: the first. previews: number of steps
+    between previews; 0: none. warnings: about the pictures, for the client.
     """
 
     image: Image.Image
@@ -54,7 +56,7 @@ class EditRequest:
 
 @functools.lru_cache(maxsize=16)
 def limited_settings(limits: Limits) -> type[EditSettings]:
-    """The settings of an edit with a server's limits in place of the general ones."""
+    """`EditSettings` with a server's limits."""
     found = EditSettings.model_fields["steps"]
     steps = Field(
         found.default,
@@ -87,7 +89,7 @@ def _word_check(most: int, least: int) -> Callable[[str], str]:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written: JSON can name halves of characters, which no file and no answer takes."""
+    """Whether a text is valid Unicode. JSON can contain lone surrogates, which no file can store."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -96,7 +98,7 @@ def is_text(text: str) -> bool:
 
 
 def check_request(request: EditRequest, limits: Limits, models: list[str]) -> EditRequest:
-    """The request with its pictures as the editor takes them. Raises SettingError."""
+    """The request with its pictures in the editor's form and its settings checked. Raises SettingError."""
     width, height = request.image.size
     if width * height > limits.pixels:
         raise SettingError(
@@ -129,7 +131,7 @@ def check_request(request: EditRequest, limits: Limits, models: list[str]) -> Ed
 
 @contextlib.contextmanager
 def naming(field: str) -> Iterator[None]:
-    """Name the field in an InputError of the block."""
+    """Add the name of a field to InputErrors in the block."""
     try:
         yield
     except SettingError:

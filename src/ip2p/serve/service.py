@@ -1,7 +1,7 @@
-"""Edits for many clients at once: takes requests, has them made in turn, keeps the results.
+"""The editing service: accepts requests of many clients, runs them in turn, and keeps the results.
 
-The turns are decided by `queue.FairQueue`, the edits made by a `maker.Maker`, what has ended kept by
-`results.JobShelf`. Nothing here knows HTTP.
+`queue.FairQueue` decides whose turn it is, a `maker.Maker` makes the edits, and `results.JobShelf` keeps
+ended jobs. Nothing here depends on HTTP.
 """
 
 from __future__ import annotations
@@ -27,12 +27,24 @@ from ip2p.serve.results import JobShelf, Store
 
 log = logging.getLogger("ip2p.serve")
 
-BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds that a request took
+BUCKETS = (
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+)  # upper bounds of a request's seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What a service has done since it started, and what it does now."""
+    """Counts since the start of a service, and its current state."""
 
     waiting: int
     running: int
@@ -41,19 +53,19 @@ class Stats:
     failed: int
     cancelled: int
     rejected: Mapping[str, int]  # by "queue", "client", "draining"
-    seconds: Mapping[float, int]  # requests that took at most so many seconds, waiting included
+    seconds: Mapping[float, int]  # requests by upper bound of their seconds, including the wait
     seconds_sum: float
-    joined: Mapping[int, int]  # calls of a network, by how many requests were joined in one
+    joined: Mapping[int, int]  # UNet calls, by the number of requests in a call
     loaded: tuple[str, ...]  # models
     draining: bool
 
 
 class Service:
-    """Takes requests, has `maker` make them, and keeps the results for a while.
+    """Accepts requests, runs them with `maker`, and keeps the results for some time.
 
-    keep_seconds, keep_bytes, keep_jobs: how long ended jobs are known by their id, with how many bytes of
-    pictures in memory, and how many. store: a folder for results on disk, bounded by store_bytes (`Store`).
-    Close it at the end.
+    keep_seconds, keep_bytes, keep_jobs: maximum age of ended jobs, bytes of their pictures in memory, and
+    their number. store: a folder for results on disk, of at most store_bytes (`Store`). Call `close` at the
+    end.
     """
 
     def __init__(
@@ -94,7 +106,7 @@ class Service:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # --- for those who ask -----------------------------------------------------------------------
+    # --- requests --------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -105,12 +117,12 @@ class Service:
         encode: Encode | None = None,
         keep: bool = False,
     ) -> Job:
-        """Put a request into the queue. client: whose it is, for fairness; place: what `room` kept.
+        """Put a request into the queue.
 
-        encode: writes a result. keep: for a client who comes back later; results go into the store as soon
-        as they are made, since more of them fit there than in memory.
-
-        Raises SettingError for what cannot be done, Full and Draining where there is no room.
+        client: who sent it, for fairness. place: the place that `room` reserved. encode: writes a result.
+        keep: for a client who comes back later: results move to the store as soon as they are finished, since
+        more of them fit there than in memory. Raises SettingError for invalid settings, and Full or Draining
+        if there is no room.
         """
         if place is None:
             self.check_room(client)
@@ -128,7 +140,7 @@ class Service:
         return job
 
     def cancel(self, id: str) -> None:
-        """Stop a job: one that waits at once, one that runs within a step. Others are left alone."""
+        """Cancel a waiting job immediately, or a running one within a step. Ended jobs stay as they are."""
         with self._changed:
             job = self.jobs.get(id)
             if job is None or not job.active:
@@ -140,18 +152,18 @@ class Service:
                 job.stop()
 
     def card(self, model: str | None = None) -> Card:
-        """A model's card, with the settings that it recommends. Loads the model."""
+        """A model's card, with its recommended settings. Loads the model."""
         return self.maker.card(model or self.models[0])
 
     @property
     def ready(self) -> bool:
-        """Whether the first model is loaded and requests are taken."""
+        """Whether the first model is loaded and requests are accepted."""
         return not self.queue.draining and self.models[0] in self.maker.loaded
 
     def stats(self) -> Stats:
-        """What was done, and what is going on."""
+        """The current counts."""
         with self._changed:
-            # Counts up to each bound, as Prometheus has them.
+            # Cumulative counts, as in Prometheus.
             upto = {bound: sum(n for b, n in self._buckets.items() if b <= bound) for bound in BUCKETS}
             return Stats(
                 waiting=len(self.queue.waiting),
@@ -167,9 +179,9 @@ class Service:
             )
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests, fail those that wait with Draining, and wait for those that run.
+        """Accept no more requests, fail the waiting ones with Draining, and wait for the running ones.
 
-        Returns whether they ended in time; those that did not are stopped and fail with Draining too.
+        Returns whether they ended in time. Those that did not are stopped and fail with Draining too.
         """
         with self._changed:
             self.queue.draining = True
@@ -183,7 +195,7 @@ class Service:
         return in_time
 
     def close(self) -> None:
-        """Stop everything and give up threads and models."""
+        """Stop all jobs, end the threads, and unload the models."""
         self.drain(0)
         with self._changed:
             self._closed = True
@@ -194,7 +206,7 @@ class Service:
         if self.store is not None:
             self.store.close()
 
-    # --- the threads that edit -------------------------------------------------------------------
+    # --- worker threads --------------------------------------------------------------------------
 
     def _work(self) -> None:
         while True:
@@ -204,7 +216,7 @@ class Service:
                         return
                     self._changed.wait()
             self._run(job)
-            del job  # and its pictures, while the thread waits for another
+            del job  # frees its pictures while the thread waits
 
     def _run(self, job: Job) -> None:
         state: State = "failed"
@@ -214,7 +226,7 @@ class Service:
                 self.maker.make(job, self.limits)
                 self.queue.measure(job)
             finally:
-                # Its slots and its model are for others, also while its results are written.
+                # Other jobs may use its slots and its model while its results are written.
                 self.queue.free(job)
                 self.maker.release(job.model)
             if job.keep and job.encode is not None:
@@ -224,7 +236,7 @@ class Service:
             error = job.stop_reason
             state = "failed" if error else "cancelled"
         except Ip2pError as known:
-            error = known.with_traceback(None)  # which would hold the pictures
+            error = known.with_traceback(None)  # a traceback would keep the pictures in memory
         except Exception as unknown:
             error = as_ip2p_error(unknown, memory="Out of memory. Request a smaller size or fewer results.")
             if error is None:
@@ -238,7 +250,7 @@ class Service:
                 self._end(job, state, error)
 
     def _end(self, job: Job, state: State, error: Ip2pError | None = None) -> None:
-        """Count a job that ended and wake everybody who waits for it. Under the lock."""
+        """Count an ended job and wake everyone who waits for it. The caller holds the lock."""
         took = time.monotonic() - job.created
         self._outcomes[state] += 1
         if state == "done":
@@ -252,7 +264,7 @@ class Service:
             other.notify()
         self._changed.notify_all()
         waited = (job.started or job.created + took) - job.created
-        # The same client has the same name in the logs while the process lives; it is no address.
+        # A client keeps its pseudonym in the logs for the lifetime of the process; it reveals no address.
         client = hashlib.sha256(self._salt + job.client.encode()).hexdigest()[:8]
         log.info(
             "job=%s client=%s model=%s size=%dx%d steps=%d count=%d waited=%.3f seconds=%.3f outcome=%s%s",

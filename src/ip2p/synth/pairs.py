@@ -48,6 +48,9 @@ from ip2p.synth.settings import PAIRS_AS_PAPER, SynthPairsConfig
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from ip2p.synth.arguments import PairsArguments
 
 # The outcome of a candidate: drawn; rejected half-way; rejected at the end; not finite.
 Fate = Literal["made", "early", "judged", "overflow"]
@@ -123,10 +126,10 @@ class PairMaker:
         early: Judge | None = None,
         judge: Judge | None = None,
         tiny_vae: AutoencoderTiny | str | Path | None = None,
-        **settings: Any,
+        **settings: Unpack[PairsArguments],
     ) -> None:
         if config is None:
-            config = SynthPairsConfig.read(PAIRS_AS_PAPER | {"early_at": 0.5} | settings)
+            config = SynthPairsConfig.read(PAIRS_AS_PAPER | {"early_at": 0.5} | dict(settings))
         how = config.how()
         if not isinstance(model, Bundle):
             names = ("device", "dtype", "revision", "weights", "vae", "parts_from")

@@ -30,6 +30,9 @@ from ip2p.synth.triples import examples
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from typing_extensions import Unpack
+
+    from ip2p.synth.arguments import InstructArguments
 
 OUR_KEY, KEY = "IP2P_API_KEY", "OPENAI_API_KEY"  # environment variables; the first is preferred
 SHOTS = 8  # seed triples in the prompt of a general model
@@ -123,7 +126,7 @@ class ServerWriter:
         *,
         key: str | None = None,
         say: Callable[[str], None] = terminal.say,
-        **settings: Any,
+        **settings: Unpack[InstructArguments],
     ) -> None:
         config = SynthInstructConfig.read(settings, COMMAND_LINE)
         if not _is_address(url):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ from ip2p.synth.records import Triple, derived_seed
 from ip2p.synth.settings import SynthTuneConfig
 from ip2p.synth.triples import seed_triples
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ip2p.synth.arguments import TuneArguments
+
 IGNORED = -100  # the label that the loss of transformers ignores
 END = "<|end|>"
 UNKNOWN = "<|unknown|>"
@@ -59,7 +64,7 @@ def tune_lm(
     triples: Sequence[Triple] | None = None,
     *,
     say: Callable[[str], None] = terminal.say,
-    **settings: Any,
+    **settings: Unpack[TuneArguments],
 ) -> Tuned:
     """Tune a causal language model on triples (by default the seeds) and write it to the folder `output`.
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,12 +30,17 @@ from ip2p.training.objective import EditBatch, EditTask, Objective
 from ip2p.training.settings import DistillConfig, TrainConfig
 from ip2p.training.trainer import Recipe, load_pretrained, shares_of, start
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ip2p.training.arguments import DistillArguments
+
 RANGES = {"text_cfg": (1.0, 12.0), "image_cfg": (1.0, 2.5)}
 STEPS = 4  # recommended steps of a few-step model
 LEVELS = 50  # noise levels of a few-step model, `schedule.lcm_sigmas`
 
 
-def distill(config: DistillConfig | None = None, **changes: Any) -> Path:
+def distill(config: DistillConfig | None = None, **changes: Unpack[DistillArguments]) -> Path:
     """Distill an editor, or resume, and return its folder. config, changes: see `DistillConfig`.
 
     `distill(model="timbrooks/instruct-pix2pix", data="pairs", output="fast", steps=1000)`. Raises InputError,
