@@ -475,7 +475,11 @@ SharePair = Annotated[tuple[UnitFloat, UnitFloat], BeforeValidator(read_pair)]
 
 def _drawn_seed(value: Any) -> Any:
     """-1 → a random seed, as in A1111; the results record it."""
-    return secrets.randbelow(2**32) if value in (-1, "-1") else value
+    if value in (-1, "-1"):
+        return secrets.randbelow(2**32)
+    if isinstance(value, int) and not 0 <= value <= MAX_SEED:
+        raise ValueError(f"it must be 0 to {MAX_SEED}, or -1 for a random seed")
+    return value
 
 
 def _check_color(value: str | None) -> str | None:

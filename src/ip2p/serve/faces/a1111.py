@@ -29,7 +29,7 @@ from ip2p.pictures.infotext import (
 from ip2p.serve import wire
 from ip2p.serve.errors import Refusal, declared_errors
 from ip2p.serve.jobs import Job
-from ip2p.serve.requests import EditRequest, Limits, limited_settings
+from ip2p.serve.requests import EditRequest, Limits
 from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Opened, OptionalPicture
 from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, settings_from_body
 
@@ -368,7 +368,6 @@ async def _edit_of(
     settings = settings_from_body(
         body,
         "a1111",
-        settings=limited_settings(limits),
         text_cfg=TEXT_CFG if body.cfg_scale is None else body.cfg_scale,
         image_cfg=IMAGE_CFG if body.image_cfg_scale is None else body.image_cfg_scale,
         sampler=sampler,

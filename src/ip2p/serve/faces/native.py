@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ip2p.serve import wire
 from ip2p.serve.errors import Refusal, declared_errors, error_body
 from ip2p.serve.jobs import Job, State
-from ip2p.serve.requests import EditRequest, Limits, limited_settings
+from ip2p.serve.requests import EditRequest, Limits
 from ip2p.serve.wire import Desk, Encoding, Format, Opened, OptionalPicture, PictureField
 from ip2p.settings import MAX_SEED, SettingError, settings_from_body
 
@@ -125,10 +125,9 @@ def native_router(desk: Desk) -> APIRouter:
             control = body.control_image and await opened.picture(body.control_image, "control_image")
             image = await opened.picture(body.image, "image")
             mask = body.mask and await opened.mask(body.mask)
-            bounds = limited_settings(service.limits)
             return EditRequest(
                 image=image,
-                settings=settings_from_body(body, settings=bounds, seed=0, mask=mask, control_image=control),
+                settings=settings_from_body(body, seed=0, mask=mask, control_image=control),
                 seeds=wire.seeds_of(body.seed, body.count, service.limits.count, "count"),
                 model=body.model,
                 previews=body.previews if body.stream else 0,
