@@ -29,7 +29,7 @@ def test_public_names() -> None:
 
 def test_a_public_function_or_class_has_a_name_of_its_own() -> None:
     places: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "src/ip2p").rglob("*.py")):
+    for path in sorted((ROOT / "src").rglob("*.py")):  # both packages
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             named = isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
             if named and not node.name.startswith("_"):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ip2p.evaluation.storybook import OTHER_ANSWERS, psnr, visible
+from ip2p.evaluation.storybook import OTHER_ANSWERS, visible
 from ip2p_storybook.captions import form_of
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import (
@@ -36,6 +36,7 @@ from ip2p_storybook.edits import (
     is_unique,
     sample_edit,
 )
+from ip2p_storybook.metrics import page_psnr
 from ip2p_storybook.scene import Scene, rng_for, stable_hash
 from ip2p_storybook.triples import ExactTriple, mentions_all, triple_of
 
@@ -152,7 +153,7 @@ def judge_pair(case: PairCase, before: NDArray[np.uint8], after: NDArray[np.uint
     """Compare the pictures of a pair, uint8 [size, size, 3] each, with all answers."""
     one, two = (means(picture)[case.region].astype(np.float32).ravel() for picture in (before, after))
     seen = case._seen
-    kept = psnr(after[case.fixed], before[case.fixed]) if case.fixed.mean() > 0.01 else None
+    kept = page_psnr(after[case.fixed], before[case.fixed]) if case.fixed.mean() > 0.01 else None
     return PairVerdict(
         drawn=_nearest(one, seen, _PAGE, case._alike),
         edited=_nearest(two, seen, _EXACT, case._alike),

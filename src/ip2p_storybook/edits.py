@@ -283,7 +283,7 @@ def _edit(
         kind=phrasing.kind,
         before=before,
         after=after,
-        instruction=say.fill(phrasing, fields),
+        instruction=say.fill_phrasing(phrasing, fields),
         phrasing=phrasing.id,
         target=target,
     )
@@ -582,7 +582,7 @@ def _two(scene: Scene, draw: _Draw) -> Edit | None:
             continue
         if draw.combinations == "unseen" and not _shows_unseen(scene, second.after):
             continue
-        text = say.fill(joint, {"a": first.instruction, "b": second.instruction})
+        text = say.fill_phrasing(joint, {"a": first.instruction, "b": second.instruction})
         return Edit(
             kind="two",
             before=scene,

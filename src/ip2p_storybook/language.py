@@ -493,7 +493,7 @@ def is_imperative(clause: str) -> bool:
     return clause.split(" ", 1)[0] in _imperatives()
 
 
-def fill(phrasing: Phrasing, fields: Mapping[str, str]) -> str:
+def fill_phrasing(phrasing: Phrasing, fields: Mapping[str, str]) -> str:
     """The clause in lower case, without a final period."""
     return phrasing.text.format_map(fields)
 

@@ -25,7 +25,7 @@ NORMAL_95 = 1.959964  # 97.5% quantile of the normal distribution
 # --- one edit -----------------------------------------------------------------------------------
 
 
-def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
+def page_psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 arrays of equal shape: 10 log10(255² / mean((a - b)²)).
 
     Infinite for equal arrays.

@@ -55,7 +55,7 @@ def say_two_changes(before: Scene, between: Scene, after: Scene, rng: random.Ran
         if second is None:
             return None
         if _go_together(first, second):
-            text = say.fill(joint, {"a": first.instruction, "b": second.instruction})
+            text = say.fill_phrasing(joint, {"a": first.instruction, "b": second.instruction})
             return Edit(
                 kind="two",
                 before=before,

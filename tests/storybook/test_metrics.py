@@ -11,7 +11,7 @@ from ip2p_storybook.metrics import (
     is_nearest,
     is_strict,
     mean,
-    psnr,
+    page_psnr,
     ratio,
     share,
 )
@@ -25,8 +25,8 @@ def flat(value: float) -> np.ndarray:
 
 def test_psnr_of_a_known_error():
     a = np.zeros((4, 4), np.uint8)
-    assert psnr(a, a) == float("inf")
-    assert abs(psnr(a, a + 255)) < 1e-9
+    assert page_psnr(a, a) == float("inf")
+    assert abs(page_psnr(a, a + 255)) < 1e-9
 
 
 def test_nearest_needs_the_least_error_and_fails_a_tie():

@@ -12,8 +12,8 @@ from ip2p.synth.instruct import (
     REASONS,
     Answer,
     Ask,
-    Edit,
     EditLimits,
+    EditText,
     Instruct,
     LocalWriter,
     Rejected,
@@ -63,7 +63,9 @@ def test_prompt_and_completion_have_the_delimiters_of_the_papers_code():
     ],
 )
 def test_an_answer_is_parsed(text):
-    assert parse_answer(text) == Edit(instruction="make it a wolf", edited_caption="a red wolf in the snow")
+    assert parse_answer(text) == EditText(
+        instruction="make it a wolf", edited_caption="a red wolf in the snow"
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_what_has_not_two_parts_of_a_line_is_not_parsed(text):
 def test_every_seed_survives_the_way_to_a_completion_and_back():
     for seed in seed_triples():
         edit = parse_answer(completion_of(seed))
-        assert edit == Edit(instruction=seed.instruction, edited_caption=seed.edited_caption)
+        assert edit == EditText(instruction=seed.instruction, edited_caption=seed.edited_caption)
 
 
 # --- refusing -------------------------------------------------------------------------------------

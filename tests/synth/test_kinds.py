@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ip2p.synth.filter import SIMILARITIES, Scored, Thresholds, select
-from ip2p.synth.instruct import Answer, Edit, Instruct, parse_answer
+from ip2p.synth.instruct import Answer, EditText, Instruct, parse_answer
 from ip2p.synth.kinds import kind_of
 from ip2p.synth.records import COLUMNS, Triple, read_triples, write_triples
 from ip2p.synth.rounds import Rounds, draw_in_rounds
@@ -63,7 +63,7 @@ def test_a_triple_carries_its_kind_through_a_file(tmp_path):
 
 
 def test_a_writers_kind_is_taken_and_else_the_rules(tmp_path):
-    assert parse_answer("make it glow\n%%\na glowing cat\n%%\nwhole") == Edit(
+    assert parse_answer("make it glow\n%%\na glowing cat\n%%\nwhole") == EditText(
         instruction="make it glow", edited_caption="a glowing cat", kind="whole"
     )
     assert parse_answer("make it glow\n%%\na glowing cat\n%%\nand a dog") is None

@@ -13,7 +13,7 @@ import pytest
 
 from ip2p.base.errors import InputError, ModelError
 from ip2p.synth import server as module
-from ip2p.synth.instruct import Answer, Ask, Edit, Instruct, parse_answer, prompt_of
+from ip2p.synth.instruct import Answer, Ask, EditText, Instruct, parse_answer, prompt_of
 from ip2p.synth.server import FORMS, KNOWN, SCHEMA, ServerWriter
 from ip2p.synth.triples import examples
 
@@ -141,7 +141,7 @@ def test_a_tuned_model_completes_the_prompt_with_the_papers_values():
 def test_a_general_model_is_shown_seeds_and_asked_for_json_of_a_schema():
     with serving(lambda body, *_: (200, json_answer(body))) as fake:
         answers = make(fake, way="chat", shots=3, key="secret")(ASKS[:1])
-    assert parse_answer(answers[0].text) == Edit(
+    assert parse_answer(answers[0].text) == EditText(
         instruction="make it a wolf", edited_caption="a picture of 0 foxes and a wolf"
     )
     body = fake.bodies[0]
@@ -168,7 +168,7 @@ def test_json_is_found_in_an_answer_and_what_is_none_is_unparsable(text, parsed)
     reply = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
     with serving(lambda *_: (200, reply)) as fake:
         edit = parse_answer(make(fake, way="chat")(ASKS[:1])[0].text)
-    assert edit == (None if parsed is None else Edit(instruction=parsed[0], edited_caption=parsed[1]))
+    assert edit == (None if parsed is None else EditText(instruction=parsed[0], edited_caption=parsed[1]))
 
 
 def test_a_server_that_refuses_a_form_is_asked_in_a_plainer_one_once_and_for_all():

@@ -6,7 +6,7 @@ import torch
 
 from ip2p.base.errors import InputError
 from ip2p.data.records import BrokenRow
-from ip2p.training.objective import Objective, draw
+from ip2p.training.objective import Objective, random_draws
 from ip2p.training.samples import (
     Order,
     PooledSamples,
@@ -78,9 +78,9 @@ def test_a_batch_that_cannot_be_split_is_refused():
 
 def test_a_samples_randomness_depends_on_seed_and_place_alone():
     objective = Objective(caption_share=0.1)
-    many = draw(range(10), 1, (4, 3, 5), objective)
-    one = draw([7], 1, (4, 3, 5), objective)
-    other = draw([7], 2, (4, 3, 5), objective)
+    many = random_draws(range(10), 1, (4, 3, 5), objective)
+    one = random_draws([7], 1, (4, 3, 5), objective)
+    other = random_draws([7], 2, (4, 3, 5), objective)
     for name, value in vars(one).items():
         assert torch.equal(value[0], getattr(many, name)[7]), name
     assert not torch.equal(one.noise, other.noise)
@@ -89,7 +89,7 @@ def test_a_samples_randomness_depends_on_seed_and_place_alone():
 
 def test_null_conditions_are_5_5_5_85_in_the_samples_that_training_draws():
     """100,000 draws; each share within 0.3 percentage points."""
-    draws = draw(range(100_000), 0, (1, 1, 1), Objective())
+    draws = random_draws(range(100_000), 0, (1, 1, 1), Objective())
     text, image = draws.text_null, draws.image_null
     shares = [(text & ~image), (~text & image), (text & image), (~text & ~image)]
     for share, wanted in zip(shares, (5, 5, 5, 85), strict=True):

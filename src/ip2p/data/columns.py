@@ -128,7 +128,7 @@ def unknown_columns(
     )
 
 
-def words_of(
+def row_texts(
     row: Mapping[str, Any],
     names: Mapping[str, Sequence[str]] = WORDS,
     chosen: Mapping[str, str] | None = None,

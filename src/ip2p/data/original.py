@@ -138,7 +138,7 @@ def _prompt(
         pass
     try:
         prompt = json.loads((folder / PROMPT).read_text(encoding="utf-8"))
-        return columns.words_of(prompt, columns.ORIGINAL_WORDS, chosen), metadata
+        return columns.row_texts(prompt, columns.ORIGINAL_WORDS, chosen), metadata
     except BrokenRow as error:
         return error.reason, metadata
     except (OSError, ValueError, AttributeError) as error:

@@ -99,7 +99,7 @@ class ShardSource:
                 raise BrokenRow(id, f"its JSON cannot be read ({error})") from None
             if not isinstance(metadata, dict):
                 raise BrokenRow(id, "its JSON is not an object")
-        words = columns.words_of(metadata, chosen=self._chosen, id=id)
+        words = columns.row_texts(metadata, chosen=self._chosen, id=id)
         id = words.pop("id") or id
         for part in words:
             if not words[part] and (data := self._read(row, part, id)) is not None:

@@ -23,7 +23,7 @@ import numpy as np
 from ip2p_storybook import edits, metrics
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import EDIT_KINDS, Edit, alternatives, change_mask, is_unique, sample_edit
-from ip2p_storybook.metrics import psnr
+from ip2p_storybook.metrics import page_psnr
 from ip2p_storybook.scene import rng_for
 
 if TYPE_CHECKING:
@@ -122,13 +122,13 @@ def visible(page: NDArray[np.uint8], exact: NDArray[np.uint8]) -> bool:
 
 def judge(case: Case, output: NDArray[np.uint8]) -> Verdict:
     """Compare an output, uint8 [size, size, 3], with all candidates."""
-    kept = psnr(output[case.fixed], case.page[case.fixed]) if case.fixed.mean() > 0.01 else None
+    kept = page_psnr(output[case.fixed], case.page[case.fixed]) if case.fixed.mean() > 0.01 else None
     return Verdict(
         kind=case.edit.kind,
         nearest=metrics.is_nearest(output, case.exact, (case.page, *case.others), case.region),
         gain=metrics.gain(output, case.page, case.exact, case.region),
         preservation=kept,
-        distance=psnr(output, case.exact),
+        distance=page_psnr(output, case.exact),
         edges=metrics.edge_energy(output, case.region),
         exact_edges=metrics.edge_energy(case.exact, case.region),
     )

@@ -139,7 +139,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
+class EditText:
     """A parsed answer."""
 
     instruction: str
@@ -178,7 +178,7 @@ def completion_of(triple: Triple) -> str:
     return triple.instruction + MIDDLE + triple.edited_caption + STOP
 
 
-def parse_answer(completion: str) -> Edit | None:
+def parse_answer(completion: str) -> EditText | None:
     """The parts of an answer; None unless there are exactly two, of one line each, and perhaps the kind."""
     # Text after the end marker is ignored.
     text = "\n".join(line.strip(" \t") for line in re.split(r"\r\n|\r|\n", completion))
@@ -195,7 +195,7 @@ def parse_answer(completion: str) -> Edit | None:
     if SEPARATOR.strip() in instruction + edited or MIDDLE.strip() in instruction + edited:
         return None
     instruction, edited = (" ".join(part.split()) for part in (instruction, edited))
-    return Edit(instruction=instruction, edited_caption=edited, kind=kind)
+    return EditText(instruction=instruction, edited_caption=edited, kind=kind)
 
 
 def is_spatial(instruction: str) -> bool:

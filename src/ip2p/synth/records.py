@@ -125,9 +125,9 @@ def _digest(*parts: object) -> bytes:
     return hashlib.blake2b(repr(parts).encode(), digest_size=32).digest()
 
 
-def triple_of(row: Mapping[str, Any], *, source: str = "", number: int = 0) -> Triple | None:
+def triple_from_row(row: Mapping[str, Any], *, source: str = "", number: int = 0) -> Triple | None:
     """A table row as a triple; None if one of the three texts is missing. A missing id is generated."""
-    words = columns.words_of(row, _NAMES)
+    words = columns.row_texts(row, _NAMES)
     if not all(words[name] for name in ("caption", "instruction", "edited_caption")):
         return None
     return Triple(
@@ -176,8 +176,8 @@ def read_triples(path: Path) -> list[Triple]:
     seen: set[str] = set()
     for place, row in enumerate(_rows(path), 1):
         try:
-            caption = columns.words_of(row, _NAMES)["caption"]
-            triple = triple_of(row, number=edits.get(caption, 0))
+            caption = columns.row_texts(row, _NAMES)["caption"]
+            triple = triple_from_row(row, number=edits.get(caption, 0))
         except NotText as error:
             raise InputError(f"{path}, row {place}: {error.reason}.") from None
         if triple is None:

@@ -59,7 +59,7 @@ def place_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def draw(places: Sequence[int], seed: int, shape: Sequence[int], objective: Objective) -> Draws:
+def random_draws(places: Sequence[int], seed: int, shape: Sequence[int], objective: Objective) -> Draws:
     """The draws of the samples at some positions of the run's sequence; `shape`: of a latent.
 
     Each sample has its own generator, which draws in this order: the dropout, the timestep, the caption, the

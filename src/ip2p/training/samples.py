@@ -26,7 +26,7 @@ from torch import Tensor
 from ip2p.base.errors import InputError
 from ip2p.base.files import append_row
 from ip2p.data.records import BrokenRow, Pair, Source
-from ip2p.training.objective import EditBatch, Objective, draw, place_seed
+from ip2p.training.objective import EditBatch, Objective, place_seed, random_draws
 from ip2p.training.transform import Transform
 from ip2p.training.workers import start_worker
 
@@ -200,7 +200,7 @@ class CachedSamples:
             variant_of(place, self.seed, self.transform, text)
             for place, text in zip(places, instructions, strict=True)
         ]
-        draws = draw(places, self.seed, self.shape, self.objective)
+        draws = random_draws(places, self.seed, self.shape, self.objective)
         texts = self.read_texts(chosen_texts(instructions, captions, draws.text_null, draws.caption_only))
         return EditBatch(
             **vars(self.cache.read(rows, variants)),
@@ -404,7 +404,7 @@ class PooledSamples:
         return _joined(parts)
 
     def _batch(self, pool: dict[str, Any], rows: Sequence[int], places: Sequence[int]) -> EditBatch:
-        draws = draw(places, self.pools.seed, pool["mean"].shape[1:], self.objective)
+        draws = random_draws(places, self.pools.seed, pool["mean"].shape[1:], self.objective)
         instructions = [pool["instructions"][k] for k in rows]
         captions = [pool["captions"][k] for k in rows]
         texts = self.read_texts(chosen_texts(instructions, captions, draws.text_null, draws.caption_only))
