@@ -197,7 +197,7 @@ def make_text_encoder(tokenizer, *, layers: int = 2, openclip: bool = False, pro
 
 
 def make_vae(scaling_factor: float, sample_size: int, latent_channels: int = 4):
-    """A random autoencoder whose numbers, like those of the next three, can be told from its shapes alone."""
+    """A random autoencoder. Its config, like those of the next three, follows from its tensor shapes."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(

@@ -33,7 +33,7 @@ def here(here: Path) -> Path:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail when the model is loaded: the bad input must be told before that."""
+    """Fail when the model is loaded: bad input must be refused before that."""
     from ip2p.editing.editor import Editor
 
     def load(*args: object, **kwargs: object) -> None:
@@ -42,7 +42,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Editor, "load", load)
 
 
-class Told:
+class Output:
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
 
@@ -51,22 +51,22 @@ class Told:
 def run(here: Path, capfd: pytest.CaptureFixture[str]):
     """Run the command line in this process; what it said comes back."""
 
-    def run(*words: object) -> Told:
+    def run(*words: object) -> Output:
         capfd.readouterr()
         code = cli.main([str(word) for word in words])
-        return Told(code, *capfd.readouterr())
+        return Output(code, *capfd.readouterr())
 
     return run
 
 
-def is_refused(told: Told, code: int, *parts: str) -> None:
+def is_refused(output: Output, code: int, *parts: str) -> None:
     """The exit code, one line on stderr, nothing on stdout, and what the line must say."""
-    assert told.code == code, told.err
-    assert told.out == ""
-    assert told.err.startswith("ip2p: ") and told.err.count("\n") == 1, told.err
-    assert "Traceback" not in told.err
+    assert output.code == code, output.err
+    assert output.out == ""
+    assert output.err.startswith("ip2p: ") and output.err.count("\n") == 1, output.err
+    assert "Traceback" not in output.err
     for part in parts:
-        assert part in told.err
+        assert part in output.err
 
 
 def png_with_header(width: int, height: int) -> bytes:
@@ -132,8 +132,10 @@ class TestPicture:
 
     def test_too_many_pixels_are_refused_by_the_header(self, run, here: Path) -> None:
         (here / "vast.png").write_bytes(png_with_header(16_000, 10_000))
-        told = run("edit", "vast.png", "make it night")
-        is_refused(told, 2, "vast.png", "160.0 megapixels (16000x10000)", "the limit is 100", "--max-pixels")
+        output = run("edit", "vast.png", "make it night")
+        is_refused(
+            output, 2, "vast.png", "160.0 megapixels (16000x10000)", "the limit is 100", "--max-pixels"
+        )
 
     def test_decompression_bomb(self, run, here: Path) -> None:
         (here / "bomb.png").write_bytes(png_with_header(60_000, 50_000))
@@ -162,10 +164,10 @@ class TestPicture:
 class TestPicturesThatAreFine:
     """What is only unusual is converted, and comes out upright."""
 
-    def edited(self, run, model: Path, name: str, *more: str) -> tuple[Told, Image.Image]:
-        told = run("edit", name, "make it night", "-o", "out.png", "--steps", 1, "--model", model, *more)
-        assert told.code == 0, told.err
-        return told, Image.open("out.png")
+    def edited(self, run, model: Path, name: str, *more: str) -> tuple[Output, Image.Image]:
+        output = run("edit", name, "make it night", "-o", "out.png", "--steps", 1, "--model", model, *more)
+        assert output.code == 0, output.err
+        return output, Image.open("out.png")
 
     @pytest.mark.parametrize("kind", ["cmyk", "deep", "grey", "palette", "one_bit"])
     def test_converted(self, run, tiny_model_dir: Path, kind: str) -> None:
@@ -176,9 +178,9 @@ class TestPicturesThatAreFine:
             Image.fromarray(np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)).save("odd.png")
         else:
             page.convert({"grey": "L", "palette": "P", "one_bit": "1"}[kind]).save("odd.png")
-        told, result = self.edited(run, tiny_model_dir, "odd.jpg" if kind == "cmyk" else "odd.png")
+        output, result = self.edited(run, tiny_model_dir, "odd.jpg" if kind == "cmyk" else "odd.png")
         assert (result.mode, result.size) == ("RGB", (64, 48))
-        assert told.err == ""
+        assert output.err == ""
 
     def test_exif_rotated_comes_out_upright(self, run, tiny_model_dir: Path) -> None:
         exif = Image.Exif()
@@ -192,9 +194,11 @@ class TestPicturesThatAreFine:
         Image.new("RGBA", (64, 64), (255, 0, 0, 90)).save("glass.png")
         _, result = self.edited(run, tiny_model_dir, "glass.png")
         assert result.mode == "RGBA" and result.getchannel("A").getextrema() == (90, 90)
-        told, result = self.edited(run, tiny_model_dir, "glass.png", "--background", "white", "--overwrite")
+        output, result = self.edited(run, tiny_model_dir, "glass.png", "--background", "white", "--overwrite")
         assert result.mode == "RGB"
-        assert "ip2p: warning: glass.png has transparent parts; their background is set to white." in told.err
+        assert (
+            "ip2p: warning: glass.png has transparent parts; their background is set to white." in output.err
+        )
 
 
 # --- the instruction and the numbers --------------------------------------------------------------
@@ -304,8 +308,8 @@ class TestOptions:
         is_refused(run("edit", "page.png", "a", *words), 2, said)
 
     def test_instruction_that_is_a_file(self, run) -> None:
-        told = run("edit", "page.png", "page.png")
-        is_refused(told, 2, "the instruction 'page.png' is a file", "the instruction must come last")
+        output = run("edit", "page.png", "page.png")
+        is_refused(output, 2, "the instruction 'page.png' is a file", "the instruction must come last")
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -331,8 +335,8 @@ class TestOptions:
 class TestMask:
     def test_mask_of_another_size_names_both(self, run) -> None:
         Image.new("L", (32, 48), 255).save("mask.png")
-        told = run("edit", "page.png", "a", "--mask", "mask.png")
-        is_refused(told, 2, "32x48", "64x48", "the same size")
+        output = run("edit", "page.png", "a", "--mask", "mask.png")
+        is_refused(output, 2, "32x48", "64x48", "the same size")
 
     def test_mask_that_is_missing(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "--mask", "pag.png"), 2, "pag.png", "Did you mean page.png?")
@@ -353,10 +357,12 @@ class TestMask:
 
 def test_too_long_instruction_runs_and_names_the_cut_text(run, tiny_model_dir: Path) -> None:
     words = "make it night " * 60 + "with owls"
-    told = run("edit", "page.png", words, "-o", "out.png", "--steps", 1, "--model", tiny_model_dir)
-    assert told.code == 0
-    assert told.err.startswith("ip2p: warning: ") and "77 tokens" in told.err and told.err.count("\n") == 1
-    assert "make it night" in told.err and "with owls'" in told.err
+    output = run("edit", "page.png", words, "-o", "out.png", "--steps", 1, "--model", tiny_model_dir)
+    assert output.code == 0
+    assert (
+        output.err.startswith("ip2p: warning: ") and "77 tokens" in output.err and output.err.count("\n") == 1
+    )
+    assert "make it night" in output.err and "with owls'" in output.err
 
 
 # --- the output -----------------------------------------------------------------------------------
@@ -375,8 +381,8 @@ class TestOutput:
     def test_not_writable(self, run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (here / "night.png").write_bytes(b"mine")
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
-        told = run("edit", "page.png", "a", "-o", "night.png", "--overwrite")
-        is_refused(told, 2, "night.png", "writ")
+        output = run("edit", "page.png", "a", "-o", "night.png", "--overwrite")
+        is_refused(output, 2, "night.png", "writ")
         assert (here / "night.png").read_bytes() == b"mine"
 
     @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses even root")
@@ -400,10 +406,10 @@ class TestOutput:
 
 def test_overwrite_replaces(run, here: Path, tiny_model_dir: Path) -> None:
     (here / "night.png").write_bytes(b"old")
-    told = run(
+    output = run(
         "edit", "page.png", "a", "-o", "night.png", "--overwrite", "--steps", 1, "--model", tiny_model_dir
     )
-    assert told.code == 0 and told.out == "night.png\n"
+    assert output.code == 0 and output.out == "night.png\n"
     assert Image.open("night.png").size == (64, 48)
 
 
@@ -461,9 +467,9 @@ def test_missing_model_folder_names_the_nearest(run, here: Path) -> None:
 def test_offline_and_not_cached_gives_the_download_command(here: Path) -> None:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here / "hf")}
     words = ["edit", "page.png", "a", "--model", "timbrooks/instruct-pix2pix"]
-    told = subprocess.run([sys.executable, "-m", "ip2p", *words], env=env, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-m", "ip2p", *words], env=env, capture_output=True, text=True)
     is_refused(
-        Told(told.returncode, told.stdout, told.stderr),
+        Output(process.returncode, process.stdout, process.stderr),
         3,
         "timbrooks/instruct-pix2pix is not in the cache",
         "hf download timbrooks/instruct-pix2pix",
@@ -492,8 +498,8 @@ def test_out_of_memory_hints_at_a_smaller_size(
         raise raised
 
     monkeypatch.setattr(Editor, "edit", full)
-    told = run("edit", "page.png", "a", "-o", "night.png", "--model", tiny_model_dir)
-    is_refused(told, 4, "out of memory", "--size", "--batch-size 1")
+    output = run("edit", "page.png", "a", "-o", "night.png", "--model", tiny_model_dir)
+    is_refused(output, 4, "out of memory", "--size", "--batch-size 1")
     assert sorted(os.listdir(here)) == ["page.png"]
 
 
@@ -502,8 +508,8 @@ def test_full_disk(run, tiny_model_dir: Path, here: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    told = run("edit", "page.png", "a", "-o", "night.png", "--steps", 1, "--model", tiny_model_dir)
-    is_refused(told, 4, "o space left on")
+    output = run("edit", "page.png", "a", "-o", "night.png", "--steps", 1, "--model", tiny_model_dir)
+    is_refused(output, 4, "o space left on")
     assert sorted(os.listdir(here)) == ["page.png"]
 
 
@@ -551,8 +557,8 @@ def test_fault_of_ours_shows_a_traceback_only_with_debug(
     monkeypatch.setattr(Editor, "edit", broken)
     words = ["edit", "page.png", "a", "--model", tiny_model_dir]
     is_refused(run(*words), 1, "ZeroDivisionError: oh", "--debug")
-    told = run(*words, "--debug")
-    assert told.code == 1 and "Traceback" in told.err
+    output = run(*words, "--debug")
+    assert output.code == 1 and "Traceback" in output.err
 
 
 def test_only_servers_have_the_small_limit_of_pixels() -> None:
@@ -561,13 +567,13 @@ def test_only_servers_have_the_small_limit_of_pixels() -> None:
 
 
 def test_json_lists_outputs_and_settings(run, tiny_model_dir: Path) -> None:
-    told = run(
+    output = run(
         "edit", "page.png", "a", "--json", "--count", 2, "--seed", 5, "--steps", 1, "--model", tiny_model_dir
     )
-    assert told.code == 0
-    said = json.loads(told.out)
-    assert [(row["file"], row["seed"]) for row in said["outputs"]] == [
+    assert output.code == 0
+    report = json.loads(output.out)
+    assert [(row["file"], row["seed"]) for row in report["outputs"]] == [
         ("page-edited-1.png", 5),
         ("page-edited-2.png", 6),
     ]
-    assert said["settings"]["steps"] == 1
+    assert report["settings"]["steps"] == 1

@@ -94,10 +94,10 @@ def test_the_command_saves_each_step_tells_drift_and_writes_the_animation(
     ]
     words += ["--animation", "out.webp"]
     assert cli.main(words) == 0
-    told = capsys.readouterr()
-    assert told.out.split() == ["out-1.png", "out-2.png", "out-3.png", "out.webp"]
-    assert "drift from the start" in told.err and "out-3.png" in told.err and " dB" in told.err
-    assert "does not include a CLIP model" in told.err and "hf download" in told.err
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["out-1.png", "out-2.png", "out-3.png", "out.webp"]
+    assert "drift from the start" in captured.err and "out-3.png" in captured.err and " dB" in captured.err
+    assert "does not include a CLIP model" in captured.err and "hf download" in captured.err
     found = [parse_infotext(Image.open(f"out-{k}.png").info["parameters"]) for k in (1, 2, 3)]
     assert [(one.instruction, one.seed) for one in found] == [
         ("make it night", 3),
@@ -111,7 +111,7 @@ def test_the_command_saves_each_step_tells_drift_and_writes_the_animation(
 
     capsys.readouterr()
     assert cli.main([*words, "--overwrite", "--json", "--clip", str(tiny_clip_dir), "--from-original"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["animation"] == "out.webp"
-    assert said["outputs"][1]["instruction"] == "make it night, make it snow"
-    assert all(-1 <= row["drift"]["clip"] <= 1 and row["drift"]["psnr"] > 0 for row in said["outputs"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["animation"] == "out.webp"
+    assert report["outputs"][1]["instruction"] == "make it night, make it snow"
+    assert all(-1 <= row["drift"]["clip"] <= 1 and row["drift"]["psnr"] > 0 for row in report["outputs"])

@@ -48,12 +48,12 @@ def ip2p(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_help_takes_less_than_a_second() -> None:
     ip2p("--help")  # the first call may have to compile
     before = os.times()
-    told = ip2p("--help")
+    result = ip2p("--help")
     after = os.times()
     # The processor's time, which other processes do not lengthen.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 1
-    assert told.returncode == 0 and told.stderr == ""
-    assert all(verb in told.stdout for verb in cli.VERBS)
+    assert result.returncode == 0 and result.stderr == ""
+    assert all(verb in result.stdout for verb in cli.VERBS)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["edit", "--help"], ["storybook", "score", "-h"], ["edit"]])
@@ -62,8 +62,8 @@ def test_help_and_refusals_import_no_torch(words: list[str]) -> None:
         "import sys; from ip2p.cli import main as cli; cli.main(sys.argv[1:]);"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'skia', 'pyarrow') if m in sys.modules])"
     )
-    told = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    assert told.stdout.splitlines()[-1] == "[]"
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["storybook"], ["storybook", "--help"]])
@@ -141,8 +141,8 @@ def test_options_that_the_help_omits_are_still_accepted() -> None:
 
 def test_the_cli_page_of_the_docs_is_up_to_date() -> None:
     tool = Path(__file__).parent.parent / "scripts" / "make_cli_docs.py"
-    told = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
+    result = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -296,13 +296,13 @@ def test_every_setting_that_makes_a_picture_is_read_back_from_one(page: Image.Im
     words += ["--lora", "a.safetensors:0.5", "--lora", "b.safetensors", "--vae", "v", "--weights", "plain"]
     words += ["--revision", "main", "--controlnet", "c", "--control-image", "e.png", "--control-scale", "0.4"]
     asked = cli.parse("edit", words)
-    told = infotext.EditRecord(**{name: getattr(asked, name) for name in infotext.labeled_settings()})
+    record = infotext.EditRecord(**{name: getattr(asked, name) for name in infotext.labeled_settings()})
     page = page.copy()
-    page.info["parameters"] = infotext.format_infotext(told)
+    page.info["parameters"] = infotext.format_infotext(record)
     save_image(page, "made.png")
     found = cli.parse("edit", ["p", "--from-settings", "made.png"])
     assert found == asked.changed(from_settings=Path("made.png"))
-    auto = told.changed(mask=None, auto_mask=0.35)
+    auto = record.changed(mask=None, auto_mask=0.35)
     page.info["parameters"] = infotext.format_infotext(auto)
     save_image(page, "auto.png")
     assert cli.parse("edit", ["p", "--from-settings", "auto.png"]).auto_mask == 0.35
@@ -350,9 +350,9 @@ def test_image_k_of_several_equals_the_same_image_alone(
     page.save("page.png")
     many = ("make it night", "--steps", 3, "--count", 3, "--seed", 7)
     assert edit(tiny_model_dir, *many, "-o", "night.png", "--batch-size", 2) == 0
-    told = capsys.readouterr()
-    assert told.out.split() == ["night-1.png", "night-2.png", "night-3.png"]
-    assert "\x1b" not in told.err and "%" not in told.err  # no progress without a terminal
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["night-1.png", "night-2.png", "night-3.png"]
+    assert "\x1b" not in captured.err and "%" not in captured.err  # no progress without a terminal
     assert edit(tiny_model_dir, "make it night", "--steps", 3, "--seed", 8, "-o", "alone.png") == 0
     first, second, alone = (
         np.asarray(Image.open(f"{name}.png"), int) for name in ("night-1", "night-2", "alone")

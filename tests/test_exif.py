@@ -163,8 +163,8 @@ def test_xmp_is_kept(tmp_path, source, ending):
     image.info["xmp"] = PLAIN
     first = save_image(image, tmp_path / f"in.{ {'JPEG': 'jpg', 'TIFF': 'tif'}.get(source, source.lower()) }")
     with Image.open(save_image(load_image(first), tmp_path / f"out.{ending}")) as read:
-        told = read.info.get("xmp")
-        assert (told.encode() if isinstance(told, str) else told) == PLAIN
+        xmp = read.info.get("xmp")
+        assert (xmp.encode() if isinstance(xmp, str) else xmp) == PLAIN
 
 
 def test_a_gain_map_is_dropped_with_a_line_and_xmp_no_longer_names_it(tmp_path):

@@ -57,11 +57,11 @@ def test_each_cell_has_the_settings_of_its_row_and_column() -> None:
 def test_labels_stand_above_the_columns_and_before_the_rows() -> None:
     cells = [[Image.new("RGB", (40, 40), "blue")] * 2] * 2
     bare = np.asarray(grid.draw_sheet(cells, columns=["", ""], rows=["", ""]))
-    told = np.asarray(
+    labeled = np.asarray(
         grid.draw_sheet(cells, columns=["text CFG 5", "text CFG 7.5"], rows=["a", "b"], title="“x”")
     )
-    dark = (told.max(axis=-1) < 100) & (told[..., 2] < 100)
-    blue = (told == (0, 0, 255)).all(axis=-1)
+    dark = (labeled.max(axis=-1) < 100) & (labeled[..., 2] < 100)
+    blue = (labeled == (0, 0, 255)).all(axis=-1)
     top, left = np.argwhere(blue).min(axis=0)
     assert dark[:top].any() and dark[top:, :left].any()
     assert not dark[top:, left:].any()
@@ -93,7 +93,7 @@ def test_axis_is_a_setting_with_or_without_values(text: str, found: tuple) -> No
         (["-o", "grid.psd"], "grid.psd"),
     ],
 )
-def test_bad_settings_are_told_before_anything_is_loaded(
+def test_bad_settings_are_refused_before_anything_is_loaded(
     words: list[str], said: str, page: Image.Image, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page.save("page.png")

@@ -115,14 +115,14 @@ def test_a_flipped_bit_in_a_png_is_an_error():
         load_image(bytes(data))
 
 
-def test_too_many_pixels_are_told_from_the_header():
+def test_too_many_pixels_are_refused_by_the_header():
     with pytest.raises(
         InputError, match=r"144\.0 megapixels \(12000x12000\); the limit is 100.*--max-pixels"
     ):
         load_image(png_header(12000, 12000))
 
 
-def test_a_decompression_bomb_is_told_from_the_header():
+def test_a_decompression_bomb_is_refused_by_the_header():
     with pytest.raises(InputError, match="too large"):
         load_image(png_header(60000, 60000), max_pixels=10**12)
 
@@ -431,8 +431,8 @@ def test_bytes_of_a_picture_carry_its_settings_and_its_xmp(kind, tmp_path):
     data = to_bytes(image, kind)
     with Image.open(io.BytesIO(data)) as read:
         assert read.format == kind
-        told = read.info["xmp"]
-    assert (told.encode() if isinstance(told, str) else told) == image.info["xmp"]
+        xmp = read.info["xmp"]
+    assert (xmp.encode() if isinstance(xmp, str) else xmp) == image.info["xmp"]
     (path := tmp_path / "a").write_bytes(data)
     assert read_infotext(path) == image.info["parameters"]
     image.info = {}

@@ -81,17 +81,17 @@ def lines(folder):
 
 
 def test_every_part_is_made_once_and_named_with_its_checksums(go, tmp_path):
-    told = go(partial(Squares, none=(4,)))
+    summary = go(partial(Squares, none=(4,)))
     folder = tmp_path / "job"
     assert [row["square"] for row in rows(folder)] == [0, 1, 4, 9, 25, 36]
-    assert (told.parts, told.made) == (3, 3)
-    assert told.rows == {"data/train": 6, "rejected/rejected": 1}
-    assert told.counts == {"looked": 7, "odd": 3}
+    assert (summary.parts, summary.made) == (3, 3)
+    assert summary.rows == {"data/train": 6, "rejected/rejected": 1}
+    assert summary.counts == {"looked": 7, "odd": 3}
     assert [next(iter(line)) for line in lines(folder)] == ["job", "part", "part", "part", "done"]
     assert sorted(contents(folder)) == sorted(name for line in lines(folder)[1:4] for name in line["files"])
     assert jobs.damaged(folder) == []
     assert jobs.is_job(folder) and not jobs.is_job(tmp_path)
-    assert jobs.summary(folder).counts == told.counts
+    assert jobs.summary(folder).counts == summary.counts
 
 
 def test_a_finished_job_loads_nothing_and_tells_the_same(go, said):
@@ -275,12 +275,12 @@ def test_killed_at_any_write_nothing_is_lost_or_doubled(tmp_path):
         [sys.executable, "-c", KILLED, str(tmp_path), tests], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    runs = json.loads(done.stdout)
     # A line for the head, three parts of two files and a line each, one for the end.
-    assert len(told) > 20
-    assert [code for code, *_ in told] == [-signal.SIGKILL] * (len(told) - 1) + [0]
-    assert {there for _, there, *_ in told} == {0, 1, 2, 3}
-    for _, _, damaged, again, made, halves in told:
+    assert len(runs) > 20
+    assert [code for code, *_ in runs] == [-signal.SIGKILL] * (len(runs) - 1) + [0]
+    assert {there for _, there, *_ in runs} == {0, 1, 2, 3}
+    for _, _, damaged, again, made, halves in runs:
         assert (damaged, again, halves) == ([], 0, [])
         assert [row["n"] for row in made] == list(range(7))
 
@@ -295,7 +295,7 @@ def test_a_torn_line_never_counted(go, tmp_path):
     assert len(rows(tmp_path / "job")) == 7
 
 
-def test_a_part_that_was_cut_short_is_told_and_made_again(go, tmp_path, said):
+def test_a_part_that_was_cut_short_is_reported_and_recreated(go, tmp_path, said):
     go()
     path = tmp_path / "job" / "data" / "train-00001.parquet"
     whole = path.read_bytes()
@@ -370,7 +370,7 @@ def test_a_folder_of_something_else_is_refused(go, tmp_path):
         jobs.committed(folder, "data/train")
 
 
-def test_a_full_disk_is_told_and_what_was_committed_stays(go, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_what_was_committed_stays(go, tmp_path, monkeypatch):
     write = pq.write_table
 
     def full(table, path, **more):
@@ -417,13 +417,13 @@ class Unschedulable(RayError):
 @pytest.fixture
 def ray(monkeypatch):
     """A Ray whose tasks end in the order last begun, first done."""
-    told = SimpleNamespace(nodes=machines({"CPU": 3.0}), options=[], actors=0, most=0, killed=0, shut=0)
-    told.lost, told.refused, told.addresses, told.room = (), (), [], 100
+    fake = SimpleNamespace(nodes=machines({"CPU": 3.0}), options=[], actors=0, most=0, killed=0, shut=0)
+    fake.lost, fake.refused, fake.addresses, fake.room = (), (), [], 100
 
     class Actor:
         def __init__(self, worker):
             self.worker = worker
-            told.actors += 1
+            fake.actors += 1
             self.process_remotely = SimpleNamespace(remote=self.begin)
             self.ready = SimpleNamespace(remote=self.place)
 
@@ -431,32 +431,32 @@ def ray(monkeypatch):
             return (lambda: self.worker.process_remotely(part), tuple(part))
 
         def place(self):
-            told.room -= 1
-            return (self.worker.ready, ("begun", told.room))
+            fake.room -= 1
+            return (self.worker.ready, ("begun", fake.room))
 
     class Remote:
         def __init__(self, kind):
             self.kind = kind
 
         def options(self, **options):
-            told.options.append(options)
+            fake.options.append(options)
             return self
 
         def remote(self, *given):
             return Actor(self.kind(*given))
 
     def wait(refs, num_returns, timeout):
-        told.most = max(told.most, len(refs))
+        fake.most = max(fake.most, len(refs))
         begun = [ref for ref in refs if ref[1][0] == "begun" and ref[1][1] >= 0]
         ready = (begun or [ref for ref in refs if ref[1][0] != "begun"])[-1:]
         return ready, [ref for ref in refs if ref not in ready]
 
     def get(ref):
-        if ref[1][0] in told.lost:
-            if isinstance(told.lost, list):  # so many times
-                told.lost.remove(ref[1][0])
+        if ref[1][0] in fake.lost:
+            if isinstance(fake.lost, list):  # so many times
+                fake.lost.remove(ref[1][0])
             raise ActorDied("The actor died unexpectedly.\nMore.")
-        if ref[1][0] in told.refused:
+        if ref[1][0] in fake.refused:
             raise Unschedulable("Worker startup failed.\nMore.")
         try:
             return ref[0]()
@@ -464,10 +464,10 @@ def ray(monkeypatch):
             raise TaskFailed(error) from None
 
     def count(name):
-        return lambda *given: setattr(told, name, getattr(told, name) + 1)
+        return lambda *given: setattr(fake, name, getattr(fake, name) + 1)
 
     def init(address, **more):
-        told.addresses.append(address)
+        fake.addresses.append(address)
         if address == "nowhere:1":
             raise ConnectionError("no")
         if address == "busy:1":
@@ -484,10 +484,10 @@ def ray(monkeypatch):
         get=get,
         kill=count("killed"),
         shutdown=count("shut"),
-        nodes=lambda: told.nodes,
+        nodes=lambda: fake.nodes,
     )
     monkeypatch.setitem(sys.modules, "ray", module)
-    return told
+    return fake
 
 
 def machines(*resources):
@@ -499,10 +499,10 @@ def machines(*resources):
 def test_ray_makes_the_same_files_whatever_the_order(go, tmp_path, ray):
     go(folder=tmp_path / "here")
     handler = signal.getsignal(signal.SIGTERM)
-    told = go(cluster=Cluster(workers=2))
+    summary = go(cluster=Cluster(workers=2))
     assert contents(tmp_path / "job") == contents(tmp_path / "here")
     assert [line["part"] for line in lines(tmp_path / "job")[1:4]] != [0, 1, 2]
-    assert told.counts == jobs.summary(tmp_path / "here").counts
+    assert summary.counts == jobs.summary(tmp_path / "here").counts
     assert (ray.actors, ray.most, ray.killed, ray.shut) == (2, 2, 2, 1)
     assert ray.options == [{"max_restarts": 0, "num_cpus": 1, "num_gpus": 0.0}]
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -519,7 +519,7 @@ def test_a_job_begun_here_goes_on_on_ray(go, ray, tmp_path):
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
 
 
-def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_told(go, ray, tmp_path):
+def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_reported(go, ray, tmp_path):
     def fail(part):
         raise ModelError("no such model") if part[0] == 6 else ZeroDivisionError("a fault")
 
@@ -581,7 +581,7 @@ def test_what_a_lost_worker_was_at_is_given_to_another(go, ray, tmp_path):
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
 
 
-def test_a_cluster_that_does_not_answer_and_a_missing_ray_are_told(ray, go, monkeypatch):
+def test_a_cluster_that_does_not_answer_and_a_missing_ray_are_errors(ray, go, monkeypatch):
     with pytest.raises(ResourceError, match="no Ray cluster responds at nowhere:1"):
         go(cluster=Cluster(address="nowhere:1"))
     with pytest.raises(ResourceError, match=r"Ray does not start \(the node timed out\)\. .* resume"):

@@ -115,7 +115,7 @@ def test_a_killed_worker_of_ray_costs_nothing_and_an_error_comes_back_as_itself(
     with pytest.raises(ModelError, match="the model is gone"):
         go()
     assert fallen.exists() and len(rows(tmp_path / "job")) == 6
-    told = go()
-    assert (told.made, told.counts) == (1, {"seen": 7})
+    summary = go()
+    assert (summary.made, summary.counts) == (1, {"seen": 7})
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
     assert jobs.damaged(tmp_path / "job") == []

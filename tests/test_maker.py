@@ -130,15 +130,18 @@ def draw(triples, painter, out, *more, code=0):
 
 def test_from_captions_to_a_data_set_that_others_read(captions, lm, painter, here, capsys):
     assert ip2p("synth", "instruct", captions, "-o", "triples.parquet", "--model", lm, *GREEDY, *HERE) == 0
-    told = capsys.readouterr()
-    assert told.out == "triples.parquet\n"
-    assert "4 triples of 4 captions; 0 captions have none" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == "triples.parquet\n"
+    assert "4 triples of 4 captions; 0 captions have none" in captured.err
     assert read_triples(Path("triples.parquet")) == TRIPLES
 
     draw("triples.parquet", painter, "pairs", *ANY, "--license", "CC0-1.0")
-    told = capsys.readouterr()
-    assert told.out == "pairs\n"
-    assert "8 pairs are kept of 8 candidates" in told.err and "8 pictures through the network" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == "pairs\n"
+    assert (
+        "8 pairs are kept of 8 candidates" in captured.err
+        and "8 pictures through the network" in captured.err
+    )
     made = rows(Path("pairs"))
     assert [row["triple_id"] for row in made] == [triple.id for triple in TRIPLES for _ in range(2)]
     for row in made:
@@ -150,8 +153,8 @@ def test_from_captions_to_a_data_set_that_others_read(captions, lm, painter, her
         assert (row["model"], row["clip"], row["license"]) == ("painter", "painter", "CC0-1.0")
 
     assert ip2p("synth", "filter", "pairs", "-o", "kept", "--top", "1", *ANY) == 0
-    told = capsys.readouterr()
-    assert told.out == "kept\n" and "pairs kept" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == "kept\n" and "pairs kept" in captured.err
     best = {}
     for row in made:
         best[row["triple_id"]] = max(best.get(row["triple_id"], row), row, key=lambda r: r["clip_sim_dir"])
@@ -201,7 +204,7 @@ def test_the_same_call_again_does_nothing(captions, triples, lm, painter, here, 
     assert {path: data for path, (data, _) in after.items()} == {p: data for p, (data, _) in before.items()}
     assert all(after[path] == before[path] for path in before if path.suffix == ".parquet")
     assert first.out == again.out
-    # The figures of all runs are told again.
+    # The counts of all runs are printed again.
     for line in ("4 triples of 4 captions", "pairs are kept of"):
         assert line in again.err
 
@@ -325,18 +328,18 @@ def test_a_prompt_goes_on_until_enough_passed_and_all_that_was_drawn_can_be_kept
     assert 0 < len(passing) < len(drawn)
     kept = rows(draw(triples, painter, Path("kept"), "--directional", "0.01", *ANY[:4]))
     assert [row["id"] for row in kept] == passing
-    told = jobs.summary(Path("kept"))
-    assert told.counts["candidates"] == told.counts["made"] == len(drawn)
-    assert told.counts["passed"] == len(passing) == told.rows[KEPT]
-    assert told.counts["evaluations"] == len(drawn) * 2 * 2 * 2  # pictures, halves of guidance, steps
-    ends = [told.counts[f"prompts_{end}"] for end in ("enough", "hopeless", "most")]
-    assert sum(ends) == told.counts["prompts"] == 5
+    summary = jobs.summary(Path("kept"))
+    assert summary.counts["candidates"] == summary.counts["made"] == len(drawn)
+    assert summary.counts["passed"] == len(passing) == summary.rows[KEPT]
+    assert summary.counts["evaluations"] == len(drawn) * 2 * 2 * 2  # pictures, halves of guidance, steps
+    ends = [summary.counts[f"prompts_{end}"] for end in ("enough", "hopeless", "most")]
+    assert sum(ends) == summary.counts["prompts"] == 5
     # By hand, of each triple: two at a time, until two passed or four were drawn.
     for triple in read_triples(triples):
-        own = [row["id"] in passing for row in drawn if row["triple_id"] == triple.id]
-        assert len(own) == (2 if sum(own[:2]) == 2 else len(own)) and len(own) in (2, 3, 4)
+        passed = [row["id"] in passing for row in drawn if row["triple_id"] == triple.id]
+        assert len(passed) == (2 if sum(passed[:2]) == 2 else len(passed)) and len(passed) in (2, 3, 4)
     without = {triple.id for triple in read_triples(triples)} - {row["triple_id"] for row in kept}
-    assert told.counts["prompts_none"] == len(without)
+    assert summary.counts["prompts_none"] == len(without)
 
 
 def test_each_cheaper_way_saves_work(triples, painter, here, tmp_path_factory):
@@ -387,10 +390,10 @@ def test_as_the_paper_turns_all_savings_off_and_refuses_what_contradicts(here, c
     assert SynthPairsConfig(triples="t", out=Path("p"), as_paper=True, most=100, enough=0).check() is None
     # The help texts say the defaults, which are written in one table.
     for name, value in PAIRS.items():
-        told = SynthPairsConfig.model_fields[name].description
-        said = {None: "none"}.get(value, f"{value:g}" if type(value) is float else value)
-        own = f", storybook {PAIRS_STORYBOOK[name]:g}" if PAIRS_STORYBOOK[name] != value else ""
-        assert told.endswith(f"default: {said}{own}")
+        description = SynthPairsConfig.model_fields[name].description
+        default = {None: "none"}.get(value, f"{value:g}" if type(value) is float else value)
+        storybook_default = f", storybook {PAIRS_STORYBOOK[name]:g}" if PAIRS_STORYBOOK[name] != value else ""
+        assert description.endswith(f"default: {default}{storybook_default}")
 
 
 def test_the_storybooks_scale_and_thresholds_are_its_own(painter, triples, here, tmp_path_factory):
@@ -410,7 +413,7 @@ def test_the_storybooks_scale_and_thresholds_are_its_own(painter, triples, here,
     assert preset_for(()) == preset_for({"storybook", "other"}) == "paper"
 
 
-def test_captions_that_the_model_reads_in_part_are_told_once(painter, here, capsys):
+def test_truncated_captions_are_reported_once(painter, here, capsys):
     long = " ".join(["cat"] * 90)
     some = [
         Triple(id=str(n), caption=f"{long} {n}", instruction="make it red", edited_caption="a red cat")
@@ -418,9 +421,9 @@ def test_captions_that_the_model_reads_in_part_are_told_once(painter, here, caps
     ]
     write_triples(here / "t.parquet", some)
     draw("t.parquet", painter, "pairs", *ANY, "--steps", "1")
-    told = capsys.readouterr().err
-    assert "3 triples have a caption that is longer than the model reads" in told
-    assert told.count("longer") == 1
+    stderr = capsys.readouterr().err
+    assert "3 triples have a caption that is longer than the model reads" in stderr
+    assert stderr.count("longer") == 1
 
 
 def test_a_job_of_triples_is_read_as_a_file_is_and_one_that_was_stopped_is_refused(
@@ -461,9 +464,9 @@ def test_refusals_are_counted_over_all_runs_and_no_triple_at_all_is_an_error(
     words = ("synth", "instruct", captions, "--model", lm, "--retries", "1", *HERE)
     for _ in range(2):
         assert ip2p(*words, "-o", "t.parquet") == 0
-        told = capsys.readouterr().err
-        assert "2 triples of 4 captions; 2 captions have none" in told
-        assert "4 answers were refused: unparsable 2, unchanged 2" in told
+        stderr = capsys.readouterr().err
+        assert "2 triples of 4 captions; 2 captions have none" in stderr
+        assert "4 answers were refused: unparsable 2, unchanged 2" in stderr
     table = pq.read_table(next(Path("t.parts/rejected").iterdir()))
     assert sorted(table["reason"].to_pylist()) == ["unchanged"] * 2 + ["unparsable"] * 2
     script |= {triple.caption: "nonsense" for triple in TRIPLES}
@@ -524,8 +527,8 @@ def test_a_server_that_goes_away_costs_no_answer_twice_and_no_key_is_written(
     server.asked, server.until = 0, 99
     assert ip2p(*words) == 0
     assert server.asked == 2 and server.keys == {"sk-secret"}
-    told = capsys.readouterr().err
-    assert "4 answers, 0 retries, 40 tokens in, 20 out, cost 0.0001" in told
+    stderr = capsys.readouterr().err
+    assert "4 answers, 0 retries, 40 tokens in, 20 out, cost 0.0001" in stderr
     assert [t.edited_caption for t in read_triples(Path("t.parquet"))] == [t.edited_caption for t in TRIPLES]
     assert "sk-secret" not in "".join(path.read_text("latin-1") for path in here.rglob("*") if path.is_file())
     assert "sk-secret" not in repr(
@@ -588,8 +591,8 @@ def test_a_model_is_tuned_on_triples_and_writes(captions, lm, here, capsys):
     words = ("synth", "tune-lm", "--base", lm, "-o", "mine", "--triples", "own.parquet", "--backend", "plain")
     words += ("--epochs", "1", "--batch", "4", "--rate", "1e-5", "--device", "cpu")
     assert ip2p(*words) == 0
-    told = capsys.readouterr()
-    assert told.out == "mine\n" and "--model mine" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == "mine\n" and "--model mine" in captured.err
     assert json.loads(Path("mine/run.json").read_text())["steps"] == 1
     assert ip2p(*words) == 2 and "mine is there already" in capsys.readouterr().err
     assert ip2p(*words, "--overwrite") == 0
@@ -754,22 +757,22 @@ def test_an_address_after_ray_may_be_left_out(here):
 def test_small_models_work_on_every_core_with_a_thread_each(here, painter, monkeypatch):
     monkeypatch.setattr(workers, "_cores", lambda: 3)
 
-    def told(weights=painter, **settings):
+    def options(weights=painter, **settings):
         return workers.worker_options(SynthPairsConfig(**settings), weights, device="cpu")
 
-    assert told() == {"processes": 3, "threads": 1}
-    assert told(workers=1) == {"processes": 1, "threads": 1}
-    assert told(threads=2) == {"processes": 3, "threads": 2}
-    assert told(None) == {"processes": 1, "threads": None}
-    assert told(None, workers=2) == {"processes": 2, "threads": 1}
+    assert options() == {"processes": 3, "threads": 1}
+    assert options(workers=1) == {"processes": 1, "threads": 1}
+    assert options(threads=2) == {"processes": 3, "threads": 2}
+    assert options(None) == {"processes": 1, "threads": None}
+    assert options(None, workers=2) == {"processes": 2, "threads": 1}
     monkeypatch.setattr(workers, "SMALL", 1000)
-    assert told() == {"processes": 1, "threads": None}
+    assert options() == {"processes": 1, "threads": None}
     cluster = Cluster(address="a:1", workers=4, cpus=2, gpus=0.5)
-    assert told(ray="a:1", ray_workers=4, threads=2, ray_gpus=0.5) == {"cluster": cluster, "threads": 2}
+    assert options(ray="a:1", ray_workers=4, threads=2, ray_gpus=0.5) == {"cluster": cluster, "threads": 2}
 
 
 def test_stages_cross_to_other_machines(here, painter, lm, monkeypatch):
-    """What `jobs` is told to make can be pickled; Ray's own part is tested with `jobs`."""
+    """The stages passed to `jobs` can be pickled; Ray itself is tested with `jobs`."""
     import pickle
 
     made = []
@@ -853,7 +856,7 @@ def test_stages_cross_to_other_machines(here, painter, lm, monkeypatch):
         (["inspect", "nowhere"], 2, "nowhere: no such"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(here, capsys, monkeypatch, words, code, said):
+def test_bad_commands_are_refused_in_one_line(here, capsys, monkeypatch, words, code, said):
     (here / "here.txt").write_text("a red cat\n")
     write_triples(here / "own.parquet", TRIPLES)
     assert ip2p("synth", *words) == code

@@ -87,9 +87,9 @@ def test_what_names_no_picture_is_refused(words: list[str], said: str) -> None:
     save_pages(Path("a"), ["x.png"])
     save_pages(Path("b"), ["x.png"])
     Path("empty").mkdir()
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         found(*words)
-    assert said in str(told.value)
+    assert said in str(caught.value)
 
 
 def test_one_picture_is_not_many() -> None:
@@ -171,9 +171,9 @@ def test_a_changed_setting_is_refused_by_name_unless_overwritten() -> None:
         ({"text_cfg": 3.0}, "--text-cfg not given, but it is now 3.0"),
     ]
     for fields, said in changed:
-        with pytest.raises(InputError) as told:
+        with pytest.raises(InputError) as caught:
             do(EditConfig(**{**vars(CONFIG), **fields}))
-        assert said in str(told.value) and "--overwrite" in str(told.value)
+        assert said in str(caught.value) and "--overwrite" in str(caught.value)
     assert do(EditConfig(**{**vars(CONFIG), "jobs": 1, "batch_size": 1}))[0] == []  # says how fast, not what
     assert do(EditConfig(**{**vars(CONFIG), "steps": 30, "overwrite": True}))[0] == ["a.png"]
     assert do(EditConfig(**{**vars(CONFIG), "steps": 30}))[0] == []
@@ -225,7 +225,7 @@ def test_a_line_that_was_being_written_does_not_count() -> None:
     assert sorted(row["name"] for row in manifest(Path("out"))) == ["a.png", "b.png"]
 
 
-def test_what_the_network_refuses_is_told_with_its_picture() -> None:
+def test_what_the_network_refuses_is_reported_with_its_picture() -> None:
     save_pages(Path("pages"), ["a.png", "b.png", "c.png", "d.png", "e.png", "f.png", "g.png"])
     bad = Image.open("pages/d.png").tobytes()
 
@@ -266,10 +266,10 @@ def test_a_full_disk_stops_the_job_and_keeps_what_is_there(monkeypatch: pytest.M
             raise OSError(28, "No space left on device")
         return save(self, *args, **options)
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left") as told:
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left") as caught:
         patched.setattr(Image.Image, "save", full)
         do(CONFIG, batch_size=1, jobs=1)
-    assert isinstance(as_ip2p_error(told.value), ResourceError)
+    assert isinstance(as_ip2p_error(caught.value), ResourceError)
     before = {row["name"] for row in manifest(Path("out"))}
     assert len(before) == 2 and sorted(before | set(do(CONFIG)[0])) == [f"{k}.png" for k in range(6)]
     assert not [name for name in os.listdir("out") if name.startswith(".")]
@@ -375,21 +375,21 @@ def test_forty_files_five_broken_killed_half_way_and_run_again(here: Path, tiny_
     first = (here / "computed.log").read_text().split()
     (here / "computed.log").unlink()
 
-    told = run("live")
-    assert told.returncode == 2
+    resumed = run("live")
+    assert resumed.returncode == 2
     second = (here / "computed.log").read_text().split()
     # The last pair was in flight, and so may be the ones that the writers had.
     assert len(set(first) & set(second)) <= 2 + 2 + 2
     assert len(second) == len(set(second)) == 35 - len(committed)
     results = [path for path in (here / "out").iterdir() if path.suffix not in (".json", ".jsonl")]
     assert len(results) == 35
-    assert len(told.stdout.split()) == 35 - len(committed)
+    assert len(resumed.stdout.split()) == 35 - len(committed)
     assert all((here / "out" / name).stat().st_mtime_ns == when for name, when in before.items())
-    lines = told.stderr.splitlines()
+    lines = resumed.stderr.splitlines()
     assert len([line for line in lines if line.startswith("ip2p: error: ")]) == 5
-    assert all(f"photos/{name}" in told.stderr for name in broken)
+    assert all(f"photos/{name}" in resumed.stderr for name in broken)
     assert lines[-1] == "ip2p: 5 of 40 pictures could not be edited; the other results are in out."
-    assert "Traceback" not in told.stderr
+    assert "Traceback" not in resumed.stderr
     for path in results:
         source = (
             here / "photos" / (path.name if path.name[-4:] != ".png" or "bmp" not in path.name else path.stem)

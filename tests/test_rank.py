@@ -97,18 +97,18 @@ def test_the_command_keeps_the_best_in_order_and_tells_the_scores(
     words = ["edit", "page.png", "make it night", "--model", str(tiny_model_dir), "--dtype", "fp32"]
     words += ["--steps", "1", "-o", "out.png", "--clip", str(tiny_clip_dir), "--count", "4", "--best"]
     assert cli.main([*words, "2", "--json"]) == 0
-    told = capsys.readouterr()
-    said = json.loads(told.out)
-    scores = [row["score"] for row in said["candidates"]]
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    scores = [row["score"] for row in report["candidates"]]
     assert len(scores) == 4 and scores == sorted(scores, reverse=True)
-    assert [row.get("file") for row in said["candidates"]] == ["out-1.png", "out-2.png", None, None]
-    assert [row["seed"] for row in said["outputs"]] == [row["seed"] for row in said["candidates"][:2]]
+    assert [row.get("file") for row in report["candidates"]] == ["out-1.png", "out-2.png", None, None]
+    assert [row["seed"] for row in report["outputs"]] == [row["seed"] for row in report["candidates"][:2]]
     assert all(
         row["score"] == pytest.approx(row["directional"] + row["image_similarity"])
-        for row in said["candidates"]
+        for row in report["candidates"]
     )
     assert sorted(os.listdir()) == ["out-1.png", "out-2.png", "page.png"]
-    assert told.err.count("\n") == 5 and "directional + image similarity = score" in told.err
+    assert captured.err.count("\n") == 5 and "directional + image similarity = score" in captured.err
     assert cli.main([*words, "1"]) == 0  # a single one has the plain name
     assert capsys.readouterr().out == "out.png\n"
     assert Path("out.png").read_bytes() == Path("out-1.png").read_bytes()

@@ -88,7 +88,7 @@ def test_the_whole_at_the_papers_scale_trains_on_what_it_made(here):
     assert cli.parse("synth filter", kept[2:]).out == Path(config.data)
 
 
-def test_several_machines_are_told_to_name_their_data(here):
+def test_several_machines_must_name_their_data(here):
     done = subprocess.run(
         ["bash", str(ROOT / "recipes" / "paper.sh"), "out"],
         env={"PATH": "/usr/bin:/bin", "MACHINES": "2"},
@@ -146,15 +146,15 @@ def test_every_flag_that_the_guide_names_is_one(here):
 def test_the_guide_tells_the_defaults_that_there_are():
     [table] = re.findall(r"\n\| flag \| default (.*?)\n\n", guide(), re.S)
     rows = re.findall(r"^\| (`--[^|]*) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|", table, re.M)
-    told = {}
+    documented = {}
     for flags, *columns in rows:
         names = [flag.strip("` -").replace("-", "_") for flag in flags.split(", ")]
         values = zip(*(column.split(", ") for column in columns), strict=True)
-        told |= dict(zip(names, values, strict=True))
+        documented |= dict(zip(names, values, strict=True))
     each = (PAIRS, PAIRS_STORYBOOK, PAIRS_AS_PAPER)
-    wanted = {name: tuple(str(usual[name]) for usual in each) for name in PAIRS}
-    del wanted["attention"]  # it has a table of its own
-    assert told == wanted
+    expected = {name: tuple(str(usual[name]) for usual in each) for name in PAIRS}
+    del expected["attention"]  # it has a table of its own
+    assert documented == expected
     for name, least in PRESETS.items():
         row = re.search(rf"^\| `{name}` \| (\S+) \| (\S+) \| (\S+) \|", guide(), re.M)
         assert row and tuple(map(float, row.groups())) == (least.image, least.caption, least.directional)

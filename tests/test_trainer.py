@@ -459,8 +459,8 @@ def test_broken_rows_are_quarantined_and_beyond_one_in_a_hundred_it_stops(config
     for name, more in (("cached", {"steps": 1}), ("online", {"steps": 5, "no_cache": True, "pool": 120})):
         own = config.changed(output=config.output.with_name(name), batch=24, **more)
         assert trainer.run_training(own).finished
-    told = (config.output.with_name("online") / "training" / "quarantine.jsonl").read_text()
-    assert "007" in told
+    quarantined = (config.output.with_name("online") / "training" / "quarantine.jsonl").read_text()
+    assert "007" in quarantined
     for k in (8, 9):
         broken = folder / "after" / f"{k:03}.png"
         broken.write_bytes(b"no picture")
@@ -560,15 +560,15 @@ def test_curves_go_to_tensorboard_which_is_the_default_when_it_is_there(config):
     trainer.run_training(
         config.changed(steps=2, track="auto", validate_every=1, held_out=2, validate_steps=1)
     )
-    told = set()
+    tags = set()
     for events in (config.output / "training" / "tensorboard").rglob("events*"):
         read = EventAccumulator(str(events))
         read.Reload()
-        told |= set(read.Tags()["scalars"])
-    assert {"loss", "norm", "held out/loss", "held out/psnr"} <= told
+        tags |= set(read.Tags()["scalars"])
+    assert {"loss", "norm", "held out/loss", "held out/psnr"} <= tags
 
 
-def test_without_tensorboard_auto_tracks_nothing_and_asking_for_it_is_told(monkeypatch):
+def test_without_tensorboard_auto_tracks_nothing_and_asking_for_it_is_an_error(monkeypatch):
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
     assert trainer._trackers("auto") is None and trainer._trackers("none") is None
     with pytest.raises(InputError, match=r"pip install 'ip2p\[track\]'"):
@@ -617,8 +617,8 @@ def test_two_processes_share_a_run_validate_it_and_write_one_editor(config, tmp_
 def test_min_snr_without_a_last_signal_is_refused_for_noise(config, tmp_path):
     base = shutil.copytree(config.base, tmp_path / "zero")
     path = base / "scheduler" / "scheduler_config.json"
-    told = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
-    path.write_text(json.dumps(told))
+    scheduler = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(scheduler))
     with pytest.raises(InputError, match="--min-snr divides by"):
         trainer.train(config, base=str(base), min_snr=5.0, prediction="epsilon")
 
@@ -626,8 +626,8 @@ def test_min_snr_without_a_last_signal_is_refused_for_noise(config, tmp_path):
 def test_min_snr_without_a_last_signal_is_warned_of_for_velocity(config, tmp_path, capsys):
     base = shutil.copytree(config.base, tmp_path / "zero")
     path = base / "scheduler" / "scheduler_config.json"
-    told = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
-    path.write_text(json.dumps(told))
+    scheduler = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(scheduler))
     trainer.train(config, base=str(base), min_snr=5.0, prediction="v_prediction", steps=1)
     assert "last noise level has no signal, so --min-snr gives it a weight of 0 for velocity" in (
         capsys.readouterr().err
@@ -658,9 +658,9 @@ def test_the_shortest_call_and_a_recipe(pairs, base, cache, here, capsys):
         )
         == 0
     )
-    told = capsys.readouterr()
-    assert told.out.strip() == "made"
-    assert "images/s" in told.err and "backward" in told.err
+    captured = capsys.readouterr()
+    assert captured.out.strip() == "made"
+    assert "images/s" in captured.err and "backward" in captured.err
     settings = json.loads(Path("made/run.json").read_text())["settings"]
     assert (settings["batch"], settings["lr"], settings["ema_updates"], settings["min_snr"]) == (
         4,
@@ -691,5 +691,5 @@ def test_the_shortest_call_and_a_recipe(pairs, base, cache, here, capsys):
 )
 def test_bad_settings_exit_2_in_one_line(here, capsys, words, says):
     assert cli.main(["train", *words.split()]) == 2
-    told = capsys.readouterr().err.strip().splitlines()
-    assert says in told[-1], told
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert says in lines[-1], lines

@@ -78,7 +78,7 @@ def test_what_is_left_out_takes_its_usual_value() -> None:
         "",
         "a photograph of a cat",
         "an illustration of a red cat",
-        "an illustration of a cat in the meadow at noon under a clear sky",  # its colour would be told
+        "an illustration of a cat in the meadow at noon under a clear sky",  # a caption would name its colour
         "an illustration of a red cats in the meadow at noon",
         "an illustration of two red cat in the meadow at noon",
         "an illustration of a girl in red and a red girl in the meadow at noon",

@@ -758,11 +758,11 @@ def test_the_reference_has_every_operation_and_field(browser: Browser, server: R
     with visiting(browser, server) as page:
         page.goto(f"{server.url}/docs")
         page.wait_for_selector("body[data-ready]")
-        told = page.locator("#operations").text_content()
+        text = page.locator("#operations").text_content()
         schema = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()
         for path, operations in schema["paths"].items():
             for method in operations:
-                assert f"{method.upper()} {path}" in told
+                assert f"{method.upper()} {path}" in text
         for words in ("auto_mask", "image_guidance_scale", "inpaint_full_res_padding", "the picture: PNG"):
-            assert words in told
+            assert words in text
         assert page.locator("#operations table").count() > 10

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: every defect is found, named, and told from what is right."""
+"""Checks of a data set: every defect is found and named, and correct rows are not reported."""
 
 import csv
 import io
@@ -73,7 +73,7 @@ def every_defect(folder):
 
 def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
     report = check(open_source(str(every_defect(tmp_path / "set"))))
-    told = {line.split("  ")[0]: " ".join(line.split()) for line in report.lines()}
+    lines = {line.split("  ")[0]: " ".join(line.split()) for line in report.lines()}
     starts = {
         "broken picture": "1 row: cannot be read or decoded: cut (after: is damaged or truncated",
         "missing picture": "1 row: a picture or the texts of the row are missing: no-picture (after: ",
@@ -88,14 +88,14 @@ def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
         "identical pictures": "1 row: before and after are the same: same",
     }
     for name, start in starts.items():
-        assert told.get(name, "").startswith(f"{name} {start}"), told.get(name)
-    assert told["swapped words"].endswith("may be swapped: swapped-words")
-    assert told["swapped pictures"].endswith("may be swapped: swapped-pictures")
-    assert told["data"].endswith("set, 25 rows")
-    assert told["instruction"] == (
+        assert lines.get(name, "").startswith(f"{name} {start}"), lines.get(name)
+    assert lines["swapped words"].endswith("may be swapped: swapped-words")
+    assert lines["swapped pictures"].endswith("may be swapped: swapped-pictures")
+    assert lines["data"].endswith("set, 25 rows")
+    assert lines["instruction"] == (
         "instruction 3 / 3 / 90 words (min / median / max), about 1 over 77 tokens, 1 empty"
     )
-    assert told["caption"].startswith("caption 2 / 2 / 4 words")
+    assert lines["caption"].startswith("caption 2 / 2 / 4 words")
     assert {f.name for f in report.findings} == set(starts)
     assert [f.name for f in report.defects] == list(starts)[:4]
     assert report.summary() == (
@@ -142,7 +142,7 @@ def test_the_first_few_ids_are_named_and_all_are_counted():
         "SWAP them",
     ],
 )
-def test_an_instruction_is_told_by_its_beginning(words):
+def test_an_instruction_is_recognized_by_its_beginning(words):
     assert imperative(words)
 
 
@@ -191,7 +191,7 @@ def test_edits_of_edits_and_ways_back_are_not_swapped():
     assert swaps((1, 2), (2, 3), (3, 4)) == ()
     assert swaps((1, 2), (1, 3), (1, 4), (2, 5)) == ()
     assert swaps((1, 2), (2, 1)) == ()
-    # What is removed from different pictures may leave the same one, and they are told apart by their words.
+    # Removing things from different pictures may leave the same picture; their captions tell the edits apart.
     assert swaps((2, 1), (3, 1), (4, 1), captions=[("b", "a"), ("c", "a"), ("d", "a")]) == ()
     # An edit of an edit, edited twice: the second step's caption is another.
     assert swaps((1, 2), (2, 3), (2, 4), captions=[("a", "b"), ("b", "c"), ("b", "d")]) == ()

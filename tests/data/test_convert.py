@@ -54,7 +54,7 @@ def test_a_round_through_every_layout_keeps_what_they_hold(tmp_path, first):
         assert [fields(pair, both) for pair in got] == [fields(pair, both) for pair in pairs]
 
 
-def test_what_a_layout_cannot_hold_is_told(tmp_path):
+def test_what_a_layout_cannot_hold_is_reported(tmp_path):
     converted = convert(Rows(masked()), tmp_path / "a", "magicbrush")
     assert converted.left_out == {"caption": 5, "edited_caption": 5, "scores": 5}
     assert converted.lines("magicbrush") == [
@@ -126,9 +126,9 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
     pairs = [*make_pairs(3), BrokenRow("lost", "before: gone"), make_pair(4, after=picture(1, "JPEG")[:-99])]
     converted = convert(Rows(pairs), tmp_path / "a", "shards", shard_rows=2, max_broken=0.5)
     assert converted.rows == 3
-    told = [json.loads(line) for line in (tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in told] == ["lost", "pair-4"]
-    assert "damaged or truncated" in told[1]["reason"]
+    broken = [json.loads(line) for line in (tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in broken] == ["lost", "pair-4"]
+    assert "damaged or truncated" in broken[1]["reason"]
     assert "2 broken rows" in converted.lines("shards")[0]
     assert [pair.id for pair in read(tmp_path / "a")] == ["pair-0", "pair-1", "pair-2"]
 

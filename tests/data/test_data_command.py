@@ -46,8 +46,8 @@ def test_warnings_alone_are_no_error(capsys):
 def test_the_report_as_json(capsys):
     with pytest.raises(InputError):
         command.check_source(Check(print_json=True), Rows([make_pair(0, instruction="")]))
-    told = json.loads(capsys.readouterr().out)
-    assert (told["rows"], told["findings"][0]["name"]) == (1, "empty instruction")
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rows"], report["findings"][0]["name"]) == (1, "empty instruction")
 
 
 def test_a_sheet_that_is_there_is_refused_before_any_work(tmp_path):
@@ -60,9 +60,9 @@ def test_a_sheet_that_is_there_is_refused_before_any_work(tmp_path):
 def test_a_conversion_prints_its_folder_and_says_what_it_left_out(tmp_path, capsys):
     target = str(tmp_path / "out")
     command.convert_source(Convert(target=target, to="magicbrush", count=3), Rows(make_pairs()))
-    told = capsys.readouterr()
-    assert told.out == f"{target}\n"
-    assert "the layout magicbrush cannot hold it: caption (3 rows)" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == f"{target}\n"
+    assert "the layout magicbrush cannot hold it: caption (3 rows)" in captured.err
     settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
     assert (settings["to"], settings["count"]) == ("magicbrush", 3)
     assert len(open_source(target)) == 3

@@ -195,7 +195,7 @@ def test_tar_shards(tmp_path):
     assert all(same(source[row], pair, *WORDS, "scores") for row, pair in enumerate(pairs))
 
 
-def test_shards_that_repeat_keys_are_told_apart(tmp_path):
+def test_shards_that_repeat_keys_get_distinct_ids(tmp_path):
     write_tar(tmp_path / "a.tar", make_pairs(2))
     write_tar(tmp_path / "b.tar", make_pairs(1))
     source = open_source(str(tmp_path))
@@ -335,7 +335,7 @@ def test_a_missing_path_names_the_nearest(tmp_path):
         open_source(str(tmp_path / "pair.parquet"))
 
 
-def test_what_is_no_data_set_is_told_in_a_line(tmp_path):
+def test_what_is_no_data_set_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.parquet").write_bytes(b"")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1" + b"x" * 100)
@@ -346,7 +346,7 @@ def test_what_is_no_data_set_is_told_in_a_line(tmp_path):
     (tmp_path / "untold" / "after").mkdir()
     (tmp_path / "none.jsonl").write_text("\n")
     write_hub(tmp_path / "none.parquet", [])
-    told = {
+    messages = {
         "": "no data set given",
         "empty": "is an empty folder",
         "empty.parquet": r"is empty \(0 bytes\)",
@@ -357,7 +357,7 @@ def test_what_is_no_data_set_is_told_in_a_line(tmp_path):
         "none.jsonl": "has no rows",
         "none.parquet": "has no rows",
     }
-    for name, words in told.items():
+    for name, words in messages.items():
         with pytest.raises(InputError, match=words) as error:
             open_source(str(tmp_path / name) if name else " ")
         assert "\n" not in str(error.value)

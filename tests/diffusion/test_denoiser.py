@@ -236,8 +236,8 @@ def test_a_prompt_without_more_is_its_hidden_states(model, inputs):
 def test_control_adds_to_every_pass(model, inputs):
     seen = []
 
-    def control(noisy, time, told):
-        seen.append((noisy.shape, time.shape, told["encoder_hidden_states"].shape))
+    def control(noisy, time, text):
+        seen.append((noisy.shape, time.shape, text["encoder_hidden_states"].shape))
         return {"plus": 0.5}
 
     wide = UNetDenoiser(WideUNet(), model.schedule, control=control)

@@ -40,24 +40,24 @@ def settings(tiny_model_dir, tiny_clip_dir):
 def magicbrush(tmp_path):
     """Two sessions, of two turns and of one."""
     sessions = {"7": 2, "9": 1}
-    told = {}
+    edit_sessions = {}
     for name, count in sessions.items():
         home = tmp_path / "brush/images" / name
         home.mkdir(parents=True)
         (home / f"{name}-input.png").write_bytes(png(int(name)))
-        told[name] = []
+        edit_sessions[name] = []
         for turn in range(1, count + 1):
             (home / f"{name}-output{turn}.png").write_bytes(png(int(name) * 10 + turn))
             mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
             mask.paste((0, 0, 0, 0), (0, 0, 32, 64))
             mask.save(home / f"{name}-mask{turn}.png")
             before = f"{name}-input.png" if turn == 1 else f"{name}-output{turn - 1}.png"
-            told[name].append(
+            edit_sessions[name].append(
                 {"input": before, "mask": f"{name}-mask{turn}.png", "output": f"{name}-output{turn}.png",
                  "instruction": f"turn {turn}"}
             )  # fmt: skip
-    (tmp_path / "brush/edit_sessions.json").write_text(json.dumps(told))
-    captions = {name: {turn["output"]: "a page" for turn in turns} for name, turns in told.items()}
+    (tmp_path / "brush/edit_sessions.json").write_text(json.dumps(edit_sessions))
+    captions = {name: {turn["output"]: "a page" for turn in turns} for name, turns in edit_sessions.items()}
     (tmp_path / "brush/local_descriptions.json").write_text(json.dumps(captions))
     return tmp_path / "brush"
 
@@ -98,9 +98,9 @@ def test_magicbrushs_transparent_mask_is_where_the_edit_may_be(magicbrush):
 
 def test_a_long_caption_stops_magicbrush_as_published_and_is_cut_as_corrected(magicbrush, settings, tmp_path):
     path = magicbrush / "local_descriptions.json"
-    told = json.loads(path.read_text())
-    told["9"]["9-output1.png"] = "a page " * 60
-    path.write_text(json.dumps(told))
+    descriptions = json.loads(path.read_text())
+    descriptions["9"]["9-output1.png"] = "a page " * 60
+    path.write_text(json.dumps(descriptions))
     base = {"data": str(magicbrush), "benchmark": "magicbrush", **settings}
     with pytest.raises(InputError, match="tokens, but MagicBrush's evaluator fails at more than 77"):
         ip2p.evaluate(**base, out=tmp_path / "p", as_published=True, metrics=["magicbrush_clip_t"])
@@ -135,15 +135,15 @@ def pie_folder(tmp_path):
     """Two edits of 64x64: a mask of the left half's first rows, and one of everything."""
     home = tmp_path / "pie/annotation_images/0_random"
     home.mkdir(parents=True)
-    told = {}
+    mapping = {}
     for k, mask in enumerate(([0, 64 * 16], [0, 64 * 64])):
         (home / f"{k}.jpg").write_bytes(png(k))
-        told[str(k)] = {
+        mapping[str(k)] = {
             "image_path": f"0_random/{k}.jpg", "original_prompt": "a [old] page",
             "editing_prompt": "a [new] page",
             "editing_instruction": "renew it", "editing_type_id": str(k), "blended_word": "", "mask": mask,
         }  # fmt: skip
-    (tmp_path / "pie/mapping_file.json").write_text(json.dumps(told))
+    (tmp_path / "pie/mapping_file.json").write_text(json.dumps(mapping))
     return tmp_path / "pie"
 
 
@@ -233,11 +233,11 @@ def test_imgedits_unread_replies_vanish_as_published_and_are_counted_as_correcte
 ):
     folder = tmp_path / "imgedit"
     (folder / "animal").mkdir(parents=True)
-    told = {}
+    edits = {}
     for k in range(3):
         (folder / f"animal/{k}.jpg").write_bytes(png(k))
-        told[str(k)] = {"id": f"animal/{k}.jpg", "prompt": f"edit {k}", "edit_type": "style"}
-    (folder / "basic_edit.json").write_text(json.dumps(told))
+        edits[str(k)] = {"id": f"animal/{k}.jpg", "prompt": f"edit {k}", "edit_type": "style"}
+    (folder / "basic_edit.json").write_text(json.dumps(edits))
     (folder / "prompts.json").write_text(json.dumps({"style": "Judge this: <edit_prompt>"}))
     good = "Style Fidelity: 4\nContent Preservation: 3\nRendering Quality: 5"
     replies = {"edit 0": good, "edit 1": "Style Fidelity: 1\nthe rest is fine", "edit 2": "Great picture!"}

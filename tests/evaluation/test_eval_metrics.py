@@ -240,8 +240,8 @@ def test_copying_the_input_has_no_direction_and_full_similarity(pictures, encode
 
 def test_what_a_row_lacks_is_nan_and_not_zero(pictures, encoders):
     shot = Shot(before=pictures[0], output=pictures[1], caption="same", edited_caption="same")
-    told = ("clip_text", "clip_b32_text")
-    names = [n for n, m in METRICS.items() if m.needs and not n.startswith("lpips") and n not in told]
+    known = ("clip_text", "clip_b32_text")
+    names = [n for n, m in METRICS.items() if m.needs and not n.startswith("lpips") and n not in known]
     (found,) = measure_shots([shot], chosen_metrics(names), encoders)
     assert len(found) > 20 and all(math.isnan(value) for value in found.values()), found
 

@@ -108,7 +108,7 @@ def test_what_is_not_trained_is_refused_in_one_line(copy, xl_dir, tmp_path):
     scheduler = copy / "scheduler" / "scheduler_config.json"
     change(scheduler, prediction_type="flow_prediction")
     refusal = "prediction_type is 'flow_prediction'; epsilon, v_prediction and sample"
-    with pytest.raises(ModelError, match=refusal) as told:
+    with pytest.raises(ModelError, match=refusal) as caught:
         load_base(copy)
     change(scheduler, prediction_type="epsilon", _class_name="FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ModelError, match="is a flow model"):
@@ -121,9 +121,9 @@ def test_what_is_not_trained_is_refused_in_one_line(copy, xl_dir, tmp_path):
         cosxl / "scheduler" / "scheduler_config.json",
         **{"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"},
     )
-    with pytest.raises(ModelError, match="is a CosXL model") as told:
+    with pytest.raises(ModelError, match="is a CosXL model") as caught:
         load_base(cosxl)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_load_bundle_still_wants_an_editor(bases):
@@ -180,10 +180,10 @@ def test_a_unet_of_noise_takes_the_other_parts_from_a_model(tiny_model_dir, base
 )
 def test_a_config_that_does_not_fit_is_refused(tiny_model_dir, wrong):
     config = SMALL | {"cross_attention_dim": 32} | wrong
-    with pytest.raises(ModelError) as told:
+    with pytest.raises(ModelError) as caught:
         new_from_config(config, tiny_model_dir)
-    assert "\n" not in str(told.value)
-    assert next(iter(wrong)) in str(told.value) or "config" in str(told.value)
+    assert "\n" not in str(caught.value)
+    assert next(iter(wrong)) in str(caught.value) or "config" in str(caught.value)
 
 
 def test_drawing_a_unet_leaves_the_random_numbers_of_others(tiny_model_dir):

@@ -142,11 +142,11 @@ def test_parts_of_a_model_are_named_and_brought(run, file, sd1_dir, tmp_path):
     state = safetensors.torch.load_file(file)
     alone = {key: value for key, value in state.items() if key.startswith(keys.UNET)}
     safetensors.torch.save_file(alone, tmp_path / "unet.safetensors")
-    code, _, told = run("model", "info", "unet.safetensors")
-    assert code == 3 and "--parts-from" in told
+    code, _, err = run("model", "info", "unet.safetensors")
+    assert code == 3 and "--parts-from" in err
     code, out, _ = run("model", "info", "unet.safetensors", "--parts-from", sd1_dir, "--json")
-    said = json.loads(out)
-    assert code == 0 and said["editor"] and said["missing"] == said["unexpected"] == []
+    report = json.loads(out)
+    assert code == 0 and report["editor"] and report["missing"] == report["unexpected"] == []
     words = ("model", "convert", "unet.safetensors", "whole.safetensors", "--parts-from", sd1_dir)
     assert run(*words)[0] == 0
     assert json.loads(run("model", "info", "whole.safetensors", "--json")[1])["missing"] == []
@@ -177,8 +177,8 @@ def test_a_lora_is_renamed_on_the_command_line(run, tmp_path):
         f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.{role}"
         for role in ("lora_down.weight", "lora_up.weight", "alpha")
     }
-    code, _, told = run("model", "convert", "lora.safetensors", "folder", "--names", "kohya")
-    assert code == 2 and "ends in .safetensors" in told
+    code, _, err = run("model", "convert", "lora.safetensors", "folder", "--names", "kohya")
+    assert code == 2 and "ends in .safetensors" in err
 
 
 def test_distilled_samplers_a_drawn_seed_and_named_settings_over_a_files(run, sd1_dir, tmp_path):
@@ -203,8 +203,8 @@ def test_distilled_samplers_a_drawn_seed_and_named_settings_over_a_files(run, sd
     info.add_text("parameters", "make it snow\nSteps: 2, Sampler: UniPC, CFG scale: 6, Seed: 3, Size: 64x64")
     Image.new("RGB", (64, 64)).save(tmp_path / "other.png", pnginfo=info)
     again = ("edit", "page.png", "--from-settings", "other.png", "--model", sd1_dir, "-o", "again.png")
-    code, _, told = run(*again)
-    assert code == 2 and "other.png" in told
+    code, _, err = run(*again)
+    assert code == 2 and "other.png" in err
     assert run(*again, "--sampler", "euler")[0] == 0
     made = parse_infotext(read_infotext(tmp_path / "again.png"))
     assert (made.instruction, made.sampler, made.seed, made.text_cfg) == ("make it snow", "euler", 3, 6)

@@ -33,8 +33,8 @@ def test_a_batch_of_pictures_goes_with_each_pass_of_its_row():
             return [controlnet_cond], noisy
 
     pictures = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
-    told = {"encoder_hidden_states": torch.zeros(6, 1, 1)}
-    out = Control(Network(), pictures)(torch.zeros(6, 4, 2, 2), torch.zeros(6), told)
+    text = {"encoder_hidden_states": torch.zeros(6, 1, 1)}
+    out = Control(Network(), pictures)(torch.zeros(6, 4, 2, 2), torch.zeros(6), text)
     assert out["down_block_additional_residuals"][0][:, 0, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
 
 

@@ -91,8 +91,8 @@ def test_there_and_back_through_one_file_is_exact(editor, editor_dir, tmp_path, 
         assert edited(Editor.load(model, device="cpu", dtype="fp32"), page).tobytes() == expected
     capsys.readouterr()
     assert cli.main(["model", "info", str(file), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["editor"], told["channels"]) == (True, 32)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["editor"], report["channels"]) == (True, 32)
 
 
 def test_a_file_without_our_header_is_read_by_its_shapes(tmp_path):

@@ -125,7 +125,7 @@ test("every operation of OpenAPI stands under its interface, with its fields", (
   ]);
 });
 
-test("types are told in words", () => {
+test("types are described in words", () => {
   assert.equal(typeOf({ anyOf: [{ type: "integer" }, { type: "null" }] }), "integer");
   assert.equal(typeOf({ anyOf: [{ type: "string", format: "binary" }, { type: "string" }, { type: "null" }] }), "file or string");
   assert.equal(typeOf({ enum: ["png", "jpeg"] }), "png or jpeg");

@@ -98,7 +98,7 @@ def test_sdxl_edits_match_diffusers(pipeline, editor, wide, negative, zeros, res
 
 
 def test_cosxl_edits_match_diffusers(pipeline, editor, wide):
-    # Its image latents are scaled, and it is told ln(sigma) / 4 in place of a time.
+    # Its image latents are scaled, and it receives ln(sigma) / 4 instead of a time step.
     scheduler = EDMEulerScheduler(
         sigma_min=0.002,
         sigma_max=120.0,

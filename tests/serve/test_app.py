@@ -65,9 +65,9 @@ def ending(tmp_path, seconds, drain=20.0):
 
 def test_a_signal_lets_what_runs_finish_and_takes_nothing_more(tmp_path, png):
     with ending(tmp_path, 0.1) as (url, service, server, thread):
-        told = []
+        answers = []
         asking = threading.Thread(
-            target=lambda: told.append(
+            target=lambda: answers.append(
                 httpx.post(
                     f"{url}/v1/edits",
                     files={"image": png},
@@ -87,7 +87,7 @@ def test_a_signal_lets_what_runs_finish_and_takes_nothing_more(tmp_path, png):
         assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 503
         assert httpx.get(f"{url}/healthz", trust_env=False).status_code == 200
         asking.join(30)
-        assert told[0].status_code == 200 and told[0].json()["state"] == "done"
+        assert answers[0].status_code == 200 and answers[0].json()["state"] == "done"
         thread.join(20)
         assert not thread.is_alive() and not server._captured_signals
 
@@ -116,7 +116,7 @@ def test_headers_that_do_not_come_close_the_connection(monkeypatch):
                 time.sleep(0.2)
 
 
-def test_a_port_in_use_is_told_and_the_page_takes_the_next(tmp_path):
+def test_a_port_in_use_is_refused_and_the_page_takes_the_next(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with (
@@ -134,7 +134,7 @@ def test_the_page_is_served_to_this_machine_alone():
     assert served.models() == {"storybook": "storybook", "x": "y"}
 
 
-def test_what_cannot_be_served_is_told_before_anything_is_loaded(here, capsys):
+def test_what_cannot_be_served_is_refused_before_anything_is_loaded(here, capsys):
     assert main(["serve", "--host", "0.0.0.0"]) == 2
     assert "IP2P_API_KEY" in capsys.readouterr().err
     assert main(["serve", "--model", "no/such/folder", "--port", "0"]) == 3
@@ -169,7 +169,7 @@ def test_a_result_that_a_classifier_calls_unsafe_is_not_given(monkeypatch, png):
 
     monkeypatch.setattr(safety, "Classifier", classifier)
     with running(ServeConfig(safety="a/classifier")) as server:
-        told = httpx.post(
+        answer = httpx.post(
             f"{server.url}/v1/edits",
             files={"image": png},
             data={**EDIT, "wait": "true"},
@@ -185,7 +185,7 @@ def test_a_result_that_a_classifier_calls_unsafe_is_not_given(monkeypatch, png):
         ) as streamed:
             assert "event: preview" not in streamed.read().decode()
     assert asked == [("a/classifier", (64, 64))] * 2
-    assert told.status_code == 422 and "safety checker" in told.json()["error"]["message"]
+    assert answer.status_code == 422 and "safety checker" in answer.json()["error"]["message"]
 
 
 # --- the documentation ----------------------------------------------------------------------------

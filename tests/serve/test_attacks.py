@@ -54,8 +54,8 @@ PLACES = [
 def server():
     with running(ServeConfig(max_mb=MB, max_steps=50, max_count=4), page=True) as one:
         yield one
-        told = ask(one, "/v1/edits", files={"image": picture()}, data={"instruction": "x", "steps": "1"})
-        assert told.status_code == 200 and told.json()["state"] == "done"
+        answer = ask(one, "/v1/edits", files={"image": picture()}, data={"instruction": "x", "steps": "1"})
+        assert answer.status_code == 200 and answer.json()["state"] == "done"
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +76,8 @@ def picture(size=(64, 64)):
 
 
 def message_of(answer):
-    told = answer.json()
-    return told["error"]["message"] if isinstance(told["error"], dict) else told["errors"]
+    body = answer.json()
+    return body["error"]["message"] if isinstance(body["error"], dict) else body["errors"]
 
 
 def as_asked(path, data, **more):
@@ -112,8 +112,10 @@ def test_no_name_of_an_upload_is_a_path(server, name, tmp_path, monkeypatch):
             b'--B\r\nContent-Disposition: form-data; name="steps"\r\n\r\n1\r\n--B--\r\n',
         ]
     )
-    told = ask(server, "/v1/edits", content=body, headers={"Content-Type": "multipart/form-data; boundary=B"})
-    assert told.status_code in (200, 422)
+    answer = ask(
+        server, "/v1/edits", content=body, headers={"Content-Type": "multipart/form-data; boundary=B"}
+    )
+    assert answer.status_code in (200, 422)
     assert not any("evil" in name for name in set(os.listdir("/tmp")) - before)
 
 
@@ -130,9 +132,9 @@ def test_no_name_of_an_upload_is_a_path(server, name, tmp_path, monkeypatch):
 )
 def test_no_field_is_a_path(server, path, field):
     for name in NAMES:
-        told = ask(server, path, **as_asked(path, picture(), **{field: name}))
-        assert told.status_code in (400, 404, 422) and field in message_of(told)
-        assert len(told.text) < 1000 and "root:" not in told.text
+        answer = ask(server, path, **as_asked(path, picture(), **{field: name}))
+        assert answer.status_code in (400, 404, 422) and field in message_of(answer)
+        assert len(answer.text) < 1000 and "root:" not in answer.text
 
 
 @pytest.mark.parametrize("path", FACES)
@@ -149,10 +151,10 @@ def test_no_field_is_a_path(server, path, field):
     ids=["svg", "html", "png", "empty", "eps", "mvg"],
 )
 def test_what_only_calls_itself_a_picture_is_refused(server, path, data, words):
-    told = ask(server, path, **as_asked(path, data))
-    assert told.status_code in (400, 422) and re.search(words, message_of(told))
-    assert told.headers["x-content-type-options"] == "nosniff"
-    assert told.headers["content-type"].startswith("application/json")
+    answer = ask(server, path, **as_asked(path, data))
+    assert answer.status_code in (400, 422) and re.search(words, message_of(answer))
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["content-type"].startswith("application/json")
 
 
 def huge_png(side=13_300):
@@ -175,19 +177,19 @@ def bomb():
 @pytest.mark.parametrize("path", FACES)
 def test_a_small_file_of_a_huge_picture_is_not_decoded(server, path, bomb):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    told = ask(server, path, **as_asked(path, bomb))
+    answer = ask(server, path, **as_asked(path, bomb))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert told.status_code in (400, 422) and "13300x13300" in message_of(told)
-    assert "the limit is 16" in message_of(told) and len(bomb) < 600_000
+    assert answer.status_code in (400, 422) and "13300x13300" in message_of(answer)
+    assert "the limit is 16" in message_of(answer) and len(bomb) < 600_000
     assert grown < 60_000_000
 
 
 @pytest.mark.parametrize("path", FACES)
 @pytest.mark.parametrize("size", [(1, 1), (15, 64), (2000, 16)])
 def test_a_speck_or_a_thread_is_refused(server, path, size):
-    told = ask(server, path, **as_asked(path, picture(size)))
-    assert told.status_code in (400, 422)
-    assert "at least 16" in message_of(told) or "at most 8 times" in message_of(told)
+    answer = ask(server, path, **as_asked(path, picture(size)))
+    assert answer.status_code in (400, 422)
+    assert "at least 16" in message_of(answer) or "at most 8 times" in message_of(answer)
 
 
 def long_gif(frames=5000):
@@ -204,8 +206,8 @@ def test_a_film_is_refused(server, path):
     film = long_gif()
     with Image.open(io.BytesIO(film)) as opened:
         assert opened.n_frames == 5000
-    told = ask(server, path, **as_asked(path, film))
-    assert told.status_code in (400, 422) and "several frames" in message_of(told)
+    answer = ask(server, path, **as_asked(path, film))
+    assert answer.status_code in (400, 422) and "several frames" in message_of(answer)
 
 
 @pytest.mark.parametrize("path", [*FACES, "/v1/pictures", "/healthz", "/nothing"])
@@ -230,16 +232,16 @@ def test_a_body_without_an_end_is_cut(server, path):
 
 
 @pytest.mark.parametrize("path", FACES)
-def test_a_body_over_the_limit_is_told_so(server, path):
+def test_a_body_over_the_limit_is_refused(server, path):
     kind = "application/json" if "sdapi" in path else "multipart/form-data; boundary=B"
     begin = b'--B\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
-    told = ask(
+    answer = ask(
         server,
         path,
         content=iter([begin, *[b"x" * 65_536] * 50]),
         headers={"Content-Type": kind},
     )
-    assert told.status_code == 413 and f"{MB} MB" in message_of(told)
+    assert answer.status_code == 413 and f"{MB} MB" in message_of(answer)
 
 
 @pytest.mark.parametrize("path", FACES)
@@ -250,8 +252,8 @@ def test_a_billion_steps_are_refused(server, path, steps):
     if steps is None:
         steps = "null,"
     (body.get("json") or body["data"])[name] = steps
-    told = ask(server, path, **body)
-    assert told.status_code in (400, 422) and name in message_of(told)
+    answer = ask(server, path, **body)
+    assert answer.status_code in (400, 422) and name in message_of(answer)
 
 
 @pytest.mark.parametrize("path", [*FACES, "/sdapi/v1/options", "/sdapi/v1/interrupt", "/v1/pictures"])
@@ -267,9 +269,9 @@ def test_a_billion_steps_are_refused(server, path, steps):
 )
 def test_a_page_elsewhere_gets_nothing_in(server, path, headers, status):
     body = as_asked(path, picture()) if path in FACES else {"json": {}}
-    told = ask(server, path, headers=headers, **body)
-    assert told.status_code == status
-    assert "access-control-allow-origin" not in told.headers
+    answer = ask(server, path, headers=headers, **body)
+    assert answer.status_code == status
+    assert "access-control-allow-origin" not in answer.headers
 
 
 def test_two_hosts_at_once_get_nothing_either(server):
@@ -288,8 +290,8 @@ def test_no_form_of_many_parts_is_read_to_the_end(server):
         b"--B\r\n" + b"A: b\r\n" * 100_000,
     ):
         headers = {"Content-Type": "multipart/form-data; boundary=B"}
-        told = ask(server, "/v1/edits", content=content + b"--B--\r\n", headers=headers)
-        assert told.status_code == 422 and "body" in message_of(told)
+        answer = ask(server, "/v1/edits", content=content + b"--B--\r\n", headers=headers)
+        assert answer.status_code == 422 and "body" in message_of(answer)
 
 
 @pytest.mark.parametrize("path", FACES)
@@ -298,9 +300,9 @@ def test_json_of_many_parts_is_not_read(server, path, part, monkeypatch):
     read = []
     monkeypatch.setattr(wire, "json", SimpleNamespace(loads=read.append))
     content = b'{"image":[' + part * 200_000
-    told = ask(server, path, content=content, headers={"Content-Type": "application/json"})
-    assert told.status_code == (400 if "images" in path else 422) and not read
-    assert "24,000 brackets, braces and commas" in message_of(told)
+    answer = ask(server, path, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == (400 if "images" in path else 422) and not read
+    assert "24,000 brackets, braces and commas" in message_of(answer)
 
 
 @pytest.mark.parametrize("path", FACES)
@@ -324,8 +326,8 @@ def test_what_no_answer_can_repeat_is_refused_before_work(server, path, value):
     body = as_asked(path, picture()).get("json") or {"image": base64.b64encode(picture()).decode()}
     for field in ("override_settings", "model", "prompt" if "prompt" in FACES[path] else "instruction"):
         content = json.dumps({**FACES[path], **body, field: "HERE"}).replace('"HERE"', value)
-        told = ask(server, path, content=content, headers={"Content-Type": "application/json"})
-        assert told.status_code in (400, 422) and field in message_of(told), value
+        answer = ask(server, path, content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 422) and field in message_of(answer), value
     odd = ask(server, path, content=b'{"\\ud800": 1}', headers={"Content-Type": "application/json"})
     assert odd.status_code in (400, 422) and r"\ud800" in message_of(odd)
     assert server.service.stats().done == before
@@ -333,12 +335,12 @@ def test_what_no_answer_can_repeat_is_refused_before_work(server, path, value):
 
 def test_settings_nested_without_end_are_refused(server):
     value = json.loads("[" * 600 + "]" * 600)
-    told = ask(
+    answer = ask(
         server,
         "/sdapi/v1/img2img",
         **as_asked("/sdapi/v1/img2img", picture(), override_settings={"x": value}),
     )
-    assert told.status_code == 422 and "override_settings is nested deeper than 20" in message_of(told)
+    assert answer.status_code == 422 and "override_settings is nested deeper than 20" in message_of(answer)
 
 
 def test_deep_or_odd_json_is_refused(server):
@@ -351,8 +353,8 @@ def test_deep_or_odd_json_is_refused(server):
         b"null",
     ):
         headers = {"Content-Type": "application/json"}
-        told = ask(server, "/v1/edits", content=content, headers=headers)
-        assert told.status_code == 422 and message_of(told)
+        answer = ask(server, "/v1/edits", content=content, headers=headers)
+        assert answer.status_code == 422 and message_of(answer)
 
 
 INNER = [
@@ -381,9 +383,9 @@ def test_no_address_is_fetched(server, url):
             ("/v1/images/edits", {"prompt": "x", "image": place}),
             ("/sdapi/v1/img2img", {"prompt": "x", "init_images": [place]}),
         ):
-            told = ask(server, path, json=body)
-            assert told.status_code in (400, 422), path
-            assert re.search("does not download|base64", message_of(told))
+            answer = ask(server, path, json=body)
+            assert answer.status_code in (400, 422), path
+            assert re.search("does not download|base64", message_of(answer))
         with pytest.raises(TimeoutError):
             canary.accept()
 
@@ -411,8 +413,8 @@ def test_a_checkpoint_that_would_run_code_fails_its_request_alone(tmp_path):
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb(made)}))
     with running(models={"evil": lambda: Editor.load(tmp_path / "evil.ckpt")}) as server:
         body = {"instruction": "x", "steps": "1"}
-        told = ask(server, "/v1/edits", files={"image": picture()}, data={**body, "model": "evil"})
-        assert told.status_code == 500 and "nothing in it was run" in message_of(told)
+        answer = ask(server, "/v1/edits", files={"image": picture()}, data={**body, "model": "evil"})
+        assert answer.status_code == 500 and "nothing in it was run" in message_of(answer)
         assert not made.exists()
         assert ask(server, "/v1/edits", files={"image": picture()}, data=body).status_code == 200
 
@@ -440,11 +442,11 @@ def test_requests_that_wait_hold_no_bodies_and_keep_nobody_out():
                     tracemalloc.start()
             gc.collect()
             assert tracemalloc.get_traced_memory()[0] < 3_000_000
-            told = ask(
+            answer = ask(
                 *(slow, "/v1/edits"),
                 **as_asked("/v1/edits", picture() + b"0" * 900_000, wait="false"),
             )
-            assert told.status_code == 202
+            assert answer.status_code == 202
 
 
 def test_many_at_once_do_not_stop_the_rest(server):
@@ -455,6 +457,6 @@ def test_many_at_once_do_not_stop_the_rest(server):
             connection.sendall(
                 b"POST /v1/edits HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc"
             )
-        told = ask(server, "/v1/edits", files={"image": picture()}, data={"instruction": "x", "steps": "1"})
-        assert told.status_code == 200
+        answer = ask(server, "/v1/edits", files={"image": picture()}, data={"instruction": "x", "steps": "1"})
+        assert answer.status_code == 200
         assert json.loads(ask(server, "/healthz", "GET").text) == {"status": "ok"}

@@ -101,7 +101,7 @@ def test_the_own_page_and_clients_without_an_origin_may(local):
     assert ask(local, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
 
 
-def test_a_browser_that_hides_the_origin_is_told_by_its_other_header(local):
+def test_a_browser_that_hides_the_origin_is_refused_by_its_other_header(local):
     assert ask(local, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
 
 
@@ -194,7 +194,7 @@ def test_no_key_or_a_wrong_one_does_not(keyed, headers):
     assert ask(keyed, "GET", "/healthz", host="192.0.2.1", headers=headers).status_code == 200
 
 
-def test_callers_are_told_apart_by_key_else_by_address(keyed, local):
+def test_callers_are_distinguished_by_key_else_by_address(keyed, local):
     def client(app, **more):
         return ask(app, **more).json()["client"]
 
@@ -225,23 +225,23 @@ def test_a_body_over_the_limit_is_cut_whether_it_says_so_or_not():
 
 def test_a_body_that_stands_still_is_given_up(monkeypatch):
     monkeypatch.setattr(guard, "SILENT_SECONDS", 0.05)
-    told = []
+    messages = []
 
     async def silent():
-        if not told:
-            told.append("x")
+        if not messages:
+            messages.append("x")
             return {"type": "http.request", "body": b"x", "more_body": True}
         await asyncio.sleep(60)
 
     async def send(message):
-        told.append(message)
+        messages.append(message)
 
     scope = {
         **{"type": "http", "method": "POST", "path": "/v1/edits", "client": ("127.0.0.1", 1)},
         "headers": [(b"host", b"localhost")],
     }
     asyncio.run(Guard(echo, ServeConfig())(scope, silent, send))
-    assert told[1]["status"] == 408 and b"0.05" in told[2]["body"]
+    assert messages[1]["status"] == 408 and b"0.05" in messages[2]["body"]
 
 
 def test_what_is_let_go_counts_no_more():
@@ -280,13 +280,13 @@ def test_uploads_together_are_bounded_too():
 
 
 def test_web_sockets_are_closed(local):
-    told = []
+    messages = []
 
     async def send(message):
-        told.append(message)
+        messages.append(message)
 
     asyncio.run(local({"type": "websocket", "path": "/"}, None, send))
-    assert told == [{"type": "websocket.close", "code": 1008}]
+    assert messages == [{"type": "websocket.close", "code": 1008}]
 
 
 def test_a_fault_within_says_nothing_of_itself(caplog):
@@ -322,7 +322,7 @@ def test_the_log_has_no_query_and_no_line_of_its_own(local, caplog):
         ({"keep_seconds": float("nan")}, "keep_seconds is nan; it must be a number from 1"),
     ],
 )
-def test_settings_that_would_not_do_are_told(here, change, words):
+def test_unusable_settings_are_refused(here, change, words):
     with pytest.raises(InputError, match=words):
         ServeConfig(**change).check()
 

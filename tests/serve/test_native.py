@@ -51,10 +51,10 @@ def test_a_form_gives_every_result_with_its_settings_inside(http, png):
         data={"instruction": "make it night", "steps": "2", "count": "2", "seed": "7", "text_cfg": "3"},
     )
     assert answer.status_code == 200
-    told = answer.json()
-    assert told["state"] == "done" and told["model"] == "fake"
-    assert [result["seed"] for result in told["results"]] == [7, 8]
-    for result in told["results"]:
+    record = answer.json()
+    assert record["state"] == "done" and record["model"] == "fake"
+    assert [result["seed"] for result in record["results"]] == [7, 8]
+    for result in record["results"]:
         picture = opened(result["b64"])
         assert (picture.format, picture.size) == ("PNG", (64, 64))
         assert picture.info["parameters"] == result["settings"]
@@ -114,13 +114,13 @@ def test_without_waiting_there_is_an_id_to_come_back_to(http, png):
     assert answer.status_code == 202 and answer.headers["location"] == answer.json()["url"]
     place = answer.json()["url"]
     until(lambda: http.get(place).json()["state"] == "done")
-    told = http.get(place).json()
-    (result,) = told["results"]
+    record = http.get(place).json()
+    (result,) = record["results"]
     file = http.get(result["url"])
     assert (
         file.headers["content-type"] == "image/jpeg" and file.headers["x-content-type-options"] == "nosniff"
     )
-    assert http.get(place).json()["results"] == told["results"]  # it is not written anew
+    assert http.get(place).json()["results"] == record["results"]  # it is not written anew
     assert http.get(f"{place}/results/0").content == file.content
     assert Image.open(io.BytesIO(http.get(f"{place}/results/0?format=png").content)).format == "PNG"
     missing = http.get(f"{place}/results/1")
@@ -172,8 +172,10 @@ def test_results_that_wait_for_their_client_outlive_what_memory_holds(png):
         body = {"instruction": "x", "steps": "1", "auto_mask": "0.5"}
         places = []
         for _ in range(3):
-            told = http.post("/v1/edits", files={"image": png}, data={**body, "wait": "false", "count": "2"})
-            places.append(told.json()["url"])
+            answer = http.post(
+                "/v1/edits", files={"image": png}, data={**body, "wait": "false", "count": "2"}
+            )
+            places.append(answer.json()["url"])
             until(lambda: http.get(places[-1]).json()["state"] == "done")
         passing = [http.post("/v1/edits", files={"image": png}, data=body).json()["id"] for _ in range(2)]
         for place in places:
@@ -213,7 +215,7 @@ def test_one_file_of_several_results_is_refused_before_any_work(server, http, pn
     assert server.service.stats().done == before
 
 
-def test_what_failed_is_told_with_its_field_in_every_way(png):
+def test_a_failure_names_its_field_in_every_way(png):
     def finish(picture):
         raise SettingError("seeds: no luck with these", field="seeds")
 
@@ -224,8 +226,8 @@ def test_what_failed_is_told_with_its_field_in_every_way(png):
             **{"message": "seed: no luck with these", "type": "invalid_request_error"},
             **{"param": "seed", "code": "invalid_value"},
         }
-        told = http.post("/v1/edits", files={"image": png}, data=body)
-        assert told.status_code == 422 and told.json()["error"] == expected
+        response = http.post("/v1/edits", files={"image": png}, data=body)
+        assert response.status_code == 422 and response.json()["error"] == expected
         with http.stream(
             "POST", "/v1/edits", files={"image": png}, data={**body, "stream": "true"}
         ) as answer:

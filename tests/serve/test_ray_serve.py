@@ -36,11 +36,11 @@ def descendants(pid):
     while new:
         found |= new
         new = {child for child, parent in parents.items() if parent in new} - found
-    told = {}
+    commands = {}
     for each in found - {pid}:
         with contextlib.suppress(OSError):
-            told[each] = Path(f"/proc/{each}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return told
+            commands[each] = Path(f"/proc/{each}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return commands
 
 
 def lives(pid):
@@ -107,7 +107,7 @@ def server(tmp_path_factory):
 
 
 @pytest.mark.timeout(PATIENCE + 200)
-def test_two_replicas_edit_for_one_server_until_it_is_told_to_stop(server):
+def test_two_replicas_edit_for_one_server_until_it_is_stopped(server):
     """One test: to start Ray takes as long as all of it."""
     process, place = server
     with httpx.Client(base_url=place, timeout=120, trust_env=False) as http:
@@ -119,14 +119,14 @@ def test_two_replicas_edit_for_one_server_until_it_is_told_to_stop(server):
         # Both work, and the results are whole.
         began = {pid: seconds_of(pid) for pid in replicas(process)}
         assert len(began) == 2
-        told = []
-        callers = [threading.Thread(target=lambda: told.append(edit(60, count="2"))) for _ in range(6)]
+        answers = []
+        callers = [threading.Thread(target=lambda: answers.append(edit(60, count="2"))) for _ in range(6)]
         for caller in callers:
             caller.start()
         for caller in callers:
             caller.join()
-        assert [answer.status_code for answer in told] == [200] * 6
-        assert len(told[0].json()["results"]) == 2 and told[0].json()["results"][0]["settings"]
+        assert [answer.status_code for answer in answers] == [200] * 6
+        assert len(answers[0].json()["results"]) == 2 and answers[0].json()["results"][0]["settings"]
         assert all(seconds_of(pid) > began[pid] + 0.1 for pid in began)
 
         # A job is found again by its id: its progress, its result, its file.
@@ -137,7 +137,7 @@ def test_two_replicas_edit_for_one_server_until_it_is_told_to_stop(server):
         assert load_image(http.get(record["results"][0]["url"]).content).size == (64, 64)
         assert http.get(f"{job['url']}/results/0").status_code == 200
 
-        # What is wrong for the model is known to the replicas alone, and told as ever.
+        # Only the replicas can check a request against the model; the error is the usual one.
         answer = edit(2, size="4096")
         assert answer.status_code == 422 and answer.json()["error"]["param"] == "size"
 

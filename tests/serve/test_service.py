@@ -344,7 +344,7 @@ def test_time_left_is_estimated_once_something_was_measured(serve, editor):
 
 
 def doomed(editor, picture):
-    """A test of the network's rows: which of them are told of this picture."""
+    """A test of the network's rows: which of them are conditioned on this picture."""
     from ip2p.pictures.images import to_tensor
 
     latent = editor.encode_image(to_tensor(picture))
@@ -465,7 +465,7 @@ def test_a_size_is_checked_against_the_models_own_unless_a_limit_is_given(serve)
         serve().submit(request(size=(2048, 1024)), client="a")
 
 
-def test_a_full_queue_is_told_with_the_time_to_wait(serve, editor):
+def test_a_full_queue_is_refused_with_the_time_to_wait(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve(join=1, limits=Limits(queue=2, per_client=10))
     running = service.submit(request(steps=100), client="a")

@@ -35,9 +35,9 @@ class Stream:
         self.task = asyncio.run_coroutine_threadsafe(self.pump(replica, request), loop)
 
     async def pump(self, replica, request):
-        told = replica.edit(request)
+        updates = replica.edit(request)
         try:
-            async for news in told:
+            async for news in updates:
                 self.came.put(news)
                 if self.lost_after is not None and news.step >= self.lost_after:
                     self.came.put(Lost("killed"))
@@ -47,7 +47,7 @@ class Stream:
             self.came.put(Stopped())
             raise
         finally:
-            await told.aclose()
+            await updates.aclose()
 
     def __iter__(self):
         while (news := self.came.get()) is not None:
@@ -186,7 +186,7 @@ def test_an_edit_that_loses_two_replicas_fails(spread, here):
     assert "2 replicas failed" in str(job.error)
 
 
-def test_what_a_replica_refuses_is_told_with_its_field(spread):
+def test_what_a_replica_refuses_names_its_field(spread):
     job = spread.submit(request(size=(4096, 4096)), client="a")
     assert job.wait(60) and isinstance(job.error, SettingError) and job.error.field == "size"
     with pytest.raises(SettingError, match="steps"):
@@ -209,9 +209,9 @@ def test_it_is_ready_once_a_replica_has_the_model_and_drains(here):
     "error", [InputError("a"), ModelError("b"), ResourceError("c"), SettingError("d", field="image")]
 )
 def test_errors_come_back_as_they_were(error):
-    with pytest.raises(type(error)) as told:
+    with pytest.raises(type(error)) as caught:
         raise_error(pickle.loads(pickle.dumps(error)))
-    assert str(told.value) == str(error) and vars(told.value) == vars(error)
+    assert str(caught.value) == str(error) and vars(caught.value) == vars(error)
 
 
 def test_what_a_replica_that_ends_did_not_do_another_one_may():
@@ -219,7 +219,7 @@ def test_what_a_replica_that_ends_did_not_do_another_one_may():
         raise_error(pickle.loads(pickle.dumps(Draining("The server is shutting down."))))
 
 
-def test_a_model_that_cannot_be_loaded_is_told(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path):
     def build(stack):
         raise ModelError("no such model")
 
@@ -237,7 +237,7 @@ def test_replicas_get_whole_paths_and_nothing_that_is_secret(tmp_path, monkeypat
     assert sent.ray is None and sent.api_key_file is None
 
 
-def test_without_ray_the_next_step_is_told(monkeypatch, capsys):
+def test_without_ray_the_install_command_is_printed(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     assert main(["serve", "--ray", "--port", "0"]) == 2
     assert "pip install 'ip2p[ray]'" in capsys.readouterr().err

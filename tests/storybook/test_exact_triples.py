@@ -26,11 +26,11 @@ def test_no_triple_moves_a_thing_or_hides_its_change() -> None:
 
 def test_a_form_without_sides_or_sizes_tells_no_edit_by_them() -> None:
     silent = Form(sides=False, sizes=False)
-    told = [
+    mentioned = [
         mentions_all(sample_edit(rng_for("bigger", k), kind="bigger", split="test"), silent)
         for k in range(30)
     ]
-    assert not any(told)
+    assert not any(mentioned)
     edits = [sample_edit(rng_for("recolour", k), kind="recolour", split="test") for k in range(60)]
     by_side = ["left" in e.instruction or "right" in e.instruction for e in edits]
     assert any(by_side)
@@ -58,11 +58,11 @@ def test_splits_keep_to_their_pages_and_phrasings(split: str) -> None:
 def test_things_that_an_edit_leaves_alone_are_said_alike() -> None:
     for triple in exact_triples(300, 2):
         if triple.edit.kind == "remove" and len(triple.edit.before.things) > 1:
-            told, left = triple.caption, triple.edited_caption
-            assert len(left) < len(told)
-            words = iter(told.replace(",", " ,").replace(" and ", " , ").split())
-            again = left.replace(",", " ,").replace(" and ", " , ").split()
-            assert all(word in words for word in again), (told, left)  # the words in their order
+            before, after = triple.caption, triple.edited_caption
+            assert len(after) < len(before)
+            words = iter(before.replace(",", " ,").replace(" and ", " , ").split())
+            again = after.replace(",", " ,").replace(" and ", " , ").split()
+            assert all(word in words for word in again), (before, after)  # the words in their order
 
 
 def test_the_command_writes_triples_and_varied_captions(tmp_path, capsys) -> None:

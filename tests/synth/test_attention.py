@@ -207,8 +207,8 @@ def network(request: pytest.FixtureRequest):
 
     @torch.inference_mode()
     def call(sharing: Sharing | None = None):
-        told = {} if sharing is None else sharing.arguments()
-        return bundle.unet(channels, 500.0, encoder_hidden_states=prompt.hidden, **more, **told).sample
+        shared = {} if sharing is None else sharing.arguments()
+        return bundle.unet(channels, 500.0, encoder_hidden_states=prompt.hidden, **more, **shared).sample
 
     return bundle, call
 

@@ -123,24 +123,24 @@ def test_similarities_are_clips_own_whatever_the_batch_and_the_sizes(clip):
     before = [picture(0), picture(1, (64, 64)), picture(6, (64, 64)), picture(2)]
     after = [picture(3), picture(4), picture(7, (64, 64)), picture(5, (64, 64))]
     words = ["a cat", "a longer text about a cat", "night", "a cat"], ["a dog", "night", "day", "snow"]
-    told = measure_similarities(clip, before, after, *words)
+    batched = measure_similarities(clip, before, after, *words)
     for k in range(4):
         one, two = (torch.from_numpy(np.array(p[k])).permute(2, 0, 1)[None] / 255 for p in (before, after))
         found = similarities(clip.images(one), clip.images(two), *(clip.texts([w[k]]) for w in words))
         for name, of in SIMILARITIES.items():
-            assert told[name][k] == pytest.approx(getattr(found, of).item(), abs=2e-6)
+            assert batched[name][k] == pytest.approx(getattr(found, of).item(), abs=2e-6)
     small = measure_similarities(clip, before, after, *words, batch=1)
-    for name, values in told.items():
+    for name, values in batched.items():
         np.testing.assert_allclose(values, small[name], atol=2e-6)
-    assert len({value for values in told.values() for value in values.tolist()}) == 16
+    assert len({value for values in batched.values() for value in values.tolist()}) == 16
 
 
 def test_without_captions_only_the_pictures_are_compared(clip):
-    told = measure_similarities(clip, [picture(0)] * 2, [picture(1)] * 2, ["", "a cat"], ["a dog", " "])
-    assert not np.isnan(told["clip_sim_image"]).any()
-    assert np.isnan(told["clip_sim_0"]).tolist() == [True, False]
-    assert np.isnan(told["clip_sim_1"]).tolist() == [False, True]
-    assert np.isnan(told["clip_sim_dir"]).all()
+    scores = measure_similarities(clip, [picture(0)] * 2, [picture(1)] * 2, ["", "a cat"], ["a dog", " "])
+    assert not np.isnan(scores["clip_sim_image"]).any()
+    assert np.isnan(scores["clip_sim_0"]).tolist() == [True, False]
+    assert np.isnan(scores["clip_sim_1"]).tolist() == [False, True]
+    assert np.isnan(scores["clip_sim_dir"]).all()
 
 
 def test_large_pictures_are_made_smaller_smoothly_before_clip_sees_them(clip):
@@ -188,7 +188,7 @@ def test_rows_go_by_the_first_reason_and_the_best_of_each_edit_stay(measured, tm
 
 
 def test_the_best_of_duplicates_stays_and_another_instruction_is_no_duplicate():
-    def told(instructions, sims, hashes):
+    def scored(instructions, sims, hashes):
         count = len(sims)
         return Scored(
             ids=[str(k) for k in range(count)],
@@ -201,15 +201,15 @@ def test_the_best_of_duplicates_stays_and_another_instruction_is_no_duplicate():
         )
 
     near = [(1, 8), (0b11111, 8), (0b11111, 8 | 2**40 | 2**41 | 2**42 | 2**43 | 2**44)]
-    assert select(told(["a b"] * 3, [0.5, 0.6, 0.4], near), ALL) == ["duplicate", "", ""]
-    assert select(told(["a b"] * 3, [0.5, 0.6, 0.4], near), ALL, near_bits=5) == [
+    assert select(scored(["a b"] * 3, [0.5, 0.6, 0.4], near), ALL) == ["duplicate", "", ""]
+    assert select(scored(["a b"] * 3, [0.5, 0.6, 0.4], near), ALL, near_bits=5) == [
         "duplicate",
         "",
         "duplicate",
     ]
-    assert select(told(["a b", "a c", "a d"], [0.5, 0.6, 0.4], near), ALL, near_bits=64) == ["", "", ""]
+    assert select(scored(["a b", "a c", "a d"], [0.5, 0.6, 0.4], near), ALL, near_bits=64) == ["", "", ""]
     # Hashes that were not made are not compared.
-    assert select(told(["a b"] * 2, [0.5, 0.6], [(0, 0), (0, 0)]), ALL) == ["", ""]
+    assert select(scored(["a b"] * 2, [0.5, 0.6], [(0, 0), (0, 0)]), ALL) == ["", ""]
 
 
 # --- hashes ---------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_a_hash_survives_what_does_not_change_a_picture_and_tells_pictures_apart
 # --- scoring as a job -----------------------------------------------------------------------------
 
 
-def test_every_row_is_scored_and_broken_rows_are_told(unmeasured, clip, tiny_clip_dir, tmp_path):
+def test_every_row_is_scored_and_broken_rows_are_counted(unmeasured, clip, tiny_clip_dir, tmp_path):
     scored = score_rows(unmeasured, tmp_path / "s", clip=tiny_clip_dir, part_rows=2, **quiet)
     assert scored.ids == [f"p{n}" for n in range(5)]
     assert scored.flaws == ["", "broken", "", "", ""]
@@ -300,12 +300,12 @@ def test_the_safety_check_is_loaded_once_and_asked_of_both_pictures(tmp_path):
 
 def test_kept_pairs_are_a_data_set_with_scores(measured, tmp_path):
     kept = tmp_path / "kept"
-    told = filter_pairs(measured, kept, PRESETS["code"], top=2, part_rows=3, **quiet)
-    assert (told.rows, told.kept) == (11, 4)
-    assert list(told.reasons) == [
+    report = filter_pairs(measured, kept, PRESETS["code"], top=2, part_rows=3, **quiet)
+    assert (report.rows, report.kept) == (11, 4)
+    assert list(report.reasons) == [
         *("broken", "clip_sim_image", "clip_sim_0", "clip_sim_1", "clip_sim_dir", "duplicate", "surplus"),
     ]
-    assert told.lines()[0] == "4 of 11 pairs kept (36.4%)"
+    assert report.lines()[0] == "4 of 11 pairs kept (36.4%)"
     source = open_source(str(kept))
     assert [source[row].id for row in range(len(source))] == ["p1", "p2", "p4", "p8"]
     for row in source[0], source[3]:
@@ -323,10 +323,10 @@ def test_other_thresholds_cost_no_scoring(unmeasured, tiny_clip_dir, tmp_path, m
     assert filter_pairs(unmeasured, kept, ALL, clip=tiny_clip_dir, **quiet).kept == 4
     with pytest.raises(InputError, match=r"started with image -1, but it is now 2; add --overwrite"):
         filter_pairs(unmeasured, kept, dataclasses.replace(ALL, image=2), clip=tiny_clip_dir, **quiet)
-    told = filter_pairs(
+    report = filter_pairs(
         unmeasured, kept, dataclasses.replace(ALL, image=2), clip=tiny_clip_dir, overwrite=True, **quiet
     )
-    assert (told.kept, told.unknown) == (0, 1)
+    assert (report.kept, report.unknown) == (0, 1)
     assert not list(kept.glob("data/*.parquet"))
 
 
@@ -413,7 +413,7 @@ def test_a_column_of_scores_that_holds_something_else_stays_as_it_is(table, tiny
         assert all(abs(again[row].scores["clip_sim_dir"]) <= 1 for row in range(5))
 
 
-def test_columns_stay_though_the_first_picture_is_missing_and_what_is_lost_is_told(
+def test_columns_stay_though_the_first_picture_is_missing_and_what_is_lost_is_reported(
     table, tiny_clip_dir, tmp_path
 ):
     paths = sorted(table.glob("data/*"))

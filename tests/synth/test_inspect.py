@@ -76,9 +76,9 @@ def source():
 
 @pytest.fixture
 def text(source, tmp_path):
-    told = inspect(source, known_scores(source), tmp_path / "page.html", PRESETS["code"], count=2, side=32)
+    reasons = inspect(source, known_scores(source), tmp_path / "page.html", PRESETS["code"], count=2, side=32)
     # 0.6 to 0.68 are below 0.7, and 4 is broken.
-    assert told == {"broken": 1, "clip_sim_image": 4}
+    assert reasons == {"broken": 1, "clip_sim_image": 4}
     return (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
@@ -129,9 +129,9 @@ def test_the_numbers_are_those_of_the_filter(text):
 def test_bars_add_up_to_the_rows_that_are_known():
     values = np.array([0.1, 0.2, 0.2, 0.9, np.nan])
     svg = histogram(values, np.array([False, True, False, True, True]), 0.2)
-    told = re.findall(r"<title>[-\d.]+ to [-\d.]+: (\d+) pairs, (\d+) kept", svg)
+    bars = re.findall(r"<title>[-\d.]+ to [-\d.]+: (\d+) pairs, (\d+) kept", svg)
     # A bar that is green in part is two rectangles with one title.
-    assert sorted(told) == [("1", "0"), ("1", "1"), ("2", "1"), ("2", "1")]
+    assert sorted(bars) == [("1", "0"), ("1", "1"), ("2", "1"), ("2", "1")]
     heights = [float(h) for h in re.findall(r'height="([\d.]+)"', svg)]
     assert sum(heights) == pytest.approx(2 * 120)  # of four values, with two in the highest bar
     assert "median 0.200 · minimum 0.2" in svg

@@ -149,7 +149,7 @@ def test_a_pair_is_the_released_codes(request, model, p):
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
 def test_with_p_zero_both_pictures_are_drawn_as_if_alone(bundle, sampler):
-    """Oracle: the editor's own loop, told no picture, one text at a time."""
+    """Oracle: the editor's own loop without a picture, one text at a time."""
     which = one(DOG, p=0.0)
     (made,) = maker(bundle, sampler=sampler)([which])
     editor = Editor(bundle)
@@ -348,7 +348,7 @@ class TestRefusing:
         for name, weight in opened.state_dict().items():
             assert torch.equal(weight, tiny.state_dict()[name])
 
-    def test_pictures_that_are_no_numbers_are_told_and_harm_no_other(self, bundle):
+    def test_pictures_that_overflow_are_reported_and_harm_no_other(self, bundle):
         some = [one(CAT), one(DOG, seed=2, scale=math.inf)]
         made = maker(bundle)(some)
         assert [each.fate for each in made] == ["made", "overflow"]

@@ -65,8 +65,8 @@ def test_laion_columns_limit_by_score_safety_and_language(tmp_path):
 
 
 def test_an_unknown_score_is_not_above_any():
-    told = ("nan", float("nan"), "inf", 10**400, "7")
-    rows = [{"text": f"a picture of the number {n}", "score": score} for n, score in enumerate(told)]
+    scores = ("nan", float("nan"), "inf", 10**400, "7")
+    rows = [{"text": f"a picture of the number {n}", "score": score} for n, score in enumerate(scores)]
     read = take(rows, of="rows", rules=Rules(min_score=6))
     assert texts(read) == ["a picture of the number 4"] and read.left_out == {"below the score": 4}
     assert [caption.score for caption in take(rows, of="rows", rules=Rules()).captions] == [*[None] * 4, 7]
@@ -109,7 +109,7 @@ def test_halves_of_surrogate_pairs_are_no_letters(tmp_path):
         read_captions(path)
 
 
-def test_lists_of_parquet_are_not_read_and_that_is_told(tmp_path):
+def test_lists_of_parquet_are_not_read_and_the_error_says_so(tmp_path):
     path = tmp_path / "lists.parquet"
     pq.write_table(pa.table({"captions": [["a red fox"]], "n": [1]}), path)
     for column in (None, "captions"):
@@ -160,7 +160,7 @@ def test_a_sample_is_the_same_in_any_order_and_begins_a_larger_one():
         ("12345 !!", "any"),
     ],
 )
-def test_language_is_told_by_letters_and_small_words(text, language):
+def test_language_is_detected_by_letters_and_small_words(text, language):
     order = ["any", "latin", "english"]
     assert [is_in(text, each) for each in order] == [n <= order.index(language) for n in range(3)]
 
@@ -182,7 +182,7 @@ def test_a_block_list_is_read_from_a_file(tmp_path):
     assert read_block_list(path) == ("clown", "spider web")
 
 
-def test_unknown_columns_and_nothing_left_are_told(tmp_path):
+def test_unknown_columns_and_nothing_left_are_refused(tmp_path):
     path = tmp_path / "odd.csv"
     path.write_text("words,n\na red fox,1\n")
     with pytest.raises(InputError, match="no known caption column. Its columns: words, n"):
@@ -206,7 +206,7 @@ def test_unknown_columns_and_nothing_left_are_told(tmp_path):
         ("a.docx", b"word", "not a supported table"),
     ],
 )
-def test_broken_files_are_told(tmp_path, name, data, told):
+def test_broken_files_are_refused(tmp_path, name, data, told):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=told):
         read_captions(tmp_path / name)

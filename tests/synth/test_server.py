@@ -43,11 +43,11 @@ class Fake:
                 fake.bodies.append(body)
                 fake.paths.append(self.path)
                 fake.headers.append(self.headers)  # names in any case
-                told = fake.reply(body, self.path, self.headers)
-                if told is None:
+                response = fake.reply(body, self.path, self.headers)
+                if response is None:
                     self.close_connection = True
                     return
-                status, sent, *more = told
+                status, sent, *more = response
                 data = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
                 self.send_response(status)
                 for name, value in more:
@@ -295,9 +295,9 @@ def test_retry_after_is_waited_for(monkeypatch):
     with serving(reply) as fake:
         assert make(fake)(ASKS[:1]) == WANTED[:1]
     assert 7 in waits
-    for told, wanted in (("2.5", 2.5), (formatdate(time.time() + 60, usegmt=True), 60), ("soon", None)):
-        found = module._retry_after({"Retry-After": told})
-        assert found == (None if wanted is None else pytest.approx(wanted, abs=2))
+    for header, seconds in (("2.5", 2.5), (formatdate(time.time() + 60, usegmt=True), 60), ("soon", None)):
+        found = module._retry_after({"Retry-After": header})
+        assert found == (None if seconds is None else pytest.approx(seconds, abs=2))
 
 
 def test_a_server_that_stays_away_is_given_up_with_the_way_on():
@@ -323,7 +323,7 @@ def test_a_server_that_stays_away_is_given_up_with_the_way_on():
         (200, b"<html>", "no JSON: <html>"),
     ],
 )
-def test_a_refusal_is_told_at_once(status, sent, told):
+def test_a_refusal_is_raised_at_once(status, sent, told):
     with serving(lambda *_: (status, sent)) as fake, pytest.raises(ModelError, match=told):
         make(fake)(ASKS)
     assert len(fake.bodies) <= 9  # each thread asked once, and one of them the known question
@@ -363,7 +363,7 @@ def test_a_prompt_that_is_refused_stops_no_other(status, sent, told, together):
 
 
 @pytest.mark.parametrize("sent", [{"error": "no credit"}, FILTERED])
-def test_a_server_that_refuses_all_from_some_question_on_is_told(sent):
+def test_a_server_that_refuses_all_from_some_question_on_is_an_error(sent):
     asks = [Ask(caption=f"a picture of {n} hens") for n in range(60)]
     answered = []
 
@@ -435,17 +435,17 @@ def test_a_server_that_comes_back_just_when_it_is_given_up_refuses_nothing(monke
 
 
 @pytest.mark.parametrize("key", ["sk-secret\rX: y", "sk secret", "sk-secret\u2019", "sk-sécret"])
-def test_a_key_that_cannot_be_sent_is_told_and_not_shown(key, monkeypatch):
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key, monkeypatch):
     monkeypatch.setenv(module.KEY, key)
-    for given, told in ((None, "set OPENAI_API_KEY to"), (key, "that of --key-variable")):
-        with pytest.raises(InputError, match=told) as caught:
-            ServerWriter("http://localhost:1/v1", "lm", key=given)
+    for passed, message in ((None, "set OPENAI_API_KEY to"), (key, "that of --key-variable")):
+        with pytest.raises(InputError, match=message) as caught:
+            ServerWriter("http://localhost:1/v1", "lm", key=passed)
         assert "cret" not in str(caught.value)
     with pytest.raises(InputError, match="set MINE to"):
         module.clean_key(key, "MINE")
 
 
-def test_blanks_around_a_key_are_left_out_and_a_key_that_is_told_is_not_repeated(monkeypatch):
+def test_blanks_around_a_key_are_left_out_and_a_key_in_an_error_is_hidden(monkeypatch):
     monkeypatch.setenv(module.KEY, " sk-secret\r\n")
 
     def reply(body, path, headers):
@@ -486,7 +486,7 @@ def test_an_answer_that_was_cut_off_says_so():
         ({"temperature": 3}, "--temperature is 3"),
     ],
 )
-def test_settings_out_of_range_are_told(settings, told):
+def test_settings_out_of_range_are_refused(settings, told):
     with pytest.raises(InputError, match=told):
         ServerWriter(**({"url": "http://localhost:1/v1", "model": "lm"} | settings))
 

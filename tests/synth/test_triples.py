@@ -139,7 +139,7 @@ def test_triples_are_read_under_the_names_of_the_paper_and_of_the_hub_edition(tm
         ("\n", "no triples"),
     ],
 )
-def test_rows_that_are_no_triples_are_told(tmp_path: Path, text, told):
+def test_rows_that_are_no_triples_are_refused(tmp_path: Path, text, told):
     (tmp_path / "t.jsonl").write_text(text)
     with pytest.raises(InputError, match=told):
         read_triples(tmp_path / "t.jsonl")

@@ -123,14 +123,14 @@ def test_the_rate_climbs_and_then_falls_along_a_cosine():
         ({"rate": 1, "weight_decay": 10, "epochs": 60, "batch": 1}, "use a lower --rate"),
     ],
 )
-def test_settings_that_cannot_be_used_are_told_and_nothing_is_written(base, tmp_path, settings, told):
+def test_settings_that_cannot_be_used_are_refused_and_nothing_is_written(base, tmp_path, settings, told):
     settings = {"triples": SHOWN, "backend": "plain", "device": "cpu"} | settings
     with pytest.raises(InputError, match=told):
         tune_lm(base, tmp_path / "lm", **settings)
     assert not (tmp_path / "lm").exists()
 
 
-def test_a_missing_trl_is_told_with_the_command_that_installs_it(base, tmp_path, monkeypatch):
+def test_a_missing_trl_is_reported_with_the_command_that_installs_it(base, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "_has_trl", lambda: False)
     with pytest.raises(InputError, match=r"pip install 'ip2p\[llm\]'"):
         tune_lm(base, tmp_path / "lm", SHOWN, backend="trl")

@@ -194,20 +194,20 @@ def test_worker_processes_give_the_same_bytes(tiny_bundle, tmp_path):
 
 def test_two_processes_make_one_cache_together_byte_for_byte(tiny_bundle, tmp_path):
     assert Child(lambda: build(Rows(22), tiny_bundle, tmp_path / "one")).end() == 0
-    asked, told = os.pipe()
+    ready_read, ready_write = os.pipe()
     resume, go = os.pipe()
 
     def second():
         # Neither can make all of it: this one waits in the midst of its first part until the other is done.
         def wait(row):
             if row == 5:
-                os.write(told, b"x")
+                os.write(ready_write, b"x")
                 os.read(resume, 1)
 
         build(Rows(22, on_read=wait), tiny_bundle, tmp_path / "two", rank=1, world=2)
 
     slow = Child(second)
-    os.read(asked, 1)
+    os.read(ready_read, 1)
     said: list[str] = []
 
     def first():
@@ -276,14 +276,14 @@ def test_a_killed_build_goes_on_with_what_is_missing(tiny_bundle, tmp_path, poin
 
 
 def test_the_claim_of_a_killed_process_ends_with_it(tiny_bundle, tmp_path):
-    asked, told = os.pipe()
+    ready_read, ready_write = os.pipe()
 
     def hang(row):
-        os.write(told, b"x")
+        os.write(ready_write, b"x")
         signal.pause()
 
     child = Child(lambda: build(Rows(3, on_read=hang), tiny_bundle, tmp_path))
-    os.read(asked, 1)
+    os.read(ready_read, 1)
     said: list[str] = []
 
     def say(text):
@@ -296,7 +296,7 @@ def test_the_claim_of_a_killed_process_ends_with_it(tiny_bundle, tmp_path):
 
 
 def test_the_workers_of_a_killed_process_end_with_it(tiny_bundle, tmp_path):
-    asked, told = os.pipe()
+    ready_read, ready_write = os.pipe()
     alive, held = os.pipe()
 
     def hang(*_):  # the first chunk has come, and nobody takes the next ones
@@ -304,7 +304,7 @@ def test_the_workers_of_a_killed_process_end_with_it(tiny_bundle, tmp_path):
 
     def tell(row):
         if row == 10:  # the chunk before is on its way, and larger than a pipe holds
-            os.write(told, b"x")
+            os.write(ready_write, b"x")
 
     def work():
         large = Transform(size=(64, 64))
@@ -313,7 +313,7 @@ def test_the_workers_of_a_killed_process_end_with_it(tiny_bundle, tmp_path):
 
     child = Child(work)
     os.close(held)
-    os.read(asked, 1)
+    os.read(ready_read, 1)
     os.kill(child.pid, signal.SIGKILL)
     child.end()
     ended, _, _ = select.select([alive], [], [], 30)
@@ -321,7 +321,7 @@ def test_the_workers_of_a_killed_process_end_with_it(tiny_bundle, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
-def test_a_damaged_part_is_told_and_made_again(tiny_bundle, tmp_path, damage):
+def test_a_damaged_part_is_reported_and_recreated(tiny_bundle, tmp_path, damage):
     build(Rows(10), tiny_bundle, tmp_path)
     whole, kept = files(tmp_path), inodes(tmp_path)
     path = home(tmp_path) / "000001.latents"
@@ -360,7 +360,7 @@ def test_a_write_that_fails_leaves_what_was_committed(tiny_bundle, tmp_path):
     assert read == list(range(4, 10))
 
 
-def test_a_disk_too_small_is_told_before_any_work(tiny_bundle, tmp_path, monkeypatch):
+def test_a_disk_too_small_is_refused_before_any_work(tiny_bundle, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(caches.shutil, "disk_usage", lambda _: usage(10_000))
     with pytest.raises(ResourceError, match="Free some space, or use --cache"):

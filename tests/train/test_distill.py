@@ -90,8 +90,8 @@ def test_the_teacher_is_what_an_edit_with_guidance_computes(config):
     times, a = batch.draws.timesteps, task.alpha_bar[batch.draws.timesteps]
     x = add_noise(target, batch.draws.noise, a)
     with torch.no_grad():
-        told = task.guided(x, image, times, {"text": batch.text}, scales)
-        x0, _ = split_noisy(x, told, a, "epsilon")
+        epsilon = task.guided(x, image, times, {"text": batch.text}, scales)
+        x0, _ = split_noisy(x, epsilon, a, "epsilon")
         schedule = schedule_from_config(
             json.loads(Path(config.base, "scheduler/scheduler_config.json").read_text())
         )
@@ -166,16 +166,16 @@ def test_few_steps_teach_one_euler_step_and_the_students_own_end_from_there(conf
         target, image = task.latents(batch)
         x = add_noise(target, batch.draws.noise, a)
         scales = task._scales(batch.draws.scales, 2)
-        told = task.guided(x, image, times, {"text": batch.text}, scales)
+        epsilon = task.guided(x, image, times, {"text": batch.text}, scales)
         ddim = DDIMScheduler.from_pretrained(config.base, subfolder="scheduler", clip_sample=False)
         ddim.set_timesteps(LEVELS)
-        later = ddim.step(told[:1], 999, x[:1]).prev_sample
+        later = ddim.step(epsilon[:1], 999, x[:1]).prev_sample
         condition = embed_scales(scales[:1], 128)
         channels = torch.cat([later, image[:1]], dim=1)
         e = task.unet(channels, 979, batch.text[:1], timestep_cond=condition).sample
         b = task.alpha_bar[[979]]
     torch.testing.assert_close(wanted[:1], split_noisy(later, e, b, "epsilon")[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(wanted[1:], split_noisy(x[1:], told[1:], a[1:], "epsilon")[0])
+    torch.testing.assert_close(wanted[1:], split_noisy(x[1:], epsilon[1:], a[1:], "epsilon")[0])
     assert predicted.shape == wanted.shape
 
 

@@ -31,15 +31,15 @@ class WorkersFailed(Exception):
 def ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A Ray of one process; `trainers` are those that were made, `lost` how many of them lose a worker."""
     CALLS.clear()
-    told = SimpleNamespace(trainers=[], lost=0, resources={"CPU": 4.0})
+    fake = SimpleNamespace(trainers=[], lost=0, resources={"CPU": 4.0})
 
     class TorchTrainer:
         def __init__(self, work, *, scaling_config, run_config):
             self.work, self.scaling, self.run = work, scaling_config, run_config
-            told.trainers.append(self)
+            fake.trainers.append(self)
 
         def fit(self):
-            if len(told.trainers) <= told.lost:
+            if len(fake.trainers) <= fake.lost:
                 raise WorkersFailed({1: RuntimeError("the machine is gone")})
             try:
                 self.work()
@@ -48,7 +48,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     package = {
         "is_initialized": lambda: True,
-        "cluster_resources": lambda: told.resources,
+        "cluster_resources": lambda: fake.resources,
     }
     parts = {
         "ray": package,
@@ -60,7 +60,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "1")
-    return told
+    return fake
 
 
 def test_the_workers_call_the_function_in_the_folder_of_the_command(ray, tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_a_gpu_a_worker_when_the_cluster_has_them(ray, gpus, wanted):
     assert ray.trainers[0].scaling.use_gpu is wanted
 
 
-def test_a_cluster_that_is_too_small_is_told_at_once(ray):
+def test_a_cluster_that_is_too_small_is_refused_at_once(ray):
     with pytest.raises(ResourceError, match="needs 5 CPUs, but the cluster has 4. Try --ray 4"):
         launch(train, "settings", workers=5)
     with pytest.raises(ResourceError, match="needs 2 GPUs, but the cluster has 0"):

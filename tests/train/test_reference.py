@@ -151,12 +151,12 @@ def whole(tiny_model_dir, tmp_path_factory):
 
 
 def test_twenty_steps_equal_a_plain_loop(whole, tiny_model_dir):
-    told, own, own_average, cache = whole
+    our_losses, our_weights, our_average, cache = whole
     losses, weights, average = plain_loop(tiny_model_dir, cache)
-    assert max(abs(a - b) for a, b in zip(losses, told, strict=True)) < 1e-6
+    assert max(abs(a - b) for a, b in zip(losses, our_losses, strict=True)) < 1e-6
     assert losses[0] != losses[-1]
-    assert largest(weights, own) < 1e-6
-    assert largest(average, own_average) < 1e-6
+    assert largest(weights, our_weights) < 1e-6
+    assert largest(average, our_average) < 1e-6
 
 
 # fp64: in fp32 AdamW turns the rounding of gradients that are zero into steps of the learning rate's size.

@@ -121,11 +121,11 @@ def test_what_is_read_ahead_comes_in_order_and_its_error_is_raised():
         yield from range(5)
         raise ValueError("the sixth")
 
-    told = []
+    received = []
     with pytest.raises(ValueError, match="the sixth"):
         for item in ahead(items(), 2):
-            told.append(item)
-    assert told == list(range(5))
+            received.append(item)
+    assert received == list(range(5))
 
 
 def pooled(share: Share, source=None, **more) -> PooledSamples:
@@ -152,9 +152,9 @@ def pooled(share: Share, source=None, **more) -> PooledSamples:
 
 def take(samples, first: int, count: int):
     steps = samples(first)
-    told = [next(steps) for _ in range(count)]
+    taken = [next(steps) for _ in range(count)]
     steps.close()
-    return told
+    return taken
 
 
 def test_a_pool_gives_each_row_as_often_as_it_is_reused():

@@ -347,8 +347,8 @@ def test_instructions_are_learnt_in_words_that_are_tokens():
         ("Could You Make It Night?", "Could you make it night"),
         ("make it night. also add a cat", "Make it night. also add a cat"),
     ):
-        told = with_(triple, edit=with_(triple.edit, instruction=typed))
-        assert to_learn(told).instruction == learnt
+        retyped = with_(triple, edit=with_(triple.edit, instruction=typed))
+        assert to_learn(retyped).instruction == learnt
 
 
 def test_groups_of_triples_follow_from_their_number(built):

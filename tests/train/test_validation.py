@@ -113,15 +113,15 @@ SIZE = (64, 64)
 
 def pairs(page: Image.Image, *, captions: bool = True) -> list[Pair]:
     pixels = np.asarray(page)
-    told = ("a page", "a dark page") if captions else ("", "")
+    texts = ("a page", "a dark page") if captions else ("", "")
     return [
         Pair(
             id=f"p{k}",
             before=pixels,
             after=pixels // (k + 2),
             instruction=text,
-            caption=told[0],
-            edited_caption=told[1],
+            caption=texts[0],
+            edited_caption=texts[1],
         )
         for k, text in enumerate(["make it night", "make it\ndark"])
     ]

@@ -13,5 +13,5 @@ if __name__ == "__main__":
     folder, work = Path(sys.argv[1]), Path(sys.argv[2])
     losses, weights, _, _ = ours(folder, work, Share(batch=32, micro=16), steps=4, number=torch.float64)
     if os.environ["RANK"] == "0":
-        told = {"losses": losses, "weights": weights, "world": int(os.environ["WORLD_SIZE"])}
-        torch.save(told, work / "two.pt")
+        results = {"losses": losses, "weights": weights, "world": int(os.environ["WORLD_SIZE"])}
+        torch.save(results, work / "two.pt")

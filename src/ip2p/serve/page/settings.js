@@ -149,17 +149,17 @@ export class Settings {
     input.addEventListener("input", () => {
       try {
         const value = readField(field, input.value);
-        told();
+        showProblem();
         slider?.(value);
         this.choose(field, value);
       } catch (error) {
-        told(/** @type {Error} */ (error).message);
+        showProblem(/** @type {Error} */ (error).message);
       }
     });
     const help = /** @type {HTMLElement} */ (box.querySelector("small"));
     const usual = help.textContent;
     /** Say below the field what is wrong with it, if anything. */
-    const told = (wrong = "") => {
+    const showProblem = (wrong = "") => {
       if (wrong) this.wrong[field.name] = wrong;
       else delete this.wrong[field.name];
       help.textContent = wrong || usual;
@@ -170,7 +170,7 @@ export class Settings {
     const front = field.name in FRONT;
     this.show[field.name] = (value) => {
       input.value = front ? written(value ?? own) : written(value);
-      told();
+      showProblem();
       slider?.(value);
     };
   }
