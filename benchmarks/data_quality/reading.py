@@ -372,7 +372,7 @@ def _names(heard: _Heard, index: int, *, owner: bool) -> Iterator[say.Name]:
     for slot in SLOTS:
         if thing.slot not in (None, slot):
             continue
-        # A page without sides is not told well enough to call anything "the thing on the left".
+        # Without sides, a caption does not say enough to call anything "the thing on the left".
         clear = not others or (thing.slot is not None and all(t.slot != slot for t in others))
         for noun, side in product((*nouns, *THING_NOUNS) if clear else nouns, ON_SIDE[slot]):
             text = f"{say.noun_phrase(noun, count).t} {side}"
