@@ -20,6 +20,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from ip2p.models.bundle import packaged_examples
+
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 SIZES = {1280: 800, 1920: 1080, 390: 844}
 PATIENCE = 600_000  # milliseconds; a busy machine is slow
@@ -140,14 +142,12 @@ def stroke(page: Page) -> None:
 
 def batch_files() -> list[dict[str, object]]:
     """Pages in the formats of cameras and scanners, and a file that is no picture."""
-    from ip2p.serve.faces.start import drawn_examples
-
     files: list[dict[str, object]] = []
     for number, (name, kind) in enumerate(
         {"robot.png": "PNG", "wizard.jpg": "JPEG", "meadow.webp": "WEBP", "city.jpg": "JPEG"}.items()
     ):
         file = io.BytesIO()
-        Image.open(io.BytesIO(drawn_examples()[number][0])).convert("RGB").save(file, kind)
+        Image.open(packaged_examples()[number].file).convert("RGB").save(file, kind)
         files.append({"name": name, "mimeType": f"image/{kind.lower()}", "buffer": file.getvalue()})
     files.insert(2, {"name": "notes.png", "mimeType": "image/png", "buffer": b"not a picture"})
     return files

@@ -10,9 +10,10 @@ from PIL import Image
 from running import running
 
 from benchmarks.data_quality.reading import edit_kind
+from ip2p.models.bundle import packaged_examples
 from ip2p.pictures.images import load_image, to_bytes
 from ip2p.pictures.infotext import parse_infotext, read_infotext
-from ip2p.serve.faces.start import EXAMPLES, PHOTOS, STORYBOOK
+from ip2p.serve.faces.start import PHOTOS, STORYBOOK
 from ip2p.serve.options import ServeConfig
 from ip2p_storybook.edits import GLOBAL_KINDS
 
@@ -49,7 +50,7 @@ def test_the_card_says_what_the_model_wants_and_the_server_allows(http):
 
 def test_suggestions_change_the_whole_picture_so_that_they_suit_any():
     assert {edit_kind(each) for each in STORYBOOK} == set(GLOBAL_KINDS)
-    assert "none" not in {edit_kind(each) for some in EXAMPLES.values() for each in some}
+    assert "none" not in {edit_kind(each) for example in packaged_examples() for each in example.instructions}
     for each in (*STORYBOOK, *PHOTOS):
         assert re.match(r"(make it|change the background to|put them|what if it were) ", each), each
     assert len(set(STORYBOOK)) == len(STORYBOOK) and len(set(PHOTOS)) == len(PHOTOS)
@@ -57,7 +58,7 @@ def test_suggestions_change_the_whole_picture_so_that_they_suit_any():
 
 def test_examples_are_pictures_with_instructions(http):
     found = http.get("/v1/examples").json()
-    assert len(found) == len(EXAMPLES)
+    assert len(found) == len(packaged_examples()) == 6
     for each in found:
         assert each["instructions"] and each["title"]
         assert load_image(http.get(each["url"]).content).size == (512, 512)

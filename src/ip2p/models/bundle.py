@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PACKAGED = Path(__file__).parent
+EXAMPLES = "examples"  # in the folder of the packaged storybook model; scripts/make_examples.py writes it
 HUB_FILES = (
     *("model_index.json", "ip2p.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt"),
     *("unet/config.json", "vae/config.json", "text_encoder*/config.json"),
@@ -487,6 +489,24 @@ def called(model: str | Path) -> str:
 def packaged_models() -> list[str]:
     """The names of the models inside the package."""
     return sorted(entry.parent.name for entry in PACKAGED.glob("*/model_index.json"))
+
+
+@dataclass(frozen=True)
+class PackagedExample:
+    """A page that the packaged storybook model edits correctly: a PNG file, its title, and instructions."""
+
+    file: Path
+    title: str
+    instructions: tuple[str, ...]
+
+
+def packaged_examples() -> list[PackagedExample]:
+    """The example pages of the packaged storybook model; none if it is not installed."""
+    folder = PACKAGED / "storybook" / EXAMPLES
+    if not folder.is_dir():
+        return []
+    rows = json.loads((folder / "pages.json").read_text(encoding="utf-8"))
+    return [PackagedExample(folder / row["page"], row["title"], tuple(row["instructions"])) for row in rows]
 
 
 def _closest(path: Path, packaged: list[str]) -> str:

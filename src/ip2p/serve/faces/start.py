@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ip2p import __version__
 from ip2p.base.errors import InputError
 from ip2p.editing import grid
-from ip2p.pictures.images import load_image, resized, to_bytes
+from ip2p.models.bundle import packaged_examples
+from ip2p.pictures.images import load_image, resized
 from ip2p.pictures.infotext import infotext_of, parse_infotext
 from ip2p.serve import mark, wire
 from ip2p.serve.errors import Refusal, declared_errors
@@ -36,15 +36,6 @@ PHOTOS = (
     *("change the background to a beach", "put them in the desert", "make it look like a watercolor"),
     *("make it a pencil drawing", "make it look like an oil painting", "make it look like a comic book"),
 )
-# Bright pages of the test split by their number, and what may be changed in each.
-EXAMPLES = {
-    5: ("make it night", "put a crown on the teddy bear", "make the robot red", "make it snow"),
-    114: ("make it snow", "make the cactus green", "put a scarf on the wizard", "make it night"),
-    128: ("make the dog orange", "make it sunset", "make the bus blue", "make it snow"),
-    223: ("put a hat on the pig", "make it night", "make the pig pink", "make it rain"),
-    252: ("make it a pencil drawing", "make the balloon red", "make it night", "make it foggy"),
-    885: ("change the background to the beach", "make the flower blue", "make it night", "make it snow"),
-}
 
 
 class ModelCard(BaseModel):
@@ -136,10 +127,9 @@ def start_router(desk: Desk) -> APIRouter:
 
     @routes.get("/v1/examples", summary="Example pictures with instructions")
     async def read_examples() -> list[Example]:
-        made = await desk.in_thread(drawn_examples)
         return [
-            Example(url=f"/v1/examples/{number}.png", title=title, instructions=list(words))
-            for number, (_, title, words) in enumerate(made)
+            Example(url=f"/v1/examples/{number}.png", title=each.title, instructions=list(each.instructions))
+            for number, each in enumerate(packaged_examples())
         ]
 
     @routes.get(
@@ -149,10 +139,10 @@ def start_router(desk: Desk) -> APIRouter:
         responses={200: {"content": {"image/png": native.FILES["image/png"]}}},
     )
     async def read_example(number: int) -> Response:
-        made = await desk.in_thread(drawn_examples)
-        if not 0 <= number < len(made):
-            raise Refusal(f"number is {number}; it must be 0 to {len(made) - 1}.", status=404, field="number")
-        return Response(made[number][0], media_type="image/png")
+        examples = packaged_examples()
+        if not 0 <= number < len(examples):
+            raise Refusal(f"There is no example {number}. See /v1/examples.", status=404, field="number")
+        return FileResponse(examples[number].file)
 
     @routes.post(
         "/v1/pictures",
@@ -170,22 +160,6 @@ def start_router(desk: Desk) -> APIRouter:
             return await desk.in_thread(_inspect, data, body, desk.config.max_pixels)
 
     return routes
-
-
-@functools.cache
-def drawn_examples() -> list[tuple[bytes, str, tuple[str, ...]]]:
-    """Storybook pages that no model was trained on: a PNG file, a title, and instructions."""
-    from ip2p_storybook.captions import caption  # brings the drawing library
-    from ip2p_storybook.draw import draw
-    from ip2p_storybook.edits import sample_edit
-    from ip2p_storybook.scene import rng_for
-
-    made: list[tuple[bytes, str, tuple[str, ...]]] = []
-    for number, instructions in EXAMPLES.items():
-        rng = rng_for("examples", number)
-        scene = sample_edit(rng, kind="place", split="test").before
-        made.append((to_bytes(Image.fromarray(draw(scene, 512))), caption(scene, rng), instructions))
-    return made
 
 
 def _inspect(data: bytes, body: PictureBody, max_pixels: int) -> Response:
