@@ -2,9 +2,9 @@
 
 python scripts/make_examples.py            # takes minutes; run it when the bundled model changes
 
-The pages are held out of training. Of `--pages` candidates, those with the most correct edits (strict score of
-`ip2p storybook score`) are kept, in the model's folder and, smaller, in examples/. They are selected, so every
-place that shows them says so.
+The pages are held out of training. Of `--pages` candidates, those with the most correct edits (strict score
+of `ip2p storybook score`) are kept, in the model's folder and, smaller, in examples/. They are selected, so
+every place that shows them says so.
 """
 
 from __future__ import annotations
