@@ -171,6 +171,8 @@ def start_from(run: Run, model: str) -> None:
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
     AutoencoderKL.from_pretrained(folder / "vae").float().save_pretrained(run.output / "vae")
     CLIPModel.from_pretrained(folder / "clip").float().save_pretrained(run.output / "clip")
+    for file in _clip_tokenizer(folder):
+        shutil.copyfile(file, run.output / "clip" / file.name)
     text = CLIPTextModel.from_pretrained(folder / "text_encoder").float()
     text.save_pretrained(run.output / "text_tower")
     CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(run.output / "tokenizer")
@@ -249,6 +251,7 @@ def save_bundle(
     kept = {}  # files of an earlier build, or written by hand
     if (target / "README.md").exists():
         kept["README.md"] = target / "README.md"
+    kept |= {f"clip/{file.name}": file for file in _clip_tokenizer(source)}
     lm = next((folder / PACKAGED_LM for folder in (source, target) if (folder / PACKAGED_LM).is_dir()), None)
     if lm is not None:
         kept[PACKAGED_LM] = lm
@@ -275,6 +278,11 @@ def save_bundle(
         shard=15_000_000,
         files=kept,
     )
+
+
+def _clip_tokenizer(folder: Path) -> list[Path]:
+    """The files of CLIP's own tokenizer. Without any, it has the text encoder's (`models.clip.Clip.load`)."""
+    return sorted((folder / "clip").glob("tokenizer*.json"))
 
 
 def _editor_networks(source: Path, preset: Preset) -> dict[str, Any]:
