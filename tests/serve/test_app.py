@@ -120,7 +120,7 @@ def test_a_port_in_use_is_refused_and_the_page_takes_the_next(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with (
-            pytest.raises(InputError, match=f"cannot listen at 127.0.0.1 port {port}.*Try --port"),
+            pytest.raises(InputError, match=f"cannot listen on 127.0.0.1 port {port}.*Try --port"),
             apps._listening("127.0.0.1", port, tries=1),
         ):
             pass

@@ -272,7 +272,7 @@ def test_what_is_only_approximated_is_a_warning(client, png):
     )
     assert "quality has no effect: num_inference_steps sets the quality." in made.warnings
     assert any(text.startswith("input_fidelity") for text in made.warnings)
-    assert "size has another aspect ratio than the picture, which is cropped to 96x64." in made.warnings
+    assert "size has a different aspect ratio than the picture, which is cropped to 96x64." in made.warnings
 
 
 def test_a_transparent_background_is_never_ignored(client, png):

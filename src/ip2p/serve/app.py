@@ -1,4 +1,4 @@
-"""`ip2p serve` and `ip2p ui`: the HTTP application, and how the server starts, listens and stops."""
+"""The HTTP application of `ip2p serve` and `ip2p ui`, and the startup and shutdown of the server."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ip2p.serve.options import ServeConfig, UiConfig
 
 try:
     import h11
-    import prometheus_client  # noqa: F401 - else missed when the metrics are read
-    import python_multipart  # noqa: F401 - else missed when a form comes
+    import prometheus_client  # noqa: F401 - if missing, fail now, not at /metrics
+    import python_multipart  # noqa: F401 - if missing, fail now, not at the first form
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
@@ -60,29 +60,29 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page"
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
-HEADER_SECONDS = 20.0  # for a request line and its headers to arrive
-OVER_BYTES = 16_000_000  # of a body that is let in after its answer
-FLUSH_SECONDS = 5  # after the last edit: for its answer to go out
+HEADER_SECONDS = 20.0  # timeout for the headers, and for the rest of a body after its response
+OVER_BYTES = 16_000_000  # maximum bytes of a body to receive after its response
+FLUSH_SECONDS = 5  # time to send the last responses on shutdown
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what runs."""
+    """Serve until SIGTERM or Ctrl-C, then finish the running edits."""
     run_server(config)
 
 
 def ui(config: UiConfig) -> None:
-    """Serve the page to this machine and open it in the browser."""
+    """Serve the web UI to this machine and open it in the browser."""
     run_server(config.serving(), browser=not config.no_browser, any_port=True, log_requests=False)
 
 
 def run_server(
     config: ServeConfig, *, browser: bool = False, any_port: bool = False, log_requests: bool = True
 ) -> None:
-    """Load the first model, listen, and serve until a signal; the address goes to stderr.
+    """Load the first model, listen, and serve until a signal. The URL is printed to stderr.
 
-    browser: open the page. any_port: if the port is in use, take the next free one. log_requests: write a
-    line of JSON for each request to stderr. Raises what the model's loading raises, and InputError for an
-    address that cannot be listened at.
+    browser: open the web UI. any_port: if the port is in use, try the next ones. log_requests: log each
+    request to stderr as a line of JSON. Raises InputError if the server cannot listen on the address, and
+    the errors of loading a model.
     """
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listening(config.host, config.port, tries=20 if any_port else 1))
@@ -92,30 +92,30 @@ def run_server(
         def ready() -> None:
             port = listening.getsockname()[1]
             name = socket.gethostname() if config.host in ("0.0.0.0", "::") else config.host
-            place = f"http://{f'[{name}]' if ':' in name else name}:{port}"
-            say(f"web UI: {place}/   API reference: {place}/docs   (press Ctrl-C to stop)")
+            url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
+            say(f"web UI: {url}/   API reference: {url}/docs   (press Ctrl-C to stop)")
             if browser:
-                webbrowser.open(place)
+                webbrowser.open(url)
 
         settings = server_config(make_app(service, config))
         server = _Server(settings, lambda: service.drain(config.drain_seconds), ready)
         access = logging.getLogger("ip2p.serve.access")
         access.propagate = False
         if log_requests:
-            access.addHandler(logging.StreamHandler(sys.stderr))  # without a prefix
+            access.addHandler(logging.StreamHandler(sys.stderr))  # no prefix, only JSON
             access.setLevel(logging.INFO)
         server.run(sockets=[listening])
 
 
 def server_config(app: FastAPI) -> uvicorn.Config:
-    """How uvicorn serves the application."""
+    """The uvicorn configuration."""
     return uvicorn.Config(
         app,
         http=_TimedProtocol,
         log_config=None,
         log_level="warning",
         access_log=False,
-        proxy_headers=False,  # with them a caller on this machine could claim any address
+        proxy_headers=False,  # otherwise a local client could claim any address
         server_header=False,
         lifespan="on",
         timeout_keep_alive=15,
@@ -124,7 +124,7 @@ def server_config(app: FastAPI) -> uvicorn.Config:
 
 
 def make_service(config: ServeConfig, stack: contextlib.ExitStack) -> Service:
-    """The service that a config asks for; `stack` removes its folder at the end."""
+    """Create the service for a config. `stack` removes its temporary folder and stops its replicas."""
     store = config.store
     if store is None:
         store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ip2p-results-"))) / "results"
@@ -142,7 +142,7 @@ def make_service(config: ServeConfig, stack: contextlib.ExitStack) -> Service:
         return Service(_local_maker(config), **options)
     from ip2p.serve import spread
 
-    # The one queue here bounds what a replica gets.
+    # The queue of this process already limits what a replica gets.
     unbounded = dataclasses.replace(limits, queue=10**6, per_client=10**6, waiting_pixels=2**62)
     build = functools.partial(_replica_service, spread.portable(config), unbounded)
     each = config.join or default_join(pick_device(config.device))
@@ -179,14 +179,15 @@ def _local_maker(config: ServeConfig) -> LocalMaker:
 
 
 class _TimedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which closes a connection that lingers.
+    """uvicorn's HTTP/1.1 protocol, which also closes slow connections.
 
-    Either the request line and headers do not arrive, or the body goes on after the answer. The rest of such
-    a body is let in for a while, since a client that is cut off while it sends does not read the answer.
+    A connection is closed if the request line and headers do not arrive in time, or if the body continues
+    for too long after the response. The rest of such a body is accepted for a while, because a client that
+    is cut off while sending does not read the response.
     """
 
     _late: asyncio.TimerHandle | None = None
-    _over = 0  # bytes since the answer
+    _over = 0  # bytes received since the response
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -206,7 +207,7 @@ class _TimedProtocol(H11Protocol):
 
     @property
     def _answered(self) -> bool:
-        """Whether a body still comes in after its answer."""
+        """Whether a body is still arriving after its response was sent."""
         return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
 
     def _watch(self) -> None:
@@ -219,9 +220,9 @@ class _TimedProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that lets the service finish at the first signal and ends at once at the second.
+    """A uvicorn server that drains the service on the first signal and stops immediately on the second.
 
-    The process then exits with 0: a request to stop is no failure.
+    The process then exits with 0, because a requested stop is not a failure.
     """
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Any], ready: Callable[[], None]) -> None:
@@ -250,7 +251,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _listening(host: str, port: int, *, tries: int) -> Iterator[socket.socket]:
-    """A listening socket at `port` or the first free port of the `tries` from it on. Raises InputError."""
+    """Listen on the first free port of `tries` ports, starting at `port`. Raises InputError if none is."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -262,9 +263,9 @@ def _listening(host: str, port: int, *, tries: int) -> Iterator[socket.socket]:
                 reason = error.strerror or str(error)
         else:
             raise InputError(
-                f"cannot listen at {host} port {port}: {reason}. Try --port {(port % 65535) + 1}."
+                f"cannot listen on {host} port {port}: {reason}. Try --port {(port % 65535) + 1}."
             )
-        # Requests that come while the model loads wait.
+        # Requests that arrive while the model loads wait in the backlog.
         sock.listen(128)
         yield sock
 
@@ -273,13 +274,13 @@ def _listening(host: str, port: int, *, tries: int) -> Iterator[socket.socket]:
 
 
 def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> FastAPI:
-    """The application over a service with a store. page: with the page at `/`."""
+    """Create the application for a service that has a store. page: serve the web UI at `/`."""
     desk = Desk(service, config)
     app = FastAPI(
         title="ip2p",
         version=__version__,
         summary="Edit pictures by instruction",
-        # FastAPI's own pages fetch their viewer from another server.
+        # FastAPI's own docs pages load their scripts from another server.
         docs_url=None,
         redoc_url=None,
         responses=declared_errors("native"),
@@ -315,7 +316,7 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
     async def read_docs() -> Response:
         return FileResponse(PAGE / "docs.html")
 
-    # Before the page, whose errors look different.
+    # Registered before the page, whose errors have a different format.
     for path in ("/v1/{rest:path}", "/sdapi/{rest:path}", "/healthz", "/readyz", "/metrics"):
         app.add_api_route(path, _refuse_method, methods=METHODS, include_in_schema=False)
     for kind in (Ip2pError, HTTPException, RequestValidationError):
@@ -323,13 +324,13 @@ def make_app(service: Service, config: ServeConfig, *, page: bool = True) -> Fas
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     if page:
         app.mount("/", GZipMiddleware(StaticFiles(directory=PAGE, html=True)), name="page")
-    # Last, so it is around everything, the page too.
+    # Added last, so that it wraps everything, including the page.
     app.add_middleware(Guard, config=config)  # type: ignore[arg-type]
     return app
 
 
 async def _refuse_method(request: Request) -> Response:
-    """404, or 405 where the address takes other methods."""
+    """Raise Refusal: 405 if the URL supports other methods, otherwise 404."""
     methods = [
         method.upper()
         for path, operations in request.app.openapi()["paths"].items()
@@ -351,4 +352,4 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # the client has gone; the log tells it from an answer
+    return Response(status_code=499)  # the client has disconnected; only the log shows this status

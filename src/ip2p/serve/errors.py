@@ -1,4 +1,4 @@
-"""Errors as each interface's clients know them, and as OpenAPI declares them for every route."""
+"""Error responses in the format of each API, and their OpenAPI declarations."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ip2p.base.errors import InputError, Ip2pError, ResourceError
 from ip2p.settings import EditSettings, voice_of
 
 Face = Literal["native", "openai", "a1111"]
-# What the clients of an interface call a field of a request that is not a setting.
+# Each API's names for the request fields that are not settings.
 FIELD_NAMES: dict[Face, dict[str, str]] = {
     "native": {"seeds": "seed"},
-    # `background` alone is the setting, which that interface calls background_color.
+    # Not `background`, which is a setting that this API calls background_color.
     "openai": {"seeds": "seed", "background_mode": "background"},
     "a1111": {"image": "init_images", "seeds": "seed", "model": "override_settings.sd_model_checkpoint"},
 }
 
 
 class Refusal(Ip2pError):
-    """A request that is refused: the HTTP status, the field that is to blame, headers of the answer."""
+    """A rejected request. status: of HTTP. field: the field at fault. headers: of the response."""
 
     def __init__(
         self, message: str, *, status: int, field: str | None = None, headers: Mapping[str, str] | None = None
@@ -35,11 +35,11 @@ class Refusal(Ip2pError):
         self.status, self.field, self.headers = status, field, dict(headers or {})
 
 
-# --- the bodies ------------------------------------------------------------------------------------
+# --- error bodies ----------------------------------------------------------------------------------
 
 
 class Fault(BaseModel):
-    """What went wrong."""
+    """Details of an error."""
 
     message: str = Field(description="what is wrong, the limit, and what to do, in one line")
     type: str = Field(description="invalid_request_error, rate_limit_error or server_error")
@@ -48,7 +48,7 @@ class Fault(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """An error of the native interface and of OpenAI's."""
+    """An error of the native or OpenAI API."""
 
     error: Fault
 
@@ -60,7 +60,7 @@ class A1111Detail(BaseModel):
 
 
 class A1111ErrorBody(BaseModel):
-    """An error of AUTOMATIC1111's interface; detail is a list for status 422."""
+    """An error of the AUTOMATIC1111 API. `detail` is a list for status 422."""
 
     error: str
     detail: str | list[A1111Detail]
@@ -68,7 +68,7 @@ class A1111ErrorBody(BaseModel):
     errors: str
 
 
-# For each status: OpenAI's type and code, and the description in OpenAPI.
+# By status: OpenAI's type and code, and the OpenAPI description.
 KINDS = {
     400: ("invalid_request_error", "invalid_value", "A field is invalid"),
     401: ("invalid_request_error", "invalid_api_key", "The API key is missing or wrong"),
@@ -80,7 +80,7 @@ KINDS = {
     410: ("invalid_request_error", "gone", "The result was removed early to make room"),
     413: ("invalid_request_error", "too_large", "The body is too large"),
     415: ("invalid_request_error", "invalid_value", "The body is neither a form nor JSON"),
-    421: ("invalid_request_error", "wrong_host", "The Host is not this server's name"),
+    421: ("invalid_request_error", "wrong_host", "Host is not a name of this server"),
     422: ("invalid_request_error", "invalid_value", "A field is invalid"),
     429: ("rate_limit_error", "too_many_requests", "Too many requests from this client; see Retry-After"),
     500: ("server_error", "server_error", "Internal error"),
@@ -89,24 +89,24 @@ KINDS = {
 
 
 def declared_errors(face: Face) -> dict[int | str, dict[str, Any]]:
-    """The errors of an interface's routes, as FastAPI's `responses` takes them."""
+    """The error responses of an API's routes, for FastAPI's `responses`."""
     kind = A1111ErrorBody if face == "a1111" else ErrorBody
     return {status: {"model": kind, "description": text} for status, (_, _, text) in KINDS.items()}
 
 
-# --- from errors to answers -------------------------------------------------------------------------
+# --- error responses --------------------------------------------------------------------------------
 
 
 def face_of(path: str) -> Face:
-    """The interface that has an address; the native one has all that no other has."""
+    """The API that a URL path belongs to; native if it belongs to no other."""
     if path.startswith("/sdapi/"):
         return "a1111"
     return "openai" if path.startswith(("/v1/images", "/v1/models")) else "native"
 
 
 def refusal_of(error: Exception, path: str) -> Refusal:
-    """The answer to a request that ended in an error of ours, of Starlette or of FastAPI."""
-    bad = 400 if face_of(path) == "openai" else 422  # OpenAI's clients know it as 400
+    """Convert an error of ip2p, Starlette or FastAPI to a Refusal."""
+    bad = 400 if face_of(path) == "openai" else 422  # OpenAI's API uses 400 for invalid fields
     message, field = " ".join(str(error).split()), getattr(error, "field", None) or None
     status, headers = 500, dict(getattr(error, "headers", None) or {})
     wait = getattr(error, "retry_after", None)
@@ -134,32 +134,32 @@ def refusal_of(error: Exception, path: str) -> Refusal:
 
 
 def outer_name(field: str, face: Face) -> str:
-    """What an interface calls a field of a request."""
+    """An API's name for a request field."""
     return FIELD_NAMES[face].get(field) or (field if face == "native" else voice_of(face).name(field))
 
 
 def inner_name(name: str, face: Face) -> str:
-    """The field that an interface calls so: the inverse of `outer_name`."""
+    """The request field that an API calls `name`: the inverse of `outer_name`."""
     fields = (*FIELD_NAMES[face], *EditSettings.model_fields)
     return next((field for field in fields if outer_name(field, face) == name), name)
 
 
 def error_response(error: Exception, path: str) -> JSONResponse:
-    """An error in the form of the interface at `path`."""
+    """The response for an error, in the format of the API at `path`."""
     refusal = refusal_of(error, path)
     return JSONResponse(error_body(refusal, path), status_code=refusal.status, headers=refusal.headers)
 
 
 def error_body(error: Exception, path: str) -> dict[str, Any]:
-    """The body of an error, in the form of the interface at `path`."""
+    """The response body for an error, in the format of the API at `path`."""
     face, refusal = face_of(path), refusal_of(error, path)
     message, field = str(refusal), refusal.field
     if field is not None:
-        # The interface's own name of the field, in the message too.
-        own = outer_name(field, face)
-        if not re.search(rf"\b{re.escape(own)}\b", message):
-            message = re.sub(rf"\b{re.escape(field)}\b", lambda _: own, message, count=1)
-        field = own
+        # Use the API's name for the field, also in the message.
+        name = outer_name(field, face)
+        if not re.search(rf"\b{re.escape(name)}\b", message):
+            message = re.sub(rf"\b{re.escape(field)}\b", lambda _: name, message, count=1)
+        field = name
     if face == "a1111":
         detail: Any = message
         if refusal.status == 422:

@@ -1,8 +1,8 @@
-"""What every request passes first: who may come, from where, with how many bytes and in what time.
+"""Checks of every request before the app: Host, Origin, API key, and the size and speed of the body.
 
-A form of any web page may post to a server on this machine without asking (a multipart body needs no
-preflight), and a name of any web page may be made to point here. So Host and Origin are checked even on
-loopback, and other origins may do nothing except those that the operator names (--allow-origin).
+Any web page can post a form to a server on this machine without permission (a multipart body needs no
+preflight), and any domain name can be made to resolve to this machine (DNS rebinding). So Host and Origin
+are checked even on loopback, and other origins have no access unless the operator allows it (--allow-origin).
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ faults = logging.getLogger("ip2p.serve")
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-OPEN_PATHS = ("/healthz", "/readyz")  # for monitors: without a key, and not logged
-LONGEST_NAME = 255  # bytes between two slashes
-BODY_SECONDS = 60.0  # for a body to arrive
-SILENT_SECONDS = 15.0  # between two of its parts
-BODIES_AT_ONCE = 8  # of the largest size; more bytes than that are not held at once
-# Brackets, braces and commas of a body that may be JSON, besides those in an edit's texts. Each may become an
-# object of 60 bytes, and parsing blocks the server. A file's base64 has none, an edit about 50.
+OPEN_PATHS = ("/healthz", "/readyz")  # for monitoring: no key needed, not logged
+LONGEST_NAME = 255  # maximum bytes of a path component
+BODY_SECONDS = 60.0  # timeout for a body
+SILENT_SECONDS = 15.0  # timeout between two chunks of a body
+BODIES_AT_ONCE = 8  # all bodies together may use this many times the maximum size
+# Maximum number of brackets, braces and commas in a body that may be JSON, in addition to those in the texts
+# of an edit. Each may become an object of 60 bytes, and parsing blocks the server. Base64 contains none, and
+# an edit about 50.
 STRUCTURE = 20_000
 
-# The page: files of this server alone, no script or style in the HTML, and pictures that it made itself.
+# For the page: only files of this server, no inline scripts or styles, and images that it created itself.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -61,24 +62,24 @@ SECURITY_HEADERS = {
 
 
 class Guard:
-    """ASGI middleware around the whole app, the page included.
+    """ASGI middleware around the whole app, including the page.
 
-    It puts into `scope["state"]`: client, the caller's name (`caller_name`), and let_go, to call once
-    nothing of the body is held any more; without that call it counts until the answer is out.
+    It sets in `scope["state"]`: client, the client's pseudonym (`caller_name`), and let_go, a function to
+    call once the body is no longer in memory. Without this call, the body counts until the response is sent.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self.app = app
         self.hosts = hosts_of(config)
-        # A name that points here can be anybody's; an address in the Host cannot be made to.
+        # With DNS rebinding, Host is a domain name, never an IP address.
         self.any_address = not is_loopback(config.host)
         self.origins = frozenset(origin.lower() for origin in config.allow_origin)
         self.keys = [hashlib.sha256(key.encode()).digest() for key in config.api_keys()]
         self.most = config.max_mb * 1_000_000
-        self.structure = STRUCTURE + 2 * config.max_words  # an instruction and a negative prompt
+        self.structure = STRUCTURE + 2 * config.max_words  # for the instruction and the negative prompt
         self.held = 0
         self.salt = secrets.token_bytes(16)
-        # A preflight comes without a key, so it is answered before the key is checked.
+        # A preflight request has no key, so it is answered before the key is checked.
         self.shared = CORSMiddleware(
             self._answer,
             allow_origins=config.allow_origin,
@@ -91,22 +92,22 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # there are no web sockets here
+        if scope["type"] != "http":  # WebSockets are not supported
             await send({"type": "websocket.close", "code": 1008})
             return
         headers, began, status, path = headers_of(scope), time.perf_counter(), 0, scope["path"]
         request = secrets.token_hex(12)
         scope.setdefault("state", {}).update(client="-", request=request)
         policy = API_POLICY if path.startswith(API_PATHS) else PAGE_POLICY
-        own = SECURITY_HEADERS | {"content-security-policy": policy, "x-request-id": request}
+        extra_headers = SECURITY_HEADERS | {"content-security-policy": policy, "x-request-id": request}
         if self.origins:
-            own["vary"] = "Origin"
+            extra_headers["vary"] = "Origin"
 
         async def reply(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update(own)
+                MutableHeaders(scope=message).update(extra_headers)
             await send(message)
 
         try:
@@ -118,7 +119,7 @@ class Guard:
             await answer(scope, receive, reply)
         finally:
             if path not in OPEN_PATHS:
-                # No query, no body, no instruction, and of the caller only a hash.
+                # For privacy: no query, no body, no instruction, and only a hash of the client.
                 record = {
                     "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     "method": scope["method"],
@@ -131,7 +132,7 @@ class Guard:
                 log.info("%s", json.dumps(record))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The app's answer or a refusal, without headers for other origins: those are CORSMiddleware's."""
+        """Send the app's response or a refusal, without CORS headers, which only CORSMiddleware sets."""
         path, headers, begun = scope["path"], headers_of(scope), False
         body = _Body(self, receive, headers.get("content-type", ""))
         scope["state"]["let_go"] = body.let_go
@@ -142,7 +143,7 @@ class Guard:
                 found = MutableHeaders(scope=message)
                 for name in [name for name in found if name.startswith("access-control-")]:
                     del found[name]
-            if body.refusal is None or begun:  # else the app answers a client that it takes for gone
+            if body.refusal is None or begun:  # otherwise the app saw a disconnect, and the refusal is sent
                 begun = True
                 await send(message)
 
@@ -166,11 +167,11 @@ class Guard:
             await error_response(refusal, path)(scope, receive, send)
 
     def check_host(self, path: str, host: str) -> None:
-        """Raise Refusal for a Host that is not this server, and for a path that cannot exist."""
+        """Raise Refusal if Host is not a name of this server, or if the path cannot exist."""
         if "\0" in path or any(len(part.encode()) > LONGEST_NAME for part in path.split("/")):
-            # No file system takes it, so the app would fail at it.
+            # No file system accepts such a name, so the app would fail.
             raise Refusal(
-                f"The URL has a part longer than {LONGEST_NAME} bytes, or a zero byte. See /docs.",
+                f"The URL has a part longer than {LONGEST_NAME} bytes, or a null byte. See /docs.",
                 status=404,
             )
         name = host_name(host)
@@ -183,10 +184,10 @@ class Guard:
             )
 
     def check(self, method: str, path: str, headers: Mapping[str, str], peer: Sequence[object] | None) -> str:
-        """The caller's name. Raises Refusal for an Origin or a key that is not let in."""
+        """The client's pseudonym. Raises Refusal for a forbidden Origin and for a missing or wrong key."""
         if method not in SAFE_METHODS:
             host, origin = headers.get("host", ""), headers.get("origin")
-            if origin is None:  # browsers that hide the Origin still send this
+            if origin is None:  # browsers that omit Origin still send this
                 foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
             else:
                 foreign = origin not in self.origins and not same_place(origin, host)
@@ -210,26 +211,26 @@ class Guard:
         return caller_name(key if len(self.keys) > 1 else None, peer, self.salt)
 
     def _key(self, headers: Mapping[str, str]) -> bytes | None:
-        """The hash of the request's key, if it is one of the server's."""
+        """The hash of the request's key, or None if the key is not valid."""
         key = headers.get("x-api-key", "")
         scheme, _, value = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             key = value.strip()
-        elif scheme.lower() == "basic":  # what a browser asks for: any name, the key as password
+        elif scheme.lower() == "basic":  # a browser's login dialog: any user name, the key as password
             try:
                 key = base64.b64decode(value, validate=True).decode().partition(":")[2]
             except (binascii.Error, UnicodeDecodeError):
                 key = ""
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        # All are compared, each in constant time.
+        # Compare all keys, each in constant time.
         matches = [known for known in self.keys if hmac.compare_digest(known, digest)]
         return matches[0] if matches else None
 
 
 class _Body:
-    """The body as it comes in, cut off where it is too long, too slow, or JSON of too many parts.
+    """Receives a body, and cuts it off if it is too large, too slow, or JSON with too many elements.
 
-    The app then sees a client that has gone; `refusal` is the answer.
+    The app then sees a disconnect, and `refusal` is the response.
     """
 
     def __init__(self, guard: Guard, receive: Receive, kind: str) -> None:
@@ -241,7 +242,7 @@ class _Body:
 
     async def receive(self) -> Message:
         if self.refusal is None:
-            if self.whole:  # all that can still come is that the client goes
+            if self.whole:  # only a disconnect can follow
                 return await self._receive()
             patience = min(SILENT_SECONDS, self.until - time.monotonic())
             try:
@@ -285,7 +286,7 @@ class _Body:
             )
 
     def let_go(self) -> None:
-        """Stop counting the body: nothing of it is held any more."""
+        """Stop counting the body, which is no longer in memory."""
         self.guard.held -= self.held
         self.held = 0
 
@@ -299,7 +300,7 @@ def too_large(most: int) -> Refusal:
 
 
 def hosts_of(config: ServeConfig) -> frozenset[str]:
-    """The names by which the server may be called."""
+    """The host names that the server accepts."""
     names = {*LOOPBACK_NAMES, *(host_name(name) for name in config.allow_host)}
     if not is_loopback(config.host):
         names |= {socket.gethostname().lower(), socket.getfqdn().lower(), host_name(config.host)}
@@ -307,7 +308,7 @@ def hosts_of(config: ServeConfig) -> frozenset[str]:
 
 
 def host_name(host: str) -> str:
-    """The name or address of a Host header, in lower case and without port, brackets and the last dot."""
+    """The name or address in a Host header, in lower case, without port, brackets and trailing dot."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]
@@ -318,36 +319,36 @@ def host_name(host: str) -> str:
 
 
 def same_place(origin: str, host: str) -> bool:
-    """Whether `origin` is a page of this server, called `host`.
+    """Whether `origin` is this server, whose Host header is `host`.
 
-    A server behind a TLS proxy does not know its own scheme, so only the port is compared.
+    The scheme is not compared, because a server behind a TLS proxy does not know its own.
     """
-    scheme, colon, place = origin.lower().partition("://")
+    scheme, colon, authority = origin.lower().partition("://")
     default = {"http": ":80", "https": ":443"}.get(scheme)
-    if default is None or not colon or not place:
+    if default is None or not colon or not authority:
         return False
-    return place.removesuffix(default) == host.strip().lower().removesuffix(default)
+    return authority.removesuffix(default) == host.strip().lower().removesuffix(default)
 
 
 def caller_name(key: bytes | None, peer: Sequence[object] | None, salt: bytes) -> str:
-    """A hash of the caller's key, else of its address."""
+    """A hash of the client's key or, without a key, of its address."""
     if key is None:
         address = str(peer[0]) if peer else ""
         if is_address(address):
             found = ipaddress.ip_address(address)
             if found.version == 6 and found.ipv4_mapped is None:
-                # One machine may have all addresses of a /64.
+                # One machine may own all addresses of a /64.
                 address = str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
         key = address.encode()
     return hashlib.blake2b(key, key=salt, digest_size=6).hexdigest()
 
 
 def headers_of(scope: Scope) -> dict[str, str]:
-    """The headers by lower-case names; all values of one that came twice, so that no check passes it."""
+    """The headers by lower-case name. Repeated headers are joined, so that they fail every check."""
     headers = Headers(scope=scope)
     return {name: ", ".join(headers.getlist(name)) for name in headers.keys()}  # noqa: SIM118
 
 
 def shown(text: str) -> str:
-    """Text from outside for an error or a log: short, on one line, without control characters."""
+    """Untrusted text for an error or a log: shortened, on one line, without control characters."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")

@@ -1,4 +1,4 @@
-"""What happens to every result before anybody sees it: it is checked, and marked as edited."""
+"""The safety check and the AI-edited mark of every result, applied before any client sees it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ip2p.serve.options import ServeConfig
 from ip2p.settings import SettingError
 
-# IPTC's digital source type of a picture that a trained model changed.
+# IPTC's digital source type for a picture edited by a trained model.
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 DESCRIPTION = f"""<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
  Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"/>"""
@@ -30,16 +30,16 @@ Finish = Callable[[Image.Image], Image.Image]
 
 
 def marker(config: ServeConfig) -> Finish | None:
-    """What marks each result as edited (--mark); None for nothing."""
+    """The function that marks results as AI-edited (--mark), or None."""
     if config.mark == "visible":
         return lambda picture: tag(write_words(picture))
     return tag if config.mark == "iptc" else None
 
 
 def checker(config: ServeConfig) -> Check | None:
-    """What refuses a result that a classifier (`synth.safety`) calls unsafe (--safety); None for nothing.
+    """The function that rejects results that a classifier (`synth.safety`) finds unsafe (--safety), or None.
 
-    Raises ModelError for a model that is no classifier.
+    Raises ModelError if the model is not a classifier.
     """
     if config.safety is None:
         return None
@@ -60,9 +60,9 @@ def checker(config: ServeConfig) -> Check | None:
 
 
 def tag(picture: Image.Image) -> Image.Image:
-    """The picture with IPTC's digital source type in its XMP, which `images.to_bytes` writes.
+    """Set IPTC's digital source type in the picture's XMP, which `images.to_bytes` writes.
 
-    XMP of the original is kept, except for its own digital source type.
+    The rest of the original's XMP is kept.
     """
     kept = DECLARED.sub(b"", picture.info.get("xmp", b""))
     head, end, tail = kept.rpartition(b"</rdf:RDF>")
@@ -71,7 +71,7 @@ def tag(picture: Image.Image) -> Image.Image:
 
 
 def write_words(picture: Image.Image) -> Image.Image:
-    """The picture with "AI-edited" in its lower right corner, a twentieth of its side high."""
+    """Copy the picture with "AI-edited" in the lower right corner, 1/20 of the shorter side high."""
     marked = picture.copy()
     height = max(8, min(picture.size) // 20)
     font = ImageFont.load_default(height)

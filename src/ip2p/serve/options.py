@@ -29,7 +29,7 @@ from ip2p.settings import (
 )
 
 Mark = Literal["iptc", "visible", "none"]
-MIN_KEY = 16  # characters of a server's key: what guessing cannot find
+MIN_KEY = 16  # minimum characters of an API key, so that it cannot be guessed
 ACCESS, LIMITS, RESULTS = "Access", "Limits", "Results"
 
 
@@ -42,7 +42,7 @@ class _Served(
     DTypeSettings,
     DeviceSettings,
 ):
-    """What a server and the page on this machine share."""
+    """Settings that `ip2p serve` and `ip2p ui` share."""
 
     port: int = setting(7860, "TCP port to listen on", ge=0, le=65535, group=COMMON)
     model: Texts = setting(
@@ -72,7 +72,7 @@ class _Served(
     )
 
     def models(self) -> dict[str, str]:
-        """The models by the names under which they are served. Raises InputError for a name given twice."""
+        """The models by their served names. Raises InputError if a name is used twice."""
         return parse_models(self.model)
 
 
@@ -160,7 +160,7 @@ class ServeConfig(RaySettings, _Served):
     )
 
     def check(self) -> None:
-        """Raise InputError for settings that cannot be used, or that would let anybody in."""
+        """Raise InputError for invalid settings, and for access without a key unless --public is set."""
         self.models()
         if not is_loopback(self.host) and not self.public and not self.api_keys():
             raise InputError(
@@ -183,9 +183,9 @@ class ServeConfig(RaySettings, _Served):
                 raise InputError(f"--{name.replace('_', '-')} requires --ray.")
 
     def api_keys(self, env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-        """The keys of `--api-key-file`, else the one in IP2P_API_KEY. Raises InputError for bad ones.
+        """The keys in `--api-key-file`, or else the one in IP2P_API_KEY. Raises InputError for invalid keys.
 
-        They are not settings, so no `run.json` and no list of processes shows them.
+        They are not settings, so they do not appear in `run.json` or in the process list.
         """
         if self.api_key_file is None:
             keys, source = [env["IP2P_API_KEY"]] if env.get("IP2P_API_KEY") else [], "IP2P_API_KEY"
@@ -215,20 +215,21 @@ class UiConfig(_Served):
     no_browser: bool = setting(False, "print the URL without opening it", group=COMMON)
 
     def check(self) -> None:
-        """Raise InputError for settings that cannot be used."""
+        """Raise InputError for invalid settings."""
         self.serving().check()
 
     def serving(self) -> ServeConfig:
-        """How the page is served: to this machine alone."""
+        """The settings of the server, which listens only on this machine."""
         shared = set(ServeConfig.model_fields)
         return ServeConfig.read({name: value for name, value in self if name in shared})
 
 
 def parse_models(listed: Sequence[str]) -> dict[str, str]:
-    """Models by the names under which they are served, from NAME=MODEL or MODEL alone.
+    """Models by their served names, from NAME=MODEL or MODEL.
 
-    A hub id alone is its own name; a folder or a file goes by its last part, without the suffix. Raises
-    InputError for no model, an empty one, or a name that stands for two.
+    Without NAME, a Hugging Face id is its own name, and a folder or a file is named after the last part of
+    its path, without the suffix. Raises InputError if there is no model, if a name or a model is empty, or
+    if a name is used twice.
     """
     models: dict[str, str] = {}
     for text in listed:
@@ -250,7 +251,7 @@ def parse_models(listed: Sequence[str]) -> dict[str, str]:
 
 
 def is_address(text: str) -> bool:
-    """Whether it is an IP address and not a name."""
+    """Whether `text` is an IP address, not a host name."""
     try:
         ipaddress.ip_address(text.strip("[]"))
     except ValueError:
@@ -259,5 +260,5 @@ def is_address(text: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens at `host`."""
+    """Whether a server that listens on `host` is reachable only from this machine."""
     return host == "localhost" or (is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)

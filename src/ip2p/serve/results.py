@@ -1,4 +1,4 @@
-"""What has ended, kept for a while: results in a bounded folder, ended jobs by their ids in memory."""
+"""Temporary storage of results in a folder, and of ended jobs in memory."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ip2p.base.errors import InputError, ResourceError
 from ip2p.pictures.images import to_bytes
 from ip2p.serve.jobs import Encode, Job, Kept
 
-# 128 random bits in base 64, and a suffix: nothing in it can name another folder.
+# 128 random bits in base64, and a suffix. Such a name cannot point to another folder.
 NAME = re.compile(r"[A-Za-z0-9_-]{22}\.[a-z0-9]{1,8}", re.ASCII)
-MARK = ".ip2p-store"  # marks a folder that may be emptied
-REMEMBERED = 10_000  # names dropped before their time
+MARK = ".ip2p-store"  # marks a folder that a new store may empty
+REMEMBERED = 10_000  # maximum number of early drops to remember
 
 
 class Shelf:
-    """Names, each kept for `seconds`; the oldest go first beyond `size` bytes or `count`.
+    """An index of names, each kept for `seconds`. Beyond `size` bytes or `count`, the oldest are dropped.
 
-    on_drop is called with each name that goes. Its owner has the lock.
+    on_drop: called with each dropped name. Not thread-safe: the owner must hold a lock.
     """
 
     def __init__(self, *, seconds: float, size: int, count: int, on_drop: Callable[[str], object]) -> None:
         self.seconds, self.size, self.count = seconds, size, count
         self.bytes = 0
         self._on_drop = on_drop
-        self._entries: dict[str, tuple[int, float]] = {}  # size and time, the oldest first
-        self._early: dict[str, None] = {}  # dropped before their time, to make room
+        self._entries: dict[str, tuple[int, float]] = {}  # size and time, oldest first
+        self._early: dict[str, None] = {}  # dropped before they expired, to make room
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -46,7 +46,7 @@ class Shelf:
         self.bytes += size
 
     def resize(self, name: str, size: int) -> None:
-        """Change the size of a name that is kept."""
+        """Change the size of a name, if it is kept."""
         if name in self._entries:
             before, since = self._entries[name]
             self._entries[name] = size, since
@@ -61,14 +61,17 @@ class Shelf:
             self._on_drop(name)
 
     def drop_old(self, size: int = 0, count: int = 0, stay: Sequence[str] = ()) -> None:
-        """Drop what is past its time and, except for `stay`, what so many more bytes and names need."""
+        """Drop expired names, and the oldest ones until `size` more bytes and `count` more names fit.
+
+        stay: names that are dropped only if they have expired.
+        """
         now = time.monotonic()
         for name, (taken, since) in list(self._entries.items()):
             heavy, many = self.bytes + size > self.size, len(self._entries) + count > self.count
             past = now - since >= self.seconds
             if not (heavy or many or past):
                 return
-            # Dropping what takes no memory frees none: it goes for the count and the time alone.
+            # A name without bytes is dropped only for its age and the count, since that frees no memory.
             if past or (name not in stay and (many or (heavy and taken))):
                 self.drop(name)
                 if not past:
@@ -77,7 +80,7 @@ class Shelf:
                         del self._early[next(iter(self._early))]
 
     def dropped_early(self, name: str) -> bool:
-        """Whether a name was dropped before its time, to make room. Needs no lock."""
+        """Whether a name was dropped before it expired, to make room. Needs no lock."""
         return name in self._early
 
     def clear(self) -> None:
@@ -86,11 +89,11 @@ class Shelf:
 
 
 class Store:
-    """A folder of files, each kept for `seconds`; the oldest go first beyond `size` bytes or `count`.
+    """A folder of files, each kept for `seconds`. Beyond `size` bytes or `count`, the oldest are deleted.
 
-    Only its owner can read it (0700, files 0600). A new store empties the folder: what it held belongs to a
-    process that is gone. Any thread may use it. Raises InputError for a folder that holds anything else, is
-    a link, or cannot be written.
+    Only the current user can read it (mode 0700, files 0600). A new store empties the folder, because its
+    files belong to a process that has ended. Thread-safe. Raises InputError if the folder contains other
+    files, is a link, or is not writable.
     """
 
     def __init__(self, folder: Path, *, seconds: float = 600, size: int = 2**30, count: int = 10_000) -> None:
@@ -111,26 +114,26 @@ class Store:
         """Write a file and return its new name, which ends in `suffix`, such as ".png".
 
         beside: files of the same edit, which are not dropped to make room for this one. Raises ResourceError
-        if it and those are larger than the store, and for a full disk.
+        if all of them together do not fit in the store, or if the disk is full.
         """
         name = secrets.token_urlsafe(16) + suffix
         assert NAME.fullmatch(name), name
         with self._lock:
-            whole = len(data) + self.shelf.size_of(beside)
-            if whole > self.shelf.size or len(beside) >= self.shelf.count:
-                what = "The results of this edit have" if beside else "The result has"
+            total = len(data) + self.shelf.size_of(beside)
+            if total > self.shelf.size or len(beside) >= self.shelf.count:
+                subject = "The results of this edit have" if beside else "The result has"
                 raise ResourceError(
-                    f"{what} {whole:,} bytes; the server can keep {self.shelf.size:,} "
+                    f"{subject} {total:,} bytes; the server can keep {self.shelf.size:,} "
                     "(--store-mb). Request fewer or smaller results."
                 )
             self.shelf.drop_old(len(data), 1, beside)
-            self.shelf.put(name, len(data))  # before it is written, or many at once would exceed the bound
+            self.shelf.put(name, len(data))  # before writing, so that concurrent writes stay within the limit
         partial = self.folder / f".{name}"
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
             with self._lock:
-                # If others took its room meanwhile it must go: a file that is not counted would stay forever.
+                # If it was dropped in the meantime, delete it: nothing else would.
                 if name in self.shelf:
                     os.rename(partial, self.folder / name)
                 else:
@@ -145,7 +148,7 @@ class Store:
         return name
 
     def read(self, name: str) -> bytes | None:
-        """The file of exactly this name; None for any other text, and once its time has passed."""
+        """The contents of a file, or None if the name is invalid, unknown or expired."""
         if not NAME.fullmatch(name):
             return None
         with self._lock:
@@ -153,7 +156,7 @@ class Store:
             if name not in self.shelf:
                 return None
         try:
-            # Nobody else writes here; still, follow no link out of the folder and wait for no pipe.
+            # Only this process writes here. As a precaution, do not follow links or block on pipes.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             with open(os.open(self.folder / name, flags), "rb") as file:
                 return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
@@ -161,12 +164,12 @@ class Store:
             return None
 
     def remove(self, name: str) -> None:
-        """Drop a file, if it is kept."""
+        """Delete a file, if it exists."""
         with self._lock:
             self.shelf.drop(name)
 
     def close(self) -> None:
-        """Drop everything."""
+        """Delete all files."""
         with self._lock:
             self.shelf.clear()
 
@@ -179,15 +182,15 @@ class Store:
 
     def _empty(self) -> None:
         entries = list(self.folder.iterdir())
-        strange = [
+        foreign = [
             entry
             for entry in entries
             if (entry.name != MARK and not NAME.fullmatch(entry.name.removeprefix(".")))
             or (entry.is_dir() and not entry.is_symlink())
         ]
-        if entries and (strange or self.folder / MARK not in entries):
+        if entries and (foreign or self.folder / MARK not in entries):
             raise InputError(
-                f"{self.folder} contains {(strange or entries)[0].name}, which this server did not write. "
+                f"{self.folder} contains {(foreign or entries)[0].name}, which this server did not write. "
                 "The folder would be emptied. Choose another folder for --store."
             )
         for entry in entries:
@@ -195,16 +198,16 @@ class Store:
 
 
 class JobShelf:
-    """Jobs by their ids: those that wait or run, and ended ones for `seconds`, `size` bytes and `count`.
+    """Jobs by id: all active ones, and ended ones for `seconds`, up to `size` bytes and `count` jobs.
 
-    store: for results that a client comes back for. Any thread may use it.
+    store: where results are kept for clients that come back later. Thread-safe.
     """
 
     def __init__(self, *, seconds: float, size: int, count: int, store: Store | None) -> None:
         self.store = store
         self._jobs: dict[str, Job] = {}
         self.shelf = Shelf(seconds=seconds, size=size, count=count, on_drop=self._jobs.pop)
-        self._newest = ""  # of those with pictures in memory
+        self._newest = ""  # id of the last ended job with pictures in memory
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -219,13 +222,13 @@ class JobShelf:
             self._jobs.pop(job.id, None)
 
     def get(self, id: str) -> Job | None:
-        """The job of an id; None once it is forgotten."""
+        """The job with an id, or None if it is unknown or was dropped."""
         with self._lock:
             self._drop_old()
             return self._jobs.get(id)
 
     def end(self, job: Job) -> None:
-        """Keep a job that ends, for its time."""
+        """Keep a job that ends until it expires."""
         with self._lock:
             size = job.bytes
             self.shelf.put(job.id, size)
@@ -234,7 +237,7 @@ class JobShelf:
             self._drop_old()
 
     def keep(self, job: Job, encode: Encode) -> list[Kept]:
-        """Move a job's results from memory to the store, unless they are there.
+        """Move a job's results from memory to the store, unless they are already there.
 
         Raises ResourceError if they do not fit or the disk is full.
         """
@@ -264,5 +267,5 @@ class JobShelf:
             return job.kept or []
 
     def _drop_old(self) -> None:
-        # The newest stays, whatever its size: nobody had the time to ask for it.
+        # Keep the newest, whatever its size: its client has not had time to fetch it.
         self.shelf.drop_old(stay=(self._newest,))

@@ -1,7 +1,7 @@
-"""One server over many machines: replicas on a Ray cluster edit, and only this process speaks HTTP.
+"""One server for many machines: replicas on a Ray cluster run the edits, and only this process serves HTTP.
 
-The queue, the clients' turns, jobs by their ids and results on disk stay here. So no request has to find the
-replica of an earlier one, and Ray's own HTTP proxy, which checks no keys, Host or Origin, is not started.
+The fair queue, jobs, and results on disk stay in this process. So requests do not have to find the replica of
+an earlier request, and Ray's own HTTP proxy, which does not check keys, Host or Origin, is not started.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from ip2p.serve.service import Service
 log = logging.getLogger("ip2p.serve")
 
 Build = Callable[[contextlib.ExitStack], Service]
-TRIES = 2  # an edit whose replica is lost starts over on another one
-CARD_SECONDS = 600  # for a model to load
+TRIES = 2  # attempts per edit: if its replica is lost, it starts over on another one
+CARD_SECONDS = 600  # timeout for loading a model
 
 
 class Lost(Exception):
-    """The replica that worked on an edit is gone, or is going."""
+    """The replica that runs an edit is gone or shutting down."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What a replica reports of an edit: its step of `steps`, and a preview, a result or an error.
+    """A replica's report on an edit: its step of `steps`, and a preview, a result or an error.
 
-    Errors of ours travel as values: Ray would wrap one that is raised.
+    ip2p's errors are sent as values, because Ray would wrap a raised error.
     """
 
     step: int
@@ -58,7 +58,7 @@ class News:
 
 
 class Replica:
-    """One process that edits: a service, in which its edits share the network's calls."""
+    """A worker process with a service, which batches the network calls of concurrent edits."""
 
     def __init__(self, build: Build) -> None:
         self._stack = contextlib.ExitStack()
@@ -66,11 +66,11 @@ class Replica:
         try:
             self.service = self._stack.enter_context(build(self._stack))
             self.service.warm()
-        except Ip2pError as error:  # if it were raised, Ray would try again and again
+        except Ip2pError as error:  # if it were raised, Ray would retry
             self._error = error
 
     async def error(self) -> Ip2pError | None:
-        """Why it cannot edit."""
+        """The error that prevents the replica from editing, if any."""
         return self._error
 
     async def card(self, model: str) -> Card | Ip2pError:
@@ -80,7 +80,7 @@ class Replica:
             return error
 
     async def edit(self, request: EditRequest) -> AsyncIterator[News]:
-        """Edit and report. The edit is stopped when nobody listens any more."""
+        """Run an edit and yield reports. The edit is stopped when the reader goes away."""
         try:
             job = await asyncio.to_thread(self.service.submit, request, client="front")
         except Ip2pError as error:
@@ -93,23 +93,23 @@ class Replica:
                     yield News(step=event.step, steps=event.steps, number=event.number, preview=event.image)
                 elif event.kind == "step":
                     yield News(step=event.step, steps=event.steps)
-                # Each as soon as it is finished, for a client that stops the edit and takes what there is.
+                # Send each result when it is finished, since a client may stop the edit and use those.
                 for result in job.results[sent:]:
                     yield News(step=job.step, steps=job.steps, result=result)
                     sent += 1
             if job.state != "done":
-                yield News(step=job.step, error=job.error or ResourceError("It was stopped."))
+                yield News(step=job.step, error=job.error or ResourceError("The edit was stopped."))
         finally:
             if job.active:
                 self.service.cancel(job.id)
 
 
 class ReplicaMaker(Maker):
-    """Has replicas make the edits. Every replica has every model, and checks what only a model knows.
+    """Runs edits on replicas. Every replica has all models, and does the checks that need a model.
 
-    replicas: an object with `edit` and `card` of a Replica. Its `edit` returns an iterable of News, which
-    raises Lost or Stopped, and whose `stop` ends the edit. each: how many pictures one of the `count`
-    replicas samples at once.
+    replicas: an object with the methods `edit` and `card` of a Replica. `edit` returns an iterable of News
+    that may raise Lost or Stopped and has a `stop` method. count: number of replicas. each: number of
+    pictures that a replica samples at once.
     """
 
     def __init__(self, replicas: Any, models: Sequence[str], *, count: int, each: int) -> None:
@@ -144,13 +144,13 @@ class ReplicaMaker(Maker):
 
 
 def raise_error(error: Ip2pError) -> NoReturn:
-    """Raise a replica's error. Draining becomes Lost: another replica may do the edit."""
+    """Raise a replica's error. Draining becomes Lost, because another replica can run the edit."""
     raise Lost(str(error)) if isinstance(error, Draining) else error
 
 
 def _follow(job: Job, answer: Iterator[News], *, preview: bool) -> None:
-    """Apply the news of an edit to the job."""
-    job.restart()  # without the results of a replica that was lost
+    """Apply the reports on an edit to its job."""
+    job.restart()  # discard the results of a lost replica
     for news in answer:
         job.check_stopped()
         if news.error is not None:
@@ -164,7 +164,7 @@ def _follow(job: Job, answer: Iterator[News], *, preview: bool) -> None:
         job.notify()
     job.check_stopped()
     if len(job.results) < job.count:
-        raise Lost("the answer ended before the results")
+        raise Lost("the reports ended before all results arrived")
 
 
 # --- Ray ---------------------------------------------------------------------------------------------
@@ -172,11 +172,11 @@ def _follow(job: Job, answer: Iterator[News], *, preview: bool) -> None:
 
 @contextlib.contextmanager
 def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Iterator[Service]:
-    """A service over as many replicas as the config asks for, which are shut down at the end.
+    """A service that runs edits on the replicas of a config, and shuts them down at the end.
 
-    build: makes a replica's service, there; each: its `join`; how: options of the `Service` here. Raises
-    InputError without Ray, ResourceError for a cluster that is missing or too small, and what the loading of
-    a model raises.
+    build: creates the service of a replica, on the replica. each: `join` of a replica. how: options of the
+    `Service` in this process. Raises InputError if Ray is missing, ResourceError if the cluster is missing
+    or too small, and the errors of loading a model.
     """
     cluster = Cluster(
         address=config.ray or "", workers=config.replicas, cpus=config.replica_cpus, gpus=config.replica_gpus
@@ -191,7 +191,7 @@ def spread(config: ServeConfig, build: Build, *, each: int, **how: Any) -> Itera
         workers = cluster.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))
         count, resources = plan_workers(ray.nodes(), dataclasses.replace(cluster, workers=workers), workers)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        # The same name at the next start, to replace what a killed server left on the cluster.
+        # The same name at each start, so that a new server replaces the deployment of a killed one.
         name = f"ip2p-{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())}-{config.port}"
         deployment = serve.deployment(
             Replica,
@@ -225,13 +225,13 @@ def _delete(serve: Any, name: str) -> None:
 
 
 def portable(config: ServeConfig) -> ServeConfig:
-    """The config for replicas: folders by their absolute paths, nothing that is for this process alone."""
+    """The config for replicas: absolute paths, and no settings that concern only this process."""
 
-    def absolute(place: str) -> str:
-        return str(Path(place).resolve()) if Path(place).exists() else place
+    def absolute(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).exists() else path
 
     return config.changed(
-        model=tuple(f"{name}={absolute(place)}" for name, place in config.models().items()),
+        model=tuple(f"{name}={absolute(model)}" for name, model in config.models().items()),
         safety=config.safety and absolute(config.safety),
         tiny_vae=config.tiny_vae and absolute(config.tiny_vae),
         parts_from=config.parts_from and absolute(config.parts_from),
@@ -244,7 +244,7 @@ def portable(config: ServeConfig) -> ServeConfig:
 
 
 class _OnRay:
-    """The replicas of a deployment."""
+    """The replicas of a Ray deployment."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -258,7 +258,7 @@ class _OnRay:
 
 
 class _Stream:
-    """The news of one edit, through Ray."""
+    """The reports on an edit, streamed through Ray."""
 
     def __init__(self, response: Any) -> None:
         self._response = response
@@ -275,5 +275,5 @@ class _Stream:
             raise Lost(str(error)) from None
 
     def stop(self) -> None:
-        # It waits until Ray has handed the edit to a replica, and the caller holds the service's lock.
+        # `cancel` blocks until Ray has assigned the edit to a replica; our caller holds the service's lock.
         threading.Thread(target=self._response.cancel, name="ip2p-cancel", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The border between HTTP and edits: bodies, pictures in and out, and waiting while the client waits."""
+"""Conversion between HTTP and edits: request bodies, pictures, and waiting for jobs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ Body = TypeVar("Body", bound=BaseModel)
 T = TypeVar("T")
 Format = Literal["png", "jpeg", "webp"]
 KINDS: dict[str, Literal["PNG", "JPEG", "WEBP"]] = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
-MAX_FIELDS, MAX_FILES = 100, 16  # of a form
-DEEPEST = 20  # lists and objects within each other in a field
+MAX_FIELDS, MAX_FILES = 100, 16  # maximum numbers in a form
+DEEPEST = 20  # maximum nesting of lists and objects in a field
 QUALITY = 95
 RANDOM_SEEDS = 2**32
 PICTURE_FIELDS = ("image", "images", "init_images", "mask", "control_image")
@@ -48,10 +48,10 @@ OptionalPicture = Annotated[bytes | str | None, WithJsonSchema({"anyOf": [PICTUR
 
 @dataclass(frozen=True)
 class Desk:
-    """What every interface works with.
+    """The service, its config and the limiters that all APIs share.
 
-    threads: bounds how many pictures are decoded or encoded at once. opening: bounds how many requests have
-    decoded pictures and do not count in the queue yet.
+    threads: limits how many pictures are decoded or encoded at once. opening: limits how many requests hold
+    decoded pictures before they enter the queue.
     """
 
     service: Service
@@ -60,7 +60,7 @@ class Desk:
     opening: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
 
     async def in_thread(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
-        """Run `work` in a thread, so that the server answers others meanwhile."""
+        """Run `work` in a thread, so that it does not block the event loop."""
         return await anyio.to_thread.run_sync(functools.partial(work, *args, **named), limiter=self.threads)
 
 
@@ -68,13 +68,13 @@ class Desk:
 
 
 async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
-    """The body of a request, a form or JSON, as `kind`; a file in a form becomes its bytes.
+    """Parse a request body, a form or JSON, as `kind`. A file in a form becomes bytes.
 
-    A field that comes several times, as `image` or as `image[]`, becomes a list if `kind` has one. Raises
-    SettingError for a field that cannot be read, and Refusal for another type of body.
+    A field that is sent several times, as `image` or `image[]`, becomes a list if `kind` declares one. Raises
+    SettingError for an invalid body or field, and Refusal for another Content-Type.
     """
     content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # A second request object: the first would hold the whole body until it is answered.
+    # A second Request, because the first one would keep the whole body in memory until the response.
     read = Request(request.scope, request.receive)
     if content in ("multipart/form-data", "application/x-www-form-urlencoded"):
         values = await _form_values(read, kind, desk)
@@ -99,7 +99,7 @@ async def read_body(request: Request, kind: type[Body], desk: Desk) -> Body:
     try:
         return kind.model_validate({earlier.get(name, name): value for name, value in values.items()})
     except ValidationError as error:
-        # The names in a body are already those of the interface.
+        # The error has the API's name of the field, but other code expects the internal name.
         refused = explained(error, kind)
         refused.field = inner_name(refused.field, face_of(request.url.path))
         raise refused from None
@@ -130,7 +130,7 @@ async def _form_values(request: Request, kind: type[BaseModel], desk: Desk) -> d
 
 
 def _check_value(name: str, value: object) -> None:
-    """Raise SettingError for what JSON can express and no answer can repeat."""
+    """Raise SettingError for values that can be parsed from JSON but cannot be sent back."""
     inner = [(name, 0), (value, 0)]
     name = name[:40].encode("ascii", "backslashreplace").decode()
     while inner:
@@ -149,9 +149,9 @@ def _check_value(name: str, value: object) -> None:
 def body_within(
     limits: Limits, kind: type[Body], interface: Interface | None, fields: dict[str, Any], **how: Any
 ) -> type[Body]:
-    """The body of an edit: `kind`, more `fields` and every setting, within a server's limits.
+    """Create the body model of an edit: `kind`, more `fields` and all settings, with a server's limits.
 
-    how: further arguments of `interface_body`.
+    how: more arguments of `interface_body`.
     """
     base = create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields)
     defaults = {"instruction": PydanticUndefined, **how.pop("defaults", {})}
@@ -159,21 +159,21 @@ def body_within(
 
 
 def request_body(kind: type[BaseModel], *, forms: bool = True) -> dict[str, Any]:
-    """A body in OpenAPI."""
+    """The OpenAPI declaration of a request body."""
     schema = kind.model_json_schema()
     types = ["application/json", *(["multipart/form-data"] if forms else [])]
     return {"requestBody": {"required": True, "content": {name: {"schema": schema} for name in types}}}
 
 
 def let_go(request: Request, body: BaseModel) -> None:
-    """Drop a body's pictures and tell the guard that others may send theirs."""
+    """Drop a body's pictures, so that the guard stops counting their memory."""
     for name in set(PICTURE_FIELDS) & set(type(body).model_fields):
         setattr(body, name, None)
     request.scope["state"]["let_go"]()
 
 
 def seeds_of(seed: int | None, count: int, most: int, name: str) -> tuple[int, ...]:
-    """`count` seeds from `seed` on, random for None and -1. Raises SettingError for a count out of range."""
+    """`count` seeds counting up from `seed` (None, -1: random). Raises SettingError if `count` is invalid."""
     if not 1 <= count <= most:
         raise SettingError(f"{name} is {count}; it must be 1 to {most}.", field=name)
     first = secrets.randbelow(RANDOM_SEEDS) if seed is None or seed == -1 else seed
@@ -184,16 +184,16 @@ def seeds_of(seed: int | None, count: int, most: int, name: str) -> tuple[int, .
 
 
 class Opened:
-    """Decodes the pictures of one request. warnings: about them, for the client."""
+    """Decodes the pictures of a request. warnings: warnings about them for the client."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self.warnings: list[str] = []
 
     async def picture(self, value: bytes | str, name: str) -> Image.Image:
-        """The picture of a field, upright: a file's bytes, base64 or a data URL. Raises SettingError.
+        """Decode a field's picture, upright, from bytes, base64 or a data URL. Raises SettingError.
 
-        RGBA if it has transparent parts, else RGB.
+        The mode is RGBA if the picture has transparent areas, else RGB.
         """
 
         def decode() -> Image.Image:
@@ -206,11 +206,11 @@ class Opened:
         return await self._desk.in_thread(decode)
 
     async def mask(self, value: bytes | str) -> Image.Image:
-        """The field `mask` in "L", white where the edit may go; what is transparent is black."""
+        """Decode the field `mask` to mode "L": white is edited. Transparent areas become black."""
         return flattened(await self.picture(value, "mask"), "black").convert("L")
 
     async def transparency_mask(self, value: bytes | str) -> Image.Image:
-        """OpenAI's `mask` in "L": the edit may go where the file is transparent."""
+        """Decode OpenAI's `mask`, whose transparent areas are edited, to mode "L": white is edited."""
         layer = await self.picture(value, "mask")
         if layer.mode != "RGBA":
             return Image.new("L", layer.size)
@@ -227,10 +227,10 @@ async def submitted(
     keep: bool = False,
     hold: bool = False,
 ) -> tuple[EditRequest, Job]:
-    """The edit that `edit_of` makes of a body's pictures, and its job. hold: keep the pictures in the body.
+    """Create an edit from a body with `edit_of` and submit it. hold: keep the pictures in the body.
 
-    First a place in the queue, so that nothing is decoded for a request that is refused; then a turn to
-    decode. Raises SettingError, Full and Draining.
+    Reserves a place in the queue first, so that nothing is decoded for a rejected request, then waits for its
+    turn to decode. Raises SettingError, Full and Draining.
     """
     client = caller_of(request)
     with desk.service.room(client) as place:
@@ -244,7 +244,7 @@ async def submitted(
 
 
 def from_base64(text: str, name: str) -> bytes:
-    """The bytes of base64, URL-safe or not, padded or not, or of a data URL. Raises SettingError."""
+    """Decode base64 (URL-safe or not, padded or not) or a data URL. Raises SettingError."""
     if re.match(r"https?:", text, re.IGNORECASE):
         raise SettingError(
             f"{name} is a URL. This server does not download anything; send the picture itself.", field=name
@@ -265,7 +265,7 @@ def from_base64(text: str, name: str) -> bytes:
 
 
 def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "crop", "pad"]) -> Image.Image:
-    """The picture at `size`: stretched, cropped to its center, or padded (a mask, "L", with black)."""
+    """Resize a picture: stretch it, crop it around the center, or pad it (a mask, mode "L", with black)."""
     if picture.size == size:
         return picture
     if how == "stretch":
@@ -274,7 +274,7 @@ def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "
         scaled = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
     else:
         inner = ImageOps.contain(picture, size, Image.Resampling.LANCZOS)
-        # The border is a blurred copy of the picture: a plain color would be edited as an object.
+        # Pad with a blurred copy of the picture, because a plain color would be edited as an object.
         blurred = Image.Resampling.BOX
         scaled = Image.new("L", size) if picture.mode == "L" else picture.resize(size, blurred)
         scaled.paste(inner, ((size[0] - inner.width) // 2, (size[1] - inner.height) // 2))
@@ -284,7 +284,7 @@ def sized(picture: Image.Image, size: tuple[int, int], how: Literal["stretch", "
 
 @dataclass(frozen=True)
 class Encoding:
-    """How results are written; called with a picture, it returns a file and its suffix."""
+    """Encodes results. Call it with a picture to get the file and its suffix."""
 
     format: Format = "png"
     quality: int = QUALITY
@@ -301,7 +301,7 @@ PNG = Encoding()
 
 
 def reopened(data: bytes, parameters: str) -> Image.Image:
-    """A result from its file, with its settings where `to_bytes` looks for them."""
+    """Decode a result's file, and add its settings to `info`, where `to_bytes` expects them."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
     image.info["parameters"] = parameters
@@ -316,12 +316,12 @@ def base64_of(data: bytes) -> str:
 
 
 def caller_of(request: Request) -> str:
-    """The caller's name, set by the guard."""
+    """The client's pseudonym, set by the guard."""
     return str(request.scope["state"]["client"])
 
 
 async def finished(desk: Desk, request: Request, job: Job) -> Job:
-    """The job, once it is done. It is cancelled when its client goes; raises the error that it ended in."""
+    """Wait until a job is done. Cancels it if the client disconnects. Raises like `check_done`."""
     try:
         await _unless_gone(request, job.until_end())
     finally:
@@ -331,7 +331,7 @@ async def finished(desk: Desk, request: Request, job: Job) -> Job:
 
 
 def check_done(job: Job) -> Job:
-    """The job that is done. Raises the error of one that failed, Refusal for a cancelled one."""
+    """Return a job that is done. Raises its error if it failed, and Refusal if it was cancelled."""
     if job.state == "cancelled":
         raise Refusal("The edit was cancelled. Send it again.", status=409)
     if job.error is not None:
@@ -340,7 +340,7 @@ def check_done(job: Job) -> Job:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None:
-    """Wait for `work`; raise ClientDisconnect when the client goes before."""
+    """Wait for `work`. Raises ClientDisconnect if the client disconnects first."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -360,7 +360,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> Non
 def event_stream(
     desk: Desk, job: Job | None, lines: AsyncIterator[tuple[str, Mapping[str, Any]]]
 ) -> StreamingResponse:
-    """Named events with JSON as server-sent events. If given, `job` is cancelled when their reader goes."""
+    """Stream named events with JSON data as server-sent events. job: cancelled if the client disconnects."""
 
     async def sent() -> AsyncIterator[str]:
         try:

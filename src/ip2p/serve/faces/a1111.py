@@ -1,4 +1,4 @@
-"""The part of AUTOMATIC1111's `/sdapi/v1` that its clients need to edit pictures by instruction."""
+"""The AUTOMATIC1111 API: the part of `/sdapi/v1` that clients need for edits by instruction."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ from ip2p.serve.requests import EditRequest, Limits
 from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Opened, OptionalPicture
 from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, settings_from_body
 
-CLIENTS = 1000  # whose model and newest edit are remembered
+CLIENTS = 1000  # maximum number of clients whose model and latest edit are remembered
 RESIZE_MODES: tuple[Literal["stretch", "crop", "pad"], ...] = ("stretch", "crop", "pad")
-TEXT_CFG, IMAGE_CFG = 7.0, 1.0  # what null means to its clients
+TEXT_CFG, IMAGE_CFG = 7.0, 1.0  # what null means in A1111
 PICTURES = ("init_images", "mask", "control_image")
 IMAGES_SCHEMA = {"type": "array", "items": PICTURE_SCHEMA, "minItems": 1, "maxItems": 1}
-# Fields without an effect on the picture, here and in A1111.
+# Fields that change the picture neither here nor in A1111.
 HARMLESS = {
     "do_not_save_samples",
     "do_not_save_grid",
     "force_task_id",
     "override_settings_restore_afterwards",
     "save_images",
-    "script_args",  # of `script_name`, which is refused
-    "subseed",  # has an effect with subseed_strength only
+    "script_args",  # of `script_name`, which is rejected
+    "subseed",  # only has an effect with subseed_strength
 }
-# The values at which other fields and options change nothing here; OFF for the rest.
+# Values of other fields and options that need no warning, because they change nothing here. OFF lists those
+# of all others.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "denoising_strength": (1,),
     "eta": (1,),
     "initial_noise_multiplier": (1,),
-    "inpainting_fill": (1,),  # the masked region begins as it is
+    "inpainting_fill": (1,),  # keeps the original content of the masked region
     "mask_blur_x": (4,),
     "mask_blur_y": (4,),
     "mask_round": (True,),
@@ -65,7 +66,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "sd_vae": ("Automatic", "None"),
 }
 OFF: tuple[Any, ...] = (0, False, "", [], {})
-# What clients ask for when they start, and the answers, which never change.
+# Lists that clients request at startup. The responses never change.
 LISTS: dict[str, Any] = {
     "samplers": [
         {
@@ -102,13 +103,13 @@ LISTS: dict[str, Any] = {
 
 
 class Img2Img(BaseModel):
-    """Its fields that have a meaning here, and the settings of an edit that it lacks. `info.warnings` names
-    other fields that would change the picture; scripts are refused."""
+    """The supported fields of A1111, plus the settings of an edit that it lacks. `info.warnings` lists other
+    fields that would change the picture. Scripts are rejected."""
 
     model_config = ConfigDict(extra="allow")
 
     init_images: Annotated[list[str], WithJsonSchema(IMAGES_SCHEMA)] = Field(
-        description="one picture, as base64 or data URL"
+        description="one picture, as base64 or a data URL"
     )
     mask: OptionalPicture = Field(None, description="white is edited")
     control_image: OptionalPicture = Field(None, description="a picture for the model's ControlNet")
@@ -117,11 +118,11 @@ class Img2Img(BaseModel):
         description="seed of the first result; -1: random",
         json_schema_extra={"minimum": -1, "maximum": MAX_SEED},
     )
-    sampler_name: str | None = Field(None, description="a name of GET /sdapi/v1/samplers")
-    sampler_index: str | None = Field(None, description="the same, in older clients")
-    scheduler: str | None = Field(None, description="a name of GET /sdapi/v1/schedulers")
-    width: int | None = Field(None, description="size of the results; default: that of the picture")
-    height: int | None = Field(None, description="size of the results; default: that of the picture")
+    sampler_name: str | None = Field(None, description="a name from GET /sdapi/v1/samplers")
+    sampler_index: str | None = Field(None, description="the same, for older clients")
+    scheduler: str | None = Field(None, description="a name from GET /sdapi/v1/schedulers")
+    width: int | None = Field(None, description="width of the results; default: that of the picture")
+    height: int | None = Field(None, description="height of the results; default: that of the picture")
     resize_mode: int = Field(0, description="how to fit width and height: 0 stretch, 1 crop, 2 fill")
     inpainting_mask_invert: int | bool = Field(0, description="1: black is edited")
     inpaint_full_res: bool = Field(True, description="the model sees only the masked part, at its full size")
@@ -152,11 +153,11 @@ class PngInfoAnswer(BaseModel):
 class Options(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    sd_model_checkpoint: str | None = Field(None, description="a title of GET /sdapi/v1/sd-models")
+    sd_model_checkpoint: str | None = Field(None, description="a title from GET /sdapi/v1/sd-models")
 
 
 def img2img_body(limits: Limits) -> type[Img2Img]:
-    """The body of an edit: the fields of `Img2Img` and every setting, within a server's limits."""
+    """Create the body model of an edit: `Img2Img` and all settings, with a server's limits."""
     fields = {
         name: (
             int | None,
@@ -164,16 +165,16 @@ def img2img_body(limits: Limits) -> type[Img2Img]:
         )
         for name, other in (("batch_size", "n_iter"), ("n_iter", "batch_size"))
     }
-    # width and height scale the picture, and the model works at its size.
+    # No `size`: width and height resize the picture, and the working size keeps its default.
     how = {"defaults": {"text_cfg": TEXT_CFG}, "leave_out": ("size",), "nullable": True}
     return wire.body_within(limits, Img2Img, "a1111", fields, **how)
 
 
 def a1111_router(desk: Desk) -> APIRouter:
-    """The routes below `/sdapi/v1`."""
+    """The routes under `/sdapi/v1`."""
     routes = APIRouter(prefix="/sdapi/v1", tags=["a1111"], responses=declared_errors("a1111"))
     service, kind = desk.service, img2img_body(desk.service.limits)
-    # By client: the name of the model, the id of the newest edit.
+    # By client: the name of the selected model, and the id of the latest edit.
     chosen, latest = OrderedDict[str, str](), OrderedDict[str, str]()
 
     def remember(memory: OrderedDict[str, str], client: str, text: str) -> None:
@@ -199,7 +200,7 @@ def a1111_router(desk: Desk) -> APIRouter:
     @routes.post("/img2img", summary="Edit a picture", openapi_extra=wire.request_body(kind, forms=False))
     async def img2img(request: Request) -> Img2ImgAnswer:
         client = wire.caller_of(request)
-        service.check_room(client)  # before the body is read, so that a refusal is cheap
+        service.check_room(client)  # before the body is read, so that a rejection is cheap
         body: Any = await wire.read_body(request, kind, desk)
         name = (body.override_settings or {}).get("sd_model_checkpoint")
         model = model_of(client) if name is None else known_model(str(name))
@@ -273,7 +274,7 @@ def a1111_router(desk: Desk) -> APIRouter:
                 picture = await desk.in_thread(wire.PNG.base64, preview)
         return _progress(job, picture)
 
-    # Results are made together, so that one alone cannot be skipped.
+    # All results are sampled together, so a single one cannot be skipped.
     @routes.post("/skip", summary="The same as interrupt")
     @routes.post("/interrupt", summary="Stop this client's latest edit within a step")
     async def interrupt(request: Request) -> dict[str, Any]:
@@ -284,7 +285,7 @@ def a1111_router(desk: Desk) -> APIRouter:
 
 
 def _check_body(body: Any, most: int) -> int:
-    """The number of results. Raises SettingError for what cannot be done, before a picture is decoded."""
+    """Return the number of results. Raises SettingError for unsupported requests, before decoding."""
     scripts = {name: value for name, value in (body.alwayson_scripts or {}).items() if not _is_off(value)}
     chosen = (body.script_name or "").strip()
     for field, name in (
@@ -311,7 +312,7 @@ def _check_body(body: Any, most: int) -> int:
 
 
 def _is_off(script: Any) -> bool:
-    """Whether an always-on script does nothing: no arguments, a first one of false, or disabled units."""
+    """Whether an always-on script is off: no arguments, a false first one, or only disabled units."""
     units = script.get("args") if isinstance(script, dict) else script
     if not units or not isinstance(units, list):
         return not units
@@ -321,7 +322,10 @@ def _is_off(script: Any) -> bool:
 
 
 def _unknown_fields(body: Any) -> dict[str, Any]:
-    """Take the fields and options that `Img2Img` lacks out of a body; they may be as large as pictures."""
+    """The fields and options that `Img2Img` lacks.
+
+    The fields are removed from the body, since they may be as large as pictures.
+    """
     fields = dict(body.model_extra)
     body.model_extra.clear()
     if not body.mask:
@@ -332,7 +336,7 @@ def _unknown_fields(body: Any) -> dict[str, Any]:
 
 
 def _ignored(fields: Mapping[str, Any]) -> list[str]:
-    """A warning that names the fields that would change the picture in A1111 and do nothing here."""
+    """A warning that lists fields that would change the picture in A1111 but have no effect here."""
     named = [
         name[:60]
         for name, value in fields.items()
@@ -344,7 +348,7 @@ def _ignored(fields: Mapping[str, Any]) -> list[str]:
 async def _edit_of(
     desk: Desk, body: Any, model: str, count: int, ignored: list[str], opened: Opened
 ) -> EditRequest:
-    """The edit that a body asks for. Raises SettingError and Refusal."""
+    """Create the edit that a body describes. Raises SettingError and Refusal."""
     limits = desk.service.limits
     sampler, schedule = _sampler(body)
     picture = await opened.picture(body.init_images[0], "init_images")
@@ -401,7 +405,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _sampler(body: Any) -> tuple[str | None, str | None]:
-    """Our names of the sampler and the schedule. None: the model's."""
+    """The sampler and the schedule by our names; None: the model's default. Raises SettingError."""
     sampler, schedule = read_sampler(body.sampler_name or body.sampler_index or "", body.scheduler or "")
     for field, found, labels in (
         ("sampler_name", sampler, SAMPLER_NAMES),
@@ -415,13 +419,13 @@ def _sampler(body: Any) -> tuple[str | None, str | None]:
 
 
 def _png_info(picture: str) -> PngInfoAnswer:
-    """The settings in a file. Raises SettingError for a file that is not PNG, JPEG or WebP."""
+    """Read the settings in a file. Raises SettingError if it is not PNG, JPEG or WebP."""
     data = wire.from_base64(picture, "image")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:  # reads no pixels
             text = infotext_of(opened) or ""
             items = {str(name): value for name, value in opened.info.items() if isinstance(value, str)}
-    except Exception:  # Pillow's decoders raise many kinds
+    except Exception:  # Pillow's decoders raise many types
         raise SettingError("image is not a PNG, JPEG or WebP file. Send one.", field="image") from None
     items.pop("parameters", None)
     try:
@@ -471,7 +475,7 @@ def _progress(job: Job | None, picture: str | None) -> dict[str, Any]:
 
 
 def _info(body: Any, edit: EditRequest, job: Job) -> dict[str, Any]:
-    """The `info` of an answer, as A1111's clients read it, with our warnings."""
+    """The `info` of a response in A1111's format, plus our warnings."""
     made = parse_infotext(job.results[0].parameters) if job.results else edit.settings.resolved()
     settings, seeds = edit.settings, list(edit.seeds)
     return {

@@ -1,4 +1,4 @@
-"""The native interface: `/v1/edits` with every setting, its progress as events, and jobs to come back to."""
+"""The native API: `/v1/edits` with all settings, progress as events, and jobs that clients can poll."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Delivery = Literal["b64", "url"]
 
 
 class EditBody(BaseModel):
-    """An edit, as JSON or as a form; a form has pictures as files, JSON as base64 or data URLs."""
+    """An edit, as JSON or a form. Pictures are files in a form, and base64 or data URLs in JSON."""
 
     model_config = ConfigDict(extra="forbid")
 
     image: PictureField = Field(description="the picture to edit: PNG, JPEG, WebP, AVIF, BMP or TIFF")
-    model: str | None = Field(None, description="a name of GET /v1/models; default: the first")
+    model: str | None = Field(None, description="a name from GET /v1/models; default: the first")
     seed: int = Field(
         0,
         description="seed of the first result; the next ones count up; -1: random",
@@ -49,7 +49,7 @@ class EditBody(BaseModel):
 
 
 class EditResult(BaseModel):
-    """A finished picture: in the answer, or by its address."""
+    """A finished picture, as base64 or as a URL."""
 
     seed: int
     format: Format
@@ -67,7 +67,7 @@ class EditAnswer(BaseModel):
     model: str
     position: int = Field(description="number of requests ahead")
     step: int
-    steps: int = Field(description="steps of all results together")
+    steps: int = Field(description="total number of steps for all results")
     seconds_left: float | None
     warnings: list[str] = Field(description="warnings about the picture, the instruction and the results")
     url: str | None = Field(None, description="URL to poll")
@@ -78,7 +78,7 @@ class EditAnswer(BaseModel):
 class ModelEntry(BaseModel):
     id: str
     object: Literal["model"] = "model"
-    created: int = 0  # OpenAI's clients want a time; when a model was made is not known here
+    created: int = 0  # required by OpenAI clients; the real time is unknown
     owned_by: str = "ip2p"
 
 
@@ -88,7 +88,7 @@ class ModelList(BaseModel):
 
 
 def edit_body(limits: Limits) -> type[EditBody]:
-    """The body of an edit: every setting, within a server's limits."""
+    """Create the body model of an edit: all settings, with a server's limits."""
     fields = {
         "count": (int, Field(1, ge=1, le=limits.count, description="number of results")),
         "previews": (int, Field(0, ge=0, le=limits.steps, description=PREVIEWS)),
@@ -112,10 +112,10 @@ def native_router(desk: Desk) -> APIRouter:
         },
     )
     async def create_edit(request: Request) -> Response:
-        """Returns the results. With `stream` (or Accept: text/event-stream) it returns events, with `wait`
-        false the id immediately, and with Accept: image/* the file of the only result."""
+        """Returns the results. With `stream` (or Accept: text/event-stream), it returns events; with `wait`
+        false, it returns the id immediately; with Accept: image/*, it returns the file of the only result."""
         accept = request.headers.get("accept", "")
-        service.check_room(wire.caller_of(request))  # before anything is read: a refusal costs nothing
+        service.check_room(wire.caller_of(request))  # before the body is read, so that a rejection is cheap
         body: Any = await wire.read_body(request, kind, desk)
         body.stream = body.stream or "text/event-stream" in accept
         if accept.startswith("image/") and not body.stream and body.wait and body.count != 1:
@@ -139,8 +139,8 @@ def native_router(desk: Desk) -> APIRouter:
         if body.stream:
             return wire.event_stream(desk, job, answers.events(job, body.response, request.url.path))
         if not body.wait:
-            place = f"/v1/edits/{job.id}"
-            return _json(answers.state(job, url=place), status_code=202, headers={"Location": place})
+            url = f"/v1/edits/{job.id}"
+            return _json(answers.state(job, url=url), status_code=202, headers={"Location": url})
         await wire.finished(desk, request, job)
         if accept.startswith("image/"):
             return await answers.file(job, 0)
@@ -170,7 +170,7 @@ def native_router(desk: Desk) -> APIRouter:
 
     @routes.get(
         "/v1/edits/{id}/results/{number}",
-        summary="File of a result",
+        summary="Result file",
         response_class=Response,
         responses={200: {"content": FILES}},
     )
@@ -187,7 +187,7 @@ def native_router(desk: Desk) -> APIRouter:
 
     @routes.get(
         "/v1/files/{name}",
-        summary="File of a result, by a URL from an earlier response",
+        summary="Result file, by a URL from an earlier response",
         response_class=Response,
         responses={200: {"content": FILES}},
     )
@@ -215,13 +215,13 @@ def native_router(desk: Desk) -> APIRouter:
 
 
 class _Answers:
-    """Answers about jobs and their files."""
+    """Responses about jobs and their files."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.service = desk, desk.service
 
     def find(self, id: str) -> Job:
-        """The job of an id. Raises Refusal."""
+        """The job with an id. Raises Refusal if it is unknown or was dropped."""
         job = self.service.job(id)
         if job is not None:
             return job
@@ -270,7 +270,7 @@ class _Answers:
     async def events(
         self, job: Job, response: Delivery, path: str
     ) -> AsyncIterator[tuple[str, Mapping[str, Any]]]:
-        """A job's events until its end, as names and JSON."""
+        """Yield the events of a job until its end, as names and JSON data."""
         async for event in job.events():
             record = _record(self.state(job))
             if event.image is not None:
@@ -283,7 +283,7 @@ class _Answers:
             yield event.kind, record
 
     async def stored(self, name: str) -> bytes:
-        """A file of the store. Raises Refusal for one that is gone or never was."""
+        """The contents of a stored file. Raises Refusal if it was removed or never existed."""
         store = self.service.store
         assert store is not None
         data = await self.desk.in_thread(store.read, name)
@@ -294,22 +294,22 @@ class _Answers:
     async def file(
         self, job: Job, number: int, format: Format | None = None, quality: int = wire.QUALITY
     ) -> Response:
-        """One result of a job that is done, in its own format or another."""
-        own, made, in_thread = _encoding_of(job), job.results, self.desk.in_thread
-        encoding = own if format is None else Encoding(format, quality)
+        """The file of one result of a finished job, by default in the job's format."""
+        default, made, in_thread = _encoding_of(job), job.results, self.desk.in_thread
+        encoding = default if format is None else Encoding(format, quality)
         if made:
             seed = made[number].seed
             data, _ = await in_thread(encoding, made[number].image)
         else:
-            kept = (await in_thread(self.service.keep, job, own))[number]
+            kept = (await in_thread(self.service.keep, job, default))[number]
             seed, data = kept.seed, await self.stored(kept.file)
-            if encoding.format != own.format:
+            if encoding.format != default.format:
                 data, _ = await in_thread(lambda: encoding(wire.reopened(data, kept.parameters)))
         return file_response(data, encoding.format, f"edit-{seed}.{encoding.format}")
 
 
 def check_model(name: str | None, models: list[str]) -> None:
-    """Raise Refusal for a name that is none of the models."""
+    """Raise Refusal if `name` is not None and not one of the models."""
     if name is not None and name not in models:
         raise Refusal(f"model is not available; use one of {', '.join(models)}.", status=404, field="model")
 

@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/images/edits`."""
+"""The OpenAI API: `/v1/images/edits`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Encoding, Format, Opened, Opti
 from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, parse_size, settings_from_body
 
 PATH = "/v1/images/edits"
-# There are no tokens here, but clients read the counts.
+# There are no tokens, but clients read the counts.
 USAGE = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
     "output_tokens": 0,
     "total_tokens": 0,
 }
-# A picture in a JSON body: image_url has a data URL; file_id is refused.
+# A picture in a JSON body. image_url is a data URL; file_id is rejected.
 REFERENCE_SCHEMA = {
     "type": "object",
     "properties": {"image_url": PICTURE_SCHEMA},
@@ -40,7 +40,7 @@ IMAGE_SCHEMA = {"anyOf": [PICTURE_SCHEMA, {"type": "array", "items": PICTURE_SCH
 IMAGES_SCHEMA = {"type": "array", "items": REFERENCE_SCHEMA, "maxItems": 1}
 MASK_SCHEMA = {"anyOf": [PICTURE_SCHEMA, REFERENCE_SCHEMA, {"type": "null"}]}
 Reference = dict[str, str | None]
-# Fields that are only approximated, the values that need no warning, and what sets it here.
+# Fields that are only approximated: the values that need no warning, and the setting to use instead.
 APPROXIMATED = {
     "quality": (("auto", "standard"), "num_inference_steps sets the quality"),
     "input_fidelity": ((), "image_guidance_scale sets how much of the picture is kept"),
@@ -49,7 +49,7 @@ APPROXIMATED = {
 
 
 class ImagesEdit(BaseModel):
-    """OpenAI's fields and, as further fields, the settings of an edit. Unknown fields are refused."""
+    """OpenAI's fields, plus the settings of an edit. Unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,9 +70,9 @@ class ImagesEdit(BaseModel):
     complexity: str | None = Field(None, description="has no effect; use num_inference_steps")
     user: str | None = Field(None, description="has no effect")
     safety_identifier: str | None = Field(None, description="has no effect")
-    model: str | None = Field(None, description="a name of GET /v1/models; default: the first")
+    model: str | None = Field(None, description="a name from GET /v1/models; default: the first")
     size: str | None = Field(
-        None, description="size of the results, such as 512x512; auto: that of the picture"
+        None, description="size of the results, such as 512x512; auto: the size of the picture"
     )
     response_format: Literal["b64_json", "url"] | None = Field(None, description="default: b64_json")
     output_format: Format | None = Field(None, description="default: png")
@@ -95,7 +95,7 @@ class ImageData(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """OpenAI's answer, with warnings."""
+    """OpenAI's response, plus warnings."""
 
     created: int
     data: list[ImageData]
@@ -110,14 +110,14 @@ class ImagesAnswer(BaseModel):
 
 
 def images_body(limits: Limits) -> type[ImagesEdit]:
-    """The body of an edit: the fields of `ImagesEdit` and every setting, within a server's limits."""
+    """Create the body model of an edit: `ImagesEdit` and all settings, with a server's limits."""
     count = Field(None, ge=1, le=limits.count, description="number of results; default: 1")
-    # `size` is that of the results here, not the working size.
+    # Here, `size` is the size of the results, not the working size.
     return wire.body_within(limits, ImagesEdit, "openai", {"n": (int | None, count)}, nullable=True)
 
 
 def openai_router(desk: Desk) -> APIRouter:
-    """The route of `/v1/images/edits`; `/v1/models` is the native one."""
+    """The route of `/v1/images/edits`. `/v1/models` is in `native_router`."""
     routes = APIRouter(tags=["openai"], responses=declared_errors("openai"))
     service, kind = desk.service, images_body(desk.service.limits)
 
@@ -128,7 +128,7 @@ def openai_router(desk: Desk) -> APIRouter:
         responses={200: {"model": ImagesAnswer, "content": EVENTS}},
     )
     async def edit_images(request: Request) -> Response:
-        service.check_room(wire.caller_of(request))  # before the body is read, so that a refusal is cheap
+        service.check_room(wire.caller_of(request))  # before the body is read, so that a rejection is cheap
         body: Any = await wire.read_body(request, kind, desk)
         quality = wire.QUALITY if body.output_compression is None else max(1, body.output_compression)
         encoding = Encoding(body.output_format or "png", quality)
@@ -152,7 +152,7 @@ def openai_router(desk: Desk) -> APIRouter:
 
 
 async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
-    """The edit that a body asks for. Raises SettingError and Refusal."""
+    """Create the edit that a body describes. Raises SettingError and Refusal."""
     limits = desk.service.limits
     check_model(body.model, desk.service.models)
     warnings = [
@@ -169,7 +169,7 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
         size = _result_size(body.size, desk.config.max_pixels)
         if abs(picture.width * size[1] - picture.height * size[0]) > max(*size, *picture.size):
             warnings.append(
-                f"size has another aspect ratio than the picture, which is cropped to {body.size}."
+                f"size has a different aspect ratio than the picture, which is cropped to {body.size}."
             )
         picture = await desk.in_thread(wire.sized, picture, size, "crop")
         mask = mask and await desk.in_thread(wire.sized, mask, size, "crop")
@@ -188,7 +188,7 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
 
 
 async def _picture(body: Any, opened: Opened) -> Image.Image:
-    """The one picture of a body, with the background that it asks for. Raises SettingError."""
+    """Decode the only picture of a body and apply its `background`. Raises SettingError."""
     field = "images" if body.images else "image"
     files = [] if body.image is None else body.image if isinstance(body.image, list) else [body.image]
     pictures = [*files, *(body.images or ())]
@@ -201,7 +201,7 @@ async def _picture(body: Any, opened: Opened) -> Image.Image:
     picture = await opened.picture(_content(pictures[0], field), field)
     fault = None
     if body.background == "transparent" and body.output_format == "jpeg":
-        fault = "which jpeg cannot hold. Use output_format png or webp."
+        fault = "which jpeg does not support. Use output_format png or webp."
     elif body.background == "transparent" and picture.mode != "RGBA":
         fault = (
             "and the picture is opaque. The model cannot add transparency: send a picture with "
@@ -213,7 +213,7 @@ async def _picture(body: Any, opened: Opened) -> Image.Image:
 
 
 def _content(value: bytes | str | Reference, field: str) -> bytes | str:
-    """A picture as a file's bytes, base64 or a data URL. Raises SettingError for a reference without one."""
+    """The bytes, base64 or data URL of a picture. Raises SettingError for a reference without image_url."""
     if not isinstance(value, dict):
         return value
     if unknown := set(value) - {"image_url"}:
@@ -239,13 +239,13 @@ def _check_mask(mask: Image.Image, picture: Image.Image) -> None:
 
 
 def _result_size(text: str, max_pixels: int) -> tuple[int, int]:
-    words = f"size is {text[:40]!r}; use auto, or two sides from {MIN_SIZE} to {MAX_SIZE}, such as 576x384"
+    message = f"size is {text[:40]!r}; use auto, or two sides from {MIN_SIZE} to {MAX_SIZE}, such as 576x384"
     try:
         size = parse_size(text)
     except ValueError:
-        raise SettingError(f"{words}.", field="size") from None
+        raise SettingError(f"{message}.", field="size") from None
     if not isinstance(size, tuple) or size[0] * size[1] > max_pixels:
-        raise SettingError(f"{words}, at most {max_pixels:,} pixels.", field="size")
+        raise SettingError(f"{message}, at most {max_pixels:,} pixels.", field="size")
     return size
 
 
@@ -261,7 +261,7 @@ def _about(image: Image.Image, encoding: Encoding) -> dict[str, Any]:
 async def _events(
     desk: Desk, job: Job, encoding: Encoding, partial: int
 ) -> AsyncIterator[tuple[str, Mapping[str, Any]]]:
-    """OpenAI's events: partial pictures of the first result, then every result."""
+    """Yield OpenAI's events: partial pictures of the first result, then every result."""
     sent = 0
 
     async def event(name: str, image: Image.Image, **more: Any) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a client asks before an edit: the model's card, example pictures, and a look at a file."""
+"""What a client can request before an edit: a model's card, example pictures, and a file's contents."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ip2p.serve.wire import Desk, Encoding, Format, PictureField
 from ip2p.settings import EditSettings
 
 FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
-# Changes of the whole picture, which need nothing particular in it: they suit the model, and are not tried on
-# the client's picture. The storybook model does these best.
+# Edits of the whole picture, which need no particular content. They suit the model but are not tested on the
+# client's picture. The storybook model does these best.
 STORYBOOK = (
     *("make it night", "make it snow", "make it sunset", "make it rain", "make it foggy"),
     *("change the background to the beach", "put them on the moon", "put them in the desert"),
@@ -39,7 +39,7 @@ PHOTOS = (
 
 
 class ModelCard(BaseModel):
-    """A model that is served: what it is for and the values that it recommends."""
+    """An available model: its purpose and recommended settings."""
 
     model: str
     models: list[str] = Field(description="all available models, the default first")
@@ -63,7 +63,7 @@ class Example(BaseModel):
 
 
 class PictureBody(BaseModel):
-    """A picture's file."""
+    """A picture file."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -78,7 +78,7 @@ class PictureBody(BaseModel):
 
 
 class PictureAnswer(BaseModel):
-    """What a picture's file holds."""
+    """Information about a picture file."""
 
     width: int
     height: int
@@ -134,7 +134,7 @@ def start_router(desk: Desk) -> APIRouter:
 
     @routes.get(
         "/v1/examples/{number}.png",
-        summary="File of an example",
+        summary="Example file",
         response_class=Response,
         responses={200: {"content": {"image/png": native.FILES["image/png"]}}},
     )
@@ -151,8 +151,8 @@ def start_router(desk: Desk) -> APIRouter:
         responses={200: {"model": PictureAnswer, "content": native.FILES}},
     )
     async def read_picture(request: Request) -> Response:
-        """Nothing is kept. With `convert` it answers with a file that has the picture's EXIF, color profile
-        and settings; a result of this server keeps its mark."""
+        """The server does not keep the file. With `convert`, it returns a file with the picture's EXIF, color
+        profile and settings; a result of this server keeps its AI-edit mark."""
         service.check_room(wire.caller_of(request))
         body = await wire.read_body(request, PictureBody, desk)
         data = body.image if isinstance(body.image, bytes) else wire.from_base64(body.image, "image")
@@ -169,7 +169,7 @@ def _inspect(data: bytes, body: PictureBody, max_pixels: int) -> Response:
     # The infotext, the format, and whether this server marked the file.
     with Image.open(io.BytesIO(data)) as image:
         infotext, kind = infotext_of(image) or None, image.format or ""
-        image.load()  # a PNG's XMP may stand behind its pixels
+        image.load()  # a PNG's XMP may follow its pixels
         xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
         marked = mark.SOURCE_TYPE.encode() in (xmp.encode() if isinstance(xmp, str) else xmp)
     if body.convert is not None:

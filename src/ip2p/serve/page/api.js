@@ -1,8 +1,8 @@
-// The server's HTTP API, as docs/serve.md has it.
+// Client of the server's HTTP API, which docs/serve.md describes.
 
 import { readEvents } from "./words.js";
 
-/** What went wrong, in the server's words. status 0: it did not answer. retry: seconds to wait, if it said so. */
+/** An error with the server's message. status 0: no response. retry: seconds to wait before a retry, if known. */
 export class ApiError extends Error {
   /** @param {string} message @param {number} status @param {{ field?: string | null, retry?: number }} [more] */
   constructor(message, status, more = {}) {
@@ -41,7 +41,7 @@ async function ask(path, options) {
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   const fault = body.error ?? {};
-  // The page shows the words beside the picture: its name in the API says nothing more.
+  // The page shows the message next to the picture, so the name of the API field adds nothing.
   const message = fault.message?.replace(/^image: /, "") ?? `The server returned an error (${response.status}).`;
   throw new ApiError(message, response.status, {
     field: fault.param,
@@ -66,16 +66,16 @@ function form(fields) {
   return data;
 }
 
-/** What a picture's file holds. @param {Blob} image @returns {Promise<any>} */
+/** Information about a picture file. @param {Blob} image @returns {Promise<any>} */
 export const look = async (image) =>
   (await ask("v1/pictures", { method: "POST", body: form({ image, side: 2048 }) })).json();
 
-/** The same picture in another format, its settings inside. @param {Blob} image @param {string} format */
+/** Convert a picture to another format, with its settings as metadata. @param {Blob} image @param {string} format */
 export const convert = async (image, format) =>
   (await ask("v1/pictures", { method: "POST", body: form({ image, convert: format }) })).blob();
 
 /**
- * Make an edit and return its results. tell: is called with every event on the way.
+ * Run an edit and return its results. tell: called with every progress event.
  * @param {Record<string, unknown>} fields @param {AbortSignal} signal @param {(name: string, news: News) => void} [tell]
  * @returns {Promise<News & { results: EditResult[] }>}
  */
@@ -104,10 +104,10 @@ export async function edit(fields, signal, tell = () => {}) {
   }
 }
 
-/** Whether an error is that of a person who stopped it. @param {unknown} error */
+/** Whether an error means that the user stopped the edit. @param {unknown} error */
 export const stopped = (error) => error instanceof DOMException && error.name === "AbortError";
 
-/** Base64 as a Blob. @param {string} text @param {string} type */
+/** Decode base64 to a Blob. @param {string} text @param {string} type */
 export function fromBase64(text, type) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   return new Blob([bytes], { type });

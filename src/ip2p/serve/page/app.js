@@ -1,4 +1,4 @@
-// The page: what a person does, and what follows from it.
+// The web UI: its state, event handlers and display.
 
 import * as api from "./api.js";
 import { Batch } from "./batch.js";
@@ -13,7 +13,7 @@ import * as trees from "./tree.js";
 import { anyOf, editedName, factsOf, ideas, progressWords, within } from "./words.js";
 
 /**
- * A step of the history with its picture.
+ * A step of the history with its picture. words: suggested instructions.
  * @typedef {trees.Step & {
  *   blob: Blob, shown: Blob | null, thumb: Blob, format: string, name: string, width: number, height: number,
  *   infotext: string, mask: Blob | null, words: string[] }} Step
@@ -22,7 +22,7 @@ import { anyOf, editedName, factsOf, ideas, progressWords, within } from "./word
  *   grid: { text_cfg: number[], image_cfg: number[] }, suggestions: string[], limits: Record<string, number> }} Card
  */
 
-const PREVIEWS = 10; // of one edit: as many say as much as a hundred
+const PREVIEWS = 10; // per edit; more would not help
 /** @type {Card | null} */
 let card = null;
 /** @type {import("./fields.js").Field[]} */
@@ -31,21 +31,21 @@ let fields = [];
 let tree = trees.emptyTree();
 /** @type {Candidate[]} */
 let candidates = [];
-/** @type {(string | null)[] | null} what is being made: a preview for each candidate */
+/** @type {(string | null)[] | null} a preview for each candidate in progress */
 let previews = null;
 let chosen = 0;
-/** @type {Candidate[]} results that undo took away, for redo */
+/** @type {Candidate[]} results removed by undo, for redo */
 let aside = [];
 /** @type {AbortController | null} */
 let running = null;
-/** @type {string | null} the step that the grid was made of */
+/** @type {string | null} the step that the grid was made from */
 let gridOf = null;
-let runs = "edit"; // the view in which it was started
+let runs = "edit"; // the view in which the current run was started
 let view = "edit";
-let typed = false; // whether the instruction was changed by hand: undo by keyboard is the field's own then
-let kept = true; // whether the browser keeps the history
+let typed = false; // whether the user changed the instruction; Ctrl+Z is then left to the field
+let kept = true; // whether the browser can save the history
 /** @type {Candidate[]} */
-let saved = candidates; // those that the browser keeps
+let saved = candidates; // the candidates that the browser has saved
 
 const words = input("instruction");
 const stage = new Stage({ changed: maskChanged, announce: say });
@@ -53,14 +53,14 @@ const settings = new Settings(el("front"), el("more"), remember);
 const explore = new Explore(adoptCell);
 const batch = new Batch(showRun);
 
-// --- small things -------------------------------------------------------------------------------
+// --- helpers ------------------------------------------------------------------------------------
 
 /** @param {string} text */
 function say(text) {
   el("status").textContent = text;
 }
 
-/** Addresses of pictures, one a blob. @type {WeakMap<Blob, string>} */
+/** Object URLs, one per blob. @type {WeakMap<Blob, string>} */
 const urls = new WeakMap();
 
 /** @param {Blob} blob */
@@ -79,7 +79,7 @@ function setWords(text) {
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 10);
 
 /**
- * Show a message until it is closed, or another of its id comes.
+ * Show a message until it is closed or replaced by one with the same id.
  * @param {string} id @param {string} text @param {{ kind?: "wrong" | "note", acts?: [string, () => void][] }} [how]
  */
 function tell(id, text, { kind = "note", acts = [] } = {}) {
@@ -107,7 +107,7 @@ function hush(...ids) {
   }
 }
 
-/** Say what went wrong, and offer to try it again. @param {unknown} error @param {() => void} again */
+/** Show an error and, where it may help, offer to try again. @param {unknown} error @param {() => void} again */
 function complain(error, again) {
   if (api.stopped(error)) return say("Stopped.");
   const text = error instanceof Error ? error.message : String(error);
@@ -123,7 +123,7 @@ function complain(error, again) {
   field?.setAttribute("aria-invalid", "true");
 }
 
-/** Lead to the first setting that cannot be used. */
+/** Focus the first invalid setting. */
 function showWrong() {
   const field = document.querySelector("#panel [aria-invalid='true']");
   if (!(field instanceof HTMLElement)) return;
@@ -142,7 +142,7 @@ async function waitForServer(again) {
     try {
       if ((await fetch("readyz")).ok) break;
     } catch {
-      // still gone
+      // still not responding
     }
   }
   waiting = false;
@@ -151,11 +151,11 @@ async function waitForServer(again) {
   if (!card) void begin();
 }
 
-// --- the history --------------------------------------------------------------------------------
+// --- history ------------------------------------------------------------------------------------
 
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let later;
-/** Keep how the page stands, soon. */
+/** Save the state of the page, after a short delay. */
 function remember() {
   clearTimeout(later);
   later = setTimeout(() => void keep([], []), 300);
@@ -191,12 +191,12 @@ async function addStep(found) {
   const before = tree;
   tree = pruned.tree;
   moved();
-  // A child of a step that went hangs on another one now.
+  // Children of a pruned step have a new parent.
   const changed = Object.values(tree.steps).filter((each) => each.id !== step.id && before.steps[each.id] !== each);
   await keep([step, ...changed], pruned.gone);
 }
 
-/** Show the step of the tree, without what was made of another one. A batch or a grid goes on. */
+/** Show the current step, without the results of another one. A running batch or grid continues. */
 function moved() {
   if (runs === "edit") running?.abort();
   candidates = [];
@@ -217,7 +217,7 @@ function goTo(id) {
   moved();
 }
 
-/** Show the step itself; its results come back with redo. */
+/** Show the step without its results, which redo restores. */
 function putAside() {
   [aside, candidates, chosen] = [candidates, [], 0];
   hush("unchanged", "outside");
@@ -243,7 +243,7 @@ function step(how) {
   say(`${how === "undo" ? "Undone" : "Redone"}: ${trees.current(tree)?.title}`);
 }
 
-/** Go to before the step shown, its settings in the fields. */
+/** Go to the parent of the current step, and restore the settings that made this step. */
 async function runAgain() {
   const here = trees.current(tree);
   if (!here?.parent || !here.infotext) return;
@@ -271,7 +271,7 @@ async function clearHistory() {
   tell("cleared", "History cleared.", { acts: [["Restore it", restore]] });
 }
 
-// --- pictures in --------------------------------------------------------------------------------
+// --- opening pictures ---------------------------------------------------------------------------
 
 /** Open a file as a new picture. @param {Blob} file @param {string} name @param {string[]} [suggestions] */
 async function open(file, name, suggestions = []) {
@@ -312,7 +312,7 @@ async function open(file, name, suggestions = []) {
   return true;
 }
 
-/** Say why a file cannot be opened; where its size is the reason, offer it smaller. @param {Blob} file @param {string} name @param {unknown} error */
+/** Show why a file cannot be opened. Offer to resize or convert it if that helps. @param {Blob} file @param {string} name @param {unknown} error */
 async function offerSmaller(file, name, error) {
   const limits = card?.limits;
   const large = error instanceof api.ApiError && (error.status === 413 || /pixels|larger/.test(error.message));
@@ -362,9 +362,9 @@ function take(files) {
   } else void open(found[0], found[0].name || "picture.png");
 }
 
-// --- making -------------------------------------------------------------------------------------
+// --- editing ------------------------------------------------------------------------------------
 
-/** What every request takes; null where something is missing, which is said. */
+/** The fields of a request; null, with a message, if one is missing or invalid. */
 async function request() {
   const instruction = words.value.trim();
   if (!instruction) {
@@ -390,7 +390,7 @@ function needPicture() {
   tell("wrong", "Open a picture first, or try an example.", { kind: "wrong", acts: [["Choose a picture", () => input("file").click()]] });
 }
 
-/** What the button does in the view that is shown. */
+/** Run the current view: what the main button does. */
 async function start() {
   if (running) return;
   if (adding) await adding;
@@ -417,7 +417,7 @@ async function start() {
     if (running === controller) complain(error, start);
   } finally {
     if (running === controller) running = null;
-    controller.abort(); // what else runs for it
+    controller.abort(); // other requests of this run
     previews = null;
     showAll();
   }
@@ -472,7 +472,7 @@ async function runEdit(own, here, signal) {
   warn(made.warnings);
   await checkChange(here);
   say(found.length > 1 ? `${found.length} results. Compare them and use one.` : "Done. Use this result, or try again.");
-  // Enter again takes the result: the focus follows the work.
+  // Move the focus to the results, so that Enter uses one.
   if (document.activeElement === words || document.activeElement === button("run") || document.activeElement === document.body) {
     /** @type {HTMLElement | null} */ (el("strip").querySelector("button"))?.focus({ preventScroll: true });
   }
@@ -483,7 +483,7 @@ function warn(warnings) {
   if (warnings.length) tell("outside", warnings.join(" "));
 }
 
-/** Say so where nobody would see a change. @param {Step} here */
+/** Show a message if no result has a visible change. @param {Step} here */
 async function checkChange(here) {
   const before = await sample(here.shown ?? here.blob);
   const after = await Promise.all(candidates.map(({ blob }) => sample(blob)));
@@ -510,10 +510,10 @@ async function sample(blob) {
   return data.data;
 }
 
-/** What an edit waits for that is asked for meanwhile. @type {Promise<void> | null} */
+/** A step that is being added. Other actions wait for it. @type {Promise<void> | null} */
 let adding = null;
 
-/** Go on from the candidate that is shown. */
+/** Continue from the selected candidate. */
 async function use() {
   if (adding) return;
   adding = goOn();
@@ -546,7 +546,7 @@ async function goOn() {
   if (matchMedia("(hover: hover)").matches) words.focus({ preventScroll: true });
 }
 
-/** The model finds the region of the instruction: an edit whose region becomes the mask. */
+/** Let the model find the area to edit: run an edit with auto_mask, and use its region as the mask. */
 async function selectAutomatically() {
   if (running) return stop();
   const here = trees.current(tree);
@@ -606,9 +606,9 @@ async function runBatch(own, signal) {
   });
 }
 
-// --- pictures out -------------------------------------------------------------------------------
+// --- download -----------------------------------------------------------------------------------
 
-/** Save what the canvas shows: in the original's format, its metadata and the settings inside. */
+/** Download the picture shown, in the original's format, with its metadata and the settings. */
 async function download() {
   const here = trees.current(tree);
   if (!here) return;
@@ -624,7 +624,7 @@ async function download() {
   }
 }
 
-// --- showing ------------------------------------------------------------------------------------
+// --- display ------------------------------------------------------------------------------------
 
 function showAll() {
   const here = trees.current(tree);
@@ -721,7 +721,7 @@ function showSteps() {
   }
 }
 
-/** Run an instruction, as if it was typed. @param {string} text */
+/** Run an instruction as if it had been typed. @param {string} text */
 function ask(text) {
   setWords(text);
   void start();
@@ -729,7 +729,7 @@ function ask(text) {
 
 function showSuggestions() {
   const here = trees.current(tree);
-  // What the picture has been through already, its file's own edit included.
+  // Instructions that were already applied, including the edit stored in the file.
   const done = trees.path(tree).flatMap((each) => [each.title, each.infotext.split("\n")[0]]);
   const { sure, general } = ideas(here?.words ?? [], card?.suggestions ?? [], done);
   const surprise = make("button", { type: "button", className: "chip strong", id: "surprise" }, "Surprise me");
@@ -823,7 +823,7 @@ function openRail(on) {
   if (on) button("history-close").focus();
 }
 
-// --- wiring -------------------------------------------------------------------------------------
+// --- events -------------------------------------------------------------------------------------
 
 /** @param {string} id @param {() => void} act */
 const on = (id, act) => button(id).addEventListener("click", act);
@@ -917,7 +917,7 @@ function wire() {
     take(files);
   });
   window.addEventListener("beforeunload", (event) => {
-    if (batch.unsaved || (running && runs === "batch")) event.preventDefault(); // its results are kept nowhere else
+    if (batch.unsaved || (running && runs === "batch")) event.preventDefault(); // its results are not saved anywhere else
   });
   let inside = 0;
   for (const name of /** @type {const} */ (["dragenter", "dragover", "dragleave", "drop"])) {
@@ -950,7 +950,7 @@ function keyDown(event) {
     else if (document.body.hasAttribute("data-rail")) button("history-close").click();
     return;
   }
-  // Single keys work where nothing is typed: on the picture and its strip.
+  // Single-key shortcuts work only on the picture and its strip, not in text fields.
   const near = event.target instanceof Node && (el("stage").contains(event.target) || event.target === document.body);
   if (!near || isText(event.target) || event.altKey || event.ctrlKey || event.metaKey) return;
   if (key === "b") stage.hold(true);
@@ -958,14 +958,14 @@ function keyDown(event) {
   else if (key === "enter" && event.target === document.body && candidates.length) void use();
 }
 
-// --- the beginning ------------------------------------------------------------------------------
+// --- startup ------------------------------------------------------------------------------------
 
 /** @param {string | null} name @param {Record<string, unknown>} [values] @returns {Promise<void>} */
 async function takeModel(name, values = {}) {
   try {
     card = await api.read(name ? `v1/card?model=${encodeURIComponent(name)}` : "v1/card");
   } catch (error) {
-    // A model of the last visit that is served no more.
+    // The model of the last visit is no longer available.
     if (name && error instanceof api.ApiError && error.status === 404) return takeModel(null, values);
     return complain(error, () => void takeModel(name, values));
   }
@@ -1021,7 +1021,7 @@ async function begin() {
   }
   showAll();
   const examplesShown = showExamples().catch(() => {
-    // takeModel says so where the server is gone
+    // takeModel reports a server that does not respond
     el("examples").replaceChildren();
     el("examples-title").hidden = true;
   });

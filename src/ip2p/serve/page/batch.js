@@ -1,4 +1,4 @@
-// One instruction for many pictures.
+// Batch mode: one instruction for many pictures.
 
 import * as api from "./api.js";
 import { button, el, icon, make, saveFile, thumbnail } from "./dom.js";
@@ -55,7 +55,7 @@ export class Batch {
       shown.src = URL.createObjectURL(await thumbnail(blob, 112));
       shown.classList.remove("unknown");
     } catch {
-      shown.classList.add("unknown"); // the browser does not read it; the server may
+      shown.classList.add("unknown"); // the browser cannot decode it, but the server may
     }
   }
 
@@ -67,7 +67,7 @@ export class Batch {
   }
 
   /**
-   * Edit all that is not done; what fails says so in its line.
+   * Edit all pictures. A failed one shows the error in its line.
    * @param {Record<string, unknown>} fields @param {AbortSignal} signal @param {(done: number, failed: number, all: number) => void} tell
    */
   async run(fields, signal, tell) {
@@ -122,7 +122,7 @@ export class Batch {
     );
   }
 
-  /** Whether a result was not downloaded yet. */
+  /** Whether any result was not downloaded yet. */
   get unsaved() {
     return this.entries.some((entry) => entry.result && !entry.saved);
   }

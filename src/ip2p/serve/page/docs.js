@@ -1,4 +1,4 @@
-// The page at /docs: every operation of the interfaces with its fields, from their OpenAPI description.
+// The page at /docs: all API operations and their fields, from the OpenAPI schema.
 
 import { el, make } from "./dom.js";
 import { sectionsOf } from "./reference.js";

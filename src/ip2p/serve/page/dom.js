@@ -1,6 +1,6 @@
-// Small helpers for the document.
+// DOM helpers.
 
-/** The element of an id. @template {HTMLElement} T @param {string} id @param {new () => T} [kind] @returns {T} */
+/** The element with an id. @template {HTMLElement} T @param {string} id @param {new () => T} [kind] @returns {T} */
 export function el(id, kind) {
   const found = document.getElementById(id);
   if (!found || (kind && !(found instanceof kind))) throw new Error(`the page has no ${id}`);
@@ -12,7 +12,7 @@ export const input = (/** @type {string} */ id) => el(id, HTMLInputElement);
 export const image = (/** @type {string} */ id) => el(id, HTMLImageElement);
 
 /**
- * A new element with properties and children.
+ * Create an element with properties and children.
  * @template {keyof HTMLElementTagNameMap} K
  * @param {K} tag @param {Record<string, unknown>} [properties] @param {(Node | string)[]} children
  * @returns {HTMLElementTagNameMap[K]}
@@ -27,7 +27,7 @@ export function make(tag, properties = {}, ...children) {
   return made;
 }
 
-/** An icon of the sprite. @param {string} name */
+/** Create an icon from the sprite. @param {string} name */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
@@ -36,14 +36,14 @@ export function icon(name) {
   return svg;
 }
 
-/** Have the browser save a file. @param {Blob} blob @param {string} name */
+/** Download a file. @param {Blob} blob @param {string} name */
 export function saveFile(blob, name) {
   const link = make("a", { href: URL.createObjectURL(blob), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-/** Whether keys go into a text. @param {EventTarget | null} target */
+/** Whether an element uses key presses itself, as text fields and selects do. @param {EventTarget | null} target */
 export function isText(target) {
   return (
     target instanceof HTMLTextAreaElement ||
@@ -52,7 +52,7 @@ export function isText(target) {
   );
 }
 
-/** The pixels of a picture, drawn at a size. @param {CanvasImageSource} source @param {number} width @param {number} height */
+/** Draw a picture at a size and return its pixels. @param {CanvasImageSource} source @param {number} width @param {number} height */
 export function pixelsOf(source, width, height) {
   const canvas = make("canvas", { width, height });
   const pen = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d", { willReadFrequently: true }));

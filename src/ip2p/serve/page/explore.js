@@ -1,4 +1,4 @@
-// The grid of edit strength and keep original: one edit a cell, each as sharp as any edit.
+// Explore mode: a grid over edit strength and keep original, with one full edit per cell.
 
 import * as api from "./api.js";
 import { el, input, make } from "./dom.js";
@@ -8,21 +8,21 @@ import { readNumbers } from "./words.js";
 /** @typedef {{ text_cfg: number, image_cfg: number, blob: Blob, infotext: string, seed: number }} Cell */
 
 export class Explore {
-  /** @param {(cell: Cell) => void} adopt  a cell was chosen */
+  /** @param {(cell: Cell) => void} adopt  called when a cell is chosen */
   constructor(adopt) {
     this.adopt = adopt;
     /** @type {string[]} */
     this.urls = [];
   }
 
-  /** Values worth comparing, of the model. @param {{ text_cfg: number[], image_cfg: number[] }} values */
+  /** Fill in the model's values worth comparing. @param {{ text_cfg: number[], image_cfg: number[] }} values */
   suggest(values) {
     input("columns").value = values.text_cfg.join(" ");
     input("rows").value = values.image_cfg.join(" ");
   }
 
   /**
-   * Draw the grid. Throws what a cell failed with.
+   * Run the edits of the grid. Throws the error of a cell that fails.
    * @param {Record<string, unknown>} fields @param {AbortSignal} signal @param {(done: number, all: number) => void} tell
    */
   async run(fields, signal, tell) {

@@ -1,9 +1,9 @@
-// From the schema that the API publishes to descriptions of controls. Pure functions.
+// Descriptions of form controls, from the API's JSON schema. Pure functions.
 
 import { titleOf } from "./words.js";
 
 /**
- * A control of the page for one setting.
+ * The control of one setting.
  * @typedef {object} Field
  * @property {string} name
  * @property {string} label
@@ -13,17 +13,17 @@ import { titleOf } from "./words.js";
  * @property {number} [min]
  * @property {number} [max]
  * @property {string[]} [choices]
- * @property {unknown} fallback  what the API takes without the field
+ * @property {unknown} fallback  the API's default
  */
 
-// What the page itself decides about a request.
+// Fields that the page sets itself.
 const OURS = new Set([
   ...["image", "mask", "instruction", "model", "format", "quality", "response", "stream", "previews", "wait"],
 ]);
 
-const OTHER = "Other options"; // of what the schema has in no group
+const OTHER = "Other options"; // for fields without a group in the schema
 
-/** Those named in `first`, in that order, then the others, with the fields of no group last. @param {Field[]} fields @param {string[]} first */
+/** Sort fields: those in `first` in that order, then the others, with fields without a group last. @param {Field[]} fields @param {string[]} first */
 export function inOrder(fields, first) {
   /** @param {Field} field */
   const rank = ({ name, group }) => {
@@ -33,7 +33,7 @@ export function inOrder(fields, first) {
   return [...fields].sort((a, b) => rank(a) - rank(b));
 }
 
-/** The fields of a JSON schema of edits that a person may set. @param {any} schema @returns {Field[]} */
+/** The fields that the user can set, from the JSON schema of an edit. @param {any} schema @returns {Field[]} */
 export function fieldsOf(schema) {
   return Object.entries(schema.properties)
     .filter(([name]) => !OURS.has(name))
@@ -54,7 +54,7 @@ function fieldOf(name, found) {
     fallback: found.default ?? null,
   };
   if (first.format === "picture") return { ...field, kind: "picture" };
-  if (kinds.length > 1) return field; // several ways to write it: text takes them all
+  if (kinds.length > 1) return field; // several types: a text field accepts all of them
   if (first.enum) return { ...field, kind: "choice", choices: first.enum };
   if (first.type === "boolean") return { ...field, kind: "flag" };
   const bounds = { min: first.minimum, max: first.maximum };
@@ -64,7 +64,7 @@ function fieldOf(name, found) {
 }
 
 /**
- * What was typed as a value for the API, undefined where nothing was. Throws an Error that names the field.
+ * Parse typed text as a value for the API; undefined if it is empty. Throws an Error that names the field.
  * @param {Field} field @param {string} text
  */
 export function readField(field, text) {
@@ -85,12 +85,12 @@ export function readField(field, text) {
   return value;
 }
 
-/** A value as a field shows it. @param {unknown} value */
+/** Format a value for a form field. @param {unknown} value */
 export const written = (value) =>
   value === null || value === undefined ? "" : Array.isArray(value) ? value.join(" ") : String(value);
 
 /**
- * Of a file's settings those that the page's fields take, without what is a model's default anyway.
+ * The settings from a file that the page has fields for, without the model's defaults, but always with the seed.
  * @param {Record<string, unknown>} settings @param {Field[]} fields @param {Record<string, unknown>} defaults
  */
 export function adopted(settings, fields, defaults) {

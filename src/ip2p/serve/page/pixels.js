@@ -1,9 +1,9 @@
-// Arithmetic on pixels and on the view of a picture. Pure functions.
+// Pixel and view calculations. Pure functions.
 
-export const UNCHANGED = 1.5; // mean difference of 255 below which nobody sees an edit
+export const UNCHANGED = 1.5; // mean difference (0 to 255) below which an edit is not visible
 
 /**
- * The mean difference of two pictures of one size, 0 to 255.
+ * The mean difference of two pictures of the same size, 0 to 255.
  * @param {Uint8ClampedArray} a RGBA @param {Uint8ClampedArray} b RGBA
  */
 export function difference(a, b) {
@@ -14,13 +14,13 @@ export function difference(a, b) {
   return sum / ((a.length / 4) * 3);
 }
 
-/** Painted becomes unpainted and the other way round, in place. @param {Uint8ClampedArray} rgba */
+/** Swap painted and unpainted pixels, in place. @param {Uint8ClampedArray} rgba */
 export function invertAlpha(rgba) {
   for (let k = 3; k < rgba.length; k += 4) rgba[k] = 255 - rgba[k];
   return rgba;
 }
 
-/** What is painted in white on black, as the API takes a mask. @param {Uint8ClampedArray} rgba */
+/** Convert paint to the API's mask format: white where it is painted, else black. @param {Uint8ClampedArray} rgba */
 export function alphaToMask(rgba) {
   const mask = new Uint8ClampedArray(rgba.length);
   for (let k = 0; k < rgba.length; k += 4) {
@@ -31,7 +31,7 @@ export function alphaToMask(rgba) {
   return mask;
 }
 
-/** White on black becomes paint: opaque where it is white. @param {Uint8ClampedArray} rgba */
+/** Convert a mask to paint: opaque where the mask is white. @param {Uint8ClampedArray} rgba */
 export function maskToAlpha(rgba) {
   const paint = new Uint8ClampedArray(rgba.length).fill(255);
   for (let k = 0; k < rgba.length; k += 4) paint[k + 3] = rgba[k] > 127 ? 255 : 0;
@@ -45,12 +45,12 @@ export function anyPaint(rgba) {
 }
 
 /**
- * How a picture lies in its frame: scale, and the place of its left upper corner.
+ * How a picture is placed in its frame: the scale, and the position of its top left corner.
  * @typedef {{ scale: number, x: number, y: number }} View
  * @typedef {{ width: number, height: number }} Size
  */
 
-/** The view that shows a whole picture in the middle. @param {Size} frame @param {Size} picture @returns {View} */
+/** The view that shows the whole picture, centered. @param {Size} frame @param {Size} picture @returns {View} */
 export function fitted(frame, picture) {
   const scale = Math.min(frame.width / picture.width, frame.height / picture.height);
   return {
@@ -61,8 +61,8 @@ export function fitted(frame, picture) {
 }
 
 /**
- * The view zoomed so that the point (x, y) of the frame stays where it is; never smaller than the whole, never
- * larger than 32 screen pixels for one of the picture.
+ * Zoom the view around the point (x, y) of the frame. The minimum scale shows the whole picture; the maximum
+ * is 32 screen pixels per picture pixel.
  * @param {View} view @param {number} factor @param {number} x @param {number} y
  * @param {Size} frame @param {Size} picture
  */
@@ -73,7 +73,7 @@ export function zoomed(view, factor, x, y, frame, picture) {
   return bounded({ scale, x: x - (x - view.x) * by, y: y - (y - view.y) * by }, frame, picture);
 }
 
-/** The view without a gap where the picture could fill it. @param {View} view @param {Size} frame @param {Size} picture */
+/** Move the view so that there is no gap that the picture could fill. @param {View} view @param {Size} frame @param {Size} picture */
 export function bounded(view, frame, picture) {
   /** @param {number} at @param {number} room @param {number} length */
   const along = (at, room, length) =>

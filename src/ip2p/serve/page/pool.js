@@ -1,7 +1,7 @@
-// Work on many things, a few at a time.
+// Limited concurrency and retries.
 
 /**
- * Call `work` for each item, at most `most` at once; after an abort no further one begins.
+ * Call `work` for each item, at most `most` at once. No new calls start after an abort.
  * @template T @param {T[]} items @param {number} most @param {(item: T, number: number) => Promise<void>} work
  * @param {AbortSignal} [signal]
  */
@@ -17,7 +17,7 @@ export async function eachOf(items, most, work, signal) {
 }
 
 /**
- * Try again as long as the server has no room, after the time that it names.
+ * Retry while the server is busy, after the delay that it asks for.
  * @template T @param {() => Promise<T>} work @param {AbortSignal} signal @param {number} [tries]
  * @returns {Promise<T>}
  */

@@ -1,4 +1,4 @@
-// What OpenAPI says of the interfaces, as the sections of the page at /docs. Pure functions.
+// The sections of the page at /docs, from the OpenAPI schema. Pure functions.
 
 /** @type {Record<string, string>} */
 const TITLES = {
@@ -13,7 +13,7 @@ const TITLES = {
  * @typedef {{ head: string, summary: string, words: string, types: string[], rows: Row[] }} Operation
  */
 
-/** Every operation, under the title of its interface. @param {any} schema @returns {{ title: string, operations: Operation[] }[]} */
+/** All operations, grouped by API. @param {any} schema @returns {{ title: string, operations: Operation[] }[]} */
 export function sectionsOf(schema) {
   /** @type {Record<string, Operation[]>} */
   const byTag = Object.fromEntries(Object.keys(TITLES).map((tag) => [tag, []]));
@@ -52,16 +52,16 @@ function rowOf(name, field, required, place) {
   };
 }
 
-/** 1 to 150; nothing without bounds. @param {any} field @returns {string} */
+/** A range as text, such as "1 to 150"; empty without bounds. @param {any} field @returns {string} */
 export function rangeOf(field) {
   const { minimum: low, maximum } = [field, ...(field.anyOf ?? [])].find((each) => "minimum" in each || "maximum" in each) ?? {};
-  const high = maximum > Number.MAX_SAFE_INTEGER ? undefined : maximum; // none that a person would reach
+  const high = maximum > Number.MAX_SAFE_INTEGER ? undefined : maximum; // too large to be a practical limit
   if (low === undefined && high === undefined) return "";
   if (high === undefined) return `at least ${low}`;
   return low === undefined ? `at most ${high}` : `${low} to ${high}`;
 }
 
-/** A type in words. @param {any} field @returns {string} */
+/** A type as text. @param {any} field @returns {string} */
 export function typeOf(field) {
   if (field.anyOf) {
     const kinds = field.anyOf.filter((/** @type {any} */ each) => each.type !== "null").map(typeOf);

@@ -1,22 +1,22 @@
-// The panel of settings: two sliders in front, everything else below them, all built from the schema.
+// The settings panel, built from the schema: two sliders on top, everything else below.
 
 import { inOrder, readField, written } from "./fields.js";
 
 /** @typedef {import("./fields.js").Field} Field */
 
-/** How the settings in front are called here. @type {Record<string, { label: string, help: string }>} */
+/** Labels and help texts of the settings on top. @type {Record<string, { label: string, help: string }>} */
 const FRONT = {
   text_cfg: { label: "Edit strength", help: "How strongly the model follows the instruction (text CFG)" },
   image_cfg: { label: "Keep original", help: "How strongly the model keeps the picture (image CFG)" },
   count: { label: "Candidates", help: "Number of results, each with its own seed" },
   seed: { label: "Seed", help: "−1 is random. The same seed repeats a result" },
 };
-/** What the page asks for where nothing else is chosen. @type {Record<string, unknown>} */
+/** Defaults of the page. @type {Record<string, unknown>} */
 const PAGE = { count: 4, seed: -1 };
 
 export class Settings {
   /**
-   * @param {HTMLElement} front @param {HTMLElement} more @param {() => void} changed  after a change by hand
+   * @param {HTMLElement} front @param {HTMLElement} more @param {() => void} changed  called when the user changes a setting
    */
   constructor(front, more, changed) {
     this.front = front;
@@ -26,7 +26,7 @@ export class Settings {
     this.fields = [];
     /** @type {Record<string, any>} */
     this.defaults = {};
-    /** What differs from the defaults. @type {Record<string, unknown>} */
+    /** The values that differ from the defaults. @type {Record<string, unknown>} */
     this.values = {};
     /** @type {Record<string, (value: unknown) => void>} */
     this.show = {};
@@ -64,14 +64,14 @@ export class Settings {
     return this.values[name] ?? this.defaults[name];
   }
 
-  /** Show other values in place of those that were chosen. @param {Record<string, unknown>} values */
+  /** Replace the chosen values. @param {Record<string, unknown>} values */
   set(values) {
     this.values = { ...values };
     this.wrong = {};
     for (const field of this.fields) this.show[field.name]?.(this.values[field.name]);
   }
 
-  /** What a request takes. Throws an Error for a field that cannot be read. @returns {Record<string, unknown>} */
+  /** The settings for a request. Throws an Error if a field is invalid. @returns {Record<string, unknown>} */
   request() {
     const [wrong] = Object.values(this.wrong);
     if (wrong) throw new Error(wrong);
@@ -158,7 +158,7 @@ export class Settings {
     });
     const help = /** @type {HTMLElement} */ (box.querySelector("small"));
     const usual = help.textContent;
-    /** Say below the field what is wrong with it, if anything. */
+    /** Show an error below the field, or remove it. */
     const showProblem = (wrong = "") => {
       if (wrong) this.wrong[field.name] = wrong;
       else delete this.wrong[field.name];
@@ -176,7 +176,7 @@ export class Settings {
   }
 
   /**
-   * A slider beside a number, with the model's default marked.
+   * Add a slider next to a number field, with a mark at the model's default.
    * @param {Field} field @param {number} own @param {HTMLElement} box
    */
   slider(field, own, box) {

@@ -3,8 +3,8 @@
 import { button, el, image, input, make, pixelsOf, toBlob } from "./dom.js";
 import { alphaToMask, anyPaint, bounded, fitted, invertAlpha, maskToAlpha, zoomed } from "./pixels.js";
 
-const MOST = 2048; // the longer side of the mask while it is painted
-const NEAR = 24; // pixels around the divider that drag it
+const MOST = 2048; // maximum longer side of the mask while painting
+const NEAR = 24; // distance in pixels within which a drag moves the divider
 const PAINT = "rgb(255 64 48)";
 
 /** @typedef {{ x: number, y: number }} Point */
@@ -25,9 +25,9 @@ export class Stage {
     this.size = { width: 1, height: 1 };
     /** @type {import("./pixels.js").View} */
     this.view = { scale: 1, x: 0, y: 0 };
-    this.split = 0.5; // where the divider stands, as a share of the frame
+    this.split = 0.5; // position of the divider, as a fraction of the frame
     this.comparing = false;
-    this.held = false; // whether only the picture before is shown
+    this.held = false; // whether only the picture before the edit is shown
     this.masking = false;
     this.erasing = false;
     this.painted = false;
@@ -36,15 +36,15 @@ export class Stage {
     /** @type {"divide" | "pan" | "paint" | "pinch" | null} */
     this.doing = null;
     /** @type {Point | null} */
-    this.keys = null; // the brush that arrows move
+    this.keys = null; // position of the brush when moved with arrow keys
     this.listen();
   }
 
   /**
-   * Show a picture, and over it what came of it.
+   * Show a picture and, on top of it, the edited one.
    * @param {string} before @param {string} beforeWords @param {string | null} after @param {string} afterWords
    * @param {{ width: number, height: number }} size @param {{ compare?: boolean, soft?: boolean }} [how]
-   *   compare: with the divider; soft: the after is a small preview
+   *   compare: show the divider; soft: `after` is a small preview
    */
   show(before, beforeWords, after, afterWords, size, how = {}) {
     const other = size.width !== this.size.width || size.height !== this.size.height;
@@ -82,7 +82,7 @@ export class Stage {
     this.lay();
   }
 
-  /** Put everything where the view says. */
+  /** Update the layout from the view. */
   lay() {
     const { scale, x, y } = this.view;
     const { width } = this.room;
@@ -111,7 +111,7 @@ export class Stage {
     this.layCursor();
   }
 
-  /** Show only the picture before, while a key or a button is held. @param {boolean} on */
+  /** Show only the picture before the edit, while a key or button is held. @param {boolean} on */
   hold(on) {
     this.held = on && !this.after.hidden;
     this.lay();
@@ -136,7 +136,7 @@ export class Stage {
   }
 
   clearMask() {
-    Object.assign(this.paint, this.maskSize); // which clears it
+    Object.assign(this.paint, this.maskSize); // setting the size clears the canvas
     this.painted = false;
     this.lay();
     this.events.changed();
@@ -146,7 +146,7 @@ export class Stage {
     this.change(invertAlpha);
   }
 
-  /** Make a picture, white on black, the mask. @param {ImageBitmap} mask */
+  /** Use a picture as the mask: white is edited. @param {ImageBitmap} mask */
   takeMask(mask) {
     Object.assign(this.paint, this.maskSize);
     const { data } = pixelsOf(mask, this.paint.width, this.paint.height);
@@ -167,7 +167,7 @@ export class Stage {
     this.events.changed();
   }
 
-  /** The mask as the API takes it, in the picture's own size; null where nothing is painted. */
+  /** The mask in the API's format, at the size of the picture; null if nothing is painted. */
   async maskFile() {
     if (!this.painted) return null;
     const { data } = pixelsOf(this.paint, this.size.width, this.size.height);
@@ -177,7 +177,7 @@ export class Stage {
     return toBlob(canvas);
   }
 
-  /** The brush's width in pixels of the mask; a thinner one would cover no pixel wholly. */
+  /** The width of the brush in mask pixels. At least 3: a thinner one would not fully cover any pixel. */
   get brush() {
     const side = Math.max(this.paint.width, this.paint.height);
     return Math.max(3, (Number(input("brush-size").value) / 100) * side);
@@ -191,12 +191,12 @@ export class Stage {
     this.pen.globalCompositeOperation = this.erasing ? "destination-out" : "source-over";
     this.pen.beginPath();
     this.pen.moveTo(a.x, a.y);
-    this.pen.lineTo(b.x, b.y + 0.01); // a line without length paints nothing
+    this.pen.lineTo(b.x, b.y + 0.01); // a line of length 0 paints nothing
     this.pen.stroke();
     this.pen.globalCompositeOperation = "source-over";
   }
 
-  /** Look what a stroke has left. */
+  /** Update the state after a stroke. */
   settle() {
     const { width, height } = this.paint;
     this.painted = anyPaint(this.pen.getImageData(0, 0, width, height).data);
@@ -217,7 +217,7 @@ export class Stage {
     });
   }
 
-  // --- hands ------------------------------------------------------------------------------------
+  // --- input ------------------------------------------------------------------------------------
 
   listen() {
     new ResizeObserver(() => {
@@ -284,7 +284,7 @@ export class Stage {
       this.doing = "divide";
       this.divide(at);
     } else this.doing = "pan";
-    if (event.pointerType === "mouse") event.preventDefault(); // no picture is dragged away
+    if (event.pointerType === "mouse") event.preventDefault(); // prevents dragging the image
     this.frame.focus({ preventScroll: true });
   }
 
@@ -317,7 +317,7 @@ export class Stage {
     this.lay();
   }
 
-  /** Two fingers: zoom about their middle, and follow it. @param {number} id @param {Point} at */
+  /** Handle a pinch: zoom around the midpoint of two fingers, and pan with it. @param {number} id @param {Point} at */
   pinch(id, at) {
     const from = /** @type {Point} */ (this.pointers.get(id));
     const other = [...this.pointers].find(([each]) => each !== id)?.[1];
@@ -353,7 +353,7 @@ export class Stage {
     event.preventDefault();
   }
 
-  /** Move the brush of the keyboard; with Shift it paints on its way. @param {number} x @param {number} y @param {boolean} painting */
+  /** Move the keyboard brush. With Shift, it paints along the way. @param {number} x @param {number} y @param {boolean} painting */
   moveKeys(x, y, painting) {
     const from = this.keys ?? { x: this.room.width / 2, y: this.room.height / 2 };
     const step = Math.max(4, (this.brush * this.size.width * this.view.scale) / this.paint.width / 2);

@@ -1,4 +1,4 @@
-// What survives a reload: steps with their pictures, and how the page stood, in IndexedDB.
+// State that survives a reload, in IndexedDB: steps with their pictures, and the state of the page.
 
 const NAME = "ip2p";
 
@@ -14,7 +14,7 @@ function open() {
     };
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
-    request.onblocked = () => reject(new Error("another tab keeps it closed"));
+    request.onblocked = () => reject(new Error("another tab blocks it"));
   });
   return opened;
 }
@@ -30,7 +30,7 @@ async function within(mode, work) {
   });
 }
 
-/** Everything that was kept. @returns {Promise<{ steps: any[], page: any, candidates: any[] }>} */
+/** Load the saved state. @returns {Promise<{ steps: any[], page: any, candidates: any[] }>} */
 export async function load() {
   /** @type {IDBRequest<any[]> | undefined} */
   let steps;
@@ -47,8 +47,8 @@ export async function load() {
 }
 
 /**
- * Keep steps and how the page stands, and drop steps. candidates: their pictures are large, so that they are
- * given only where they changed.
+ * Save steps and the state of the page, and delete steps. candidates: pass them only if they changed, because
+ * their pictures are large.
  * @param {any[]} put @param {string[]} gone @param {any} state @param {any[]} [candidates]
  */
 export const save = (put, gone, state, candidates) =>

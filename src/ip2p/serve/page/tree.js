@@ -12,8 +12,8 @@
  * @template {Step} S
  * @typedef {object} Tree
  * @property {Record<string, S>} steps
- * @property {string | null} at  the step that is shown
- * @property {Record<string, string>} last  by step: the child that redo returns to
+ * @property {string | null} at  the current step
+ * @property {Record<string, string>} last  by step: the child that redo goes to
  */
 
 export const KEPT = 60;
@@ -21,12 +21,12 @@ export const KEPT = 60;
 /** @returns {Tree<any>} */
 export const emptyTree = () => ({ steps: {}, at: null, last: {} });
 
-/** The tree with a new step, which is shown. @template {Step} S @param {Tree<S>} tree @param {S} step */
+/** Add a step and make it current. @template {Step} S @param {Tree<S>} tree @param {S} step */
 export function addStep(tree, step) {
   return goTo({ ...tree, steps: { ...tree.steps, [step.id]: step } }, step.id);
 }
 
-/** The tree at another step; redo leads back to it. @template {Step} S @param {Tree<S>} tree @param {string} id */
+/** Make another step current. From its ancestors, redo leads to it. @template {Step} S @param {Tree<S>} tree @param {string} id */
 export function goTo(tree, id) {
   if (!tree.steps[id]) return tree;
   const last = { ...tree.last };
@@ -41,26 +41,26 @@ export function goTo(tree, id) {
 /** @template {Step} S @param {Tree<S>} tree @returns {S | null} */
 export const current = (tree) => (tree.at ? (tree.steps[tree.at] ?? null) : null);
 
-/** The step that is shown and those that it came from. @template {Step} S @param {Tree<S>} tree @returns {S[]} */
+/** The current step and its ancestors. @template {Step} S @param {Tree<S>} tree @returns {S[]} */
 export function path(tree) {
   const steps = [];
   for (let step = current(tree); step; step = step.parent ? (tree.steps[step.parent] ?? null) : null) steps.push(step);
   return steps;
 }
 
-/** Where undo leads, or null. @param {Tree<Step>} tree */
+/** The step that undo goes to, or null. @param {Tree<Step>} tree */
 export function undoTarget(tree) {
   const parent = current(tree)?.parent;
   return parent && tree.steps[parent] ? parent : null;
 }
 
-/** Where redo leads, or null. @param {Tree<Step>} tree */
+/** The step that redo goes to, or null. @param {Tree<Step>} tree */
 export function redoTarget(tree) {
   const next = tree.at ? tree.last[tree.at] : undefined;
   return next && tree.steps[next] ? next : null;
 }
 
-/** One step back; redo still leads forward again. @template {Step} S @param {Tree<S>} tree */
+/** Go back one step. Redo goes forward again. @template {Step} S @param {Tree<S>} tree */
 export function undo(tree) {
   const target = undoTarget(tree);
   return target ? { ...tree, at: target } : tree;
@@ -73,8 +73,8 @@ export function redo(tree) {
 }
 
 /**
- * The steps in the order of the rail, each with how far it is indented: a branch stands indented right below
- * the step that it left, then the first child of that step goes on.
+ * The steps in display order, each with its indentation: branches come indented right below the step that they
+ * start from, followed by the first child of that step.
  * @template {Step} S @param {Tree<S>} tree @returns {{ step: S, depth: number }[]}
  */
 export function rows(tree) {
@@ -96,8 +96,8 @@ export function rows(tree) {
 }
 
 /**
- * The tree without its oldest steps, and their ids. The step shown stays; the children of one that goes hang
- * on its parent.
+ * Remove the oldest steps. gone: their ids. The current step stays. The children of a removed step move to its
+ * parent.
  * @template {Step} S @param {Tree<S>} tree @param {number} [kept] @returns {{ tree: Tree<S>, gone: string[] }}
  */
 export function prune(tree, kept = KEPT) {

@@ -1,4 +1,4 @@
-// What the page says, and small readers of text. Pure functions.
+// Texts of the page, and small parsers. Pure functions.
 
 /** 8.2 → "9 s", 100 → "2 min". @param {number} seconds */
 export function duration(seconds) {
@@ -13,7 +13,7 @@ export function titleOf(name) {
 }
 
 /**
- * Where an edit is.
+ * The progress of an edit as text.
  * @param {{ state: string, position: number, step: number, steps: number, seconds_left: number | null }} news
  */
 export function progressWords(news) {
@@ -22,7 +22,7 @@ export function progressWords(news) {
   return `Step ${news.step} of ${news.steps}${left}`;
 }
 
-/** The name of a result: holiday.jpg → holiday-edited.jpg. @param {string} source @param {string} format */
+/** The file name of a result: holiday.jpg → holiday-edited.jpg. @param {string} source @param {string} format */
 export function editedName(source, format) {
   const stem = source.replace(/\.[^.]*$/, "").replace(/-edited(-\d+)?$/, "") || "picture";
   const own = /\.(jpe?g|png|webp)$/i.exec(source)?.[0].toLowerCase();
@@ -31,7 +31,7 @@ export function editedName(source, format) {
   return `${stem}-edited${kept}`;
 }
 
-/** Names of which none comes twice: the second "a.png" is "a-2.png". @param {string[]} names */
+/** Make names unique: the second "a.png" becomes "a-2.png". @param {string[]} names */
 export function distinct(names) {
   const taken = new Set();
   return names.map((name) => {
@@ -44,7 +44,7 @@ export function distinct(names) {
 }
 
 /**
- * Numbers between blanks or commas, within bounds. Throws an Error that says what to write.
+ * Parse numbers separated by spaces or commas. Throws an Error that explains the expected input.
  * @param {string} text @param {string} label @param {number} low @param {number} high
  */
 export function readNumbers(text, label, low, high) {
@@ -57,7 +57,7 @@ export function readNumbers(text, label, low, high) {
   return [...new Set(numbers)];
 }
 
-/** The settings of a result that matter most, in one line. @param {string} infotext */
+/** The main settings of a result, in one line. @param {string} infotext */
 export function factsOf(infotext) {
   const names = { "CFG scale": "edit strength", "Image CFG scale": "keep original", Seed: "seed", Steps: "steps" };
   const line = infotext.split("\n").at(-1) ?? "";
@@ -68,15 +68,15 @@ export function factsOf(infotext) {
     .join(" · ");
 }
 
-/** The size that has at most so many pixels, in the same shape. @param {number} width @param {number} height @param {number} pixels */
+/** Scale a size down to at most `pixels`, with the same aspect ratio. @param {number} width @param {number} height @param {number} pixels */
 export function within(width, height, pixels) {
   const share = Math.min(1, Math.sqrt(pixels / (width * height)));
   return { width: Math.max(1, Math.floor(width * share)), height: Math.max(1, Math.floor(height * share)) };
 }
 
 /**
- * What to suggest for a picture, each instruction once and none that was done: those known to suit the picture,
- * and those that suit the model and any picture.
+ * Suggestions for a picture, without duplicates and without instructions that were used already. sure: those
+ * known to suit the picture; general: those that suit the model and any picture.
  * @param {string[]} known @param {string[]} any @param {string[]} done
  */
 export function ideas(known, any, done) {
@@ -85,7 +85,7 @@ export function ideas(known, any, done) {
   return { sure, general };
 }
 
-/** One of the texts at random, another than `last` if there is another. @param {string[]} texts @param {string} last */
+/** A random text, different from `last` if possible. @param {string[]} texts @param {string} last */
 export function anyOf(texts, last) {
   const others = texts.filter((each) => each !== last);
   const from = others.length ? others : texts;
@@ -98,7 +98,7 @@ export function size(bytes) {
 }
 
 /**
- * Server-sent events of a text that may end within one.
+ * Parse server-sent events. rest: an incomplete event at the end of the text.
  * @param {string} text @returns {{ events: { name: string, data: any }[], rest: string }}
  */
 export function readEvents(text) {

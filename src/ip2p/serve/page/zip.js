@@ -1,4 +1,4 @@
-// A zip file without compression (pictures are compressed already), as APPNOTE 6.3 has it.
+// Zip files without compression (pictures are compressed already), according to APPNOTE 6.3.
 
 const TABLE = Uint32Array.from({ length: 256 }, (_, n) => {
   let c = n;
@@ -13,7 +13,7 @@ export function crc32(data) {
   return (c ^ 0xffffffff) >>> 0;
 }
 
-/** Numbers of 2 or 4 bytes, low byte first. @param {[number, 2 | 4][]} fields */
+/** Pack numbers of 2 or 4 bytes in little-endian order. @param {[number, 2 | 4][]} fields */
 function packed(fields) {
   const bytes = [];
   for (const [value, width] of fields) {
@@ -23,8 +23,8 @@ function packed(fields) {
 }
 
 /**
- * The parts of a zip file, for `new Blob(parts)`. At most 65,535 files and 4 GB, which is more than a browser
- * holds.
+ * The parts of a zip file, for `new Blob(parts)`. The limits are 65,535 files and 4 GB, more than a browser can
+ * hold.
  * @param {{ name: string, data: Uint8Array }[]} files
  * @returns {Uint8Array<ArrayBuffer>[]}
  */
@@ -33,7 +33,7 @@ export function zipParts(files) {
   const parts = [];
   const directory = [];
   let offset = 0;
-  const DAY = (0 << 9) | (1 << 5) | 1; // 1980-01-01: a zip has no better "unknown"
+  const DAY = (0 << 9) | (1 << 5) | 1; // 1980-01-01, since zip has no value for an unknown date
   for (const { name, data } of files) {
     const title = new TextEncoder().encode(name);
     /** @type {[number, 2 | 4][]} */
