@@ -92,6 +92,7 @@ def test_every_setting_changes_the_result(tiny_editor, page):
         {"text_cfg_rescale": 0.7},
         {"cfg_interval": (0.4, 1.0)},
         {"cfg_every": 2},
+        {"cache_every": 2},
     ):
         other = tiny_editor.edit(page, "make it night", **(FAST | change))[0]
         assert (pixels(plain) != pixels(other)).any(), change

@@ -87,6 +87,7 @@ def test_every_other_setting_is_read_back_and_written_only_when_it_is_not_the_de
         text_cfg_rescale=0.7,
         cfg_interval=(1e-5, 0.9),
         cfg_every=2,
+        cache_every=3,
         mask="C:\\masks\\sky, left.png",
         mask_padding=0,
         feather=2.5,

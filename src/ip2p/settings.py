@@ -710,6 +710,16 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
         label="CFG every",
         hidden=True,
     )
+    cache_every: int = setting(
+        1,
+        "run the whole UNet only at every Nth step and reuse its deep features between; faster, approximate",
+        ge=1,
+        le=100,
+        example=2,
+        group=GUIDANCE,
+        label="Cache every",
+        hidden=True,
+    )
     mask: AnyPicture = setting(
         None,
         "picture of the input's size: white is edited, black stays unchanged to the byte",

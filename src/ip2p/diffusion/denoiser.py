@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ip2p.diffusion import Latent, Sigma
+from ip2p.diffusion.caching import FeatureCache
 from ip2p.diffusion.schedule import Schedule
 
 
@@ -60,7 +61,7 @@ class UNetDenoiser:
     x and image are latents [batch, channels, h, w]; text is [batch, tokens, features] or a Prompt; sigma is a
     scalar. The network runs in its own dtype; x stays in fp32. The image latents are multiplied by
     condition_scale. scales_size: of a distilled UNet, the size of `guidance.embed_scales`, its input for the
-    guidance scales.
+    guidance scales. cache: of the UNet's deep features, for one sampling run.
     """
 
     unet: nn.Module
@@ -68,6 +69,7 @@ class UNetDenoiser:
     condition_scale: float = 1.0
     control: Control | None = None
     scales_size: int | None = None
+    cache: FeatureCache | None = None
 
     def __call__(self, x: Latent, sigma: Sigma, text: Text, image: Latent) -> Latent:
         """x0 from x = x0 + sigma · noise."""
@@ -90,11 +92,12 @@ class UNetDenoiser:
         channels = torch.cat([scaled, (image * self.condition_scale).to(dtype)], dim=1)
         time = self.schedule.network_time(sigma).to(x.device, torch.float32).expand(len(x))
         residuals = {} if self.control is None else self.control(scaled, time, inputs)
-        return self.run_unet({"sample": channels, "timestep": time, **inputs}, residuals).to(x.dtype)
+        unet = self.unet if self.cache is None else self.cache.unet_at(sigma, len(x))
+        return self.run(unet, {"sample": channels, "timestep": time, **inputs}, residuals).to(x.dtype)
 
-    def run_unet(self, rows: TextInputs, residuals: Mapping[str, Any]) -> Tensor:
-        """The UNet's output for its inputs by name, each [batch, …], and a ControlNet's residuals."""
-        return call_unet(self.unet, rows, residuals)
+    def run(self, unet: nn.Module, rows: TextInputs, residuals: Mapping[str, Any]) -> Tensor:
+        """The output of the UNet, or of a cache's, for its inputs by name and a ControlNet's residuals."""
+        return call_unet(unet, rows, residuals)
 
     def x0(self, x: Latent, prediction: Latent, sigma: Sigma) -> Latent:
         """x0 from the prediction, guided or not."""

@@ -32,6 +32,8 @@ class EditArguments(TypedDict, total=False):
     cfg_interval: tuple[float, float]
     # compute guidance only at every Nth step and reuse it between; faster, approximate
     cfg_every: int
+    # run the whole UNet only at every Nth step and reuse its deep features between; faster, approximate
+    cache_every: int
     # picture of the input's size: white is edited, black stays unchanged to the byte
     mask: Picture | None
     # pixels around the white area to show the model

@@ -17,6 +17,7 @@ from torch import Tensor
 from ip2p import __version__
 from ip2p.base.devices import NoiseStream, pick_device, pick_dtype, reuse_freed_memory
 from ip2p.base.errors import InputError, ModelError, ResourceError, translated_errors
+from ip2p.diffusion.caching import FeatureCache
 from ip2p.diffusion.denoiser import UNetDenoiser
 from ip2p.diffusion.guidance import guided
 from ip2p.diffusion.samplers import OWN_SPACING, sampler_for
@@ -224,7 +225,7 @@ class Editor:
         other pixels stay identical. The model sees the white area with mask_padding pixels around it.
         auto_mask: detect the region with the model. Transparent parts stay transparent; the model sees them
         on gray. background: put this color behind them first. text_cfg_rescale, cfg_interval, cfg_every: see
-        `diffusion.guidance.guided`.
+        `diffusion.guidance.guided`. cache_every: see `diffusion.caching.FeatureCache`.
 
         The `info` of each result has the settings as "parameters", the picture's metadata, which `save_image`
         writes, the "mask" if there is one, a picture in mode "L", and "warnings", a list of texts about input
@@ -292,6 +293,12 @@ class Editor:
         chosen = chosen.resolved(self.bundle.card)
         if self.model.scales_size is not None:
             self._check_distilled(chosen)
+        if self._offloads and chosen.cache_every > 1:
+            raise SettingError(
+                "cache_every has no effect while weights are moved to save memory. Leave it out, or load the "
+                'model with memory "high".',
+                field="cache_every",
+            )
         return chosen
 
     def _check_distilled(self, settings: EditSettings) -> None:
@@ -607,8 +614,10 @@ class Editor:
         start = noise() * sigmas[0]
         factor = self.bundle.latent_factor
         plan = self._plan(len(start), *(side * factor for side in start.shape[-2:]))
+        every = settings.cache_every
+        cache = FeatureCache(self.bundle.unet, every) if every > 1 else None
         denoise = guided(
-            replace(self.model, control=control),
+            replace(self.model, control=control, cache=cache),
             text=text,
             null_text=null_text,
             image=image_latent,

@@ -29,6 +29,8 @@ class EvaluateArguments(TypedDict, total=False):
     cfg_interval: tuple[float, float]
     # compute guidance only at every Nth step and reuse it between; faster, approximate
     cfg_every: int
+    # run the whole UNet only at every Nth step and reuse its deep features between; faster, approximate
+    cache_every: int
     # cuda, cuda:N, mps or cpu; auto: the first available one
     device: str
     # fp32, bf16 or fp16; auto: half precision if the device supports it well

@@ -264,9 +264,10 @@ class _JoinedDenoiser(UNetDenoiser):
 
     engine: Engine
 
-    def run_unet(self, rows: TextInputs, residuals: Mapping[str, Any]) -> Tensor:
-        if residuals:  # of a ControlNet: lists of maps, which are not joined
-            return self.engine.call(lambda: call_unet(self.unet, rows, residuals))
+    def run(self, unet: nn.Module, rows: TextInputs, residuals: Mapping[str, Any]) -> Tensor:
+        # A ControlNet's lists of maps are not joined, nor is what a feature cache computes.
+        if residuals or unet is not self.unet:
+            return self.engine.call(lambda: call_unet(unet, rows, residuals))
         return self.engine.predict(dict(rows))
 
     def x0(self, x: Latent, prediction: Latent, sigma: Sigma) -> Latent:
