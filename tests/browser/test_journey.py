@@ -1,4 +1,4 @@
-"""The page in a real browser: Chromium, as the system has it, driven by Playwright."""
+"""The page in a real browser: the system's Chromium, driven by Playwright."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageChops
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-# The server's stand-ins lie with the tests of the server.
+# The fake server is in the server's tests.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "serve"))
 
 from running import Running, running
@@ -25,21 +25,23 @@ from ip2p.serve.options import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE = 60_000  # milliseconds; a machine of two cores may be busy
+PATIENCE = 60_000  # milliseconds; a two-core machine may be busy
 expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
 def server():
-    with running(ServeConfig(max_steps=50, max_count=4, max_pixels=300_000), page=True, seconds=0.01) as one:
-        yield one
+    with running(
+        ServeConfig(max_steps=50, max_count=4, max_pixels=300_000), page=True, seconds=0.01
+    ) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def browser():
     assert CHROMIUM, "Chromium is missing; on Debian or Ubuntu: apt-get install chromium"
     with sync_playwright() as playwright:
-        # Its own sandbox needs rights that a container seldom gives.
+        # Chromium's sandbox needs privileges that containers rarely have.
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()
@@ -47,7 +49,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JPEG of 160x96 that a camera made lying on its side."""
+    """A 160x96 JPEG that a camera stored rotated by 90 degrees."""
     ramp = Image.linear_gradient("L").resize((96, 160))
     exif = Image.Exif()
     exif[0x010F] = "A camera"
@@ -61,9 +63,9 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def visiting(
     browser: Browser, server: Running, *, width=1280, height=800, dark=False, touch=False, quiet=True
 ):
-    """The page in a browser of its own, which has no network but this server.
+    """The page in its own browser context, with no network except this server.
 
-    quiet: a word on the console, or a request elsewhere, is a failure.
+    quiet: fail on console output or on a request to another server.
     """
     context = browser.new_context(
         viewport={"width": width, "height": height},
@@ -74,15 +76,15 @@ def visiting(
     )
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
-    words: list[str] = []
-    page.on("console", lambda message: words.append(message.text))
-    page.on("pageerror", lambda error: words.append(str(error)))
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
 
     def only_here(route):
         if route.request.url.startswith(server.url):
             route.continue_()
         else:
-            words.append(f"asked for {route.request.url}")
+            messages.append(f"asked for {route.request.url}")
             route.abort()
 
     context.route(re.compile("^http"), only_here)
@@ -90,7 +92,7 @@ def visiting(
     page.wait_for_selector("body[data-ready]")
     yield page
     context.close()
-    assert not quiet or words == []
+    assert not quiet or messages == []
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def banner(page: Page, words: str | re.Pattern):
 
 
 def setting(page: Page, name: str, value: object) -> None:
-    """Type a setting, also where its panel is closed."""
+    """Enter a setting, even if its panel is closed."""
     page.evaluate(
         """([name, value]) => {
             const field = document.getElementById(`set-${name}`);
@@ -127,7 +129,7 @@ def open_picture(page: Page, path: Path) -> None:
     status(page, "Describe what to change.")
 
 
-def quick(page: Page, count: int = 2, steps: int = 3) -> None:
+def set_quick_settings(page: Page, count: int = 2, steps: int = 3) -> None:
     for name, value in (("steps", steps), ("count", count), ("seed", 11)):
         setting(page, name, value)
 
@@ -157,7 +159,7 @@ def steps_of(page: Page) -> list[str]:
     return page.locator("#steps button").evaluate_all("(all) => all.map((one) => one.title)")
 
 
-def saved(page: Page, selector: str, folder: Path) -> Path:
+def download(page: Page, selector: str, folder: Path) -> Path:
     with page.expect_download() as found:
         page.locator(selector).click()
     path = folder / found.value.suggested_filename
@@ -166,7 +168,7 @@ def saved(page: Page, selector: str, folder: Path) -> Path:
 
 
 def drop(page: Page, path: Path) -> None:
-    """Drop a file anywhere, as from a folder."""
+    """Drop a file on the page, as from a folder."""
     data = page.evaluate_handle(
         """([bytes, name]) => {
             const transfer = new DataTransfer();
@@ -179,17 +181,17 @@ def drop(page: Page, path: Path) -> None:
         page.dispatch_event("main", kind, {"dataTransfer": data})
 
 
-# --- the whole journey ---------------------------------------------------------------------------
+# --- editing -------------------------------------------------------------------------------------
 
 
-def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
-    # Before a picture is there, the page shows examples, and says what is missing.
+def test_an_editing_session_from_opening_a_picture_to_clearing_it(page: Page, photo: Path, tmp_path: Path):
+    # Without a picture, the page shows examples and says what is missing.
     expect(page.locator("#examples img")).to_have_count(6)
     page.locator("#run").click()
     banner(page, "Open a picture first")
     drop(page, photo)
     expect(page.locator("#stage")).to_be_visible()
-    quick(page)
+    set_quick_settings(page)
 
     # Two candidates, the first beside the picture, with a divider that moves.
     edit(page, "make it night")
@@ -213,7 +215,7 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     expect(page.locator("#after")).to_have_css("visibility", "visible")
 
     # The download is what the canvas shows: in the original's format and shape, metadata and settings inside.
-    second = saved(page, "#download", tmp_path)
+    second = download(page, "#download", tmp_path)
     assert second.name == "holiday-edited.jpg"
     with Image.open(second) as image:
         assert (image.format, image.size, image.getexif()[0x010F]) == ("JPEG", (160, 96), "A camera")
@@ -221,7 +223,7 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     found = parse_infotext(read_infotext(second))
     assert (found.instruction, found.steps, found.seed) == ("make it night", 3, 12)
 
-    # Go on from it, at once, undo, and branch.
+    # Continue from it immediately, undo, and branch.
     page.locator("#use").click()
     edit(page, "make it snow")
     expect(page.locator("#steps button")).to_have_count(2)
@@ -246,7 +248,7 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     page.wait_for_selector("body[data-ready]")
     assert len(steps_of(page)) == 4
     expect(page.locator("#strip button")).to_have_count(2)
-    # Undo first takes away the results, and redo brings them back; then it goes a step back.
+    # Undo first removes the results, and redo restores them; the next undo goes back a step.
     page.locator("#undo").click()
     expect(page.locator("#results")).to_be_hidden()
     page.locator("#redo").click()
@@ -256,7 +258,7 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     page.locator("#redo").click()
     assert pixels_of(page, "#after") == shown
 
-    # An earlier step is run again with its own settings.
+    # The settings of an earlier step can be restored.
     page.locator("#again").click()
     status(page, "The settings of that step are restored.")
     expect(page.locator("#instruction")).to_have_value("make it snow")
@@ -270,16 +272,16 @@ def test_the_whole_journey(page: Page, photo: Path, tmp_path: Path):
     expect(page.locator("#start")).to_be_visible()
 
 
-def test_an_edit_shows_its_progress_and_stops(page: Page, photo: Path, server: Running):
+def test_an_edit_shows_its_progress_and_can_be_stopped(page: Page, photo: Path, server: Running):
     open_picture(page, photo)
-    quick(page, count=2, steps=50)
+    set_quick_settings(page, count=2, steps=50)
     before = server.service.stats().cancelled
     page.locator("#instruction").fill("make it night")
     page.locator("#run").click()
     expect(page.locator("#run")).to_have_text("Stop")
     expect(page.locator("#progress-words")).to_contain_text(re.compile(r"Step \d+ of 100"))
     expect(page.locator("#strip img[src^='data:image/jpeg']")).to_have_count(2)  # previews
-    page.locator("#instruction").press("Enter")  # once too often
+    page.locator("#instruction").press("Enter")  # a second submission
     status(page, "An edit is running")
     expect(page.locator("#run")).to_have_text("Stop")
     page.keyboard.press("Escape")
@@ -292,14 +294,14 @@ def test_an_edit_shows_its_progress_and_stops(page: Page, photo: Path, server: R
     expect(page.locator("#suggestions")).to_be_visible()
 
 
-def farthest(a: Image.Image, b: Image.Image, box: tuple[int, int, int, int]) -> int:
-    """The largest difference of a channel within a box."""
+def largest_difference(a: Image.Image, b: Image.Image, box: tuple[int, int, int, int]) -> int:
+    """The largest channel difference within a box."""
     return max(high for _, high in ImageChops.difference(a.crop(box), b.crop(box)).getextrema())
 
 
-def test_a_mask_by_brush_and_automatically(page: Page, photo: Path, tmp_path: Path):
+def test_a_mask_can_be_painted_restored_and_found_automatically(page: Page, photo: Path, tmp_path: Path):
     open_picture(page, photo)
-    quick(page, count=1)
+    set_quick_settings(page, count=1)
     page.locator("#mask").click()
     box = page.locator("#sheet").bounding_box()
     page.mouse.move(box["x"] + 30, box["y"] + 20)
@@ -309,12 +311,12 @@ def test_a_mask_by_brush_and_automatically(page: Page, photo: Path, tmp_path: Pa
     page.locator("#mask-done").click()
     expect(page.locator("#mask")).to_have_text("Mask on")
     edit(page, "make it night")
-    result, original = load_image(saved(page, "#download", tmp_path)), load_image(photo)
-    # Where nothing was painted it is as it was, but for JPEG's loss.
-    assert farthest(result, original, (60, 0, 160, 96)) <= 6
-    assert farthest(result, original, (0, 0, 20, 96)) > 20
+    result, original = load_image(download(page, "#download", tmp_path)), load_image(photo)
+    # Unpainted areas are unchanged, except for JPEG loss.
+    assert largest_difference(result, original, (60, 0, 160, 96)) <= 6
+    assert largest_difference(result, original, (0, 0, 20, 96)) > 20
 
-    # A step that had a mask brings it back.
+    # Restoring a step's settings restores its mask.
     page.locator("#use").click()
     expect(page.locator("#steps button")).to_have_count(2)
     expect(page.locator("#mask")).to_have_text("Mask")
@@ -329,9 +331,9 @@ def test_a_mask_by_brush_and_automatically(page: Page, photo: Path, tmp_path: Pa
     expect(page.locator("#mask-tools")).to_be_hidden()
 
 
-def test_a_grid_is_drawn_and_a_cell_taken_over(page: Page, photo: Path):
+def test_a_grid_cell_opens_with_its_settings(page: Page, photo: Path):
     open_picture(page, photo)
-    quick(page)
+    set_quick_settings(page)
     page.locator("#tab-explore").click()
     page.locator("#columns").fill("2 x")
     page.locator("#instruction").fill("make it night")
@@ -342,15 +344,15 @@ def test_a_grid_is_drawn_and_a_cell_taken_over(page: Page, photo: Path):
     page.locator("#run").click()
     expect(page.locator("#grid img")).to_have_count(6)
     sizes = page.locator("#grid img").evaluate_all("(all) => all.map((one) => one.naturalWidth)")
-    assert sizes == [160] * 6  # as sharp as an edit
+    assert sizes == [160] * 6  # full resolution, like an edit
     last = page.locator("#grid img").last.bounding_box()
-    assert last["y"] + last["height"] <= page.locator("#bar").bounding_box()["y"]  # all of it in view
+    assert last["y"] + last["height"] <= page.locator("#bar").bounding_box()["y"]  # fully in view
     page.get_by_role("button", name="Edit strength 6, keep original 2").click()
     expect(page.locator("#stage")).to_be_visible()
     assert page.locator("#set-text_cfg").input_value() == "6"
     assert page.locator("#set-image_cfg").input_value() == "2"
     expect(page.locator("#facts")).to_contain_text("edit strength 6 · keep original 2 · seed 11")
-    # The grid stays, and its cells lead back to the picture that they were made of.
+    # The grid stays, and its cells lead back to the picture they were made from.
     page.locator("#use").click()
     expect(page.locator("#steps button").nth(1)).to_have_attribute("aria-current", "step")
     page.locator("#tab-explore").click()
@@ -359,8 +361,8 @@ def test_a_grid_is_drawn_and_a_cell_taken_over(page: Page, photo: Path):
     expect(page.locator("#facts")).to_contain_text("edit strength 2 · keep original 1 · seed 11")
 
 
-def test_a_batch_names_what_failed_and_gives_a_zip(browser, server, photo: Path, tmp_path: Path):
-    # The browser notes the status of a refusal on its console.
+def test_a_batch_reports_failures_and_offers_a_zip(browser, server, photo: Path, tmp_path: Path):
+    # The browser logs the status of a refusal on its console.
     with visiting(browser, server, quiet=False) as page:
         edit_a_batch(page, photo, tmp_path)
 
@@ -370,34 +372,34 @@ def edit_a_batch(page: Page, photo: Path, tmp_path: Path) -> None:
     broken.write_text("<html>not a picture")
     page.locator("#tab-batch").click()
     page.locator("#batch-files").set_input_files([photo, broken, photo])
-    quick(page)
+    set_quick_settings(page)
     page.locator("#instruction").fill("make it night")
     page.locator("#run").click()
-    page.locator("#tab-edit").click()  # it goes on meanwhile
+    page.locator("#tab-edit").click()  # the batch continues meanwhile
     page.locator("#tab-batch").click()
     status(page, "2 of 3 done, 1 failed (see the list)")
     expect(page.locator("#run")).to_have_text("Edit all")
     expect(page.locator("#files .failed .state")).to_contain_text("HTML")
     leave = "dispatchEvent(new Event('beforeunload', {cancelable: true}))"
-    assert page.evaluate(leave) is False  # the results are nowhere else yet: the browser asks
-    one = saved(page, "#files .done >> nth=0 >> button", tmp_path)
-    assert parse_infotext(read_infotext(one)).instruction == "make it night"
-    archive = saved(page, "#batch-zip", tmp_path)
+    assert page.evaluate(leave) is False  # the results are not saved yet, so the browser asks
+    file = download(page, "#files .done >> nth=0 >> button", tmp_path)
+    assert parse_infotext(read_infotext(file)).instruction == "make it night"
+    archive = download(page, "#batch-zip", tmp_path)
     assert page.evaluate(leave) is True
-    with zipfile.ZipFile(archive) as made:
-        assert made.testzip() is None
-        assert made.namelist() == ["holiday-edited.jpg", "holiday-edited-2.jpg"]
-        with Image.open(io.BytesIO(made.read("holiday-edited.jpg"))) as image:
+    with zipfile.ZipFile(archive) as zipped:
+        assert zipped.testzip() is None
+        assert zipped.namelist() == ["holiday-edited.jpg", "holiday-edited-2.jpg"]
+        with Image.open(io.BytesIO(zipped.read("holiday-edited.jpg"))) as image:
             assert (image.size, image.getexif()[0x010F]) == ((160, 96), "A camera")
 
 
-def test_an_edited_file_restores_its_settings(page: Page, photo: Path, tmp_path: Path):
+def test_a_dropped_edited_file_restores_its_settings(page: Page, photo: Path, tmp_path: Path):
     open_picture(page, photo)
-    quick(page, steps=7)
+    set_quick_settings(page, steps=7)
     setting(page, "text_cfg", 3.5)
     setting(page, "negative", "blur")
     edit(page, "make it night")
-    file = saved(page, "#download", tmp_path)
+    file = download(page, "#download", tmp_path)
     page.locator("#reset").click()
     expect(page.locator("#set-text_cfg")).to_have_value("7.5")
     drop(page, file)
@@ -408,13 +410,15 @@ def test_an_edited_file_restores_its_settings(page: Page, photo: Path, tmp_path:
     expect(page.locator("#instruction")).to_have_value("make it night")
 
 
-def test_a_server_that_stops_is_explained_and_comes_back(browser: Browser, photo: Path):
+def test_a_stopped_server_is_reported_and_the_edit_can_be_retried_when_it_is_back(
+    browser: Browser, photo: Path
+):
     config = ServeConfig(max_steps=50, max_count=4)
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(running(config, page=True))
         page = stack.enter_context(visiting(browser, first, quiet=False))
         open_picture(page, photo)
-        quick(page)
+        set_quick_settings(page)
         edit(page, "make it night")
         page.locator("#use").click()
         expect(page.locator("#steps button")).to_have_count(2)
@@ -428,14 +432,14 @@ def test_a_server_that_stops_is_explained_and_comes_back(browser: Browser, photo
         status(page, "2 results")
 
 
-def test_a_full_server_says_when_to_try_again(browser: Browser, photo: Path):
+def test_a_full_server_is_reported_and_the_edit_can_be_retried(browser: Browser, photo: Path):
     config = ServeConfig(max_steps=50)
     with (
         running(config, page=True, seconds=0.05, per_client=1) as server,
         visiting(browser, server, quiet=False) as page,
     ):
         open_picture(page, photo)
-        quick(page)
+        set_quick_settings(page)
         files = {"image": photo.read_bytes()}
         data = {"instruction": "x", "steps": "50", "wait": "false"}
         taken = httpx.post(f"{server.url}/v1/edits", files=files, data=data, trust_env=False).json()
@@ -449,11 +453,13 @@ def test_a_full_server_says_when_to_try_again(browser: Browser, photo: Path):
         status(page, "2 results")
 
 
-def test_what_cannot_be_opened_is_explained(browser: Browser, server: Running, tmp_path: Path):
+def test_a_file_that_cannot_be_opened_is_explained_and_a_large_one_can_be_resized(
+    browser: Browser, server: Running, tmp_path: Path
+):
     text, large = tmp_path / "words.png", tmp_path / "large.png"
     text.write_text("hello")
     Image.linear_gradient("L").resize((1200, 600)).save(large)
-    # The browser notes the status of a refusal on its console.
+    # The browser logs the status of a refusal on its console.
     with visiting(browser, server, quiet=False) as page:
         page.locator("#file").set_input_files(text)
         banner(page, "text")
@@ -464,9 +470,9 @@ def test_what_cannot_be_opened_is_explained(browser: Browser, server: Running, t
         expect(page.locator("#facts")).to_contain_text(re.compile(r"76\d × 38\d"))
 
 
-def test_an_edit_without_effect_says_what_to_raise(page: Page, photo: Path):
+def test_an_edit_without_effect_offers_a_higher_edit_strength(page: Page, photo: Path):
     open_picture(page, photo)
-    quick(page, count=1)
+    set_quick_settings(page, count=1)
     page.locator("#mask").click()
     page.locator("#brush-size").fill("1")
     box = page.locator("#sheet").bounding_box()
@@ -481,7 +487,7 @@ def test_an_edit_without_effect_says_what_to_raise(page: Page, photo: Path):
 def test_suggestions_run_with_one_click(page: Page):
     page.locator("#examples button").first.click()
     expect(page.locator("#instruction")).to_have_value("make it night")
-    quick(page)
+    set_quick_settings(page)
     page.locator("#suggestions .chip", has_text="make it snow").click()
     status(page, "2 results")
     page.locator("#use").click()
@@ -492,7 +498,7 @@ def test_suggestions_run_with_one_click(page: Page):
     assert page.locator("#instruction").input_value()
 
 
-def test_a_dropped_picture_gets_suggestions_that_suit_the_model(page: Page, photo: Path, server: Running):
+def test_a_dropped_picture_gets_the_cards_unused_suggestions(page: Page, photo: Path, server: Running):
     ideas = httpx.get(f"{server.url}/v1/card", trust_env=False).json()["suggestions"]
     drop(page, photo)
     expect(page.locator("#stage")).to_be_visible()
@@ -500,21 +506,21 @@ def test_a_dropped_picture_gets_suggestions_that_suit_the_model(page: Page, phot
     chips = page.locator("#suggestions .chip:not(#surprise)")
     assert chips.all_inner_texts() == ideas
     expect(page.locator("#suggestions")).to_contain_text("Not tried on your picture")
-    quick(page)
+    set_quick_settings(page)
     page.locator("#surprise").click()
     status(page, "2 results")
     first = page.locator("#instruction").input_value()
     assert first in ideas
     page.locator("#use").click()
     expect(page.locator("#steps button")).to_have_count(2)
-    # What was done is not offered again, also not by surprise.
+    # A used suggestion is not offered again, not even by the surprise button.
     assert chips.all_inner_texts() == [each for each in ideas if each != first]
     page.locator("#surprise").click()
     status(page, "2 results")
     assert page.locator("#instruction").input_value() in set(ideas) - {first}
 
 
-def test_what_a_dropped_file_was_made_by_is_not_suggested_again(
+def test_the_instruction_of_a_dropped_edit_is_not_suggested_again(
     page: Page, photo: Path, server: Running, tmp_path
 ):
     answer = httpx.post(
@@ -547,9 +553,9 @@ def test_a_pasted_picture_is_opened(page: Page, photo: Path):
     assert steps_of(page) == [photo.name]
 
 
-def test_a_picture_dropped_during_an_edit_gets_no_result_of_the_old_one(page: Page, photo: Path):
+def test_dropping_a_picture_during_an_edit_discards_the_old_results(page: Page, photo: Path):
     open_picture(page, photo)
-    quick(page, count=4, steps=50)
+    set_quick_settings(page, count=4, steps=50)
     page.locator("#instruction").fill("make it night")
     page.locator("#instruction").press("Enter")
     expect(page.locator("#run")).to_have_text("Stop")
@@ -557,13 +563,13 @@ def test_a_picture_dropped_during_an_edit_gets_no_result_of_the_old_one(page: Pa
     status(page, "Describe what to change.")
     expect(page.locator("#run")).to_have_text("Edit")
     shown = pixels_of(page, "#before")
-    page.wait_for_timeout(1500)  # a late result would come in this time
+    page.wait_for_timeout(1500)  # a late result would arrive in this time
     expect(page.locator("#strip button")).to_have_count(0)
     assert pixels_of(page, "#before") == shown
     assert sorted(steps_of(page)) == sorted([photo.name, "page-2.png"])
 
 
-def test_a_setting_out_of_range_is_explained_at_its_field(page: Page, photo: Path):
+def test_an_out_of_range_setting_is_explained_at_its_field(page: Page, photo: Path):
     open_picture(page, photo)
     setting(page, "steps", 900)
     page.locator("#instruction").fill("make it night")
@@ -576,10 +582,10 @@ def test_a_setting_out_of_range_is_explained_at_its_field(page: Page, photo: Pat
     expect(page.locator("#set-steps")).not_to_have_attribute("aria-invalid", "true")
 
 
-# --- everyone ------------------------------------------------------------------------------------
+# --- accessibility, layout, speed ----------------------------------------------------------------
 
 
-def test_the_journey_by_keyboard_alone(page: Page):
+def test_an_editing_session_with_the_keyboard_only(page: Page):
     def tab_to(selector: str) -> None:
         for _ in range(80):
             if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
@@ -590,7 +596,7 @@ def test_the_journey_by_keyboard_alone(page: Page):
     tab_to("#examples button")
     page.keyboard.press("Enter")
     expect(page.locator("#instruction")).to_be_focused()
-    quick(page)
+    set_quick_settings(page)
     page.keyboard.press("Control+a")
     page.keyboard.type("make it rain")
     page.keyboard.press("Enter")
@@ -614,7 +620,7 @@ def test_the_journey_by_keyboard_alone(page: Page):
     expect(page.locator("#mask")).to_have_text("Mask on")
     page.keyboard.press("Control+z")
     expect(page.locator("#steps button").first).to_have_attribute("aria-current", "step")
-    # Also from the instruction, as long as nothing was typed into it.
+    # Also from the instruction field, if nothing was typed into it.
     page.locator("#instruction").focus()
     page.keyboard.press("Control+Shift+z")
     expect(page.locator("#steps button").nth(1)).to_have_attribute("aria-current", "step")
@@ -624,15 +630,15 @@ def test_the_journey_by_keyboard_alone(page: Page):
     assert found.value.suggested_filename == "example-1-edited.png"
 
 
-def test_the_journey_by_touch_on_a_phone(browser: Browser, server: Running):
+def test_an_editing_session_by_touch_on_a_phone(browser: Browser, server: Running):
     with visiting(browser, server, width=390, height=844, touch=True) as page:
         page.locator("#examples button").first.tap()
         expect(page.locator("#stage")).to_be_visible()
         status(page, "Describe what to change.")
-        quick(page)
+        set_quick_settings(page)
         page.locator("#run").tap()
         status(page, "2 results")
-        # Nothing that one edit needs is out of sight, and nothing is wider than the screen.
+        # Everything that an edit needs is visible, and nothing is wider than the screen.
         for needed in ("#view", "#strip", "#use", "#instruction", "#run", "#download", "#status"):
             box = page.locator(needed).bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390, needed
@@ -663,10 +669,10 @@ def test_the_journey_by_touch_on_a_phone(browser: Browser, server: Running):
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (320, 568), (2560, 1440)])
-def test_nothing_for_one_edit_lies_below_the_fold(browser, server, photo, width, height):
+def test_everything_that_an_edit_needs_is_above_the_fold(browser, server, photo, width, height):
     with visiting(browser, server, width=width, height=height) as page:
         open_picture(page, photo)
-        quick(page)
+        set_quick_settings(page)
         edit(page, "make it night")
         for needed in ("#view", "#strip", "#use", "#instruction", "#run", "#download"):
             box = page.locator(needed).bounding_box()
@@ -675,50 +681,50 @@ def test_nothing_for_one_edit_lies_below_the_fold(browser, server, photo, width,
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_axe_finds_nothing_serious(browser: Browser, server: Running, photo: Path, dark: bool):
+def test_axe_finds_no_serious_violations(browser: Browser, server: Running, photo: Path, dark: bool):
     axe = ROOT / "node_modules" / "axe-core" / "axe.min.js"
     assert axe.exists(), "axe-core is missing; get it with: npm ci"
     with visiting(browser, server, dark=dark) as page:
         page.evaluate(axe.read_text())
 
-        def look(state: str) -> None:
+        def check_page(state: str) -> None:
             found = page.evaluate("axe.run()")
-            wrong = [
+            violations = [
                 (state, each["id"], [node["html"] for node in each["nodes"]])
                 for each in found["violations"]
                 if each["impact"] in ("serious", "critical")
             ]
-            assert wrong == []
+            assert violations == []
 
-        look("start")
+        check_page("start")
         open_picture(page, photo)
-        quick(page)
-        look("open")
+        set_quick_settings(page)
+        check_page("open")
         page.locator("#advanced summary").click()
         edit(page, "make it night")
-        look("done")
+        check_page("done")
         page.locator("#mask").click()
-        look("mask")
+        check_page("mask")
         page.keyboard.press("Escape")
         page.locator("#tab-explore").click()
         page.locator("#columns").fill("2")
         page.locator("#rows").fill("1 2")
         page.locator("#run").click()
         expect(page.locator("#grid img")).to_have_count(2)
-        look("explore")
+        check_page("explore")
         page.locator("#tab-batch").click()
         page.locator("#batch-files").set_input_files(photo)
-        look("batch")
+        check_page("batch")
         page.locator("#tab-edit").click()
         page.locator("#instruction").fill("")
         page.locator("#run").click()
         banner(page, "The instruction is empty")
-        look("banner")
+        check_page("banner")
         page.locator("#help-open").click()
-        look("help")
+        check_page("help")
 
 
-def test_the_page_is_small_quick_and_still(browser: Browser, server: Running):
+def test_the_page_is_small_fast_and_has_no_layout_shift(browser: Browser, server: Running):
     with visiting(browser, server) as page:
         sizes = page.evaluate(
             """performance.getEntriesByType('resource').concat(performance.getEntriesByType('navigation'))
@@ -747,14 +753,14 @@ def test_the_page_is_small_quick_and_still(browser: Browser, server: Running):
 
 def test_every_setting_of_the_schema_has_a_control(page: Page, server: Running):
     schema = httpx.get(f"{server.url}/v1/schema", trust_env=False).json()
-    ours = {"image", "mask", "instruction", "model", "format", "quality"}
-    ours |= {"response", "stream", "previews", "wait"}
-    settings = set(schema["properties"]) - ours
+    excluded = {"image", "mask", "instruction", "model", "format", "quality"}
+    excluded |= {"response", "stream", "previews", "wait"}
+    settings = set(schema["properties"]) - excluded
     assert len(settings) > 10
     assert [name for name in settings if page.locator(f"#set-{name}").count() != 1] == []
 
 
-def test_the_reference_has_every_operation_and_field(browser: Browser, server: Running):
+def test_the_api_reference_has_every_operation_and_describes_fields(browser: Browser, server: Running):
     with visiting(browser, server) as page:
         page.goto(f"{server.url}/docs")
         page.wait_for_selector("body[data-ready]")

@@ -1,4 +1,4 @@
-"""What schemathesis sends where the interfaces' OpenAPI asks for a picture (`test_contract.py`)."""
+"""The value that schemathesis sends for OpenAPI's format "picture" (see `test_contract.py`)."""
 
 import base64
 import io

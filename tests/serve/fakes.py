@@ -1,4 +1,4 @@
-"""A model for tests of the service and of its load: tiny, random, and with a fixed time a call."""
+"""A tiny random model with a fixed time per call, for tests and load tests of the service."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ip2p.serve.jobs import Event, Job
 
 
 class SlowUNet(nn.Module):
-    """A UNet that takes `seconds` longer. rows: of each call. before: called with its input; it may raise.
+    """A UNet that takes `seconds` longer. rows: the batch size of each call.
 
-    asleep: it does nothing else, and predicts a share of the noise that it is given.
+    before: called with each input; it may raise. asleep: only sleep, and return a share of the input noise.
     """
 
     def __init__(self, unet: nn.Module, seconds: float) -> None:
@@ -60,9 +60,8 @@ def _folder() -> TemporaryDirectory:
 def fake_editor(seconds_a_call: float = 0.01, *, asleep: bool = False) -> Editor:
     """A new editor of the tests' tiny random model (64², fp32, on the CPU), named "fake".
 
-    Each call of its network takes `seconds_a_call` longer, whatever it is asked, or, asleep, just that; so
-    that its time is fixed where the machine is busy, too. `editor.bundle.unet.rows`
-    has the rows of each call so far.
+    Each network call takes `seconds_a_call` longer or, if asleep, exactly that, so that its time is fixed
+    even on a busy machine. `editor.bundle.unet.rows` has the batch size of each call so far.
     """
     editor = Editor.load(Path(_folder().name) / "fake", device="cpu", dtype="fp32")
     slow = SlowUNet(editor.bundle.unet, seconds_a_call)

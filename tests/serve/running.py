@@ -1,4 +1,4 @@
-"""A server in a thread of the test's process, on loopback, for real clients."""
+"""A server on loopback, in a thread of the test process, for real clients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def running(
     models: dict | None = None,
     **limits: int,
 ) -> Iterator[Running]:
-    """A server of the fake model, each call of whose network takes `seconds` longer; `limits` are Limits'."""
+    """A server with the fake model, whose calls take `seconds` longer; `limits` are fields of Limits."""
     config = config or ServeConfig(max_steps=50, max_count=4)
     editor = fake_editor(seconds)
     bounds = Limits(
@@ -80,9 +80,9 @@ def running(
             thread.join(30)
 
         try:
-            until = time.monotonic() + 60
+            deadline = time.monotonic() + 60
             while not server.started:
-                assert time.monotonic() < until and thread.is_alive(), "the server did not start"
+                assert time.monotonic() < deadline and thread.is_alive(), "the server did not start"
                 time.sleep(0.01)
             port = server.servers[0].sockets[0].getsockname()[1]
             yield Running(f"http://127.0.0.1:{port}", port, service, editor, stop)
@@ -92,7 +92,7 @@ def running(
 
 
 def until(condition, seconds: float = 20.0) -> None:
-    """Wait for a condition; it is an error if it does not come true."""
+    """Wait for a condition; fail if it does not become true in time."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

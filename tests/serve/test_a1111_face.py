@@ -1,4 +1,4 @@
-"""The client of AUTOMATIC1111's interface edits pictures here."""
+"""AUTOMATIC1111's interface, called by its Python client webuiapi."""
 
 import base64
 import gc
@@ -20,15 +20,15 @@ from ip2p.serve.options import ServeConfig
 
 @pytest.fixture(scope="module")
 def server():
-    with running() as one:
-        yield one
+    with running() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def api(server):
-    one = webuiapi.WebUIApi(port=server.port, steps=2)
-    one.session.trust_env = False
-    return one
+    client = webuiapi.WebUIApi(port=server.port, steps=2)
+    client.session.trust_env = False
+    return client
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def post(server, name, body):
         return session.post(f"{server.url}/sdapi/v1/{name}", json=body)
 
 
-def asked(server, picture, **more):
+def post_edit(server, picture, **more):
     body = {"init_images": [base64.b64encode(to_bytes(picture)).decode()], "prompt": "x", "steps": 1}
     return post(server, "img2img", {**body, **more})
 
 
-def test_an_edit_by_its_client(api, picture):
-    made = api.img2img(
+def test_webuiapi_edits_a_picture(api, picture):
+    result = api.img2img(
         images=[picture],
         prompt="make it night",
         seed=7,
@@ -57,24 +57,24 @@ def test_an_edit_by_its_client(api, picture):
         width=96,
         height=64,
     )
-    assert made.image.size == (96, 64)
-    settings = parse_infotext(made.info["infotexts"][0])
-    assert made.image.info["parameters"] == made.info["infotexts"][0]
+    assert result.image.size == (96, 64)
+    settings = parse_infotext(result.info["infotexts"][0])
+    assert result.image.info["parameters"] == result.info["infotexts"][0]
     assert (settings.instruction, settings.seed, settings.steps) == ("make it night", 7, 2)
     assert (settings.text_cfg, settings.image_cfg, settings.sampler) == (4.0, 1.25, "euler_ancestral")
-    assert made.info["all_seeds"] == [7] and made.parameters["cfg_scale"] == 4.0
+    assert result.info["all_seeds"] == [7] and result.parameters["cfg_scale"] == 4.0
 
 
-def test_batches_count_their_seeds_up(api, picture):
-    made = api.img2img(
+def test_seeds_increase_by_one_across_batches(api, picture):
+    result = api.img2img(
         images=[picture], prompt="x", seed=3, batch_size=2, n_iter=2, steps=1, width=64, height=64
     )
-    assert len(made.images) == 4 and made.info["all_seeds"] == [3, 4, 5, 6]
+    assert len(result.images) == 4 and result.info["all_seeds"] == [3, 4, 5, 6]
 
 
-def test_left_out_fields_are_its_defaults(server, picture):
-    made = asked(server, picture, n_iter=None).json()
-    info = json.loads(made["info"])
+def test_missing_fields_get_a1111s_defaults(server, picture):
+    response = post_edit(server, picture, n_iter=None).json()
+    info = json.loads(response["info"])
     settings = parse_infotext(info["infotexts"][0])
     assert (settings.text_cfg, settings.image_cfg) == (7.0, 1.0)  # a null image CFG is 1
     assert info["seed"] >= 0 and (info["width"], info["height"]) == (64, 64)
@@ -96,11 +96,11 @@ def warnings_of(answer):
         ({"infotext": "x"}, "infotext"),
     ],
 )
-def test_ignored_fields_that_would_change_the_picture_are_named(server, picture, ignored, named):
-    assert f"These fields have no effect here: {named}." in warnings_of(asked(server, picture, **ignored))
+def test_ignored_fields_that_would_change_the_picture_are_reported(server, picture, ignored, named):
+    assert f"These fields have no effect here: {named}." in warnings_of(post_edit(server, picture, **ignored))
 
 
-def test_ignored_fields_that_change_nothing_are_not_named(server, picture):
+def test_ignored_fields_that_change_nothing_are_not_reported(server, picture):
     neutral = {
         "denoising_strength": 1.0,
         "styles": [],
@@ -112,23 +112,23 @@ def test_ignored_fields_that_change_nothing_are_not_named(server, picture):
         "do_not_save_samples": True,
         "override_settings": {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"},
     }
-    assert "no effect" not in warnings_of(asked(server, picture, **neutral))
+    assert "no effect" not in warnings_of(post_edit(server, picture, **neutral))
 
 
-def test_its_client_reads_which_fields_had_no_effect(api, picture):
-    made = api.img2img(images=[picture], prompt="x", tiling=True, width=64, height=64)
-    (warning,) = [text for text in made.info["warnings"] if "no effect" in text]
+def test_webuiapi_receives_the_warning_about_ignored_fields(api, picture):
+    result = api.img2img(images=[picture], prompt="x", tiling=True, width=64, height=64)
+    (warning,) = [text for text in result.info["warnings"] if "no effect" in text]
     assert warning == "These fields have no effect here: denoising_strength, tiling."
-    assert "denoising_strength" not in made.parameters
+    assert "denoising_strength" not in result.parameters
 
 
-def test_the_region_under_a_mask_cannot_be_filled_first(api, picture):
+def test_an_unsupported_inpainting_fill_is_reported(api, picture):
     mask = Image.new("L", (64, 64), 255)
     for fill, named in ((0, True), (1, False)):
-        made = api.img2img(
+        result = api.img2img(
             images=[picture], prompt="x", mask_image=mask, inpainting_fill=fill, width=64, height=64
         )
-        assert ("inpainting_fill" in str(made.info["warnings"])) is named
+        assert ("inpainting_fill" in str(result.info["warnings"])) is named
 
 
 @pytest.mark.parametrize(
@@ -142,16 +142,16 @@ def test_the_region_under_a_mask_cannot_be_filled_first(api, picture):
         {"ADetailer": {"args": [False, {"ad_model": "x"}]}, "x": None},
     ],
 )
-def test_an_empty_or_disabled_always_on_script_is_no_error(server, picture, scripts):
-    assert asked(server, picture, alwayson_scripts=scripts, script_name="None").status_code == 200
+def test_empty_or_disabled_always_on_scripts_are_accepted(server, picture, scripts):
+    assert post_edit(server, picture, alwayson_scripts=scripts, script_name="None").status_code == 200
 
 
-def test_url_safe_base64_is_read(server):
-    # Noise, so that both characters are in it.
+def test_url_safe_base64_is_decoded(server):
+    # Noise, so that the encoding has both characters.
     noise = to_bytes(Image.effect_noise((64, 64), 100).convert("RGB"))
-    coded = base64.urlsafe_b64encode(noise).decode().rstrip("=")
-    assert "-" in coded and "_" in coded
-    body = {"init_images": [coded], "prompt": "x", "steps": 1}
+    encoded = base64.urlsafe_b64encode(noise).decode().rstrip("=")
+    assert "-" in encoded and "_" in encoded
+    body = {"init_images": [encoded], "prompt": "x", "steps": 1}
     answer = post(server, "img2img", body)
     assert answer.status_code == 200, answer.text
 
@@ -174,25 +174,27 @@ def test_url_safe_base64_is_read(server):
         (None, None, ("euler_ancestral", "linspace")),
     ],
 )
-def test_samplers_go_by_their_names_there(server, picture, sampler, scheduler, ours):
-    made = asked(server, picture, sampler_name=sampler, scheduler=scheduler, seed=1).json()
-    info = json.loads(made["info"])
+def test_a1111s_sampler_and_scheduler_names_map_to_ours_and_round_trip(
+    server, picture, sampler, scheduler, ours
+):
+    response = post_edit(server, picture, sampler_name=sampler, scheduler=scheduler, seed=1).json()
+    info = json.loads(response["info"])
     settings = parse_infotext(info["infotexts"][0])
     assert (settings.sampler, settings.schedule) == ours
-    # What is reported means the same when it is sent again.
+    # Sending the reported names again gives the same settings.
     again = {
         "sampler_name": info["sampler_name"],
         "scheduler": info["extra_generation_params"]["Schedule type"],
     }
-    info = json.loads(asked(server, picture, seed=1, **again).json()["info"])
+    info = json.loads(post_edit(server, picture, seed=1, **again).json()["info"])
     assert parse_infotext(info["infotexts"][0]) == settings
 
 
 @pytest.mark.parametrize("invert", [0, 1])
-def test_a_mask_is_edited_where_it_is_white_or_inverted_black(api, picture, invert):
+def test_white_mask_areas_are_edited_or_black_ones_if_inverted(api, picture, invert):
     mask = Image.new("L", (64, 64), 255 if invert else 0)
     mask.paste(0 if invert else 255, (32, 0, 64, 64))
-    made = api.img2img(
+    result = api.img2img(
         images=[picture],
         prompt="x",
         mask_image=mask,
@@ -203,26 +205,26 @@ def test_a_mask_is_edited_where_it_is_white_or_inverted_black(api, picture, inve
         height=64,
     )
     left = (0, 0, 32, 64)
-    assert made.image.crop(left).tobytes() == picture.crop(left).tobytes()
-    assert made.image.tobytes() != picture.tobytes()
+    assert result.image.crop(left).tobytes() == picture.crop(left).tobytes()
+    assert result.image.tobytes() != picture.tobytes()
 
 
 def test_a_mask_of_another_size_is_scaled(api, picture):
     mask = Image.new("L", (32, 32))
     mask.paste(255, (16, 0, 32, 32))
-    made = api.img2img(images=[picture], prompt="x", mask_image=mask, width=64, height=64)
+    result = api.img2img(images=[picture], prompt="x", mask_image=mask, width=64, height=64)
     left = (0, 0, 32, 64)
-    assert made.image.crop(left).tobytes() == picture.crop(left).tobytes()
+    assert result.image.crop(left).tobytes() == picture.crop(left).tobytes()
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
-def test_resize_modes_give_the_size_asked_for(server, picture, mode):
-    made = asked(server, picture, width=128, height=64, resize_mode=mode).json()
-    info = json.loads(made["info"])
+def test_resize_modes_give_the_requested_size(server, picture, mode):
+    response = post_edit(server, picture, width=128, height=64, resize_mode=mode).json()
+    info = json.loads(response["info"])
     assert (info["width"], info["height"]) == (128, 64)
 
 
-def test_the_lists_are_what_its_client_reads(api):
+def test_webuiapi_reads_the_models_samplers_and_schedulers(api):
     assert api.util_get_model_names() == ["fake"] and api.util_get_current_model() == "fake"
     assert api.util_get_sampler_names() == ["DPM++ 2M", "Euler", "Euler a", "LCM", "TCD"]
     assert api.util_get_scheduler_names() == [
@@ -239,7 +241,7 @@ def test_the_lists_are_what_its_client_reads(api):
     assert "is not an available model" in json.dumps(api.set_options({"sd_model_checkpoint": "../other"}))
 
 
-def test_what_clients_list_at_start_answers(api):
+def test_endpoints_that_clients_query_at_startup_answer(api):
     assert [each["name"] for each in api.get_upscalers()] == ["None"]
     for empty in (
         api.get_loras(),
@@ -257,7 +259,7 @@ def test_what_clients_list_at_start_answers(api):
     assert api.custom_get("sdapi/v1/script-info") == api.custom_get("sdapi/v1/extensions") == []
 
 
-def test_memory_is_that_of_the_machine(api):
+def test_the_memory_endpoint_reports_the_machines_memory(api):
     memory = api.get_memory()
     with open("/proc/meminfo") as file:
         total = int(file.readline().split()[1]) * 1024
@@ -266,10 +268,10 @@ def test_memory_is_that_of_the_machine(api):
     assert ram["free"] + ram["used"] == ram["total"] and set(memory["cuda"]) & {"error", "system"}
 
 
-def test_png_info_reads_what_we_wrote(api, picture):
-    made = api.img2img(images=[picture], prompt="make it night", seed=7, width=64, height=64)
-    found = api.png_info(made.image)
-    assert found.info == made.info["infotexts"][0]
+def test_png_info_reads_the_infotext_of_an_edit(api, picture):
+    result = api.img2img(images=[picture], prompt="make it night", seed=7, width=64, height=64)
+    found = api.png_info(result.image)
+    assert found.info == result.info["infotexts"][0]
     assert found.parameters["Prompt"] == "make it night" and found.parameters["Seed"] == "7"
     assert found.parameters["Sampler"] == "Euler a"
 
@@ -278,8 +280,8 @@ def test_png_info_reads_what_we_wrote(api, picture):
 def test_png_info_reads_every_format(server, picture, kind):
     image = picture.copy()
     image.info["parameters"] = 'a dog, "sitting"\nNegative prompt: cat\nSteps: 3, Model: "a, \\ud800b"'
-    coded = base64.b64encode(to_bytes(image, kind)).decode()
-    found = post(server, "png-info", {"image": coded}).json()
+    encoded = base64.b64encode(to_bytes(image, kind)).decode()
+    found = post(server, "png-info", {"image": encoded}).json()
     assert found["info"] == image.info["parameters"]
     assert found["parameters"] == {
         "Prompt": 'a dog, "sitting"',
@@ -289,26 +291,26 @@ def test_png_info_reads_every_format(server, picture, kind):
     }
 
 
-def test_png_info_of_a_plain_picture_is_empty_and_of_no_picture_an_error(server, api, picture):
+def test_png_info_is_empty_without_metadata_and_refuses_a_non_picture(server, api, picture):
     found = api.png_info(picture)
     assert (found.info, found.parameters) == ("", {})
     answer = post(server, "png-info", {"image": base64.b64encode(b"<svg></svg>").decode()})
     assert answer.status_code == 422 and "PNG, JPEG or WebP" in answer.json()["errors"]
 
 
-def test_options_without_an_effect_are_named(api):
+def test_options_without_effect_are_reported(api):
     assert api.set_options({"sd_model_checkpoint": "fake", "sd_vae": "Automatic"}) == {}
     assert "CLIP_stop_at_last_layers" in str(api.set_options({"CLIP_stop_at_last_layers": 2}))
 
 
-def test_progress_is_made_and_an_interrupt_stops_within_a_step(picture):
+def test_progress_is_reported_and_an_interrupt_stops_the_edit_early(picture):
     with running(seconds=0.1) as slow:
         api = webuiapi.WebUIApi(port=slow.port)
         api.session.trust_env = False
         assert api.get_progress()["state"]["job_count"] == 0
-        made = []
+        results = []
         thread = threading.Thread(
-            target=lambda: made.append(
+            target=lambda: results.append(
                 api.img2img(images=[picture], prompt="x", steps=50, width=64, height=64)
             )
         )
@@ -319,36 +321,38 @@ def test_progress_is_made_and_an_interrupt_stops_within_a_step(picture):
         api.interrupt()
         thread.join(3)
         assert not thread.is_alive()
-        assert made[0].images == [] and made[0].info["interrupted"]
+        assert results[0].images == [] and results[0].info["interrupted"]
         assert api.get_progress()["progress"] == 0
 
 
 @pytest.mark.parametrize("stop", ["interrupt", "skip"])
-def test_an_interrupt_gives_what_was_finished(picture, stop):
+def test_interrupt_and_skip_return_the_finished_images(picture, stop):
     with running(seconds=0.03, join=1) as slow:
-        made = []
-        thread = threading.Thread(target=lambda: made.append(asked(slow, picture, steps=10, n_iter=4)))
+        responses = []
+        thread = threading.Thread(
+            target=lambda: responses.append(post_edit(slow, picture, steps=10, n_iter=4))
+        )
         thread.start()
         until(lambda: any(len(job.results) == 2 for job in list(slow.service.queue.running.values())))
         post(slow, stop, {})
         thread.join(30)
-        info = json.loads(made[0].json()["info"])
-        assert made[0].status_code == 200 and info["interrupted"]
-        assert len(made[0].json()["images"]) == len(info["infotexts"]) in (2, 3)
+        info = json.loads(responses[0].json()["info"])
+        assert responses[0].status_code == 200 and info["interrupted"]
+        assert len(responses[0].json()["images"]) == len(info["infotexts"]) in (2, 3)
 
 
-def test_the_newest_edit_is_forgotten_with_its_time(picture):
+def test_the_newest_edit_is_released_when_its_retention_time_ends(picture):
     jobs = []
     with running(ServeConfig(max_steps=50, keep_seconds=1)) as server:
         submit = server.service.submit
 
-        def noted(*request, **more):
+        def recorded_submit(*request, **more):
             job = submit(*request, **more)
             jobs.append(weakref.ref(job))
             return job
 
-        server.service.submit = noted
-        assert asked(server, picture).status_code == 200
+        server.service.submit = recorded_submit
+        assert post_edit(server, picture).status_code == 200
         assert jobs[0]() is not None
         time.sleep(1.1)
         with requests.Session() as session:
@@ -378,16 +382,16 @@ def test_the_newest_edit_is_forgotten_with_its_time(picture):
         ({"override_settings": {"sd_model_checkpoint": "x"}}, "sd_model_checkpoint", "fake"),
     ],
 )
-def test_an_error_is_what_its_clients_know(server, picture, change, field, words):
-    answer = asked(server, picture, **change)
+def test_errors_have_the_form_that_a1111_clients_expect(server, picture, change, field, words):
+    answer = post_edit(server, picture, **change)
     assert answer.status_code == 422
-    made = answer.json()
-    (detail,) = made["detail"]
+    body = answer.json()
+    (detail,) = body["detail"]
     assert detail["loc"] == ["body", field] and words in detail["msg"] and field in detail["msg"]
-    assert made["errors"] == detail["msg"]
+    assert body["errors"] == detail["msg"]
 
 
-def test_what_is_not_served_is_404_in_its_form(server):
+def test_an_unsupported_endpoint_is_404_in_a1111s_error_form(server):
     with requests.Session() as session:
         session.trust_env = False
         answer = session.post(f"{server.url}/sdapi/v1/txt2img", json={})

@@ -1,4 +1,4 @@
-"""The server begins, tells how it is, and ends; and the lines of its documentation work as they stand."""
+"""The server's start, health, and shutdown; and the examples in its documentation."""
 
 import contextlib
 import io
@@ -41,8 +41,8 @@ def png():
 
 
 @contextlib.contextmanager
-def ending(tmp_path, seconds, drain=20.0):
-    """A server that takes signals, in a thread; gives its address, its service, the server and its thread."""
+def stoppable_server(tmp_path, seconds, drain=20.0):
+    """A server in a thread that handles signals; yields its URL, its service, the server, and its thread."""
     service = Service(LocalMaker({"fake": fake_editor(seconds)}, join=1), store=tmp_path / "results")
     config = ServeConfig(drain_seconds=drain)
     ready = threading.Event()
@@ -63,10 +63,10 @@ def ending(tmp_path, seconds, drain=20.0):
             service.close()
 
 
-def test_a_signal_lets_what_runs_finish_and_takes_nothing_more(tmp_path, png):
-    with ending(tmp_path, 0.1) as (url, service, server, thread):
+def test_sigterm_lets_running_edits_finish_and_refuses_new_ones(tmp_path, png):
+    with stoppable_server(tmp_path, 0.1) as (url, service, server, thread):
         answers = []
-        asking = threading.Thread(
+        caller = threading.Thread(
             target=lambda: answers.append(
                 httpx.post(
                     f"{url}/v1/edits",
@@ -77,7 +77,7 @@ def test_a_signal_lets_what_runs_finish_and_takes_nothing_more(tmp_path, png):
                 )
             )
         )
-        asking.start()
+        caller.start()
         until(lambda: service.stats().running == 1)
         assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
         server.handle_exit(signal.SIGTERM, None)
@@ -86,14 +86,14 @@ def test_a_signal_lets_what_runs_finish_and_takes_nothing_more(tmp_path, png):
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
         assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 503
         assert httpx.get(f"{url}/healthz", trust_env=False).status_code == 200
-        asking.join(30)
+        caller.join(30)
         assert answers[0].status_code == 200 and answers[0].json()["state"] == "done"
         thread.join(20)
         assert not thread.is_alive() and not server._captured_signals
 
 
-def test_a_second_signal_does_not_wait(tmp_path, png):
-    with ending(tmp_path, 0.2, drain=60.0) as (url, service, server, thread):
+def test_a_second_signal_stops_without_waiting(tmp_path, png):
+    with stoppable_server(tmp_path, 0.2, drain=60.0) as (url, service, server, thread):
         body = {**EDIT, "steps": "150", "wait": "false"}
         httpx.post(f"{url}/v1/edits", files={"image": png}, data=body, trust_env=False)
         until(lambda: service.stats().running == 1)
@@ -103,20 +103,20 @@ def test_a_second_signal_does_not_wait(tmp_path, png):
         assert not thread.is_alive()
 
 
-def test_headers_that_do_not_come_close_the_connection(monkeypatch):
+def test_incomplete_headers_time_out_and_a_used_connection_stays_open(monkeypatch):
     monkeypatch.setattr(apps, "HEADER_SECONDS", 0.3)
     with running() as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: loc")
         connection.settimeout(10)
         assert connection.recv(100) == b""
-        # One that asks and then waits is left alone.
+        # A connection that sends requests and then waits stays open.
         with httpx.Client(base_url=server.url, trust_env=False) as other:
             for _ in range(3):
                 assert other.get("/healthz").status_code == 200
                 time.sleep(0.2)
 
 
-def test_a_port_in_use_is_refused_and_the_page_takes_the_next(tmp_path):
+def test_a_port_in_use_is_refused_unless_further_ports_may_be_tried(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with (
@@ -128,20 +128,20 @@ def test_a_port_in_use_is_refused_and_the_page_takes_the_next(tmp_path):
             assert port < other.getsockname()[1] <= port + 20
 
 
-def test_the_page_is_served_to_this_machine_alone():
-    served = UiConfig(model=("storybook", "x=y"), max_pixels=1000).serving()
-    assert served.host == "127.0.0.1" and served.max_pixels == 1000
-    assert served.models() == {"storybook": "storybook", "x": "y"}
+def test_the_ui_listens_on_loopback_and_keeps_its_models_and_limits():
+    config = UiConfig(model=("storybook", "x=y"), max_pixels=1000).serving()
+    assert config.host == "127.0.0.1" and config.max_pixels == 1000
+    assert config.models() == {"storybook": "storybook", "x": "y"}
 
 
-def test_what_cannot_be_served_is_refused_before_anything_is_loaded(here, capsys):
+def test_a_public_host_without_a_key_and_a_missing_model_are_refused(here, capsys):
     assert main(["serve", "--host", "0.0.0.0"]) == 2
     assert "IP2P_API_KEY" in capsys.readouterr().err
     assert main(["serve", "--model", "no/such/folder", "--port", "0"]) == 3
     assert "no/such/folder" in capsys.readouterr().err
 
 
-def test_marks_are_in_the_file_or_in_the_picture(png):
+def test_the_ai_mark_is_xmp_metadata_and_optionally_visible(png):
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     assert mark.marker(ServeConfig(mark="none")) is None
     tagged = mark.marker(ServeConfig())(picture.copy())
@@ -155,17 +155,19 @@ def test_marks_are_in_the_file_or_in_the_picture(png):
     root = ElementTree.fromstring(xmp)
     sources = [value for part in root.iter() for key, value in part.items() if "DigitalSourceType" in key]
     assert sources == [mark.SOURCE_TYPE] and b'dc:title="t"' in xmp
-    seen = mark.marker(ServeConfig(mark="visible"))(picture.copy())
+    visible = mark.marker(ServeConfig(mark="visible"))(picture.copy())
     top = (0, 0, 64, 40)
-    assert seen.tobytes() != picture.tobytes() and seen.crop(top).tobytes() == picture.crop(top).tobytes()
-    assert mark.SOURCE_TYPE.encode() in seen.info["xmp"]
+    assert (
+        visible.tobytes() != picture.tobytes() and visible.crop(top).tobytes() == picture.crop(top).tobytes()
+    )
+    assert mark.SOURCE_TYPE.encode() in visible.info["xmp"]
 
 
-def test_a_result_that_a_classifier_calls_unsafe_is_not_given(monkeypatch, png):
-    asked = []
+def test_a_result_that_the_classifier_calls_unsafe_is_not_returned(monkeypatch, png):
+    calls = []
 
     def classifier(model, *, device, batch):
-        return lambda pictures: asked.append((model, pictures[0].size)) or [False]
+        return lambda pictures: calls.append((model, pictures[0].size)) or [False]
 
     monkeypatch.setattr(safety, "Classifier", classifier)
     with running(ServeConfig(safety="a/classifier")) as server:
@@ -184,7 +186,7 @@ def test_a_result_that_a_classifier_calls_unsafe_is_not_given(monkeypatch, png):
             trust_env=False,
         ) as streamed:
             assert "event: preview" not in streamed.read().decode()
-    assert asked == [("a/classifier", (64, 64))] * 2
+    assert calls == [("a/classifier", (64, 64))] * 2
     assert answer.status_code == 422 and "safety checker" in answer.json()["error"]["message"]
 
 
@@ -198,7 +200,7 @@ def documented():
 
 
 @pytest.mark.parametrize(("language", "text"), BLOCK.findall(DOCS.read_text()), ids=lambda text: text[:30])
-def test_a_block_of_the_documentation_runs_as_it_stands(documented, tmp_path, monkeypatch, language, text):
+def test_code_blocks_of_the_documentation_run(documented, tmp_path, monkeypatch, language, text):
     shutil.copy(PICTURE, tmp_path / "page.png")
     mask = Image.new("L", Image.open(PICTURE).size)
     mask.paste(255, (0, 0, mask.width // 2, mask.height))
@@ -210,19 +212,19 @@ def test_a_block_of_the_documentation_runs_as_it_stands(documented, tmp_path, mo
     monkeypatch.setenv("NO_PROXY", "*")
     text = text.replace("http://localhost:7860", documented.url)
     if language == "bash":
-        done = subprocess.run(
+        process = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, timeout=120
         )
-        assert done.returncode == 0, done.stderr
-        assert '"error"' not in done.stdout
+        assert process.returncode == 0, process.stderr
+        assert '"error"' not in process.stdout
     else:
         exec(compile(text, str(DOCS), "exec"), {})
     for path in tmp_path.glob("night*"):
-        with Image.open(path) as made:
-            assert parse_infotext(made.info["parameters"]).instruction == "make it night"
+        with Image.open(path) as image:
+            assert parse_infotext(image.info["parameters"]).instruction == "make it night"
 
 
-def test_the_documentation_has_every_interface():
+def test_the_documentation_covers_every_interface():
     text = DOCS.read_text()
     assert [language for language, _ in BLOCK.findall(text)].count("bash") >= 4
     for words in ("/v1/edits", "/v1/images/edits", "/sdapi/v1/img2img", "/metrics", "IP2P_API_KEY"):

@@ -1,4 +1,4 @@
-"""What an attacker sends; after each of it the server answers as before."""
+"""Malicious requests; after each one the server answers as before."""
 
 import base64
 import contextlib
@@ -52,9 +52,11 @@ PLACES = [
 
 @pytest.fixture(scope="module")
 def server():
-    with running(ServeConfig(max_mb=MB, max_steps=50, max_count=4), page=True) as one:
-        yield one
-        answer = ask(one, "/v1/edits", files={"image": picture()}, data={"instruction": "x", "steps": "1"})
+    with running(ServeConfig(max_mb=MB, max_steps=50, max_count=4), page=True) as started:
+        yield started
+        answer = ask(
+            started, "/v1/edits", files={"image": picture()}, data={"instruction": "x", "steps": "1"}
+        )
         assert answer.status_code == 200 and answer.json()["state"] == "done"
 
 
@@ -80,15 +82,15 @@ def message_of(answer):
     return body["error"]["message"] if isinstance(body["error"], dict) else body["errors"]
 
 
-def as_asked(path, data, **more):
-    """The request of each interface for a picture's bytes."""
+def edit_request(path, data, **more):
+    """The interface's edit request for a picture's bytes."""
     if path.startswith("/sdapi"):
         return {"json": {**FACES[path], "init_images": [base64.b64encode(data).decode()], **more}}
     return {"files": {"image": ("a.png", data)}, "data": {**FACES[path], **more}}
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_no_name_leads_out_of_a_folder(server, place):
+def test_no_url_path_escapes_its_folder(server, place):
     for name in NAMES:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
         with contextlib.closing(connection):
@@ -102,7 +104,7 @@ def test_no_name_leads_out_of_a_folder(server, place):
 
 
 @pytest.mark.parametrize("name", ["../../evil.png", "..\\evil.png", "/tmp/evil.png", "a\0.png", "a" * 9000])
-def test_no_name_of_an_upload_is_a_path(server, name, tmp_path, monkeypatch):
+def test_an_upload_filename_is_never_used_as_a_path(server, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = set(os.listdir("/tmp")) | set(os.listdir(tmp_path.parent))
     body = b"".join(
@@ -130,9 +132,9 @@ def test_no_name_of_an_upload_is_a_path(server, name, tmp_path, monkeypatch):
         *(("/sdapi/v1/img2img", name) for name in ("sampler_name", "scheduler", "script_name")),
     ],
 )
-def test_no_field_is_a_path(server, path, field):
+def test_no_field_is_used_as_a_path(server, path, field):
     for name in NAMES:
-        answer = ask(server, path, **as_asked(path, picture(), **{field: name}))
+        answer = ask(server, path, **edit_request(path, picture(), **{field: name}))
         assert answer.status_code in (400, 404, 422) and field in message_of(answer)
         assert len(answer.text) < 1000 and "root:" not in answer.text
 
@@ -150,15 +152,15 @@ def test_no_field_is_a_path(server, path, field):
     ],
     ids=["svg", "html", "png", "empty", "eps", "mvg"],
 )
-def test_what_only_calls_itself_a_picture_is_refused(server, path, data, words):
-    answer = ask(server, path, **as_asked(path, data))
+def test_an_upload_that_is_not_a_picture_is_refused(server, path, data, words):
+    answer = ask(server, path, **edit_request(path, data))
     assert answer.status_code in (400, 422) and re.search(words, message_of(answer))
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["content-type"].startswith("application/json")
 
 
 def huge_png(side=13_300):
-    """A picture of 177 megapixels, half a gigabyte of RGB, in about half a megabyte."""
+    """A 177-megapixel PNG, half a gigabyte of RGB, in about half a megabyte."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -175,9 +177,9 @@ def bomb():
 
 
 @pytest.mark.parametrize("path", FACES)
-def test_a_small_file_of_a_huge_picture_is_not_decoded(server, path, bomb):
+def test_a_decompression_bomb_is_refused_without_decoding(server, path, bomb):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer = ask(server, path, **as_asked(path, bomb))
+    answer = ask(server, path, **edit_request(path, bomb))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert answer.status_code in (400, 422) and "13300x13300" in message_of(answer)
     assert "the limit is 16" in message_of(answer) and len(bomb) < 600_000
@@ -186,8 +188,8 @@ def test_a_small_file_of_a_huge_picture_is_not_decoded(server, path, bomb):
 
 @pytest.mark.parametrize("path", FACES)
 @pytest.mark.parametrize("size", [(1, 1), (15, 64), (2000, 16)])
-def test_a_speck_or_a_thread_is_refused(server, path, size):
-    answer = ask(server, path, **as_asked(path, picture(size)))
+def test_a_tiny_or_extremely_narrow_picture_is_refused(server, path, size):
+    answer = ask(server, path, **edit_request(path, picture(size)))
     assert answer.status_code in (400, 422)
     assert "at least 16" in message_of(answer) or "at most 8 times" in message_of(answer)
 
@@ -202,16 +204,16 @@ def long_gif(frames=5000):
 
 
 @pytest.mark.parametrize("path", FACES)
-def test_a_film_is_refused(server, path):
-    film = long_gif()
-    with Image.open(io.BytesIO(film)) as opened:
+def test_an_animated_gif_is_refused(server, path):
+    gif = long_gif()
+    with Image.open(io.BytesIO(gif)) as opened:
         assert opened.n_frames == 5000
-    answer = ask(server, path, **as_asked(path, film))
+    answer = ask(server, path, **edit_request(path, gif))
     assert answer.status_code in (400, 422) and "several frames" in message_of(answer)
 
 
 @pytest.mark.parametrize("path", [*FACES, "/v1/pictures", "/healthz", "/nothing"])
-def test_a_body_without_an_end_is_cut(server, path):
+def test_an_endless_body_is_cut_off(server, path):
     kind = "application/json" if "sdapi" in path else "multipart/form-data; boundary=B"
     begin = b'--B\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
     part, sent = b"x" * 65_536, 0
@@ -227,7 +229,7 @@ def test_a_body_without_an_end_is_cut(server, path):
             while sent < 80_000_000:
                 connection.sendall(b"10000\r\n" + part + b"\r\n")
                 sent += len(part)
-    # What is let in after the answer, and what the sockets hold, come on top of the limit.
+    # Data accepted after the answer or held by the sockets comes on top of the limit.
     assert sent < MB * 1_000_000 + apps.OVER_BYTES + 15_000_000
 
 
@@ -246,8 +248,8 @@ def test_a_body_over_the_limit_is_refused(server, path):
 
 @pytest.mark.parametrize("path", FACES)
 @pytest.mark.parametrize("steps", [10**9, "1e9", -1, 0, "0x10", 10**30, "Infinity", "NaN", None])
-def test_a_billion_steps_are_refused(server, path, steps):
-    body = as_asked(path, picture())
+def test_an_invalid_number_of_steps_is_refused(server, path, steps):
+    body = edit_request(path, picture())
     name = "num_inference_steps" if "images" in path else "steps"
     if steps is None:
         steps = "null,"
@@ -267,20 +269,20 @@ def test_a_billion_steps_are_refused(server, path, steps):
         ({"Host": "127.0.0.1.evil.example:7860"}, 421),
     ],
 )
-def test_a_page_elsewhere_gets_nothing_in(server, path, headers, status):
-    body = as_asked(path, picture()) if path in FACES else {"json": {}}
+def test_requests_with_a_foreign_origin_or_host_are_refused(server, path, headers, status):
+    body = edit_request(path, picture()) if path in FACES else {"json": {}}
     answer = ask(server, path, headers=headers, **body)
     assert answer.status_code == status
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_two_hosts_at_once_get_nothing_either(server):
+def test_a_request_with_two_host_headers_is_refused(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
         assert connection.recv(100).startswith((b"HTTP/1.1 4",))
 
 
-def test_no_form_of_many_parts_is_read_to_the_end(server):
+def test_a_form_with_too_many_parts_or_headers_is_refused(server):
     for content in (
         b"".join(b'--B\r\nContent-Disposition: form-data; name="a%d"\r\n\r\n1\r\n' % k for k in range(5000)),
         b"".join(
@@ -296,18 +298,18 @@ def test_no_form_of_many_parts_is_read_to_the_end(server):
 
 @pytest.mark.parametrize("path", FACES)
 @pytest.mark.parametrize("part", [b"[],", b"{},", b"0,", b"["])
-def test_json_of_many_parts_is_not_read(server, path, part, monkeypatch):
-    read = []
-    monkeypatch.setattr(wire, "json", SimpleNamespace(loads=read.append))
+def test_json_with_too_many_tokens_is_refused_before_parsing(server, path, part, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(wire, "json", SimpleNamespace(loads=parsed.append))
     content = b'{"image":[' + part * 200_000
     answer = ask(server, path, content=content, headers={"Content-Type": "application/json"})
-    assert answer.status_code == (400 if "images" in path else 422) and not read
+    assert answer.status_code == (400 if "images" in path else 422) and not parsed
     assert "24,000 brackets, braces and commas" in message_of(answer)
 
 
 @pytest.mark.parametrize("path", FACES)
-def test_an_instruction_of_commas_alone_is_read(server, path):
-    body = as_asked(path, picture())
+def test_an_instruction_of_commas_only_is_accepted(server, path):
+    body = edit_request(path, picture())
     name = "instruction" if path == "/v1/edits" else "prompt"
     negative = "negative" if path == "/v1/edits" else "negative_prompt"
     body = {**FACES[path], **(body.get("json") or {"image": base64.b64encode(picture()).decode()})}
@@ -321,9 +323,9 @@ def test_an_instruction_of_commas_alone_is_read(server, path):
 @pytest.mark.parametrize(
     "value", ['"\\ud800"', '["a\\udfff"]', '{"\\ud800": 1}', "NaN", "[-Infinity]", "1e999"]
 )
-def test_what_no_answer_can_repeat_is_refused_before_work(server, path, value):
+def test_values_that_a_json_answer_cannot_contain_are_refused_before_any_work(server, path, value):
     before = server.service.stats().done
-    body = as_asked(path, picture()).get("json") or {"image": base64.b64encode(picture()).decode()}
+    body = edit_request(path, picture()).get("json") or {"image": base64.b64encode(picture()).decode()}
     for field in ("override_settings", "model", "prompt" if "prompt" in FACES[path] else "instruction"):
         content = json.dumps({**FACES[path], **body, field: "HERE"}).replace('"HERE"', value)
         answer = ask(server, path, content=content, headers={"Content-Type": "application/json"})
@@ -333,17 +335,17 @@ def test_what_no_answer_can_repeat_is_refused_before_work(server, path, value):
     assert server.service.stats().done == before
 
 
-def test_settings_nested_without_end_are_refused(server):
+def test_deeply_nested_override_settings_are_refused(server):
     value = json.loads("[" * 600 + "]" * 600)
     answer = ask(
         server,
         "/sdapi/v1/img2img",
-        **as_asked("/sdapi/v1/img2img", picture(), override_settings={"x": value}),
+        **edit_request("/sdapi/v1/img2img", picture(), override_settings={"x": value}),
     )
     assert answer.status_code == 422 and "override_settings is nested deeper than 20" in message_of(answer)
 
 
-def test_deep_or_odd_json_is_refused(server):
+def test_deeply_nested_or_invalid_json_is_refused(server):
     for content in (
         b'{"image":' * 100_000,
         b"[" * 500_000,
@@ -374,14 +376,14 @@ INNER = [
 
 
 @pytest.mark.parametrize("url", INNER)
-def test_no_address_is_fetched(server, url):
+def test_no_url_is_fetched(server, url):
     with socket.create_server(("127.0.0.1", 0)) as canary:
         canary.settimeout(0.05)
-        place = url.format(port=canary.getsockname()[1])
+        address = url.format(port=canary.getsockname()[1])
         for path, body in (
-            ("/v1/edits", {"instruction": "x", "image": place}),
-            ("/v1/images/edits", {"prompt": "x", "image": place}),
-            ("/sdapi/v1/img2img", {"prompt": "x", "init_images": [place]}),
+            ("/v1/edits", {"instruction": "x", "image": address}),
+            ("/v1/images/edits", {"prompt": "x", "image": address}),
+            ("/sdapi/v1/img2img", {"prompt": "x", "init_images": [address]}),
         ):
             answer = ask(server, path, json=body)
             assert answer.status_code in (400, 422), path
@@ -390,67 +392,67 @@ def test_no_address_is_fetched(server, url):
             canary.accept()
 
 
-class Bomb:
-    def __init__(self, made):
-        self.made = made
+class Exploit:
+    def __init__(self, folder):
+        self.folder = folder
 
     def __reduce__(self):
-        return os.mkdir, (str(self.made),)
+        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize("served", ["{folder}/evil.ckpt", "x={folder}/evil.ckpt"])
 def test_a_checkpoint_that_would_run_code_is_not_served(here, capsys, served):
-    made = here / "made"
-    (here / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb(made)}))
+    created = here / "made"
+    (here / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Exploit(created)}))
     assert main(["serve", "--port", "0", "--model", served.format(folder=here)]) == 3
-    assert "nothing in it was run" in capsys.readouterr().err and not made.exists()
+    assert "nothing in it was run" in capsys.readouterr().err and not created.exists()
 
 
-def test_a_checkpoint_that_would_run_code_fails_its_request_alone(tmp_path):
+def test_a_checkpoint_that_would_run_code_fails_only_its_own_request(tmp_path):
     from ip2p.editing.editor import Editor
 
-    made = tmp_path / "made"
-    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Bomb(made)}))
+    created = tmp_path / "made"
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Exploit(created)}))
     with running(models={"evil": lambda: Editor.load(tmp_path / "evil.ckpt")}) as server:
         body = {"instruction": "x", "steps": "1"}
         answer = ask(server, "/v1/edits", files={"image": picture()}, data={**body, "model": "evil"})
         assert answer.status_code == 500 and "nothing in it was run" in message_of(answer)
-        assert not made.exists()
+        assert not created.exists()
         assert ask(server, "/v1/edits", files={"image": picture()}, data=body).status_code == 200
 
 
-def raw(server, path, data):
-    """The bytes of a request that asks for many steps, as a client sends them."""
-    body = as_asked(path, data, **{"num_inference_steps" if "images" in path else "steps": "50"})
+def raw_request(server, path, data):
+    """The bytes of an edit request with many steps, as a client sends them."""
+    body = edit_request(path, data, **{"num_inference_steps" if "images" in path else "steps": "50"})
     with httpx.Client(base_url=server.url, headers={"Host": "localhost"}) as client:
         request = client.build_request("POST", path, **body)
     lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in request.headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + request.read()
 
 
-def test_requests_that_wait_hold_no_bodies_and_keep_nobody_out():
-    """Twelve of 0.8 MB and more, where bodies of 8 MB in all are let in at once."""
+def test_waiting_requests_hold_no_bodies_and_do_not_block_others():
+    """Twelve requests of 0.8 MB or more; the limit for all bodies at once is 8 MB."""
     with running(ServeConfig(max_mb=1, max_steps=50), seconds=0.2, join=1) as slow:
-        sent = [raw(slow, path, picture() + b"0" * 600_000) for path in FACES]
+        requests = [raw_request(slow, path, picture() + b"0" * 600_000) for path in FACES]
         with contextlib.ExitStack() as stack:
             stack.callback(tracemalloc.stop)
             for number in range(12):
                 connection = stack.enter_context(socket.create_connection(("127.0.0.1", slow.port)))
-                connection.sendall(sent[number % 3])
+                connection.sendall(requests[number % 3])
                 until(lambda n=number: slow.service.stats().waiting + slow.service.stats().running > n)
-                if number == 2:  # what is made once is there
+                if number == 2:  # one-time allocations are done
                     tracemalloc.start()
             gc.collect()
             assert tracemalloc.get_traced_memory()[0] < 3_000_000
             answer = ask(
                 *(slow, "/v1/edits"),
-                **as_asked("/v1/edits", picture() + b"0" * 900_000, wait="false"),
+                **edit_request("/v1/edits", picture() + b"0" * 900_000, wait="false"),
             )
             assert answer.status_code == 202
 
 
-def test_many_at_once_do_not_stop_the_rest(server):
-    """Fifty that send half a request and stay."""
+def test_many_unfinished_requests_do_not_block_others(server):
+    """Fifty clients send half a request and stay connected."""
     with contextlib.ExitStack() as stack:
         for _ in range(50):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))

@@ -1,10 +1,10 @@
-"""The interfaces keep to what their OpenAPI declares: schemathesis sends what it allows and what it does not.
+"""The interfaces conform to their OpenAPI schema: schemathesis sends valid and invalid requests.
 
-More of it, at a running server:
+To test a running server more thoroughly:
 st run http://localhost:7860/openapi.json --exclude-checks positive_data_acceptance
 
-Rules between fields, and what only a model knows of a size, no schema can state: a request that breaks one is
-refused though the schema allows it. So `positive_data_acceptance` is left out.
+A schema cannot state rules between fields, or limits on a size that only the model knows: a request that
+breaks one is refused although the schema allows it. So `positive_data_acceptance` is left out.
 """
 
 import os
@@ -23,7 +23,7 @@ COMMAND = (
 )
 
 
-def test_a_method_that_an_address_does_not_take_is_405_with_those_it_takes():
+def test_an_unsupported_method_is_405_and_the_allow_header_lists_the_supported_ones():
     with running() as server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         for path, operations in http.get("/openapi.json").json()["paths"].items():
             for method in {"get", "put", "post", "delete", "patch", "trace"} - set(operations):
@@ -32,7 +32,7 @@ def test_a_method_that_an_address_does_not_take_is_405_with_those_it_takes():
                 assert set(answer.headers["allow"].lower().split(", ")) == set(operations)
 
 
-def test_every_answer_is_a_declared_one(tmp_path):
+def test_schemathesis_finds_no_violation_of_the_openapi_schema(tmp_path):
     here = Path(__file__).parent
     environment = os.environ | {
         "SCHEMATHESIS_HOOKS": "contract_hooks",
@@ -40,7 +40,7 @@ def test_every_answer_is_a_declared_one(tmp_path):
         "NO_PROXY": "*",
     }
     with running(ServeConfig(max_steps=2, max_count=2), queue=1000, per_client=1000) as server:
-        ran = subprocess.run(
+        process = subprocess.run(
             [Path(sys.executable).with_name("st"), "run", f"{server.url}/openapi.json", *COMMAND],
             capture_output=True,
             text=True,
@@ -50,5 +50,5 @@ def test_every_answer_is_a_declared_one(tmp_path):
         )
         paths = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()["paths"]
         assert server.service.stats().done > 0
-    assert ran.returncode == 0, ran.stdout[-6000:]
-    assert f"Tested: {sum(map(len, paths.values()))}" in ran.stdout
+    assert process.returncode == 0, process.stdout[-6000:]
+    assert f"Tested: {sum(map(len, paths.values()))}" in process.stdout

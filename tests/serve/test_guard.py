@@ -1,4 +1,4 @@
-"""Who is let in, and with what."""
+"""The guard: hosts, origins, keys, body limits, and the access log."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ KEYS = ("k" * 20, "j" * 20)
 
 
 async def echo(scope, receive, send):
-    """An application that reads its body and says who called."""
+    """An application that answers with the caller and the size of the body."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -31,13 +31,13 @@ async def echo(scope, receive, send):
 
 
 def ask(app, method="POST", path="/v1/edits", *, host="localhost:7860", peer="127.0.0.1", **more):
-    async def asked():
+    async def send_request():
         transport = httpx.ASGITransport(app, client=(peer, 1234))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:7860") as client:
             headers = {"Host": host, **more.pop("headers", {})}
             return await client.request(method, path, headers=headers, **more)
 
-    return asyncio.run(asked())
+    return asyncio.run(send_request())
 
 
 @pytest.fixture
@@ -52,25 +52,25 @@ def keyed(tmp_path):
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:7860", "127.0.0.1:9", "[::1]:7860", "localhost."])
-def test_this_machines_names_are_known(local, host):
+def test_host_names_of_this_machine_are_accepted(local, host):
     assert ask(local, host=host).status_code == 200
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "10.0.0.1", "", "localhost,evil"]
 )
-def test_a_name_that_was_made_to_point_here_is_not(local, host):
+def test_other_host_names_are_refused(local, host):
     answer = ask(local, "GET", host=host)
     assert answer.status_code == 421 and answer.json()["error"]["param"] == "Host"
 
 
-def test_further_names_are_those_that_the_operator_gives():
+def test_additional_host_names_come_from_the_settings():
     app = Guard(echo, ServeConfig(allow_host=("pictures.example.org",)))
     assert ask(app, host="pictures.example.org:443").status_code == 200
     assert ask(app, host="other.example.org").status_code == 421
 
 
-def test_a_public_server_is_called_by_its_address_or_its_machines_name():
+def test_a_public_server_accepts_ip_addresses_and_its_machines_name():
     app = Guard(echo, ServeConfig(host="0.0.0.0", public=True))
     assert ask(app, host="192.0.2.7:7860").status_code == 200
     assert ask(app, host=socket.gethostname()).status_code == 200
@@ -89,19 +89,19 @@ def test_a_public_server_is_called_by_its_address_or_its_machines_name():
     ],
 )
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
-def test_a_foreign_page_may_not_post(local, origin, method):
+def test_a_write_from_a_foreign_origin_is_refused(local, origin, method):
     answer = ask(local, method, headers={"Origin": origin})
     assert answer.status_code == 403 and answer.json()["error"]["param"] == "Origin"
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_the_own_page_and_clients_without_an_origin_may(local):
+def test_the_same_origin_and_clients_without_an_origin_may_post(local):
     assert ask(local, headers={"Origin": "http://localhost:7860"}).status_code == 200
     assert ask(local).status_code == 200
     assert ask(local, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
 
 
-def test_a_browser_that_hides_the_origin_is_refused_by_its_other_header(local):
+def test_a_cross_site_sec_fetch_site_header_is_refused_without_an_origin(local):
     assert ask(local, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
 
 
@@ -111,18 +111,18 @@ def shared(tmp_path):
     return Guard(echo, ServeConfig(allow_origin=("https://example.org",), api_key_file=file))
 
 
-def test_a_page_of_an_allowed_origin_posts_and_reads(shared):
-    own = {"Origin": "https://example.org"}
-    answer = ask(shared, headers={**own, "X-API-Key": KEYS[0]})
+def test_an_allowed_origin_may_post_and_read(shared):
+    origin = {"Origin": "https://example.org"}
+    answer = ask(shared, headers={**origin, "X-API-Key": KEYS[0]})
     assert answer.status_code == 200 and answer.headers["vary"] == "Origin"
     assert answer.headers.get_list("access-control-allow-origin") == ["https://example.org"]
     assert "Retry-After" in answer.headers["access-control-expose-headers"]
-    refused = ask(shared, headers=own)  # and reads why
+    refused = ask(shared, headers=origin)  # the page can read why
     assert refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == "https://example.org"
 
 
-def test_its_preflight_is_answered_without_a_key(shared):
+def test_a_preflight_from_an_allowed_origin_needs_no_key(shared):
     headers = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     answer = ask(shared, "OPTIONS", headers=headers)
     assert answer.status_code == 200
@@ -136,7 +136,7 @@ def test_its_preflight_is_answered_without_a_key(shared):
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "https://example.org.evil", "null", ""])
-def test_pages_of_other_origins_read_nothing(shared, local, origin):
+def test_other_origins_get_no_cors_headers(shared, local, origin):
     headers = {"Origin": origin, "Access-Control-Request-Method": "POST", "X-API-Key": KEYS[0]}
     for method in ("OPTIONS", "GET", "POST"):
         answer = ask(shared, method, headers=headers)
@@ -155,7 +155,7 @@ def test_errors_have_the_form_of_the_interface_that_was_called(local):
     assert "detail" in ask(local, path="/sdapi/v1/img2img", headers=wrong).json()
 
 
-def test_every_answer_tells_browsers_to_guess_nothing(local):
+def test_every_answer_has_nosniff_and_a_content_security_policy(local):
     for path in ("/", "/v1/edits", "/docs"):
         headers = ask(local, "GET", path).headers
         assert headers["x-content-type-options"] == "nosniff"
@@ -172,7 +172,7 @@ def test_every_answer_tells_browsers_to_guess_nothing(local):
         {"Authorization": "Basic " + base64.b64encode(f"any:{KEYS[0]}".encode()).decode()},
     ],
 )
-def test_a_key_lets_in(keyed, headers):
+def test_a_valid_key_is_accepted(keyed, headers):
     assert ask(keyed, host="192.0.2.1", headers=headers).status_code == 200
 
 
@@ -188,13 +188,13 @@ def test_a_key_lets_in(keyed, headers):
         {"X-API-Key": "# the team's"},
     ],
 )
-def test_no_key_or_a_wrong_one_does_not(keyed, headers):
+def test_a_missing_or_wrong_key_is_refused_except_for_the_health_check(keyed, headers):
     answer = ask(keyed, host="192.0.2.1", headers=headers)
     assert answer.status_code == 401 and answer.headers["www-authenticate"].startswith("Basic")
     assert ask(keyed, "GET", "/healthz", host="192.0.2.1", headers=headers).status_code == 200
 
 
-def test_callers_are_distinguished_by_key_else_by_address(keyed, local):
+def test_callers_are_distinguished_by_key_or_else_by_address(keyed, local):
     def client(app, **more):
         return ask(app, **more).json()["client"]
 
@@ -205,7 +205,7 @@ def test_callers_are_distinguished_by_key_else_by_address(keyed, local):
     assert "192.0.2.1" not in client(local, peer="192.0.2.1")
 
 
-def test_a_body_over_the_limit_is_cut_whether_it_says_so_or_not():
+def test_a_body_over_the_limit_is_refused_with_or_without_a_content_length():
     app = Guard(echo, ServeConfig(max_mb=1))
     sent = 0
 
@@ -223,7 +223,7 @@ def test_a_body_over_the_limit_is_cut_whether_it_says_so_or_not():
     assert app.held == 0
 
 
-def test_a_body_that_stands_still_is_given_up(monkeypatch):
+def test_a_stalled_body_times_out(monkeypatch):
     monkeypatch.setattr(guard, "SILENT_SECONDS", 0.05)
     messages = []
 
@@ -244,7 +244,7 @@ def test_a_body_that_stands_still_is_given_up(monkeypatch):
     assert messages[1]["status"] == 408 and b"0.05" in messages[2]["body"]
 
 
-def test_what_is_let_go_counts_no_more():
+def test_a_released_body_no_longer_counts():
     held = []
 
     async def holding(scope, receive, send):
@@ -259,7 +259,7 @@ def test_what_is_let_go_counts_no_more():
     assert held == [1000, 0] and app.held == 0
 
 
-def test_a_body_of_json_is_bounded_by_its_parts_and_a_form_is_not():
+def test_a_json_body_has_a_token_limit_and_a_form_has_none():
     app = Guard(echo, ServeConfig(max_words=100))
     at_most = b"[" * (guard.STRUCTURE + 200)
     for kind in ("application/json", "", "text/plain"):
@@ -272,7 +272,7 @@ def test_a_body_of_json_is_bounded_by_its_parts_and_a_form_is_not():
     assert ask(app, content=at_most + b",", headers=headers).status_code == 200
 
 
-def test_uploads_together_are_bounded_too():
+def test_the_total_size_of_concurrent_uploads_is_limited():
     app = Guard(echo, ServeConfig(max_mb=1))
     app.held = guard.BODIES_AT_ONCE * app.most
     answer = ask(app, content=b"x")
@@ -289,7 +289,7 @@ def test_web_sockets_are_closed(local):
     assert messages == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_a_fault_within_says_nothing_of_itself(caplog):
+def test_an_internal_error_is_logged_but_not_shown_to_the_client(caplog):
     async def broken(scope, receive, send):
         raise RuntimeError("/etc/secret")
 
@@ -298,7 +298,7 @@ def test_a_fault_within_says_nothing_of_itself(caplog):
     assert "/etc/secret" in caplog.text
 
 
-def test_the_log_has_no_query_and_no_line_of_its_own(local, caplog):
+def test_the_access_log_omits_queries_and_has_no_raw_control_characters(local, caplog):
     caplog.set_level("INFO", logger="ip2p.serve.access")
     ask(local, "GET", "/v1/a%0Ab%1b?secret=1")
     (line,) = [record.getMessage() for record in caplog.records if record.name == "ip2p.serve.access"]
@@ -328,20 +328,20 @@ def test_unusable_settings_are_refused(here, change, words):
 
 
 @pytest.mark.parametrize("text", ["short\n", "", "a key with blanks in it\n", "ключ" * 8])
-def test_keys_that_guessing_finds_are_refused(tmp_path, text):
+def test_weak_or_malformed_keys_are_refused(tmp_path, text):
     (file := tmp_path / "keys").write_text(text)
     with pytest.raises(InputError, match="key"):
         ServeConfig(host="0.0.0.0", api_key_file=file).check()
 
 
-def test_a_key_of_the_environment_lets_others_in_and_is_shown_nowhere(here, monkeypatch):
+def test_a_key_from_the_environment_allows_a_public_host_and_is_not_in_the_repr(here, monkeypatch):
     monkeypatch.setenv("IP2P_API_KEY", KEYS[0])
     config = ServeConfig(host="0.0.0.0")
     config.check()
     assert KEYS[0] not in repr(config) and config.api_keys() == (KEYS[0],)
 
 
-def test_models_go_by_names_that_show_no_path():
+def test_model_names_do_not_reveal_paths():
     names = ServeConfig(
         model=("storybook", "./runs/mine", "/a/b.safetensors", "someone/editor", "x=./y")
     ).models()
@@ -355,11 +355,11 @@ def test_models_go_by_names_that_show_no_path():
     ("host", "name"),
     [("A.b:80", "a.b"), ("[::1]:80", "::1"), ("::1", "::1"), ("a.", "a"), ("a:b", "a:b"), ("", "")],
 )
-def test_the_name_in_a_host_header(host, name):
+def test_host_name_parses_a_host_header(host, name):
     assert host_name(host) == name
 
 
-def test_a_server_behind_tls_knows_its_own_page():
+def test_an_https_origin_matches_the_host_of_a_server_behind_tls():
     assert same_place("https://pictures.example.org", "pictures.example.org")
     assert same_place("https://a:443", "a") and not same_place("https://a:80", "a")
     assert not same_place("https://", "") and not same_place("ftp://a", "a")

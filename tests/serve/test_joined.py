@@ -33,7 +33,7 @@ def joined(editor):
 
 
 def at_once(*calls):
-    """What each call gives or raises, all in threads of their own."""
+    """The result or exception of each call, each in its own thread."""
     answers = [None] * len(calls)
     start = threading.Barrier(len(calls))
 
@@ -54,7 +54,7 @@ def at_once(*calls):
 
 
 def latents(editor, picture, *, seed, steps, sampler="euler_ancestral", **scales):
-    """The last latents of an edit: fp32, before they are rounded to a picture."""
+    """The final fp32 latents of an edit, before they are rounded to a picture."""
     seen = []
     editor.edit(
         picture,
@@ -68,55 +68,55 @@ def latents(editor, picture, *, seed, steps, sampler="euler_ancestral", **scales
     return seen[-1]
 
 
-def far(one, other):
-    # Untrained networks leave latents of about 14 (the first sigma): the error is relative to that.
+def relative_error(one, other):
+    # Untrained networks leave latents of about 14 (the first sigma), so the error is relative.
     return ((one - other).abs().max() / one.abs().max()).item()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_edits_at_different_steps_and_scales_equal_those_made_alone(editor, joined, sampler):
-    asked = [
+def test_joined_edits_with_different_steps_and_scales_match_solo_edits(editor, joined, sampler):
+    options = [
         {"seed": 1, "steps": 3, "sampler": sampler},
         {"seed": 2, "steps": 5, "sampler": sampler, "text_cfg": 2.0, "image_cfg": 1.0},
         {"seed": 3, "steps": 4, "sampler": sampler, "text_cfg": 1.0, "image_cfg": 1.0},
         {"seed": 4, "steps": 5, "sampler": "euler", "schedule": "karras", "negative": "grey"},
     ]
-    alone = [latents(editor, picture, **how) for picture, how in zip(PICTURES, asked, strict=True)]
+    alone = [latents(editor, picture, **how) for picture, how in zip(PICTURES, options, strict=True)]
     editor.bundle.unet.rows.clear()
     together = at_once(
         *(
             lambda picture=picture, how=how: latents(joined, picture, **how)
-            for picture, how in zip(PICTURES, asked, strict=True)
+            for picture, how in zip(PICTURES, options, strict=True)
         )
     )
-    assert max(far(one, other) for one, other in zip(alone, together, strict=True)) < 1e-5
+    assert max(relative_error(one, other) for one, other in zip(alone, together, strict=True)) < 1e-5
     assert max(editor.bundle.unet.rows) > 3  # the three passes of one edit are 3
 
 
-def test_edits_of_different_sizes_are_kept_apart_and_equal_those_made_alone(editor, joined):
-    asked = [{"size": 64}, {"size": 32}, {"size": 64}, {"size": 32}]
-    alone = [latents(editor, PICTURES[k], seed=k, steps=3, **how) for k, how in enumerate(asked)]
+def test_joined_edits_of_different_sizes_match_solo_edits(editor, joined):
+    options = [{"size": 64}, {"size": 32}, {"size": 64}, {"size": 32}]
+    alone = [latents(editor, PICTURES[k], seed=k, steps=3, **how) for k, how in enumerate(options)]
     together = at_once(
         *(
             lambda k=k, how=how: latents(joined, PICTURES[k], seed=k, steps=3, **how)
-            for k, how in enumerate(asked)
+            for k, how in enumerate(options)
         )
     )
     assert [x.shape for x in together] == [x.shape for x in alone]
-    assert max(far(one, other) for one, other in zip(alone, together, strict=True)) < 1e-5
+    assert max(relative_error(one, other) for one, other in zip(alone, together, strict=True)) < 1e-5
 
 
-def test_several_seeds_a_mask_and_an_automatic_mask_join_too(editor, joined):
+def test_joined_edits_with_several_seeds_or_masks_match_solo_edits(editor, joined):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (8, 8, 40, 40))
-    asked = [
+    options = [
         {"seeds": [1, 2]},
         {"seeds": [3], "mask": mask, "mask_padding": 64},
         {"seeds": [4], "auto_mask": 0.5},
     ]
 
-    def edit(some, k):
-        return some.edit(PICTURES[k], "make it night", steps=3, **asked[k])
+    def edit(maker, k):
+        return maker.edit(PICTURES[k], "make it night", steps=3, **options[k])
 
     alone = [edit(editor, k) for k in range(3)]
     together = at_once(*(lambda k=k: edit(joined, k) for k in range(3)))
@@ -126,26 +126,26 @@ def test_several_seeds_a_mask_and_an_automatic_mask_join_too(editor, joined):
             assert before.info["parameters"] == after.info["parameters"]
 
 
-def test_edits_together_make_fewer_calls_than_alone(editor, joined):
+def test_joined_edits_make_fewer_calls_than_solo_edits(editor, joined):
     for k in range(4):
         editor.edit(PICTURES[k], "make it night", seeds=[k], steps=5)
     alone = len(editor.bundle.unet.rows)
     editor.bundle.unet.rows.clear()
     at_once(*(lambda k=k: joined.edit(PICTURES[k], "make it night", seeds=[k], steps=5) for k in range(4)))
     assert alone == 20
-    # They begin one after the other, so that the first steps may be made by fewer.
+    # Edits start one after another, so the first calls may join fewer of them.
     assert len(editor.bundle.unet.rows) <= 12
     assert joined.calls[4] >= 1
     assert sum(number * calls for number, calls in joined.calls.items()) == 20
 
 
-def test_an_edit_alone_is_the_editors_own_to_the_byte(editor, joined):
+def test_a_lone_edit_is_byte_identical_to_the_plain_editors(editor, joined):
     one = editor.edit(PICTURES[0], "make it night", seeds=[7], steps=3)[0]
     other = joined.edit(PICTURES[0], "make it night", seeds=[7], steps=3)[0]
     assert one.tobytes() == other.tobytes()
 
 
-def test_all_that_the_networks_do_is_done_in_one_thread(editor, joined):
+def test_the_network_runs_in_a_single_thread(editor, joined):
     editor.bundle.unet.threads.clear()
     at_once(*(lambda k=k: joined.edit(PICTURES[k], "make it night", steps=2) for k in range(4)))
     assert len(editor.bundle.unet.threads) == 1
@@ -168,7 +168,7 @@ def test_a_call_has_no_more_rows_than_fit_in_memory(editor, joined, monkeypatch)
     assert set(editor.bundle.unet.rows) == {3}
 
 
-def test_out_of_memory_of_many_is_tried_again_one_by_one(editor, joined):
+def test_a_call_that_runs_out_of_memory_is_retried_one_edit_at_a_time(editor, joined):
     def small(sample):
         if len(sample) > 3:
             raise torch.OutOfMemoryError("too many")
@@ -176,12 +176,12 @@ def test_out_of_memory_of_many_is_tried_again_one_by_one(editor, joined):
     alone = [latents(editor, PICTURES[k], seed=k, steps=3) for k in range(3)]
     editor.bundle.unet.before = small
     together = at_once(*(lambda k=k: latents(joined, PICTURES[k], seed=k, steps=3) for k in range(3)))
-    assert max(far(one, other) for one, other in zip(alone, together, strict=True)) < 1e-5
-    assert max(editor.bundle.unet.rows) > 3  # it was tried
+    assert max(relative_error(one, other) for one, other in zip(alone, together, strict=True)) < 1e-5
+    assert max(editor.bundle.unet.rows) > 3  # the full call was tried
 
 
-def test_an_error_of_one_edit_fails_it_alone(editor, joined):
-    """One of three has latents of another brightness by its seed's first noise; the network fails on them."""
+def test_an_error_fails_only_the_edit_that_caused_it(editor, joined):
+    """The network fails on one of three edits, which it recognizes by the first noise of its seed."""
     noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(1))
 
     def guard(sample):
@@ -203,8 +203,8 @@ def test_a_refused_edit_does_not_hold_up_the_others(joined):
     assert isinstance(answers[1], InputError) and len(answers[0]) == 1
 
 
-def test_one_who_decodes_between_steps_is_not_waited_for(editor, joined):
-    """With a patience of 5 seconds a step, waiting for it would take a minute."""
+def test_an_edit_that_decodes_between_steps_is_not_waited_for(editor, joined):
+    """With a patience of 5 seconds per step, waiting would take a minute."""
     began = time.monotonic()
 
     def slow(step, steps, x):
@@ -218,23 +218,23 @@ def test_one_who_decodes_between_steps_is_not_waited_for(editor, joined):
     assert time.monotonic() - began < 30
 
 
-def test_one_who_dawdles_is_waited_for_only_so_long(editor):
+def test_an_edit_with_a_slow_callback_does_not_block_the_others(editor):
     joined = JoinedEditor(editor, patience=0.01)
-    there, go_on = threading.Event(), threading.Event()
+    started, release = threading.Event(), threading.Event()
 
     def dawdle(step, steps, x):
-        there.set()
-        go_on.wait(60)
+        started.set()
+        release.wait(60)
 
     def other():
-        there.wait(60)
-        made = joined.edit(PICTURES[1], "make it night", steps=4)
-        go_on.set()
-        return made
+        started.wait(60)
+        pictures = joined.edit(PICTURES[1], "make it night", steps=4)
+        release.set()
+        return pictures
 
     answers = at_once(lambda: joined.edit(PICTURES[0], "make it night", steps=2, callback=dawdle), other)
     joined.close()
-    assert [len(made) for made in answers] == [1, 1]
+    assert [len(pictures) for pictures in answers] == [1, 1]
 
 
 def test_stopping_ends_an_edit_within_a_step(editor, joined):
@@ -253,13 +253,13 @@ def test_stopping_ends_an_edit_within_a_step(editor, joined):
         return time.monotonic(), len(steps)
 
     answers = at_once(edit, stop)
-    stopped, made = answers[1]
+    stopped, steps_at_stop = answers[1]
     assert isinstance(answers[0], Stopped)
-    assert len(steps) <= made + 1
+    assert len(steps) <= steps_at_stop + 1
     assert time.monotonic() - stopped < 1
 
 
-def test_stopping_one_of_two_leaves_the_other_to_end(editor, joined):
+def test_stopping_one_edit_does_not_stop_the_other(editor, joined):
     lanes = []
     ready = threading.Event()
 
@@ -279,7 +279,7 @@ def test_stopping_one_of_two_leaves_the_other_to_end(editor, joined):
     assert isinstance(answers[0], Stopped) and len(answers[1]) == 1
 
 
-def test_closing_fails_those_who_wait_and_ends_the_thread(editor):
+def test_closing_fails_running_edits_and_ends_the_thread(editor):
     editor.bundle.unet.seconds = 0.05
     joined = JoinedEditor(editor)
     began = threading.Event()

@@ -1,4 +1,4 @@
-"""Our own interface, from outside over HTTP."""
+"""The native interface, over HTTP."""
 
 import base64
 import io
@@ -16,8 +16,8 @@ from ip2p.settings import SettingError
 
 @pytest.fixture(scope="module")
 def server():
-    with running() as one:
-        yield one
+    with running() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def events_of(response):
             yield name, json.loads(line.removeprefix("data: "))
 
 
-def test_a_form_gives_every_result_with_its_settings_inside(http, png):
+def test_a_form_request_returns_every_result_with_embedded_settings(http, png):
     answer = http.post(
         "/v1/edits",
         files={"image": ("a.png", png)},
@@ -63,19 +63,19 @@ def test_a_form_gives_every_result_with_its_settings_inside(http, png):
         assert "compositeWithTrainedAlgorithmicMedia" in str(picture.info["xmp"])
 
 
-def test_json_and_a_form_give_the_same_picture_as_the_editor(http, server, png):
+def test_json_and_form_requests_match_the_editor(http, server, png):
     body = {"instruction": "make it night", "steps": 2, "seed": 3, "size": "64x64", "image_cfg": 1.2}
     form = http.post("/v1/edits", files={"image": png}, data={name: str(v) for name, v in body.items()})
     for text in (base64.b64encode(png).decode(), "data:image/png;base64," + base64.b64encode(png).decode()):
         answer = http.post("/v1/edits", json={**body, "image": text})
         assert answer.json()["results"][0]["b64"] == form.json()["results"][0]["b64"]
     (alone,) = server.editor.edit(png, "make it night", seeds=[3], steps=2, size=(64, 64), image_cfg=1.2)
-    made = opened(form.json()["results"][0]["b64"])
-    levels = [abs(a - b) for a, b in zip(alone.tobytes(), made.tobytes(), strict=True)]
-    assert max(levels) <= 1  # joined, sums are rounded otherwise
+    edited = opened(form.json()["results"][0]["b64"])
+    levels = [abs(a - b) for a, b in zip(alone.tobytes(), edited.tobytes(), strict=True)]
+    assert max(levels) <= 1  # joined calls round sums differently
 
 
-def test_accept_image_gives_the_file_itself(http, png):
+def test_an_image_accept_header_returns_the_file_itself(http, png):
     answer = http.post(
         "/v1/edits",
         headers={"Accept": "image/webp"},
@@ -87,47 +87,47 @@ def test_accept_image_gives_the_file_itself(http, png):
     assert Image.open(io.BytesIO(answer.content)).format == "WEBP"
 
 
-def test_a_mask_keeps_what_is_black(http, png):
+def test_black_mask_areas_stay_unchanged(http, png):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (32, 0, 64, 64))
     answer = http.post(
         "/v1/edits", files={"image": png, "mask": to_bytes(mask)}, data={"instruction": "x", "steps": "2"}
     )
-    made, before = opened(answer.json()["results"][0]["b64"]), Image.open(io.BytesIO(png))
-    assert made.crop((0, 0, 32, 64)).tobytes() == before.crop((0, 0, 32, 64)).tobytes()
-    assert made.tobytes() != before.tobytes()
+    after, before = opened(answer.json()["results"][0]["b64"]), Image.open(io.BytesIO(png))
+    assert after.crop((0, 0, 32, 64)).tobytes() == before.crop((0, 0, 32, 64)).tobytes()
+    assert after.tobytes() != before.tobytes()
 
 
-def test_a_found_mask_comes_with_the_result(http, png):
+def test_an_automatic_mask_is_returned_with_the_result(http, png):
     answer = http.post(
         "/v1/edits", files={"image": png}, data={"instruction": "x", "steps": "2", "auto_mask": "0.5"}
     )
     assert opened(answer.json()["results"][0]["mask"]).size == (64, 64)
 
 
-def test_without_waiting_there_is_an_id_to_come_back_to(http, png):
+def test_wait_false_returns_a_url_for_fetching_the_results(http, png):
     answer = http.post(
         "/v1/edits",
         files={"image": png},
         data={"instruction": "x", "steps": "2", "wait": "false", "format": "jpeg"},
     )
     assert answer.status_code == 202 and answer.headers["location"] == answer.json()["url"]
-    place = answer.json()["url"]
-    until(lambda: http.get(place).json()["state"] == "done")
-    record = http.get(place).json()
+    url = answer.json()["url"]
+    until(lambda: http.get(url).json()["state"] == "done")
+    record = http.get(url).json()
     (result,) = record["results"]
     file = http.get(result["url"])
     assert (
         file.headers["content-type"] == "image/jpeg" and file.headers["x-content-type-options"] == "nosniff"
     )
-    assert http.get(place).json()["results"] == record["results"]  # it is not written anew
-    assert http.get(f"{place}/results/0").content == file.content
-    assert Image.open(io.BytesIO(http.get(f"{place}/results/0?format=png").content)).format == "PNG"
-    missing = http.get(f"{place}/results/1")
+    assert http.get(url).json()["results"] == record["results"]  # not written again
+    assert http.get(f"{url}/results/0").content == file.content
+    assert Image.open(io.BytesIO(http.get(f"{url}/results/0?format=png").content)).format == "PNG"
+    missing = http.get(f"{url}/results/1")
     assert missing.status_code == 404 and "0 to 0" in missing.json()["error"]["message"]
 
 
-def test_events_tell_every_step_and_end_with_the_results(http, png):
+def test_events_report_the_steps_in_order_and_end_with_the_results(http, png):
     with http.stream(
         "POST",
         "/v1/edits",
@@ -144,7 +144,7 @@ def test_events_tell_every_step_and_end_with_the_results(http, png):
     assert opened(events[-1][1]["results"][0]["b64"]).size == (64, 64)
 
 
-def test_previews_are_pictures_of_what_is_being_made():
+def test_previews_are_jpegs_of_the_result_in_progress():
     with running(seconds=0.05) as slow, httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http:
         body = {"instruction": "x", "steps": "10", "previews": "2", "stream": "true"}
         picture = to_bytes(Image.new("RGB", (64, 64), "red"))
@@ -154,7 +154,7 @@ def test_previews_are_pictures_of_what_is_being_made():
     assert opened(previews[0]["b64"]).format == "JPEG"
 
 
-def test_accept_asks_for_events_with_previews_too():
+def test_events_requested_by_the_accept_header_include_previews():
     with running(seconds=0.05) as slow, httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http:
         body = {"instruction": "x", "steps": "10", "previews": "2"}
         with http.stream(
@@ -166,43 +166,43 @@ def test_accept_asks_for_events_with_previews_too():
             assert "preview" in [name for name, _ in events_of(answer)]
 
 
-def test_results_that_wait_for_their_client_outlive_what_memory_holds(png):
+def test_results_with_wait_false_outlive_their_eviction_from_memory(png):
     with running() as server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         server.service.jobs.shelf.size = 1
         body = {"instruction": "x", "steps": "1", "auto_mask": "0.5"}
-        places = []
+        urls = []
         for _ in range(3):
             answer = http.post(
                 "/v1/edits", files={"image": png}, data={**body, "wait": "false", "count": "2"}
             )
-            places.append(answer.json()["url"])
-            until(lambda: http.get(places[-1]).json()["state"] == "done")
-        passing = [http.post("/v1/edits", files={"image": png}, data=body).json()["id"] for _ in range(2)]
-        for place in places:
-            results = http.get(place).json()["results"]
+            urls.append(answer.json()["url"])
+            until(lambda: http.get(urls[-1]).json()["state"] == "done")
+        immediate = [http.post("/v1/edits", files={"image": png}, data=body).json()["id"] for _ in range(2)]
+        for url in urls:
+            results = http.get(url).json()["results"]
             assert [result["seed"] for result in results] == [0, 1]
             assert all(opened(result["mask"]).size == (64, 64) for result in results)
             assert all(Image.open(io.BytesIO(http.get(r["url"]).content)).size == (64, 64) for r in results)
-            again = Image.open(io.BytesIO(http.get(f"{place}/results/1?format=png").content))
+            again = Image.open(io.BytesIO(http.get(f"{url}/results/1?format=png").content))
             assert again.info["parameters"] == results[1]["settings"] and "xmp" in again.info
-        gone = http.get(f"/v1/edits/{passing[0]}")
+        gone = http.get(f"/v1/edits/{immediate[0]}")
         assert gone.status_code == 410 and gone.json()["error"]["code"] == "gone"
         assert "to make room" in gone.json()["error"]["message"]
-        assert http.get(f"/v1/edits/{passing[1]}").status_code == 200  # the newest
+        assert http.get(f"/v1/edits/{immediate[1]}").status_code == 200  # the newest
 
 
-def test_a_file_that_made_room_says_so(png):
+def test_a_file_evicted_to_make_room_is_reported_as_gone(png):
     with running() as server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         body = {"instruction": "x", "steps": "1", "response": "url"}
         first = http.post("/v1/edits", files={"image": png}, data=body).json()
         server.service.store.shelf.size = server.service.store.shelf.bytes
         http.post("/v1/edits", files={"image": png}, data={**body, "format": "jpeg"})
-        for place in (first["results"][0]["url"], f"/v1/edits/{first['id']}/results/0"):
-            gone = http.get(place)
+        for url in (first["results"][0]["url"], f"/v1/edits/{first['id']}/results/0"):
+            gone = http.get(url)
             assert gone.status_code == 410 and "to make room" in gone.json()["error"]["message"]
 
 
-def test_one_file_of_several_results_is_refused_before_any_work(server, http, png):
+def test_an_image_accept_header_with_several_results_is_refused_before_any_work(server, http, png):
     before = server.service.stats().done
     for accept in ("image/png", "image/*"):
         answer = http.post(
@@ -215,7 +215,7 @@ def test_one_file_of_several_results_is_refused_before_any_work(server, http, pn
     assert server.service.stats().done == before
 
 
-def test_a_failure_names_its_field_in_every_way(png):
+def test_a_failure_names_its_field_in_the_response_the_stream_and_the_job(png):
     def finish(picture):
         raise SettingError("seeds: no luck with these", field="seeds")
 
@@ -233,29 +233,29 @@ def test_a_failure_names_its_field_in_every_way(png):
         ) as answer:
             name, record = list(events_of(answer))[-1]
         assert name == "failed" and record["error"] == expected
-        place = http.post("/v1/edits", files={"image": png}, data={**body, "wait": "false"}).json()["url"]
-        until(lambda: http.get(place).json()["state"] == "failed")
-        assert http.get(place).json()["error"] == expected
+        url = http.post("/v1/edits", files={"image": png}, data={**body, "wait": "false"}).json()["url"]
+        until(lambda: http.get(url).json()["state"] == "failed")
+        assert http.get(url).json()["error"] == expected
 
 
-def test_delete_stops_an_edit_within_a_step():
+def test_delete_stops_a_running_edit():
     with running(seconds=0.1) as slow, httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http:
         body = {"instruction": "x", "steps": "50", "wait": "false"}
         picture = to_bytes(Image.new("RGB", (64, 64), "red"))
-        place = http.post("/v1/edits", files={"image": picture}, data=body).json()["url"]
-        until(lambda: http.get(place).json()["state"] == "running")
-        http.delete(place)
-        until(lambda: http.get(place).json()["state"] == "cancelled", 3)
-        refused = http.get(f"{place}/results/0")
+        url = http.post("/v1/edits", files={"image": picture}, data=body).json()["url"]
+        until(lambda: http.get(url).json()["state"] == "running")
+        http.delete(url)
+        until(lambda: http.get(url).json()["state"] == "cancelled", 3)
+        refused = http.get(f"{url}/results/0")
         assert refused.status_code == 409 and "cancelled" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_client_that_goes_frees_the_network(stream):
+def test_a_client_disconnect_cancels_the_edit(stream):
     with running(seconds=0.1) as slow, httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http:
         picture = to_bytes(Image.new("RGB", (64, 64), "red"))
         body = {"instruction": "x", "steps": "50", "stream": stream}
-        # Nothing comes within this time in either case but a first event.
+        # In either case, at most a first event arrives within this time.
         with (
             pytest.raises(httpx.ReadTimeout),
             http.stream("POST", "/v1/edits", files={"image": picture}, data=body, timeout=0.05) as answer,
@@ -300,7 +300,7 @@ def test_an_error_names_the_field_and_the_limit(http, png, change, field, words)
     assert error["param"] == field and words in error["message"]
 
 
-def test_a_picture_and_a_mask_are_named_too(http, png):
+def test_picture_and_mask_errors_name_the_field_or_the_reason(http, png):
     without = http.post("/v1/edits", data={"instruction": "x"})
     assert (without.status_code, without.json()["error"]["param"]) == (422, "image")
     text = http.post("/v1/edits", json={"instruction": "x", "image": "not base64!"})
@@ -316,12 +316,12 @@ def test_a_picture_and_a_mask_are_named_too(http, png):
 
 
 @pytest.mark.parametrize("path", ["/v1/edits/none", "/v1/files/none", "/v1/models/none", "/v1/none"])
-def test_what_is_not_there_is_404_in_the_same_form(http, path):
+def test_unknown_resources_are_404_in_the_same_error_form(http, path):
     answer = http.get(path)
     assert answer.status_code == 404 and answer.json()["error"]["message"]
 
 
-def test_a_body_that_is_no_form_and_no_json_is_refused(http):
+def test_malformed_and_unsupported_bodies_are_refused(http):
     for content, kind, status in (
         (b"[1, 2]", "application/json", 422),
         (b"{", "application/json", 422),
@@ -340,7 +340,7 @@ def test_a_body_that_is_no_form_and_no_json_is_refused(http):
         ({"queue": 1}, 503, "server_error"),
     ],
 )
-def test_a_full_server_says_when_to_come_again(png, limits, status, kind):
+def test_a_full_server_sends_retry_after(png, limits, status, kind):
     with (
         running(seconds=0.2, join=1, **limits) as slow,
         httpx.Client(base_url=slow.url, timeout=60, trust_env=False) as http,
@@ -355,9 +355,9 @@ def test_a_full_server_says_when_to_come_again(png, limits, status, kind):
         assert error["type"] == kind and str(*limits.values()) in error["message"]
 
 
-def test_the_numbers_are_prometheus_text(http, png):
-    made = http.post("/v1/edits", files={"image": png}, data={"instruction": "x", "steps": "1"})
-    assert made.status_code == 200
+def test_metrics_are_prometheus_text(http, png):
+    edited = http.post("/v1/edits", files={"image": png}, data={"instruction": "x", "steps": "1"})
+    assert edited.status_code == 200
     answer = http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
@@ -367,7 +367,7 @@ def test_the_numbers_are_prometheus_text(http, png):
     assert numbers["ip2p_joined_requests_count"] >= 1
 
 
-def test_the_documentation_names_every_field(http):
+def test_the_openapi_schema_has_the_edit_fields_and_the_docs_page_is_served(http):
     schema = http.get("/openapi.json").json()
     fields = schema["paths"]["/v1/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert {"image", "instruction", "text_cfg", "auto_mask", "stream"} <= set(fields["properties"])

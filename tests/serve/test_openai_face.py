@@ -1,4 +1,4 @@
-"""OpenAI's own client edits pictures here."""
+"""The OpenAI interface, called by OpenAI's own client."""
 
 import base64
 import io
@@ -15,19 +15,19 @@ from ip2p.pictures.infotext import parse_infotext
 
 @pytest.fixture(scope="module")
 def server():
-    with running(seconds=0.02) as one:
-        yield one
+    with running(seconds=0.02) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(
-        api_key="none", base_url=f"{server.url}/v1", max_retries=0, http_client=httpx_of_openai()
-    ) as one:
-        yield one
+        api_key="none", base_url=f"{server.url}/v1", max_retries=0, http_client=openai_http_client()
+    ) as openai_client:
+        yield openai_client
 
 
-def httpx_of_openai():
+def openai_http_client():
     return openai.DefaultHttpxClient(trust_env=False)
 
 
@@ -53,17 +53,17 @@ def opened(image):
     return Image.open(io.BytesIO(base64.b64decode(image.b64_json)))
 
 
-def test_a_plain_edit(client, png):
-    made = client.images.edit(
+def test_the_openai_client_edits_a_picture(client, png):
+    response = client.images.edit(
         image=png, prompt="make it night", extra_body={"seed": 7, "num_inference_steps": 2}
     )
-    (image,) = made.data
-    assert opened(image).size == (64, 64) and made.size == "64x64" and made.output_format == "png"
+    (image,) = response.data
+    assert opened(image).size == (64, 64) and response.size == "64x64" and response.output_format == "png"
     settings = parse_infotext(opened(image).info["parameters"])
     assert (settings.instruction, settings.seed, settings.steps) == ("make it night", 7, 2)
 
 
-def test_further_fields_of_the_body_are_the_models_settings(client, png):
+def test_extra_body_fields_set_the_models_settings(client, png):
     extra = {
         "seed": 1,
         "num_inference_steps": 3,
@@ -71,34 +71,34 @@ def test_further_fields_of_the_body_are_the_models_settings(client, png):
         "image_guidance_scale": 1.25,
         "negative_prompt": "blurry",
     }
-    made = client.images.edit(image=png, prompt="x", model="fake", extra_body=extra, user="somebody")
-    settings = parse_infotext(opened(made.data[0]).info["parameters"])
+    response = client.images.edit(image=png, prompt="x", model="fake", extra_body=extra, user="somebody")
+    settings = parse_infotext(opened(response.data[0]).info["parameters"])
     assert (settings.steps, settings.text_cfg, settings.image_cfg) == (3, 4.5, 1.25)
     assert settings.negative == "blurry"
 
 
-def test_n_gives_as_many_with_seeds_of_their_own(client, png):
-    made = client.images.edit(image=png, prompt="x", n=3, extra_body={"num_inference_steps": 1})
-    seeds = [parse_infotext(opened(image).info["parameters"]).seed for image in made.data]
+def test_n_results_have_consecutive_seeds(client, png):
+    response = client.images.edit(image=png, prompt="x", n=3, extra_body={"num_inference_steps": 1})
+    seeds = [parse_infotext(opened(image).info["parameters"]).seed for image in response.data]
     assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
 
 
-def test_a_mask_is_edited_where_it_is_transparent(client, png):
+def test_only_transparent_mask_areas_are_edited(client, png):
     mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
-    made = client.images.edit(
+    edited = client.images.edit(
         image=("a.png", png),
         mask=("mask.png", to_bytes(mask)),
         prompt="x",
         extra_body={"num_inference_steps": 2},
     )
-    made, before = opened(made.data[0]), Image.open(io.BytesIO(png))
-    assert made.crop((0, 0, 32, 64)).tobytes() == before.crop((0, 0, 32, 64)).tobytes()
-    assert made.crop((32, 0, 64, 64)).tobytes() != before.crop((32, 0, 64, 64)).tobytes()
+    edited, before = opened(edited.data[0]), Image.open(io.BytesIO(png))
+    assert edited.crop((0, 0, 32, 64)).tobytes() == before.crop((0, 0, 32, 64)).tobytes()
+    assert edited.crop((32, 0, 64, 64)).tobytes() != before.crop((32, 0, 64, 64)).tobytes()
 
 
-def test_size_and_format_are_those_asked_for(client, png):
-    made = client.images.edit(
+def test_size_and_format_are_as_requested(client, png):
+    response = client.images.edit(
         image=png,
         prompt="x",
         size="96x64",
@@ -106,20 +106,20 @@ def test_size_and_format_are_those_asked_for(client, png):
         output_compression=40,
         extra_body={"num_inference_steps": 1},
     )
-    image = opened(made.data[0])
-    assert (image.format, image.size, made.size) == ("JPEG", (96, 64), "96x64")
+    image = opened(response.data[0])
+    assert (image.format, image.size, response.size) == ("JPEG", (96, 64), "96x64")
 
 
-def test_an_address_can_be_asked_for_instead(client, png):
-    made = client.images.edit(
+def test_response_format_url_returns_the_url_of_the_file(client, png):
+    response = client.images.edit(
         image=png, prompt="x", response_format="url", extra_body={"num_inference_steps": 1}
     )
-    file = httpx.get(made.data[0].url, trust_env=False)
+    file = httpx.get(response.data[0].url, trust_env=False)
     assert file.headers["content-type"] == "image/png"
     assert Image.open(io.BytesIO(file.content)).size == (64, 64)
 
 
-def test_a_stream_has_partial_pictures_and_ends_with_the_whole_one(client, png):
+def test_a_stream_has_partial_images_and_ends_with_the_completed_one(client, png):
     stream = client.images.edit(
         image=png,
         prompt="x",
@@ -136,7 +136,7 @@ def test_a_stream_has_partial_pictures_and_ends_with_the_whole_one(client, png):
     assert opened(events[-1]).size == (64, 64) and events[-1].usage.total_tokens == 0
 
 
-def test_the_size_of_an_event_is_that_of_its_picture(client, png):
+def test_a_stream_event_reports_the_size_of_its_picture(client, png):
     stream = client.images.edit(
         image=png,
         prompt="x",
@@ -147,18 +147,18 @@ def test_the_size_of_an_event_is_that_of_its_picture(client, png):
     )
     sizes = {event.type: (event.size, "{}x{}".format(*opened(event).size)) for event in stream}
     assert sizes["image_edit.completed"] == ("512x384", "512x384")
-    said, found = sizes["image_edit.partial_image"]
-    assert said == found != "512x384"
+    reported, actual = sizes["image_edit.partial_image"]
+    assert reported == actual != "512x384"
 
 
-def test_a_stream_of_several_ends_with_each(client, png):
+def test_a_stream_of_several_results_has_a_completed_event_for_each(client, png):
     stream = client.images.edit(
         image=png, prompt="x", n=2, stream=True, extra_body={"num_inference_steps": 2}
     )
     assert [event.type for event in stream] == ["image_edit.completed"] * 2
 
 
-def test_a_stream_that_is_left_frees_the_network(client, server, png):
+def test_closing_a_stream_cancels_the_edit(client, server, png):
     before = server.service.stats().cancelled
     stream = client.images.edit(image=png, prompt="x", stream=True, extra_body={"num_inference_steps": 50})
     until(lambda: server.service.stats().running == 1)
@@ -194,36 +194,36 @@ def test_the_models_are_listed(client):
         ({"image": b"<svg></svg>"}, openai.BadRequestError, "image", "SVG"),
     ],
 )
-def test_an_error_is_what_its_client_knows(client, png, asked, kind, field, words):
-    with pytest.raises(kind) as made:
+def test_errors_raise_the_openai_clients_exceptions(client, png, asked, kind, field, words):
+    with pytest.raises(kind) as caught:
         client.images.edit(**{"image": png, "prompt": "x", **asked})
-    body = made.value.body
+    body = caught.value.body
     assert set(body) == {"message", "type", "param", "code"}
     assert body["param"] == field and words in body["message"] and field in body["message"]
 
 
-def test_several_pictures_are_refused_by_name(client, png):
+def test_several_input_pictures_are_refused(client, png):
     with pytest.raises(openai.BadRequestError, match="image has 2 pictures"):
         client.images.edit(image=[png, png], prompt="x")
-    one = {"image_url": data_url(png)}
+    picture = {"image_url": data_url(png)}
     with pytest.raises(openai.BadRequestError, match="images has 2 pictures") as refused:
-        post(client, images=[one, one])
+        post(client, images=[picture, picture])
     assert refused.value.param == "images"
     with pytest.raises(openai.BadRequestError, match="images has 2 pictures"):
-        post(client, images=[one], image=data_url(png))
+        post(client, images=[picture], image=data_url(png))
 
 
-def test_a_json_body_has_its_picture_and_mask_as_data_urls(client, png):
+def test_a_json_body_with_data_urls_matches_a_form(client, png):
     mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
-    made = post(client, images=[{"image_url": data_url(png)}], mask={"image_url": data_url(to_bytes(mask))})
+    json = post(client, images=[{"image_url": data_url(png)}], mask={"image_url": data_url(to_bytes(mask))})
     form = client.images.edit(
         image=png,
         mask=to_bytes(mask),
         prompt="make it night",
         extra_body={"num_inference_steps": 2, "seed": 7},
     )
-    assert opened(made.data[0]).tobytes() == opened(form.data[0]).tobytes()
+    assert opened(json.data[0]).tobytes() == opened(form.data[0]).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_json_body_has_its_picture_and_mask_as_data_urls(client, png):
         ({"image": "a", "mask": {"file_id": "file-1"}}, "mask has file_id"),
     ],
 )
-def test_a_picture_that_is_not_in_the_json_body_is_an_error(client, png, body, words):
+def test_a_missing_or_unsupported_picture_in_a_json_body_is_refused(client, png, body, words):
     if body.get("image"):
         body = body | {"image": data_url(png)}
     with pytest.raises(openai.BadRequestError, match=words):
@@ -249,7 +249,7 @@ def test_a_picture_that_is_not_in_the_json_body_is_an_error(client, png, body, w
 @pytest.mark.parametrize(
     "unknown", [{"markup": "x"}, {"frame_count": 4}, {"svg": {"model": "x"}}, {"strength": 0.5}]
 )
-def test_a_field_that_would_change_the_result_is_refused_by_name(client, png, unknown):
+def test_an_unsupported_field_is_refused_by_name(client, png, unknown):
     with pytest.raises(openai.BadRequestError) as refused:
         client.images.edit(image=png, prompt="x", extra_body=unknown)
     assert next(iter(unknown)) in refused.value.body["message"]
@@ -257,12 +257,12 @@ def test_a_field_that_would_change_the_result_is_refused_by_name(client, png, un
         post(client, images=[{"image_url": data_url(png)}], **unknown)
 
 
-def test_what_is_only_approximated_is_a_warning(client, png):
+def test_ignored_and_approximated_options_give_a_warning(client, png):
     usual = client.images.edit(
         image=png, prompt="x", quality="auto", user="somebody", extra_body={"num_inference_steps": 1}
     )
     assert not [text for text in usual.warnings if "levels" in text or "cropped" in text]
-    made = client.images.edit(
+    response = client.images.edit(
         image=png,
         prompt="x",
         quality="high",
@@ -270,12 +270,14 @@ def test_what_is_only_approximated_is_a_warning(client, png):
         size="96x64",
         extra_body={"num_inference_steps": 1},
     )
-    assert "quality has no effect: num_inference_steps sets the quality." in made.warnings
-    assert any(text.startswith("input_fidelity") for text in made.warnings)
-    assert "size has a different aspect ratio than the picture, which is cropped to 96x64." in made.warnings
+    assert "quality has no effect: num_inference_steps sets the quality." in response.warnings
+    assert any(text.startswith("input_fidelity") for text in response.warnings)
+    assert (
+        "size has a different aspect ratio than the picture, which is cropped to 96x64." in response.warnings
+    )
 
 
-def test_a_transparent_background_is_never_ignored(client, png):
+def test_a_background_that_cannot_be_produced_is_refused(client, png):
     with pytest.raises(openai.BadRequestError, match="the picture is opaque") as refused:
         client.images.edit(image=png, prompt="x", background="transparent")
     assert refused.value.param == "background"
@@ -291,35 +293,35 @@ def test_a_transparent_background_is_never_ignored(client, png):
     assert refused.value.param == "background_color" and "background_color" in refused.value.message
 
 
-def test_an_opaque_background_of_a_cut_out_is_white(client):
+def test_an_opaque_background_makes_transparent_areas_white(client):
     cut_out = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     keep = to_bytes(Image.new("L", (64, 64), 0).convert("RGBA"))
     mask = Image.open(io.BytesIO(keep))
     mask.putpixel((0, 0), (0, 0, 0, 0))  # nothing else is edited
-    made = client.images.edit(
+    response = client.images.edit(
         image=to_bytes(cut_out),
         mask=to_bytes(mask),
         prompt="x",
         background="opaque",
         extra_body={"num_inference_steps": 1},
     )
-    image = opened(made.data[0])
-    assert made.background == "opaque" and image.mode == "RGB" and image.getpixel((60, 60)) == (255,) * 3
+    image = opened(response.data[0])
+    assert response.background == "opaque" and image.mode == "RGB" and image.getpixel((60, 60)) == (255,) * 3
 
 
-def test_every_answer_has_a_request_id(client, png, caplog):
+def test_every_answer_has_a_request_id_that_is_logged(client, png, caplog):
     caplog.set_level("INFO", logger="ip2p.serve.access")
-    made = client.images.edit(image=png, prompt="x", extra_body={"num_inference_steps": 1})
+    response = client.images.edit(image=png, prompt="x", extra_body={"num_inference_steps": 1})
     with pytest.raises(openai.BadRequestError) as refused:
         client.images.edit(image=png, prompt=" ")
     with pytest.raises(openai.NotFoundError) as missing:
         client.images.generate(prompt="x")
-    ids = [made._request_id, refused.value.request_id, missing.value.request_id]
+    ids = [response._request_id, refused.value.request_id, missing.value.request_id]
     assert all(ids) and len(set(ids)) == 3
     until(lambda: all(id in caplog.text for id in ids))
 
 
-def test_a_mask_without_transparency_is_refused(client, png):
+def test_a_mask_that_is_opaque_or_of_another_size_is_refused(client, png):
     with pytest.raises(openai.BadRequestError, match="no transparent area"):
         client.images.edit(image=png, mask=png, prompt="x")
     small = to_bytes(Image.new("RGBA", (32, 32)))
@@ -327,7 +329,7 @@ def test_a_mask_without_transparency_is_refused(client, png):
         client.images.edit(image=png, mask=small, prompt="x")
 
 
-def test_what_is_not_served_is_not_found(client):
-    with pytest.raises(openai.NotFoundError) as made:
+def test_an_unsupported_endpoint_is_not_found(client):
+    with pytest.raises(openai.NotFoundError) as caught:
         client.images.generate(prompt="a cat")
-    assert "/docs" in made.value.body["message"]
+    assert "/docs" in caught.value.body["message"]

@@ -1,4 +1,4 @@
-"""A request that leaves settings open gets those of the model's card, whatever it comes through."""
+"""In every interface, settings that a request leaves out come from the model card."""
 
 import base64
 import dataclasses
@@ -29,53 +29,53 @@ def tuned_editor() -> Editor:
 
 @pytest.fixture(scope="module")
 def server():
-    with running(models={"tuned": tuned_editor}) as one:
-        yield one
+    with running(models={"tuned": tuned_editor}) as started:
+        yield started
 
 
-def sent(server, path: str, body: dict) -> dict:
+def post_json(server, path: str, body: dict) -> dict:
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         answer = http.post(path, json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
-def taken(settings: str) -> dict:
-    found = parse_infotext(settings)
-    return {name: getattr(found, name) for name in TUNED}
+def tuned_settings(settings: str) -> dict:
+    record = parse_infotext(settings)
+    return {name: getattr(record, name) for name in TUNED}
 
 
-def test_our_own_interface(server):
+def test_the_native_interface_uses_the_cards_settings(server):
     body = {"image": ENCODED, "instruction": "make it night", "model": "tuned", "count": 2}
-    answer = sent(server, "/v1/edits", body)
-    assert [taken(result["settings"]) for result in answer["results"]] == [TUNED, TUNED]
+    answer = post_json(server, "/v1/edits", body)
+    assert [tuned_settings(result["settings"]) for result in answer["results"]] == [TUNED, TUNED]
     assert answer["step"] == answer["steps"] == 6
-    answer = sent(server, "/v1/edits", body | {"count": 1, "steps": 2, "schedule": "karras"})
-    assert taken(answer["results"][0]["settings"]) == TUNED | {"steps": 2, "schedule": "karras"}
+    answer = post_json(server, "/v1/edits", body | {"count": 1, "steps": 2, "schedule": "karras"})
+    assert tuned_settings(answer["results"][0]["settings"]) == TUNED | {"steps": 2, "schedule": "karras"}
 
 
-def test_openai(server):
-    answer = sent(server, "/v1/images/edits", {"image": ENCODED, "prompt": "x", "model": "tuned"})
+def test_the_openai_interface_uses_the_cards_settings(server):
+    answer = post_json(server, "/v1/images/edits", {"image": ENCODED, "prompt": "x", "model": "tuned"})
     picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
-    assert taken(picture.info["parameters"]) == TUNED
+    assert tuned_settings(picture.info["parameters"]) == TUNED
 
 
-def test_a1111_with_its_own_scales(server):
+def test_the_a1111_interface_uses_the_cards_settings_but_its_own_cfg_scales(server):
     body = {"init_images": [ENCODED], "prompt": "x", "override_settings": {"sd_model_checkpoint": "tuned"}}
-    info = json.loads(sent(server, "/sdapi/v1/img2img", body)["info"])
-    assert taken(info["infotexts"][0]) == TUNED | {"text_cfg": 7.0, "image_cfg": 1.0}
+    info = json.loads(post_json(server, "/sdapi/v1/img2img", body)["info"])
+    assert tuned_settings(info["infotexts"][0]) == TUNED | {"text_cfg": 7.0, "image_cfg": 1.0}
     assert (info["steps"], info["sampler_name"]) == (3, "Euler")
 
 
-def test_the_card_publishes_them(server):
+def test_the_card_endpoint_returns_the_cards_settings(server):
     answer = httpx.get(f"{server.url}/v1/card?model=tuned", trust_env=False).json()
     assert {name: answer["defaults"][name] for name in TUNED} == TUNED
     assert httpx.get(f"{server.url}/v1/card", trust_env=False).json()["defaults"]["steps"] == 20
 
 
-def test_steps_of_the_card_stay_below_the_servers_limit():
-    with running(models={"tuned": tuned_editor}, steps=2) as one:
-        job = one.service.submit(
+def test_the_cards_steps_are_capped_at_the_servers_limit():
+    with running(models={"tuned": tuned_editor}, steps=2) as limited:
+        job = limited.service.submit(
             EditRequest(image=PICTURE, settings=EditSettings(instruction="x"), model="tuned"), client="a"
         )
         assert job.wait(60) and job.error is None

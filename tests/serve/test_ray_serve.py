@@ -1,4 +1,4 @@
-"""`ip2p serve --ray` with two replicas on a Ray of its own, as an operator starts and stops it."""
+"""`ip2p serve --ray` with two replicas on a local Ray, started and stopped like an operator does."""
 
 import contextlib
 import os
@@ -17,17 +17,17 @@ from PIL import Image
 
 from ip2p.pictures.images import load_image, to_bytes
 
-PATIENCE = 240  # seconds; Ray takes ten to begin where the machine is free
+PATIENCE = 240  # seconds; Ray takes ten to start on an idle machine
 PICTURE = to_bytes(Image.new("RGB", (64, 64), "red"))
 
 
 def stat(pid):
-    """Its fields from the third on: state, parent, …"""
+    """The fields of /proc/PID/stat from the third on: state, parent, …"""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def descendants(pid):
-    """All that it started, and what those did, by their ids; with the words that each is called by."""
+    """The command line of each direct and indirect child process, by its id."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -43,21 +43,21 @@ def descendants(pid):
     return commands
 
 
-def lives(pid):
+def is_alive(pid):
     try:
         return stat(pid)[0] != "Z"
     except OSError:
         return False
 
 
-def seconds_of(pid):
-    """Of processor time."""
+def cpu_seconds(pid):
+    """Processor time, user and system."""
     words = stat(pid)
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def replicas(process):
-    return sorted(pid for pid, words in descendants(process.pid).items() if "ServeReplica" in words)
+    return sorted(pid for pid, command in descendants(process.pid).items() if "ServeReplica" in command)
 
 
 def within(seconds, condition):
@@ -69,55 +69,55 @@ def within(seconds, condition):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Its process and its address."""
+    """The server's process and URL."""
     folder = tmp_path_factory.mktemp("ray")
     model = make_model(folder / "fake")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["serve", "--ray", "local", "--replicas", "2", "--join", "2", "--port", str(port)]
-    words += ["--model", f"fake={model}", "--device", "cpu", "--max-steps", "1000"]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    arguments = ["serve", "--ray", "local", "--replicas", "2", "--join", "2", "--port", str(port)]
+    arguments += ["--model", f"fake={model}", "--device", "cpu", "--max-steps", "1000"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     log = folder / "log"
-    with open(log, "wb") as said:
+    with open(log, "wb") as log_file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ip2p", *words],
-            stdout=said,
-            stderr=said,
-            env=kept,
+            [sys.executable, "-m", "ip2p", *arguments],
+            stdout=log_file,
+            stderr=log_file,
+            env=environment,
             cwd=folder,
         )
-    place = f"http://127.0.0.1:{port}"
+    url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + PATIENCE
         while True:
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{place}/readyz", timeout=2, trust_env=False).status_code == 200:
+                if httpx.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200:
                     break
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.2)
-        yield process, place
+        yield process, url
     finally:
-        left = descendants(process.pid)
+        remaining = descendants(process.pid)
         process.kill()
         process.wait()
-        for pid in left:
+        for pid in remaining:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.timeout(PATIENCE + 200)
-def test_two_replicas_edit_for_one_server_until_it_is_stopped(server):
-    """One test: to start Ray takes as long as all of it."""
-    process, place = server
-    with httpx.Client(base_url=place, timeout=120, trust_env=False) as http:
+def test_two_replicas_serve_edits_survive_a_kill_and_stop_cleanly(server):
+    """One test, because starting Ray takes as long as all of it."""
+    process, url = server
+    with httpx.Client(base_url=url, timeout=120, trust_env=False) as http:
 
         def edit(steps, **more):
             fields = {"instruction": "make it night", "steps": str(steps), **more}
             return http.post("/v1/edits", files={"image": PICTURE}, data=fields)
 
-        # Both work, and the results are whole.
-        began = {pid: seconds_of(pid) for pid in replicas(process)}
+        # Both replicas work, and the results are complete.
+        began = {pid: cpu_seconds(pid) for pid in replicas(process)}
         assert len(began) == 2
         answers = []
         callers = [threading.Thread(target=lambda: answers.append(edit(60, count="2"))) for _ in range(6)]
@@ -127,9 +127,9 @@ def test_two_replicas_edit_for_one_server_until_it_is_stopped(server):
             caller.join()
         assert [answer.status_code for answer in answers] == [200] * 6
         assert len(answers[0].json()["results"]) == 2 and answers[0].json()["results"][0]["settings"]
-        assert all(seconds_of(pid) > began[pid] + 0.1 for pid in began)
+        assert all(cpu_seconds(pid) > began[pid] + 0.1 for pid in began)
 
-        # A job is found again by its id: its progress, its result, its file.
+        # A job is available by its id: its progress, its result, its file.
         job = edit(20, wait="false").json()
         within(60, lambda: http.get(job["url"]).json()["state"] == "done")
         record = http.get(job["url"]).json()
@@ -141,21 +141,21 @@ def test_two_replicas_edit_for_one_server_until_it_is_stopped(server):
         answer = edit(2, size="4096")
         assert answer.status_code == 422 and answer.json()["error"]["param"] == "size"
 
-        # A stopped edit frees its place.
+        # A running edit can be stopped.
         job = edit(1000, wait="false").json()
         within(60, lambda: http.get(job["url"]).json()["step"] > 0)
         http.delete(job["url"])
         within(10, lambda: http.get(job["url"]).json()["state"] == "cancelled")
 
-        # An edit whose replica is killed is made by the other one.
+        # An edit whose replica is killed is completed by the other one.
         job = edit(400, wait="false").json()
         within(60, lambda: http.get(job["url"]).json()["step"] > 0)
-        used = {pid: seconds_of(pid) for pid in replicas(process)}
+        used = {pid: cpu_seconds(pid) for pid in replicas(process)}
         time.sleep(0.3)
-        os.kill(max(used, key=lambda pid: seconds_of(pid) - used[pid]), signal.SIGKILL)
+        os.kill(max(used, key=lambda pid: cpu_seconds(pid) - used[pid]), signal.SIGKILL)
         within(100, lambda: http.get(job["url"]).json()["state"] == "done")
 
-        # SIGTERM lets what runs finish; nothing is left behind.
+        # SIGTERM lets running edits finish and leaves no process behind.
         last = []
         caller = threading.Thread(target=lambda: last.append(edit(300)))
         caller.start()
@@ -166,4 +166,4 @@ def test_two_replicas_edit_for_one_server_until_it_is_stopped(server):
         assert last[0].status_code == 200
     assert process.wait(60) == 0
     assert len(started) > 4
-    within(30, lambda: not any(map(lives, started)))
+    within(30, lambda: not any(map(is_alive, started)))

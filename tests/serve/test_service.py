@@ -38,20 +38,20 @@ PICTURE = Image.effect_noise((64, 64), 60).convert("RGB")
 
 
 def request(kind=EditSettings, **changes):
-    own = {name: changes.pop(name) for name in ("image", "seeds", "model", "previews") if name in changes}
+    fields = {name: changes.pop(name) for name in ("image", "seeds", "model", "previews") if name in changes}
     settings = kind.read({"instruction": "make it night", "steps": 3} | changes)
-    return EditRequest(**{"image": PICTURE, "settings": settings} | own)
+    return EditRequest(**{"image": PICTURE, "settings": settings} | fields)
 
 
 def service_of(editors, *, join=4, **how):
-    makes = ("loaded", "check", "finish", "tiny_vae")
-    own = {name: how.pop(name) for name in makes if name in how}
-    return Service(LocalMaker(editors, join=join, **own), **how)
+    maker_names = ("loaded", "check", "finish", "tiny_vae")
+    maker_options = {name: how.pop(name) for name in maker_names if name in how}
+    return Service(LocalMaker(editors, join=join, **maker_options), **how)
 
 
-def until(true, seconds=60):
+def until(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.005)
 
@@ -63,7 +63,7 @@ def editor():
 
 @pytest.fixture
 def serve(editor):
-    """Makes services of the fake editor and closes them."""
+    """Creates services with the fake editor and closes them at the end."""
     unet = editor.bundle.unet
     unet.before, unet.seconds = lambda sample: None, 0.0
     unet.rows.clear()
@@ -73,13 +73,15 @@ def serve(editor):
         )
 
 
-# --- what comes out --------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------
 
 
-def test_a_job_gives_what_the_editor_gives(serve, editor):
+def test_a_job_matches_the_editor(serve, editor):
     service = serve()
-    asked = request(seeds=(5, 6, 7), negative="grey", text_cfg=3.0, sampler="dpmpp_2m", schedule="karras")
-    job = service.submit(asked, client="a")
+    edit_request = request(
+        seeds=(5, 6, 7), negative="grey", text_cfg=3.0, sampler="dpmpp_2m", schedule="karras"
+    )
+    job = service.submit(edit_request, client="a")
     assert job.wait(60) and job.state == "done"
     alone = editor.edit(
         PICTURE,
@@ -99,7 +101,7 @@ def test_a_job_gives_what_the_editor_gives(serve, editor):
     assert (job.step, job.steps, job.seconds_left, job.position) == (9, 9, 0.0, 0)
 
 
-def test_a_drawn_mask_holds_to_the_byte_and_is_named_in_the_settings(serve):
+def test_pixels_outside_a_drawn_mask_are_unchanged_and_the_settings_name_the_mask(serve):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
     mask.filename = "sky.png"
@@ -110,13 +112,13 @@ def test_a_drawn_mask_holds_to_the_byte_and_is_named_in_the_settings(serve):
     assert settings_of(result).mask == "sky.png" and result.mask is None
 
 
-def test_the_automatic_mask_of_each_result_is_shown(serve):
+def test_the_automatic_mask_of_each_result_is_returned(serve):
     job = serve().submit(request(auto_mask=0.3, seeds=(1, 2)), client="a")
     assert job.wait(60)
     assert [(result.mask.mode, result.mask.size) for result in job.results] == [("L", (64, 64))] * 2
 
 
-def test_what_a_model_was_made_from_stands_in_the_settings(serve, editor):
+def test_the_models_revision_and_lora_are_in_the_settings(serve, editor):
     origin = ModelSettings(revision="v2", lora=("style.safetensors:0.8",))
     service = serve({"fake": Editor(editor.bundle, origin=origin)})
     job = service.submit(request(), client="a")
@@ -125,7 +127,7 @@ def test_what_a_model_was_made_from_stands_in_the_settings(serve, editor):
     assert (settings.revision, settings.lora) == ("v2", ("style.safetensors:0.8",))
 
 
-def test_where_results_are_checked_there_are_no_previews(serve, editor):
+def test_there_are_no_previews_when_results_are_checked(serve, editor):
     editor.bundle.unet.seconds = 0.03
 
     def check(picture):
@@ -135,20 +137,20 @@ def test_where_results_are_checked_there_are_no_previews(serve, editor):
     check.refuses = False
     service = serve(check=check)
 
-    def made():
+    def run_job():
         job = service.submit(request(steps=8, previews=1), client="a")
         events = events_of(job)
         return job, [event for event in events if event.kind == "preview"]
 
-    job, previews = made()
-    # But for the small one of the finished result, which was checked.
+    job, previews = run_job()
+    # Except the small one of the finished result, which was checked.
     assert job.state == "done" and len(previews) <= 1 and job.results
     check.refuses = True
-    job, previews = made()
+    job, previews = run_job()
     assert job.state == "failed" and not previews and job.previews == [None]
 
 
-def test_a_tiny_autoencoder_decodes_the_previews_alone(serve, editor, tmp_path, monkeypatch):
+def test_the_tiny_vae_decodes_only_previews_and_matches_diffusers(serve, editor, tmp_path, monkeypatch):
     from diffusers import AutoencoderTiny
 
     blocks = editor.bundle.latent_factor.bit_length()
@@ -176,7 +178,7 @@ def test_a_tiny_autoencoder_decodes_the_previews_alone(serve, editor, tmp_path, 
         torch.testing.assert_close(previewed[0][1], oracle.decode(previewed[0][0]).sample)
 
 
-def test_previews_of_what_failed_are_seen_no_more(serve, editor):
+def test_previews_of_a_failed_job_are_removed(serve, editor):
     editor.bundle.unet.seconds = 0.03
 
     def finish(picture):
@@ -187,7 +189,7 @@ def test_previews_of_what_failed_are_seen_no_more(serve, editor):
     assert "preview" in kinds and job.state == "failed" and job.previews == [None]
 
 
-def test_a_stopped_job_keeps_what_was_finished(serve, editor):
+def test_a_stopped_job_keeps_its_finished_results(serve, editor):
     editor.bundle.unet.seconds = 0.03
     service = serve(join=1)
     job = service.submit(request(seeds=(1, 2, 3, 4), steps=5), client="a")
@@ -197,7 +199,7 @@ def test_a_stopped_job_keeps_what_was_finished(serve, editor):
     assert [result.seed for result in job.results] in ([1, 2], [1, 2, 3])
 
 
-def test_finishing_changes_a_result_and_may_refuse_it(serve):
+def test_the_finish_hook_can_change_or_refuse_a_result(serve):
     def finish(picture):
         if finish.refuses:
             raise InputError("no such picture is given out")
@@ -214,21 +216,21 @@ def test_finishing_changes_a_result_and_may_refuse_it(serve):
     assert str(job.error) == "no such picture is given out"
 
 
-# --- while it runs ---------------------------------------------------------------------------------
+# --- events, previews, cancellation ----------------------------------------------------------------
 
 
-def test_every_reader_hears_of_the_steps_and_of_the_end(serve, editor):
+def test_every_listener_receives_the_steps_and_the_end(serve, editor):
     editor.bundle.unet.seconds = 0.02
     service = serve()
     job = service.submit(request(steps=6), client="a")
-    heard = [[], []]
-    threads = [threading.Thread(target=lambda k=k: heard[k].extend(events_of(job))) for k in range(2)]
+    received = [[], []]
+    threads = [threading.Thread(target=lambda k=k: received[k].extend(events_of(job))) for k in range(2)]
     for thread in threads:
         thread.start()
 
     async def listen():
         events, _ = await asyncio.gather(collect(), job.until_end())
-        await job.until_end()  # again, when it is over
+        await job.until_end()  # again, after the end
         return events
 
     async def collect():
@@ -237,15 +239,15 @@ def test_every_reader_hears_of_the_steps_and_of_the_end(serve, editor):
     events = asyncio.run(listen())
     for thread in threads:
         thread.join(60)
-    for some in (*heard, events):
-        steps = [event.step for event in some if event.kind == "step"]
+    for stream in (*received, events):
+        steps = [event.step for event in stream if event.kind == "step"]
         assert steps == sorted(set(steps)) and steps[-1] == 6
-        assert some[-1].kind == "done" and [event.kind for event in some].count("done") == 1
-    assert [event.kind for event in events_of(job)] == ["step", "done"]  # one who comes late
+        assert stream[-1].kind == "done" and [event.kind for event in stream].count("done") == 1
+    assert [event.kind for event in events_of(job)] == ["step", "done"]  # a late listener
     assert not job._listeners and not job._enders
 
 
-def test_those_who_wait_hear_of_their_place(serve, editor):
+def test_waiting_jobs_report_their_queue_position(serve, editor):
     editor.bundle.unet.seconds = 0.02
     service = serve(join=1)
     jobs = [service.submit(request(), client="a") for _ in range(4)]
@@ -253,18 +255,18 @@ def test_those_who_wait_hear_of_their_place(serve, editor):
     assert positions == sorted(positions, reverse=True) and positions[0] >= 2 and positions[-1] == 0
 
 
-def test_previews_are_made_for_those_who_look(serve, editor, monkeypatch):
+def test_previews_are_made_while_someone_listens(serve, editor, monkeypatch):
     monkeypatch.setattr(makers, "PREVIEW_SHARE", 1e9)
     editor.bundle.unet.seconds = 0.01
     service = serve()
     job = service.submit(request(previews=2, steps=6, seeds=(1, 2), size=32), client="a")
     shown = [(event.step, event.number) for event in events_of(job) if event.kind == "preview"]
     assert {number for _, number in shown} == {0, 1}
-    assert {step for step, _ in shown} >= {4, 8}  # of 12 steps, those of both results counted
-    assert all(preview.size == PICTURE.size for preview in job.previews)  # the results, small
+    assert {step for step, _ in shown} >= {4, 8}  # of 12 steps, counting both results
+    assert all(preview.size == PICTURE.size for preview in job.previews)  # thumbnails of the results
 
 
-def test_no_preview_is_made_when_nobody_looks(serve, monkeypatch):
+def test_no_preview_is_made_when_nobody_listens(serve, monkeypatch):
     decoded = []
     decode = makers.JoinedEditor.decode
     monkeypatch.setattr(
@@ -277,7 +279,7 @@ def test_no_preview_is_made_when_nobody_looks(serve, monkeypatch):
 
 
 def test_previews_take_a_bounded_share_of_the_time(serve, editor, monkeypatch):
-    """A decoder ten times as slow as a step may be asked only now and then."""
+    """A decoder ten times as slow as a step may be called only occasionally."""
     took = []
     decode = makers.JoinedEditor.decode
 
@@ -294,12 +296,12 @@ def test_previews_take_a_bounded_share_of_the_time(serve, editor, monkeypatch):
     began = time.monotonic()
     job = serve().submit(request(previews=1, steps=20), client="a")
     assert events_of(job)[-1].kind == "done"
-    # The last is the result; the preview before it may go beyond the share, those before that may not.
+    # The last is the result; the preview before it may exceed the share, earlier ones may not.
     assert len(took) >= 3
     assert sum(took[:-2]) <= 0.25 * (time.monotonic() - began)
 
 
-def test_cancelling_frees_the_place_within_a_step(serve, editor):
+def test_cancelling_frees_the_slot_within_a_step(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve(join=1)
     job = service.submit(request(steps=100), client="a")
@@ -313,7 +315,7 @@ def test_cancelling_frees_the_place_within_a_step(serve, editor):
     assert after.wait(60) and after.state == "done"
 
 
-def test_cancelling_one_who_waits_takes_it_out_at_once(serve, editor):
+def test_cancelling_a_waiting_job_removes_it_at_once(serve, editor):
     editor.bundle.unet.seconds = 0.05
     service = serve(join=1)
     running, waiting, last = (service.submit(request(steps=20), client="a") for _ in range(3))
@@ -328,7 +330,7 @@ def test_cancelling_one_who_waits_takes_it_out_at_once(serve, editor):
     assert service.stats().cancelled == 3
 
 
-def test_time_left_is_estimated_once_something_was_measured(serve, editor):
+def test_the_time_left_is_estimated_from_measured_steps(serve, editor):
     editor.bundle.unet.seconds = 0.03
     service = serve(join=1)
     first = service.submit(request(steps=10), client="a")
@@ -336,27 +338,27 @@ def test_time_left_is_estimated_once_something_was_measured(serve, editor):
     until(lambda: first.step >= 5)
     assert 0 < first.seconds_left < 60
     assert first.wait(60)
-    some = [service.submit(request(steps=10), client="a") for _ in range(3)]
-    assert 0 < some[0].seconds_left <= some[1].seconds_left < some[2].seconds_left
+    jobs = [service.submit(request(steps=10), client="a") for _ in range(3)]
+    assert 0 < jobs[0].seconds_left <= jobs[1].seconds_left < jobs[2].seconds_left
 
 
-# --- what fails, fails alone -----------------------------------------------------------------------
+# --- errors, each limited to its own job -----------------------------------------------------------
 
 
-def doomed(editor, picture):
-    """A test of the network's rows: which of them are conditioned on this picture."""
+def rows_of(editor, picture):
+    """A function that says which of the network's rows are conditioned on this picture."""
     from ip2p.pictures.images import to_tensor
 
     latent = editor.encode_image(to_tensor(picture))
     return lambda sample: (sample[:, 4:] - latent).abs().amax(dim=(1, 2, 3)) < 1e-4
 
 
-def test_a_result_that_is_not_a_number_fails_its_own_job(serve, editor):
+def test_a_nan_result_fails_only_its_own_job(serve, editor):
     bad = Image.new("RGB", (64, 64), "red")
-    of_bad = doomed(editor, bad)
+    is_bad = rows_of(editor, bad)
 
     def spoil(sample):
-        sample[of_bad(sample)] = float("nan")
+        sample[is_bad(sample)] = float("nan")
 
     editor.bundle.unet.before = spoil
     editor.bundle.unet.seconds = 0.02
@@ -367,12 +369,12 @@ def test_a_result_that_is_not_a_number_fails_its_own_job(serve, editor):
     assert isinstance(jobs[1].error, ModelError) and "not finite" in str(jobs[1].error)
 
 
-def test_running_out_of_memory_fails_only_what_is_too_large_by_itself(serve, editor):
+def test_running_out_of_memory_fails_only_the_job_that_does_not_fit_alone(serve, editor):
     bad = Image.new("RGB", (64, 64), "red")
-    of_bad = doomed(editor, bad)
+    is_bad = rows_of(editor, bad)
 
     def full(sample):
-        if of_bad(sample).any():
+        if is_bad(sample).any():
             raise torch.OutOfMemoryError("full")
 
     editor.bundle.unet.before = full
@@ -395,7 +397,7 @@ def test_results_that_do_not_fit_together_are_made_one_by_one(serve, editor):
     assert job.step == job.steps
 
 
-def test_an_unforeseen_error_names_the_job_and_the_service_goes_on(serve, editor, caplog):
+def test_an_unexpected_error_names_the_job_and_the_service_keeps_running(serve, editor, caplog):
     def fault(sample):
         raise ZeroDivisionError("a secret instruction")
 
@@ -460,26 +462,26 @@ def test_every_refusal_names_the_field_and_the_limit(serve, changes, field, limi
     assert service.stats().waiting == service.stats().running == 0
 
 
-def test_a_size_is_checked_against_the_models_own_unless_a_limit_is_given(serve):
+def test_the_default_working_size_limit_of_a_small_model_is_1024_squared(serve):
     with pytest.raises(SettingError, match="1,048,576"):
         serve().submit(request(size=(2048, 1024)), client="a")
 
 
-def test_a_full_queue_is_refused_with_the_time_to_wait(serve, editor):
+def test_a_full_queue_refuses_requests_with_a_retry_time(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve(join=1, limits=Limits(queue=2, per_client=10))
     running = service.submit(request(steps=100), client="a")
     until(lambda: running.state == "running")
     for client in "bc":
         service.submit(request(), client=client)
-    for refused in (lambda: service.submit(request(), client="d"), lambda: service.check_room("d")):
+    for attempt in (lambda: service.submit(request(), client="d"), lambda: service.check_room("d")):
         with pytest.raises(Full, match="2 requests are waiting") as full:
-            refused()
+            attempt()
         assert full.value.scope == "queue" and 1 <= full.value.retry_after <= 600
     assert service.stats().rejected == {"queue": 2}
 
 
-def test_one_client_cannot_take_all_the_room(serve, editor):
+def test_one_client_cannot_fill_the_queue(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve(join=1, limits=Limits(queue=64, per_client=3))
     jobs = [service.submit(request(steps=100), client="a") for _ in range(3)]
@@ -491,15 +493,15 @@ def test_one_client_cannot_take_all_the_room(serve, editor):
     service.check_room("a")
 
 
-def test_a_place_is_kept_while_a_picture_is_decoded(serve, editor):
+def test_a_reserved_place_counts_until_it_is_used_or_released(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve(join=1, limits=Limits(queue=1, per_client=10))
     running = service.submit(request(steps=100), client="a")
     until(lambda: running.state == "running")
     with service.room("b") as place:
-        for late in (lambda: service.submit(request(), client="c"), lambda: service.check_room("b")):
+        for attempt in (lambda: service.submit(request(), client="c"), lambda: service.check_room("b")):
             with pytest.raises(Full, match="1 requests are waiting"):
-                late()
+                attempt()
         with pytest.raises(Full, match="1 requests are waiting"), service.room("c"):
             raise AssertionError("there was no room")
         waiting = service.submit(request(), client="b", place=place)
@@ -513,7 +515,7 @@ def test_a_place_is_kept_while_a_picture_is_decoded(serve, editor):
         limited.check_room("a")
 
 
-def test_the_pictures_that_wait_are_bounded(serve, editor):
+def test_the_total_pixels_of_waiting_requests_are_limited(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve(join=1, limits=Limits(waiting_pixels=2 * 64 * 64))
     running = service.submit(request(steps=100), client="a")
@@ -527,15 +529,15 @@ def test_the_pictures_that_wait_are_bounded(serve, editor):
 # --- models ----------------------------------------------------------------------------------------
 
 
-def test_models_are_loaded_when_asked_for_and_put_away_when_another_needs_the_room(serve, editor):
+def test_models_load_on_demand_and_the_least_recently_used_one_is_unloaded(serve, editor):
     loads = []
-    alive, most = set(), []
+    alive, alive_counts = set(), []
 
     class Counted(makers.JoinedEditor):
         def __init__(self, *args, **how):
             super().__init__(*args, **how)
             alive.add(id(self))
-            most.append(len(alive))
+            alive_counts.append(len(alive))
 
         def close(self):
             super().close()
@@ -550,21 +552,21 @@ def test_models_are_loaded_when_asked_for_and_put_away_when_another_needs_the_ro
         assert service.models == ["x", "y", "z"] and not service.ready and loads == []
         service.warm()
         assert service.ready and loads == ["x"]
-        for name in ("y", "x", "z", "z", "y"):  # z takes the room of y, used longest ago; y that of x
+        for name in ("y", "x", "z", "z", "y"):  # z replaces y, the least recently used; y replaces x
             job = service.submit(request(model=name, steps=1), client="a")
             assert job.wait(60) and job.state == "done"
         assert loads == ["x", "y", "z", "y"]
-        assert sorted(service.stats().loaded) == ["y", "z"] and max(most) <= 2
-        # Many at once, of all models: nobody starves and no more are loaded than may be.
+        assert sorted(service.stats().loaded) == ["y", "z"] and max(alive_counts) <= 2
+        # Many requests for all models at once: none starves, and the limit on loaded models holds.
         names = [random.Random(0).choice("xyz") for _ in range(12)]
         jobs = [service.submit(request(model=name, steps=1), client=name) for name in names]
         assert all(job.wait(60) and job.state == "done" for job in jobs)
-        assert max(most) <= 2
+        assert max(alive_counts) <= 2
         service.close()
     assert not alive
 
 
-def test_a_model_that_cannot_be_loaded_fails_its_own_jobs_and_is_tried_again(serve, editor):
+def test_a_model_that_fails_to_load_fails_only_its_own_jobs_and_is_retried(serve, editor):
     tries = []
 
     def load():
@@ -582,24 +584,24 @@ def test_a_model_that_cannot_be_loaded_fails_its_own_jobs_and_is_tried_again(ser
     assert again.wait(60) and again.state == "done"
 
 
-def test_a_size_that_a_lazy_model_does_not_take_fails_with_its_field(serve, editor):
+def test_a_size_that_a_lazily_loaded_model_does_not_support_fails_with_its_field(serve, editor):
     service = serve({"fake": lambda: editor})
     job = service.submit(request(size=(100, 100)), client="a")
     assert job.wait(60) and isinstance(job.error, SettingError) and job.error.field == "size"
     assert (service.card().text_cfg, service.card().image_cfg) == (7.5, 1.5)
-    with pytest.raises(SettingError):  # now it is known
+    with pytest.raises(SettingError):  # it is loaded now
         service.submit(request(size=(100, 100)), client="a")
 
 
-# --- the queue alone: edits that begin when their turn comes and end when they are let go ------------
+# --- the queue alone, with edits that end when the test permits it -----------------------------------
 
 
 class Gate:
-    """Stands in for JoinedEditor: notes whose edits began, and lets them end one by one."""
+    """Replaces JoinedEditor: records which edits began, and lets them end one by one."""
 
     def __init__(self):
         self.began = []
-        self.go = threading.Semaphore(0)
+        self.permits = threading.Semaphore(0)
         self.stopped = threading.Event()
         self.bundle = SimpleNamespace(card=Card("gate", 64))
 
@@ -627,7 +629,7 @@ class Gate:
 
     def edit(self, image, *, settings, seeds, callback, **how):
         self.began.append(settings.instruction)
-        self.go.acquire()
+        self.permits.acquire()
         if self.current.stopped:
             raise Stopped
         callback(1, 1, torch.zeros(len(seeds), 4, 1, 1))
@@ -658,8 +660,8 @@ LOOSE = Limits(queue=10_000, per_client=10_000)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_clients_take_turns_and_every_position_comes_true(serve, gate, seed):
-    """Whatever came in which order: between two of a client's, every other begins at most one."""
+def test_clients_take_turns_and_jobs_run_in_the_order_of_their_positions(serve, gate, seed):
+    """In any arrival order, each other client begins at most one edit between two of a client's."""
     chance = random.Random(seed)
     service = serve({"x": lambda: None}, join=1, limits=LOOSE)
     first = service.submit(request(instruction="first"), client="first")
@@ -672,35 +674,37 @@ def test_clients_take_turns_and_every_position_comes_true(serve, gate, seed):
     positions = {f"{job.client}{number}": job.position for number, job in enumerate(jobs)}
     assert sorted(positions.values()) == list(range(60))
     for _ in range(61):
-        gate.go.release()
+        gate.permits.release()
     assert all(job.wait(60) for job in [first, *jobs])
     began = gate.began[1:]
     assert [positions[name] for name in began] == list(range(60))
-    left = {owner: owners.count(owner) for owner in set(owners)}
-    for owner in left:
-        own = [number for number, name in enumerate(began) if name[0] == owner]
-        assert [int(began[number][1:]) for number in own] == sorted(int(began[number][1:]) for number in own)
-        for before, after in itertools.pairwise([-1, *own]):
+    counts = {owner: owners.count(owner) for owner in set(owners)}
+    for owner in counts:
+        indices = [number for number, name in enumerate(began) if name[0] == owner]
+        assert [int(began[number][1:]) for number in indices] == sorted(
+            int(began[number][1:]) for number in indices
+        )
+        for before, after in itertools.pairwise([-1, *indices]):
             between = [name[0] for name in began[before + 1 : after]]
             assert len(between) == len(set(between))
 
 
-def test_fifty_requests_of_one_client_delay_another_by_one_at_most(serve, gate):
+def test_fifty_requests_of_one_client_delay_another_by_at_most_one(serve, gate):
     service = serve({"x": lambda: None}, join=1, limits=LOOSE)
     jobs = [service.submit(request(instruction=f"greedy {k}"), client="greedy") for k in range(50)]
     until(lambda: gate.began)
     for k in range(5):
-        gate.go.release()
+        gate.permits.release()
         until(lambda k=k: len(gate.began) == k + 2)
     modest = service.submit(request(instruction="modest"), client="modest")
     assert modest.position <= 1
     for _ in range(51):
-        gate.go.release()
+        gate.permits.release()
     assert all(job.wait(60) for job in [*jobs, modest])
     assert gate.began.index("modest") <= 7
 
 
-def test_an_edit_of_many_results_takes_the_free_places_and_no_more(serve, gate):
+def test_an_edit_of_many_results_takes_only_the_free_slots(serve, gate):
     service = serve({"x": lambda: None}, join=4, limits=LOOSE)
     one = service.submit(request(instruction="one", seeds=(1,)), client="a")
     until(lambda: len(gate.began) == 1)
@@ -709,12 +713,12 @@ def test_an_edit_of_many_results_takes_the_free_places_and_no_more(serve, gate):
     late = service.submit(request(instruction="late"), client="b")
     assert (one.places, many.places) == (1, 3) and late.state == "waiting"
     for _ in range(10):
-        gate.go.release()
+        gate.permits.release()
     assert all(job.wait(60) and job.state == "done" for job in (one, many, late))
     assert len(many.results) == 8
 
 
-def test_draining_ends_what_runs_and_refuses_the_rest(serve, gate):
+def test_draining_finishes_running_jobs_and_refuses_the_rest(serve, gate):
     service = serve({"x": lambda: None}, join=2, limits=LOOSE)
     jobs = [service.submit(request(instruction=str(k)), client="a") for k in range(5)]
     until(lambda: len(gate.began) == 2)
@@ -727,13 +731,13 @@ def test_draining_ends_what_runs_and_refuses_the_rest(serve, gate):
     assert refused.value.retry_after > 0 and not service.ready
     assert all(job.wait(5) and isinstance(job.error, Draining) for job in jobs[2:])
     assert [job.state for job in jobs[:2]] == ["running"] * 2
-    gate.go.release()
-    gate.go.release()
+    gate.permits.release()
+    gate.permits.release()
     thread.join(60)
     assert answers == [True] and [job.state for job in jobs[:2]] == ["done"] * 2
 
 
-def test_draining_stops_what_does_not_end_in_time(serve, editor):
+def test_draining_stops_jobs_that_do_not_end_in_time(serve, editor):
     editor.bundle.unet.seconds = 0.1
     service = serve()
     job = service.submit(request(steps=100), client="a")
@@ -742,9 +746,9 @@ def test_draining_stops_what_does_not_end_in_time(serve, editor):
     assert job.wait(10) and job.state == "failed" and isinstance(job.error, Draining)
 
 
-def test_ended_jobs_are_forgotten_by_time_number_and_bytes(serve, gate):
+def test_ended_jobs_are_dropped_by_count_bytes_and_age(serve, gate):
     for _ in range(30):
-        gate.go.release()
+        gate.permits.release()
 
     def ended(service, count):
         jobs = [service.submit(request(), client="a") for _ in range(count)]
@@ -753,18 +757,18 @@ def test_ended_jobs_are_forgotten_by_time_number_and_bytes(serve, gate):
 
     assert ended(serve({"x": lambda: None}, join=1), 3) == [True] * 3
     assert ended(serve({"x": lambda: None}, join=1, keep_jobs=2), 3) == [False, True, True]
-    # A result of 16x16 counts for 1,024 bytes.
+    # A 16x16 result counts as 1,024 bytes.
     assert ended(serve({"x": lambda: None}, join=1, keep_bytes=2100), 3) == [False, True, True]
     service = serve({"x": lambda: None}, join=1, keep_seconds=0.05)
     job = service.submit(request(), client="a")
     assert job.wait(60)
     time.sleep(0.06)
-    assert service.job(job.id) is None and job.results  # who holds it keeps it
+    assert service.job(job.id) is None and job.results  # a caller that holds the job keeps its results
 
 
-def test_the_newest_job_is_kept_whatever_its_size_and_who_made_room_is_known(serve, gate):
+def test_the_newest_job_is_kept_at_any_size_and_early_drops_are_recorded(serve, gate):
     for _ in range(9):
-        gate.go.release()
+        gate.permits.release()
     service = serve({"x": lambda: None}, join=1, keep_bytes=1)
     first, second = (service.submit(request(seeds=(1, 2, 3)), client="a") for _ in range(2))
     assert first.wait(60) and second.wait(60)
@@ -781,7 +785,7 @@ def encode(picture):
     return b"%d" % picture.width, ".txt"
 
 
-def test_results_of_one_who_comes_back_are_on_disk_and_not_in_memory(serve, tmp_path):
+def test_results_to_be_fetched_later_are_on_disk_and_not_in_memory(serve, tmp_path):
     service = serve(store=tmp_path / "results", keep_bytes=1)
     jobs = [
         service.submit(request(auto_mask=0.3, seeds=(k, k + 1)), client="a", encode=encode, keep=True)
@@ -793,12 +797,12 @@ def test_results_of_one_who_comes_back_are_on_disk_and_not_in_memory(serve, tmp_
         assert [service.store.read(kept.file) for kept in job.kept] == [b"64", b"64"]
         assert all(service.store.read(kept.mask).startswith(b"\x89PNG") for kept in job.kept)
         assert [parse_infotext(kept.parameters).seed for kept in job.kept] == [kept.seed for kept in job.kept]
-    assert service.keep(jobs[0], encode) is jobs[0].kept  # it is not written anew
+    assert service.keep(jobs[0], encode) is jobs[0].kept  # not written again
 
 
-def test_pictures_in_memory_make_no_room_on_the_cost_of_those_on_disk(serve, gate, tmp_path):
+def test_results_in_memory_do_not_evict_jobs_with_results_on_disk(serve, gate, tmp_path):
     for _ in range(9):
-        gate.go.release()
+        gate.permits.release()
     service = serve({"x": lambda: None}, join=1, keep_bytes=1, store=tmp_path / "results")
     kept = service.submit(request(), client="a", encode=lambda picture: (b"", ".txt"), keep=True)
     others = [service.submit(request(), client="a") for _ in range(3)]
@@ -806,7 +810,7 @@ def test_pictures_in_memory_make_no_room_on_the_cost_of_those_on_disk(serve, gat
     assert service.job(kept.id) is kept and service.job(others[0].id) is None
 
 
-def test_results_that_cannot_be_kept_fail_the_job_and_leave_nothing(serve, tmp_path):
+def test_results_that_do_not_fit_in_the_store_fail_the_job_and_leave_no_file(serve, tmp_path):
     service = serve(store=tmp_path / "results", store_bytes=3)
     job = service.submit(request(seeds=(1, 2)), client="a", encode=encode, keep=True)
     assert job.wait(60) and job.state == "failed" and "--store-mb" in str(job.error)
@@ -815,7 +819,7 @@ def test_results_that_cannot_be_kept_fail_the_job_and_leave_nothing(serve, tmp_p
     assert again.wait(60) and again.state == "done"
 
 
-def test_the_numbers_of_a_service_add_up(serve, gate):
+def test_the_statistics_of_a_service_add_up(serve, gate):
     service = serve({"x": lambda: None}, join=1, limits=LOOSE)
     jobs = [service.submit(request(), client=str(k)) for k in range(4)]
     until(lambda: gate.began)
@@ -823,7 +827,7 @@ def test_the_numbers_of_a_service_add_up(serve, gate):
     assert (stats.waiting, stats.running, stats.clients, stats.done) == (3, 1, 4, 0)
     service.cancel(jobs[3].id)
     for _ in range(3):
-        gate.go.release()
+        gate.permits.release()
     assert all(job.wait(60) for job in jobs)
     stats = service.stats()
     assert (stats.waiting, stats.running, stats.clients, stats.done, stats.cancelled) == (0, 0, 0, 3, 1)
@@ -831,25 +835,25 @@ def test_the_numbers_of_a_service_add_up(serve, gate):
     assert counts == sorted(counts) and counts[-1] == 3 and stats.seconds_sum > 0
 
 
-def test_the_logs_tell_of_a_job_and_nothing_private(serve, gate, caplog):
+def test_the_log_describes_a_job_without_private_data(serve, gate, caplog):
     caplog.set_level(logging.INFO, "ip2p.serve")
-    gate.go.release()
+    gate.permits.release()
     service = serve({"x": lambda: None}, join=1)
     job = service.submit(request(instruction="a secret wish"), client="203.0.113.9")
     assert job.wait(60)
     until(lambda: caplog.messages)
     [line] = caplog.messages
-    said = dict(word.split("=") for word in line.split())
-    assert said["job"] == job.id and said["outcome"] == "done" and said["size"] == "64x64"
-    assert float(said["seconds"]) >= float(said["waited"]) >= 0
-    assert "secret" not in line and "203.0.113.9" not in line and len(said["client"]) == 8
+    fields = dict(word.split("=") for word in line.split())
+    assert fields["job"] == job.id and fields["outcome"] == "done" and fields["size"] == "64x64"
+    assert float(fields["seconds"]) >= float(fields["waited"]) >= 0
+    assert "secret" not in line and "203.0.113.9" not in line and len(fields["client"]) == 8
 
 
-def test_two_thousand_requests_leave_nothing_behind(serve, gate):
-    gate.go = SimpleNamespace(acquire=lambda: None)
+def test_two_thousand_requests_leak_no_objects_or_threads(serve, gate):
+    gate.permits = SimpleNamespace(acquire=lambda: None)
     service = serve({"x": lambda: None}, join=4, limits=LOOSE, keep_jobs=10)
 
-    def some(count):
+    def run_jobs(count):
         for start in range(0, count, 50):
             jobs = [service.submit(request(), client=f"{start + k}") for k in range(50)]
             assert all(job.wait(60) for job in jobs)
@@ -862,15 +866,15 @@ def test_two_thousand_requests_leave_nothing_behind(serve, gate):
         gc.collect()
         return len(gc.get_objects()), threading.active_count()
 
-    some(200)
-    objects, threads = some(200)
-    after, threads_after = some(2000)
+    run_jobs(200)
+    objects, threads = run_jobs(200)
+    after, threads_after = run_jobs(2000)
     assert threads_after == threads
-    assert after - objects < 500  # a job alone is a dozen
+    assert after - objects < 500  # a single job is a dozen
     assert len(service.jobs) <= 11 and not service.queue.clients and not service.queue.waiting
 
 
-def test_many_real_edits_leave_nothing_behind(serve):
+def test_many_real_edits_leak_no_objects_tensors_or_threads(serve):
     small = request(
         image=Image.new("RGB", (16, 16), "red"),
         size=16,
@@ -881,7 +885,7 @@ def test_many_real_edits_leave_nothing_behind(serve):
     )
     service = serve(limits=LOOSE, keep_jobs=4)
 
-    def some(count):
+    def run_jobs(count):
         jobs = [service.submit(small, client=f"{k % 7}") for k in range(count)]
         assert all(job.wait(120) and job.state == "done" for job in jobs)
         del jobs
@@ -890,12 +894,12 @@ def test_many_real_edits_leave_nothing_behind(serve):
         tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
         return len(gc.get_objects()), tensors, threading.active_count()
 
-    some(20)
-    rounds = [some(20), some(60), some(60), some(60)]
+    run_jobs(20)
+    rounds = [run_jobs(20), run_jobs(60), run_jobs(60), run_jobs(60)]
     objects, tensors, threads = zip(*rounds, strict=True)
     # A leak grows in every round; a library's caches grow in one of them.
     assert median(after - before for before, after in itertools.pairwise(objects)) < 500
-    # Fewer, where something of an earlier test went meanwhile.
+    # There can be fewer, when objects of an earlier test are collected meanwhile.
     assert tensors[-1] <= tensors[0] and threads[-1] <= threads[0]
 
 
@@ -908,7 +912,7 @@ def test_closing_ends_every_thread(editor):
     until(lambda: set(threading.enumerate()) <= before, 10)
 
 
-def test_results_on_disk_have_a_store_of_their_own(serve, tmp_path):
+def test_the_result_store_is_optional_and_emptied_on_close(serve, tmp_path):
     service = serve(store=tmp_path / "results", store_bytes=10, keep_seconds=60)
     name = service.store.put(b"data", ".png")
     assert service.store.read(name) == b"data" and service.store.shelf.seconds == 60
@@ -922,10 +926,10 @@ def test_a_service_without_a_model_is_refused():
         service_of({})
 
 
-def test_a_request_is_not_changed_by_its_job(serve):
+def test_a_job_does_not_modify_its_request(serve):
     picture = PICTURE.copy()
-    asked = request(image=picture)
-    before = dataclasses.asdict(asked)
-    job = serve().submit(asked, client="a")
+    edit_request = request(image=picture)
+    before = dataclasses.asdict(edit_request)
+    job = serve().submit(edit_request, client="a")
     assert job.wait(60)
-    assert dataclasses.asdict(asked) == before
+    assert dataclasses.asdict(edit_request) == before

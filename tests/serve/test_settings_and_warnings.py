@@ -1,4 +1,4 @@
-"""Every interface takes every setting of an edit, and says what to know about its results."""
+"""Every interface accepts every edit setting and returns warnings about the result."""
 
 import base64
 import io
@@ -17,8 +17,8 @@ from ip2p.settings import EditSettings, meta_of
 GLASS = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
 GLASS.paste((0, 0, 0, 0), (0, 0, 32, 32))
 LONG = "make it night " * 60
-# The settings that an interface has in its own way: the size of the results, not of the work.
-OWN = {"a1111": {"size"}}
+# Settings that an interface defines differently: its size is that of the result, not of the work.
+DIFFERENT = {"a1111": {"size"}}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def http():
         yield client
 
 
-def text(picture):
+def encoded(picture):
     return base64.b64encode(to_bytes(picture)).decode()
 
 
@@ -40,10 +40,10 @@ def test_every_interface_declares_every_setting(http, path, face, name):
     schema = http.get("/openapi.json").json()
     body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     called = meta_of(EditSettings.model_fields[name]).names.get(face, name)
-    assert called in body["properties"] or name in OWN.get(face, ())
+    assert called in body["properties"] or name in DIFFERENT.get(face, ())
 
 
-def test_the_schema_publishes_the_server_s_own_limits(http):
+def test_the_schema_has_the_servers_limits(http):
     fields = http.get("/v1/schema").json()["properties"]
     assert set(EditSettings.model_fields) <= set(fields)
     assert fields["steps"]["anyOf"][0]["maximum"] == 50 and fields["count"]["maximum"] == 4
@@ -51,29 +51,29 @@ def test_the_schema_publishes_the_server_s_own_limits(http):
     assert fields["text_cfg"]["group"] == meta_of(EditSettings.model_fields["text_cfg"]).group
 
 
-def test_guidance_settings_reach_the_network_from_every_interface(http):
-    picture = text(Image.new("RGB", (64, 64), "red"))
+def test_every_interface_applies_the_guidance_settings(http):
+    picture = encoded(Image.new("RGB", (64, 64), "red"))
     more = {"text_cfg_rescale": 0.5, "cfg_interval": [0.1, 0.9], "seed": 3}
     native = http.post("/v1/edits", json={"image": picture, "instruction": "x", "steps": 2, **more}).json()
     body = {"image": picture, "prompt": "x", "num_inference_steps": 2, **more}
     openai = http.post("/v1/images/edits", json=body).json()["data"][0]["b64_json"]
     body = {"init_images": [picture], "prompt": "x", "steps": 2, **more}
     a1111 = http.post("/sdapi/v1/img2img", json=body).json()
-    made = [native["results"][0]["settings"], json.loads(a1111["info"])["infotexts"][0]]
-    for infotext in made:
+    infotexts = [native["results"][0]["settings"], json.loads(a1111["info"])["infotexts"][0]]
+    for infotext in infotexts:
         record = parse_infotext(infotext)
         assert (record.text_cfg_rescale, record.cfg_interval) == (0.5, (0.1, 0.9))
     assert openai == native["results"][0]["b64"]
 
 
-def test_a_control_image_without_a_controlnet_is_refused_by_name(http):
-    picture = text(Image.new("RGB", (64, 64), "red"))
+def test_a_control_image_without_a_controlnet_is_refused(http):
+    picture = encoded(Image.new("RGB", (64, 64), "red"))
     answer = http.post("/v1/edits", json={"image": picture, "instruction": "x", "control_image": picture})
     assert answer.status_code == 422 and "ControlNet" in answer.json()["error"]["message"]
 
 
 def test_every_interface_keeps_transparency(http):
-    picture = text(GLASS)
+    picture = encoded(GLASS)
     native = http.post("/v1/edits", json={"image": picture, "instruction": "x", "steps": 1}).json()
     body = {"image": picture, "prompt": "x", "num_inference_steps": 1, "background": "transparent"}
     openai = http.post("/v1/images/edits", json=body).json()
@@ -85,8 +85,8 @@ def test_every_interface_keeps_transparency(http):
             assert image.getchannel("A").tobytes() == GLASS.getchannel("A").tobytes()
 
 
-def test_every_interface_says_what_to_know_about_a_result(http):
-    picture = text(GLASS)
+def test_every_interface_returns_warnings_about_the_result(http):
+    picture = encoded(GLASS)
     native = http.post("/v1/edits", json={"image": picture, "instruction": LONG, "steps": 1}).json()
     body = {"image": picture, "prompt": LONG, "num_inference_steps": 1}
     openai = http.post("/v1/images/edits", json=body).json()
@@ -94,7 +94,7 @@ def test_every_interface_says_what_to_know_about_a_result(http):
     a1111 = json.loads(http.post("/sdapi/v1/img2img", json=body).json()["info"])
     for warnings in (native["warnings"], openai["warnings"], a1111["warnings"]):
         assert len(warnings) == 1 and "has no effect" in warnings[0]
-    plain = text(Image.new("RGB", (64, 64), "red"))
+    plain = encoded(Image.new("RGB", (64, 64), "red"))
     assert (
         http.post("/v1/edits", json={"image": plain, "instruction": "x", "steps": 1}).json()["warnings"] == []
     )

@@ -1,4 +1,4 @@
-"""Edits that replicas make, the replicas being in this process: what becomes of each, and of a lost one."""
+"""Edits by replicas that run in this process, including lost replicas."""
 
 import asyncio
 import pickle
@@ -27,10 +27,10 @@ PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 
 
 class Stream:
-    """The news of a replica, as Ray passes them on: in its own loop, to a thread that waits for them."""
+    """A replica's news as Ray passes it on: from its own event loop to a thread that waits for it."""
 
     def __init__(self, loop, replica, request, lost_after):
-        self.came: queue.Queue[News | Exception | None] = queue.Queue()
+        self.received: queue.Queue[News | Exception | None] = queue.Queue()
         self.lost_after = lost_after
         self.task = asyncio.run_coroutine_threadsafe(self.pump(replica, request), loop)
 
@@ -38,19 +38,19 @@ class Stream:
         updates = replica.edit(request)
         try:
             async for news in updates:
-                self.came.put(news)
+                self.received.put(news)
                 if self.lost_after is not None and news.step >= self.lost_after:
-                    self.came.put(Lost("killed"))
+                    self.received.put(Lost("killed"))
                     return
-            self.came.put(None)
+            self.received.put(None)
         except asyncio.CancelledError:
-            self.came.put(Stopped())
+            self.received.put(Stopped())
             raise
         finally:
             await updates.aclose()
 
     def __iter__(self):
-        while (news := self.came.get()) is not None:
+        while (news := self.received.get()) is not None:
             if isinstance(news, Exception):
                 raise news
             yield news
@@ -59,8 +59,8 @@ class Stream:
         self.task.cancel()
 
 
-class Here:
-    """Replicas in turns; lost: the step at which each of the next edits loses its replica, if at one."""
+class LocalReplicas:
+    """Replicas used in turn. lost: the step, if any, at which each of the next edits loses its replica."""
 
     def __init__(self, editors, **how):
         self.replicas = [
@@ -68,14 +68,14 @@ class Here:
             for e in editors
         ]
         self.lost: list[int | None] = []
-        self.asked = 0
+        self.requests = 0
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
 
     def edit(self, request):
-        self.asked += 1
-        replica = self.replicas[self.asked % len(self.replicas)]
+        self.requests += 1
+        replica = self.replicas[self.requests % len(self.replicas)]
         return Stream(self.loop, replica, request, self.lost.pop(0) if self.lost else None)
 
     def card(self, model):
@@ -98,7 +98,7 @@ def here(editors):
     for editor in editors:
         editor.bundle.unet.seconds = 0.0
         editor.bundle.unet.rows.clear()
-    replicas = Here(editors)
+    replicas = LocalReplicas(editors)
     yield replicas
     replicas.close()
 
@@ -111,26 +111,26 @@ def spread(here):
 
 
 def request(**more):
-    own = {name: more.pop(name) for name in ("seeds", "previews") if name in more}
+    fields = {name: more.pop(name) for name in ("seeds", "previews") if name in more}
     settings = EditSettings.read({"instruction": "make it night", "steps": 4, **more})
-    return EditRequest(image=PICTURE, settings=settings, **own)
+    return EditRequest(image=PICTURE, settings=settings, **fields)
 
 
-def test_results_are_those_of_one_service(spread):
-    asked = request(seeds=(3, 4), auto_mask=0.5, text_cfg=6.0)
+def test_results_match_those_of_a_single_service(spread):
+    edit_request = request(seeds=(3, 4), auto_mask=0.5, text_cfg=6.0)
     with Service(LocalMaker({"fake": fake_editor(0.0)}, join=2)) as alone:
-        wanted = alone.submit(asked, client="a")
-        assert wanted.wait(60)
-    job = spread.submit(asked, client="a")
+        expected = alone.submit(edit_request, client="a")
+        assert expected.wait(60)
+    job = spread.submit(edit_request, client="a")
     assert job.wait(60) and job.state == "done" and (job.step, job.steps) == (8, 8)
     assert [each.seed for each in job.results] == [3, 4]
-    for made, other in zip(job.results, wanted.results, strict=True):
-        assert ImageChops.difference(made.image, other.image).getextrema() == ((0, 0),) * 3
-        assert made.image.info["parameters"] == other.image.info["parameters"]
-        assert made.mask.tobytes() == other.mask.tobytes()
+    for result, other in zip(job.results, expected.results, strict=True):
+        assert ImageChops.difference(result.image, other.image).getextrema() == ((0, 0),) * 3
+        assert result.image.info["parameters"] == other.image.info["parameters"]
+        assert result.mask.tobytes() == other.mask.tobytes()
 
 
-def test_edits_go_to_every_replica_and_the_queue_is_one(spread, editors, here):
+def test_one_queue_feeds_every_replica(spread, editors, here):
     for editor in editors:
         editor.bundle.unet.seconds = 0.05
     jobs = [spread.submit(request(), client=f"caller {k}") for k in range(8)]
@@ -140,7 +140,7 @@ def test_edits_go_to_every_replica_and_the_queue_is_one(spread, editors, here):
     assert spread.stats().done == 8
 
 
-def test_previews_and_steps_are_passed_on(spread, editors):
+def test_previews_and_steps_are_forwarded(spread, editors):
     for editor in editors:
         editor.bundle.unet.seconds = 0.02
     job = spread.submit(request(steps=8, previews=2), client="a")
@@ -149,7 +149,7 @@ def test_previews_and_steps_are_passed_on(spread, editors):
     assert job.previews[0] is not None
 
 
-def test_a_stopped_edit_ends_at_its_replica_within_a_step(spread, editors, here):
+def test_a_stopped_edit_is_cancelled_on_its_replica(spread, editors, here):
     for editor in editors:
         editor.bundle.unet.seconds = 0.1
     job = spread.submit(request(steps=100), client="a")
@@ -162,7 +162,7 @@ def test_a_stopped_edit_ends_at_its_replica_within_a_step(spread, editors, here)
     assert sum(replica.service.stats().cancelled for replica in here.replicas) == 1
 
 
-def test_a_stopped_edit_keeps_what_was_finished(spread, editors):
+def test_a_stopped_edit_keeps_its_finished_results(spread, editors):
     for editor in editors:
         editor.bundle.unet.seconds = 0.05
     job = spread.submit(request(steps=10, seeds=(1, 2, 3, 4), auto_mask=0.5), client="a")
@@ -172,11 +172,11 @@ def test_a_stopped_edit_keeps_what_was_finished(spread, editors):
     assert [result.seed for result in job.results] == [1, 2] and all(result.mask for result in job.results)
 
 
-def test_an_edit_whose_replica_is_lost_begins_again_on_another(spread, here):
+def test_an_edit_whose_replica_is_lost_restarts_on_another(spread, here):
     here.lost = [2]
     job = spread.submit(request(), client="a")
     assert job.wait(60) and job.state == "done" and len(job.results) == 1
-    assert here.asked == 2
+    assert here.requests == 2
 
 
 def test_an_edit_that_loses_two_replicas_fails(spread, here):
@@ -186,14 +186,14 @@ def test_an_edit_that_loses_two_replicas_fails(spread, here):
     assert "2 replicas failed" in str(job.error)
 
 
-def test_what_a_replica_refuses_names_its_field(spread):
+def test_a_request_that_a_replica_refuses_names_its_field(spread):
     job = spread.submit(request(size=(4096, 4096)), client="a")
     assert job.wait(60) and isinstance(job.error, SettingError) and job.error.field == "size"
     with pytest.raises(SettingError, match="steps"):
         spread.submit(request(steps=10**9), client="a")
 
 
-def test_it_is_ready_once_a_replica_has_the_model_and_drains(here):
+def test_the_service_is_ready_after_warming_and_can_be_drained(here):
     with Service(ReplicaMaker(here, ["fake"], count=2, each=2)) as service:
         assert not service.ready
         service.warm()
@@ -208,18 +208,18 @@ def test_it_is_ready_once_a_replica_has_the_model_and_drains(here):
 @pytest.mark.parametrize(
     "error", [InputError("a"), ModelError("b"), ResourceError("c"), SettingError("d", field="image")]
 )
-def test_errors_come_back_as_they_were(error):
+def test_errors_survive_pickling(error):
     with pytest.raises(type(error)) as caught:
         raise_error(pickle.loads(pickle.dumps(error)))
     assert str(caught.value) == str(error) and vars(caught.value) == vars(error)
 
 
-def test_what_a_replica_that_ends_did_not_do_another_one_may():
+def test_a_draining_replica_counts_as_lost():
     with pytest.raises(Lost):
         raise_error(pickle.loads(pickle.dumps(Draining("The server is shutting down."))))
 
 
-def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path):
+def test_a_replica_reports_why_its_model_did_not_load(tmp_path):
     def build(stack):
         raise ModelError("no such model")
 
@@ -228,13 +228,13 @@ def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path):
         raise_error(error)
 
 
-def test_replicas_get_whole_paths_and_nothing_that_is_secret(tmp_path, monkeypatch):
+def test_replicas_get_absolute_paths_and_no_secrets(tmp_path, monkeypatch):
     (tmp_path / "editor").mkdir()
     monkeypatch.chdir(tmp_path)
     config = ServeConfig(model=("editor", "photo=some/model"), ray="", api_key_file=Path("keys"))
-    sent = portable(config)
-    assert sent.models() == {"editor": str(tmp_path / "editor"), "photo": "some/model"}
-    assert sent.ray is None and sent.api_key_file is None
+    portable_config = portable(config)
+    assert portable_config.models() == {"editor": str(tmp_path / "editor"), "photo": "some/model"}
+    assert portable_config.ray is None and portable_config.api_key_file is None
 
 
 def test_without_ray_the_install_command_is_printed(monkeypatch, capsys):
@@ -243,12 +243,12 @@ def test_without_ray_the_install_command_is_printed(monkeypatch, capsys):
     assert "pip install 'ip2p[ray]'" in capsys.readouterr().err
 
 
-def test_what_is_for_ray_alone_is_refused_without_it(capsys):
+def test_replicas_without_ray_are_refused(capsys):
     assert main(["serve", "--replicas", "2"]) == 2
     assert "--replicas requires --ray" in capsys.readouterr().err
 
 
-def test_the_service_of_a_config_without_ray_is_here(tmp_path):
+def test_a_config_without_ray_makes_an_in_process_service(tmp_path):
     import contextlib
 
     with contextlib.ExitStack() as stack:

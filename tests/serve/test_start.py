@@ -1,4 +1,4 @@
-"""What a client asks before an edit: the card, examples, a look at a picture, and the page's files."""
+"""The model card, examples, picture inspection, and the page's files."""
 
 import base64
 import io
@@ -36,7 +36,7 @@ def photo(**options):
     return file.getvalue()
 
 
-def test_the_card_says_what_the_model_wants_and_the_server_allows(http):
+def test_the_card_has_the_models_defaults_and_the_servers_limits(http):
     card = http.get("/v1/card").json()
     assert (card["model"], card["models"], card["native_size"]) == ("fake", ["fake"], 64)
     assert card["defaults"]["text_cfg"] == 7.5 and card["defaults"]["steps"] == 15  # the limit, below 20
@@ -48,7 +48,7 @@ def test_the_card_says_what_the_model_wants_and_the_server_allows(http):
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
 
 
-def test_suggestions_change_the_whole_picture_so_that_they_suit_any():
+def test_suggestions_are_global_edits_that_suit_any_picture():
     assert {edit_kind(each) for each in STORYBOOK} == set(GLOBAL_KINDS)
     assert "none" not in {edit_kind(each) for example in packaged_examples() for each in example.instructions}
     for each in (*STORYBOOK, *PHOTOS):
@@ -65,22 +65,22 @@ def test_examples_are_pictures_with_instructions(http):
     assert http.get(f"/v1/examples/{len(found)}.png").status_code == 404
 
 
-def test_a_look_shows_a_picture_upright_with_its_size(http):
+def test_inspection_returns_the_size_and_an_upright_preview(http):
     found = http.post("/v1/pictures", files={"image": photo()}, data={"side": "32"}).json()
     assert (found["width"], found["height"], found["format"]) == (64, 96, "jpeg")
     assert (found["infotext"], found["settings"], found["warnings"]) == (None, None, [])
     preview = Image.open(io.BytesIO(base64.b64decode(found["preview"])))
     assert (preview.format, preview.size) == ("WEBP", (21, 32))
-    bmp = io.BytesIO()
-    Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(bmp, "TIFF")
-    found = http.post("/v1/pictures", files={"image": bmp.getvalue()}).json()
+    tiff = io.BytesIO()
+    Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(tiff, "TIFF")
+    found = http.post("/v1/pictures", files={"image": tiff.getvalue()}).json()
     assert found["format"] == "png" and found["warnings"] == []
     preview = Image.open(io.BytesIO(base64.b64decode(found["preview"])))
     assert preview.mode == "RGBA" and preview.getchannel("A").getextrema() == (0, 0)
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_an_edit_s_settings_and_metadata_go_through_every_format(http, tmp_path, format):
+def test_an_edits_settings_and_metadata_survive_conversion_to_every_format(http, tmp_path, format):
     files = {"image": photo()}
     data = {"instruction": "make it snow", "steps": "2", "seed": "5", "text_cfg": "3", "format": "png"}
     edited = http.post("/v1/edits", files=files, data=data, headers={"Accept": "image/png"}).content
@@ -99,12 +99,12 @@ def test_an_edit_s_settings_and_metadata_go_through_every_format(http, tmp_path,
         assert b"compositeWithTrainedAlgorithmicMedia" in path.read_bytes()
 
 
-def test_a_picture_that_was_not_edited_gets_no_mark(http):
+def test_a_picture_that_was_not_edited_gets_no_ai_mark(http):
     answer = http.post("/v1/pictures", files={"image": photo()}, data={"convert": "png"})
     assert b"TrainedAlgorithmicMedia" not in answer.content
 
 
-def test_a_look_is_refused_as_an_edit_is(http):
+def test_inspection_refuses_unusable_pictures_and_options(http):
     def error(**sent):
         answer = http.post("/v1/pictures", **sent)
         assert answer.status_code == 422
@@ -118,7 +118,7 @@ def test_a_look_is_refused_as_an_edit_is(http):
     assert error(json={"image": "https://example.org/a.png"})["param"] == "image"
 
 
-def test_the_page_is_static_and_its_policy_allows_nothing_inline(http):
+def test_the_page_is_static_and_its_security_policy_forbids_inline_code(http):
     page = http.get("/")
     policy = page.headers["content-security-policy"]
     assert "script-src 'self'" in policy and "unsafe" not in policy
