@@ -105,8 +105,10 @@ def test_no_url_path_escapes_its_folder(server, place):
 
 @pytest.mark.parametrize("name", ["../../evil.png", "..\\evil.png", "/tmp/evil.png", "a\0.png", "a" * 9000])
 def test_an_upload_filename_is_never_used_as_a_path(server, name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = set(os.listdir("/tmp")) | set(os.listdir(tmp_path.parent))
+    inner = tmp_path / "a" / "b" / "c"  # so that a path upward ends in tmp_path too
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    before = set(os.listdir("/tmp"))
     body = b"".join(
         [
             b'--B\r\nContent-Disposition: form-data; name="image"; filename="' + name.encode() + b'"\r\n\r\n',
@@ -119,6 +121,7 @@ def test_an_upload_filename_is_never_used_as_a_path(server, name, tmp_path, monk
     )
     assert answer.status_code in (200, 422)
     assert not any("evil" in name for name in set(os.listdir("/tmp")) - before)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
