@@ -1,6 +1,7 @@
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ip2p.base.errors import InputError, ResourceError
 from ip2p.diffusion.samplers import SAMPLERS
+from ip2p.editing.editor import Editor
 from ip2p.serve.engine import JoinedEditor
 from ip2p.serve.jobs import Stopped
 
@@ -103,6 +105,19 @@ def test_joined_edits_of_different_sizes_match_solo_edits(editor, joined):
         )
     )
     assert [x.shape for x in together] == [x.shape for x in alone]
+    assert max(relative_error(one, other) for one, other in zip(alone, together, strict=True)) < 1e-5
+
+
+def test_simultaneous_edits_with_feature_caches_match_solo_edits(editor):
+    plain = Editor(replace(editor.bundle, unet=editor.bundle.unet.unet))
+    options = [{"steps": 4, "cache_every": 2}, {"steps": 5, "cache_every": 3}, {"steps": 4}]
+    alone = [latents(plain, PICTURES[k], seed=k, **how) for k, how in enumerate(options)]
+    assert relative_error(alone[0], latents(plain, PICTURES[0], seed=0, steps=4)) > 1e-4  # it has an effect
+    joined = JoinedEditor(plain, join=8, patience=5.0)
+    together = at_once(
+        *(lambda k=k, how=how: latents(joined, PICTURES[k], seed=k, **how) for k, how in enumerate(options))
+    )
+    joined.close()
     assert max(relative_error(one, other) for one, other in zip(alone, together, strict=True)) < 1e-5
 
 
