@@ -1,6 +1,6 @@
-"""Small data sets of every layout.
+"""Small data sets in every layout.
 
-Not a conftest: the tests that say `from conftest import ...` would find this one and not the one above.
+Not a conftest: `from conftest import ...` in tests would import this one and not the one above.
 """
 
 import io
@@ -39,7 +39,7 @@ def make_pair(number: int, **changes) -> Pair:
 
 
 class Rows:
-    """A source of given pairs, or of exceptions."""
+    """A source that returns given pairs or raises given errors."""
 
     endless = False
 
@@ -62,7 +62,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def write_hub(path, pairs, *, rows_a_group=2, plain=False):
-    """Parquet in the hub edition's columns; `plain`: pictures as bytes and not as structs."""
+    """Parquet in the Hugging Face version's columns; `plain`: pictures as bytes, not structs."""
 
     def cell(data):
         return data if plain else {"bytes": data, "path": None}
@@ -83,7 +83,7 @@ def write_hub(path, pairs, *, rows_a_group=2, plain=False):
 
 
 def write_original(folder, pairs, *, seeds=True):
-    """The layout of the paper's code, two seeds a prompt."""
+    """The layout of the paper's code, two seeds per prompt."""
     listed = {}
     for number, pair in enumerate(pairs):
         name, seed = f"{number // 2:07}", pair.scores["seed"]

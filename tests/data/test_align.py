@@ -1,4 +1,4 @@
-"""Pictures that were moved against each other, on drawn pairs whose edits are exact."""
+"""Detection of shifts and crops between two pictures, on drawn pairs with exact edits."""
 
 from functools import lru_cache
 
@@ -21,13 +21,13 @@ def drawn(kind, number):
 
 
 def shifted(image, across, down):
-    """Moved, with its border drawn out; nothing comes in from the other side."""
+    """A shifted copy; edge pixels are repeated and nothing wraps around."""
     padded = np.pad(np.asarray(image), ((16, 16), (16, 16), (0, 0)), mode="edge")
     return Image.fromarray(padded[16 - down : 16 - down + SIZE, 16 - across : 16 - across + SIZE])
 
 
 def cropped(image, share, across=0.5, down=0.5):
-    """A crop of 1 - share of each side, at its place in the rest, enlarged to the size it had."""
+    """A crop to 1 - share of each side, at a relative position, enlarged to the original size."""
     side = SIZE * (1 - share)
     left, top = across * (SIZE - side), down * (SIZE - side)
     box = (left, top, left + side, top + side)
@@ -37,7 +37,7 @@ def cropped(image, share, across=0.5, down=0.5):
 LOCAL = [(kind, number) for kind in ("recolour", "add", "remove", "put_on") for number in range(2)]
 
 
-def test_true_pairs_are_not_moved():
+def test_aligned_pairs_are_not_reported():
     kinds = ("move", "bigger", "smaller", "count", "place", "style", "weather", "two", "replace", "time")
     assert [k for k in [(kind, n) for kind in kinds for n in range(6)] if find_move(*drawn(*k))] == []
 
@@ -54,7 +54,7 @@ def test_a_shift_of_8_pixels_is_found(across, down):
 
 
 @pytest.mark.parametrize("place", [(0.5, 0.5), (0, 1)])
-def test_a_crop_of_a_tenth_is_found(place):
+def test_a_crop_of_10_percent_is_found(place):
     moves = [find_move(before, cropped(after, 0.1, *place)) for before, after in (drawn(*k) for k in LOCAL)]
     found = [move for move in moves if move]
     assert len(found) >= 7
@@ -63,7 +63,7 @@ def test_a_crop_of_a_tenth_is_found(place):
     assert "cropped by 10% and enlarged" in {str(move) for move in found}
 
 
-def test_a_picture_without_structure_tells_nothing():
+def test_a_picture_without_structure_gives_no_result():
     flat = Image.new("RGB", (SIZE, SIZE), "grey")
     assert find_move(flat, flat) is None
     before, _ = drawn("add", 0)
@@ -76,7 +76,7 @@ def test_an_edge_alone_does_not_show_a_shift_along_it():
     assert find_move(stripe, shifted(stripe, 8, 0)) is None
 
 
-def test_other_shapes_are_compared_too():
+def test_non_square_pictures_are_compared_too():
     before, after = (page.resize((SIZE * 2, SIZE)) for page in drawn("recolour", 0))
     assert find_move(before, after) is None
     moved = after.transform(after.size, Image.Transform.AFFINE, (1, 0, -12, 0, 1, 0))

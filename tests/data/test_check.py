@@ -22,7 +22,7 @@ def png(image):
     return buffer.getvalue()
 
 
-def found(rows):
+def findings_of(rows):
     return {f.name: (f.kind, f.count, f.ids) for f in check(Rows(rows)).findings}
 
 
@@ -32,7 +32,7 @@ def page(kind, number):
 
 
 def every_defect(folder):
-    """A folder with each defect once, under an id that says which, beside 12 rows that are right."""
+    """A folder with each defect once, under an id that names it, and 12 correct rows."""
     rows = []
 
     def add(id, before, after, instruction="make it blue", caption="a page", edited_caption="a blue page"):
@@ -55,13 +55,13 @@ def every_defect(folder):
     add("silent", picture(1), picture(2), instruction="  ")
     add("swapped-words", picture(3), picture(4), "a page with a cat", "make the cat green", "a green cat")
     add("swapped-pictures", picture(20), picture(5), "make it new", "a shared page", "another")
-    rows[-1][1:3] = rows[-1][2], rows[-1][1]  # its after is what the next ones start from
+    rows[-1][1:3] = rows[-1][2], rows[-1][1]  # its after is the before of the next rows
     add("shares-1", picture(20), picture(6), "make it old", "a shared page", "an old page")
     add("shares-2", picture(20), picture(7), "make it odd", "a shared page", "an odd page")
     add("other-size", picture(8), picture(9, size=(24, 24)))
     add("shifted", png(before), png(shifted(after, 8, 0)))
     add("cropped", png(before), png(cropped(after, 0.1)))
-    add("right-3", picture(10), picture(11))  # an id that is there already
+    add("right-3", picture(10), picture(11))  # a duplicate id
     add("again", three["before"], three["after"])
     add("same", picture(12), picture(12), instruction="word " * 90)
     with open(folder / "metadata.csv", "w", newline="") as file:
@@ -71,7 +71,7 @@ def every_defect(folder):
     return folder
 
 
-def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
+def test_every_defect_of_a_folder_has_its_own_line(tmp_path):
     report = check(open_source(str(every_defect(tmp_path / "set"))))
     lines = {line.split("  ")[0]: " ".join(line.split()) for line in report.lines()}
     starts = {
@@ -105,14 +105,14 @@ def test_a_folder_with_every_defect_has_a_line_for_each(tmp_path):
     assert json.loads(json.dumps(report.to_json()))["findings"][0]["ids"][0].startswith("cut (after")
 
 
-def test_drawn_pairs_have_nothing_wrong():
+def test_drawn_pairs_have_no_findings():
     report = check(StorybookSource(64, seed=5, count=40))
     assert report.findings == ()
     assert report.lines()[-1] == f"{'found':<20}no problems"
     assert report.sizes == {"64x64": 40}
 
 
-def test_a_source_without_end_is_looked_at_in_part():
+def test_an_endless_source_is_checked_up_to_a_limit():
     endless = Rows(make_pairs(3))
     endless.endless = True
     endless.__class__ = type("Long", (Rows,), {"__len__": lambda self: 2**31})
@@ -125,7 +125,7 @@ def test_a_source_without_end_is_looked_at_in_part():
 
 def test_the_first_few_ids_are_named_and_all_are_counted():
     rows = [BrokenRow(f"row-{number}", "before: gone") for number in range(9)]
-    kind, count, ids = found(rows)["broken picture"]
+    kind, count, ids = findings_of(rows)["broken picture"]
     assert (kind, count, len(ids)) == ("defect", 9, 5)
     line = check(Rows(rows)).findings[0].line()
     assert line.startswith(f"{'broken picture':<20}9 rows: ") and line.endswith("row-4 (before: gone), …")
@@ -142,7 +142,7 @@ def test_the_first_few_ids_are_named_and_all_are_counted():
         "SWAP them",
     ],
 )
-def test_an_instruction_is_recognized_by_its_beginning(words):
+def test_an_instruction_is_recognized_by_its_first_words(words):
     assert imperative(words)
 
 
@@ -150,12 +150,12 @@ def test_an_instruction_is_recognized_by_its_beginning(words):
     "words",
     ["a cat on a mat", "in the snow", "as a painting", "The house is now red", "", "makeup on a table"],
 )
-def test_what_is_no_command_is_not_taken_for_one(words):
+def test_other_texts_are_not_mistaken_for_instructions(words):
     assert not imperative(words)
 
 
-def test_words_are_swapped_only_if_both_look_like_the_other():
-    assert "swapped words" in found([make_pair(0, instruction="a red cat", caption="make the cat red")])
+def test_words_are_reported_as_swapped_only_if_both_look_swapped():
+    assert "swapped words" in findings_of([make_pair(0, instruction="a red cat", caption="make the cat red")])
     for instruction, caption in (
         ("in the snow", "a cat on a mat"),
         ("make the cat red", "a cat"),
@@ -163,55 +163,55 @@ def test_words_are_swapped_only_if_both_look_like_the_other():
         ("as a painting", ""),
     ):
         pair = make_pair(0, instruction=instruction, caption=caption, edited_caption="")
-        assert "swapped words" not in found([pair])
+        assert "swapped words" not in findings_of([pair])
 
 
 def swaps(*pairs, captions=None):
-    """The rows that look swapped, of pairs of picture numbers; `captions`: of before and of after."""
+    """The rows reported as swapped, for pairs of picture numbers; `captions`: of before and after."""
     rows = []
     for number, (before, after) in enumerate(pairs):
         caption, edited = captions[number] if captions else ("", "")
         words = {"caption": caption, "edited_caption": edited}
         rows.append(make_pair(number, id=str(number), before=picture(before), after=picture(after), **words))
-    return found(rows).get("swapped pictures", ("", 0, ()))[2]
+    return findings_of(rows).get("swapped pictures", ("", 0, ()))[2]
 
 
-def test_a_row_that_ends_where_its_group_begins_is_swapped():
+def test_a_row_whose_after_is_its_groups_before_is_reported_as_swapped():
     assert swaps((1, 2), (1, 3), (4, 1)) == ("2",)
-    # With captions one other row is enough: both say that they start at the same.
+    # With captions one other row is enough: both have the same caption before.
     assert swaps((1, 2), (3, 1), captions=[("a", "b"), ("a", "c")]) == ("1",)
 
 
-def test_a_group_that_ends_at_one_picture_is_swapped():
+def test_a_group_with_one_shared_after_is_reported_as_swapped():
     assert swaps((2, 1), (3, 1), (4, 1)) == ("0", "1", "2")
     assert swaps((2, 1), (3, 1), captions=[("a", "b"), ("a", "c")]) == ("0", "1")
 
 
-def test_edits_of_edits_and_ways_back_are_not_swapped():
+def test_chained_and_reversed_edits_are_not_reported_as_swapped():
     assert swaps((1, 2), (2, 3), (3, 4)) == ()
     assert swaps((1, 2), (1, 3), (1, 4), (2, 5)) == ()
     assert swaps((1, 2), (2, 1)) == ()
     # Removing things from different pictures may leave the same picture; their captions tell the edits apart.
     assert swaps((2, 1), (3, 1), (4, 1), captions=[("b", "a"), ("c", "a"), ("d", "a")]) == ()
-    # An edit of an edit, edited twice: the second step's caption is another.
+    # An edit of an edit, edited twice: the second step's caption is different.
     assert swaps((1, 2), (2, 3), (2, 4), captions=[("a", "b"), ("b", "c"), ("b", "d")]) == ()
 
 
-def test_the_same_picture_in_another_format_is_the_same():
+def test_the_same_picture_in_another_format_counts_as_identical():
     pixels = np.asarray(Image.open(io.BytesIO(picture(1))))
-    assert "identical pictures" in found([make_pair(0, before=picture(1), after=pixels)])
+    assert "identical pictures" in findings_of([make_pair(0, before=picture(1), after=pixels)])
     again = make_pair(1, before=pixels, after=picture(2), instruction="Make  it number 0")
-    assert found([make_pair(0, before=picture(1), after=picture(2)), again])["duplicate pairs"][2] == (
+    assert findings_of([make_pair(0, before=picture(1), after=picture(2)), again])["duplicate pairs"][2] == (
         "pair-1",
     )
 
 
-def test_tokens_are_about_as_many_as_words_and_signs():
+def test_the_token_estimate_counts_words_and_punctuation():
     assert tokens("make it snow") == 5
     assert tokens("a photograph, please") == 2 + 1 + 2 + 1 + 1
 
 
-def test_the_sheet_shows_pairs_evenly_and_names_broken_rows(tmp_path):
+def test_the_sheet_shows_all_pairs_and_a_gray_area_for_a_broken_row(tmp_path):
     rows = [*make_pairs(10), BrokenRow("lost", "before: gone")]
     sheet(Rows(rows), tmp_path / "sheet.png", count=11)
     shown = Image.open(tmp_path / "sheet.png")
@@ -262,23 +262,23 @@ def test_an_instruction_that_is_not_words_is_a_defect(value, reason):
         "nantucket",
     ],
 )
-def test_words_are_words(words):
+def test_unusual_instructions_are_not_reported(words):
     assert not check(Rows([make_pair(0, instruction=words)])).findings
 
 
-def test_captions_in_the_column_of_instructions_are_named():
+def test_captions_in_the_instruction_column_are_reported():
     report = check(Rows([make_pair(k, instruction=f"another page — “{k}”") for k in range(2)]))
     assert [finding.name for finding in report.findings] == ["caption for instruction"]
 
 
-def test_one_instruction_for_all_rows_is_named():
+def test_one_instruction_for_all_rows_is_reported():
     report = check(Rows([make_pair(k, instruction="make it snow") for k in range(12)]))
     [finding] = report.findings
     assert (finding.name, finding.kind, finding.count) == ("one instruction", "warning", 12)
     assert not check(Rows([make_pair(k, instruction="make it snow") for k in range(5)])).findings
 
 
-def test_a_blank_picture_is_named():
+def test_a_blank_picture_is_reported():
     gray = np.full((20, 24, 3), 128, np.uint8)
     report = check(Rows([make_pair(0, after=gray)]))
     [finding] = report.findings

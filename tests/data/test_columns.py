@@ -1,4 +1,4 @@
-"""Columns that are named by the user, the names of published data sets, sidecar texts and imagefolders."""
+"""Columns chosen by the user, names of published data sets, sidecar texts and imagefolders."""
 
 import json
 import tarfile
@@ -24,12 +24,12 @@ def as_text(chosen):
     return ",".join(f"{part}={name}" for part, name in chosen.items())
 
 
-def equal(pair, made, *fields):
-    return all(getattr(pair, name) == getattr(made, name) for name in ("before", "after", *fields))
+def equal(pair, expected, *fields):
+    return all(getattr(pair, name) == getattr(expected, name) for name in ("before", "after", *fields))
 
 
 def write_odd(folder, layout):
-    """Two pairs under names that mean nothing to anybody, next to misleading ones."""
+    """Two pairs in columns with meaningless names, next to misleading ones."""
     pairs = make_pairs(2)
     folder.mkdir()
     if layout == "parquet":
@@ -62,17 +62,17 @@ def write_odd(folder, layout):
 
 
 @pytest.mark.parametrize("layout", ["parquet", "shards", "folders"])
-def test_any_column_can_be_named(tmp_path, layout):
+def test_any_column_can_be_chosen(tmp_path, layout):
     pairs = write_odd(tmp_path / "set", layout)
     with pytest.raises(InputError, match="missing: before .*--columns original=NAME,edited=NAME"):
         open_source(str(tmp_path / "set"))
     source = open_source(str(tmp_path / "set"), columns=as_text(ODD))
     assert all(equal(source[row], pair, "instruction", "caption") for row, pair in enumerate(pairs))
     other = open_source(str(tmp_path / "set"), columns=as_text(ODD | {"instruction": "caption"}))
-    assert other[0].instruction == pairs[0].caption and other.key != source.key  # cached apart
+    assert other[0].instruction == pairs[0].caption and other.key != source.key  # cached separately
 
 
-def test_a_prompt_file_has_named_keys_too(tmp_path):
+def test_the_keys_of_a_prompt_file_can_be_chosen_too(tmp_path):
     folder = write_original(tmp_path / "set", make_pairs(1))
     (folder / "0000000" / "prompt.json").write_text(json.dumps({"caption": "a", "edit": "b", "vorgabe": "c"}))
     assert open_source(str(folder), columns="instruction=vorgabe")[0].instruction == "c"
@@ -81,7 +81,7 @@ def test_a_prompt_file_has_named_keys_too(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["parquet", "shards", "folders"])
-def test_a_column_that_is_not_there_is_named(tmp_path, layout):
+def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path, layout):
     write_odd(tmp_path / "set", layout)
     with pytest.raises(InputError, match=r"has no .*'lefd' \(--columns original=lefd\); it has .*left"):
         open_source(str(tmp_path / "set"), columns=as_text(ODD | {"original": "lefd"}))
@@ -96,30 +96,30 @@ def test_a_column_that_is_not_there_is_named(tmp_path, layout):
         ("original=a,before=b", "original is named twice"),
     ],
 )
-def test_a_wrong_list_of_columns_is_refused_before_any_work(text, words, capsys):
+def test_an_invalid_list_of_columns_is_refused_before_any_work(text, words, capsys):
     assert cli.main(["data", "check", "nowhere", "--columns", text]) == 2
     assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["train", "data check", "data convert", "evaluate"])
-def test_the_verbs_that_read_pairs_take_columns(verb):
+def test_commands_that_read_pairs_accept_columns(verb):
     assert cli.parse(verb, ["--columns", "original=a, edited=b"]).columns == "original=a,edited=b"
 
 
-def test_check_and_convert_read_the_named_columns(tmp_path, capsys):
+def test_check_and_convert_read_the_chosen_columns(tmp_path, capsys):
     pairs = write_odd(tmp_path / "set", "parquet")
-    named = ["--columns", as_text(ODD)]
-    assert cli.main(["data", "check", str(tmp_path / "set"), *named]) == 0
-    assert cli.main(["data", "convert", str(tmp_path / "set"), str(tmp_path / "new"), *named]) == 0
+    columns = ["--columns", as_text(ODD)]
+    assert cli.main(["data", "check", str(tmp_path / "set"), *columns]) == 0
+    assert cli.main(["data", "convert", str(tmp_path / "set"), str(tmp_path / "new"), *columns]) == 0
     assert equal(open_source(str(tmp_path / "new"))[1], pairs[1], "instruction", "caption")
 
 
-def test_the_storybook_has_no_columns(capsys):
+def test_columns_are_refused_for_the_storybook(capsys):
     assert cli.main(["data", "check", "storybook", "--limit", "1", "--columns", "original=a"]) == 2
     assert "--columns" in capsys.readouterr().err
 
 
-# --- published sets ---------------------------------------------------------------------------------
+# --- published data sets ----------------------------------------------------------------------------
 
 # From the dataset cards and annotation files of each.
 PUBLISHED = {
@@ -154,7 +154,7 @@ FOUND = {  # before, after, instruction, caption, edited caption
 
 @pytest.mark.parametrize("paths", [False, True])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_columns_of_published_sets_are_known(name, paths):
+def test_the_columns_of_published_data_sets_are_known(name, paths):
     found = find_columns(PUBLISHED[name].split(), of=name, paths=paths)
     got = [found.get(part, "-") for part in ("before", "after", *WORDS)]
     assert got == FOUND[name].split()
@@ -168,7 +168,7 @@ def write_pictures(folder, pairs, before="{}.jpg", after="{}.png"):
             path.write_bytes(data)
 
 
-def test_auroras_json_array_with_paths_from_its_repository(tmp_path):
+def test_auroras_json_array_with_repository_paths_is_read(tmp_path):
     pairs = make_pairs(2)
     write_pictures(tmp_path, pairs, "data/ag/images/{}_left.png", "data/ag/images/{}_right.png")
     rows = [
@@ -185,7 +185,7 @@ def test_auroras_json_array_with_paths_from_its_repository(tmp_path):
         assert all(equal(source[row], pair, "instruction") for row, pair in enumerate(pairs))
 
 
-def test_seed_data_edits_annotations_and_images(tmp_path):
+def test_seed_data_edits_annotations_and_images_are_read(tmp_path):
     pair, other = make_pairs(2)
     write_pictures(tmp_path / "images", [pair, other], "a/{}.jpg", "b/{}.png")
     (tmp_path / "annotations").mkdir()
@@ -201,7 +201,7 @@ def test_seed_data_edits_annotations_and_images(tmp_path):
     assert source[1].instruction == "and then so"
 
 
-def test_a_picture_by_address_is_named_with_what_to_do(tmp_path):
+def test_a_picture_given_as_a_url_is_refused_with_advice(tmp_path):
     (tmp_path / "b.png").write_bytes(picture(0))
     row = {"open_image_input_url": "https://x.example/a.jpg", "text": "go", "output_image": "b.png"}
     (tmp_path / "sft.jsonl").write_text(json.dumps(row))
@@ -227,7 +227,7 @@ def test_file_name_may_be_one_of_the_pictures(tmp_path, header, cells):
 
 
 @pytest.mark.parametrize("where", ["before/{}.txt", "after/{}.txt", "instructions/{}.txt", "{}.txt"])
-def test_instructions_in_text_files_beside_two_folders(tmp_path, where):
+def test_instructions_are_read_from_text_files_in_or_next_to_two_folders(tmp_path, where):
     pairs = make_pairs(3)
     write_pictures(tmp_path, pairs, "before/{}.jpg", "after/{}.png")
     for number, pair in enumerate(pairs):
@@ -239,7 +239,7 @@ def test_instructions_in_text_files_beside_two_folders(tmp_path, where):
     assert all(equal(source[row], pair, "instruction") for row, pair in enumerate(pairs))
 
 
-def test_instructions_in_text_files_of_one_folder(tmp_path):
+def test_instructions_are_read_from_text_files_in_one_folder(tmp_path):
     pairs = make_pairs(2)
     write_pictures(tmp_path, pairs, "{}_before.jpg", "{}_after.png")
     for number, pair in enumerate(pairs):
@@ -248,7 +248,7 @@ def test_instructions_in_text_files_of_one_folder(tmp_path):
     assert len(source) == 2 and all(equal(source[n], pair, "instruction") for n, pair in enumerate(pairs))
 
 
-def test_what_is_missing_beside_a_text_file_is_named(tmp_path):
+def test_missing_and_ambiguous_files_of_a_row_are_reported(tmp_path):
     pairs = make_pairs(3)
     write_pictures(tmp_path, pairs, "before/{}.jpg", "after/{}.png")
     (tmp_path / "before" / "0.txt").write_text("go")
@@ -261,7 +261,7 @@ def test_what_is_missing_beside_a_text_file_is_named(tmp_path):
             source[row]
 
 
-def test_a_table_without_instructions_reads_text_files(tmp_path):
+def test_a_table_without_instructions_takes_them_from_text_files(tmp_path):
     pair = make_pair(0)
     write_pictures(tmp_path, [pair])
     (tmp_path / "metadata.csv").write_text("before,after\n0.jpg,0.png\n")
@@ -269,7 +269,7 @@ def test_a_table_without_instructions_reads_text_files(tmp_path):
     assert equal(open_source(str(tmp_path))[0], pair, "instruction")
 
 
-def test_written_folders_are_an_imagefolder_of_datasets(tmp_path, monkeypatch):
+def test_written_folders_are_read_by_datasets_as_an_imagefolder(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     mask = picture(9)
     pairs = [make_pair(0, mask=mask), make_pair(1), make_pair(2, caption="")]

@@ -1,4 +1,4 @@
-"""Every layout into every other, and conversions that are stopped."""
+"""Conversions between all layouts, and interrupted conversions."""
 
 import json
 import os
@@ -37,24 +37,24 @@ def read(path):
 
 
 @pytest.mark.parametrize("first", LAYOUTS)
-def test_a_round_through_every_layout_keeps_what_they_hold(tmp_path, first):
+def test_converting_between_any_two_layouts_keeps_all_fields_they_support(tmp_path, first):
     pairs = masked()
     convert(Rows(pairs), tmp_path / "a", first, shard_rows=2)
-    got = read(tmp_path / "a")
+    converted = read(tmp_path / "a")
     lost = set(HOLDS_NO[first])
-    assert [fields(pair, lost) for pair in got] == [fields(pair, lost) for pair in pairs]
+    assert [fields(pair, lost) for pair in converted] == [fields(pair, lost) for pair in pairs]
     source = open_source(str(tmp_path / "a"))
     for second in LAYOUTS:
         convert(source, tmp_path / second, second, shard_rows=3)
-        both = lost | set(HOLDS_NO[second])
-        got = read(tmp_path / second)
-        if "scores" in lost and second == "original":  # whose rows need a seed
-            assert [pair.scores for pair in got] == [{"seed": row} for row in range(5)]
-            both |= {"scores"}
-        assert [fields(pair, both) for pair in got] == [fields(pair, both) for pair in pairs]
+        dropped = lost | set(HOLDS_NO[second])
+        converted = read(tmp_path / second)
+        if "scores" in lost and second == "original":  # its rows need a seed
+            assert [pair.scores for pair in converted] == [{"seed": row} for row in range(5)]
+            dropped |= {"scores"}
+        assert [fields(pair, dropped) for pair in converted] == [fields(pair, dropped) for pair in pairs]
 
 
-def test_what_a_layout_cannot_hold_is_reported(tmp_path):
+def test_fields_that_a_layout_cannot_hold_are_reported(tmp_path):
     converted = convert(Rows(masked()), tmp_path / "a", "magicbrush")
     assert converted.left_out == {"caption": 5, "edited_caption": 5, "scores": 5}
     assert converted.lines("magicbrush") == [
@@ -65,7 +65,7 @@ def test_what_a_layout_cannot_hold_is_reported(tmp_path):
     assert convert(Rows(masked()), tmp_path / "c", "shards").lines("shards") == []
 
 
-def test_pixels_become_png(tmp_path):
+def test_pixel_arrays_are_written_as_png(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     convert(Rows([make_pair(0, before=pixels, labels={"edit": np.arange(3)})]), tmp_path / "a", "folders")
     (row,) = read(tmp_path / "a")
@@ -74,7 +74,7 @@ def test_pixels_become_png(tmp_path):
     assert encoded(row.before) is row.before
 
 
-def test_the_hubs_tools_know_the_pictures(tmp_path):
+def test_image_columns_are_declared_in_the_hugging_face_metadata(tmp_path):
     convert(Rows(masked(2)), tmp_path / "a", "parquet")
     convert(Rows(masked(2)), tmp_path / "b", "magicbrush")
     for path, columns in (
@@ -94,10 +94,10 @@ def test_the_hubs_tools_know_the_pictures(tmp_path):
     assert (row["img_id"], row["turn_index"], row["mask_img"]["path"]) == ("pair", 1, "0000001-mask.png")
 
 
-def test_the_papers_code_finds_its_files(tmp_path):
+def test_the_original_layout_has_the_files_of_the_papers_code(tmp_path):
     source = open_source(str(write_original(tmp_path / "a", make_pairs(4))))
     convert(source, tmp_path / "b", "original", shard_rows=1)
-    # Two prompts of a folder differ in their words here, so that each needs a folder of its own.
+    # The two rows of a prompt share its texts, and so a folder.
     seeds = json.loads((tmp_path / "b" / "seeds.json").read_text())
     assert [name for name, _ in seeds] == ["0000000", "0000001"]
     assert [list(s) for _, s in seeds] == [[100, 101], [102, 103]]
@@ -110,7 +110,7 @@ def test_the_papers_code_finds_its_files(tmp_path):
             Image.open(tmp_path / "b" / name / f"{seed}_0.jpg").load()
 
 
-def test_rows_that_claim_one_prompt_with_other_words_get_a_folder_each(tmp_path):
+def test_rows_of_one_prompt_with_different_texts_get_separate_folders(tmp_path):
     pairs = [make_pair(0, id="0000007/1"), make_pair(1, id="0000007/2"), make_pair(2, id="0000007/1")]
     convert(Rows(pairs), tmp_path / "a", "original")
     got = {pair.id: pair.instruction for pair in read(tmp_path / "a")}
@@ -122,7 +122,7 @@ def test_rows_that_claim_one_prompt_with_other_words_get_a_folder_each(tmp_path)
     assert got == {"0000007/1": "make it number 2", "0000007/2": "make it number 1"}
 
 
-def test_broken_rows_are_left_out_and_named(tmp_path):
+def test_broken_rows_are_skipped_and_listed(tmp_path):
     pairs = [*make_pairs(3), BrokenRow("lost", "before: gone"), make_pair(4, after=picture(1, "JPEG")[:-99])]
     converted = convert(Rows(pairs), tmp_path / "a", "shards", shard_rows=2, max_broken=0.5)
     assert converted.rows == 3
@@ -133,7 +133,7 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
     assert [pair.id for pair in read(tmp_path / "a")] == ["pair-0", "pair-1", "pair-2"]
 
 
-def test_more_than_a_hundredth_broken_stops_it(tmp_path):
+def test_more_than_1_percent_of_broken_rows_stops_the_conversion(tmp_path):
     rows = [BrokenRow("lost", "before: gone"), *make_pairs(4)]
     with pytest.raises(
         InputError,
@@ -142,11 +142,11 @@ def test_more_than_a_hundredth_broken_stops_it(tmp_path):
         convert(Rows(rows), tmp_path / "a", "shards", shard_rows=2)
 
 
-# --- stopped and gone on with ---------------------------------------------------------------------
+# --- interrupted and resumed ----------------------------------------------------------------------
 
 
 class Counting(Rows):
-    """Tells which rows were read; stops at one."""
+    """Records which rows were read; interrupts at one."""
 
     def __init__(self, rows, stop=None):
         super().__init__(rows)
@@ -160,7 +160,7 @@ class Counting(Rows):
 
 
 @pytest.mark.parametrize("to", LAYOUTS)
-def test_stopped_it_goes_on_with_the_missing_parts(tmp_path, to):
+def test_an_interrupted_conversion_resumes_with_the_missing_rows(tmp_path, to):
     pairs = masked(6)
     with pytest.raises(KeyboardInterrupt):
         convert(Counting(pairs, stop=3), tmp_path / "a", to, shard_rows=2)
@@ -174,13 +174,13 @@ def test_stopped_it_goes_on_with_the_missing_parts(tmp_path, to):
     lost = HOLDS_NO[to]
     assert [fields(p, lost) for p in read(tmp_path / "a")] == [fields(p, lost) for p in pairs]
     convert(Rows(pairs), tmp_path / "b", to, shard_rows=2)
-    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+    assert all_files(tmp_path / "a") == all_files(tmp_path / "b")
     third = Counting(pairs)
     convert(third, tmp_path / "a", to, shard_rows=2)
     assert third.read == []
 
 
-def everything(folder):
+def all_files(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -207,13 +207,13 @@ convert(Rows(make_pairs(6)), Path({target!r}), {to!r}, shard_rows=2)
 
 
 @pytest.mark.parametrize(("to", "left"), [("shards", 1), ("folders", 7), ("original", 13)])
-def test_killed_at_any_file_it_ends_as_one_that_was_not(tmp_path, to, left):
+def test_a_killed_and_resumed_conversion_equals_an_uninterrupted_one(tmp_path, to, left):
     script = KILLED.format(here=os.path.dirname(__file__), left=left, target=str(tmp_path / "a"), to=to)
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     convert(Rows(make_pairs(6)), tmp_path / "a", to, shard_rows=2)
     convert(Rows(make_pairs(6)), tmp_path / "b", to, shard_rows=2)
-    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+    assert all_files(tmp_path / "a") == all_files(tmp_path / "b")
 
 
 def test_a_partial_shard_never_has_its_final_name(tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_a_partial_shard_never_has_its_final_name(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "a").glob("*.tar")] == ["train-000000.tar"]
 
 
-def test_a_file_lost_or_cut_since_is_made_again(tmp_path):
+def test_a_truncated_output_file_is_written_again(tmp_path):
     for to, name in (
         ("shards", "train-000001.tar"),
         ("original", "0000002/102_1.jpg"),
@@ -238,14 +238,14 @@ def test_a_file_lost_or_cut_since_is_made_again(tmp_path):
     ):
         folder = tmp_path / to
         convert(Rows(make_pairs()), folder, to, shard_rows=2)
-        whole = everything(folder)
+        expected = all_files(folder)
         (folder / name).write_bytes(b"")
         again = Counting(make_pairs())
         convert(again, folder, to, shard_rows=2)
-        assert again.read == [2, 3] and everything(folder) == whole
+        assert again.read == [2, 3] and all_files(folder) == expected
 
 
-def test_another_conversion_does_not_go_on_in_the_folder(tmp_path):
+def test_a_different_conversion_cannot_resume_in_the_folder(tmp_path):
     convert(Rows(make_pairs()), tmp_path / "a", "shards", shard_rows=2)
     for changes, words in (
         ({"to": "folders"}, "started with --to shards, but it is now --to folders"),
@@ -261,7 +261,7 @@ def test_another_conversion_does_not_go_on_in_the_folder(tmp_path):
     assert not list((tmp_path / "a").glob("*.tar"))
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_not_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="already contains other files"):
         convert(Rows(make_pairs()), tmp_path, "shards", overwrite=True)
@@ -270,7 +270,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         convert(Rows(make_pairs()), tmp_path / "a.parquet", "parquet")
 
 
-def test_two_conversions_do_not_write_into_one_folder(tmp_path):
+def test_two_conversions_cannot_write_to_one_folder(tmp_path):
     class Meddling(Rows):
         def __getitem__(self, row):
             with pytest.raises(InputError, match="another ip2p process is writing to"):
@@ -280,7 +280,7 @@ def test_two_conversions_do_not_write_into_one_folder(tmp_path):
     convert(Meddling(make_pairs(1)), tmp_path / "a", "shards")
 
 
-def test_a_source_without_end_needs_a_count(tmp_path):
+def test_an_endless_source_needs_a_count(tmp_path):
     endless = Rows(make_pairs())
     endless.endless = True
     with pytest.raises(InputError, match="is endless; set a number of rows, such as --count"):

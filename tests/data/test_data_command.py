@@ -1,4 +1,4 @@
-"""The verbs' functions: what they print, write and refuse."""
+"""The `ip2p data` commands: what they print, write and refuse."""
 
 import json
 
@@ -21,7 +21,7 @@ def Convert(target: str = "", **settings: object) -> DataConvertConfig:
     return DataConvertConfig(data="rows", target=target, **settings)
 
 
-def test_a_clean_data_set_is_reported_and_shown(tmp_path, capsys):
+def test_a_clean_data_set_gives_a_report_and_a_sheet(tmp_path, capsys):
     command.check_source(Check(sheet=tmp_path / "sheet.png"), Rows(make_pairs()))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["data", "rows,", "5", "rows"] and lines[-1].endswith("no problems")
@@ -34,30 +34,30 @@ def test_defects_are_reported_before_the_summary_is_raised(capsys):
         command.check_source(Check(), Rows(rows))
     assert error.value.code == 2
     assert "lost (before: gone)" in capsys.readouterr().out
-    command.check_source(Check(limit=2), Rows(rows))  # the first two are right
+    command.check_source(Check(limit=2), Rows(rows))  # the first two are correct
 
 
-def test_warnings_alone_are_no_error(capsys):
+def test_warnings_alone_are_not_an_error(capsys):
     pair = make_pair(0)
     command.check_source(Check(), Rows([pair, make_pair(1, before=pair.before, after=pair.before)]))
     assert "identical pictures" in capsys.readouterr().out
 
 
-def test_the_report_as_json(capsys):
+def test_the_report_can_be_printed_as_json(capsys):
     with pytest.raises(InputError):
         command.check_source(Check(print_json=True), Rows([make_pair(0, instruction="")]))
     report = json.loads(capsys.readouterr().out)
     assert (report["rows"], report["findings"][0]["name"]) == (1, "empty instruction")
 
 
-def test_a_sheet_that_is_there_is_refused_before_any_work(tmp_path):
+def test_an_existing_sheet_is_refused(tmp_path):
     (tmp_path / "sheet.png").write_bytes(b"x")
     unread = Rows([])
     with pytest.raises(InputError, match="already exists; add --overwrite"):
         command.check_source(Check(sheet=tmp_path / "sheet.png"), unread)
 
 
-def test_a_conversion_prints_its_folder_and_says_what_it_left_out(tmp_path, capsys):
+def test_a_conversion_prints_its_folder_and_the_dropped_fields(tmp_path, capsys):
     target = str(tmp_path / "out")
     command.convert_source(Convert(target=target, to="magicbrush", count=3), Rows(make_pairs()))
     captured = capsys.readouterr()

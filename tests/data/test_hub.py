@@ -1,4 +1,4 @@
-"""Data sets of the hub, with stand-ins for it: a snapshot, and a local folder as its file system."""
+"""Hub data sets, with the hub replaced by a snapshot and by a local folder as file system."""
 
 import pickle
 import shutil
@@ -27,7 +27,7 @@ def online(monkeypatch):
 
 @pytest.fixture
 def repository(tmp_path):
-    """The data set as it lies on the hub: two files of training, one of tests."""
+    """The data set as on the hub: two training files and one test file."""
     folder = tmp_path / "hub" / "datasets" / f"{NAME}@{COMMIT}"
     for number, file in enumerate(FILES):
         write_hub(folder / file, make_pairs(5)[2 * number : 2 * number + 2])
@@ -36,24 +36,24 @@ def repository(tmp_path):
 
 @pytest.fixture
 def api(monkeypatch, repository):
-    """Stands in for the hub's client; returns what was asked of it."""
-    asked = []
+    """Replaces the hub's client; returns its calls."""
+    calls = []
 
     def dataset_info(self, name, revision=None):
-        asked.append(("info", name, revision))
+        calls.append(("info", name, revision))
         files = sorted(repository.rglob("*.*"))
         siblings = [SimpleNamespace(rfilename=f.relative_to(repository).as_posix()) for f in files]
         return SimpleNamespace(sha=COMMIT, siblings=siblings)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    return asked
+    return calls
 
 
 @pytest.fixture
 def cache(monkeypatch, repository, tmp_path):
-    """Stands in for `snapshot_download`: copies from the repository into a cache."""
+    """Replaces `snapshot_download`: copies from the repository into a cache."""
     snapshot = tmp_path / "snapshots" / COMMIT
-    fetched = []
+    downloaded = []
 
     def fetch(name, *, repo_type, revision, allow_patterns, local_files_only):
         assert repo_type == "dataset"
@@ -62,16 +62,16 @@ def cache(monkeypatch, repository, tmp_path):
                 raise LocalEntryNotFoundError("not cached")
             return str(snapshot)
         for file in allow_patterns:
-            fetched.append(file)
+            downloaded.append(file)
             (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(repository / file, snapshot / file)
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    return fetched
+    return downloaded
 
 
-def test_the_files_of_the_split_are_fetched_once(api, cache):
+def test_the_files_of_the_split_are_downloaded_once(api, cache):
     source = open_source(NAME)
     assert cache == list(FILES[:2])
     assert [source[row].instruction for row in range(len(source))] == [
@@ -79,17 +79,17 @@ def test_the_files_of_the_split_are_fetched_once(api, cache):
     ]
     assert source.key == f"{NAME}@{COMMIT}/train"
     open_source(NAME)
-    assert len(cache) == 2 and len(api) == 1  # the second time there was no need of the hub
+    assert len(cache) == 2 and len(api) == 1  # the second call did not need the hub
 
 
-def test_a_part_of_the_files_in_the_cache_is_completed(api, cache, repository, tmp_path):
+def test_an_incomplete_cache_is_completed(api, cache, repository, tmp_path):
     (tmp_path / "snapshots" / COMMIT / "data").mkdir(parents=True)
     shutil.copy(repository / FILES[0], tmp_path / "snapshots" / COMMIT / FILES[0])
     assert len(open_source(NAME)) == 4
     assert cache == list(FILES[:2])
 
 
-def test_offline_and_cached_needs_no_hub(api, cache, monkeypatch):
+def test_a_cached_data_set_opens_offline(api, cache, monkeypatch):
     open_source(NAME, split="test")
     asked = len(api)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -98,7 +98,7 @@ def test_offline_and_cached_needs_no_hub(api, cache, monkeypatch):
 
 
 @pytest.mark.parametrize(("revision", "flag"), [(None, ""), ("v1", " --revision v1")])
-def test_offline_and_not_cached_gives_the_download_command(cache, monkeypatch, revision, flag):
+def test_an_uncached_data_set_offline_gives_the_download_command(cache, monkeypatch, revision, flag):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     command = rf"Download it: hf download --repo-type dataset some/pairs{flag} --include '\*.parquet'$"
     with pytest.raises(ModelError, match=command) as error:
@@ -106,15 +106,15 @@ def test_offline_and_not_cached_gives_the_download_command(cache, monkeypatch, r
     assert error.value.code == 3
 
 
-def test_offline_with_the_other_split_in_the_cache_gives_it_too(api, cache, monkeypatch):
+def test_a_split_missing_from_the_cache_is_an_error_offline(api, cache, monkeypatch):
     open_source(NAME, split="test")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="not complete in the cache"):
         open_source(NAME)
 
 
-def test_the_cache_is_where_HF_HOME_says(monkeypatch, tmp_path):
-    # The real client, and a cache that is empty.
+def test_the_cache_is_read_from_hf_hub_cache(monkeypatch, tmp_path):
+    # The real client with an empty cache.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="hf download --repo-type dataset some/pairs"):
@@ -128,7 +128,7 @@ def test_the_cache_is_where_HF_HOME_says(monkeypatch, tmp_path):
     assert len(source) == 2 and source.key == f"{NAME}@{COMMIT}/train"
 
 
-def test_streaming_reads_row_groups_where_they_lie(api, monkeypatch, tmp_path):
+def test_streaming_reads_row_groups_from_the_remote_files(api, monkeypatch, tmp_path):
     opened = []
 
     class Counting(DirFileSystem):
@@ -147,16 +147,16 @@ def test_streaming_reads_row_groups_where_they_lie(api, monkeypatch, tmp_path):
     assert opened == paths[:1]
     copy = pickle.loads(pickle.dumps(source))
     assert copy[3].instruction == "make it number 3"
-    assert opened == paths  # a copy opens what it reads, no footer anew
+    assert opened == paths  # a copy opens only the files it reads, and no footer again
 
 
-def test_streaming_offline_says_how_to_fetch(monkeypatch):
+def test_streaming_offline_gives_the_download_command(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="cannot be streamed: .*hf download --repo-type dataset some/pairs"):
         open_source(NAME, stream=True)
 
 
-def test_a_connection_that_breaks_is_not_a_broken_row(api, monkeypatch, tmp_path):
+def test_a_lost_connection_is_not_a_broken_row(api, monkeypatch, tmp_path):
     local = DirFileSystem(str(tmp_path / "hub"), fsspec.filesystem("file"))
     monkeypatch.setattr(hub, "filesystem", lambda: local)
     source = open_source(NAME, stream=True)
@@ -180,7 +180,7 @@ def test_a_connection_that_breaks_is_not_a_broken_row(api, monkeypatch, tmp_path
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_hub_refuses_is_told_in_a_line(cache, monkeypatch, error, words, stream):
+def test_hub_errors_become_model_errors(cache, monkeypatch, error, words, stream):
     def refuse(self, name, revision=None):
         raise error.__new__(error)
 
@@ -189,13 +189,13 @@ def test_what_the_hub_refuses_is_told_in_a_line(cache, monkeypatch, error, words
         open_source(NAME, revision="v9", stream=stream)
 
 
-def test_a_data_set_without_parquet_files_hints_at_the_hubs_edition(api, cache, repository):
+def test_a_data_set_without_parquet_files_suggests_the_converted_revision(api, cache, repository):
     for file in FILES:
         (repository / file).rename((repository / file).with_suffix(".csv"))
     with pytest.raises(InputError, match="no parquet files; try .*--revision refs/convert/parquet"):
         open_source(NAME)
 
 
-def test_an_unknown_split_names_those_that_are_there(api, cache):
+def test_an_unknown_split_is_reported_with_the_existing_ones(api, cache):
     with pytest.raises(InputError, match="has no split validation; it has test, train"):
         open_source(NAME, split="validation")

@@ -1,4 +1,4 @@
-"""Every layout that is read, found from what lies at the path."""
+"""Every supported layout, detected from the contents of the path."""
 
 import csv
 import json
@@ -20,8 +20,8 @@ from ip2p.data.records import BrokenRow, MissingPart
 WORDS = ("instruction", "caption", "edited_caption")
 
 
-def same(pair, made, *fields):
-    return all(getattr(pair, field) == getattr(made, field) for field in ("before", "after", *fields))
+def same(pair, expected, *fields):
+    return all(getattr(pair, field) == getattr(expected, field) for field in ("before", "after", *fields))
 
 
 def write_tar(path, pairs, first=0):
@@ -65,7 +65,7 @@ def write_folders(folder, pairs, table="metadata.jsonl"):
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_the_hub_editions_columns(tmp_path, plain):
+def test_the_columns_of_the_hugging_face_version_are_read(tmp_path, plain):
     pairs = make_pairs()
     source = open_source(str(write_hub(tmp_path / "a.parquet", pairs, plain=plain)))
     assert len(source) == 5 and not source.endless
@@ -76,7 +76,7 @@ def test_the_hub_editions_columns(tmp_path, plain):
         source[5]
 
 
-def test_magicbrushs_columns(tmp_path):
+def test_the_columns_of_magicbrush_are_read(tmp_path):
     pairs = make_pairs(2)
     mask = picture(9)
     table = pa.table(
@@ -96,7 +96,7 @@ def test_magicbrushs_columns(tmp_path):
     assert all(same(source[row], pair, "instruction") for row, pair in enumerate(pairs))
 
 
-def test_a_row_group_is_read_once_when_rows_follow_each_other(tmp_path, monkeypatch):
+def test_sequential_rows_read_each_row_group_once(tmp_path, monkeypatch):
     reads = []
     read = pq.ParquetFile.read_row_group
     monkeypatch.setattr(
@@ -108,11 +108,11 @@ def test_a_row_group_is_read_once_when_rows_follow_each_other(tmp_path, monkeypa
     for row in range(5):
         source[row]
     assert reads == [0, 1, 2]
-    source[1]  # two groups are kept, so the first was let go
+    source[1]  # two groups are cached, so the first was dropped
     assert reads == [0, 1, 2, 0]
 
 
-def test_a_folder_of_files_is_read_in_the_order_of_their_names(tmp_path):
+def test_the_files_of_a_split_are_read_in_name_order(tmp_path):
     pairs = make_pairs(4)
     write_hub(tmp_path / "data" / "train-00001-of-00002.parquet", pairs[2:])
     write_hub(tmp_path / "data" / "train-00000-of-00002.parquet", pairs[:2])
@@ -124,7 +124,7 @@ def test_a_folder_of_files_is_read_in_the_order_of_their_names(tmp_path):
         open_source(str(tmp_path), split="validation")
 
 
-def test_a_damaged_row_group_breaks_its_rows_and_no_others(tmp_path):
+def test_a_damaged_row_group_breaks_only_its_rows(tmp_path):
     path = write_hub(tmp_path / "a.parquet", make_pairs())
     column = pq.read_metadata(path).row_group(0).column(0)
     data = bytearray(path.read_bytes())
@@ -150,7 +150,7 @@ def test_a_row_without_a_picture_is_missing_a_part(tmp_path):
 
 
 @pytest.mark.parametrize("seeds", [True, False])
-def test_the_papers_folders(tmp_path, seeds):
+def test_the_papers_folders_are_read(tmp_path, seeds):
     pairs = make_pairs()
     # Two seeds of a prompt share its words.
     expected = [pairs[row - row % 2] if row < 4 else pairs[4] for row in range(5)]
@@ -162,7 +162,7 @@ def test_the_papers_folders(tmp_path, seeds):
     assert [source[row].caption for row in range(5)] == [pair.caption for pair in expected]
 
 
-def test_a_lost_picture_or_prompt_breaks_its_rows(tmp_path):
+def test_a_missing_picture_or_invalid_prompt_breaks_only_its_rows(tmp_path):
     folder = write_original(tmp_path / "set", make_pairs(), seeds=False)
     (folder / "0000000" / "100_1.jpg").unlink()
     (folder / "0000001" / "prompt.json").write_text("{")
@@ -175,7 +175,7 @@ def test_a_lost_picture_or_prompt_breaks_its_rows(tmp_path):
     assert source[4].instruction == "make it number 4"
 
 
-def test_a_seeds_file_that_cannot_be_read_is_named(tmp_path):
+def test_an_invalid_seeds_file_is_reported(tmp_path):
     folder = write_original(tmp_path / "set", make_pairs(2))
     (folder / "seeds.json").write_text("[3]")
     with pytest.raises(InputError, match=r"seeds.json cannot be read.*Remove it"):
@@ -185,7 +185,7 @@ def test_a_seeds_file_that_cannot_be_read_is_named(tmp_path):
 # --- shards ---------------------------------------------------------------------------------------
 
 
-def test_tar_shards(tmp_path):
+def test_tar_shards_are_read(tmp_path):
     pairs = make_pairs()
     write_tar(tmp_path / "train-0.tar", pairs[:3])
     write_tar(tmp_path / "train-1.tar", pairs[3:], first=3)
@@ -205,7 +205,7 @@ def test_shards_that_repeat_keys_get_distinct_ids(tmp_path):
 @pytest.mark.parametrize(
     "names", [("input", "output"), ("source", "target"), ("original_image", "edited_image")]
 )
-def test_other_names_and_plain_texts(tmp_path, names):
+def test_other_file_names_and_text_files_in_shards_are_read(tmp_path, names):
     pair = make_pair(0)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, f"./sub/x.{names[0]}.jpg", pair.before)
@@ -216,7 +216,7 @@ def test_other_names_and_plain_texts(tmp_path, names):
     assert row.id == "sub/x" and same(row, pair, "instruction", "caption")
 
 
-def test_a_shard_that_is_cut_short_keeps_its_whole_rows(tmp_path):
+def test_a_truncated_shard_keeps_its_complete_rows(tmp_path):
     path = write_tar(tmp_path / "a.tar", make_pairs(3))
     with tarfile.open(path) as tar:
         last = next(m for m in tar if m.name == "0002.before.jpg")
@@ -232,7 +232,7 @@ def test_a_shard_that_is_cut_short_keeps_its_whole_rows(tmp_path):
     assert any("cut short" in reason for reason in reasons)
 
 
-def test_a_packed_shard_or_another_file_is_refused(tmp_path):
+def test_a_compressed_shard_and_a_file_that_is_not_a_tar_are_refused(tmp_path):
     write_tar(tmp_path / "a.tar", make_pairs(1))
     with tarfile.open(tmp_path / "b.tar", "w:gz") as tar:
         tar.add(tmp_path / "a.tar", "a")
@@ -247,7 +247,7 @@ def test_a_packed_shard_or_another_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv", "captions.csv", "list.tsv"])
-def test_two_folders_and_a_table(tmp_path, table):
+def test_two_folders_and_a_table_are_read(tmp_path, table):
     pairs = make_pairs()
     folder = write_folders(tmp_path / "set", pairs, table)
     for path in (folder, folder / table):
@@ -257,7 +257,7 @@ def test_two_folders_and_a_table(tmp_path, table):
 
 
 @pytest.mark.parametrize("folders", [("input", "output"), ("original", "edited")])
-def test_one_file_name_stands_for_both_pictures(tmp_path, folders):
+def test_one_file_name_applies_to_both_pictures(tmp_path, folders):
     pair = make_pair(0)
     for folder, data in zip(folders, (pair.before, pair.after), strict=True):
         (tmp_path / folder).mkdir()
@@ -266,7 +266,7 @@ def test_one_file_name_stands_for_both_pictures(tmp_path, folders):
     assert same(open_source(str(tmp_path))[0], pair, "instruction")
 
 
-def test_a_bad_line_or_picture_of_a_table_breaks_its_row(tmp_path):
+def test_a_bad_line_or_a_missing_picture_of_a_table_breaks_only_its_row(tmp_path):
     folder = write_folders(tmp_path / "set", make_pairs(3))
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     (folder / "metadata.jsonl").write_text("\n".join([lines[0], "{oops", *lines[2:]]))
@@ -279,7 +279,7 @@ def test_a_bad_line_or_picture_of_a_table_breaks_its_row(tmp_path):
         source[2]
 
 
-# --- what all share -------------------------------------------------------------------------------
+# --- all layouts ----------------------------------------------------------------------------------
 
 
 def each_layout(folder):
@@ -292,7 +292,7 @@ def each_layout(folder):
     return [folder / name for name in ("parquet", "shards", "original", "folders")]
 
 
-def test_a_copy_reads_the_same_in_another_process(tmp_path):
+def test_a_pickled_copy_reads_the_same_rows(tmp_path):
     for path in each_layout(tmp_path):
         source = open_source(str(path))
         first = source[0]
@@ -305,7 +305,7 @@ def _read_last(source, sender):
     sender.send(source[2].instruction)
 
 
-def test_a_forked_worker_opens_files_of_its_own(tmp_path):
+def test_a_forked_worker_reads_the_same_rows(tmp_path):
     if not hasattr(os, "fork"):
         return
     context = multiprocessing.get_context("fork")
@@ -319,7 +319,7 @@ def test_a_forked_worker_opens_files_of_its_own(tmp_path):
         process.join()
 
 
-def test_the_key_changes_with_the_data_alone(tmp_path):
+def test_the_key_changes_only_with_the_files(tmp_path):
     for path in each_layout(tmp_path):
         key = open_source(str(path)).key
         assert open_source(str(path)).key == key
@@ -329,13 +329,13 @@ def test_the_key_changes_with_the_data_alone(tmp_path):
         assert open_source(str(path)).key != key
 
 
-def test_a_missing_path_names_the_nearest(tmp_path):
+def test_a_missing_path_gets_a_suggestion(tmp_path):
     write_hub(tmp_path / "pairs.parquet", make_pairs(1))
     with pytest.raises(InputError, match=r"no such file. Did you mean .*pairs.parquet\?"):
         open_source(str(tmp_path / "pair.parquet"))
 
 
-def test_what_is_no_data_set_is_refused_in_one_line(tmp_path):
+def test_paths_that_are_not_data_sets_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.parquet").write_bytes(b"")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1" + b"x" * 100)
@@ -363,7 +363,7 @@ def test_what_is_no_data_set_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_unknown_columns_are_named_with_those_that_are_needed(tmp_path):
+def test_unknown_columns_are_reported_with_the_required_ones(tmp_path):
     pq.write_table(pa.table({"picture": [b"x"], "edit_prompt": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(
         InputError,
@@ -381,7 +381,7 @@ def test_unknown_columns_are_named_with_those_that_are_needed(tmp_path):
         open_source(str(tmp_path / "a.tar"))
 
 
-def test_hub_settings_mean_nothing_for_a_path(tmp_path):
+def test_hub_settings_are_refused_for_a_path(tmp_path):
     path = str(write_hub(tmp_path / "a.parquet", make_pairs(1)))
     with pytest.raises(InputError, match="--revision does not apply"):
         open_source(path, revision="main")
@@ -389,13 +389,13 @@ def test_hub_settings_mean_nothing_for_a_path(tmp_path):
         open_source(path, stream=True)
 
 
-def test_original_folder_of_numbers_alone_does_not_look_into_each_for_parquet(tmp_path):
+def test_parquet_files_inside_the_papers_numbered_folders_are_ignored(tmp_path):
     folder = write_original(tmp_path / "set", make_pairs(1))
     shutil.copy(write_hub(tmp_path / "x.parquet", make_pairs(2)), folder / "0000000" / "x.parquet")
     assert len(open_source(str(folder))) == 1
 
 
-def test_the_output_of_a_job_that_was_stopped_is_no_data_set(tmp_path):
+def test_the_output_of_an_interrupted_job_is_refused_until_it_is_finished(tmp_path):
     from ip2p.base import jobs
     from ip2p.synth.filter import pair_row, pair_table
     from ip2p.training.storybook.source import StorybookSource
@@ -413,14 +413,14 @@ def test_the_output_of_a_job_that_was_stopped_is_no_data_set(tmp_path):
                 raise Stopped
             return jobs.StageOutput(tables={"data/train": pair_table([pair_row(source[k]) for k in part])})
 
-    def go():
+    def run():
         jobs.run_job(Rows, [range(0, 2), range(2, 4)], tmp_path / "out", settings={}, unit="pairs")
 
     with pytest.raises(Stopped):
-        go()
+        run()
     with pytest.raises(InputError, match="is not finished"):
         open_source(str(tmp_path / "out"))
     Rows.broken = False
-    go()
-    whole = open_source(str(tmp_path / "out"))
-    assert [whole[k].id for k in range(len(whole))] == [source[k].id for k in range(4)]
+    run()
+    finished = open_source(str(tmp_path / "out"))
+    assert [finished[k].id for k in range(len(finished))] == [source[k].id for k in range(4)]

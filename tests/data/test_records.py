@@ -33,6 +33,6 @@ def test_a_bad_picture_names_its_row(data, reason):
     assert str(error.value).startswith("row-7: ")
 
 
-def test_a_broken_row_crosses_a_process_border():
+def test_a_broken_row_can_be_pickled():
     error = pickle.loads(pickle.dumps(MissingPart("a", "before: missing")))
     assert (type(error), error.id, error.reason) == (MissingPart, "a", "before: missing")

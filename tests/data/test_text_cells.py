@@ -1,4 +1,4 @@
-"""Cells of data sets that hold several texts, and the column names of published sets."""
+"""Data set cells with several texts, and the column names of published data sets."""
 
 import json
 import tarfile
@@ -27,7 +27,7 @@ from ip2p.synth.records import read_triples
         b"make it night",
     ],
 )
-def test_a_list_of_texts_gives_its_first_and_never_pythons_notation(cell):
+def test_a_list_of_texts_gives_its_first_text(cell):
     assert text(cell) == "make it night"
 
 
@@ -35,12 +35,12 @@ def test_a_list_of_texts_gives_its_first_and_never_pythons_notation(cell):
     "words",
     ["(very:1.2) (make it night)", "[make it] night", "[make it night]", "[1, 2]", "[" * 5000 + "]" * 5000],
 )
-def test_brackets_that_are_no_list_of_texts_stay(words):
+def test_brackets_that_are_not_a_list_of_texts_are_kept(words):
     assert text(words) == words
 
 
-def objects(folder, layout):
-    """Three pairs, whose instructions are objects."""
+def write_objects(folder, layout):
+    """Three pairs whose instructions are objects."""
     cells = [{"role": "user", "content": f"make it night {k}"} for k in range(3)]
     pairs = make_pairs(3)
     folder.mkdir()
@@ -69,8 +69,8 @@ def objects(folder, layout):
 
 
 @pytest.mark.parametrize("layout", ["parquet", "shards", "folders"])
-def test_an_object_in_a_column_of_texts_is_refused_by_name(tmp_path, layout):
-    source = open_source(str(objects(tmp_path / "set", layout)))
+def test_an_object_in_a_text_column_is_refused_with_its_keys(tmp_path, layout):
+    source = open_source(str(write_objects(tmp_path / "set", layout)))
     for row in range(3):
         with pytest.raises(NotText, match=r"instruction: an object \(role, content\) is no text"):
             source[row]
@@ -79,7 +79,7 @@ def test_an_object_in_a_column_of_texts_is_refused_by_name(tmp_path, layout):
     assert all("an object (role, content)" in id for id in finding.ids)
 
 
-def test_a_triple_of_objects_is_refused_by_name(tmp_path):
+def test_a_triple_with_an_object_is_refused_with_its_keys(tmp_path):
     row = {"caption": "a", "instruction": {"text": "b"}, "edited_caption": "c"}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     with pytest.raises(InputError, match=r"t.jsonl, row 1: instruction: an object \(text\) is no text"):
@@ -98,6 +98,6 @@ def test_an_empty_list_is_an_empty_text():
         ("INPUT_IMG", "OUTPUT_IMG", "EDITING_INSTRUCTION"),  # HumanEdit
     ],
 )
-def test_columns_of_published_sets_are_known(names):
+def test_columns_of_published_data_sets_are_known(names):
     found = find_columns(names, of="x")
     assert tuple(found[part] for part in ("before", "after", "instruction")) == names

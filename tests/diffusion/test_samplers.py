@@ -1,4 +1,4 @@
-"""Toy worlds with known answers: a single point, and a Gaussian, whose ODE is solved in closed form."""
+"""Toy data with known answers: a single point, and a Gaussian, whose ODE has a closed-form solution."""
 
 from itertools import islice
 
@@ -18,19 +18,19 @@ def point(x, sigma):
 
 
 def gaussian(x, sigma):
-    """The best x0 where data is N(0, SPREAD²)."""
+    """The optimal x0 if the data is N(0, SPREAD²)."""
     return x * SPREAD**2 / (SPREAD**2 + sigma**2)
 
 
-def start(sigmas, count=2):
+def initial_sample(sigmas, count=2):
     noise = NoiseStream(range(count), (4, 8, 8))
     return noise() * sigmas[0], noise
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_reaches_a_single_point(name):
+def test_every_sampler_converges_to_a_single_point(name):
     sigmas = linspace_sigmas(SCHEDULE, 7)
-    x, noise = start(sigmas)
+    x, noise = initial_sample(sigmas)
     steps = list(SAMPLERS[name](point, x, sigmas, noise))
     assert len(steps) == 7
     torch.testing.assert_close(steps[-1], torch.full_like(x, 0.7), rtol=0, atol=1e-5)
@@ -39,42 +39,42 @@ def test_every_sampler_reaches_a_single_point(name):
 def error_on_the_gaussian(sampler, steps):
     """Distance at the smallest sigma from the exact x · sqrt((s² + sigma²) / (s² + sigma_max²))."""
     sigmas = karras_sigmas(SCHEDULE, steps)[:-1]
-    x, _ = start(sigmas)
+    x, _ = initial_sample(sigmas)
     *_, last = sampler(gaussian, x, sigmas)
     exact = x * ((SPREAD**2 + sigmas[-1] ** 2) / (SPREAD**2 + sigmas[0] ** 2)).sqrt()
     return (last - exact).abs().max().item()
 
 
-def test_euler_is_of_first_order():
+def test_euler_is_first_order():
     ratio = error_on_the_gaussian(euler, 50) / error_on_the_gaussian(euler, 100)
     assert ratio == pytest.approx(2, abs=0.3)
 
 
-def test_dpmpp_2m_is_of_second_order():
+def test_dpmpp_2m_is_second_order():
     ratio = error_on_the_gaussian(dpmpp_2m, 50) / error_on_the_gaussian(dpmpp_2m, 100)
     assert ratio == pytest.approx(4, abs=0.8)
     assert error_on_the_gaussian(dpmpp_2m, 20) < error_on_the_gaussian(euler, 20) / 4
 
 
-def test_euler_ancestral_keeps_the_spread_of_the_data():
+def test_euler_ancestral_keeps_the_standard_deviation_of_the_data():
     sigmas = linspace_sigmas(SCHEDULE, 100)
-    x, noise = start(sigmas, count=16)
+    x, noise = initial_sample(sigmas, count=16)
     *_, last = euler_ancestral(gaussian, x, sigmas, noise)
     assert last.std().item() == pytest.approx(SPREAD, abs=0.05)
 
 
-def test_euler_ancestral_asks_for_no_noise_at_the_end():
+def test_euler_ancestral_draws_no_noise_at_the_last_step():
     sigmas = linspace_sigmas(SCHEDULE, 5)
-    x, noise = start(sigmas)
+    x, noise = initial_sample(sigmas)
     asked = []
     list(euler_ancestral(point, x, sigmas, lambda: asked.append(1) or noise()))
     assert len(asked) == 4
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_stops_where_its_reader_stops(name):
+def test_a_sampler_makes_no_calls_beyond_the_consumed_steps(name):
     sigmas = linspace_sigmas(SCHEDULE, 50)
-    x, noise = start(sigmas)
+    x, noise = initial_sample(sigmas)
     calls = []
 
     def denoise(x, sigma):
@@ -100,8 +100,8 @@ def test_image_k_of_a_batch_equals_that_image_alone(name):
 # --- distilled models ---
 
 
-class Ddpm:
-    """diffusers' schedulers as they are fed: the network's noise prediction from our x0."""
+class DiffusersSampler:
+    """Runs diffusers' schedulers; computes their noise prediction from our x0."""
 
     def __init__(self, kind, steps):
         self.scheduler = kind(
@@ -112,7 +112,7 @@ class Ddpm:
         self.levels = ((1 - kept) / kept).sqrt()
 
     def steps(self, network, x, noise, **more):
-        """x of every step as ours is, x / sqrt(ᾱ), and each step's x0; noises are drawn as ours are."""
+        """x of every step in our scale, x / sqrt(ᾱ), and x0 at the last; draws noise as we do."""
         import diffusers.schedulers.scheduling_lcm as lcm_module
         import diffusers.schedulers.scheduling_tcd as tcd_module
 
@@ -141,20 +141,20 @@ def network(x, sigma):
 def test_samplers_of_distilled_models_agree_with_diffusers_schedulers(name, steps):
     from diffusers import LCMScheduler, TCDScheduler
 
-    oracle = Ddpm({"lcm": LCMScheduler, "tcd": TCDScheduler}[name], steps)
+    oracle = DiffusersSampler({"lcm": LCMScheduler, "tcd": TCDScheduler}[name], steps)
     sigmas = SPACINGS[OWN_SPACING[name]](SCHEDULE, steps)
     torch.testing.assert_close(
         sigmas[:-1].double(), oracle.levels[oracle.scheduler.timesteps], rtol=1e-5, atol=0
     )
-    first, noise = start(sigmas)
+    first, noise = initial_sample(sigmas)
     ours = list(sampler_for(name, SCHEDULE)(network, first, sigmas, noise))
-    _, noise = start(sigmas)
+    _, noise = initial_sample(sigmas)
     theirs = list(oracle.steps(network, first, noise, **({"eta": 0.3} if name == "tcd" else {})))
     assert len(ours) == len(theirs) == steps
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_more_steps_than_were_distilled_are_spaced_evenly():
+def test_more_steps_than_distilled_still_give_decreasing_sigmas():
     sigmas = SPACINGS["lcm"](SCHEDULE, 80)
     assert len(sigmas) == 81 and (sigmas.diff() < 0).all() and sigmas[0] == SCHEDULE.levels[-1].float()

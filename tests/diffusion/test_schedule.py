@@ -27,8 +27,8 @@ def test_stable_diffusion_starts_at_the_original_sigma(schedule):
 
 
 @pytest.mark.parametrize("steps", [5, 20, 100])
-def test_linspace_is_the_original_to_1e_4(schedule, steps):
-    # The original interpolates log sigma between times, diffusers and we sigma itself.
+def test_linspace_equals_the_original_code_within_1e_4(schedule, steps):
+    # The original interpolates log sigma between times; diffusers and we interpolate sigma.
     times = torch.linspace(999, 0, steps, dtype=torch.float64)
     low = times.floor().long().clamp(max=998)
     logs = schedule.levels.log()
@@ -43,14 +43,14 @@ def test_time_is_the_inverse_of_sigma(schedule):
     torch.testing.assert_close(schedule.time(schedule.sigma(times)), times)
 
 
-def test_time_stays_within_training(schedule):
+def test_time_is_clamped_to_the_training_range(schedule):
     assert schedule.time(torch.tensor(1000.0)).item() == 999
     assert schedule.time(torch.tensor(0.0)).item() == 0
 
 
 @pytest.mark.parametrize("spacing", [linspace_sigmas, karras_sigmas, exponential_sigmas, trailing_sigmas])
 @pytest.mark.parametrize("steps", [1, 2, 20, 1000])
-def test_sigmas_fall_from_the_largest_to_zero(schedule, spacing, steps):
+def test_sigmas_decrease_from_the_largest_to_zero(schedule, spacing, steps):
     sigmas = spacing(schedule, steps)
     assert len(sigmas) == steps + 1
     assert sigmas[0].item() == pytest.approx(schedule.levels[-1].item())
@@ -60,7 +60,7 @@ def test_sigmas_fall_from_the_largest_to_zero(schedule, spacing, steps):
 
 @pytest.mark.parametrize("train_steps", [1000, 500])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 30, 50, 500])
-def test_trailing_is_that_of_diffusers(train_steps, steps):
+def test_trailing_equals_diffusers(train_steps, steps):
     """Oracles: diffusers' EulerDiscreteScheduler and DDIMScheduler."""
     from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
@@ -77,8 +77,8 @@ def test_trailing_is_that_of_diffusers(train_steps, steps):
 
 
 @pytest.mark.parametrize("steps", [2, 7, 20])
-def test_exponential_is_that_of_diffusers(schedule, steps):
-    """Oracle: diffusers' EulerDiscreteScheduler, whose ends are those of its own times."""
+def test_exponential_equals_diffusers(schedule, steps):
+    """Oracle: diffusers' EulerDiscreteScheduler, whose range is that of its own times."""
     from diffusers import EulerDiscreteScheduler
 
     euler = EulerDiscreteScheduler.from_config(SD, use_exponential_sigmas=True, timestep_spacing="linspace")
@@ -86,12 +86,12 @@ def test_exponential_is_that_of_diffusers(schedule, steps):
     torch.testing.assert_close(exponential_sigmas(schedule, steps), euler.sigmas, rtol=1e-5, atol=0)
 
 
-def test_two_steps_of_trailing_differ_from_one_where_linspace_has_its_last_at_no_noise(schedule):
+def test_the_last_of_two_steps_has_noise_with_trailing_but_almost_none_with_linspace(schedule):
     assert linspace_sigmas(schedule, 2)[1] < 0.05
     assert trailing_sigmas(schedule, 2)[1] > 1
 
 
-def test_other_betas_are_read():
+def test_other_betas_and_prediction_types_are_read():
     assert schedule_from_config({"beta_schedule": "linear"}).levels[-1] > 100
     assert len(schedule_from_config({"trained_betas": [0.1, 0.2]}).levels) == 2
     assert schedule_from_config(SD | {"prediction_type": "v_prediction"}).prediction == "v_prediction"
@@ -101,7 +101,7 @@ def test_other_betas_are_read():
     "change",
     [{"beta_schedule": "laplace"}, {"prediction_type": "flow_prediction"}],
 )
-def test_what_cannot_be_sampled_is_an_error_that_names_it(change):
+def test_an_unsupported_setting_is_named(change):
     with pytest.raises(ModelError, match=next(iter(change))):
         schedule_from_config(SD | change)
 
@@ -118,7 +118,7 @@ NOISES = [
 
 
 @pytest.mark.parametrize("config", NOISES, ids=lambda config: "-".join(map(str, config)))
-def test_noise_is_that_of_diffusers_in_training_and_in_sampling(config):
+def test_noise_levels_equal_diffusers_in_training_and_sampling(config):
     """Oracles: diffusers' DDPMScheduler and EulerAncestralDiscreteScheduler."""
     from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 
@@ -127,10 +127,10 @@ def test_noise_is_that_of_diffusers_in_training_and_in_sampling(config):
     assert kept.shape == theirs.shape and (kept.diff() < 0).all()
     torch.testing.assert_close(kept, theirs, rtol=1e-6, atol=1e-7)
     if config.get("rescale_betas_zero_snr"):
-        assert kept[-1] == 0  # training sees noise alone
+        assert kept[-1] == 0  # training sees pure noise
     sampler = EulerAncestralDiscreteScheduler.from_config(config)
     sigmas = sampler.sigmas.flip(0)[1:].double()
-    # The smallest sigmas after a rescaling keep few digits: diffusers turns ᾱ to betas and back.
+    # The smallest rescaled sigmas keep few digits: diffusers converts ᾱ to betas and back.
     rtol = 1e-3 if config.get("rescale_betas_zero_snr") else 2e-6
     torch.testing.assert_close(schedule_from_config(config).levels, sigmas, rtol=rtol, atol=1e-7)
 
@@ -145,7 +145,7 @@ COSXL = {
 }
 
 
-def test_cosxl_is_told_a_quarter_of_the_logarithm():
+def test_the_network_time_of_cosxl_is_a_quarter_of_log_sigma():
     schedule = schedule_from_config(COSXL)
     assert schedule.levels[0].item() == pytest.approx(0.002)
     assert schedule.levels[-1].item() == pytest.approx(120)
@@ -159,6 +159,6 @@ def test_cosxl_is_told_a_quarter_of_the_logarithm():
 @pytest.mark.parametrize(
     "change", [{"sigma_data": 0.5}, {"sigma_schedule": "karras"}, {"prediction_type": "epsilon"}]
 )
-def test_edm_of_other_settings_is_refused(change):
+def test_edm_with_other_settings_is_refused(change):
     with pytest.raises(ModelError, match="EDM, but not with CosXL's settings"):
         schedule_from_config(COSXL | change)

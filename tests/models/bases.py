@@ -1,4 +1,4 @@
-"""Small random Stable Diffusion models, which are no editors yet."""
+"""Small random Stable Diffusion base models (not editors yet)."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ def make_base(editor: Path, folder: Path, *, channels: int = 4) -> Path:
     config = json.loads((folder / "unet" / "config.json").read_text()) | {"in_channels": channels}
     torch.manual_seed(channels)
     unet = UNet2DConditionModel.from_config(config)
-    assert unet.conv_in.bias.abs().min() > 0  # what is copied has to be seen
+    assert unet.conv_in.bias.abs().min() > 0  # so that tests can see that it is copied
     shutil.rmtree(folder / "unet")
     unet.save_pretrained(folder / "unet")
     index = json.loads((folder / "model_index.json").read_text())
@@ -30,15 +30,15 @@ def random_latent(channels: int, seed: int = 2):
 
 
 def run_unet(unet, latent):
-    """The answer of a UNet to two latents at two times, with random text and what SDXL takes besides."""
+    """The UNet's output for two latents at two timesteps, with random text and SDXL's extra inputs."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randn((2, 77, unet.config.cross_attention_dim), generator=generator)
-    more = None
+    added = None
     if unet.config.addition_embed_type:
         pooled = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
-        more = {
+        added = {
             "text_embeds": torch.randn((2, pooled), generator=generator),
             "time_ids": torch.full((2, 6), 64.0),
         }
     with torch.no_grad():
-        return unet(latent, torch.tensor([900, 10]), text, added_cond_kwargs=more).sample
+        return unet(latent, torch.tensor([900, 10]), text, added_cond_kwargs=added).sample

@@ -16,7 +16,7 @@ from ip2p.models.text import encode_prompt
 
 @pytest.fixture(scope="module")
 def bases(sd1_dir, sd2_dir, xl_dir, tmp_path_factory):
-    """Folders with a small SD 1.x, 2.x and SDXL, by those names. Do not write into them."""
+    """Folders with a small SD 1.x, SD 2.x and SDXL base model, by name. Read-only."""
     folder = tmp_path_factory.mktemp("bases")
     editors = {"SD 1.x": sd1_dir, "SD 2.x": sd2_dir, "SDXL": xl_dir}
     return {name: make_base(editor, folder / name) for name, editor in editors.items()}
@@ -36,7 +36,9 @@ def copy(tiny_model_dir, tmp_path):
     [("SD 1.x", "sd", "epsilon"), ("SD 2.x", "sd", "v_prediction"), ("SDXL", "sdxl", "epsilon")],
 )
 @pytest.mark.parametrize("layout", ["folder", "file"])
-def test_stable_diffusion_opens_widened_from_either_layout(bases, tmp_path, name, kind, prediction, layout):
+def test_a_stable_diffusion_base_is_widened_when_loaded_from_either_layout(
+    bases, tmp_path, name, kind, prediction, layout
+):
     folder = path = bases[name]
     if layout == "file":
         path = tmp_path / "base.safetensors"
@@ -46,18 +48,18 @@ def test_stable_diffusion_opens_widened_from_either_layout(bases, tmp_path, name
     assert prediction_of(base) == prediction
     stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     for weight, value in base.unet.state_dict().items():
-        own = value[:, :4] if weight == "conv_in.weight" else value
-        assert torch.equal(own, stored[weight]), weight
+        original = value[:, :4] if weight == "conv_in.weight" else value
+        assert torch.equal(original, stored[weight]), weight
 
 
-def test_an_editor_opens_as_it_is(tiny_model_dir):
+def test_an_editor_is_loaded_unchanged(tiny_model_dir):
     base = load_base(tiny_model_dir)
     assert not base.widened
     stored = load_file(tiny_model_dir / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, stored[name]) for name, value in base.unet.state_dict().items())
 
 
-def test_only_the_unet_is_trained_and_no_change_reaches_the_file(copy):
+def test_only_the_unet_is_trainable_and_training_does_not_change_the_files(copy):
     for path in copy.rglob("*.safetensors"):
         path.chmod(0o400)
     before = {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
@@ -74,24 +76,24 @@ def test_only_the_unet_is_trained_and_no_change_reaches_the_file(copy):
     assert not torch.equal(again.conv_in.weight, base.unet.conv_in.weight)
 
 
-def test_a_cut_off_file_changes_no_weight_that_is_trained(copy):
+def test_truncating_the_file_after_loading_does_not_change_the_unets_weights(copy):
     base = load_base(copy)
     kept = base.unet.conv_in.weight.detach().clone()
     with open(copy / "unet" / "diffusion_pytorch_model.safetensors", "r+b") as file:
-        file.truncate(100)  # a mapped page of it would now kill the process
+        file.truncate(100)  # reading it through a memory map would now kill the process
     assert torch.equal(base.unet.conv_in.weight, kept)
 
 
 @pytest.mark.parametrize(
     ("channels", "words"), [(9, "takes 9 channels, as those for inpainting do"), (5, "takes 5 channels;")]
 )
-def test_other_channels_are_no_start(copy, channels, words):
+def test_a_base_with_other_input_channels_is_refused(copy, channels, words):
     change(copy / "unet" / "config.json", in_channels=channels)
     with pytest.raises(ModelError, match=words + ".*4 .Stable Diffusion. or 8 .an editor.*--base"):
         load_base(copy)
 
 
-def test_a_hub_name_is_looked_up_in_the_cache(monkeypatch, bases):
+def test_a_hub_name_and_revision_are_passed_to_snapshot_download(monkeypatch, bases):
     asked = []
 
     def snapshot_download(name, **more):
@@ -104,7 +106,7 @@ def test_a_hub_name_is_looked_up_in_the_cache(monkeypatch, bases):
     assert asked == [("someone/stable-diffusion", "v1")]
 
 
-def test_what_is_not_trained_is_refused_in_one_line(copy, xl_dir, tmp_path):
+def test_unsupported_bases_are_refused_in_one_line(copy, xl_dir, tmp_path):
     scheduler = copy / "scheduler" / "scheduler_config.json"
     change(scheduler, prediction_type="flow_prediction")
     refusal = "prediction_type is 'flow_prediction'; epsilon, v_prediction and sample"
@@ -126,12 +128,12 @@ def test_what_is_not_trained_is_refused_in_one_line(copy, xl_dir, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_load_bundle_still_wants_an_editor(bases):
+def test_load_bundle_refuses_a_base_model(bases):
     with pytest.raises(ModelError, match=r"4 channels; an editor needs 8\. Train one: ip2p train --base"):
         bundle.load_bundle(bases["SDXL"])
 
 
-# --- a UNet of noise ---------------------------------------------------------------------------
+# --- a randomly initialized UNet ---------------------------------------------------------------
 
 SMALL = {
     "sample_size": 8,
@@ -145,7 +147,9 @@ SMALL = {
 
 
 @pytest.mark.parametrize(("parts", "features"), [("editor", 32), ("SD 1.x", 64)])
-def test_a_unet_of_noise_takes_the_other_parts_from_a_model(tiny_model_dir, bases, tmp_path, parts, features):
+def test_a_random_unet_takes_the_other_components_from_a_model(
+    tiny_model_dir, bases, tmp_path, parts, features
+):
     folder = tiny_model_dir if parts == "editor" else bases[parts]
     config = SMALL | {"cross_attention_dim": features, "_name_or_path": "/home/someone"}
     (tmp_path / "unet.json").write_text(json.dumps(config))
@@ -178,7 +182,7 @@ def test_a_unet_of_noise_takes_the_other_parts_from_a_model(tiny_model_dir, base
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_a_config_that_does_not_fit_is_refused(tiny_model_dir, wrong):
+def test_an_incompatible_unet_config_is_refused(tiny_model_dir, wrong):
     config = SMALL | {"cross_attention_dim": 32} | wrong
     with pytest.raises(ModelError) as caught:
         new_from_config(config, tiny_model_dir)
@@ -186,7 +190,7 @@ def test_a_config_that_does_not_fit_is_refused(tiny_model_dir, wrong):
     assert next(iter(wrong)) in str(caught.value) or "config" in str(caught.value)
 
 
-def test_drawing_a_unet_leaves_the_random_numbers_of_others(tiny_model_dir):
+def test_initializing_a_unet_does_not_change_the_global_random_state(tiny_model_dir):
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)

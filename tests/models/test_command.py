@@ -15,7 +15,7 @@ from ip2p.models.load import open_model
 
 @pytest.fixture
 def run(capfd, monkeypatch, tmp_path):
-    """Run the command line; its exit code, stdout and stderr come back."""
+    """Run the command line; returns the exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
@@ -32,7 +32,7 @@ def file(sd1_dir, tmp_path):
     return tmp_path / "editor.safetensors"
 
 
-def test_info_of_a_file(run, file):
+def test_info_describes_a_single_file(run, file):
     code, out, _ = run("model", "info", file)
     assert code == 0
     rows = dict(line.split(maxsplit=1) for line in out.splitlines())
@@ -42,33 +42,33 @@ def test_info_of_a_file(run, file):
     assert (rows["EMA"], rows["missing"], rows["unexpected"]) == ("none", "none", "none")
 
 
-def test_info_names_what_is_missing_and_what_is_not_expected(run, file, tmp_path):
+def test_info_lists_missing_and_unexpected_weights(run, file, tmp_path):
     state = safetensors.torch.load_file(file)
     state.pop("first_stage_model.decoder.conv_in.bias")
     state |= {"control_model.weight": torch.zeros(1), "betas": torch.zeros(1)}
-    twins = {keys.ema_name(k): v for k, v in state.items() if k.startswith(keys.UNET)}
-    torch.save({"state_dict": state | twins}, tmp_path / "model.ckpt")
+    ema_weights = {keys.ema_name(k): v for k, v in state.items() if k.startswith(keys.UNET)}
+    torch.save({"state_dict": state | ema_weights}, tmp_path / "model.ckpt")
     code, out, _ = run("model", "info", tmp_path / "model.ckpt", "--json")
-    said = json.loads(out)
+    report = json.loads(out)
     assert code == 0
-    assert said["missing"] == ["first_stage_model.decoder.conv_in.bias"]
-    assert said["unexpected"] == ["control_model.weight"]
-    assert said["ema"] == len(twins)
-    assert (said["editor"], said["channels"], said["tokenizer"]) == (True, 8, False)
+    assert report["missing"] == ["first_stage_model.decoder.conv_in.bias"]
+    assert report["unexpected"] == ["control_model.weight"]
+    assert report["ema"] == len(ema_weights)
+    assert (report["editor"], report["channels"], report["tokenizer"]) == (True, 8, False)
 
 
 @pytest.mark.parametrize(
     ("name", "architecture"), [("sd1_dir", "SD 1.x"), ("sd2_dir", "SD 2.x"), ("xl_dir", "SDXL")]
 )
-def test_info_of_a_folder(run, request, name, architecture):
+def test_info_describes_a_folder(run, request, name, architecture):
     code, out, _ = run("model", "info", request.getfixturevalue(name), "--json")
-    said = json.loads(out)
-    assert (code, said["architecture"], said["layout"]) == (0, architecture, "folder")
-    assert said["missing"] == said["unexpected"] == []
-    assert sum(said["parameters"].values()) > 10**6
+    report = json.loads(out)
+    assert (code, report["architecture"], report["layout"]) == (0, architecture, "folder")
+    assert report["missing"] == report["unexpected"] == []
+    assert sum(report["parameters"].values()) > 10**6
 
 
-def test_info_of_a_base_model_names_the_next_step(run, tmp_path):
+def test_info_on_a_base_model_suggests_ip2p_train(run, tmp_path):
     from conftest import make_model
 
     code, out, _ = run("model", "info", make_model(tmp_path / "base", in_channels=4))
@@ -77,7 +77,7 @@ def test_info_of_a_base_model_names_the_next_step(run, tmp_path):
     assert f"ip2p train --base {tmp_path / 'base'}" in out
 
 
-def test_convert_goes_both_ways(run, sd1_dir, tmp_path):
+def test_convert_works_in_both_directions(run, sd1_dir, tmp_path):
     assert run("model", "convert", sd1_dir, "one.safetensors")[:2] == (0, "one.safetensors\n")
     assert run("model", "convert", "one.safetensors", "folder")[:2] == (0, "folder\n")
     assert run("model", "convert", "folder", "two.safetensors", "--dtype", "fp16")[0] == 0
@@ -90,7 +90,7 @@ def test_convert_goes_both_ways(run, sd1_dir, tmp_path):
     assert run("model", "convert", sd1_dir, "one.safetensors", "--overwrite")[0] == 0
 
 
-def test_convert_refuses_bad_words(run, sd1_dir, file, tmp_path):
+def test_invalid_arguments_and_unreadable_files_are_refused(run, sd1_dir, file, tmp_path):
     assert run("model", "convert", sd1_dir)[0] == 2
     assert run("model", "info")[0] == 2
     assert run("model", "convert", sd1_dir, "model.ckpt")[0] == 2
@@ -104,7 +104,7 @@ def test_convert_refuses_bad_words(run, sd1_dir, file, tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
-def test_list_shows_packaged_and_cached_models(run, sd1_dir, tmp_path, monkeypatch):
+def test_list_shows_cached_models(run, sd1_dir, tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -125,20 +125,22 @@ def test_list_shows_packaged_and_cached_models(run, sd1_dir, tmp_path, monkeypat
     assert code == 0 and "some/editor" in out
 
 
-def test_info_says_which_set_is_used_and_why(run, file, tmp_path):
+def test_info_reports_whether_ema_or_plain_weights_are_used_and_why(run, file, tmp_path):
     state = safetensors.torch.load_file(file)
     torch.manual_seed(0)
     for name, change, words in (
         ("average", lambda value: value, "the averaged weights, 0.0% from the plain ones"),
         ("merge", torch.randn_like, "the plain weights: the averaged weights (EMA) are 1"),
     ):
-        twins = {keys.ema_name(k): change(v.float()) for k, v in state.items() if k.startswith(keys.UNET)}
-        safetensors.torch.save_file(state | twins, tmp_path / f"{name}.safetensors")
+        ema_weights = {
+            keys.ema_name(k): change(v.float()) for k, v in state.items() if k.startswith(keys.UNET)
+        }
+        safetensors.torch.save_file(state | ema_weights, tmp_path / f"{name}.safetensors")
         code, out, _ = run("model", "info", tmp_path / f"{name}.safetensors")
-        assert code == 0 and f"{len(twins)} averaged weights; used: {words}" in out
+        assert code == 0 and f"{len(ema_weights)} averaged weights; used: {words}" in out
 
 
-def test_parts_of_a_model_are_named_and_brought(run, file, sd1_dir, tmp_path):
+def test_missing_components_are_reported_and_taken_from_parts_from(run, file, sd1_dir, tmp_path):
     state = safetensors.torch.load_file(file)
     alone = {key: value for key, value in state.items() if key.startswith(keys.UNET)}
     safetensors.torch.save_file(alone, tmp_path / "unet.safetensors")
@@ -157,7 +159,7 @@ def test_parts_of_a_model_are_named_and_brought(run, file, sd1_dir, tmp_path):
     assert json.loads(run("model", "info", "complete", "--json")[1])["missing"] == []
 
 
-def test_info_of_an_inpainting_model_advises_nothing_that_would_refuse(run, file, tmp_path):
+def test_info_on_an_inpainting_model_does_not_suggest_training(run, file, tmp_path):
     state = safetensors.torch.load_file(file)
     first = "model.diffusion_model.input_blocks.0.0.weight"
     state[first] = torch.zeros(state[first].shape[0], 9, 3, 3)
@@ -166,7 +168,7 @@ def test_info_of_an_inpainting_model_advises_nothing_that_would_refuse(run, file
     assert code == 0 and "an inpainting model" in out and "ip2p train" not in out
 
 
-def test_a_lora_is_renamed_on_the_command_line(run, tmp_path):
+def test_convert_renames_a_lora_to_kohya_names(run, tmp_path):
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     state = {f"{layer}.lora_A.weight": torch.ones(2, 4), f"{layer}.lora_B.weight": torch.ones(4, 2)}
     safetensors.torch.save_file(state, tmp_path / "lora.safetensors")
@@ -181,7 +183,7 @@ def test_a_lora_is_renamed_on_the_command_line(run, tmp_path):
     assert code == 2 and "ends in .safetensors" in err
 
 
-def test_distilled_samplers_a_drawn_seed_and_named_settings_over_a_files(run, sd1_dir, tmp_path):
+def test_edit_takes_distilled_samplers_a_random_seed_and_flags_over_a_files_settings(run, sd1_dir, tmp_path):
     from PIL import Image, PngImagePlugin
 
     from ip2p.pictures.infotext import parse_infotext, read_infotext
@@ -198,7 +200,7 @@ def test_distilled_samplers_a_drawn_seed_and_named_settings_over_a_files(run, sd
         assert f"Sampler: {label}" in text and "Schedule type: LCM" in text and "Seed: -1" not in text
         seeds.add(parse_infotext(text).seed)
     assert len(seeds) == 2 and min(seeds) >= 0
-    # A file of another tool, whose sampler is not known here.
+    # A file from another tool, with a sampler that is unknown here.
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "make it snow\nSteps: 2, Sampler: UniPC, CFG scale: 6, Seed: 3, Size: 64x64")
     Image.new("RGB", (64, 64)).save(tmp_path / "other.png", pnginfo=info)
@@ -206,5 +208,10 @@ def test_distilled_samplers_a_drawn_seed_and_named_settings_over_a_files(run, sd
     code, _, err = run(*again)
     assert code == 2 and "other.png" in err
     assert run(*again, "--sampler", "euler")[0] == 0
-    made = parse_infotext(read_infotext(tmp_path / "again.png"))
-    assert (made.instruction, made.sampler, made.seed, made.text_cfg) == ("make it snow", "euler", 3, 6)
+    settings = parse_infotext(read_infotext(tmp_path / "again.png"))
+    assert (settings.instruction, settings.sampler, settings.seed, settings.text_cfg) == (
+        "make it snow",
+        "euler",
+        3,
+        6,
+    )

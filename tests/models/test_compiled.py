@@ -1,4 +1,4 @@
-"""The layout and the compilation of an editor's networks."""
+"""The memory layout and compilation of an editor's networks."""
 
 import numpy as np
 import pytest

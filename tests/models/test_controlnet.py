@@ -17,7 +17,7 @@ def controlnet_dir(tmp_path_factory):
     return folder
 
 
-def test_a_controlnet_is_loaded_beside_an_editor(tiny_model_dir, controlnet_dir, page):
+def test_a_controlnet_is_loaded_with_an_editor(tiny_model_dir, controlnet_dir, page):
     editor = Editor.load(tiny_model_dir, device="cpu", dtype="fp32", controlnet=controlnet_dir)
     assert not editor.controlnet.training
     control = editor.control(page.resize((40, 40)), (64, 48), 0.5)
@@ -27,7 +27,7 @@ def test_a_controlnet_is_loaded_beside_an_editor(tiny_model_dir, controlnet_dir,
     assert (black.picture == 0).all()
 
 
-def test_a_batch_of_pictures_goes_with_each_pass_of_its_row():
+def test_each_guidance_pass_gets_the_control_image_of_its_row():
     class Network:
         def __call__(self, noisy, time, controlnet_cond, **_):
             return [controlnet_cond], noisy
@@ -47,12 +47,12 @@ def test_a_batch_of_pictures_goes_with_each_pass_of_its_row():
         ({"conditioning_embedding_out_channels": (8, 16, 16, 16)}, "shrinks its picture 8 times"),
     ],
 )
-def test_a_controlnet_of_another_base_is_refused(tiny_editor, change, message):
+def test_a_controlnet_that_does_not_match_the_editor_is_refused(tiny_editor, change, message):
     with pytest.raises(ModelError, match=message):
         Editor(tiny_editor.bundle, controlnet=make_controlnet(**change))
 
 
-def test_what_is_no_controlnet_is_named(tiny_model_dir, tmp_path):
+def test_a_path_that_is_not_a_controlnet_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(ModelError, match="holds a UNet2DConditionModel, not a ControlNetModel"):
         load_controlnet(tiny_model_dir / "unet")
     with pytest.raises(ModelError, match=r"config\.json is missing"):
@@ -65,7 +65,7 @@ def test_what_is_no_controlnet_is_named(tiny_model_dir, tmp_path):
         load_controlnet(tmp_path / "nothing")
 
 
-def test_code_and_pickles_beside_a_controlnet_are_not_run(controlnet_dir, tmp_path):
+def test_a_pickled_controlnet_is_not_opened(controlnet_dir, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "ControlNetModel"}))
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match="pickle.*was not opened"):

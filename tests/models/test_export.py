@@ -1,4 +1,4 @@
-"""Round trips between the layouts: the same names, values and configs, there and back."""
+"""Round trips between the layouts keep all names, values and configs."""
 
 import json
 import shutil
@@ -18,17 +18,17 @@ def weights(path: Path):
     return {file.relative_to(path): safetensors.torch.load_file(file) for file in path.rglob("*.safetensors")}
 
 
-def same(one, other):
+def assert_same_weights(one, other):
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
 
 
-def same_folders(one: Path, other: Path):
+def assert_same_folders(one: Path, other: Path):
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for file in ours:
-        same(ours[file], theirs[file])
+        assert_same_weights(ours[file], theirs[file])
     for file in one.rglob("*.json"):
         theirs_file = other / file.relative_to(one)
         assert json.loads(file.read_text()) == json.loads(theirs_file.read_text()), file
@@ -40,8 +40,8 @@ def test_folder_to_file_and_back_is_exact(request, tmp_path, name):
     folder = request.getfixturevalue(name)
     export_file(open_model(folder), tmp_path / "model.safetensors")
     export_folder(open_model(tmp_path / "model.safetensors"), tmp_path / "back")
-    same_folders(folder, tmp_path / "back")
-    # And a second file is the first, to the byte.
+    assert_same_folders(folder, tmp_path / "back")
+    # A second file is byte-identical to the first.
     export_file(open_model(tmp_path / "back"), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
@@ -51,7 +51,7 @@ def test_file_to_folder_and_back_is_exact(request, tmp_path, name):
     folder = request.getfixturevalue(name)
     export_file(open_model(folder), tmp_path / "first.safetensors")
     state = safetensors.torch.load_file(tmp_path / "first.safetensors")
-    # What the published files hold besides.
+    # Extra tensors of the published files.
     state |= {"betas": torch.arange(1000.0), "alphas_cumprod": torch.rand(1000)}
     if name == "sd2_dir":
         block = "cond_stage_model.model.transformer.resblocks."
@@ -69,12 +69,12 @@ def test_file_to_folder_and_back_is_exact(request, tmp_path, name):
     export_folder(open_model(tmp_path / "one" / "model.safetensors"), tmp_path / "folder")
     assert (tmp_path / "folder" / LEFTOVERS).exists()
     export_file(open_model(tmp_path / "folder"), tmp_path / "back.safetensors")
-    same(state, safetensors.torch.load_file(tmp_path / "back.safetensors"))
+    assert_same_weights(state, safetensors.torch.load_file(tmp_path / "back.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["sd1_dir", "xl_dir"])
 def test_a_written_folder_opens_in_diffusers(request, tmp_path, name):
-    """Oracle: diffusers' pipelines read what was converted."""
+    """Oracle: diffusers' pipelines load the converted folder."""
     import diffusers
 
     folder = request.getfixturevalue(name)
@@ -90,10 +90,10 @@ def test_a_written_folder_opens_in_diffusers(request, tmp_path, name):
     ours = kind.from_pretrained(tmp_path / "folder", **kwargs)
     theirs = kind.from_pretrained(folder, **kwargs)
     for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if xl else [])):
-        same(getattr(ours, part).state_dict(), getattr(theirs, part).state_dict())
+        assert_same_weights(getattr(ours, part).state_dict(), getattr(theirs, part).state_dict())
 
 
-def test_a_file_of_the_storybook_model_gives_equal_edits(tmp_path, page):
+def test_a_single_file_of_the_storybook_model_gives_identical_edits(tmp_path, page):
     from ip2p.editing.editor import Editor
     from ip2p.models.bundle import packaged_models
 
@@ -116,7 +116,7 @@ def test_a_file_of_the_storybook_model_gives_equal_edits(tmp_path, page):
     assert results[0].info["parameters"] == results[1].info["parameters"]
 
 
-def test_a_missing_weight_stops_before_anything_is_written(sd1_dir, tmp_path):
+def test_a_missing_weight_is_an_error_before_anything_is_written(sd1_dir, tmp_path):
     folder = shutil.copytree(sd1_dir, tmp_path / "broken")
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     state = safetensors.torch.load_file(path)
@@ -129,7 +129,7 @@ def test_a_missing_weight_stops_before_anything_is_written(sd1_dir, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     (target / "model_index.json").write_text("old")
@@ -143,7 +143,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_targets_that_cannot_be_written(tmp_path):
+def test_invalid_targets_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "home.txt").write_text("")
@@ -161,8 +161,8 @@ def test_targets_that_cannot_be_written(tmp_path):
     check_target(tmp_path / "a.safetensors", overwrite=True)
 
 
-def test_the_header_opens_in_the_library(sd1_dir, tmp_path):
-    """Oracle: the safetensors library checks that a file is whole and without holes."""
+def test_the_safetensors_library_reads_an_exported_file(sd1_dir, tmp_path):
+    """Oracle: the safetensors library checks that a file is complete and has no holes."""
     export_file(open_model(sd1_dir), tmp_path / "model.safetensors", dtype=torch.bfloat16)
     with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
@@ -173,7 +173,7 @@ def test_the_header_opens_in_the_library(sd1_dir, tmp_path):
 
 
 @pytest.mark.parametrize("channels", [4, 8])
-def test_a_velocity_file_of_sd_1_warns_and_gets_the_config_that_others_read(tmp_path, channels):
+def test_an_sd1_v_prediction_file_warns_and_gets_an_automatic1111_config(tmp_path, channels):
     import yaml
     from conftest import make_sd_model
 
@@ -190,7 +190,7 @@ def test_a_velocity_file_of_sd_1_warns_and_gets_the_config_that_others_read(tmp_
     assert unet["context_dim"] == config["cross_attention_dim"]
 
 
-def test_a_file_that_predicts_x0_warns_and_comes_back_as_it_was(tmp_path):
+def test_an_x0_prediction_file_warns_and_keeps_its_scheduler_config(tmp_path):
     from conftest import make_sd_model
 
     stored = open_model(make_sd_model(tmp_path / "x0", prediction="sample", in_channels=8))
@@ -201,6 +201,6 @@ def test_a_file_that_predicts_x0_warns_and_comes_back_as_it_was(tmp_path):
     assert back.configs["scheduler"]["prediction_type"] == "sample"
 
 
-def test_a_noise_prediction_file_has_no_config_beside(sd1_dir, tmp_path, recwarn):
+def test_an_epsilon_prediction_file_gets_no_yaml_config_and_no_warning(sd1_dir, tmp_path, recwarn):
     export_file(open_model(sd1_dir), tmp_path / "model.safetensors")
     assert not (tmp_path / "model.yaml").exists() and not recwarn

@@ -1,4 +1,4 @@
-"""What people bring: merged and partial checkpoints, pickles of training programs, parts, other families."""
+"""Models from elsewhere: merges, partial files, trainers' pickles, single components, other families."""
 
 import argparse
 import collections
@@ -35,30 +35,30 @@ def plain(sd1_dir, tmp_path_factory):
 
 @pytest.fixture
 def place(sd1_dir, tmp_path):
-    """A folder with a tokenizer, beside which single files lie."""
+    """A folder for single files, with a tokenizer."""
     shutil.copytree(sd1_dir / "tokenizer", tmp_path / "tokenizer")
     return tmp_path
 
 
-def twins(state, change):
+def ema_copies(state, change):
     return {keys.ema_name(key): change(value) for key, value in state.items() if key.startswith(keys.UNET)}
 
 
-def near(value):
+def perturbed(value):
     return value + 0.01 * value.std(correction=0) * torch.randn_like(value)
 
 
-def other(value):
+def half_blended(value):
     return 0.5 * (value + value.std(correction=0) * torch.randn_like(value))
 
 
-# --- averaged weights ---
+# --- EMA weights ---
 
 
-def test_a_true_average_is_used_and_its_distance_is_reported(plain, place, caplog):
+def test_valid_ema_weights_are_used_and_their_distance_is_reported(plain, place, caplog):
     torch.manual_seed(0)
     path = place / "model.safetensors"
-    averaged = twins(plain, near)
+    averaged = ema_copies(plain, perturbed)
     safetensors.torch.save_file(plain | averaged, path)
     with caplog.at_level("INFO", logger="ip2p"):
         stored = open_model(path)
@@ -68,14 +68,15 @@ def test_a_true_average_is_used_and_its_distance_is_reported(plain, place, caplo
 
 
 @pytest.mark.parametrize("blocks", ["", "output_blocks"])
-def test_the_stale_average_of_a_merge_is_not_used(plain, place, blocks):
-    """Merges of one parent's blocks alone count too."""
+def test_stale_ema_weights_of_a_merge_are_not_used(plain, place, blocks):
+    """This includes merges of only some blocks."""
     torch.manual_seed(0)
     path = place / "merge.safetensors"
     merged = {
-        key: other(value) if value.ndim > 1 and blocks in key else value for key, value in plain.items()
+        key: half_blended(value) if value.ndim > 1 and blocks in key else value
+        for key, value in plain.items()
     }
-    stale = twins(plain, lambda value: value.clone())
+    stale = ema_copies(plain, lambda value: value.clone())
     safetensors.torch.save_file(merged | stale, path)
     with pytest.warns(UserWarning, match=r"plain weights are used: the averaged .* away.*another model's"):
         unet = load_bundle(path).unet
@@ -85,10 +86,12 @@ def test_the_stale_average_of_a_merge_is_not_used(plain, place, blocks):
 
 
 @pytest.mark.parametrize("entry", ["sd_merge_recipe", "modelspec.merged_from"])
-def test_the_average_of_a_declared_merge_is_not_used_however_near_it_is(plain, place, entry):
+def test_ema_weights_of_a_declared_merge_are_not_used_even_if_they_are_close(plain, place, entry):
     torch.manual_seed(0)
     path = place / "merge.safetensors"
-    safetensors.torch.save_file(plain | twins(plain, near), path, metadata={entry: '{"type": "webui"}'})
+    safetensors.torch.save_file(
+        plain | ema_copies(plain, perturbed), path, metadata={entry: '{"type": "webui"}'}
+    )
     with pytest.warns(UserWarning, match=f"plain weights are used: the header says .* a merge .{entry}"):
         unet = load_bundle(path).unet
     assert torch.equal(unet.conv_in.weight, plain[INPUT])
@@ -97,9 +100,9 @@ def test_the_average_of_a_declared_merge_is_not_used_however_near_it_is(plain, p
 
 @pytest.mark.parametrize("choice", ["auto", "ema"])
 @pytest.mark.parametrize("fault", ["partial", "other shape"])
-def test_an_incomplete_average_falls_back_to_the_plain_weights(plain, place, fault, choice):
+def test_incomplete_ema_weights_fall_back_to_the_plain_weights(plain, place, fault, choice):
     path = place / "model.safetensors"
-    averaged = twins(plain, lambda value: value.clone())
+    averaged = ema_copies(plain, lambda value: value.clone())
     if fault == "partial":
         averaged = dict(list(averaged.items())[:9])
     else:
@@ -110,11 +113,11 @@ def test_an_incomplete_average_falls_back_to_the_plain_weights(plain, place, fau
     assert torch.equal(unet.conv_in.weight, plain[INPUT])
 
 
-def test_a_file_with_averaged_weights_alone_gives_these(plain, place):
+def test_a_file_with_only_ema_unet_weights_is_refused(plain, place):
     path = place / "model.safetensors"
     rest = {key: value for key, value in plain.items() if not key.startswith(keys.UNET)}
-    stored_names = {INPUT: plain[INPUT]}  # a UNet needs its plain names to be known
-    safetensors.torch.save_file(rest | stored_names | twins(plain, torch.clone), path)
+    stored_names = {INPUT: plain[INPUT]}  # a UNet is recognized by its plain names
+    safetensors.torch.save_file(rest | stored_names | ema_copies(plain, torch.clone), path)
     with pytest.raises(ModelError, match="no model that can be read|lacks"):
         load_bundle(path)
 
@@ -123,7 +126,7 @@ def test_a_file_with_averaged_weights_alone_gives_these(plain, place):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_folder_of_bin_files_is_the_folder_of_safetensors(sd1_dir, tmp_path, shards):
+def test_a_folder_of_bin_files_loads_like_the_safetensors_folder(sd1_dir, tmp_path, shards):
     folder = shutil.copytree(sd1_dir, tmp_path / "bins")
     for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
         state = safetensors.torch.load_file(folder / part / f"{stem}.safetensors")
@@ -131,8 +134,8 @@ def test_a_folder_of_bin_files_is_the_folder_of_safetensors(sd1_dir, tmp_path, s
         names = list(state)
         for number in range(shards):
             ending = f"-{number + 1:05}-of-{shards:05}" if shards > 1 else ""
-            some = {name: state[name] for name in names[number::shards]}
-            torch.save(some, folder / part / f"{stem}{ending}.bin")
+            shard = {name: state[name] for name in names[number::shards]}
+            torch.save(shard, folder / part / f"{stem}{ending}.bin")
     text = folder / "text_encoder" / "model.safetensors"
     torch.save(safetensors.torch.load_file(text), folder / "text_encoder" / "pytorch_model.bin")
     text.unlink()
@@ -145,12 +148,12 @@ def test_a_folder_of_bin_files_is_the_folder_of_safetensors(sd1_dir, tmp_path, s
 
 @pytest.fixture
 def leftovers(monkeypatch):
-    """What Lightning and friends leave in a checkpoint; the classes are gone when it is read."""
-    made = {}
+    """Objects that trainers such as Lightning leave in a checkpoint; tests unload their modules."""
+    modules = {}
     for name in ("omegaconf", "lightning", "lightning.pytorch"):
         module = types.ModuleType(name)
         monkeypatch.setitem(sys.modules, name, module)
-        made[name] = module
+        modules[name] = module
 
     class AttributeDict(dict):
         pass
@@ -174,7 +177,7 @@ def leftovers(monkeypatch):
         (Scheduler, "lightning"),
     ):
         kind.__module__, kind.__qualname__ = module, kind.__name__
-        setattr(made[module], kind.__name__, kind)
+        setattr(modules[module], kind.__name__, kind)
     counted = collections.defaultdict(list, {"a": [1]})
     yield {
         "hyper_parameters": AttributeDict(lr=1e-4, lr_scheduler=Scheduler()),
@@ -192,7 +195,7 @@ def leftovers(monkeypatch):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_what_training_programs_leave_is_not_run_and_harms_nothing(leftovers, tmp_path, old):
+def test_trainer_objects_in_a_checkpoint_are_ignored_and_their_modules_not_imported(leftovers, tmp_path, old):
     weights = {"a.weight": torch.randn(3, 4), "a.bias": torch.nn.Parameter(torch.randn(3))}
     path = tmp_path / "last.ckpt"
     torch.save({"epoch": 1, "state_dict": weights, **leftovers}, path, _use_new_zipfile_serialization=not old)
@@ -214,7 +217,7 @@ def test_what_training_programs_leave_is_not_run_and_harms_nothing(leftovers, tm
         lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
     ],
 )
-def test_the_wrappers_of_training_programs_are_taken_off(plain, place, wrap, ending):
+def test_the_wrapper_prefixes_of_training_programs_are_removed(plain, place, wrap, ending):
     wrapped = wrap(plain)
     if ending == ".safetensors":
         if not all(isinstance(value, torch.Tensor) for value in wrapped.values()):
@@ -234,31 +237,31 @@ class Bomb:
         return self.call
 
 
-def hostile(made):
+def malicious_objects(marker):
     import functools
     import os
     import subprocess
 
     return {
-        "system": Bomb(os.system, f"touch {made}"),
-        "popen": Bomb(subprocess.Popen, ["touch", str(made)]),
-        "open": Bomb(open, str(made), "w"),
-        "exec": Bomb(exec, f"open({str(made)!r}, 'w')"),
-        "eval": Bomb(eval, f"open({str(made)!r}, 'w')"),
-        "partial": Bomb(functools.partial(open, str(made), "w")),
-        "path": Bomb(pathlib.Path.touch, pathlib.Path(made)),
-        "numpy": Bomb(np.save, str(made), 1),
-        "torch": Bomb(torch.save, 1, str(made)),
-        "hub": Bomb(torch.hub.load, str(made.parent), "x"),
-        "getattr": Bomb(getattr, pathlib.Path(made), "touch"),
+        "system": Bomb(os.system, f"touch {marker}"),
+        "popen": Bomb(subprocess.Popen, ["touch", str(marker)]),
+        "open": Bomb(open, str(marker), "w"),
+        "exec": Bomb(exec, f"open({str(marker)!r}, 'w')"),
+        "eval": Bomb(eval, f"open({str(marker)!r}, 'w')"),
+        "partial": Bomb(functools.partial(open, str(marker), "w")),
+        "path": Bomb(pathlib.Path.touch, pathlib.Path(marker)),
+        "numpy": Bomb(np.save, str(marker), 1),
+        "torch": Bomb(torch.save, 1, str(marker)),
+        "hub": Bomb(torch.hub.load, str(marker.parent), "x"),
+        "getattr": Bomb(getattr, pathlib.Path(marker), "touch"),
     }
 
 
-@pytest.mark.parametrize("kind", list(hostile(pathlib.Path("x"))))
+@pytest.mark.parametrize("kind", list(malicious_objects(pathlib.Path("x"))))
 @pytest.mark.parametrize("old", [False, True])
-def test_nothing_in_a_hostile_file_is_run(tmp_path, kind, old):
-    made, path = tmp_path / "made", tmp_path / "model.ckpt"
-    value = {"state_dict": {"weight": torch.zeros(2)}, "more": hostile(made)[kind]}
+def test_nothing_in_a_malicious_file_is_executed(tmp_path, kind, old):
+    marker, path = tmp_path / "made", tmp_path / "model.ckpt"
+    value = {"state_dict": {"weight": torch.zeros(2)}, "more": malicious_objects(marker)[kind]}
     torch.save(value, path, _use_new_zipfile_serialization=not old)
     try:
         read = open_weights(path)
@@ -267,10 +270,10 @@ def test_nothing_in_a_hostile_file_is_run(tmp_path, kind, old):
         assert "weights_only" not in str(error) and "\n" not in str(error)
     else:
         assert set(read.shapes) == {"weight"}  # the call became a placeholder
-    assert not made.exists() and not made.with_suffix(".npy").exists()
+    assert not marker.exists() and not marker.with_suffix(".npy").exists()
 
 
-def test_a_pickle_that_changes_torchs_functions_changes_nothing(tmp_path):
+def test_a_pickle_cannot_modify_torch_functions(tmp_path):
     before = torch._utils._rebuild_tensor_v2.__dict__.copy()
     body = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x04\x00\x00\x00evilK\x01sb."
     path = tmp_path / "model.ckpt"
@@ -280,7 +283,7 @@ def test_a_pickle_that_changes_torchs_functions_changes_nothing(tmp_path):
     assert torch._utils._rebuild_tensor_v2.__dict__ == before
 
 
-def test_programs_and_tar_files_are_refused_in_our_words(tmp_path):
+def test_torchscript_programs_and_tar_files_are_refused_with_our_own_message(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
     with tarfile.open(tmp_path / "old.pth", "w") as archive:
         (tmp_path / "sys_info").write_bytes(pickle.dumps({}))
@@ -291,10 +294,10 @@ def test_programs_and_tar_files_are_refused_in_our_words(tmp_path):
         assert "weights_only" not in str(error.value)
 
 
-# --- parts of models ---
+# --- components of models ---
 
 
-def test_a_file_without_an_autoencoder_opens_with_one(plain, place, sd1_dir):
+def test_a_file_without_an_autoencoder_loads_with_a_given_one(plain, place, sd1_dir):
     path = place / "model.safetensors"
     safetensors.torch.save_file({k: v for k, v in plain.items() if not k.startswith(keys.VAE)}, path)
     with pytest.raises(ModelError, match="holds no autoencoder. Name one: --vae stabilityai/sd-vae-ft-mse"):
@@ -307,13 +310,13 @@ def test_a_file_without_an_autoencoder_opens_with_one(plain, place, sd1_dir):
 
 @pytest.mark.parametrize("form", ["ldm", "bare", "folder", "diffusers file", "ema"])
 @pytest.mark.parametrize("parts", ["folder", "file"])
-def test_a_unet_alone_opens_with_the_parts_of_another_model(plain, place, sd1_dir, form, parts):
+def test_a_standalone_unet_loads_with_the_components_of_another_model(plain, place, sd1_dir, form, parts):
     unet = {key: value for key, value in plain.items() if key.startswith(keys.UNET)}
     path = place / "unet.safetensors"
     if form == "ldm":
         safetensors.torch.save_file(unet, path)
     elif form == "ema":
-        safetensors.torch.save_file(unet | twins(unet, torch.clone), path)
+        safetensors.torch.save_file(unet | ema_copies(unet, torch.clone), path)
     elif form == "bare":
         safetensors.torch.save_file({k.removeprefix(keys.UNET): v for k, v in unet.items()}, path)
     else:
@@ -327,16 +330,16 @@ def test_a_unet_alone_opens_with_the_parts_of_another_model(plain, place, sd1_di
     if parts == "file":
         donor = place / "donor.safetensors"
         safetensors.torch.save_file(plain, donor)
-    bundle, whole = load_bundle(path, parts_from=donor), load_bundle(sd1_dir)
+    bundle, expected = load_bundle(path, parts_from=donor), load_bundle(sd1_dir)
     for part in ("unet", "vae", "text_encoder"):
-        mine, theirs = getattr(bundle, part).state_dict(), getattr(whole, part).state_dict()
+        mine, theirs = getattr(bundle, part).state_dict(), getattr(expected, part).state_dict()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs), part
-    assert bundle.tokenizer("make it")["input_ids"] == whole.tokenizer("make it")["input_ids"]
+    assert bundle.tokenizer("make it")["input_ids"] == expected.tokenizer("make it")["input_ids"]
     export_folder(open_model(path, parts=open_parts(donor)), place / "out")
     assert torch.equal(load_bundle(place / "out").unet.conv_in.weight, plain[INPUT])
 
 
-def served(path, **settings):
+def served_editor(path, **settings):
     """The editor that a server loads for a model."""
     from ip2p.serve.app import make_service
     from ip2p.serve.options import ServeConfig
@@ -346,24 +349,24 @@ def served(path, **settings):
         return make_service(config, stack).maker._models["mine"].load()
 
 
-def test_a_unet_alone_is_served_and_draws_pairs(plain, place, sd1_dir):
+def test_a_standalone_unet_can_be_served_and_can_generate_pairs(plain, place, sd1_dir):
     from ip2p.synth.pairs import PairMaker
 
     path = place / "unet.safetensors"
     safetensors.torch.save_file({k: v for k, v in plain.items() if k.startswith(keys.UNET)}, path)
     painter = PairMaker(path, parts_from=sd1_dir, device="cpu", dtype="fp32", steps=1)
-    for bundle in (served(path, parts_from=str(sd1_dir)).bundle, painter.editor.bundle):
+    for bundle in (served_editor(path, parts_from=str(sd1_dir)).bundle, painter.editor.bundle):
         assert torch.equal(bundle.unet.conv_in.weight, plain[INPUT])
     with pytest.raises(ModelError, match="UNet alone.*--parts-from"):
         PairMaker(path, device="cpu")
 
 
-def test_a_file_without_an_autoencoder_is_served_with_one(plain, place, sd1_dir):
+def test_a_file_without_an_autoencoder_can_be_served_with_a_given_one(plain, place, sd1_dir):
     path = place / "model.safetensors"
     safetensors.torch.save_file({k: v for k, v in plain.items() if not k.startswith(keys.VAE)}, path)
-    vae = served(path, vae=str(sd1_dir)).bundle.vae
-    whole = load_bundle(sd1_dir).vae.state_dict()
-    assert all(torch.equal(vae.state_dict()[name], value) for name, value in whole.items())
+    vae = served_editor(path, vae=str(sd1_dir)).bundle.vae
+    expected = load_bundle(sd1_dir).vae.state_dict()
+    assert all(torch.equal(vae.state_dict()[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
@@ -377,8 +380,10 @@ def test_a_file_without_an_autoencoder_is_served_with_one(plain, place, sd1_dir)
         (9, 768, "an inpainting model, which follows no instructions"),
     ],
 )
-def test_the_advice_for_a_unet_alone_fits_it(tmp_path, channels, width, words, form):
-    """A command that is advised must not refuse the file."""
+def test_the_suggested_command_for_a_standalone_unet_fits_its_architecture(
+    tmp_path, channels, width, words, form
+):
+    """A suggested command must not refuse the file."""
     if form == "folder":
         config = {"_class_name": "UNet2DConditionModel", "in_channels": channels}
         (tmp_path / "config.json").write_text(json.dumps(config | {"cross_attention_dim": width}))
@@ -394,7 +399,7 @@ def test_the_advice_for_a_unet_alone_fits_it(tmp_path, channels, width, words, f
     assert ("--parts-from" in str(error.value)) == (channels != 9)
 
 
-def test_a_base_of_parts_is_advised_with_its_parts(plain, place, sd1_dir):
+def test_the_suggested_training_command_includes_parts_from(plain, place, sd1_dir):
     weight = plain[INPUT][:, :4].contiguous()
     unet = {k: v for k, v in plain.items() if k.startswith(keys.UNET)} | {INPUT: weight}
     safetensors.torch.save_file(unet, place / "unet.safetensors")
@@ -402,7 +407,7 @@ def test_a_base_of_parts_is_advised_with_its_parts(plain, place, sd1_dir):
         load_bundle(place / "unet.safetensors", parts_from=sd1_dir)
 
 
-def test_a_unet_of_another_kind_than_the_parts_is_refused(plain, place, xl_dir):
+def test_a_unet_that_does_not_match_the_other_components_is_refused(plain, place, xl_dir):
     path = place / "unet.safetensors"
     safetensors.torch.save_file({k: v for k, v in plain.items() if k.startswith(keys.UNET)}, path)
     with pytest.raises(ModelError, match="cross_attention_dim.*same kind"):
@@ -415,13 +420,13 @@ def test_a_unet_of_another_kind_than_the_parts_is_refused(plain, place, xl_dir):
 @pytest.mark.parametrize(
     ("channels", "what"), [(9, "inpainting"), (7, "upscaler"), (5, "depth-to-image"), (6, "Use an editor")]
 )
-def test_unets_of_other_inputs_are_named_with_what_opens_them(plain, place, channels, what):
+def test_unets_with_other_inputs_are_identified_in_the_error(plain, place, channels, what):
     weight = torch.zeros(plain[INPUT].shape[0], channels, 3, 3)
     safetensors.torch.save_file(plain | {INPUT: weight}, place / "other.safetensors")
     with pytest.raises(ModelError, match=what) as error:
         load_bundle(place / "other.safetensors")
     assert f"takes {channels} channels" in str(error.value)
-    assert "ip2p train" not in str(error.value)  # which would refuse it
+    assert "ip2p train" not in str(error.value)  # it would refuse the file
 
 
 @pytest.mark.parametrize(
@@ -433,7 +438,7 @@ def test_unets_of_other_inputs_are_named_with_what_opens_them(plain, place, chan
         ("model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale", "Kontext"),
     ],
 )
-def test_files_of_other_families_are_named_with_what_opens_them(tmp_path, key, family):
+def test_files_of_other_model_families_are_identified_with_tools_that_open_them(tmp_path, key, family):
     safetensors.torch.save_file({key: torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=f"{family}.*Pipeline.*ComfyUI.*ip2p opens SD 1.x"):
         load_bundle(tmp_path / "model.safetensors")
@@ -448,7 +453,7 @@ def test_files_of_other_families_are_named_with_what_opens_them(tmp_path, key, f
         ("QwenImageEditPipeline", "Qwen-Image"),
     ],
 )
-def test_folders_of_other_families_are_named_with_what_opens_them(tmp_path, pipeline, family):
+def test_folders_of_other_model_families_are_identified_with_their_pipeline(tmp_path, pipeline, family):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     (tmp_path / "transformer").mkdir()
     with pytest.raises(ModelError, match=f"This is a {family} model.*Pipeline"):
@@ -461,7 +466,7 @@ def test_folders_of_other_families_are_named_with_what_opens_them(tmp_path, pipe
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The hub's cache with a repository in it, offline: a function that puts files there."""
+    """An offline hub cache: a function that adds a repository to it."""
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"
@@ -481,7 +486,7 @@ def hub(monkeypatch, tmp_path):
     return put
 
 
-def test_a_repository_with_one_file_in_its_root_is_that_model(hub, plain, place):
+def test_a_repository_with_one_file_in_its_root_resolves_to_that_file(hub, plain, place):
     file = place / "model.safetensors"
     safetensors.torch.save_file(plain, file)
     snapshot = hub("some/cosxl", {"cosxl_edit.safetensors": file})
@@ -491,7 +496,7 @@ def test_a_repository_with_one_file_in_its_root_is_that_model(hub, plain, place)
         find_model("some/cosxl/other.safetensors")
 
 
-def test_of_several_files_the_editor_is_chosen_or_a_name_asked_for(hub, plain, place):
+def test_the_editor_among_several_files_is_chosen_or_a_name_is_required(hub, plain, place):
     file = place / "model.safetensors"
     safetensors.torch.save_file(plain, file)
     snapshot = hub("some/two", {"cosxl.safetensors": file, "cosxl_edit.safetensors": file})
@@ -513,28 +518,28 @@ def test_a_repository_of_bin_files_is_found_in_the_cache(hub, sd1_dir, tmp_path)
     assert load_bundle("some/magicbrush").card.name == "some/magicbrush"
 
 
-def test_files_that_are_needed_are_fetched_and_no_others(monkeypatch, plain, tmp_path):
+def test_only_the_needed_files_are_downloaded(monkeypatch, plain, tmp_path):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     safetensors.torch.save_file(plain, tmp_path / "cosxl_edit.safetensors")
-    asked = []
+    requested = []
 
     def fetch(name, *, local_files_only, allow_patterns, **_):
         if local_files_only:
             raise LocalEntryNotFoundError("not cached")
-        asked.append(allow_patterns)
-        there = "cosxl_edit.safetensors" in allow_patterns
+        requested.append(allow_patterns)
+        has_editor = "cosxl_edit.safetensors" in allow_patterns
         empty = tmp_path / "empty"
         empty.mkdir(exist_ok=True)
-        return str(tmp_path if there else empty)
+        return str(tmp_path if has_editor else empty)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     files = ["README.md", "cosxl.safetensors", "cosxl_edit.safetensors", "vae/x.safetensors"]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, **_: files)
     assert find_model("some/cosxl").name == "cosxl_edit.safetensors"
-    assert "cosxl_edit.safetensors" in asked[-1] and "cosxl.safetensors" not in asked[-1]
+    assert "cosxl_edit.safetensors" in requested[-1] and "cosxl.safetensors" not in requested[-1]
 
 
 # --- tiny autoencoders ---
@@ -542,7 +547,7 @@ def test_files_that_are_needed_are_fetched_and_no_others(monkeypatch, plain, tmp
 
 @pytest.fixture(scope="module")
 def tiny_vae(tmp_path_factory):
-    """A random AutoencoderTiny whose latents have the shape of the small models'."""
+    """A random AutoencoderTiny with the latent shape of the small models."""
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(5)
@@ -556,7 +561,7 @@ def tiny_vae(tmp_path_factory):
     return folder
 
 
-def test_a_tiny_autoencoder_takes_the_place_of_the_large_one(tiny_vae, sd1_dir):
+def test_a_tiny_autoencoder_replaces_the_full_one_and_equals_diffusers(tiny_vae, sd1_dir):
     from diffusers import AutoencoderTiny
 
     oracle = AutoencoderTiny.from_pretrained(tiny_vae)
@@ -571,7 +576,7 @@ def test_a_tiny_autoencoder_takes_the_place_of_the_large_one(tiny_vae, sd1_dir):
             torch.testing.assert_close(bundle.vae.decode(latents).sample, oracle.decode(scaled).sample)
 
 
-def test_a_misspelled_folder_gets_the_closest_name(tiny_vae):
+def test_a_misspelled_folder_gets_a_suggestion(tiny_vae):
     from ip2p.models.bundle import find_folder
 
     wrong = tiny_vae.with_name(tiny_vae.name + "x")
@@ -580,7 +585,7 @@ def test_a_misspelled_folder_gets_the_closest_name(tiny_vae):
 
 
 @pytest.mark.parametrize("memory", ["high", "low"])
-def test_an_editor_edits_with_a_tiny_autoencoder(tiny_vae, sd1_dir, memory):
+def test_an_edit_works_with_a_tiny_autoencoder(tiny_vae, sd1_dir, memory):
     from PIL import Image
 
     from ip2p.editing.editor import Editor

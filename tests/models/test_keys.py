@@ -1,4 +1,4 @@
-"""The table of names. Oracle: diffusers' own converters of single files, which go one way."""
+"""The tables of weight names. Oracle: diffusers' one-way converters of single files."""
 
 import pytest
 import torch
@@ -61,19 +61,19 @@ FULL = {
         ),
     },
 }
-# How many tensors each part is in the published files.
+# Number of tensors of each network in the published files.
 COUNTS = {
     ("SD 1.x", "unet"): 686,
     ("SD 1.x", "vae"): 248,
     ("SD 1.x", "text_encoder"): 196,
     ("SDXL", "unet"): 1680,
-    # Without its logit_scale, which no image needs.
+    # Without logit_scale, which generation does not use.
     ("SDXL", "text_encoder_2"): 389,
 }
 
 
-class Full:
-    """A network of the published size, whose weights take no memory, and its tensors under LDM names."""
+class FullSizeNetwork:
+    """A network of the published size whose weights take no memory, with its tensors under LDM names."""
 
     def __init__(self, architecture, part):
         self.architecture, self.part, self.config = architecture, part, FULL[architecture][part]
@@ -85,18 +85,18 @@ class Full:
 
 @pytest.fixture(scope="module")
 def full():
-    made = {}
+    networks = {}
 
     def get(architecture, part):
-        if (architecture, part) not in made:
-            made[architecture, part] = Full(architecture, part)
-        return made[architecture, part]
+        if (architecture, part) not in networks:
+            networks[architecture, part] = FullSizeNetwork(architecture, part)
+        return networks[architecture, part]
 
     return get
 
 
-def theirs(one):
-    """The stored tensors under diffusers names, by diffusers' converters."""
+def converted_by_diffusers(one):
+    """The stored tensors, renamed by diffusers' converters."""
     if one.part == "unet":
         return oracle.convert_ldm_unet_checkpoint(dict(one.stored), dict(one.network.config))
     if one.part == "vae":
@@ -112,17 +112,20 @@ ALL = [(architecture, part) for architecture, parts in FULL.items() for part in 
 
 
 @pytest.mark.parametrize(("architecture", "part"), ALL)
-def test_the_table_is_that_of_diffusers_at_full_size(full, architecture, part):
+def test_the_name_tables_equal_diffusers_converters_at_full_size(full, architecture, part):
     one = full(architecture, part)
     bare = part == "text_encoder"
-    found = {(k.removeprefix("text_model.") if bare else k): v.shape for k, v in theirs(one).items()}
-    own = {(k.removeprefix("text_model.") if bare else k): v.shape for k, v in one.state.items()}
-    assert found == own
+    found = {
+        (k.removeprefix("text_model.") if bare else k): v.shape
+        for k, v in converted_by_diffusers(one).items()
+    }
+    expected = {(k.removeprefix("text_model.") if bare else k): v.shape for k, v in one.state.items()}
+    assert found == expected
     assert len(one.stored) == COUNTS.get((architecture, part), len(one.stored))
 
 
 @pytest.mark.parametrize(("architecture", "part"), ALL)
-def test_shapes_in_the_file_are_known_beforehand(full, architecture, part):
+def test_stored_shapes_are_predicted_from_the_table(full, architecture, part):
     one = full(architecture, part)
     for name, place in one.table.items():
         assert one.stored[place.key].shape == keys.stored_shape(place, tuple(one.state[name].shape))
@@ -130,7 +133,7 @@ def test_shapes_in_the_file_are_known_beforehand(full, architecture, part):
 
 
 @pytest.mark.parametrize("architecture", FULL)
-def test_configs_are_read_from_shapes(full, architecture):
+def test_configs_are_inferred_from_shapes(full, architecture):
     parts = [full(architecture, part) for part in FULL[architecture]]
     if architecture != "SD 1.x":
         parts.append(full("SD 1.x", "vae"))
@@ -144,7 +147,7 @@ def test_configs_are_read_from_shapes(full, architecture):
     assert found["unet"]["sample_size"] == (128 if architecture == "SDXL" else 64)
 
 
-def test_the_last_layer_of_an_original_sd2_file_is_not_read(full):
+def test_the_last_text_layer_of_an_original_sd2_file_is_ignored(full):
     one = full("SD 2.x", "text_encoder")
     shapes = {key: tuple(tensor.shape) for key, tensor in one.stored.items()}
     block = keys.OPENCLIP + "transformer.resblocks."
@@ -153,7 +156,7 @@ def test_the_last_layer_of_an_original_sd2_file_is_not_read(full):
     assert configs._openclip_config(shapes, keys.OPENCLIP)["num_hidden_layers"] == 23
 
 
-def test_published_names(full):
+def test_table_entries_equal_the_published_names(full):
     unet = full("SD 1.x", "unet").table
     expected = {
         "conv_in.weight": "input_blocks.0.0.weight",
@@ -176,14 +179,14 @@ def test_published_names(full):
     )
 
 
-def test_ema_names_have_no_dots():
+def test_ema_names_are_the_plain_names_without_dots():
     assert keys.ema_name("model.diffusion_model.input_blocks.0.0.weight") == (
         "model_ema.diffusion_modelinput_blocks00weight"
     )
 
 
 @pytest.mark.parametrize("form", [{"third": 1}, {"turned": True}, {"conv": True}, {}])
-def test_forms_undo_each_other(form):
+def test_conversions_to_and_from_ldm_are_inverses(form):
     tensors = {f"part{i}": torch.randn(3, 3) for i in range(3)}
     table = {
         f"part{i}": keys.WeightName("there" if "third" in form else f"there{i}", **form) for i in range(3)
@@ -195,19 +198,19 @@ def test_forms_undo_each_other(form):
         assert torch.equal(keys.from_ldm(place, stored[place.key]), tensors[name])
 
 
-def test_linear_attention_of_a_newer_autoencoder_is_read():
+def test_linear_attention_weights_of_newer_autoencoders_are_read():
     weight = torch.randn(4, 4)
     assert torch.equal(keys.from_ldm(keys.WeightName("q", conv=True), weight), weight)
 
 
-def test_the_folders_of_other_library_versions_are_read():
+def test_folder_names_of_other_library_versions_are_recognized():
     names = ["encoder.layers.0.mlp.fc1.weight", "mid_block.attentions.0.to_out.0.bias"]
     stored = ["text_model.encoder.layers.0.mlp.fc1.weight", "mid_block.attentions.0.proj_attn.bias"]
     table = keys.folder_table(stored, names)
     assert [table[name].key for name in names] == stored
 
 
-def test_a_network_of_other_blocks_has_no_place():
+def test_blocks_without_an_ldm_name_are_refused():
     from ip2p.base.errors import ModelError
 
     with pytest.raises(ModelError, match="has no place in an LDM file"):

@@ -1,4 +1,4 @@
-"""An editor in latents of 16 channels, whose UNet takes 32: everything that an editor of 4 and 8 does."""
+"""An editor with 16 latent and 32 UNet channels does everything that one with 4 and 8 does."""
 
 import json
 import shutil
@@ -44,8 +44,8 @@ def edited(editor: Editor, page, **settings):
     return editor.edit(page, "make it night", seeds=[SEED], steps=STEPS, **settings)[0]
 
 
-def test_an_edit_equals_that_of_diffusers(editor, editor_dir, tmp_path, page):
-    """Oracle: diffusers' pipeline, on the folder and on what is saved of it."""
+def test_an_edit_equals_diffusers(editor, editor_dir, tmp_path, page):
+    """Oracle: diffusers' pipeline, on the folder and on a saved copy."""
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
     save_editor(load_bundle(editor_dir), tmp_path / "saved", dtype=torch.float32)
@@ -72,12 +72,12 @@ def test_an_edit_equals_that_of_diffusers(editor, editor_dir, tmp_path, page):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_masks_and_sizes_work(editor, page):
+def test_masks_and_non_square_sizes_work(editor, page):
     assert edited(editor, page.resize((96, 64))).size == (96, 64)
     assert edited(editor, page, auto_mask=0.5).info["mask"].size == page.size
 
 
-def test_there_and_back_through_one_file_is_exact(editor, editor_dir, tmp_path, page, capsys):
+def test_a_round_trip_through_a_single_file_is_exact(editor, editor_dir, tmp_path, page, capsys):
     file, back = tmp_path / "model.safetensors", tmp_path / "back"
     assert cli.main(["model", "convert", str(editor_dir), str(file)]) == 0
     assert cli.main(["model", "convert", str(file), str(back)]) == 0
@@ -95,7 +95,7 @@ def test_there_and_back_through_one_file_is_exact(editor, editor_dir, tmp_path, 
     assert (report["editor"], report["channels"]) == (True, 32)
 
 
-def test_a_file_without_our_header_is_read_by_its_shapes(tmp_path):
+def test_a_file_without_our_header_is_identified_by_its_shapes(tmp_path):
     folder = make_sd_model(tmp_path / "sd", latent_channels=16)
     export_file(open_model(folder), tmp_path / "model.safetensors")
     state = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -107,12 +107,12 @@ def test_a_file_without_our_header_is_read_by_its_shapes(tmp_path):
     assert (bundle.unet.config.out_channels, bundle.vae.config.latent_channels) == (16, 16)
 
 
-def test_a_text_model_of_16_channels_is_no_editor(base_dir):
+def test_a_text_to_image_model_with_16_channels_is_not_an_editor(base_dir):
     with pytest.raises(ModelError, match=r"takes 16 channels; an editor needs 32\. Train one: ip2p train"):
         load_bundle(base_dir)
 
 
-def test_a_unet_of_8_channels_does_not_fit_these_latents(editor_dir, tmp_path):
+def test_a_unet_with_8_input_channels_does_not_fit_16_channel_latents(editor_dir, tmp_path):
     folder = shutil.copytree(editor_dir, tmp_path / "copy")
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 8}))
@@ -120,7 +120,7 @@ def test_a_unet_of_8_channels_does_not_fit_these_latents(editor_dir, tmp_path):
         load_bundle(folder)
 
 
-def test_a_text_model_is_trained_to_an_editor(base_dir, tmp_path, page):
+def test_a_text_to_image_model_can_be_trained_into_an_editor(base_dir, tmp_path, page):
     words = ["--data", "storybook", "--base", base_dir, "--output", tmp_path / "out", "--steps", 1]
     words += ["--batch", 2, "--size", 64, "--workers", 0, "--validate-every", 0, "--track", "none"]
     words += ["--device", "cpu", "--precision", "fp32", "--cache", tmp_path / "cache"]
@@ -131,8 +131,8 @@ def test_a_text_model_is_trained_to_an_editor(base_dir, tmp_path, page):
 
 
 @pytest.mark.parametrize("name", ["editor_dir", "base_dir"])
-def test_pairs_are_drawn(name, request):
+def test_the_pair_maker_generates_pairs(name, request):
     triple = Triple(id="1", caption="a cat", instruction="make it night", edited_caption="a cat at night")
     maker = PairMaker(request.getfixturevalue(name), steps=2, device="cpu", dtype="fp32", batch_size=1)
-    [made] = maker([Candidate(triple=triple, number=0, seed=1, p=0.5, scale=3.0)])
-    assert made.fate == "made" and made.latents.shape == (2, 16, 16, 16)
+    [pair] = maker([Candidate(triple=triple, number=0, seed=1, p=0.5, scale=3.0)])
+    assert pair.fate == "made" and pair.latents.shape == (2, 16, 16, 16)

@@ -34,7 +34,7 @@ def bundle(tiny_model_dir):
 
 
 def factors(module, seed):
-    """down and up of a random LoRA, as trainers shape them."""
+    """down and up of a random LoRA, in the shapes that trainers use."""
     generator = torch.Generator().manual_seed(seed)
     shape = module.weight.shape
     ones = (1,) * (len(shape) - 2)
@@ -42,7 +42,7 @@ def factors(module, seed):
     return down, torch.randn((shape[0], RANK, *ones), generator=generator)
 
 
-def places(bundle):
+def lora_layers(bundle):
     return [("unet", name, bundle.unet.get_submodule(name)) for name in UNET] + [
         ("text_encoder", name, bundle.text_encoder.get_submodule(name)) for name in TEXT
     ]
@@ -50,7 +50,7 @@ def places(bundle):
 
 def kohya(bundle):
     weights = {}
-    for seed, (network, name, module) in enumerate(places(bundle)):
+    for seed, (network, name, module) in enumerate(lora_layers(bundle)):
         prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[network]
         key = prefix + name.replace(".", "_")
         weights[f"{key}.lora_down.weight"], weights[f"{key}.lora_up.weight"] = factors(module, seed)
@@ -60,16 +60,16 @@ def kohya(bundle):
 
 def peft(bundle, text="text_encoder.text_model."):
     weights = {}
-    for seed, (network, name, module) in enumerate(places(bundle)):
+    for seed, (network, name, module) in enumerate(lora_layers(bundle)):
         key = {"unet": "unet.", "text_encoder": text}[network] + name
         weights[f"{key}.lora_A.weight"], weights[f"{key}.lora_B.weight"] = factors(module, seed)
     return weights
 
 
 def old_diffusers(bundle):
-    """diffusers' own spellings before PEFT: attention processors, lora layers in the text encoder."""
+    """diffusers' names before PEFT: attention processors, LoRA layers in the text encoder."""
     weights = {}
-    for seed, (network, name, module) in enumerate(places(bundle)):
+    for seed, (network, name, module) in enumerate(lora_layers(bundle)):
         key = f"{network}." + ("text_model." if network == "text_encoder" else "") + name
         if ".attn" in name:
             key = key.replace(".to_out.0", ".to_out").replace("attn1.", "attn1.processor.")
@@ -85,7 +85,7 @@ def old_diffusers(bundle):
 def merged_by_hand(bundle, weight):
     """Each weight after the merge, by an explicit formula."""
     expected = {}
-    for seed, (network, name, module) in enumerate(places(bundle)):
+    for seed, (network, name, module) in enumerate(lora_layers(bundle)):
         down, up = factors(module, seed)
         mix = "orab,rikl->oikl" if isinstance(module, nn.Conv2d) else "or,ri->oi"
         expected[network, name] = module.weight + weight * torch.einsum(mix, up, down)
@@ -99,7 +99,7 @@ def assert_merged(bundle, expected):
 
 
 @pytest.mark.parametrize("naming", [kohya, peft, old_diffusers])
-def test_every_naming_merges_the_same(bundle, naming, tmp_path):
+def test_every_naming_scheme_merges_the_same(bundle, naming, tmp_path):
     path = tmp_path / "one.safetensors"
     save_file(naming(bundle), path)
     scale = ALPHA / RANK if naming is kohya else 1.0
@@ -112,13 +112,13 @@ def test_every_naming_merges_the_same(bundle, naming, tmp_path):
             assert torch.equal(weight, others[name]), name
 
 
-def test_alpha_is_read_from_what_diffusers_writes_beside(bundle, tmp_path):
+def test_alpha_is_read_from_diffusers_metadata(bundle, tmp_path):
     path = tmp_path / "one.safetensors"
-    said = {"unet.r": RANK, "unet.lora_alpha": 6, "unet.alpha_pattern": {"attn1.to_q": 1}}
-    said |= {"text_encoder.lora_alpha": 8, "text_encoder.use_rslora": True}
-    save_file(peft(bundle), path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(said)})
+    metadata = {"unet.r": RANK, "unet.lora_alpha": 6, "unet.alpha_pattern": {"attn1.to_q": 1}}
+    metadata |= {"text_encoder.lora_alpha": 8, "text_encoder.use_rslora": True}
+    save_file(peft(bundle), path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
     expected = {}
-    for seed, (network, name, module) in enumerate(places(bundle)):
+    for seed, (network, name, module) in enumerate(lora_layers(bundle)):
         scale = 8 / RANK**0.5 if network == "text_encoder" else 1 / RANK if "to_q" in name else 6 / RANK
         down, up = factors(module, seed)
         expected[network, name] = module.weight + scale * (up.flatten(1) @ down.flatten(1)).reshape(
@@ -128,7 +128,7 @@ def test_alpha_is_read_from_what_diffusers_writes_beside(bundle, tmp_path):
     assert_merged(bundle, expected)
 
 
-def test_pefts_own_names_are_the_unets(bundle, tmp_path):
+def test_pefts_own_names_apply_to_the_unet(bundle, tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     weights = {
         key.replace("unet.", "base_model.model.").replace(".lora_A.", ".lora_A.default."): value
@@ -141,7 +141,7 @@ def test_pefts_own_names_are_the_unets(bundle, tmp_path):
     assert_merged(bundle, expected)
 
 
-def test_a_middle_tensor_is_between_up_and_down(bundle, tmp_path):
+def test_a_mid_tensor_is_applied_between_down_and_up(bundle, tmp_path):
     name = "up_blocks.1.resnets.0.conv1"
     module = bundle.unet.get_submodule(name)
     out, into = module.weight.shape[:2]
@@ -158,7 +158,7 @@ def test_a_middle_tensor_is_between_up_and_down(bundle, tmp_path):
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_two_files_add_up_and_a_weight_of_zero_is_nothing(bundle, tmp_path):
+def test_several_loras_add_up_and_a_weight_of_zero_has_no_effect(bundle, tmp_path):
     path = tmp_path / "one.safetensors"
     save_file(kohya(bundle), path)
     expected = merged_by_hand(bundle, ALPHA / RANK * 0.5)
@@ -166,7 +166,7 @@ def test_two_files_add_up_and_a_weight_of_zero_is_nothing(bundle, tmp_path):
     assert_merged(bundle, expected)
 
 
-def test_half_precision_weights_stay_so(tiny_model_dir, tmp_path):
+def test_merging_keeps_half_precision(tiny_model_dir, tmp_path):
     bundle = load_bundle(tiny_model_dir, dtype=torch.float16)
     path = tmp_path / "one.safetensors"
     save_file(kohya(bundle), path)
@@ -189,7 +189,7 @@ def test_half_precision_weights_stay_so(tiny_model_dir, tmp_path):
     ],
     ids=["unknown", "dora", "loha", "half", "shape", "no second encoder"],
 )
-def test_keys_that_fit_nothing_are_named_and_nothing_is_merged(bundle, tmp_path, change):
+def test_unmatched_keys_are_reported_and_nothing_is_merged(bundle, tmp_path, change):
     path = tmp_path / "strange.safetensors"
     save_file(kohya(bundle) | change, path)
     expected = merged_by_hand(bundle, 0.0)
@@ -200,12 +200,12 @@ def test_keys_that_fit_nothing_are_named_and_nothing_is_merged(bundle, tmp_path,
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_is_an_error(weight):
+def test_a_weight_that_is_not_finite_is_an_error(weight):
     with pytest.raises(InputError, match=r"weight of some\.safetensors is (nan|inf)"):
         check_loras([("some.safetensors", weight)])
 
 
-def test_a_missing_file_names_the_nearest(bundle, tmp_path):
+def test_a_missing_file_gets_a_suggestion_and_an_unreadable_one_is_named(bundle, tmp_path):
     (tmp_path / "style.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match=r"no such LoRA file\. Did you mean .*style\.safetensors"):
         check_loras([(tmp_path / "stile.safetensors", 1.0)])
@@ -213,8 +213,8 @@ def test_a_missing_file_names_the_nearest(bundle, tmp_path):
         apply_loras(bundle, [(tmp_path / "style.safetensors", 1.0)])
 
 
-def test_names_agree_with_diffusers_conversion_of_kohyas(bundle, tmp_path):
-    # Oracle: diffusers reads Kohya's names into its own; those, read here, merge the same.
+def test_kohyas_names_agree_with_diffusers_conversion(bundle, tmp_path):
+    # Oracle: diffusers converts Kohya's names to its own; the result merges the same here.
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 
     theirs, alphas = _convert_non_diffusers_lora_to_diffusers(kohya(bundle))
@@ -226,9 +226,9 @@ def test_names_agree_with_diffusers_conversion_of_kohyas(bundle, tmp_path):
     assert_merged(bundle, expected)
 
 
-def test_kohyas_names_for_sdxl_are_those_of_the_ldm_code(xl_dir, tmp_path):
+def test_kohyas_names_for_sdxl_follow_the_ldm_code(xl_dir, tmp_path):
     bundle = load_bundle(xl_dir)
-    places = {
+    lora_layers = {
         "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_k": (
             bundle.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k
         ),
@@ -241,16 +241,16 @@ def test_kohyas_names_for_sdxl_are_those_of_the_ldm_code(xl_dir, tmp_path):
         ),
     }
     weights, expected = {}, {}
-    for seed, (key, module) in enumerate(places.items()):
+    for seed, (key, module) in enumerate(lora_layers.items()):
         down, up = factors(module, seed)
         weights |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
         expected[key] = module.weight + (up.flatten(1) @ down.flatten(1)).reshape(module.weight.shape)
     file = xl_dir / "unet" / "diffusion_pytorch_model.safetensors"
     before = file.read_bytes()
     apply_loras(bundle, [(_saved(weights, tmp_path), 1.0)])
-    for key, module in places.items():
+    for key, module in lora_layers.items():
         torch.testing.assert_close(module.weight, expected[key], rtol=1e-6, atol=1e-6)
-    assert file.read_bytes() == before  # whose pages the weights may have been
+    assert file.read_bytes() == before  # the weights may be mapped from it
 
 
 def test_the_editor_loads_with_loras(tiny_model_dir, bundle, tmp_path):
@@ -270,10 +270,10 @@ def _saved(weights, folder):
 # --- Kohya's names ---
 
 
-def trained(bundle, path, *, text=True, **metadata):
-    """A file as PEFT and diffusers write it."""
+def write_peft(bundle, path, *, text=True, **metadata):
+    """Write a LoRA file like PEFT and diffusers do."""
     state = {}
-    for number, (network, name, module) in enumerate(places(bundle)):
+    for number, (network, name, module) in enumerate(lora_layers(bundle)):
         if network == "unet" or text:
             down, up = factors(module, number)
             state[f"{network}.{name}.lora_A.weight"], state[f"{network}.{name}.lora_B.weight"] = down, up
@@ -283,11 +283,13 @@ def trained(bundle, path, *, text=True, **metadata):
 
 @pytest.mark.parametrize("alpha", [None, 3.0])
 @pytest.mark.parametrize("stabilized", [False, True])
-def test_kohyas_names_merge_as_pefts_do(tiny_model_dir, tmp_path, alpha, stabilized):
+def test_a_file_written_with_kohyas_names_merges_like_the_peft_file(
+    tiny_model_dir, tmp_path, alpha, stabilized
+):
     ours, theirs = load_bundle(tiny_model_dir), load_bundle(tiny_model_dir)
-    said = {"unet.lora_alpha": alpha, "text_encoder.lora_alpha": alpha, "unet.use_rslora": stabilized}
-    more = {} if alpha is None else {"lora_adapter_metadata": json.dumps(said)}
-    state = trained(ours, tmp_path / "peft.safetensors", **more)
+    settings = {"unet.lora_alpha": alpha, "text_encoder.lora_alpha": alpha, "unet.use_rslora": stabilized}
+    metadata = {} if alpha is None else {"lora_adapter_metadata": json.dumps(settings)}
+    state = write_peft(ours, tmp_path / "peft.safetensors", **metadata)
     layers = write_kohya(tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors")
     found = safetensors.torch.load_file(tmp_path / "kohya.safetensors")
     assert len(found) == 3 * layers and 2 * layers == len(state)
@@ -300,19 +302,19 @@ def test_kohyas_names_merge_as_pefts_do(tiny_model_dir, tmp_path, alpha, stabili
             torch.testing.assert_close(mine[name], its[name], rtol=0, atol=1e-6)
 
 
-def test_kohyas_names_are_those_of_diffusers_conversion_to_kohya(tiny_model_dir, tmp_path):
+def test_written_kohya_names_equal_diffusers_conversion(tiny_model_dir, tmp_path):
     from diffusers.utils import convert_state_dict_to_kohya
 
     bundle = load_bundle(tiny_model_dir)
-    state = trained(bundle, tmp_path / "peft.safetensors", text=False)
+    state = write_peft(bundle, tmp_path / "peft.safetensors", text=False)
     write_kohya(tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors")
     found = safetensors.torch.load_file(tmp_path / "kohya.safetensors")
-    wanted = convert_state_dict_to_kohya(dict(state))
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], value.to(found[key])) for key, value in wanted.items())
+    expected = convert_state_dict_to_kohya(dict(state))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value.to(found[key])) for key, value in expected.items())
 
 
-def test_the_text_encoders_of_sdxl_have_numbers(tmp_path):
+def test_sdxls_text_encoders_are_numbered_in_kohyas_names(tmp_path):
     down, up = torch.randn(2, 8), torch.randn(8, 2)
     for name, start in (("text_encoder", "lora_te1_"), ("text_encoder_2", "lora_te2_")):
         layer = f"{name}.text_model.encoder.layers.0.self_attn.q_proj"
@@ -328,7 +330,7 @@ def test_the_text_encoders_of_sdxl_have_numbers(tmp_path):
     assert safetensors.torch.load_file(tmp_path / "again.safetensors").keys() == found.keys()
 
 
-def test_what_kohyas_names_cannot_say_is_refused(tmp_path):
+def test_tensors_without_a_kohya_name_are_refused(tmp_path):
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     state = {f"{layer}.lora_magnitude_vector": torch.ones(4), f"{layer}.lora_A.weight": torch.ones(2, 4)}
     safetensors.torch.save_file(state, tmp_path / "dora.safetensors")

@@ -21,7 +21,7 @@ from ip2p.models.memory import (
 from ip2p.pictures.images import to_tensor
 
 GIGA = 10**9
-# About SD 1.5 in fp16 with its autoencoder in fp32.
+# Roughly SD 1.5 in fp16 with an fp32 autoencoder.
 SD = Footprint(
     unet=1_720_000_000,
     vae=335_000_000,
@@ -37,7 +37,7 @@ def choice(gigabytes, size=(512, 512), mode="auto", device="cuda", **more):
     return choose_memory(SD, mode, free, size, device=device, **more)
 
 
-def test_the_peak_is_that_of_the_fullest_stage():
+def test_peak_memory_is_that_of_the_largest_stage():
     # Decoding 512² takes 1.2 GB, sampling 0.1 GB a row.
     assert SD.peak(Memory(), (512, 512)) == pytest.approx(2.301e9 + 512 * 512 * SD.pixel, rel=1e-6)
     assert SD.peak(Memory(), (512, 512), batch=16) == pytest.approx(
@@ -50,13 +50,13 @@ def test_the_peak_is_that_of_the_fullest_stage():
     )
 
 
-def test_thrift_grows_as_the_device_shrinks():
+def test_a_smaller_device_gets_a_more_economical_memory_mode():
     assert choice(24) == Memory()
     assert choice(5, batch=8) == Memory()
     assert choice(4, batch=8) == Memory(passes_at_once=False)
     assert choice(2.2) == Memory(offload=True)
     assert choice(1.9) == Memory(passes_at_once=False, offload=True)
-    # Tiling alone changes the picture, so it comes last.
+    # Only tiling changes the picture, so it comes last.
     assert choice(13.2, (1536, 1536)) == Memory()
     assert choice(11.3, (1536, 1536)) == Memory(offload=True)
     assert choice(5.2, (1536, 1536)) == Memory(vae_tiling=True)
@@ -70,16 +70,16 @@ def test_a_cpu_has_nothing_to_offload_to():
         choice(2.0, device="cpu")
 
 
-def test_where_the_parts_lie_is_decided_once():
+def test_an_explicit_offload_setting_is_kept():
     assert choice(24, offload=True) == Memory(offload=True)
     with pytest.raises(ResourceError):
         choice(2.2, offload=False, size=(768, 768))
 
 
-def test_low_saves_what_changes_no_result_and_high_asks_nothing():
+def test_low_mode_uses_all_lossless_savings_and_high_mode_uses_none():
     assert choice(80, mode="low") == choice(None, mode="low") == Memory(passes_at_once=False, offload=True)
     assert choice(80, mode="low", device="cpu") == Memory(passes_at_once=False)
-    # Tiles change the picture: they are for what would not fit otherwise.
+    # Tiling changes the picture, so it is used only if nothing else fits.
     low = choice(8, (1536, 1536), mode="low")
     assert low == Memory(passes_at_once=False, vae_tiling=True, offload=True)
     assert choice(0.1, mode="high") == Memory()
@@ -87,11 +87,11 @@ def test_low_saves_what_changes_no_result_and_high_asks_nothing():
         choice(8, mode="some")
 
 
-def test_memory_that_cannot_be_told_is_taken_to_be_enough():
+def test_unknown_free_memory_counts_as_enough():
     assert choice(None) == Memory()
 
 
-def test_what_does_not_fit_names_a_size_that_does():
+def test_an_edit_that_does_not_fit_suggests_a_size_that_does():
     with pytest.raises(
         ResourceError, match=r"at 4096x2048 needs about .* GB and cuda has 4\.0 GB free"
     ) as error:
@@ -105,7 +105,7 @@ def test_what_does_not_fit_names_a_size_that_does():
         choice(0.5)
 
 
-def test_the_footprint_on_disk_is_that_of_the_loaded_model(tiny_model_dir, tiny_editor):
+def test_the_footprint_on_disk_equals_that_of_the_loaded_model(tiny_model_dir, tiny_editor):
     stored = open_model(tiny_model_dir)
     on_disk = footprint_of_stored(stored, torch.float32)
     assert on_disk == footprint(tiny_editor.bundle)
@@ -115,14 +115,14 @@ def test_the_footprint_on_disk_is_that_of_the_loaded_model(tiny_model_dir, tiny_
     assert footprint_of_stored(stored, torch.bfloat16) == half
 
 
-def machine(root, available, groups=""):
+def fake_machine(root, available, groups=""):
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {available} kB\nHugePages_Total: 0\n")
     (root / "proc/self/cgroup").write_text(groups)
     return root
 
 
-def group(folder, limit, used, cache, *, version=2):
+def fake_cgroup(folder, limit, used, cache, *, version=2):
     folder.mkdir(parents=True, exist_ok=True)
     names = ("memory.max", "memory.current", "inactive_file")
     if version == 1:
@@ -132,29 +132,29 @@ def group(folder, limit, used, cache, *, version=2):
     (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\n")
 
 
-def test_free_memory_is_what_the_machine_and_its_groups_leave(tmp_path):
-    root = machine(tmp_path, 1000, "0::/job/step\n")
+def test_free_ram_respects_the_machine_and_its_cgroups(tmp_path):
+    root = fake_machine(tmp_path, 1000, "0::/job/step\n")
     assert free_ram(root) == 1000 * 1024
-    group(root / "sys/fs/cgroup/job/step", "max", 10, 0)
-    group(root / "sys/fs/cgroup/job", 500_000, 400_000, 50_000)
+    fake_cgroup(root / "sys/fs/cgroup/job/step", "max", 10, 0)
+    fake_cgroup(root / "sys/fs/cgroup/job", 500_000, 400_000, 50_000)
     assert free_ram(root) == 150_000
-    group(root / "sys/fs/cgroup/job/step", 100_000, 40_000, 0)
+    fake_cgroup(root / "sys/fs/cgroup/job/step", 100_000, 40_000, 0)
     assert free_ram(root) == 60_000
 
 
-def test_groups_of_version_1_and_of_a_container_count(tmp_path):
-    root = machine(tmp_path, 1000, "5:cpu:/x\n4:memory:/docker/abc\n")
-    # Inside a container its own group is the top, whatever the path says.
-    group(root / "sys/fs/cgroup/memory", 300_000, 100_000, 0, version=1)
+def test_free_ram_respects_cgroups_v1_and_container_limits(tmp_path):
+    root = fake_machine(tmp_path, 1000, "5:cpu:/x\n4:memory:/docker/abc\n")
+    # Inside a container its own cgroup is the root, whatever the path says.
+    fake_cgroup(root / "sys/fs/cgroup/memory", 300_000, 100_000, 0, version=1)
     assert free_ram(root) == 200_000
 
 
-def test_a_machine_that_says_nothing_is_unknown(tmp_path):
+def test_free_ram_is_unknown_without_proc_files(tmp_path):
     assert free_ram(tmp_path) is None
 
 
 class Part(nn.Module):
-    """Keeps where it was sent; the two devices of the test are both the CPU."""
+    """Records where it is moved; both devices of the test are the CPU."""
 
     def __init__(self, name, log):
         super().__init__()
@@ -169,7 +169,7 @@ class Part(nn.Module):
         return x * self.weight
 
 
-def test_offloading_brings_the_group_at_work_and_sends_the_others_back():
+def test_offloading_moves_the_active_group_to_the_device_and_the_others_back():
     log = []
     text, unet, control, vae = (Part(name, log) for name in ("text", "unet", "control", "vae"))
     offload([[text], [unet, control], [vae]], torch.device("cpu", 0))
@@ -177,16 +177,16 @@ def test_offloading_brings_the_group_at_work_and_sends_the_others_back():
     log.clear()
     for part in (text, unet, control, unet, vae, unet):
         assert part(torch.ones(1)).item() == 1
-    there, away = "cpu:0", "cpu"
+    on_device, on_cpu = "cpu:0", "cpu"
     assert log == [
-        ("text", there),
-        *[("text", away), ("unet", there), ("control", there)],
-        *[("unet", away), ("control", away), ("vae", there)],
-        *[("vae", away), ("unet", there), ("control", there)],
+        ("text", on_device),
+        *[("text", on_cpu), ("unet", on_device), ("control", on_device)],
+        *[("unet", on_cpu), ("control", on_cpu), ("vae", on_device)],
+        *[("vae", on_cpu), ("unet", on_device), ("control", on_device)],
     ]
 
 
-def latents(editor, page):
+def decoded_edit(editor, page):
     image = editor.encode_image(to_tensor(page).repeat(2, 1, 1, 1))
     *_, last = editor.edit_latents(
         image,
@@ -206,34 +206,36 @@ def test_low_and_high_memory_give_the_same_result(tiny_editor, page):
 
     hook = tiny_editor.bundle.unet.register_forward_pre_hook(count)
     try:
-        made = {mode: latents(Editor(tiny_editor.bundle, memory=mode), page) for mode in ("low", "high")}
+        results = {
+            mode: decoded_edit(Editor(tiny_editor.bundle, memory=mode), page) for mode in ("low", "high")
+        }
     finally:
         hook.remove()
     assert calls == [2] * 9 + [6] * 3
-    torch.testing.assert_close(made["low"], made["high"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(results["low"], results["high"], rtol=0, atol=1e-3)
 
 
-def test_an_editor_fits_itself_to_what_is_free(tiny_model_dir, tiny_editor, page, monkeypatch):
-    own = footprint(tiny_editor.bundle)
+def test_an_editor_adapts_to_the_free_memory(tiny_model_dir, tiny_editor, page, monkeypatch):
+    usage = footprint(tiny_editor.bundle)
     reserve = RESERVE["cpu"]
 
-    def has(free):
+    def set_free(free):
         monkeypatch.setattr(editor_module, "free_bytes", lambda device: int(free) + reserve)
 
-    has(own.weights / 2)
+    set_free(usage.weights / 2)
     with pytest.raises(ResourceError, match="Nothing smaller fits"):
         Editor.load(tiny_model_dir, device="cpu", dtype="fp32")
     Editor.load(tiny_model_dir, device="cpu", dtype="fp32", memory="high")
-    # What is free is beside the weights that lie there already.
-    has(own.peak(Memory(passes_at_once=False), (64, 64)) - own.weights + 1000)
+    # Free memory excludes the weights that are already loaded.
+    set_free(usage.peak(Memory(passes_at_once=False), (64, 64)) - usage.weights + 1000)
     editor = Editor(tiny_editor.bundle)
     editor.edit(page, "make it night", steps=1)
     with pytest.raises(ResourceError, match=r"at 512x512 needs about .* Try --size \d+"):
         editor.edit(page, "make it night", steps=1, size=512)
-    has(1e12)
+    set_free(1e12)
     editor.batch_size = 4
     assert editor.fitting_batch((64, 64)) == 4
-    has(own.peak(Memory(), (256, 256), batch=2) - own.weights + 1000)
+    set_free(usage.peak(Memory(), (256, 256), batch=2) - usage.weights + 1000)
     assert editor.fitting_batch((256, 256)) == 2
 
 
@@ -244,14 +246,14 @@ def test_a_memory_mode_is_checked_before_anything_is_loaded(tiny_editor):
         Editor(tiny_editor.bundle, memory="some")
 
 
-def test_an_edit_with_parts_that_come_and_go_is_the_same(tiny_model_dir, tiny_editor, page, monkeypatch):
+def test_an_edit_with_offloaded_components_is_identical(tiny_model_dir, tiny_editor, page, monkeypatch):
     editor = Editor.load(tiny_model_dir, device="cpu", dtype="fp32")
-    came = []
+    moved = []
 
     def watch(name, part):
         def to(place):
             if place != "cpu":
-                came.append(name)
+                moved.append(name)
             return part
 
         monkeypatch.setattr(part, "to", to)
@@ -262,4 +264,4 @@ def test_an_edit_with_parts_that_come_and_go_is_the_same(tiny_model_dir, tiny_ed
     (edited,) = editor.edit(page, "make it night", steps=2)
     (expected,) = tiny_editor.edit(page, "make it night", steps=2)
     assert edited.tobytes() == expected.tobytes()
-    assert came == ["vae", "text_encoder", "unet", "vae"]
+    assert moved == ["vae", "text_encoder", "unet", "vae"]

@@ -20,7 +20,7 @@ CARD = {"name": "mine", "native_size": 64}
 
 
 def folder_of(request, tmp_path, name):
-    """An editor's folder, or that of the Stable Diffusion made of it."""
+    """An editor's folder, or that of a base model made from it."""
     if not name.endswith("base"):
         return request.getfixturevalue(name)
     return make_base(request.getfixturevalue(name.replace("base", "dir")), tmp_path / "base")
@@ -40,7 +40,7 @@ def pipeline(folder, kind):
 
 @pytest.mark.parametrize("name", ["sd1_base", "sd2_base", "xl_base"])
 def test_a_saved_editor_opens_here_and_in_diffusers(request, tmp_path, name, page):
-    """Oracle: diffusers' edit pipelines read the folder."""
+    """Oracle: diffusers' edit pipelines load the folder."""
     bundle = load_base(folder_of(request, tmp_path, name))
     with torch.no_grad():
         bundle.unet.conv_in.weight[:, 4:] += 0.1
@@ -64,13 +64,13 @@ def test_a_saved_editor_opens_here_and_in_diffusers(request, tmp_path, name, pag
     size = {"height": 64, "width": 64} if bundle.kind == "sdxl" else {}
     picture = theirs(words, image=page, num_inference_steps=2, output_type="np", **size).images[0]
     assert picture.shape == (64, 64, 3)
-    said = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
-    assert said["prediction_type"] == theirs.scheduler.config.prediction_type == prediction_of(bundle)
-    assert said["prediction_type"] == ("v_prediction" if name == "sd2_base" else "epsilon")
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == theirs.scheduler.config.prediction_type == prediction_of(bundle)
+    assert scheduler["prediction_type"] == ("v_prediction" if name == "sd2_base" else "epsilon")
     assert (tmp_path / "out" / "README.md").read_text() == "# mine\n"
 
 
-def test_other_weights_take_the_place_of_the_unets_and_dtypes_are_as_asked(tiny_model_dir, tmp_path):
+def test_a_given_unet_state_and_dtype_are_saved(tiny_model_dir, tmp_path):
     bundle = load_base(tiny_model_dir)
     average = {name: weight.detach() + 0.25 for name, weight in bundle.unet.state_dict().items()}
     save_editor(bundle, tmp_path / "out", dtype=torch.float16, unet_state=average)
@@ -78,15 +78,13 @@ def test_other_weights_take_the_place_of_the_unets_and_dtypes_are_as_asked(tiny_
     assert all(torch.equal(stored[name], weight.half()) for name, weight in average.items())
     for path in (tmp_path / "out").rglob("*.safetensors"):
         assert {weight.dtype for weight in load_file(path).values()} == {torch.float16}
-    # A pipeline opened without a dtype is of one dtype.
+    # A pipeline loaded without a dtype has one dtype.
     loaded = pipeline(tmp_path / "out", "sd")
     assert {loaded.unet.dtype, loaded.text_encoder.dtype} == {torch.float32}
 
 
 @pytest.mark.parametrize("wrong", ["absent", "more", "shape"])
-def test_weights_that_are_not_the_unets_are_refused_before_anything_is_written(
-    tiny_model_dir, tmp_path, wrong
-):
+def test_a_mismatched_unet_state_is_refused_before_anything_is_written(tiny_model_dir, tmp_path, wrong):
     bundle = load_base(tiny_model_dir)
     state = dict(bundle.unet.state_dict())
     if wrong == "absent":
@@ -100,7 +98,7 @@ def test_weights_that_are_not_the_unets_are_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_text_in_the_folder_names_a_place_of_this_machine(tiny_model_dir, tmp_path):
+def test_no_saved_text_file_contains_a_local_path(tiny_model_dir, tmp_path):
     copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
     for part in ("unet", "vae", "text_encoder"):
         path = copy / part / "config.json"
@@ -113,26 +111,26 @@ def test_no_text_in_the_folder_names_a_place_of_this_machine(tiny_model_dir, tmp
             assert "/tmp" not in text and str(tmp_path) not in text and "name_or_path" not in text, path
 
 
-def test_the_card_keeps_what_the_base_knows(tiny_model_dir, tmp_path):
+def test_the_saved_card_keeps_the_fields_of_the_base(tiny_model_dir, tmp_path):
     copy = shutil.copytree(tiny_model_dir, tmp_path / "copy")
     base_card = {"name": "old", "native_size": 32, "known_psnr": 20.5, "text_cfg": 3.0}
     (copy / "ip2p.json").write_text(json.dumps(base_card))
     (copy / "clip").mkdir()
     (copy / "clip" / "config.json").write_text("{}")
     save_editor(load_base(copy), tmp_path / "mine", card={"native_size": 64, "trained": {"steps": 5}})
-    said = json.loads((tmp_path / "mine" / "ip2p.json").read_text())
-    assert said["trained"] == {"steps": 5}
-    assert (said["name"], said["native_size"], said["known_psnr"], said["text_cfg"]) == (
+    saved = json.loads((tmp_path / "mine" / "ip2p.json").read_text())
+    assert saved["trained"] == {"steps": 5}
+    assert (saved["name"], saved["native_size"], saved["known_psnr"], saved["text_cfg"]) == (
         "mine",
         64,
         20.5,
         3.0,
     )
-    # `ip2p edit --best` ranks with it.
+    # `ip2p edit --best` uses it for ranking.
     assert (tmp_path / "mine" / "clip" / "config.json").read_text() == "{}"
 
 
-def test_large_weights_lie_in_shards(sd1_dir, tmp_path):
+def test_large_weights_are_saved_in_shards(sd1_dir, tmp_path):
     bundle = load_base(sd1_dir)
     (tmp_path / "curves.png").write_bytes(b"picture")
     files = {"curves.png": tmp_path / "curves.png"}
@@ -148,7 +146,9 @@ def test_large_weights_lie_in_shards(sd1_dir, tmp_path):
                 assert torch.equal(weight, state[name]), name
 
 
-def test_a_part_that_no_pipeline_knows_lies_beside(tiny_model_dir, tiny_clip_dir, tmp_path):
+def test_a_component_that_pipelines_do_not_know_is_saved_with_the_others(
+    tiny_model_dir, tiny_clip_dir, tmp_path
+):
     from transformers import CLIPModel
 
     from ip2p.models.clip import Clip
@@ -174,9 +174,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("failing", ["write_safetensors", "write_text", "_write_json"])
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_write_that_fails_leaves_the_old_editor_whole(
-    tiny_model_dir, tmp_path, monkeypatch, failing, number
-):
+def test_a_failed_write_leaves_the_old_editor_intact(tiny_model_dir, tmp_path, monkeypatch, failing, number):
     bundle = load_base(tiny_model_dir)
     save_editor(bundle, tmp_path / "out", card={"name": "old"})
     old = contents(tmp_path / "out")
@@ -200,7 +198,7 @@ def test_a_write_that_fails_leaves_the_old_editor_whole(
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two"])
-def test_the_old_folder_and_the_new_one_change_places(tmp_path, monkeypatch, exchange):
+def test_the_old_folder_stays_until_the_new_one_replaces_it(tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(export, "_exchange", lambda one, other: False)
     (tmp_path / "model").mkdir()
@@ -212,7 +210,7 @@ def test_the_old_folder_and_the_new_one_change_places(tmp_path, monkeypatch, exc
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_base_scheduler_becomes_the_released_editors_with_its_own_noise():
+def test_a_base_scheduler_becomes_euler_ancestral_with_its_own_betas():
     """Oracle: diffusers' schedulers."""
     from diffusers import EulerAncestralDiscreteScheduler, PNDMScheduler
 
@@ -235,8 +233,8 @@ def header_of(card):
     return yaml.safe_load(header), body
 
 
-def test_the_header_is_the_hubs_and_what_is_not_known_is_said():
-    """Oracle: huggingface_hub's own reader of cards."""
+def test_the_card_has_a_valid_hub_header_and_states_unknown_values():
+    """Oracle: huggingface_hub's ModelCard."""
     from huggingface_hub import ModelCard
 
     card = model_card(
@@ -264,7 +262,7 @@ def test_the_header_is_the_hubs_and_what_is_not_known_is_said():
         assert f"| {line} | not stated |" in body
 
 
-def test_curves_are_a_table_with_their_picture_beside():
+def test_curves_are_a_table_with_a_picture():
     card = model_card(
         name="mine",
         base=None,
@@ -283,7 +281,7 @@ def test_curves_are_a_table_with_their_picture_beside():
 
 
 @pytest.mark.parametrize("name", ["", "some: name", "#1", "- [x] | y"])
-def test_odd_names_stay_within_their_places(name):
+def test_special_characters_in_names_do_not_break_the_card(name):
     header, body = header_of(
         model_card(name=name, base=name, data=[Data(name=name)], recipe={"a": name}, license=name or None)
     )
@@ -292,7 +290,7 @@ def test_odd_names_stay_within_their_places(name):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_the_cards_code_edits_a_picture(request, tmp_path, monkeypatch, page, kind):
+def test_the_example_code_in_the_card_edits_a_picture(request, tmp_path, monkeypatch, page, kind):
     import diffusers
 
     folder = request.getfixturevalue("xl_dir" if kind == "sdxl" else "tiny_model_dir")
@@ -309,24 +307,24 @@ def test_the_cards_code_edits_a_picture(request, tmp_path, monkeypatch, page, ki
 
 
 @pytest.mark.parametrize("kind", ["sd1_dir", "xl_dir"])
-def test_tokenizers_are_written_as_transformers_4_reads_them_too(request, tmp_path, kind):
-    """Its slow tokenizer needs both lists; here it is built from them alone."""
+def test_saved_tokenizers_can_be_rebuilt_from_vocab_and_merges(request, tmp_path, kind):
+    """transformers 4's slow tokenizer needs both; here it is built from only these files."""
     from transformers import CLIPTokenizer
 
     bundle = load_bundle(request.getfixturevalue(kind))
     save_editor(bundle, tmp_path / "out")
     for name in ("tokenizer", *(["tokenizer_2"] if kind == "xl_dir" else [])):
         folder = tmp_path / "out" / name
-        words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         header, *merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         assert header == "#version: 0.2"
-        rebuilt = CLIPTokenizer(vocab=words, merges=[tuple(line.split(" ")) for line in merges])
-        own = getattr(bundle, name)
+        rebuilt = CLIPTokenizer(vocab=vocab, merges=[tuple(line.split(" ")) for line in merges])
+        original = getattr(bundle, name)
         for text in ("make it night", "a café at 7:30 — won't it?"):
-            assert rebuilt(text).input_ids == own(text).input_ids
+            assert rebuilt(text).input_ids == original(text).input_ids
 
 
-def test_an_editor_that_predicts_x0_gets_a_sampler_that_diffusers_runs():
+def test_an_x0_prediction_editor_gets_a_scheduler_that_diffusers_can_run():
     from diffusers import EulerDiscreteScheduler
 
     config = edit_scheduler({"_class_name": "PNDMScheduler", "prediction_type": "sample"})

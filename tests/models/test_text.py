@@ -19,23 +19,23 @@ def bundle(xl_dir):
     return load_bundle(xl_dir)
 
 
-def test_sdxl_text_beyond_the_tokens_is_named_once_and_cut(bundle):
-    fits = "night " * 75
+def test_sdxl_text_beyond_the_token_limit_is_truncated_with_one_warning(bundle):
+    longest = "night " * 75
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kept = encode_prompt(bundle, fits, (64, 32))
-    with pytest.warns(UserWarning, match="77 tokens; this part has no effect: 'make it SNOW'") as said:
-        cut = encode_prompt(bundle, fits + "make it SNOW", (64, 32))
-    assert len(said) == 1
+        kept = encode_prompt(bundle, longest, (64, 32))
+    with pytest.warns(UserWarning, match="77 tokens; this part has no effect: 'make it SNOW'") as caught:
+        cut = encode_prompt(bundle, longest + "make it SNOW", (64, 32))
+    assert len(caught) == 1
     assert torch.equal(kept.hidden, cut.hidden) and torch.equal(kept.pooled, cut.pooled)
 
 
-def test_sizes_stay_exact_in_half_precision(bundle):
-    # 2056 is no bf16 number.
+def test_sdxl_size_conditioning_is_exact(bundle):
+    # 2056 is not a bf16 number.
     assert encode_prompt(bundle, "night", (2056, 1032)).time_ids.tolist() == [[1032, 2056, 0, 0, 1032, 2056]]
 
 
-def test_texts_join_as_rows(bundle):
+def test_prompts_are_joined_along_the_batch(bundle):
     texts = [encode_prompt(bundle, words, (64, 32)) for words in ("night", "snow", "")]
     joined = join_prompts(texts)
     assert joined.hidden.shape == (3, 77, 128)
@@ -49,11 +49,11 @@ def test_texts_join_as_rows(bundle):
 
 
 @pytest.mark.parametrize("name", ["tiny_model_dir", "sd2_dir", "xl_dir"])
-def test_texts_together_are_encoded_as_each_alone(request, name):
+def test_a_batch_of_texts_is_encoded_like_each_text_alone(request, name):
     bundle = load_bundle(request.getfixturevalue(name))
     texts = ["make it night", "", "snow", "make it night " * 30]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the cut text
+        warnings.simplefilter("ignore")  # about the truncated text
         together = encode_prompts(bundle, texts, (64, 32))
         alone = join_prompts([encode_prompt(bundle, text, (64, 32)) for text in texts])
     for part in ("hidden", "pooled", "time_ids"):
@@ -65,7 +65,7 @@ def test_texts_together_are_encoded_as_each_alone(request, name):
 
 
 @pytest.mark.parametrize("name", ["tiny_model_dir", "xl_dir"])
-def test_a_dropped_text_is_the_empty_one_and_sdxls_summary_goes_with_it(request, name):
+def test_a_dropped_text_equals_the_empty_one_including_sdxls_pooled_embedding(request, name):
     bundle = load_bundle(request.getfixturevalue(name))
     prompt = encode_prompts(bundle, ["night", "snow", "rain"], (64, 32))
     null = encode_prompt(bundle, "", (64, 32))
@@ -79,19 +79,19 @@ def test_a_dropped_text_is_the_empty_one_and_sdxls_summary_goes_with_it(request,
 
 @pytest.fixture(scope="module")
 def closed_tokenizer():
-    """A CLIP tokenizer in which ten words and endings are a token each, as the storybook's is made."""
+    """A CLIP tokenizer built like the storybook's; ten words and endings are one token each."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     letters = sorted(ByteLevel.alphabet())
     tokens, merges = [*letters, *(letter + "</w>" for letter in letters)], []
     for word in ("make", "it", "let", "don", "the", "cat", "huge", "3", "'s", "'t"):
-        made, *rest = [*word[:-1], word[-1] + "</w>"]
+        piece, *rest = [*word[:-1], word[-1] + "</w>"]
         for letter in rest:
-            if (made, letter) not in merges:
-                merges.append((made, letter))
-                tokens.append(made + letter)
-            made += letter
+            if (piece, letter) not in merges:
+                merges.append((piece, letter))
+                tokens.append(piece + letter)
+            piece += letter
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
 
@@ -112,13 +112,13 @@ def closed_tokenizer():
         ("make it <|endoftext|>", ["endoftext"]),
     ],
 )
-def test_words_that_a_closed_vocabulary_lacks_are_named_once_as_they_are_typed(
+def test_words_missing_from_a_closed_vocabulary_are_listed_once_as_typed(
     closed_tokenizer, instruction, unknown
 ):
     assert unknown_words(instruction, closed_tokenizer) == unknown
 
 
-def test_the_storybook_knows_every_word_of_its_language(tmp_path):
+def test_the_storybook_tokenizer_knows_every_word_of_its_instructions(tmp_path):
     from transformers import CLIPTokenizer
 
     from ip2p.training.storybook.text import write_tokenizer
@@ -134,7 +134,7 @@ def test_the_storybook_knows_every_word_of_its_language(tmp_path):
     assert unknown_words("make the walrus juggle", tokenizer) == ["walrus", "juggle"]
 
 
-def test_an_edit_names_the_words_that_the_bundled_model_does_not_know():
+def test_an_edit_warns_about_words_that_the_bundled_model_does_not_know():
     from ip2p import Editor
     from ip2p_storybook.draw import draw
     from ip2p_storybook.scene import rng_for, sample_scene

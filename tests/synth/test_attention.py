@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt's attention, held against maps that are built in full."""
+"""Prompt-to-Prompt's attention, compared with explicit attention maps."""
 
 import random
 
@@ -31,27 +31,27 @@ def random_heads(*sizes: int, seed: int = 0):
 
 
 class TestMaps:
-    """In fp64, the sums that build maps and those that do not differ by rounding alone."""
+    """In fp64, results with and without explicit maps differ only by rounding."""
 
-    def test_a_row_with_anothers_map_attends_where_that_one_does(self):
+    def test_a_row_with_shared_self_attention_uses_the_other_rows_map(self):
         query, key, value = random_heads((4, 2, 9, 8), (4, 2, 9, 8), (4, 2, 9, 8))
         rows = torch.tensor([0, 0, 2, 2])
         maps = (query @ key.mT / 8**0.5).softmax(dim=-1)
         torch.testing.assert_close(attention.self_attention(query, key, value, rows), maps[rows] @ value)
 
-    def test_words_mix_the_sources_map_with_their_own(self):
+    def test_cross_attention_mixes_the_sources_map_with_the_rows_own(self):
         query, key, value = random_heads((3, 2, 9, 8), (3, 2, 5, 8), (3, 2, 5, 8))
         moved, kept = random_heads((2, 5, 5), (2, 5), seed=1)
         words = WordSharing(torch.tensor([2, 1]), torch.tensor([0, 0]), moved, kept)
         maps = (query @ key.mT / 8**0.5).softmax(dim=-1)
-        wanted = maps.clone()
+        expected = maps.clone()
         for row, move, keep in zip((2, 1), moved, kept, strict=True):
-            wanted[row] = maps[0] @ move + maps[row] * keep
-        torch.testing.assert_close(attention.cross_attention(query, key, value, words), wanted @ value)
+            expected[row] = maps[0] @ move + maps[row] * keep
+        torch.testing.assert_close(attention.cross_attention(query, key, value, words), expected @ value)
 
 
-class Published:
-    """Hertz et al. on maps that are built in full, pixel by pixel and word by word, from the paper.
+class PaperEquations:
+    """Hertz et al. on explicit maps, pixel by pixel and word by word, from the paper.
 
     Maps are nested lists [pixels][words]. Section 3.2: word swap takes M of the source's word; refinement
     (Edit)_ij = M*_ij where A(j) is none, else M_iA(j); re-weighting scales column j* by c; local blend keeps
@@ -59,12 +59,13 @@ class Published:
     """
 
     @staticmethod
-    def edit(own, source, align, weights):
-        words = range(len(own[0]))
+    def edit(target, source, align, weights):
+        words = range(len(target[0]))
         new = [
-            [own[i][j] if align[j] is None else source[i][align[j]] for j in words] for i in range(len(own))
+            [target[i][j] if align[j] is None else source[i][align[j]] for j in words]
+            for i in range(len(target))
         ]
-        return [[new[i][j] * weights[j] for j in words] for i in range(len(own))]
+        return [[new[i][j] * weights[j] for j in words] for i in range(len(target))]
 
     @staticmethod
     def binary(layers, words, side, size, threshold):
@@ -80,12 +81,12 @@ class Published:
         return [[value / highest > threshold for value in line] for line in grid]
 
 
-def built_maps(query, key):
+def explicit_maps(query, key):
     return (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0, -2.0])
-def test_refined_and_reweighted_maps_are_the_papers(weight):
+def test_refined_and_reweighted_maps_equal_the_papers_equations(weight):
     query, key, value = random_heads((2, 2, 9, 8), (2, 2, 5, 8), (2, 2, 5, 8))
     align, new = [0, 2, None, 1, None], torch.tensor([False, False, True, False, True])
     moved, kept = torch.zeros(5, 5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
@@ -96,61 +97,61 @@ def test_refined_and_reweighted_maps_are_the_papers(weight):
             moved[i, j] = 1
     found = attention.Alignment(moved, kept).weighted(new, weight)
     words = WordSharing(torch.tensor([1]), torch.tensor([0]), found.moved[None], found.kept[None])
-    maps = built_maps(query, key)
+    maps = explicit_maps(query, key)
     weights = [weight if one else 1.0 for one in new.tolist()]
     edited = [
-        Published.edit(own.tolist(), source.tolist(), align, weights)
-        for own, source in zip(maps[1], maps[0], strict=True)
+        PaperEquations.edit(target.tolist(), source.tolist(), align, weights)
+        for target, source in zip(maps[1], maps[0], strict=True)
     ]
-    wanted = torch.stack([maps[0], torch.tensor(edited, dtype=torch.float64)])
-    torch.testing.assert_close(attention.cross_maps(query, key, words), wanted, atol=1e-5, rtol=0)
+    expected = torch.stack([maps[0], torch.tensor(edited, dtype=torch.float64)])
+    torch.testing.assert_close(attention.cross_maps(query, key, words), expected, atol=1e-5, rtol=0)
     out = attention.cross_attention(query, key, value, words)
-    torch.testing.assert_close(out, wanted @ value, atol=1e-5, rtol=1e-5)
-    assert weight == 1 or (wanted[1] - maps[1]).abs().max() > 0.05
+    torch.testing.assert_close(out, expected @ value, atol=1e-5, rtol=1e-5)
+    assert weight == 1 or (expected[1] - maps[1]).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 0.9])
-def test_local_blend_keeps_the_papers_region(threshold):
+def test_local_blend_keeps_the_region_of_the_papers_equations(threshold):
     side, size = 8, 16
     words = torch.tensor([[False, True, True, False, False], [False, False, False, True, False]])
     seen = attention.WordMaps(words, (side, side))
     layers = []
-    same = (4, 2, 64, 8), (4, 2, 5, 8)  # maps of one picture resemble each other
-    for layer in range(6):  # two layers at each of three steps; the one of another size is not taken
+    shapes = (4, 2, 64, 8), (4, 2, 5, 8)  # maps of one picture resemble each other
+    for layer in range(6):  # two layers at each of three steps; maps of another size are ignored
         query, key = (
-            a + 0.3 * b for a, b in zip(random_heads(*same), random_heads(*same, seed=layer), strict=True)
+            a + 0.3 * b for a, b in zip(random_heads(*shapes), random_heads(*shapes, seed=layer), strict=True)
         )
         query = query * 4  # sharp maps
         seen.add(query.float(), key.float(), None, None)
-        layers.append(built_maps(query, key))
+        layers.append(explicit_maps(query, key))
         small, small_key, _ = random_heads((4, 2, 9, 8), (4, 2, 5, 8), (1,), seed=layer)
         seen.add(small.float(), small_key.float(), None, None)
     region = seen.region((size, size), threshold)
-    wanted = []
+    expected = []
     for row, chosen in enumerate(([1, 2], [3])):
         maps = [head.tolist() for layer in layers for head in layer[row]]
-        wanted.append(Published.binary(maps, chosen, side, size, threshold))
-    assert region[:, 0].bool().tolist() == wanted
+        expected.append(PaperEquations.binary(maps, chosen, side, size, threshold))
+    assert region[:, 0].bool().tolist() == expected
     assert threshold < 0.5 or 0 < region.mean() < 1
     before, after = torch.randn(1, 3, size, size), torch.randn(1, 3, size, size)
-    union = torch.tensor(wanted[0]) | torch.tensor(wanted[1])
+    union = torch.tensor(expected[0]) | torch.tensor(expected[1])
     blended = attention.blend_latents(before, after, torch.maximum(region[:1], region[1:]))
     torch.testing.assert_close(blended, torch.where(union, after, before))
 
 
-def test_maps_add_up_for_the_rows_that_are_still_drawn():
+def test_maps_are_summed_only_for_the_remaining_rows():
     words = torch.eye(3, 5, dtype=torch.bool)
     query, key, _ = random_heads((4, 2, 16, 8), (4, 2, 5, 8), (1,))
     seen = attention.WordMaps(words, (4, 4))
     seen.rows = torch.tensor([0, 2])
     seen.add(query, key, None, None)
-    maps = built_maps(query, key).sum(dim=1).float()
+    maps = explicit_maps(query, key).sum(dim=1).float()
     torch.testing.assert_close(seen.sums[0], maps[0, :, 0])
     torch.testing.assert_close(seen.sums[2], maps[1, :, 2])
     assert not seen.sums[1].any()
 
 
-def test_words_that_only_one_caption_has_are_those_that_changed(tokenizer):
+def test_changed_tokens_are_those_in_only_one_of_the_captions(tokenizer):
     def texts(tokens, caption):
         ids = tokenizer(caption, padding="max_length", max_length=77)["input_ids"]
         return tokenizer.decode([id for id, yes in zip(ids, tokens.tolist(), strict=True) if yes])
@@ -162,11 +163,11 @@ def test_words_that_only_one_caption_has_are_those_that_changed(tokenizer):
     assert not any(each.any() for each in attention.changed_tokens(tokenizer, before, "A cat at night."))
 
 
-class Explicit:
-    """Attention of the released code and of Hertz et al.: every map is built, then exchanged.
+class ExplicitAttention:
+    """Attention of the released code and of Hertz et al.: every map is built, then replaced.
 
-    The batch is source and edit with their text, then both without. `words`: the map of the source, taken to
-    the edit's words, and how much of it they take.
+    The batch is source and edit with their text, then both without. `mapper` moves the
+    source's map to the edit's words; `taken` is how much of it they take.
     """
 
     def __init__(self, *, share_self: bool = False, mapper=None, taken=None):
@@ -196,7 +197,7 @@ class Explicit:
 
 @pytest.fixture(params=["tiny_model_dir", "sd1_dir", "sd2_dir", "xl_dir"])
 def network(request: pytest.FixtureRequest):
-    """A bundle and a call of its UNet on source and edit with and without their text, with what is shared."""
+    """A bundle, and a function that runs its UNet on source and edit, with and without text."""
     bundle = load_bundle(request.getfixturevalue(request.param))
     generator = torch.Generator().manual_seed(0)
     channels = torch.randn(4, 8, 16, 16, generator=generator)
@@ -213,44 +214,44 @@ def network(request: pytest.FixtureRequest):
     return bundle, call
 
 
-def test_nothing_shared_is_diffusers_own_attention_to_the_bit(network):
+def test_attention_without_sharing_equals_diffusers_bit_for_bit(network):
     bundle, call = network
     bundle.unet.set_attn_processor(AttnProcessor2_0())
-    wanted = call()
+    expected = call()
     share_attention(bundle.unet)
-    assert torch.equal(call(), wanted)
-    assert torch.equal(call(Sharing()), wanted)
+    assert torch.equal(call(), expected)
+    assert torch.equal(call(Sharing()), expected)
 
 
-def test_shared_self_attention_is_the_released_codes(network):
+def test_shared_self_attention_equals_the_released_code(network):
     bundle, call = network
-    bundle.unet.set_attn_processor(Explicit())
+    bundle.unet.set_attn_processor(ExplicitAttention())
     alone = call()
-    bundle.unet.set_attn_processor(Explicit(share_self=True))
-    wanted = call()
+    bundle.unet.set_attn_processor(ExplicitAttention(share_self=True))
+    expected = call()
     share_attention(bundle.unet)
-    torch.testing.assert_close(call(Sharing(torch.tensor([0, 0, 2, 2]))), wanted, atol=1e-5, rtol=1e-5)
-    assert (wanted - alone)[1::2].abs().amin(dim=0).max() > 1e-3  # in both halves of guidance
-    torch.testing.assert_close(wanted[::2], alone[::2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(call(Sharing(torch.tensor([0, 0, 2, 2]))), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - alone)[1::2].abs().amin(dim=0).max() > 1e-3  # in both halves of guidance
+    torch.testing.assert_close(expected[::2], alone[::2], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("align", [refinement, replacement])
-def test_shared_cross_attention_is_that_of_built_maps(network, align):
+def test_shared_cross_attention_equals_explicit_maps(network, align):
     bundle, call = network
-    bundle.unet.set_attn_processor(Explicit())
+    bundle.unet.set_attn_processor(ExplicitAttention())
     alone = call()
     aligned = align(bundle.tokenizer, *PAIRS[0])
-    bundle.unet.set_attn_processor(Explicit(mapper=aligned.moved, taken=1 - aligned.kept))
-    wanted = call()
+    bundle.unet.set_attn_processor(ExplicitAttention(mapper=aligned.moved, taken=1 - aligned.kept))
+    expected = call()
     words = WordSharing(torch.tensor([1]), torch.tensor([0]), aligned.moved[None], aligned.kept[None])
     share_attention(bundle.unet)
-    torch.testing.assert_close(call(Sharing(words=words)), wanted, atol=1e-5, rtol=1e-5)
-    assert (wanted - alone)[1].abs().max() > 1e-4
+    torch.testing.assert_close(call(Sharing(words=words)), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - alone)[1].abs().max() > 1e-4
     others = [0, 2, 3]
-    torch.testing.assert_close(wanted[others], alone[others], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(expected[others], alone[others], atol=1e-5, rtol=1e-5)
 
 
-def test_attention_of_another_kind_is_refused():
+def test_an_unsupported_attention_layer_is_refused():
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -266,19 +267,19 @@ def test_attention_of_another_kind_is_refused():
 
 
 class TestShares:
-    def test_the_first_share_p_of_the_steps(self):
+    def test_the_first_fraction_p_of_the_steps_is_shared(self):
         p = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
         steps = 100
         counts = sum(shares(p, step, steps).long() for step in range(steps))
-        wanted = [sum(one > i / (steps - 1) for i in range(steps)) for one in p.tolist()]
-        assert counts.tolist() == wanted == [0, 10, 50, 90, 99]
+        expected = [sum(one > i / (steps - 1) for i in range(steps)) for one in p.tolist()]
+        assert counts.tolist() == expected == [0, 10, 50, 90, 99]
 
     def test_a_single_step_is_shared_unless_p_is_zero(self):
         assert shares(torch.tensor([0.0, 0.01, 1.0]), 0, 1).tolist() == [False, True, True]
 
 
 def needleman_wunsch(before: list[int], after: list[int]) -> list[int]:
-    """Hertz et al.'s alignment (gap 0, match 1, mismatch -1): of each token after, its place before or -1."""
+    """Hertz et al.'s alignment (gap 0, match 1, mismatch -1): per token after, its index before or -1."""
     score = [[0] * (len(after) + 1) for _ in range(len(before) + 1)]
     step = {}
     for i in range(1, len(before) + 1):
@@ -298,7 +299,7 @@ def needleman_wunsch(before: list[int], after: list[int]) -> list[int]:
 
 
 class TestWords:
-    def test_tokens_in_common_are_those_of_the_authors_alignment(self):
+    def test_common_tokens_equal_the_authors_alignment(self):
         rng = random.Random(0)
         for _ in range(200):
             before, after = ([0, *(rng.randint(1, 4) for _ in range(rng.randint(0, 9))), 9] for _ in "ab")
@@ -307,7 +308,7 @@ class TestWords:
             assert pairs == [(i, j) for j, i in enumerate(found) if i >= 0], (before, after)
 
     @pytest.mark.parametrize("before, after", PAIRS)
-    def test_refinement_moves_what_both_captions_have(self, tokenizer, before, after):
+    def test_refinement_moves_the_tokens_that_both_captions_have(self, tokenizer, before, after):
         aligned = refinement(tokenizer, before, after)
         old, new = tokenizer(before)["input_ids"], tokenizer(after)["input_ids"]
         found = needleman_wunsch(old, new)
@@ -326,32 +327,32 @@ class TestWords:
             assert aligned.moved[:, j].nonzero().flatten().tolist() == ([source] if source < limit else [])
 
     @pytest.mark.parametrize("align", [refinement, replacement])
-    def test_a_caption_lies_on_itself(self, tokenizer, align):
+    def test_a_caption_aligns_with_itself(self, tokenizer, align):
         aligned = align(tokenizer, "a cat at night", "a cat at night")
         assert torch.equal(aligned.moved, torch.eye(77)) and not aligned.kept.any()
 
-    def test_a_word_takes_the_map_of_the_one_it_replaces(self, tokenizer):
-        # "night" is one token here and "make" another: begin, a, night, end.
+    def test_a_word_takes_the_map_of_the_word_it_replaces(self, tokenizer):
+        # "night" and "make" are one token each here.
         aligned = replacement(tokenizer, "night make night", "night night night")
         assert torch.equal(aligned.moved, torch.eye(77)) and not aligned.kept.any()
 
-    def test_a_word_of_other_tokens_shares_its_places_and_the_rest_does_not_slip(self, tokenizer):
+    def test_a_word_with_more_tokens_shares_the_map_and_later_words_stay_aligned(self, tokenizer):
         aligned = replacement(tokenizer, "night it night", "night cat night")  # 1, 1, 1 and 1, 3, 1 tokens
         assert [len(tokenizer(word)["input_ids"]) - 2 for word in ("night", "it", "cat")] == [1, 1, 3]
-        wanted = torch.zeros(6, 8)
-        wanted[0, 0] = wanted[1, 1] = wanted[3, 5] = wanted[4, 6] = wanted[5, 7] = 1
-        wanted[2, 2:5] = 1 / 3
-        torch.testing.assert_close(aligned.moved[:6, :8], wanted)
+        expected = torch.zeros(6, 8)
+        expected[0, 0] = expected[1, 1] = expected[3, 5] = expected[4, 6] = expected[5, 7] = 1
+        expected[2, 2:5] = 1 / 3
+        torch.testing.assert_close(aligned.moved[:6, :8], expected)
         assert not aligned.kept.any()
 
     def test_replacement_keeps_the_sum_of_every_map(self, tokenizer):
         aligned = replacement(tokenizer, "a cat sat at night", "a dinosaur ran at noon")
         torch.testing.assert_close(aligned.moved.sum(dim=1)[:60], torch.ones(60))
 
-    def test_captions_of_unlike_word_counts_cannot_be_replaced(self, tokenizer):
+    def test_replacement_needs_equal_word_counts(self, tokenizer):
         assert replacement(tokenizer, "a cat", "a black cat") is None
 
-    def test_captions_beyond_the_tokens_are_cut(self, tokenizer):
+    def test_captions_beyond_the_token_limit_are_truncated(self, tokenizer):
         long = "a cat at night " * 30
         for align in (refinement, replacement):
             aligned = align(tokenizer, long, long)

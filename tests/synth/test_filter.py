@@ -37,7 +37,7 @@ quiet = {"say": lambda line: None}
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
-    """Smooth noise: no two are alike."""
+    """Smooth noise, different for each seed."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -119,7 +119,7 @@ def measured() -> Rows:
 # --- similarities ---------------------------------------------------------------------------------
 
 
-def test_similarities_are_clips_own_whatever_the_batch_and_the_sizes(clip):
+def test_similarities_equal_clip_on_single_pairs_for_any_batch_and_sizes(clip):
     before = [picture(0), picture(1, (64, 64)), picture(6, (64, 64)), picture(2)]
     after = [picture(3), picture(4), picture(7, (64, 64)), picture(5, (64, 64))]
     words = ["a cat", "a longer text about a cat", "night", "a cat"], ["a dog", "night", "day", "snow"]
@@ -143,7 +143,7 @@ def test_without_captions_only_the_pictures_are_compared(clip):
     assert np.isnan(scores["clip_sim_dir"]).all()
 
 
-def test_large_pictures_are_made_smaller_smoothly_before_clip_sees_them(clip):
+def test_large_pictures_are_downscaled_smoothly_before_clip(clip):
     large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8))
     small = large.resize((512, 384), Image.Resampling.LANCZOS)
     one, two = (
@@ -157,12 +157,12 @@ def test_large_pictures_are_made_smaller_smoothly_before_clip_sees_them(clip):
 # --- thresholds -----------------------------------------------------------------------------------
 
 
-def test_presets_are_the_papers_and_its_codes():
+def test_presets_equal_those_of_the_paper_and_its_code():
     assert PRESETS["paper"] == Thresholds(image=0.75, caption=0.2, directional=0.2)
     assert PRESETS["code"] == Thresholds(image=0.70, caption=0.2, directional=0.2)
 
 
-def test_a_similarity_at_its_threshold_passes_and_an_unknown_one_is_not_asked_for():
+def test_a_similarity_at_its_threshold_passes_and_an_unknown_one_is_ignored():
     paper = PRESETS["paper"]
     at = {"clip_sim_image": 0.75, "clip_sim_0": 0.2, "clip_sim_1": 0.2, "clip_sim_dir": 0.2}
     assert paper.passes(at)
@@ -172,7 +172,7 @@ def test_a_similarity_at_its_threshold_passes_and_an_unknown_one_is_not_asked_fo
     assert paper.passes(at | {"clip_sim_dir": float("nan")})
 
 
-def test_rows_go_by_the_first_reason_and_the_best_of_each_edit_stay(measured, tmp_path):
+def test_rows_are_dropped_for_the_first_reason_and_the_best_of_each_edit_are_kept(measured, tmp_path):
     scored = score_rows(measured, tmp_path / "scores", **quiet)
     code = select(scored, PRESETS["code"], top=2)
     assert code == [
@@ -187,7 +187,7 @@ def test_rows_go_by_the_first_reason_and_the_best_of_each_edit_stay(measured, tm
     assert [row for row, why in enumerate(select(scored, PRESETS["code"], top=1)) if not why] == [1, 4, 8]
 
 
-def test_the_best_of_duplicates_stays_and_another_instruction_is_no_duplicate():
+def test_the_best_duplicate_is_kept_and_a_different_instruction_is_not_a_duplicate():
     def scored(instructions, sims, hashes):
         count = len(sims)
         return Scored(
@@ -208,7 +208,7 @@ def test_the_best_of_duplicates_stays_and_another_instruction_is_no_duplicate():
         "duplicate",
     ]
     assert select(scored(["a b", "a c", "a d"], [0.5, 0.6, 0.4], near), ALL, near_bits=64) == ["", "", ""]
-    # Hashes that were not made are not compared.
+    # Missing hashes are not compared.
     assert select(scored(["a b"] * 2, [0.5, 0.6], [(0, 0), (0, 0)]), ALL) == ["", ""]
 
 
@@ -219,7 +219,7 @@ def bits(one: Image.Image, other: Image.Image) -> int:
     return (picture_hash(one) ^ picture_hash(other)).bit_count()
 
 
-def test_a_hash_survives_what_does_not_change_a_picture_and_tells_pictures_apart():
+def test_a_hash_is_robust_to_small_changes_and_distinguishes_pictures():
     for seed in range(20):
         one = picture(seed, (256, 192))
         buffer = io.BytesIO()
@@ -248,26 +248,24 @@ def test_every_row_is_scored_and_broken_rows_are_counted(unmeasured, clip, tiny_
     assert jobs.summary(tmp_path / "s").counts == {"scored": 4, "broken": 1}
 
 
-def test_rows_that_have_their_scores_keep_them_unless_they_are_to_be_measured(
-    measured, tiny_clip_dir, tmp_path
-):
+def test_existing_scores_are_kept_unless_rescore_is_set(measured, tiny_clip_dir, tmp_path):
     scored = score_rows(measured, tmp_path / "a", **quiet)
     assert scored.of(3) == dict(zip(SIMILARITIES, (0.69, 0.3, 0.3, 0.5), strict=True))
     assert jobs.summary(tmp_path / "a").counts == {"scored": 0, "broken": 1}
     again = score_rows(measured, tmp_path / "b", clip=tiny_clip_dir, rescore=True, **quiet)
     assert jobs.summary(tmp_path / "b").counts == {"scored": 10, "broken": 1}
     assert again.of(3) != scored.of(3)
-    own = known_scores(measured)
-    assert own.ids == scored.ids and own.flaws == scored.flaws and own.edits == scored.edits
-    np.testing.assert_array_equal(own.scores["clip_sim_dir"], scored.scores["clip_sim_dir"])
+    known = known_scores(measured)
+    assert known.ids == scored.ids and known.flaws == scored.flaws and known.edits == scored.edits
+    np.testing.assert_array_equal(known.scores["clip_sim_dir"], scored.scores["clip_sim_dir"])
 
 
-def test_pairs_without_scores_need_a_clip(unmeasured, tmp_path):
+def test_pairs_without_scores_need_a_clip_model(unmeasured, tmp_path):
     with pytest.raises(InputError, match="p0 of rows has no similarities; choose a CLIP"):
         score_rows(unmeasured, tmp_path / "s", **quiet)
 
 
-def test_a_source_without_end_needs_a_count(measured, tmp_path):
+def test_an_endless_source_needs_a_count(measured, tmp_path):
     measured.endless = True
     with pytest.raises(InputError, match="is endless; set a number of rows"):
         score_rows(measured, tmp_path / "s", **quiet)
@@ -275,12 +273,12 @@ def test_a_source_without_end_needs_a_count(measured, tmp_path):
 
 
 def no_red(limit, loaded):
-    """A safety check that takes pictures for unsafe whose mean red is beyond a limit."""
+    """A safety check that flags pictures whose mean red is above a limit."""
     loaded.append(limit)
     return lambda pictures: [np.asarray(picture)[..., 0].mean() <= limit for picture in pictures]
 
 
-def test_the_safety_check_is_loaded_once_and_asked_of_both_pictures(tmp_path):
+def test_the_safety_check_is_loaded_once_and_applied_to_both_pictures(tmp_path):
     red = png(Image.new("RGB", (32, 32), "red"))
     rows = [pair(n, scores=(0.9,) * 4) for n in range(4)]
     rows[1], rows[2] = dataclasses.replace(rows[1], after=red), dataclasses.replace(rows[2], before=red)
@@ -290,7 +288,7 @@ def test_the_safety_check_is_loaded_once_and_asked_of_both_pictures(tmp_path):
     assert scored.flaws == ["", "unsafe", "unsafe", ""]
     assert len(loaded) == 1
     assert select(scored, ALL)[1] == "unsafe"
-    # Another check is another job.
+    # A different check is a different job.
     with pytest.raises(InputError, match="started with safety"):
         score_rows(Rows(rows), tmp_path / "s", part_rows=2, **quiet)
 
@@ -298,7 +296,7 @@ def test_the_safety_check_is_loaded_once_and_asked_of_both_pictures(tmp_path):
 # --- filtering ------------------------------------------------------------------------------------
 
 
-def test_kept_pairs_are_a_data_set_with_scores(measured, tmp_path):
+def test_kept_pairs_are_written_as_a_data_set_with_scores(measured, tmp_path):
     kept = tmp_path / "kept"
     report = filter_pairs(measured, kept, PRESETS["code"], top=2, part_rows=3, **quiet)
     assert (report.rows, report.kept) == (11, 4)
@@ -309,14 +307,14 @@ def test_kept_pairs_are_a_data_set_with_scores(measured, tmp_path):
     source = open_source(str(kept))
     assert [source[row].id for row in range(len(source))] == ["p1", "p2", "p4", "p8"]
     for row in source[0], source[3]:
-        own = measured[int(row.id[1:])]
-        assert (row.before, row.after) == (own.before, own.after)
-        assert (row.caption, row.instruction) == (own.caption, own.instruction)
-        assert dict(row.scores) == dict(own.scores)
+        original = measured[int(row.id[1:])]
+        assert (row.before, row.after) == (original.before, original.after)
+        assert (row.caption, row.instruction) == (original.caption, original.instruction)
+        assert dict(row.scores) == dict(original.scores)
     assert pq.read_schema(kept / "data" / "train-00000.parquet").equals(PAIR_SCHEMA)
 
 
-def test_other_thresholds_cost_no_scoring(unmeasured, tiny_clip_dir, tmp_path, monkeypatch):
+def test_changing_the_thresholds_does_not_score_again(unmeasured, tiny_clip_dir, tmp_path, monkeypatch):
     kept = tmp_path / "kept"
     assert filter_pairs(unmeasured, kept, ALL, clip=tiny_clip_dir, **quiet).kept == 4
     monkeypatch.setattr(Scorer, "__call__", None)
@@ -332,16 +330,16 @@ def test_other_thresholds_cost_no_scoring(unmeasured, tiny_clip_dir, tmp_path, m
 
 @pytest.fixture
 def table(tmp_path) -> Path:
-    """A parquet folder as the pair maker writes it: two files, columns that no reader asks for."""
+    """A parquet folder like the pair maker's: two files, with columns that no reader uses."""
     rows = []
     for n in range(5):
-        own = pair(n)
+        example = pair(n)
         rows.append(
             {
-                "original_image": picture_cell(own.before, f"{n}_0"),
-                "edited_image": picture_cell(own.after, f"{n}_1"),
-                **{"original_prompt": own.caption, "edit_prompt": own.instruction},
-                **{"edited_prompt": own.edited_caption, "id": own.id, "triple_id": f"t{n % 2}"},
+                "original_image": picture_cell(example.before, f"{n}_0"),
+                "edited_image": picture_cell(example.after, f"{n}_1"),
+                **{"original_prompt": example.caption, "edit_prompt": example.instruction},
+                **{"edited_prompt": example.edited_caption, "id": example.id, "triple_id": f"t{n % 2}"},
                 **{"candidate": n, "seed": 2**32 - n, "p2p_threshold": n / 8, "license": "CC0-1.0"},
                 **({name: 0.5 + n / 16 for name in SIMILARITIES} if n != 3 else {}),
                 **{"clip": "its own"},
@@ -373,8 +371,8 @@ def test_a_parquet_source_keeps_all_its_columns(table, tiny_clip_dir, tmp_path):
     assert kept.schema.equals(PAIR_SCHEMA)
 
 
-def test_scores_join_the_columns_of_a_data_set_that_has_none(table, tiny_clip_dir, tmp_path):
-    """The hub edition's own five columns, and scores as JSON that would hide the new ones."""
+def test_scores_are_added_as_columns_to_a_data_set_without_them(table, tiny_clip_dir, tmp_path):
+    """The Hugging Face version's five columns, and scores as JSON that would hide the new ones."""
     [first, _] = sorted(table.glob("data/*"))
     plain = pq.read_table(first).select([*PAIR_SCHEMA.names[:5]])
     plain = plain.append_column("scores", pa.array(['{"clip_sim_dir": 9.0, "seed": 7}'] * 2))
@@ -392,10 +390,10 @@ def test_scores_join_the_columns_of_a_data_set_that_has_none(table, tiny_clip_di
     assert set(SIMILARITIES) | {"id", "clip"} <= set(schema.names)
 
 
-def test_a_column_of_scores_that_holds_something_else_stays_as_it_is(table, tiny_clip_dir, tmp_path):
+def test_values_in_a_scores_column_that_are_not_objects_are_kept(table, tiny_clip_dir, tmp_path):
     old = pa.concat_tables(map(pq.read_table, sorted(table.glob("data/*")))).drop(["clip", *SIMILARITIES])
     mapping = [{"clip_sim_dir": 9.0, "seed": 7}] * 5
-    for number, (cells, wanted) in enumerate(
+    for number, (cells, expected) in enumerate(
         (
             (pa.array([0.5] * 5), [0.5] * 5),
             (pa.array(["n/a", None, "[1]", "2.5", "{}"]), ["n/a", None, "[1]", "2.5", None]),
@@ -407,32 +405,32 @@ def test_a_column_of_scores_that_holds_something_else_stays_as_it_is(table, tiny
         filter_pairs(open_source(str(path)), out, ALL, top=None, clip=tiny_clip_dir, **quiet)
         kept = pq.read_table(out / "data" / "train-00000.parquet")["scores"].to_pylist()
         assert len(kept) == 5
-        for one, other in zip(kept, wanted, strict=True):
+        for one, other in zip(kept, expected, strict=True):
             assert one == other or set(SIMILARITIES) <= set(json.loads(one))
         again = open_source(str(out))
         assert all(abs(again[row].scores["clip_sim_dir"]) <= 1 for row in range(5))
 
 
-def test_columns_stay_though_the_first_picture_is_missing_and_what_is_lost_is_reported(
+def test_columns_are_kept_if_the_first_picture_is_missing_and_lost_ones_are_reported(
     table, tiny_clip_dir, tmp_path
 ):
     paths = sorted(table.glob("data/*"))
     first = pq.read_table(paths[0]).append_column("author", pa.array(["me", "you"]))
     none = pa.array([None, first["original_image"][1].as_py()], first["original_image"].type)
     pq.write_table(first.set_column(0, "original_image", none), tmp_path / "one.parquet")
-    said = []
+    messages = []
     one = open_source(str(tmp_path / "one.parquet"))
-    filter_pairs(one, tmp_path / "kept", ALL, clip=tiny_clip_dir, say=said.append)
+    filter_pairs(one, tmp_path / "kept", ALL, clip=tiny_clip_dir, say=messages.append)
     assert pq.read_table(tmp_path / "kept" / "data")["author"].to_pylist() == ["you"]
-    assert not said
-    # Files that differ in their columns come out in the hub edition's, and it is said what that leaves out.
+    assert not messages
+    # Files with different columns are written with the Hugging Face ones; the dropped ones are reported.
     pq.write_table(first, paths[0])
-    filter_pairs(open_source(str(table)), tmp_path / "both", ALL, clip=tiny_clip_dir, say=said.append)
-    [line] = said
+    filter_pairs(open_source(str(table)), tmp_path / "both", ALL, clip=tiny_clip_dir, say=messages.append)
+    [line] = messages
     assert line.startswith("warning: the columns author of ")
 
 
-def test_a_similarity_that_is_not_a_number_is_not_known(table, tiny_clip_dir, tmp_path):
+def test_a_nan_similarity_counts_as_unknown(table, tiny_clip_dir, tmp_path):
     path = sorted(table.glob("data/*"))[0]
     old = pq.read_table(path)
     place = old.column_names.index("clip_sim_dir")
@@ -444,7 +442,7 @@ def test_a_similarity_that_is_not_a_number_is_not_known(table, tiny_clip_dir, tm
     assert "clip_sim_dir" in scored.of(0)
 
 
-def test_another_commands_folder_and_one_of_something_else_are_refused_before_any_work(
+def test_folders_of_another_command_or_with_other_files_are_refused_before_any_work(
     measured, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("ip2p.synth.filter.score_rows", None)
@@ -463,7 +461,7 @@ def test_another_commands_folder_and_one_of_something_else_are_refused_before_an
     assert jobs.is_done(other) and not (other / "scores").exists()
 
 
-def test_pictures_that_a_table_names_by_path_are_taken_in(tiny_clip_dir, tmp_path):
+def test_pictures_that_a_table_references_by_path_are_embedded(tiny_clip_dir, tmp_path):
     for k in (0, 1):
         picture(k).save(tmp_path / f"{k}.png")
     cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -42,7 +42,7 @@ class Rows:
 
 
 class Page(HTMLParser):
-    """What a browser would find: tags, attributes, and that what is opened is closed."""
+    """What a browser would find: tags, attributes and texts. Asserts that all tags are closed."""
 
     VOID = ("meta", "img", "br", "line")
 
@@ -77,7 +77,7 @@ def source():
 @pytest.fixture
 def text(source, tmp_path):
     reasons = inspect(source, known_scores(source), tmp_path / "page.html", PRESETS["code"], count=2, side=32)
-    # 0.6 to 0.68 are below 0.7, and 4 is broken.
+    # Rows 0 to 4 are below 0.7, and row 4 is broken.
     assert reasons == {"broken": 1, "clip_sim_image": 4}
     return (tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -91,7 +91,7 @@ def sections(text):
     return found
 
 
-def test_the_page_stands_alone_without_scripts(text):
+def test_the_page_is_self_contained_and_has_no_scripts(text):
     page = Page(text)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
@@ -103,7 +103,7 @@ def test_the_page_stands_alone_without_scripts(text):
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
 
 
-def test_words_of_the_data_are_text_and_never_tags(text):
+def test_texts_of_the_data_are_escaped(text):
     page = Page(text)
     assert "make it <b>5</b>" in page.texts
     assert any("cut <short>" in words for words in page.texts)
@@ -112,7 +112,7 @@ def test_words_of_the_data_are_text_and_never_tags(text):
 
 def test_each_threshold_shows_the_pairs_nearest_to_it_on_both_sides(text):
     found = sections(text)
-    # Row 5 is at 0.70, the threshold; the broken row has no place at any.
+    # Row 5 is at 0.70, the threshold; the broken row is not shown at any.
     assert found["Narrowly passed (≥ 0.7)"] == ["p5", "p6"]
     assert found["Narrowly failed"] == ["p3", "p2"]
     assert found["Kept pairs (a sample)"] == ["p5", "p8"]
@@ -120,17 +120,17 @@ def test_each_threshold_shows_the_pairs_nearest_to_it_on_both_sides(text):
     assert len([1 for heading in found if heading.startswith("Narrowly passed")]) == 2  # 0.7 and 0.2
 
 
-def test_the_numbers_are_those_of_the_filter(text):
+def test_the_page_shows_the_numbers_of_the_filter(text):
     assert "<b>7</b> of 12 pairs kept (58.3%)" in text
     assert '<td>too low: picture – picture</td><td class="n">4</td>' in text
     assert '<td class="n">0.7</td><td class="n">4</td><td class="n">1</td>' in text
 
 
-def test_bars_add_up_to_the_rows_that_are_known():
+def test_the_bars_of_a_histogram_add_up_to_the_known_rows():
     values = np.array([0.1, 0.2, 0.2, 0.9, np.nan])
     svg = histogram(values, np.array([False, True, False, True, True]), 0.2)
     bars = re.findall(r"<title>[-\d.]+ to [-\d.]+: (\d+) pairs, (\d+) kept", svg)
-    # A bar that is green in part is two rectangles with one title.
+    # A partly green bar is two rectangles with one title.
     assert sorted(bars) == [("1", "0"), ("1", "1"), ("2", "1"), ("2", "1")]
     heights = [float(h) for h in re.findall(r'height="([\d.]+)"', svg)]
     assert sum(heights) == pytest.approx(2 * 120)  # of four values, with two in the highest bar
@@ -139,7 +139,7 @@ def test_bars_add_up_to_the_rows_that_are_known():
     assert "<rect" in histogram(np.array([0.2]), np.array([True]), 0.2)
 
 
-def test_a_page_that_is_there_stays_unless_overwritten(source, text, tmp_path):
+def test_an_existing_page_is_kept_unless_overwritten(source, text, tmp_path):
     again = tmp_path / "page.html"
     with pytest.raises(InputError, match="already exists"):
         inspect(source, known_scores(source), again, PRESETS["paper"])

@@ -77,7 +77,7 @@ def test_an_answer_is_parsed(text):
         ("make it rain\n%%\nrain on the bend\nEND", "rain on the bend"),
     ],
 )
-def test_an_end_on_the_captions_line_is_none_of_it_unless_it_is_meant(text, edited):
+def test_an_end_marker_on_the_captions_line_is_removed_unless_it_is_part_of_the_text(text, edited):
     parsed = parse_answer(text)
     assert parsed is not None and parsed.edited_caption == edited
 
@@ -89,17 +89,17 @@ def test_an_end_on_the_captions_line_is_none_of_it_unless_it_is_meant(text, edit
         *("a\nb\n%%\nc", "a\n%%\nb\nc", "a\n%%\nb ## c", "a %%\n%%\nb"),
     ],
 )
-def test_what_has_not_two_parts_of_a_line_is_not_parsed(text):
+def test_an_answer_without_exactly_two_one_line_parts_is_not_parsed(text):
     assert parse_answer(text) is None
 
 
-def test_every_seed_survives_the_way_to_a_completion_and_back():
+def test_every_seed_survives_a_round_trip_through_a_completion():
     for seed in seed_triples():
         edit = parse_answer(completion_of(seed))
         assert edit == EditText(instruction=seed.instruction, edited_caption=seed.edited_caption)
 
 
-# --- refusing -------------------------------------------------------------------------------------
+# --- rejecting ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_every_seed_survives_the_way_to_a_completion_and_back():
         ({"instruction": "word " * 41}, "too_long"),
     ],
 )
-def test_a_triple_is_refused_for_its_reason(changed, reason):
+def test_a_triple_is_rejected_with_its_reason(changed, reason):
     assert reject(replace(triple(), **changed)) == reason
     assert reason is None or reason in REASONS
 
 
-def test_limits_can_be_widened():
+def test_limits_can_be_relaxed():
     assert reject(triple("flip the picture"), EditLimits(spatial=False)) is None
     assert reject(triple(edited="a nude fox"), EditLimits(block=())) is None
     assert reject(triple(edited=seed_triples()[5].edited_caption), EditLimits(seeds=False)) is None
@@ -143,7 +143,7 @@ def test_limits_can_be_widened():
         *("move the boat to the other side of the lake", "stand the boy in front of the house"),
     ],
 )
-def test_edits_of_place_and_view_are_spatial(instruction):
+def test_edits_of_position_and_viewpoint_are_spatial(instruction):
     assert is_spatial(instruction)
 
 
@@ -162,11 +162,11 @@ def test_edits_of_place_and_view_are_spatial(instruction):
         *("turn the lights on in the background", "put snow on top of the hill", "set the house on fire"),
     ],
 )
-def test_edits_of_what_is_there_are_not_spatial(instruction):
+def test_edits_of_content_are_not_spatial(instruction):
     assert not is_spatial(instruction)
 
 
-def test_no_seed_would_be_refused():
+def test_no_seed_would_be_rejected():
     assert Counter(reject(seed, EditLimits(seeds=False)) for seed in seed_triples()) == {
         None: len(seed_triples())
     }
@@ -176,7 +176,7 @@ def test_no_seed_would_be_refused():
 
 
 class Script:
-    """A writer that answers from a table by caption, number and attempt, and notes what it was asked."""
+    """A writer that answers from a table by caption, number and attempt, and records its requests."""
 
     name = "script"
 
@@ -192,7 +192,7 @@ class Script:
 GOOD, OTHER = "make it a wolf\n%%\na red wolf in the snow", "make it rain\n%%\na red fox in the rain"
 
 
-def test_refused_answers_are_asked_for_again_and_counted():
+def test_rejected_answers_are_retried_and_counted():
     cut = Answer(text=GOOD, finished=False)
     script = Script({(FOX, 0, 1): cut, (FOX, 0, 2): GOOD, ("a cat", 0, 0): "make it\n%%\na cat."})
     written = Instruct(script, retries=2)([Caption(text=FOX), "a cat"])
@@ -209,7 +209,7 @@ def test_refused_answers_are_asked_for_again_and_counted():
     assert len({ask.seed for batch in script.asked for ask in batch}) == 6
 
 
-def test_what_the_writer_refuses_is_counted_and_not_asked_for_again():
+def test_requests_that_the_writer_refuses_are_counted_and_not_retried():
     no = Answer(text="400 (content_filter)", refused=True)
     script = Script({(FOX, 0, 0): no, ("a cat", 0, 0): "make it a hen\n%%\na hen"})
     written = Instruct(script)([FOX, "a cat"])
@@ -228,19 +228,19 @@ def test_several_edits_of_a_caption_differ_from_each_other():
     assert [each.reason for each in written.rejected] == ["duplicate"]
 
 
-def test_what_comes_of_a_caption_does_not_depend_on_the_others():
+def test_the_result_for_a_caption_does_not_depend_on_other_captions():
     table = {(FOX, 0, 0): "no", (FOX, 0, 1): GOOD, ("a cat", 0, 0): "make it a hen\n%%\na hen"}
     together = Instruct(Script(table))([FOX, "a cat"])
     assert together == [Instruct(Script(table))([caption])[0] for caption in (FOX, "a cat")]
 
 
-def test_a_writer_can_be_made_where_the_stage_is():
+def test_a_writer_can_be_given_as_a_factory_and_edits_must_be_positive():
     assert Instruct(lambda: Script({(FOX, 0, 0): GOOD}))([FOX])[0].triples
     with pytest.raises(InputError, match="--edits is 0"):
         Instruct(Script({}), edits=0)
 
 
-# --- a model here ---------------------------------------------------------------------------------
+# --- a local model --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -264,30 +264,30 @@ def test_answers_do_not_depend_on_the_batch(lm):
     assert local(lm)([replace(asks[0], attempt=1)]) != together[:1]
 
 
-def test_without_temperature_the_answer_is_that_of_transformers_greedy_search(lm):
+def test_at_temperature_zero_the_answer_equals_transformers_greedy_search(lm):
     model, tokenizer = load_lm(lm)
     inputs = tokenizer(prompt_of(FOX), return_tensors="pt")
-    wanted = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    wanted = tokenizer.decode(wanted[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    expected = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    expected = tokenizer.decode(expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     writer = local(lm, temperature=0, frequency_penalty=0)
-    assert writer([Ask(caption=FOX)]) == [Answer(text=wanted, finished=False)] and writer.tokens == 24
+    assert writer([Ask(caption=FOX)]) == [Answer(text=expected, finished=False)] and writer.tokens == 24
 
 
-def test_tokens_are_drawn_with_their_probabilities(lm):
+def test_tokens_are_sampled_with_their_probabilities(lm):
     model, tokenizer = load_lm(lm)
-    # Sharper than an untrained model is, so that some tokens are drawn often.
+    # A low temperature, so that some tokens of an untrained model are drawn often.
     writer = local(lm, temperature=0.05, max_tokens=1, batch=500)
     inputs = tokenizer(prompt_of(FOX), return_tensors="pt")
     with torch.inference_mode():
-        wanted = torch.softmax(model(**inputs).logits[0, -1] / 0.05, dim=0)
+        probabilities = torch.softmax(model(**inputs).logits[0, -1] / 0.05, dim=0)
     drawn = Counter(answer.text for answer in writer([Ask(caption=FOX, attempt=n) for n in range(500)]))
-    for token in wanted.topk(5).indices.tolist():
-        share, text = wanted[token].item(), tokenizer.decode([token])
+    for token in probabilities.topk(5).indices.tolist():
+        share, text = probabilities[token].item(), tokenizer.decode([token])
         # Five standard deviations of 500 draws.
         assert abs(drawn[text] / 500 - share) < 5 * (share * (1 - share) / 500) ** 0.5
 
 
-def test_the_frequency_penalty_takes_from_tokens_of_the_answer(lm):
+def test_the_frequency_penalty_reduces_repeated_tokens(lm):
     plain, punished = (
         local(lm, temperature=0, frequency_penalty=penalty)([Ask(caption=FOX)])[0].text for penalty in (0, 2)
     )
@@ -296,12 +296,12 @@ def test_the_frequency_penalty_takes_from_tokens_of_the_answer(lm):
     assert least < most
 
 
-def test_an_answer_ends_with_the_stop_and_an_answer_that_does_not_is_cut(lm, monkeypatch):
+def test_an_answer_ends_at_the_stop_text_and_is_unfinished_without_it(lm, monkeypatch):
     writer = local(lm)
     tokens = writer.tokenizer("make it a wolf\n%%\na wolf\nEND and more")["input_ids"]
 
     def generate(input_ids, logits_processor, stopping_criteria, **_):
-        # A model that always writes the same: what is asked of it is when to stop.
+        # A model that always writes the same tokens; only when it stops is tested.
         out = input_ids
         for token in tokens:
             out = torch.cat([out, torch.full((len(out), 1), token)], dim=1)
@@ -317,7 +317,7 @@ def test_an_answer_ends_with_the_stop_and_an_answer_that_does_not_is_cut(lm, mon
     assert not writer([Ask(caption=FOX)])[0].finished
 
 
-def test_shots_are_shown_to_a_model_that_is_not_tuned(lm, monkeypatch):
+def test_shots_are_added_to_the_prompt(lm, monkeypatch):
     writer, seen = local(lm, shots=3), []
     monkeypatch.setattr(
         writer, "_write", lambda prompts, seeds: seen.extend(prompts) or [Answer(text="")] * len(prompts)
@@ -326,7 +326,7 @@ def test_shots_are_shown_to_a_model_that_is_not_tuned(lm, monkeypatch):
     assert seen == [prompt_of(FOX, examples(3, FOX, 0))] and seen[0].count("\nEND\n\n") == 3
 
 
-def test_what_is_no_language_model_is_told(lm, tmp_path):
+def test_invalid_language_models_and_settings_are_refused(lm, tmp_path):
     with pytest.raises(ModelError, match="no such language model. Did you mean"):
         LocalWriter(lm.parent / "tinny")
     with pytest.raises(ModelError, match=r"config\.json is missing"):

@@ -1,4 +1,4 @@
-"""The pair maker: what it draws, that it draws each alone, and that it does no more work than it must."""
+"""The pair maker: its pairs, that they do not depend on the batch, and how much work they take."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def one(
 
 
 def sharp(folder):
-    """A random model whose attention is not nearly even, so that it matters whose map a row has."""
+    """A random model with uneven attention, so that it matters which map a row uses."""
     bundle = open_painter(folder, device="cpu", dtype="fp32")
     for name, weight in bundle.unet.named_parameters():
         if name.endswith(("to_q.weight", "to_out.0.weight")):
@@ -47,7 +47,7 @@ def bundle(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def painter_dir(tmp_path_factory: pytest.TempPathFactory):
-    """A random Stable Diffusion: its UNet takes noise alone."""
+    """A random Stable Diffusion; its UNet takes only noise."""
     return make_model(tmp_path_factory.mktemp("models") / "painter", in_channels=4)
 
 
@@ -55,18 +55,18 @@ def maker(bundle, **settings) -> PairMaker:
     return PairMaker(bundle, **({"steps": STEPS, "batch_size": 8} | settings))
 
 
-def close(made, wanted, tolerance: float = 1e-4) -> None:
-    """Equal but for the rounding of sums, in the latents and in the pictures."""
-    for some, other in zip(made, wanted, strict=True):
-        assert some.candidate == other.candidate and some.fate == other.fate == "made"
-        torch.testing.assert_close(some.latents, other.latents, atol=tolerance, rtol=tolerance)
+def assert_close_pairs(actual, expected, tolerance: float = 1e-4) -> None:
+    """Latents and pictures are equal up to rounding."""
+    for pair, other in zip(actual, expected, strict=True):
+        assert pair.candidate == other.candidate and pair.fate == other.fate == "made"
+        torch.testing.assert_close(pair.latents, other.latents, atol=tolerance, rtol=tolerance)
         for name in ("before", "after"):
-            levels = np.abs(getattr(some, name).astype(int) - getattr(other, name).astype(int))
+            levels = np.abs(getattr(pair, name).astype(int) - getattr(other, name).astype(int))
             assert levels.max() <= 1
 
 
-class Released:
-    """The released code's loop over one pair, on a diffusers UNet: maps are built and copied."""
+class ReleasedCode:
+    """The released code's loop for one pair, on a diffusers UNet: maps are built and copied."""
 
     def __init__(self, bundle):
         self.unet, self.share = bundle.unet, False
@@ -138,22 +138,22 @@ class Released:
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.75, 1.0])
 @pytest.mark.parametrize("model", ["tiny_model_dir", "painter_dir"])
-def test_a_pair_is_the_released_codes(request, model, p):
+def test_a_pair_equals_that_of_the_released_code(request, model, p):
     bundle = sharp(request.getfixturevalue(model))
     which = one(p=p)
-    wanted = Released(bundle).pair(which, 5)
-    (made,) = maker(bundle, steps=5)([which])
-    torch.testing.assert_close(made.latents, wanted, atol=1e-4, rtol=1e-4)
-    assert (wanted[0] - wanted[1]).abs().max() > 1e-2
+    expected = ReleasedCode(bundle).pair(which, 5)
+    (pair,) = maker(bundle, steps=5)([which])
+    torch.testing.assert_close(pair.latents, expected, atol=1e-4, rtol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
-def test_with_p_zero_both_pictures_are_drawn_as_if_alone(bundle, sampler):
-    """Oracle: the editor's own loop without a picture, one text at a time."""
+def test_with_p_zero_both_pictures_equal_the_editors_own_loop(bundle, sampler):
+    """Oracle: the editor without an input picture, one text at a time."""
     which = one(DOG, p=0.0)
-    (made,) = maker(bundle, sampler=sampler)([which])
+    (pair,) = maker(bundle, sampler=sampler)([which])
     editor = Editor(bundle)
-    for latents, text in zip(made.latents, (DOG.caption, DOG.edited_caption), strict=True):
+    for latents, text in zip(pair.latents, (DOG.caption, DOG.edited_caption), strict=True):
         *_, alone = editor.edit_latents(
             None,
             editor.encode_text(text),
@@ -166,20 +166,20 @@ def test_with_p_zero_both_pictures_are_drawn_as_if_alone(bundle, sampler):
 
 
 def test_p_changes_the_edit_and_not_the_source(bundle):
-    made = maker(bundle)([one(p=p) for p in (0.0, 0.4, 1.0)])
-    for k, pair in enumerate(made[1:], 1):
-        torch.testing.assert_close(pair.latents[0], made[0].latents[0])
-        assert all((pair.latents[1] - other.latents[1]).abs().max() > 1e-2 for other in made[:k])
+    pairs = maker(bundle)([one(p=p) for p in (0.0, 0.4, 1.0)])
+    for k, pair in enumerate(pairs[1:], 1):
+        torch.testing.assert_close(pair.latents[0], pairs[0].latents[0])
+        assert all((pair.latents[1] - other.latents[1]).abs().max() > 1e-2 for other in pairs[:k])
 
 
 @pytest.mark.parametrize("attention", ["self", "refine", "replace", "self+refine", "self+replace"])
 def test_equal_captions_and_p_one_give_two_equal_pictures(bundle, attention):
-    (made,) = maker(bundle, attention=attention)([one(SAME, p=1.0)])
-    torch.testing.assert_close(made.latents[0], made.latents[1])
-    assert np.array_equal(made.before, made.after)
+    (pair,) = maker(bundle, attention=attention)([one(SAME, p=1.0)])
+    torch.testing.assert_close(pair.latents[0], pair.latents[1])
+    assert np.array_equal(pair.before, pair.after)
 
 
-def test_each_way_to_share_draws_another_edit(bundle):
+def test_each_attention_setting_gives_a_different_edit(bundle):
     dog = dataclasses.replace(DOG, caption="a dog at night", edited_caption="a cat by night")
     drawn = [
         maker(bundle, attention=way)([one(dog, p=1.0)])[0].latents
@@ -191,9 +191,9 @@ def test_each_way_to_share_draws_another_edit(bundle):
         assert all((latents[1] - other[1]).abs().max() > 1e-3 for other in drawn[:k])
 
 
-def test_captions_of_unlike_word_counts_are_refined_where_words_are_to_be_replaced(bundle):
-    some = [maker(bundle, attention=way)([one(CAT, p=0.8)]) for way in ("refine", "replace")]
-    close(*some)
+def test_replace_falls_back_to_refine_for_captions_with_different_word_counts(bundle):
+    results = [maker(bundle, attention=way)([one(CAT, p=0.8)]) for way in ("refine", "replace")]
+    assert_close_pairs(*results)
 
 
 MANY = [candidate(CAT, 0, scale=(2, 4)), candidate(DOG, 0, scale=(2, 4)), one(SAME, seed=7, p=0.0)]
@@ -205,49 +205,53 @@ def test_results_do_not_depend_on_the_batch(bundle, sampler, attention):
         maker(bundle, steps=3, sampler=sampler, attention=attention, batch_size=size)(MANY)
         for size in (1, 2, 3)
     )
-    close(two, alone)
-    close(all_, alone)
+    assert_close_pairs(two, alone)
+    assert_close_pairs(all_, alone)
     assert len({pair.latents.sum().item() for pair in alone}) == len(MANY)
 
 
-def test_sdxl_and_velocity_draw_the_same_in_every_batch(xl_dir, sd2_dir):
+def test_results_of_sdxl_and_v_prediction_do_not_depend_on_the_batch(xl_dir, sd2_dir):
     for folder in (xl_dir, sd2_dir):
         model = sharp(folder)
-        some = [one(CAT), one(DOG, seed=2, p=1.0)]
-        made = [maker(model, steps=1, size=64, batch_size=size)(some) for size in (1, 2)]
-        close(*made)
-        assert made[0][0].before.shape == (64, 64, 3)
+        candidates = [one(CAT), one(DOG, seed=2, p=1.0)]
+        results = [maker(model, steps=1, size=64, batch_size=size)(candidates) for size in (1, 2)]
+        assert_close_pairs(*results)
+        assert results[0][0].before.shape == (64, 64, 3)
 
 
-class TestOneSource:
-    def test_a_block_of_candidates_has_one_seed_and_scale(self):
-        some = [candidate(CAT, number, per_source=3, p=(0.2, 0.4)) for number in range(6)]
-        assert [(each.seed, each.scale) for each in some[:3]] == [(some[0].seed, some[0].scale)] * 3
-        assert some[0] == candidate(CAT, 0, p=(0.2, 0.4)) and some[3] == candidate(CAT, 3, p=(0.2, 0.4))
-        assert len({each.p for each in some}) == 6 and len({each.id for each in some}) == 6
-        assert all(0.2 <= each.p < 0.4 for each in some)
-        assert some[4].p == candidate(CAT, 4, p=(0.2, 0.4)).p  # which is its own
+class TestSharedSource:
+    def test_the_candidates_of_one_source_have_the_same_seed_and_scale(self):
+        candidates = [candidate(CAT, number, per_source=3, p=(0.2, 0.4)) for number in range(6)]
+        assert [(each.seed, each.scale) for each in candidates[:3]] == [
+            (candidates[0].seed, candidates[0].scale)
+        ] * 3
+        assert candidates[0] == candidate(CAT, 0, p=(0.2, 0.4)) and candidates[3] == candidate(
+            CAT, 3, p=(0.2, 0.4)
+        )
+        assert len({each.p for each in candidates}) == 6 and len({each.id for each in candidates}) == 6
+        assert all(0.2 <= each.p < 0.4 for each in candidates)
+        assert candidates[4].p == candidate(CAT, 4, p=(0.2, 0.4)).p  # p is not shared
         assert candidate(CAT, 4, per_source=1) == candidate(CAT, 4)
 
-    def test_it_is_drawn_once_and_its_pairs_are_as_if_alone(self, bundle):
-        some = [one(CAT, p=p, number=n) for n, p in enumerate((0.2, 0.6, 1.0))]
+    def test_a_source_is_drawn_once_and_its_pairs_equal_single_ones(self, bundle):
+        candidates = [one(CAT, p=p, number=n) for n, p in enumerate((0.2, 0.6, 1.0))]
         drawing = maker(bundle)
-        together = drawing(some)
+        together = drawing(candidates)
         assert drawing.evaluations == 2 * STEPS * (1 + 3)
         assert drawing.decoded == 1 + 3
         assert [each.evaluations for each in together] == [4 * STEPS, 2 * STEPS, 2 * STEPS]
-        close(together, maker(bundle, batch_size=1)(some))
+        assert_close_pairs(together, maker(bundle, batch_size=1)(candidates))
 
-    def test_candidates_of_one_source_find_each_other_and_keep_their_order(self, bundle):
-        some = [one(CAT, number=0), one(DOG), one(SAME, number=1), one(DOG, p=0.9, number=1)]
+    def test_candidates_of_one_source_are_grouped_and_keep_their_order(self, bundle):
+        candidates = [one(CAT, number=0), one(DOG), one(SAME, number=1), one(DOG, p=0.9, number=1)]
         drawing = maker(bundle, batch_size=2)
-        made = drawing(some)
-        assert [each.candidate for each in made] == some
+        pairs = drawing(candidates)
+        assert [each.candidate for each in pairs] == candidates
         assert drawing.evaluations == 2 * STEPS * (3 + 3)
-        close(made, maker(bundle, batch_size=1)(some))
+        assert_close_pairs(pairs, maker(bundle, batch_size=1)(candidates))
 
 
-class TestRefusing:
+class TestRejecting:
     def judge(self, keep, seen):
         def decide(candidates, before, after):
             assert before.shape == after.shape == (len(candidates), 3, 64, 64)
@@ -258,32 +262,32 @@ class TestRefusing:
         return decide
 
     @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
-    def test_early_costs_no_more_work_and_changes_no_other(self, bundle, sampler):
+    def test_early_rejection_saves_work_and_does_not_change_other_pairs(self, bundle, sampler):
         keep = [MANY[0], MANY[2]]
         seen: list = []
         drawing = maker(bundle, sampler=sampler, steps=4, early=self.judge(keep, seen), early_at=0.5)
-        made = drawing(MANY)
-        assert [each.fate for each in made] == ["made", "early", "made"]
-        assert [each.evaluations for each in made] == [16, 8, 16]
-        assert drawing.evaluations == sum(each.evaluations for each in made)
-        assert made[1].before is None and made[1].latents is None
-        close([made[0], made[2]], maker(bundle, sampler=sampler, steps=4)(keep))
+        pairs = drawing(MANY)
+        assert [each.fate for each in pairs] == ["made", "early", "made"]
+        assert [each.evaluations for each in pairs] == [16, 8, 16]
+        assert drawing.evaluations == sum(each.evaluations for each in pairs)
+        assert pairs[1].before is None and pairs[1].latents is None
+        assert_close_pairs([pairs[0], pairs[2]], maker(bundle, sampler=sampler, steps=4)(keep))
         assert [len(candidates) for candidates, *_ in seen] == [3]
 
-    def test_a_source_is_drawn_as_long_as_one_of_its_edits(self, bundle):
-        some = [one(CAT, p=p, number=n) for n, p in enumerate((0.2, 0.6))]
-        drawing = maker(bundle, steps=4, early=self.judge(some[1:], []), early_at=0.5)
-        made = drawing(some)
-        assert [each.evaluations for each in made] == [8 + 4, 8]
-        close(made[1:], maker(bundle, steps=4)(some[1:]))
+    def test_a_source_is_drawn_as_long_as_any_of_its_edits(self, bundle):
+        candidates = [one(CAT, p=p, number=n) for n, p in enumerate((0.2, 0.6))]
+        drawing = maker(bundle, steps=4, early=self.judge(candidates[1:], []), early_at=0.5)
+        pairs = drawing(candidates)
+        assert [each.evaluations for each in pairs] == [8 + 4, 8]
+        assert_close_pairs(pairs[1:], maker(bundle, steps=4)(candidates[1:]))
 
-    def test_all_of_them_ends_the_drawing(self, bundle):
+    def test_rejecting_all_candidates_ends_the_drawing(self, bundle):
         drawing = maker(bundle, early=self.judge([], []), early_at=0.01)
         assert [each.fate for each in drawing(MANY[:2])] == ["early"] * 2
         assert drawing.evaluations == 2 * 2 * 2
         assert drawing.decoded == 4  # for the judge
 
-    def test_early_sees_the_x0_that_the_network_expects(self, bundle):
+    def test_the_early_judge_sees_the_predicted_x0(self, bundle):
         """After the first step at p = 0: the first denoised picture, from the editor's own guidance."""
         seen: list = []
         which = one(CAT, p=0.0)
@@ -301,10 +305,10 @@ class TestRefusing:
                 text_cfg=which.scale,
                 image_cfg=1.0,
             )(NoiseStream([1], (4, 16, 16))() * sigma, sigma)
-            wanted = ((editor.decode(x0) + 1) / 2).clamp(0, 1)
-        torch.testing.assert_close(seen[0][2], wanted, atol=1e-4, rtol=1e-4)
+            expected = ((editor.decode(x0) + 1) / 2).clamp(0, 1)
+        torch.testing.assert_close(seen[0][2], expected, atol=1e-4, rtol=1e-4)
 
-    def test_the_judge_sees_tiny_pictures_and_only_what_it_keeps_is_decoded_in_full(self, bundle):
+    def test_the_judge_sees_tiny_autoencoder_previews_and_only_kept_pairs_are_decoded(self, bundle):
         torch.manual_seed(0)
         tiny = AutoencoderTiny(
             encoder_block_out_channels=(8, 8, 8),
@@ -314,17 +318,17 @@ class TestRefusing:
         ).eval()
         keep, seen = MANY[1:2], []
         drawing = maker(bundle, steps=2, judge=self.judge(keep, seen), tiny_vae=tiny)
-        made = drawing(MANY)
-        assert [each.fate for each in made] == ["judged", "made", "judged"]
+        pairs = drawing(MANY)
+        assert [each.fate for each in pairs] == ["judged", "made", "judged"]
         assert (drawing.previewed, drawing.decoded) == (6, 2)
-        wanted = maker(bundle, steps=2)(keep)
-        close(made[1:2], wanted)
+        expected = maker(bundle, steps=2)(keep)
+        assert_close_pairs(pairs[1:2], expected)
         with torch.inference_mode():
-            shown = (tiny.decode(wanted[0].latents).sample.clamp(-1, 1) + 1) / 2
+            shown = (tiny.decode(expected[0].latents).sample.clamp(-1, 1) + 1) / 2
         _, before, after = seen[0]
         torch.testing.assert_close(torch.stack([before[1], after[1]]), shown, atol=1e-4, rtol=1e-4)
 
-    def test_a_tiny_autoencoder_of_other_latents_is_refused(self, bundle):
+    def test_a_tiny_autoencoder_with_other_latents_is_refused(self, bundle):
         tiny = AutoencoderTiny(
             encoder_block_out_channels=(8, 8),
             decoder_block_out_channels=(8, 8),
@@ -348,20 +352,20 @@ class TestRefusing:
         for name, weight in opened.state_dict().items():
             assert torch.equal(weight, tiny.state_dict()[name])
 
-    def test_pictures_that_overflow_are_reported_and_harm_no_other(self, bundle):
-        some = [one(CAT), one(DOG, seed=2, scale=math.inf)]
-        made = maker(bundle)(some)
-        assert [each.fate for each in made] == ["made", "overflow"]
-        close(made[:1], maker(bundle)(some[:1]))
+    def test_pictures_that_overflow_are_reported_and_do_not_affect_others(self, bundle):
+        candidates = [one(CAT), one(DOG, seed=2, scale=math.inf)]
+        pairs = maker(bundle)(candidates)
+        assert [each.fate for each in pairs] == ["made", "overflow"]
+        assert_close_pairs(pairs[:1], maker(bundle)(candidates[:1]))
 
 
-def test_a_made_pair_is_a_row_of_training_data(bundle):
+def test_a_pair_can_be_converted_to_a_training_row(bundle):
     which = candidate(CAT, 3)
-    (made,) = maker(bundle)([which])
-    row = made.pair(clip_sim_dir=0.25)
+    (pair,) = maker(bundle)([which])
+    row = pair.pair(clip_sim_dir=0.25)
     assert (row.id, row.instruction, row.caption) == (which.id, "make it night", "a cat")
     assert row.edited_caption == "a cat at night"
-    assert row.before is made.before and row.before.dtype == np.uint8 and row.before.shape == (64, 64, 3)
+    assert row.before is pair.before and row.before.dtype == np.uint8 and row.before.shape == (64, 64, 3)
     assert row.scores == {
         "seed": which.seed,
         "p2p_threshold": which.p,
@@ -370,15 +374,15 @@ def test_a_made_pair_is_a_row_of_training_data(bundle):
     }
 
 
-def test_nothing_to_draw_is_nothing(bundle):
+def test_no_candidates_give_no_pairs(bundle):
     drawing = maker(bundle)
     assert drawing([]) == [] and drawing.evaluations == 0
 
 
-def test_what_cannot_draw_is_refused(tmp_path, bundle):
+def test_unsuitable_models_and_settings_are_refused(tmp_path, bundle):
     with pytest.raises(ModelError, match="takes 9 channels; drawing pairs needs a UNet that takes 4"):
         PairMaker(make_model(tmp_path / "nine", in_channels=9), device="cpu")
-    for settings, said in (
+    for settings, message in (
         ({"steps": 0}, "steps is 0; it must be 1 to 1000"),
         ({"attention": "cross"}, "attention is 'cross'; choose one of"),
         ({"sampler": "ddim"}, "sampler is 'ddim'; choose one of"),
@@ -389,40 +393,40 @@ def test_what_cannot_draw_is_refused(tmp_path, bundle):
         ({"early_at": 1.5}, "early_at is 1.5; it must be"),
         ({"size": (60, 64)}, "sides must be multiples of"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             maker(bundle, **settings)
 
 
-def test_the_packaged_models_card_and_size_are_used(tiny_model_dir):
+def test_the_size_defaults_to_the_models_and_can_be_set(tiny_model_dir):
     drawing = PairMaker(tiny_model_dir, device="cpu", dtype="fp32", steps=1)
     assert drawing.size == (64, 64) and drawing.batch_size == 4
-    (made,) = PairMaker(tiny_model_dir, device="cpu", dtype="fp32", steps=1, size=(96, 64))([one()])
-    assert made.before.shape == made.after.shape == (64, 96, 3)
+    (pair,) = PairMaker(tiny_model_dir, device="cpu", dtype="fp32", steps=1, size=(96, 64))([one()])
+    assert pair.before.shape == pair.after.shape == (64, 96, 3)
 
 
-# --- cross-attention of its own share, reweighting, local blend -----------------------------------
+# --- separate cross-attention share, reweighting, local blend -------------------------------------
 
 
-def test_self_and_cross_attention_have_shares_of_their_own(bundle):
+def test_self_and_cross_attention_have_separate_shares(bundle):
     way = {"attention": "self+refine"}
     (only_self,) = maker(bundle)([one(p=0.8)])
     (off,) = maker(bundle, **way)([dataclasses.replace(one(p=0.8), p_cross=0.0)])
-    close([dataclasses.replace(off, candidate=only_self.candidate)], [only_self])
+    assert_close_pairs([dataclasses.replace(off, candidate=only_self.candidate)], [only_self])
     (only_cross,) = maker(bundle, attention="refine")([one(p=0.8)])
     (off,) = maker(bundle, **way)([dataclasses.replace(one(p=0.0), p_cross=0.8)])
-    close([dataclasses.replace(off, candidate=only_cross.candidate)], [only_cross])
+    assert_close_pairs([dataclasses.replace(off, candidate=only_cross.candidate)], [only_cross])
     (both,) = maker(bundle, **way)([dataclasses.replace(one(p=0.8), p_cross=0.8)])
     (same,) = maker(bundle, **way)([one(p=0.8)])
     torch.testing.assert_close(both.latents, same.latents)
 
 
-def test_the_share_of_cross_attention_leaves_the_other_numbers_of_a_candidate_alone():
+def test_p_cross_does_not_change_the_other_numbers_of_a_candidate():
     plain, other = candidate(CAT, 3), candidate(CAT, 3, p_cross=(0.4, 0.6))
     assert plain.p_cross is None and 0.4 <= other.p_cross < 0.6
     assert dataclasses.replace(other, p_cross=None) == plain
 
 
-def test_a_weight_changes_the_edit_and_not_the_source_and_one_is_no_weight(bundle):
+def test_reweighting_changes_only_the_edit_and_a_weight_of_one_has_no_effect(bundle):
     drawn = [maker(bundle, attention="refine", reweight=w)([one(p=1.0)])[0] for w in (1.0, 4.0)]
     (usual,) = maker(bundle, attention="refine")([one(p=1.0)])
     torch.testing.assert_close(drawn[0].latents, usual.latents)
@@ -431,7 +435,7 @@ def test_a_weight_changes_the_edit_and_not_the_source_and_one_is_no_weight(bundl
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
-def test_local_blend_changes_a_part_alone(bundle, sampler):
+def test_local_blend_changes_only_a_part_of_the_picture(bundle, sampler):
     way = {"attention": "self+refine", "sampler": sampler}
     part = dataclasses.replace(one(p=0.3), triple=dataclasses.replace(CAT, kind="part"))
     (free,) = maker(bundle, **way)([part])
@@ -447,7 +451,9 @@ def test_local_blend_changes_a_part_alone(bundle, sampler):
 
 
 def test_local_blend_does_not_depend_on_the_batch(bundle):
-    some = [dataclasses.replace(each, triple=dataclasses.replace(each.triple, kind="part")) for each in MANY]
+    candidates = [
+        dataclasses.replace(each, triple=dataclasses.replace(each.triple, kind="part")) for each in MANY
+    ]
     way = {"attention": "refine", "blend": 0.5}
-    alone, together = (maker(bundle, batch_size=size, **way)(some) for size in (1, 3))
-    close(together, alone)
+    alone, together = (maker(bundle, batch_size=size, **way)(candidates) for size in (1, 3))
+    assert_close_pairs(together, alone)

@@ -1,4 +1,4 @@
-"""Captions come from every kind of table, cleaned, once each, within limits, and sampled by a seed."""
+"""Reading captions from every kind of table: cleaning, deduplication, limits and seeded samples."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_every_kind_of_table_gives_the_same_captions(tmp_path, ending):
     assert texts(read_captions(write(tmp_path, ending))) == ROWS
 
 
-def test_a_folder_is_read_file_by_file_and_doubled_captions_are_taken_once(tmp_path):
+def test_all_files_of_a_folder_are_read_and_duplicate_captions_are_dropped(tmp_path):
     for ending in (".txt", ".csv"):
         write(tmp_path, ending)
     read = read_captions(tmp_path)
@@ -46,7 +46,7 @@ def test_a_folder_is_read_file_by_file_and_doubled_captions_are_taken_once(tmp_p
     assert "3 doubled" in read.lines()[0]
 
 
-def test_laion_columns_limit_by_score_safety_and_language(tmp_path):
+def test_laion_columns_filter_by_score_safety_and_language(tmp_path):
     table = pa.table(
         {
             "TEXT": [f"a picture of the number {n}" for n in range(6)],
@@ -64,7 +64,7 @@ def test_laion_columns_limit_by_score_safety_and_language(tmp_path):
     assert texts(take(rows, of="rows", rules=Rules())) == ["a boat on a sea"]
 
 
-def test_an_unknown_score_is_not_above_any():
+def test_an_invalid_score_never_passes_a_minimum():
     scores = ("nan", float("nan"), "inf", 10**400, "7")
     rows = [{"text": f"a picture of the number {n}", "score": score} for n, score in enumerate(scores)]
     read = take(rows, of="rows", rules=Rules(min_score=6))
@@ -72,7 +72,7 @@ def test_an_unknown_score_is_not_above_any():
     assert [caption.score for caption in take(rows, of="rows", rules=Rules()).captions] == [*[None] * 4, 7]
 
 
-def test_rows_without_a_caption_are_counted_and_the_first_filled_column_is_taken(tmp_path):
+def test_rows_without_a_caption_are_counted_and_the_first_non_empty_column_is_used(tmp_path):
     path = tmp_path / "captions.jsonl"
     rows = [
         {"id": 1},
@@ -90,7 +90,7 @@ def test_rows_without_a_caption_are_counted_and_the_first_filled_column_is_taken
         read_captions(path, column="id")
 
 
-def test_a_table_is_given_up_when_no_row_has_a_known_column(monkeypatch):
+def test_a_table_whose_rows_have_no_known_column_is_refused(monkeypatch):
     rows = [{"words": "a red fox"}, {"more": 1}, {"text": "an old harbour"}]
     with pytest.raises(InputError, match="caption column. Its columns: words, more"):
         take(rows[:2], of="t.csv", rules=Rules())
@@ -100,7 +100,7 @@ def test_a_table_is_given_up_when_no_row_has_a_known_column(monkeypatch):
         take(rows, of="t.csv", rules=Rules())
 
 
-def test_halves_of_surrogate_pairs_are_no_letters(tmp_path):
+def test_lone_surrogates_are_removed(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_text(r'{"text": "a red fox \ud83d in the snow", "url": "u\udc00", "\ud800": 1}' + "\n")
     assert texts(read_captions(path)) == ["a red fox in the snow"]
@@ -109,7 +109,7 @@ def test_halves_of_surrogate_pairs_are_no_letters(tmp_path):
         read_captions(path)
 
 
-def test_lists_of_parquet_are_not_read_and_the_error_says_so(tmp_path):
+def test_list_columns_of_parquet_are_refused_with_an_explanation(tmp_path):
     path = tmp_path / "lists.parquet"
     pq.write_table(pa.table({"captions": [["a red fox"]], "n": [1]}), path)
     for column in (None, "captions"):
@@ -118,7 +118,7 @@ def test_lists_of_parquet_are_not_read_and_the_error_says_so(tmp_path):
             read_captions(path, column=column)
 
 
-def test_case_blanks_and_final_punctuation_make_no_new_caption():
+def test_duplicates_ignore_case_whitespace_and_final_punctuation():
     rows = [{"text": text} for text in ("A red  fox.", "a red fox", "a red fox!", "a red foxglove")]
     assert texts(take(rows, of="rows", rules=Rules())) == ["A red fox.", "a red foxglove"]
 
@@ -128,21 +128,21 @@ def test_captions_are_cleaned_of_markup_and_control_characters():
     assert clean("it's 'fine'") == "it's 'fine'"
 
 
-def test_length_limits_name_their_reason():
+def test_captions_outside_the_length_limits_are_counted_by_reason():
     rows = [{"text": text} for text in ("fox", "", "a " * 60, "x" * 400 + " y", "a fox")]
     read = take(rows, of="rows", rules=Rules())
     assert texts(read) == ["a fox"]
     assert read.left_out == {"too short": 1, "empty": 1, "too long": 2}
 
 
-def test_a_sample_is_the_same_in_any_order_and_begins_a_larger_one():
+def test_a_sample_does_not_depend_on_row_order_and_is_a_prefix_of_a_larger_one():
     rows = [{"text": f"a thing called {n}"} for n in range(200)]
     few = texts(take(rows, of="rows", rules=Rules(), sample=10, seed=3))
     assert few == texts(take(rows[::-1], of="rows", rules=Rules(), sample=10, seed=3))
     assert few == texts(take(rows, of="rows", rules=Rules(), sample=50, seed=3))[:10]
     assert few != texts(take(rows, of="rows", rules=Rules(), sample=10, seed=4))
-    whole = take(rows, of="rows", rules=Rules(), sample=500, seed=3)
-    assert len(whole.captions) == 200 and "not drawn" not in whole.left_out
+    full = take(rows, of="rows", rules=Rules(), sample=500, seed=3)
+    assert len(full.captions) == 200 and "not drawn" not in full.left_out
     assert take(rows, of="rows", rules=Rules(), sample=10).left_out == {"not drawn": 190}
 
 
@@ -160,7 +160,7 @@ def test_a_sample_is_the_same_in_any_order_and_begins_a_larger_one():
         ("12345 !!", "any"),
     ],
 )
-def test_language_is_detected_by_letters_and_small_words(text, language):
+def test_language_is_detected_by_letters_and_common_words(text, language):
     order = ["any", "latin", "english"]
     assert [is_in(text, each) for each in order] == [n <= order.index(language) for n in range(3)]
 
@@ -182,7 +182,7 @@ def test_a_block_list_is_read_from_a_file(tmp_path):
     assert read_block_list(path) == ("clown", "spider web")
 
 
-def test_unknown_columns_and_nothing_left_are_refused(tmp_path):
+def test_unknown_columns_and_tables_without_usable_captions_are_refused(tmp_path):
     path = tmp_path / "odd.csv"
     path.write_text("words,n\na red fox,1\n")
     with pytest.raises(InputError, match="no known caption column. Its columns: words, n"):
@@ -212,7 +212,7 @@ def test_broken_files_are_refused(tmp_path, name, data, told):
         read_captions(tmp_path / name)
 
 
-def test_a_missing_file_names_the_nearest(tmp_path):
+def test_a_missing_file_gets_a_suggestion(tmp_path):
     write(tmp_path, ".txt")
     with pytest.raises(InputError, match=r"Did you mean .*captions.txt"):
         read_captions(tmp_path / "caption.txt")
@@ -220,15 +220,15 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 
 def test_a_hub_data_set_is_read_from_its_parquet_files(tmp_path, monkeypatch):
     path = write(tmp_path, ".parquet")
-    asked = []
+    calls = []
 
     def cached(name, split, revision):
-        asked.append((name, split, revision))
+        calls.append((name, split, revision))
         return [path], "c0ffee"
 
     monkeypatch.setattr(module.hub, "cached_files", cached)
     assert texts(read_captions("someone/captions", split="test", revision="v2")) == ROWS
-    assert asked == [("someone/captions", "test", "v2")]
+    assert calls == [("someone/captions", "test", "v2")]
 
     class System:
         def open(self, name, mode):

@@ -15,7 +15,7 @@ def triple(number: int) -> Triple:
 
 
 class Judge:
-    """Passes the candidates that are named, and notes what it was given."""
+    """Passes the listed candidates, and records its calls."""
 
     def __init__(self, passing):
         self.passing, self.rounds = passing, []
@@ -24,23 +24,23 @@ class Judge:
         self.rounds.append([(c.triple.id, c.number) for c in candidates])
         return [c.number * 10 if (c.triple.id, c.number) in self.passing else None for c in candidates]
 
-    def made(self, id):
-        return [number for made in self.rounds for of, number in made if of == id]
+    def numbers_of(self, id):
+        return [number for candidates in self.rounds for owner, number in candidates if owner == id]
 
 
-def test_a_prompt_ends_with_enough_passes_when_hopeless_or_at_most_candidates():
+def test_a_prompt_ends_with_enough_passes_when_hopeless_or_at_the_maximum():
     judge = Judge({("t0", k) for k in range(100)} | {("t2", 3)})
-    some, none, one = draw_in_rounds([triple(0), triple(1), triple(2)], Rounds(), judge)
-    assert [prompt.ended for prompt in (some, none, one)] == ["enough", "hopeless", "most"]
-    # 29 tries without a pass are the patience, beyond which no round goes.
-    assert [prompt.tried for prompt in (some, none, one)] == [8, 29, 100]
-    assert [(c, kept) for c, kept in one.passed] == [(candidate(triple(2), 3), 30)]
-    assert [c.number for c, _ in some.passed] == list(range(8))
-    for prompt in (some, none, one):
-        assert judge.made(prompt.triple.id) == list(range(prompt.tried))
+    easy, hopeless, hard = draw_in_rounds([triple(0), triple(1), triple(2)], Rounds(), judge)
+    assert [prompt.ended for prompt in (easy, hopeless, hard)] == ["enough", "hopeless", "most"]
+    # The patience is 29 tries without a pass; no round goes beyond it.
+    assert [prompt.tried for prompt in (easy, hopeless, hard)] == [8, 29, 100]
+    assert [(c, kept) for c, kept in hard.passed] == [(candidate(triple(2), 3), 30)]
+    assert [c.number for c, _ in easy.passed] == list(range(8))
+    for prompt in (easy, hopeless, hard):
+        assert judge.numbers_of(prompt.triple.id) == list(range(prompt.tried))
 
 
-def test_a_prompts_candidates_do_not_depend_on_the_prompts_beside_it():
+def test_the_candidates_of_a_prompt_do_not_depend_on_other_prompts():
     rng = random.Random(0)
     rates = [0.0, 0.05, 0.1, 0.3, 0.7]
     passing = {(f"t{n}", k) for n, rate in enumerate(rates) for k in range(100) if rng.random() < rate}
@@ -50,13 +50,13 @@ def test_a_prompts_candidates_do_not_depend_on_the_prompts_beside_it():
     assert len({prompt.tried for prompt in together}) > 3
 
 
-def test_as_paper_makes_a_hundred_of_every_prompt_at_once():
+def test_as_paper_draws_100_candidates_of_every_prompt_at_once():
     judge = Judge({("t0", k) for k in range(100)})
     assert [prompt.tried for prompt in draw_in_rounds([triple(0), triple(1)], AS_PAPER, judge)] == [100, 100]
     assert len(judge.rounds) == 1
 
 
-def test_a_round_has_the_candidates_by_which_enough_should_pass():
+def test_a_round_has_as_many_candidates_as_should_give_enough_passes():
     rounds = Rounds(enough=4, size=8)
     assert rounds.next(0, 0) == 8
     assert rounds.next(8, 3) == 3  # one more, at a rate of 4 in 10
@@ -66,14 +66,14 @@ def test_a_round_has_the_candidates_by_which_enough_should_pass():
 
 
 @pytest.mark.parametrize("how", [PAIRS, PAIRS_STORYBOOK])
-def test_the_defaults_give_up_before_all_candidates_are_drawn(how):
+def test_the_defaults_stop_a_hopeless_prompt_before_all_candidates_are_drawn(how):
     rounds = Rounds.of(how)
     [prompt] = draw_in_rounds([triple(0)], rounds, Judge(set()))
     assert (prompt.tried, prompt.ended) == (rounds.patience, "hopeless")
     assert prompt.tried <= 0.75 * rounds.most
 
 
-def test_candidates_of_one_trajectory_are_one_try():
+def test_candidates_of_one_trajectory_count_as_one_try():
     assert Rounds().verdict(29, 0) == "hopeless"
     assert Rounds().verdict(28, 0) is None
     four = Rounds(shared=4, most=1000)
@@ -82,19 +82,19 @@ def test_candidates_of_one_trajectory_are_one_try():
 
 
 @pytest.mark.parametrize(("worth", "risk", "patience"), [(0.1, 0.05, 29), (0.05, 0.05, 59), (0.5, 0.01, 7)])
-def test_patience_is_the_least_number_of_tries_that_keeps_the_risk(worth, risk, patience):
+def test_patience_is_the_smallest_number_of_tries_that_keeps_the_risk(worth, risk, patience):
     assert Rounds(worth=worth, risk=risk).patience == patience
     assert (1 - worth) ** patience <= risk < (1 - worth) ** (patience - 1)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 @pytest.mark.parametrize("rate", [0.1, 0.12, 0.2])
-def test_prompts_worth_it_are_given_up_less_often_than_stated(size, rate):
-    """By simulation, with rounds of any size: at most the risk, and near it at the border."""
+def test_worthwhile_prompts_are_abandoned_no_more_often_than_the_risk(size, rate):
+    """By simulation, with several round sizes: at most the risk, and near it at the limit."""
     rounds, prompts = Rounds(size=size, worth=0.1, risk=0.05), 8000
     rng = random.Random(size)
 
-    def given_up() -> bool:
+    def is_abandoned() -> bool:
         tried = passes = 0
         while (ended := rounds.verdict(tried, passes)) is None:
             count = rounds.next(tried, passes)
@@ -102,15 +102,15 @@ def test_prompts_worth_it_are_given_up_less_often_than_stated(size, rate):
             tried += count
         return ended == "hopeless"
 
-    share = sum(given_up() for _ in range(prompts)) / prompts
+    share = sum(is_abandoned() for _ in range(prompts)) / prompts
     error = math.sqrt(0.05 * 0.95 / prompts)
     assert share <= 0.05 + 3 * error
     if rate == 0.1:
-        assert share >= 0.03  # the rule is no weaker than it says, but for the rounds
+        assert share >= 0.03  # the rule is as strict as stated, except for round sizes
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_prompts_without_hope_cost_their_patience_and_no_more(size):
+def test_hopeless_prompts_cost_exactly_their_patience(size):
     rounds = Rounds(size=size, risk=0.05)
     [prompt] = draw_in_rounds([triple(0)], rounds, Judge(set()))
     assert (prompt.tried, prompt.ended) == (29, "hopeless")

@@ -1,4 +1,4 @@
-"""A server is asked by several threads, through pauses and restarts, in a form that it takes."""
+"""Requests to a server: in parallel, through pauses and restarts, in a format that it accepts."""
 
 import json
 import re
@@ -26,9 +26,9 @@ def short_waits(monkeypatch):
     monkeypatch.delenv(module.KEY, raising=False)
 
 
-class Fake:
-    """A server of a language model on a port of this machine. reply(body, path, headers) gives a status and
-    what is sent: a dict as JSON, or bytes as they are; None cuts the connection."""
+class FakeServer:
+    """A language model server on a local port. reply(body, path, headers) returns a status and the content,
+    a dict (sent as JSON) or bytes; None closes the connection."""
 
     def __init__(self, reply=None):
         self.reply = reply or (lambda body, path, headers: (200, answer(body)))
@@ -42,7 +42,7 @@ class Fake:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fake.bodies.append(body)
                 fake.paths.append(self.path)
-                fake.headers.append(self.headers)  # names in any case
+                fake.headers.append(self.headers)  # case-insensitive names
                 response = fake.reply(body, self.path, self.headers)
                 if response is None:
                     self.close_connection = True
@@ -80,7 +80,7 @@ class Fake:
 
 @contextmanager
 def serving(reply=None):
-    fake = Fake(reply)
+    fake = FakeServer(reply)
     fake.start()
     try:
         yield fake
@@ -109,17 +109,17 @@ def json_answer(body, **more):
 
 
 ASKS = [Ask(caption=f"a picture of {n} foxes") for n in range(12)]
-WANTED = [Answer(text=GOOD.format(ask.caption)) for ask in ASKS]
+EXPECTED = [Answer(text=GOOD.format(ask.caption)) for ask in ASKS]
 
 
 def make(fake, **settings):
     return ServerWriter(fake.url, "lm", **({"say": lambda _: None} | settings))
 
 
-def test_a_tuned_model_completes_the_prompt_with_the_papers_values():
+def test_a_tuned_model_gets_a_completion_request_with_the_papers_settings():
     with serving() as fake:
         writer = make(fake, price=(2.0, 10.0))
-        assert writer(ASKS) == WANTED
+        assert writer(ASKS) == EXPECTED
     assert set(fake.paths) == {"/v1/completions"}
     body = next(body for body in fake.bodies if body["prompt"] == prompt_of(ASKS[0].caption))
     assert body == {
@@ -138,7 +138,7 @@ def test_a_tuned_model_completes_the_prompt_with_the_papers_values():
     assert usage.line() == "12 answers, 0 retries, 120 tokens in, 48 out, cost 0.0007"
 
 
-def test_a_general_model_is_shown_seeds_and_asked_for_json_of_a_schema():
+def test_a_chat_model_gets_examples_and_a_json_schema():
     with serving(lambda body, *_: (200, json_answer(body))) as fake:
         answers = make(fake, way="chat", shots=3, key="secret")(ASKS[:1])
     assert parse_answer(answers[0].text) == EditText(
@@ -164,14 +164,14 @@ def test_a_general_model_is_shown_seeds_and_asked_for_json_of_a_schema():
         (None, None),
     ],
 )
-def test_json_is_found_in_an_answer_and_what_is_none_is_unparsable(text, parsed):
+def test_json_is_extracted_from_an_answer_and_anything_else_is_unparsable(text, parsed):
     reply = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
     with serving(lambda *_: (200, reply)) as fake:
         edit = parse_answer(make(fake, way="chat")(ASKS[:1])[0].text)
     assert edit == (None if parsed is None else EditText(instruction=parsed[0], edited_caption=parsed[1]))
 
 
-def test_a_server_that_refuses_a_form_is_asked_in_a_plainer_one_once_and_for_all():
+def test_a_request_format_that_the_server_refuses_is_simplified_permanently():
     def reply(body, *_):
         kind = body.get("response_format", {}).get("type")
         if kind:
@@ -182,18 +182,18 @@ def test_a_server_that_refuses_a_form_is_asked_in_a_plainer_one_once_and_for_all
             return 400, {"error": {"message": "use 'max_completion_tokens' instead of max_tokens"}}
         return 200, json_answer(body)
 
-    said = []
+    messages = []
     with serving(reply) as fake:
-        writer = make(fake, way="chat", together=4, say=said.append)
-        assert [answer.text for answer in writer(ASKS)] == [answer.text for answer in WANTED]
-        few = len(fake.bodies)
+        writer = make(fake, way="chat", together=4, say=messages.append)
+        assert [answer.text for answer in writer(ASKS)] == [answer.text for answer in EXPECTED]
+        requests = len(fake.bodies)
         assert len(writer(ASKS)) == 12
-        assert len(fake.bodies) == few + 12
+        assert len(fake.bodies) == requests + 12
     assert FORMS[writer._form] == {} and fake.bodies[-1]["max_completion_tokens"] == 256
-    assert len(said) == 1 and "does not know seed" in said[0]
+    assert len(messages) == 1 and "does not know seed" in messages[0]
 
 
-def test_as_many_requests_are_under_way_as_was_asked_for():
+def test_the_configured_number_of_requests_run_concurrently():
     barrier = threading.Barrier(4, timeout=20)
 
     def reply(body, *_):
@@ -201,10 +201,10 @@ def test_as_many_requests_are_under_way_as_was_asked_for():
         return 200, answer(body)
 
     with serving(reply) as fake:
-        assert make(fake, together=4)(ASKS[:8]) == WANTED[:8]
+        assert make(fake, together=4)(ASKS[:8]) == EXPECTED[:8]
 
 
-def test_requests_begin_no_faster_than_the_rate():
+def test_requests_start_no_faster_than_the_rate():
     class Clock:
         waits: list = []  # noqa: RUF012
 
@@ -223,22 +223,22 @@ def test_requests_begin_no_faster_than_the_rate():
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_failure_that_may_pass_is_asked_again(status):
+def test_a_transient_failure_is_retried(status):
     failures = {}
 
     def reply(body, *_):
         failures[body["prompt"]] = failures.get(body["prompt"], 0) + 1
         return (200, answer(body)) if failures[body["prompt"]] > 2 else (status, {"error": "busy"})
 
-    said = []
+    messages = []
     with serving(reply) as fake:
-        writer = make(fake, say=said.append)
-        assert writer(ASKS) == WANTED
+        writer = make(fake, say=messages.append)
+        assert writer(ASKS) == EXPECTED
     assert writer.usage.retries == 24 and writer.usage.requests == 12
-    assert said and f"{status}" in said[0]
+    assert messages and f"{status}" in messages[0]
 
 
-def test_cut_connections_and_broken_replies_are_asked_again():
+def test_closed_connections_are_retried():
     seen = set()
 
     def reply(body, *_):
@@ -248,22 +248,22 @@ def test_cut_connections_and_broken_replies_are_asked_again():
         return 200, answer(body)
 
     with serving(reply) as fake:
-        assert make(fake)(ASKS) == WANTED
+        assert make(fake)(ASKS) == EXPECTED
 
 
-def test_a_server_that_is_killed_and_started_again_half_way_loses_nothing():
-    fake, stopped, said = Fake(), threading.Event(), []
+def test_a_server_restart_halfway_loses_no_answers():
+    fake, stopped, messages = FakeServer(), threading.Event(), []
     killer = threading.Thread(target=lambda: (stopped.wait(), fake.stop()))
 
     def reply(body, *_):
         if len(fake.bodies) >= 6 and not stopped.is_set():
             stopped.set()
-        # What is under way when it is killed never gets its answer.
+        # Requests in progress when it is killed never get an answer.
         return None if stopped.is_set() and killer.is_alive() else (200, answer(body))
 
     def say(line):
-        said.append(line)
-        killer.join()  # it is down, and the port free
+        messages.append(line)
+        killer.join()  # it is down, and the port is free
         fake.start()
 
     fake.reply = reply
@@ -278,11 +278,11 @@ def test_a_server_that_is_killed_and_started_again_half_way_loses_nothing():
         fake.stop()
     assert [each.triples[0].edited_caption for each in written] == [f"{a.caption} and a wolf" for a in ASKS]
     assert [each.rejected for each in written] == [()] * 12
-    assert len(said) == 1 and "asking again" in said[0]
+    assert len(messages) == 1 and "asking again" in messages[0]
     assert writer.usage.requests == 12 and writer.usage.retries >= 1
 
 
-def test_retry_after_is_waited_for(monkeypatch):
+def test_retry_after_is_respected(monkeypatch):
     waits, first = [], threading.Event()
 
     def reply(body, *_):
@@ -293,15 +293,15 @@ def test_retry_after_is_waited_for(monkeypatch):
 
     monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: waits.append(timeout))
     with serving(reply) as fake:
-        assert make(fake)(ASKS[:1]) == WANTED[:1]
+        assert make(fake)(ASKS[:1]) == EXPECTED[:1]
     assert 7 in waits
     for header, seconds in (("2.5", 2.5), (formatdate(time.time() + 60, usegmt=True), 60), ("soon", None)):
         found = module._retry_after({"Retry-After": header})
         assert found == (None if seconds is None else pytest.approx(seconds, abs=2))
 
 
-def test_a_server_that_stays_away_is_given_up_with_the_way_on():
-    fake = Fake()
+def test_an_unavailable_server_is_an_error_that_says_how_to_resume():
+    fake = FakeServer()
     fake.start()
     fake.stop()
     with pytest.raises(ModelError, match=r"has not answered for 0\.05 s .*it resumes"):
@@ -323,10 +323,10 @@ def test_a_server_that_stays_away_is_given_up_with_the_way_on():
         (200, b"<html>", "no JSON: <html>"),
     ],
 )
-def test_a_refusal_is_raised_at_once(status, sent, told):
+def test_a_refusal_by_the_server_is_raised_immediately(status, sent, told):
     with serving(lambda *_: (status, sent)) as fake, pytest.raises(ModelError, match=told):
         make(fake)(ASKS)
-    assert len(fake.bodies) <= 9  # each thread asked once, and one of them the known question
+    assert len(fake.bodies) <= 9  # each thread asked once, and one of them the known prompt
 
 
 FILTERED = {"error": {"code": "content_filter", "message": "The seed of this response was filtered"}}
@@ -344,14 +344,14 @@ FILTERED = {"error": {"code": "content_filter", "message": "The seed of this res
         (200, {"choices": []}, r'200 \(without choices: \{"choices": \[\]\}\)'),
     ],
 )
-def test_a_prompt_that_is_refused_stops_no_other(status, sent, told, together):
+def test_a_refused_prompt_does_not_stop_the_others(status, sent, told, together):
     def reply(body, *_):
         return (status, sent) if "0 foxes" in caption_of(body) else (200, answer(body))
 
     with serving(reply) as fake:
         written = Instruct(make(fake, together=together))([ask.caption for ask in ASKS])
         assert len(fake.bodies) <= 15
-        # Alone, as when a stopped run goes on.
+        # Alone, as when an interrupted run resumes.
         alone = make(fake)(ASKS[:1])
     assert [len(each.triples) for each in written] == [1 if "0 foxes" not in a.caption else 0 for a in ASKS]
     refused = [rejected for each in written for rejected in each.rejected]
@@ -359,11 +359,11 @@ def test_a_prompt_that_is_refused_stops_no_other(status, sent, told, together):
     assert [rejected.caption for rejected in refused] == [a.caption for a in ASKS if "0 foxes" in a.caption]
     assert all(re.search(told, rejected.text) for rejected in refused)
     assert alone == [Answer(text=refused[0].text, refused=True)]
-    assert "seed" in fake.bodies[-1]  # the word in the refusal was no complaint
+    assert "seed" in fake.bodies[-1]  # the word in the refusal is not a complaint about the field
 
 
 @pytest.mark.parametrize("sent", [{"error": "no credit"}, FILTERED])
-def test_a_server_that_refuses_all_from_some_question_on_is_an_error(sent):
+def test_a_server_that_starts_to_refuse_every_prompt_is_an_error(sent):
     asks = [Ask(caption=f"a picture of {n} hens") for n in range(60)]
     answered = []
 
@@ -376,13 +376,13 @@ def test_a_server_that_refuses_all_from_some_question_on_is_an_error(sent):
     with serving(reply) as fake, pytest.raises(ModelError, match="answered 400"):
         make(fake, together=1)(asks)
     assert len(fake.bodies) == 5 + module.REFUSALS + 1
-    # Fewer than that at the end of a part must not be written off either.
+    # Fewer refusals at the end of a shard must not be accepted either.
     answered.clear()
     with serving(reply) as fake, pytest.raises(ModelError, match="answered 400"):
         make(fake, together=1)(asks[:8])
 
 
-def test_many_refused_prompts_in_a_row_are_no_fault_of_a_server_that_answers_others():
+def test_many_refused_prompts_in_a_row_are_accepted_if_the_server_answers_a_known_one():
     asks = [Ask(caption=f"a picture of {n} hens") for n in range(60)]
 
     def reply(body, *_):
@@ -396,7 +396,7 @@ def test_many_refused_prompts_in_a_row_are_no_fault_of_a_server_that_answers_oth
 
 
 @pytest.mark.parametrize("status", [500, 503, None])
-def test_a_prompt_that_breaks_the_server_is_refused_when_the_patience_is_over(status):
+def test_a_prompt_that_breaks_the_server_is_refused_after_the_patience(status):
     def reply(body, *_):
         if "3 foxes" in body["prompt"]:
             return None if status is None else (status, {"error": "boom"})
@@ -405,12 +405,12 @@ def test_a_prompt_that_breaks_the_server_is_refused_when_the_patience_is_over(st
     with serving(reply) as fake:
         answers = make(fake, patience=0.2)(ASKS)
         alone = make(fake, patience=0.2)([ASKS[3]])
-    assert answers[:3] + answers[4:] == WANTED[:3] + WANTED[4:]
+    assert answers[:3] + answers[4:] == EXPECTED[:3] + EXPECTED[4:]
     assert answers[3].refused and alone[0].refused
     assert status is None or answers[3] == Answer(text=f'{status} {{"error": "boom"}}', refused=True)
 
 
-def test_a_busy_server_refuses_no_prompt():
+def test_a_busy_server_is_an_error_and_not_a_refused_prompt():
     def reply(body, *_):
         return (429, {"error": "slow"}) if "3 foxes" in body["prompt"] else (200, answer(body))
 
@@ -418,7 +418,7 @@ def test_a_busy_server_refuses_no_prompt():
         make(fake, patience=0.2)(ASKS)
 
 
-def test_a_server_that_comes_back_just_when_it_is_given_up_refuses_nothing(monkeypatch):
+def test_a_server_that_recovers_at_the_last_moment_gets_another_attempt(monkeypatch):
     writer = ServerWriter("http://localhost:1/v1", "lm", patience=10, say=lambda _: None)
     stop, failed = threading.Event(), module._Passing("refused", None)
     waits = []
@@ -426,7 +426,7 @@ def test_a_server_that_comes_back_just_when_it_is_given_up_refuses_nothing(monke
     monkeypatch.setattr(writer, "_post", lambda path, body: answer(body))
     now = time.monotonic()
     writer._answered = now - 11
-    # It failed for less than the patience, so that it is waited for again; then one try decides.
+    # It failed for less than the patience, so it is retried; after that, one attempt decides.
     assert not writer._wait(failed, 0.5, now - 5, stop, known=False) and len(waits) == 1
     assert writer._wait(failed, 0.5, now - 11, stop, known=False) and len(waits) == 1
     writer._answered = now - 11
@@ -435,7 +435,7 @@ def test_a_server_that_comes_back_just_when_it_is_given_up_refuses_nothing(monke
 
 
 @pytest.mark.parametrize("key", ["sk-secret\rX: y", "sk secret", "sk-secret\u2019", "sk-sécret"])
-def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key, monkeypatch):
+def test_an_invalid_key_is_refused_and_not_shown(key, monkeypatch):
     monkeypatch.setenv(module.KEY, key)
     for passed, message in ((None, "set OPENAI_API_KEY to"), (key, "that of --key-variable")):
         with pytest.raises(InputError, match=message) as caught:
@@ -445,7 +445,7 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key, monkeypatch):
         module.clean_key(key, "MINE")
 
 
-def test_blanks_around_a_key_are_left_out_and_a_key_in_an_error_is_hidden(monkeypatch):
+def test_whitespace_around_a_key_is_stripped_and_a_key_in_an_error_is_hidden(monkeypatch):
     monkeypatch.setenv(module.KEY, " sk-secret\r\n")
 
     def reply(body, path, headers):
@@ -457,12 +457,12 @@ def test_blanks_around_a_key_are_left_out_and_a_key_in_an_error_is_hidden(monkey
     assert ServerWriter("http://localhost:1/v1", "lm", key=" \n")._key == ""
 
 
-def test_halves_of_surrogate_pairs_in_an_answer_can_be_written():
+def test_lone_surrogates_in_an_answer_are_replaced():
     with serving(lambda body, *_: (200, answer(body, "make it \ud83d\n%%\na wolf"))) as fake:
         assert make(fake)(ASKS[:1]) == [Answer(text="make it ?\n%%\na wolf")]
 
 
-def test_an_answer_that_was_cut_off_says_so():
+def test_a_truncated_answer_is_marked_as_unfinished():
     with serving(lambda body, *_: (200, answer(body, finish="length"))) as fake:
         assert not make(fake)(ASKS[:1])[0].finished
     with serving(lambda body, *_: (200, answer(body, GOOD.format("x") + "\nEND and on"))) as fake:
@@ -486,7 +486,7 @@ def test_an_answer_that_was_cut_off_says_so():
         ({"temperature": 3}, "--temperature is 3"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, told):
+def test_invalid_settings_are_refused(settings, told):
     with pytest.raises(InputError, match=told):
         ServerWriter(**({"url": "http://localhost:1/v1", "model": "lm"} | settings))
 
@@ -498,12 +498,12 @@ def test_a_missing_extra_is_named_with_its_install_command(package, monkeypatch)
         ServerWriter("http://localhost:1/v1", "lm")
 
 
-def test_without_a_key_none_is_sent_and_the_environments_organization_stays_here(monkeypatch):
+def test_only_a_configured_key_and_no_environment_credentials_are_sent(monkeypatch):
     monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "project-secret")
     monkeypatch.setenv("OPENAI_ADMIN_KEY", "sk-admin")
     with serving() as fake:
-        assert make(fake)(ASKS[:1]) == WANTED[:1]
-        assert make(fake, key="sk-mine")(ASKS[:1]) == WANTED[:1]
+        assert make(fake)(ASKS[:1]) == EXPECTED[:1]
+        assert make(fake, key="sk-mine")(ASKS[:1]) == EXPECTED[:1]
     assert "secret" not in str(fake.headers) and "sk-admin" not in str(fake.headers)
     assert [headers["Authorization"] for headers in fake.headers] == [None, "Bearer sk-mine"]

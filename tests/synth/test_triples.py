@@ -1,4 +1,4 @@
-"""The seed triples are many, varied and unlike each other, and what says so can say otherwise."""
+"""The seed triples are many, varied and distinct, and the metrics that show it can fail."""
 
 import random
 from dataclasses import replace
@@ -31,7 +31,7 @@ def diversity():
     return measure_diversity(seed_triples())
 
 
-def test_there_are_700_seeds_with_ids_and_captions_of_their_own(diversity):
+def test_there_are_700_seeds_with_unique_ids_captions_and_instructions(diversity):
     seeds = seed_triples()
     assert len(seeds) >= 700
     assert len({seed.id for seed in seeds}) == diversity.captions == diversity.instructions == len(seeds)
@@ -41,9 +41,9 @@ def test_there_are_700_seeds_with_ids_and_captions_of_their_own(diversity):
         assert len(words_in(seed.instruction)) <= 20 and len(words_in(seed.edited_caption)) <= 40
 
 
-def test_the_seeds_have_the_variety_of_the_papers(diversity):
-    wanted = "attribute style artist place time weather material add remove replace emotion action era"
-    assert set(wanted.split()) <= set(diversity.kinds)
+def test_the_seeds_are_as_varied_as_the_papers(diversity):
+    kinds = "attribute style artist place time weather material add remove replace emotion action era"
+    assert set(kinds.split()) <= set(diversity.kinds)
     assert len(diversity.kinds) >= 20 and min(diversity.kinds.values()) >= 10
     assert max(diversity.kinds.values()) <= 0.1 * diversity.count
     assert len(diversity.first_words) >= 200 and diversity.first_word_entropy >= 6
@@ -51,13 +51,13 @@ def test_the_seeds_have_the_variety_of_the_papers(diversity):
     assert diversity.words >= 2500
 
 
-def test_the_seeds_are_unlike_each_other_and_change_a_part_of_their_captions(diversity):
+def test_the_seeds_differ_from_each_other_and_change_part_of_their_captions(diversity):
     assert not near_duplicates([grams_of(seed) for seed in seed_triples()], 0.4)
     assert not diversity.near and diversity.overlap <= 0.2
     assert diversity.changed == 1 and 0.7 <= diversity.kept <= 0.95
 
 
-def test_a_set_from_a_template_fails_those_bounds():
+def test_triples_from_a_template_fail_these_bounds():
     things = ["dog", "cat", "cow", "hen", "fox", "owl", "bee", "ant", "elk", "emu"]
     triples = [
         make(f"a photo of a {a} in the park", f"make it a {b}", f"a photo of a {b} in the park")
@@ -76,38 +76,40 @@ def test_a_set_from_a_template_fails_those_bounds():
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 2 / 3, 1.0])
-def test_near_duplicates_are_those_of_comparing_all_with_all(threshold):
+def test_near_duplicates_equal_a_brute_force_comparison(threshold):
     rng = random.Random(0)
     grams = [frozenset(rng.sample("abcdefghij", rng.randint(1, 6))) for _ in range(80)]
-    slow = {
+    brute_force = {
         (i, j): jaccard(grams[i], grams[j])
         for j in range(80)
         for i in range(j)
         if jaccard(grams[i], grams[j]) >= threshold
     }
-    assert {(near.first, near.second): near.likeness for near in near_duplicates(grams, threshold)} == slow
-    assert slow
+    assert {
+        (near.first, near.second): near.likeness for near in near_duplicates(grams, threshold)
+    } == brute_force
+    assert brute_force
 
 
-def test_the_overlap_is_the_mean_of_the_likeness_to_the_nearest():
+def test_overlap_is_the_mean_similarity_to_the_nearest_triple():
     triples = list(seed_triples()[:40])
     grams = [grams_of(triple) for triple in triples]
-    slow = [max(jaccard(a, b) for j, b in enumerate(grams) if i != j) for i, a in enumerate(grams)]
-    assert measure_diversity(triples).overlap == pytest.approx(sum(slow) / 40)
+    nearest = [max(jaccard(a, b) for j, b in enumerate(grams) if i != j) for i, a in enumerate(grams)]
+    assert measure_diversity(triples).overlap == pytest.approx(sum(nearest) / 40)
 
 
-def test_the_first_word_passes_over_what_is_only_polite():
+def test_the_first_word_skips_polite_phrases():
     assert first_word("Could you please paint the door?") == "paint"
     assert first_word("Make it night") == "make"
     assert first_word("please") == "please"
 
 
-def test_examples_are_the_same_for_the_same_words_and_differ_for_others():
+def test_examples_are_deterministic_and_differ_by_number():
     assert examples(4, "a fox", 0) == examples(4, "a fox", 0) != examples(4, "a fox", 1)
     assert len({seed.id for seed in examples(20, "a fox")}) == 20
 
 
-def test_triples_come_back_from_parquet_as_they_were(tmp_path):
+def test_triples_survive_a_parquet_round_trip(tmp_path):
     triples = [make("a cat", "make it a dog", "a dog"), make("a cat", "add a hat", "a cat in a hat", 1)]
     write_triples(tmp_path / "t.parquet", triples)
     assert read_triples(tmp_path / "t.parquet") == triples
@@ -122,7 +124,7 @@ def test_triples_come_back_from_parquet_as_they_were(tmp_path):
         '{"original_prompt": "a cat", "edit_prompt": "make it a dog", "edited_prompt": "a dog"}',
     ],
 )
-def test_triples_are_read_under_the_names_of_the_paper_and_of_the_hub_edition(tmp_path, row):
+def test_triples_are_read_with_the_papers_and_the_hugging_face_column_names(tmp_path, row):
     path = tmp_path / "t.jsonl"
     path.write_text(row + "\n" + row.replace("dog", "hen") + "\n")
     assert read_triples(path) == [
@@ -139,13 +141,13 @@ def test_triples_are_read_under_the_names_of_the_paper_and_of_the_hub_edition(tm
         ("\n", "no triples"),
     ],
 )
-def test_rows_that_are_no_triples_are_refused(tmp_path: Path, text, told):
+def test_invalid_triples_are_refused(tmp_path: Path, text, told):
     (tmp_path / "t.jsonl").write_text(text)
     with pytest.raises(InputError, match=told):
         read_triples(tmp_path / "t.jsonl")
 
 
-def test_a_candidate_depends_on_its_triple_and_number_alone():
+def test_a_candidate_depends_only_on_its_triple_and_number():
     triple = make("a cat", "make it a dog", "a dog")
     assert candidate(triple, 3) == candidate(triple, 3)
     many = [candidate(triple, number) for number in range(2000)]
@@ -156,10 +158,10 @@ def test_a_candidate_depends_on_its_triple_and_number_alone():
     ):
         assert low <= min(values) < low + 0.01 * (high - low)
         assert high - 0.01 * (high - low) < max(values) < high
-        # 2,000 draws of a uniform: the mean's deviation is 0.0065 of the width.
+        # 2,000 uniform draws: the mean's standard deviation is 0.0065 of the width.
         assert sum(values) / 2000 == pytest.approx((low + high) / 2, abs=0.03 * (high - low))
     fixed = candidate(triple, 0, p=(0.5, 0.5), scale=(3, 3))
     assert (fixed.p, fixed.scale, fixed.seed) == (0.5, 3, many[0].seed)
-    # Pinned: a data set that was begun must go on with the same candidates.
+    # Pinned: an unfinished data set must resume with the same candidates.
     pinned = candidate(make("a cat", "b", "c"), 0)
     assert (pinned.seed, round(pinned.p, 9), round(pinned.scale, 9)) == (3893500683, 0.24830062, 13.785420354)

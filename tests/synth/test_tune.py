@@ -1,4 +1,4 @@
-"""A small language model learns the triples it is shown, whole or as a LoRA, and opens like any other."""
+"""A small language model learns its training triples, fully or as a LoRA, and loads like any other."""
 
 import json
 import math
@@ -26,16 +26,16 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tuned(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "lm"
-    said = []
+    messages = []
     tuning = {"epochs": 80, "batch": 3, "rate": 1e-2}  # 50 are too few on some processors
-    result = tune_lm(base, folder, SHOWN, **tuning, backend="plain", device="cpu", say=said.append)
-    return folder, result, said
+    result = tune_lm(base, folder, SHOWN, **tuning, backend="plain", device="cpu", say=messages.append)
+    return folder, result, messages
 
 
-def test_a_tuned_model_writes_what_it_was_shown(tuned):
-    folder, result, said = tuned
+def test_a_tuned_model_reproduces_its_training_triples(tuned):
+    folder, result, messages = tuned
     assert result.steps == len(result.losses) == 80 and result.left_out == 0
-    assert result.losses[0] > 4 and result.losses[-1] < 0.2 and "loss" in said[-1]
+    assert result.losses[0] > 4 and result.losses[-1] < 0.2 and "loss" in messages[-1]
     writer = LocalWriter(folder, device="cpu", dtype="fp32", temperature=0, frequency_penalty=0)
     written = Instruct(writer, retries=0, limits=EditLimits(seeds=False))([seed.caption for seed in SHOWN])
     for each, seed in zip(written, SHOWN, strict=True):
@@ -45,7 +45,7 @@ def test_a_tuned_model_writes_what_it_was_shown(tuned):
         assert each.triples[0].source == "lm"
 
 
-def test_what_is_written_says_how_to_draw_from_it_and_names_no_place(tuned, tmp_path):
+def test_the_saved_model_has_sampling_settings_and_no_local_paths(tuned, tmp_path):
     folder = tuned[0]
     config = json.loads((folder / "generation_config.json").read_text())
     assert config["do_sample"] and config["temperature"] == 0.7 and config["max_new_tokens"] == 256
@@ -56,7 +56,7 @@ def test_what_is_written_says_how_to_draw_from_it_and_names_no_place(tuned, tmp_
         assert str(folder.parents[1]) not in path.read_text()
 
 
-def test_the_answer_is_learnt_and_the_caption_before_it_is_not(base):
+def test_the_loss_covers_the_answer_and_not_the_caption(base):
     model, tokenizer = load_lm(base)
     row = row_of(SHOWN[0], tokenizer)
     assert tokenizer.decode(row.tokens[: row.start]) == prompt_of(SHOWN[0].caption)
@@ -65,7 +65,7 @@ def test_the_answer_is_learnt_and_the_caption_before_it_is_not(base):
     tokens, mask, labels = tune.batch_of(rows, tokenizer.pad_token_id)
     with torch.inference_mode():
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss.item()
-        # By hand: each answer's tokens from what stands before them, each row alone.
+        # By hand: each answer token given the tokens before it, one row at a time.
         total, count = 0.0, 0
         for each in rows:
             logits = model(input_ids=torch.tensor([each.tokens])).logits[0].log_softmax(-1)
@@ -75,7 +75,7 @@ def test_the_answer_is_learnt_and_the_caption_before_it_is_not(base):
     assert loss == pytest.approx(total / count, rel=1e-4)
 
 
-def test_a_lora_is_merged_into_a_whole_model(base, tmp_path):
+def test_a_lora_is_merged_into_a_full_model(base, tmp_path):
     tuning = {"lora": 8, "epochs": 20, "batch": 3, "rate": 2e-2}
     result = tune_lm(base, tmp_path / "lora", SHOWN, **tuning, backend="plain", device="cpu")
     assert result.losses[-1] < result.losses[0] - 0.5
@@ -85,7 +85,7 @@ def test_a_lora_is_merged_into_a_whole_model(base, tmp_path):
     assert changed and all("proj" in name for name in changed)
 
 
-def test_the_same_tuning_gives_the_same_weights_and_takes_the_place_of_the_old(base, tmp_path):
+def test_tuning_is_deterministic_and_replaces_the_old_model(base, tmp_path):
     folder = tmp_path / "lm"
     states = []
     for epochs in (1, 2, 2):
@@ -96,7 +96,7 @@ def test_the_same_tuning_gives_the_same_weights_and_takes_the_place_of_the_old(b
     assert [path.name for path in tmp_path.iterdir()] == ["lm"]
 
 
-def test_every_row_comes_once_an_epoch_in_an_order_of_its_own():
+def test_every_row_comes_once_per_epoch_in_a_new_order():
     steps = order(10, epochs=2.5, batch=4, seed=0)
     places = [place for step in steps for place in step]
     assert [len(step) for step in steps] == [4] * 6 + [1]
@@ -105,7 +105,7 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_its_own():
     assert order(10, epochs=2.5, batch=4, seed=0) == steps != order(10, epochs=2.5, batch=4, seed=1)
 
 
-def test_the_rate_climbs_and_then_falls_along_a_cosine():
+def test_the_learning_rate_warms_up_and_then_follows_a_cosine():
     rates = [rate_at(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == sorted(rates[:10]) and rates[10] == 1 and rates[10:] == sorted(rates[10:])[::-1]
     assert rates[55] == pytest.approx(0.5) and 0 < rates[-1] < 0.001 and min(rates) > 0
@@ -123,7 +123,7 @@ def test_the_rate_climbs_and_then_falls_along_a_cosine():
         ({"rate": 1, "weight_decay": 10, "epochs": 60, "batch": 1}, "use a lower --rate"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused_and_nothing_is_written(base, tmp_path, settings, told):
+def test_invalid_settings_are_refused_and_nothing_is_written(base, tmp_path, settings, told):
     settings = {"triples": SHOWN, "backend": "plain", "device": "cpu"} | settings
     with pytest.raises(InputError, match=told):
         tune_lm(base, tmp_path / "lm", **settings)
@@ -136,10 +136,10 @@ def test_a_missing_trl_is_reported_with_the_command_that_installs_it(base, tmp_p
         tune_lm(base, tmp_path / "lm", SHOWN, backend="trl")
 
 
-def test_long_triples_are_left_out_and_said(base, tmp_path):
+def test_long_triples_are_skipped_and_reported(base, tmp_path):
     _, tokenizer = load_lm(base)
     lengths = sorted(len(row_of(seed, tokenizer)) for seed in SHOWN)
-    said = []
+    messages = []
     result = tune_lm(
         base,
         tmp_path / "lm",
@@ -148,9 +148,9 @@ def test_long_triples_are_left_out_and_said(base, tmp_path):
         epochs=1,
         backend="plain",
         device="cpu",
-        say=said.append,
+        say=messages.append,
     )
-    assert result.left_out == 1 and "skipping 1 triples longer than" in said[0]
+    assert result.left_out == 1 and "skipping 1 triples longer than" in messages[0]
 
 
 def test_settings_of_a_new_model_are_checked(tmp_path):
@@ -160,7 +160,7 @@ def test_settings_of_a_new_model_are_checked(tmp_path):
         new_lm(["a"], tmp_path / "lm", width=30, heads=4)
 
 
-def test_a_new_model_reads_every_text_and_gives_it_back(base):
+def test_a_new_models_tokenizer_round_trips_any_text(base):
     tokenizer = load_lm(base)[1]
     for text in (prompt_of("a café, naïve 写真"), "a\n%%\nb\nEND", "  two  blanks"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
