@@ -129,6 +129,7 @@ class EditTask(nn.Module):
     alpha_bar: the base's noise schedule [1000]. latent_scale multiplies targets, condition_scale the image
     condition (1 for all editors except CosXL). text_encoder: one that is also trained, for batches of tokens.
     aside: an auxiliary module whose `loss(batch, context)` is added (`storybook.perception.Perception`).
+    channel_weights: of the latent channels in the loss [channels].
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class EditTask(nn.Module):
         condition_scale: float = 1.0,
         text_encoder: Any = None,
         aside: Any = None,
+        channel_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.unet, self.text_encoder, self.aside = unet, text_encoder, aside
@@ -148,13 +150,19 @@ class EditTask(nn.Module):
         self.latent_scale, self.condition_scale = latent_scale, condition_scale
         self.register_buffer("alpha_bar", alpha_bar.float(), persistent=False)
         self.alpha_bar: Tensor
+        roots = None if channel_weights is None else channel_weights.sqrt()[:, None, None]
+        self.register_buffer("channel_roots", roots, persistent=False)
+        self.channel_roots: Tensor | None
 
     def forward(self, batch: EditBatch) -> tuple[Tensor, dict[str, float]]:
         device = self.alpha_bar.device
         batch = batch.map(lambda tensor: tensor.to(device, non_blocking=True))
         predicted, target, a, context = self.predict(batch)
         with torch.autocast(device.type, enabled=False):
-            return self._loss(batch, predicted.float(), target, a, context)
+            predicted = predicted.float()
+            if self.channel_roots is not None:
+                predicted, target = predicted * self.channel_roots, target * self.channel_roots
+            return self._loss(batch, predicted, target, a, context)
 
     def predict(self, batch: EditBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The UNet's prediction, its target, the samples' alpha_bar, and the text's hidden states."""

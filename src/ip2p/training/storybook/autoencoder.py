@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ip2p.pictures.images import signed_psnr
 from ip2p.training.objective import place_seed
-from ip2p.training.storybook.data import Crops, Pages, read_ahead, to_signed
+from ip2p.training.storybook.data import Crops, Pages, draw_planes, read_ahead, to_signed, training_scene
 from ip2p.training.storybook.presets import Preset
 from ip2p.training.storybook.stage import SUMMARY, Run, train_stage
 
@@ -267,3 +268,24 @@ def _with_noise(run: Run, pictures: Crops | Pages) -> Iterator[list[Any]]:
         side = pixels.shape[-1] // factor
         noise = torch.randn((len(pixels), channels, side, side), generator=generator)
         yield [(to_signed(pixels, run.device), noise)]
+
+
+@torch.no_grad()
+def channel_weights(vae: Any, preset: Preset, pages: int = 64) -> Float[Tensor, " channels"]:
+    """Weights of the latent channels in the editor's loss, [channels], with mean 1.
+
+    Latent channels have unit variance, so the plain loss would count the brightness of a patch, which is
+    three quarters of the pixels' variance, as much as its finest texture. A channel's weight is proportional
+    to the standard deviation of the part of the pixels that it explains.
+    """
+    scenes = [training_scene("channel weights", number) for number in range(pages)]
+    drawn = torch.from_numpy(np.stack([draw_planes(scene, preset.size) for scene in scenes]))
+    pixels = to_signed(drawn, vae.device)
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(16)])
+    side = pixels.shape[-1] // latents.shape[-1]
+    patches = F.pixel_unshuffle(pixels, side)
+    z, p = (x.movedim(1, -1).flatten(0, 2) for x in (latents, patches))
+    covariance = (z - z.mean(0)).T @ (p - p.mean(0)) / len(z)
+    power = covariance.square().sum(dim=1) / z.var(dim=0)
+    weights: Tensor = power.sqrt() / power.sqrt().mean()
+    return weights

@@ -18,7 +18,7 @@ from torch import Tensor
 from ip2p.training.checkpoints import Checkpoints
 from ip2p.training.loss import Shares, scaled_linear_alpha_bar
 from ip2p.training.objective import EditTask, Objective
-from ip2p.training.storybook.autoencoder import skip_identities
+from ip2p.training.storybook.autoencoder import channel_weights, skip_identities
 from ip2p.training.storybook.data import World
 from ip2p.training.storybook.perception import FIELDS, Perception, change_iou, named_right
 from ip2p.training.storybook.presets import Preset, StageConfig
@@ -148,6 +148,7 @@ def build_parts(run: Run) -> EditorParts:
         latent_scale=vae.config.scaling_factor,
         text_encoder=text_encoder.to(device),
         aside=heads,
+        channel_weights=channel_weights(vae, preset),
     ).to(device)
     return EditorParts(task, heads, objective, vae, text_reader(load_tokenizer(run)))
 
