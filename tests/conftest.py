@@ -8,14 +8,14 @@ import torch
 from jaxtyping import install_import_hook
 from PIL import Image
 
-# Before anything imports these modules; the fixtures below import the package late for that reason.
+# This must come before any import of these modules, so the fixtures below import the package late.
 install_import_hook(["ip2p.diffusion", "ip2p.models.clip"], "beartype.beartype")
 
 SIZE = 64
 
 
 def make_tokenizer(folder: Path):
-    """A CLIPTokenizer of single bytes and a few merges: it reads any text."""
+    """A CLIPTokenizer with single-byte tokens and a few merges, so it can encode any text."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -41,9 +41,9 @@ def make_tokenizer(folder: Path):
 def make_model(
     folder: Path, *, latent_channels: int = 4, in_channels: int | None = None, seed: int = 0
 ) -> Path:
-    """Write a random editor in the layout of diffusers' edit pipeline: 64², latents of 16x16.
+    """Write a random-weight editor in the layout of diffusers' edit pipeline: 64², 16x16 latents.
 
-    in_channels: of the UNet; twice latent_channels, an editor's, if None.
+    in_channels: UNet input channels; None means twice latent_channels, as in an editor.
     """
     from diffusers import (
         AutoencoderKL,
@@ -81,8 +81,8 @@ def make_model(
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    # Untrained, it never pulls x towards data, so that the rounding of its first steps (sigma · scale)
-    # stays to the end. A quieter output keeps that well under the 1e-4 of the parity tests.
+    # Untrained, it never pulls x towards the data, so rounding errors of the first steps (sigma · scale)
+    # persist to the end. A smaller output keeps them well under the parity tests' tolerance of 1e-4.
     unet.conv_out.weight.data *= 0.25
     vae = AutoencoderKL(
         block_out_channels=(16, 16, 32),
@@ -119,7 +119,7 @@ def tiny_editor(tiny_model_dir: Path):
 
 @pytest.fixture(scope="session")
 def page() -> Image.Image:
-    """A smooth picture of 64x64."""
+    """A smooth 64x64 picture."""
     ramp = torch.linspace(0, 255, SIZE)
     red, green = ramp.expand(SIZE, SIZE), ramp[:, None].expand(SIZE, SIZE)
     values = torch.stack([red, green, 255 - red], dim=-1)
@@ -127,7 +127,7 @@ def page() -> Image.Image:
 
 
 def make_clip(folder: Path) -> Path:
-    """Write a random CLIPModel with its tokenizer: pictures of 32x32, embeddings of 16."""
+    """Write a random CLIPModel with its tokenizer: 32x32 pictures, 16-dimensional embeddings."""
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = make_tokenizer(folder)
@@ -154,7 +154,7 @@ def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_controlnet(*, cross_attention_dim: int = 32, seed: int = 1, **more):
-    """A random ControlNet for the model of `make_model`; its last layers are not the zeros they begin as."""
+    """A random ControlNet for the model of `make_model`. Its zero-initialized layers get random weights."""
     from diffusers import ControlNetModel
 
     torch.manual_seed(seed)
@@ -176,7 +176,7 @@ def make_controlnet(*, cross_attention_dim: int = 32, seed: int = 1, **more):
 
 
 def make_text_encoder(tokenizer, *, layers: int = 2, openclip: bool = False, projected: bool = False):
-    """A random text encoder with heads of 64, as every published one has: OpenAI's CLIP or OpenCLIP."""
+    """A random text encoder with 64-wide heads, like every published one: OpenAI's CLIP or OpenCLIP."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     end = tokenizer.eos_token_id
@@ -197,7 +197,7 @@ def make_text_encoder(tokenizer, *, layers: int = 2, openclip: bool = False, pro
 
 
 def make_vae(scaling_factor: float, sample_size: int, latent_channels: int = 4):
-    """A random autoencoder. Its config, like those of the next three, follows from its tensor shapes."""
+    """A random autoencoder. Its config, like those of the models below, follows from its tensor shapes."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -231,9 +231,9 @@ def make_sd_model(
     in_channels: int | None = None,
     prediction: str = "epsilon",
 ) -> Path:
-    """Write a small random model built as SD 1.x or 2.x is: of the same blocks, heads and groups.
+    """Write a small random model with the structure of SD 1.x or 2.x: the same blocks, heads and groups.
 
-    in_channels: of the UNet; twice the latent channels, as of an editor, if None.
+    in_channels: UNet input channels; None means twice latent_channels, as in an editor.
     """
     from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 
@@ -304,13 +304,13 @@ def make_xl_model(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def sd1_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small SD 1.x editor. Do not write into it, nor into the next two."""
+    """A folder with a small SD 1.x editor. Do not write into it or the next two."""
     return make_sd_model(tmp_path_factory.mktemp("models") / "sd1")
 
 
 @pytest.fixture(scope="session")
 def sd2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small SD 2.x editor: linear projections, OpenCLIP, velocity."""
+    """A folder with a small SD 2.x editor: linear projections, OpenCLIP, v-prediction."""
     return make_sd_model(tmp_path_factory.mktemp("models") / "sd2", version=2, prediction="v_prediction")
 
 
@@ -322,7 +322,7 @@ def xl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, and no settings from outside."""
+    """An empty working folder, and no IP2P_ variables in the environment."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("IP2P_")]:
         monkeypatch.delenv(name)

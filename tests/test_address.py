@@ -1,4 +1,4 @@
-"""AVIF and HEIC, pictures behind an address, and folders of mixed files."""
+"""AVIF and HEIC, pictures at a URL, and folders of mixed files."""
 
 import http.server
 import io
@@ -32,10 +32,10 @@ def encoded(kind, **options):
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
-def test_a_picture_of_a_modern_format_opens(kind):
-    found = load_image(encoded(kind))
-    assert (found.mode, found.size) == ("RGB", (64, 48))
-    assert np.abs(np.asarray(found, int) - np.asarray(gradient(), int)).mean() < 4
+def test_avif_and_heif_pictures_open(kind):
+    loaded = load_image(encoded(kind))
+    assert (loaded.mode, loaded.size) == ("RGB", (64, 48))
+    assert np.abs(np.asarray(loaded, int) - np.asarray(gradient(), int)).mean() < 4
 
 
 def test_heic_without_its_decoder_names_the_install_command(monkeypatch):
@@ -44,7 +44,7 @@ def test_heic_without_its_decoder_names_the_install_command(monkeypatch):
         load_image(encoded("HEIF"))
 
 
-# --- addresses ------------------------------------------------------------------------------------
+# --- URLs -----------------------------------------------------------------------------------------
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -66,7 +66,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.flush()
                 time.sleep(0.1)
         elif path in ("/page.jpg", "/cut.png", "/large"):
-            data = b"x" * 3000 if path == "/large" else encoded("PNG")  # a PNG whatever its name
+            data = b"x" * 3000 if path == "/large" else encoded("PNG")  # a PNG regardless of its name
             self.send_response(200)
             self.send_header("Content-Type", "text/plain")
             if path != "/large":
@@ -89,7 +89,7 @@ def site():
 
 
 @pytest.mark.parametrize("path", ["/page.jpg?size=1", "/moved"])
-def test_an_address_opens_and_its_type_is_found_by_content(site, path):
+def test_a_url_opens_and_its_format_is_detected_from_the_content(site, path):
     assert load_image(site + path).tobytes() == gradient().tobytes()
 
 
@@ -101,13 +101,13 @@ def test_an_address_opens_and_its_type_is_found_by_content(site, path):
         ("/cut.png", ModelError, "cannot be downloaded"),
     ],
 )
-def test_an_address_that_gives_no_picture_is_refused(site, path, error, message):
+def test_a_url_that_yields_no_picture_is_refused(site, path, error, message):
     with pytest.raises(error, match=message) as refused:
         load_image(site + path)
     assert "127.0.0.1" in str(refused.value)
 
 
-def test_fetching_is_bounded_in_size_and_time(site):
+def test_downloads_are_limited_in_size_and_time(site):
     with pytest.raises(InputError, match="larger than 0.001 MB"):
         address.fetch_picture(f"{site}/large", max_bytes=1000)
     started = time.monotonic()
@@ -116,7 +116,7 @@ def test_fetching_is_bounded_in_size_and_time(site):
     assert time.monotonic() - started < 2
 
 
-def test_a_closed_port_and_a_malformed_address_are_named():
+def test_a_closed_port_and_a_malformed_url_are_reported():
     with pytest.raises(ModelError, match="cannot be downloaded"):
         load_image("http://127.0.0.1:9/page.png")
     for malformed in ("http://127.0.0.1:port/page.png", "http://[::1/page.png", "https:///page.png"):
@@ -124,23 +124,23 @@ def test_a_closed_port_and_a_malformed_address_are_named():
             load_image(malformed)
 
 
-def test_the_command_line_edits_an_address_into_the_current_folder(site, tmp_path):
+def test_editing_a_url_writes_the_result_to_the_current_folder(site, tmp_path):
     words = [f"{site}/page.jpg?a=1", "make it night", "--steps", "1", "--seed", "1"]
-    ran = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "ip2p", "edit", *words],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert ran.returncode == 0, ran.stderr
-    (made,) = tmp_path.iterdir()
-    assert made.stem.startswith("page-") and made.suffix == ".jpg"
-    with Image.open(made) as image:
+    assert process.returncode == 0, process.stderr
+    (output,) = tmp_path.iterdir()
+    assert output.stem.startswith("page-") and output.suffix == ".jpg"
+    with Image.open(output) as image:
         assert image.size == (64, 48)
 
 
-def test_several_addresses_are_refused_by_name(site, tmp_path):
+def test_a_url_among_several_inputs_is_refused(site, tmp_path):
     with pytest.raises(InputError, match="one at a time"):
         batch.find_pictures([f"{site}/page.jpg", "b.png"], tmp_path)
 
@@ -148,8 +148,8 @@ def test_several_addresses_are_refused_by_name(site, tmp_path):
 # --- folders --------------------------------------------------------------------------------------
 
 
-def test_everything_in_a_folder_that_looks_like_a_picture_is_taken(tmp_path):
-    """What cannot be read then fails by name; nothing is skipped in silence."""
+def test_every_file_in_a_folder_that_looks_like_a_picture_is_found(tmp_path):
+    """Unreadable files then fail by name; nothing is skipped silently."""
     (tmp_path / "a.avif").write_bytes(encoded("AVIF"))
     (tmp_path / "b.heic").write_bytes(encoded("HEIF"))
     (tmp_path / "c").write_bytes(encoded("PNG"))

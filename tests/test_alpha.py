@@ -1,4 +1,4 @@
-"""Pictures with transparent parts: the results have the same, and the model sees them on gray."""
+"""Pictures with transparency: results keep the alpha, and the model sees the picture on gray."""
 
 import io
 import warnings
@@ -17,7 +17,7 @@ FAST = {"steps": 2}
 
 
 def cutout(width=96, height=64, seed=0):
-    """Random straight colors under an alpha of all values, 0 and 255 among them."""
+    """Random straight colors with all values of alpha, including 0 and 255."""
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
     values[: height // 4, :, 3] = 0
@@ -34,7 +34,7 @@ def encoded(image, kind="PNG", **options):
 @pytest.mark.parametrize(
     ("size", "fit"), [((96, 64), "original"), ((150, 90), "original"), ((150, 90), "model")]
 )
-def test_a_cutout_comes_back_with_its_alpha(tiny_editor, size, fit):
+def test_a_cutout_keeps_its_alpha(tiny_editor, size, fit):
     picture = cutout(*size)
     [result] = tiny_editor.edit(encoded(picture), "make it night", fit=fit, **FAST)
     assert result.mode == "RGBA"
@@ -46,7 +46,7 @@ def test_a_cutout_comes_back_with_its_alpha(tiny_editor, size, fit):
 def test_the_model_sees_a_cutout_on_gray(tiny_editor):
     picture = cutout()
     gray = Image.new("RGB", picture.size, (128, 128, 128))
-    gray.paste(picture, mask=picture.getchannel("A"))  # Pillow's other way to the same picture
+    gray.paste(picture, mask=picture.getchannel("A"))  # the same picture, composed by Pillow
     assert (to_tensor(picture) - to_tensor(gray)).abs().max() <= 2 / 255 + 1e-6
     [result] = tiny_editor.edit(picture, "make it night", **FAST)
     [on_gray] = tiny_editor.edit(flattened(picture), "make it night", **FAST)
@@ -64,12 +64,12 @@ def test_a_background_gives_an_opaque_result(tiny_editor):
 
 
 @pytest.mark.parametrize("color", ["mauvish", "#12", "#ff000080"])
-def test_a_background_that_is_no_opaque_color_is_refused(color):
+def test_a_background_that_is_not_an_opaque_color_is_refused(color):
     with pytest.raises(InputError, match="background"):
         EditSettings(background=color)
 
 
-def test_outside_the_mask_no_byte_of_a_cutout_changes(tiny_editor):
+def test_a_masked_edit_keeps_every_byte_of_a_cutout_outside_the_mask(tiny_editor):
     picture = cutout()
     mask = Image.new("L", picture.size)
     mask.paste(255, (10, 8, 50, 56))
@@ -78,7 +78,7 @@ def test_outside_the_mask_no_byte_of_a_cutout_changes(tiny_editor):
     assert np.array_equal(before[black], after[black]) and not np.array_equal(before, after)
 
 
-def test_what_did_not_change_keeps_its_straight_color():
+def test_unchanged_pixels_keep_their_straight_color():
     picture = cutout()
     assert with_alpha(flattened(picture), picture).tobytes() == picture.tobytes()
 
@@ -91,21 +91,21 @@ def test_a_chain_and_a_batch_keep_the_alpha(tiny_editor):
 
 
 @pytest.mark.parametrize("ending", ["webp", "gif"])
-def test_an_animation_keeps_the_alpha_or_says_that_it_cannot(tmp_path, ending, recwarn):
+def test_an_animation_keeps_the_alpha_or_warns(tmp_path, ending, recwarn):
     picture, path = cutout(), tmp_path / f"a.{ending}"
     save_animation([picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)], path, frame_ms=100)
     with Image.open(path) as moving:
         first = moving.convert("RGBA")
-    lines = [str(one.message) for one in recwarn]
+    messages = [str(warning.message) for warning in recwarn]
     if ending == "webp":
-        assert first.getchannel("A").tobytes() == picture.getchannel("A").tobytes() and not lines
+        assert first.getchannel("A").tobytes() == picture.getchannel("A").tobytes() and not messages
     else:
         assert first.getchannel("A").getextrema() == (255, 255)
-        assert len(lines) == 1 and "the animation is on white. Write a .webp" in lines[0]
+        assert len(messages) == 1 and "the animation is on white. Write a .webp" in messages[0]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-def test_transparency_is_saved_where_the_format_holds_it(tmp_path, kind):
+def test_formats_with_alpha_keep_the_transparency(tmp_path, kind):
     path = save_image(cutout(), tmp_path / f"a.{kind.lower()}")
     with Image.open(path) as saved:
         assert saved.mode == "RGBA"
@@ -113,7 +113,7 @@ def test_transparency_is_saved_where_the_format_holds_it(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.bmp"])
-def test_elsewhere_it_is_laid_on_white_and_said(tmp_path, tiny_editor, name):
+def test_formats_without_alpha_get_a_white_background_and_a_warning(tmp_path, tiny_editor, name):
     [result] = tiny_editor.edit(cutout(), "make it night", **FAST)
     with pytest.warns(UserWarning, match=r"no transparency.*white.*\.png"):
         save_image(result, tmp_path / name)

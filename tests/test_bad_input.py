@@ -49,7 +49,7 @@ class Output:
 
 @pytest.fixture
 def run(here: Path, capfd: pytest.CaptureFixture[str]):
-    """Run the command line in this process; what it said comes back."""
+    """Run the command line in this process and return its output."""
 
     def run(*words: object) -> Output:
         capfd.readouterr()
@@ -60,7 +60,7 @@ def run(here: Path, capfd: pytest.CaptureFixture[str]):
 
 
 def is_refused(output: Output, code: int, *parts: str) -> None:
-    """The exit code, one line on stderr, nothing on stdout, and what the line must say."""
+    """Check for the exit code, an empty stdout, and one line on stderr that contains `parts`."""
     assert output.code == code, output.err
     assert output.out == ""
     assert output.err.startswith("ip2p: ") and output.err.count("\n") == 1, output.err
@@ -70,7 +70,7 @@ def is_refused(output: Output, code: int, *parts: str) -> None:
 
 
 def png_with_header(width: int, height: int) -> bytes:
-    """A PNG whose header alone is true to `width` and `height`; nothing in it can be decoded to that."""
+    """A PNG whose header claims `width` and `height`, without pixels that could be decoded to that size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -89,39 +89,39 @@ def png_with_header(width: int, height: int) -> bytes:
 
 @pytest.mark.usefixtures("no_model")
 class TestPicture:
-    def test_missing_file_names_the_nearest(self, run) -> None:
+    def test_a_missing_file_suggests_the_closest_name(self, run) -> None:
         is_refused(
             run("edit", "pgae.png", "make it night"), 2, "pgae.png", "no such file", "Did you mean page.png?"
         )
 
-    def test_missing_folder(self, run) -> None:
+    def test_a_missing_folder_is_refused(self, run) -> None:
         is_refused(run("edit", "no/page.png", "make it night"), 2, "no/page.png", "folder no does not exist")
 
-    def test_folder_without_pictures(self, run, here: Path) -> None:
+    def test_a_folder_without_pictures_is_refused(self, run, here: Path) -> None:
         (here / "empty").mkdir()
         is_refused(
             run("edit", "empty", "make it night"), 2, "empty matches no pictures", "a folder of pictures"
         )
 
-    def test_empty_file(self, run, here: Path) -> None:
+    def test_an_empty_file_is_refused(self, run, here: Path) -> None:
         (here / "empty.png").write_bytes(b"")
         is_refused(run("edit", "empty.png", "make it night"), 2, "empty.png is empty", "0 bytes")
 
-    def test_text_named_png(self, run, here: Path) -> None:
+    def test_a_text_file_named_png_is_refused(self, run, here: Path) -> None:
         (here / "note.png").write_text("not a picture at all\n")
         is_refused(run("edit", "note.png", "make it night"), 2, "note.png contains text", "PNG, JPEG or WebP")
 
-    def test_html_named_png(self, run, here: Path) -> None:
+    def test_a_web_page_named_png_is_refused(self, run, here: Path) -> None:
         (here / "page404.png").write_text("<!DOCTYPE html><html><body>404</body></html>")
         is_refused(
             run("edit", "page404.png", "make it night"), 2, "web page (HTML)", "Save the picture itself"
         )
 
-    def test_unknown_bytes_named_png(self, run, here: Path) -> None:
+    def test_unknown_bytes_named_png_are_refused(self, run, here: Path) -> None:
         (here / "noise.png").write_bytes(bytes(range(256)) * 4)
         is_refused(run("edit", "noise.png", "make it night"), 2, "not a picture in a known format")
 
-    def test_truncated_jpeg_is_not_filled_with_grey(self, run, here: Path) -> None:
+    def test_a_truncated_jpeg_is_refused_and_not_filled_with_gray(self, run, here: Path) -> None:
         file = io.BytesIO()
         Image.open("page.png").save(file, "JPEG")
         (here / "cut.jpg").write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
@@ -130,39 +130,39 @@ class TestPicture:
         )
         assert sorted(os.listdir(here)) == ["cut.jpg", "page.png"]
 
-    def test_too_many_pixels_are_refused_by_the_header(self, run, here: Path) -> None:
+    def test_too_many_pixels_are_refused_from_the_header_alone(self, run, here: Path) -> None:
         (here / "vast.png").write_bytes(png_with_header(16_000, 10_000))
         output = run("edit", "vast.png", "make it night")
         is_refused(
             output, 2, "vast.png", "160.0 megapixels (16000x10000)", "the limit is 100", "--max-pixels"
         )
 
-    def test_decompression_bomb(self, run, here: Path) -> None:
+    def test_a_decompression_bomb_is_refused(self, run, here: Path) -> None:
         (here / "bomb.png").write_bytes(png_with_header(60_000, 50_000))
         is_refused(
             run("edit", "bomb.png", "a", "--max-pixels", 10**10), 2, "bomb.png is too large", "smaller"
         )
 
-    def test_max_pixels_moves_the_limit(self, run) -> None:
+    def test_max_pixels_sets_the_limit(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "--max-pixels", 3000), 2, "64x48", "0.003", "--max-pixels")
 
     @pytest.mark.parametrize("size", [(1, 1), (200, 15), (15, 64)])
-    def test_side_under_16(self, run, size: tuple[int, int]) -> None:
+    def test_a_side_under_16_pixels_is_refused(self, run, size: tuple[int, int]) -> None:
         Image.new("RGB", size).save("tiny.png")
         is_refused(run("edit", "tiny.png", "a"), 2, f"{size[0]}x{size[1]}", "at least 16")
 
-    def test_aspect_beyond_8(self, run) -> None:
+    def test_an_aspect_ratio_over_8_is_refused(self, run) -> None:
         Image.new("RGB", (16 * 8 + 1, 16)).save("strip.png")
         is_refused(run("edit", "strip.png", "a"), 2, "129x16", "at most 8 times", "Crop it")
 
-    def test_animated_gif(self, run) -> None:
+    def test_an_animated_gif_is_refused(self, run) -> None:
         frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
         frames[0].save("moving.gif", save_all=True, append_images=frames[1:])
         is_refused(run("edit", "moving.gif", "a"), 2, "moving.gif has several frames", "Save the one to edit")
 
 
-class TestPicturesThatAreFine:
-    """What is only unusual is converted, and comes out upright."""
+class TestUnusualPictures:
+    """Unusual but valid pictures are converted and come out upright."""
 
     def edited(self, run, model: Path, name: str, *more: str) -> tuple[Output, Image.Image]:
         output = run("edit", name, "make it night", "-o", "out.png", "--steps", 1, "--model", model, *more)
@@ -170,7 +170,7 @@ class TestPicturesThatAreFine:
         return output, Image.open("out.png")
 
     @pytest.mark.parametrize("kind", ["cmyk", "deep", "grey", "palette", "one_bit"])
-    def test_converted(self, run, tiny_model_dir: Path, kind: str) -> None:
+    def test_other_color_modes_are_converted_to_rgb(self, run, tiny_model_dir: Path, kind: str) -> None:
         page = Image.open("page.png")
         if kind == "cmyk":
             page.convert("CMYK").save("odd.jpg")
@@ -182,15 +182,17 @@ class TestPicturesThatAreFine:
         assert (result.mode, result.size) == ("RGB", (64, 48))
         assert output.err == ""
 
-    def test_exif_rotated_comes_out_upright(self, run, tiny_model_dir: Path) -> None:
+    def test_an_exif_rotated_photo_comes_out_upright(self, run, tiny_model_dir: Path) -> None:
         exif = Image.Exif()
-        exif[0x0112] = 6  # the camera was turned by a quarter
+        exif[0x0112] = 6  # the camera was rotated by 90 degrees
         Image.open("page.png").save("turned.jpg", exif=exif)
         _, result = self.edited(run, tiny_model_dir, "turned.jpg")
         assert result.size == (48, 64)
         assert result.getexif().get(0x0112, 1) == 1
 
-    def test_transparency_is_kept_or_laid_on_a_color_which_is_said(self, run, tiny_model_dir: Path) -> None:
+    def test_transparency_is_kept_or_replaced_by_the_background_with_a_warning(
+        self, run, tiny_model_dir: Path
+    ) -> None:
         Image.new("RGBA", (64, 64), (255, 0, 0, 90)).save("glass.png")
         _, result = self.edited(run, tiny_model_dir, "glass.png")
         assert result.mode == "RGBA" and result.getchannel("A").getextrema() == (90, 90)
@@ -207,14 +209,14 @@ class TestPicturesThatAreFine:
 @pytest.mark.usefixtures("no_model")
 class TestOptions:
     @pytest.mark.parametrize("words", [[], [""], ["  \n"]])
-    def test_empty_instruction(self, run, words: list[str]) -> None:
+    def test_an_empty_instruction_is_refused(self, run, words: list[str]) -> None:
         is_refused(run("edit", "page.png", *words), 2, "the instruction is empty", 'page.png "make it night"')
 
-    def test_no_picture_named(self, run) -> None:
+    def test_a_missing_picture_argument_is_refused(self, run) -> None:
         is_refused(run("edit"), 2, "no picture is given", "ip2p edit page.png")
 
     @pytest.mark.parametrize("steps", ["0", "-1", "1000000000"])
-    def test_steps_out_of_range(self, run, steps: str) -> None:
+    def test_steps_out_of_range_are_refused(self, run, steps: str) -> None:
         is_refused(
             run("edit", "page.png", "a", "--steps", steps),
             2,
@@ -223,7 +225,7 @@ class TestOptions:
             "--steps 20",
         )
 
-    def test_steps_that_are_no_whole_number(self, run) -> None:
+    def test_steps_that_are_not_a_whole_number_are_refused(self, run) -> None:
         is_refused(
             run("edit", "page.png", "a", "--steps", "1e9"),
             2,
@@ -232,7 +234,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("flag", ["--text-cfg", "--image-cfg"])
     @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e6"])
-    def test_scale_that_is_no_use(self, run, flag: str, value: str) -> None:
+    def test_a_guidance_scale_out_of_range_is_refused(self, run, flag: str, value: str) -> None:
         is_refused(
             run("edit", "page.png", "a", f"{flag}={value}"), 2, f"{flag} is", "from 0 to 100", f"Try {flag}"
         )
@@ -248,17 +250,17 @@ class TestOptions:
             ("--size", "8x64"),
         ],
     )
-    def test_other_number_out_of_range(self, run, flag: str, value: object) -> None:
+    def test_other_numbers_out_of_range_are_refused(self, run, flag: str, value: object) -> None:
         is_refused(
             run("edit", "page.png", "a", f"{flag}={value}"), 2, f"{flag} is", "it must be", f"Try {flag}"
         )
 
-    def test_unknown_flag_names_the_nearest(self, run) -> None:
+    def test_an_unknown_flag_suggests_the_closest_one(self, run) -> None:
         is_refused(
             run("edit", "page.png", "a", "--stps", "3"), 2, "no option --stps", "did you mean --steps?"
         )
 
-    def test_unknown_sampler_lists_the_known(self, run) -> None:
+    def test_an_unknown_sampler_lists_the_known_ones(self, run) -> None:
         is_refused(
             run("edit", "page.png", "a", "--sampler", "ddim"), 2, "'ddim'", "euler_ancestral", "dpmpp_2m"
         )
@@ -304,10 +306,12 @@ class TestOptions:
             (["--jobs", "0"], "--jobs is 0"),
         ],
     )
-    def test_setting_of_photographs_that_is_no_use(self, run, words: list[str], said: str) -> None:
+    def test_invalid_values_and_combinations_of_options_are_refused(
+        self, run, words: list[str], said: str
+    ) -> None:
         is_refused(run("edit", "page.png", "a", *words), 2, said)
 
-    def test_instruction_that_is_a_file(self, run) -> None:
+    def test_an_instruction_that_names_a_file_is_refused(self, run) -> None:
         output = run("edit", "page.png", "page.png")
         is_refused(output, 2, "the instruction 'page.png' is a file", "the instruction must come last")
 
@@ -323,29 +327,31 @@ class TestOptions:
             (["*.png", "a", "-o", "out", "--then", "b"], "--then is for one picture"),
         ],
     )
-    def test_many_pictures_that_cannot_be(self, run, here: Path, words: list[str], said: str) -> None:
+    def test_an_invalid_batch_is_refused_and_creates_no_folder(
+        self, run, here: Path, words: list[str], said: str
+    ) -> None:
         is_refused(run("edit", *words), 2, said)
         assert not (here / "out").exists()
 
-    def test_settings_from_a_file_without_any(self, run) -> None:
+    def test_from_settings_refuses_a_picture_without_settings(self, run) -> None:
         is_refused(run("edit", "page.png", "--from-settings", "page.png"), 2, "page.png contains no settings")
 
 
 @pytest.mark.usefixtures("no_model")
 class TestMask:
-    def test_mask_of_another_size_names_both(self, run) -> None:
+    def test_a_mask_of_a_different_size_reports_both_sizes(self, run) -> None:
         Image.new("L", (32, 48), 255).save("mask.png")
         output = run("edit", "page.png", "a", "--mask", "mask.png")
         is_refused(output, 2, "32x48", "64x48", "the same size")
 
-    def test_mask_that_is_missing(self, run) -> None:
+    def test_a_missing_mask_suggests_the_closest_name(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "--mask", "pag.png"), 2, "pag.png", "Did you mean page.png?")
 
-    def test_mask_that_is_no_picture(self, run, here: Path) -> None:
+    def test_a_mask_that_is_not_a_picture_is_refused(self, run, here: Path) -> None:
         (here / "mask.png").write_text("white")
         is_refused(run("edit", "page.png", "a", "--mask", "mask.png"), 2, "mask.png contains text")
 
-    def test_black_mask(self, run) -> None:
+    def test_an_all_black_mask_is_refused(self, run) -> None:
         Image.new("L", (64, 48)).save("mask.png")
         is_refused(
             run("edit", "page.png", "a", "--mask", "mask.png"),
@@ -355,7 +361,9 @@ class TestMask:
         )
 
 
-def test_too_long_instruction_runs_and_names_the_cut_text(run, tiny_model_dir: Path) -> None:
+def test_a_too_long_instruction_runs_with_a_warning_that_quotes_the_cut_text(
+    run, tiny_model_dir: Path
+) -> None:
     words = "make it night " * 60 + "with owls"
     output = run("edit", "page.png", words, "-o", "out.png", "--steps", 1, "--model", tiny_model_dir)
     assert output.code == 0
@@ -370,15 +378,15 @@ def test_too_long_instruction_runs_and_names_the_cut_text(run, tiny_model_dir: P
 
 @pytest.mark.usefixtures("no_model")
 class TestOutput:
-    def test_folder_missing(self, run) -> None:
+    def test_a_missing_output_folder_is_refused(self, run) -> None:
         is_refused(
             run("edit", "page.png", "a", "-o", "out/night.png"), 2, "out", "does not exist", "mkdir -p out"
         )
 
-    def test_folder_is_a_file(self, run) -> None:
+    def test_an_output_folder_that_is_a_file_is_refused(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "-o", "page.png/night.png"), 2, "page.png")
 
-    def test_not_writable(self, run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_unwritable_output_is_refused(self, run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (here / "night.png").write_bytes(b"mine")
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
         output = run("edit", "page.png", "a", "-o", "night.png", "--overwrite")
@@ -386,25 +394,25 @@ class TestOutput:
         assert (here / "night.png").read_bytes() == b"mine"
 
     @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses even root")
-    def test_folder_that_takes_no_files(self, run) -> None:
+    def test_an_output_folder_that_accepts_no_files_is_refused(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "-o", "/proc/night.png"), 2, "/proc", "choose another")
 
-    def test_existing_output_is_not_overwritten(self, run, here: Path) -> None:
+    def test_an_existing_output_is_not_overwritten(self, run, here: Path) -> None:
         (here / "night.png").write_bytes(b"mine")
         is_refused(run("edit", "page.png", "a", "-o", "night.png"), 2, "night.png", "--overwrite")
         assert (here / "night.png").read_bytes() == b"mine"
 
-    def test_one_of_several_outputs_exists(self, run, here: Path) -> None:
+    def test_one_existing_output_of_several_is_refused(self, run, here: Path) -> None:
         (here / "night-2.png").write_bytes(b"mine")
         is_refused(
             run("edit", "page.png", "a", "-o", "night.png", "--count", 3), 2, "night-2.png", "--overwrite"
         )
 
-    def test_unknown_ending(self, run) -> None:
+    def test_an_unknown_output_extension_is_refused(self, run) -> None:
         is_refused(run("edit", "page.png", "a", "-o", "night.psd"), 2, "night.psd", ".png, .jpg")
 
 
-def test_overwrite_replaces(run, here: Path, tiny_model_dir: Path) -> None:
+def test_overwrite_replaces_an_existing_output(run, here: Path, tiny_model_dir: Path) -> None:
     (here / "night.png").write_bytes(b"old")
     output = run(
         "edit", "page.png", "a", "-o", "night.png", "--overwrite", "--steps", 1, "--model", tiny_model_dir
@@ -418,7 +426,9 @@ def test_overwrite_replaces(run, here: Path, tiny_model_dir: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
 @pytest.mark.parametrize("flag", ["--model", "--vae", "--lora", "--controlnet"])
-def test_malicious_pickle_runs_nothing(run, here: Path, tiny_model_dir: Path, flag: str, ending: str) -> None:
+def test_a_malicious_pickle_executes_nothing(
+    run, here: Path, tiny_model_dir: Path, flag: str, ending: str
+) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, (f"touch {here}/owned",)
@@ -437,7 +447,7 @@ def test_malicious_pickle_runs_nothing(run, here: Path, tiny_model_dir: Path, fl
         assert not (here / "owned").exists()
 
 
-def test_malicious_pickle_inside_a_model_folder(run, here: Path, tiny_model_dir: Path) -> None:
+def test_a_malicious_pickle_in_a_model_folder_executes_nothing(run, here: Path, tiny_model_dir: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, (f"touch {here}/owned",)
@@ -452,19 +462,19 @@ def test_malicious_pickle_inside_a_model_folder(run, here: Path, tiny_model_dir:
     assert not (here / "owned").exists()
 
 
-def test_four_channel_unet_is_no_editor(run, here: Path) -> None:
+def test_a_four_channel_unet_is_refused_as_an_editor(run, here: Path) -> None:
     make_model(here / "plain", in_channels=4)
     is_refused(
         run("edit", "page.png", "a", "--model", "plain"), 3, "takes 4 channels", "needs 8", "ip2p train"
     )
 
 
-def test_missing_model_folder_names_the_nearest(run, here: Path) -> None:
+def test_a_missing_model_folder_suggests_the_closest_name(run, here: Path) -> None:
     (here / "mymodel").mkdir()
     is_refused(run("edit", "page.png", "a", "--model", "./mymodle"), 3, "no such model folder", "mymodel")
 
 
-def test_offline_and_not_cached_gives_the_download_command(here: Path) -> None:
+def test_an_uncached_model_offline_prints_the_download_command(here: Path) -> None:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here / "hf")}
     words = ["edit", "page.png", "a", "--model", "timbrooks/instruct-pix2pix"]
     process = subprocess.run([sys.executable, "-m", "ip2p", *words], env=env, capture_output=True, text=True)
@@ -476,13 +486,13 @@ def test_offline_and_not_cached_gives_the_download_command(here: Path) -> None:
     )
 
 
-# --- what comes in the middle ---------------------------------------------------------------------
+# --- failures during an edit ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "error", ["MemoryError()", "torch.OutOfMemoryError('CUDA out of memory')", "RuntimeError(ALLOCATOR)"]
 )
-def test_out_of_memory_hints_at_a_smaller_size(
+def test_running_out_of_memory_suggests_a_smaller_size(
     run, here: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     import torch
@@ -503,7 +513,9 @@ def test_out_of_memory_hints_at_a_smaller_size(
     assert sorted(os.listdir(here)) == ["page.png"]
 
 
-def test_full_disk(run, tiny_model_dir: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_file(
+    run, tiny_model_dir: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: Image.Image, *args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -533,7 +545,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_leaves_no_half_written_file(here: Path, tiny_model_dir: Path, number: int, code: int) -> None:
+def test_a_signal_leaves_no_partially_written_file(
+    here: Path, tiny_model_dir: Path, number: int, code: int
+) -> None:
     words = ["edit", "page.png", "a", "-o", "night.png", "--steps", "1", "--model", str(tiny_model_dir)]
     command = [sys.executable, "-c", SLOW_WRITER, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -546,7 +560,7 @@ def test_signal_leaves_no_half_written_file(here: Path, tiny_model_dir: Path, nu
     assert sorted(os.listdir(here)) == ["page.png"]
 
 
-def test_fault_of_ours_shows_a_traceback_only_with_debug(
+def test_an_internal_error_shows_a_traceback_only_with_debug(
     run, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ip2p.editing.editor import Editor
@@ -561,7 +575,7 @@ def test_fault_of_ours_shows_a_traceback_only_with_debug(
     assert output.code == 1 and "Traceback" in output.err
 
 
-def test_only_servers_have_the_small_limit_of_pixels() -> None:
+def test_only_servers_have_the_small_pixel_limit() -> None:
     assert images.MAX_PIXELS == 100_000_000
     assert ServeConfig().max_pixels == 16_000_000
 

@@ -1,4 +1,4 @@
-"""The command line around the verbs: help, settings and where they come from, names of outputs."""
+"""The command line as a whole: help, where settings come from, and output names."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_help_takes_less_than_a_second() -> None:
     before = os.times()
     result = ip2p("--help")
     after = os.times()
-    # The processor's time, which other processes do not lengthen.
+    # CPU time, which other processes do not increase.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 1
     assert result.returncode == 0 and result.stderr == ""
     assert all(verb in result.stdout for verb in cli.VERBS)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["edit", "--help"], ["storybook", "score", "-h"], ["edit"]])
-def test_help_and_refusals_import_no_torch(words: list[str]) -> None:
+def test_help_and_refusals_do_not_import_torch(words: list[str]) -> None:
     code = (
         "import sys; from ip2p.cli import main as cli; cli.main(sys.argv[1:]);"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'skia', 'pyarrow') if m in sys.modules])"
@@ -67,14 +67,14 @@ def test_help_and_refusals_import_no_torch(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["storybook"], ["storybook", "--help"]])
-def test_overview(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_verbs(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "storybook score" in out
     assert ("edit a picture" in out) == ("storybook" not in words)
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"ip2p {__version__}\n"
 
@@ -90,7 +90,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["benchmark"], "did you mean ip2p evaluate?"),
     ],
 )
-def test_unknown_verb(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_verb_is_refused_with_a_suggestion(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(words) == 2
     assert hint in capsys.readouterr().err
 
@@ -103,19 +105,21 @@ def test_every_verb_has_a_config_a_function_and_help(verb: str, capsys: pytest.C
     assert cli.main([*verb.split(), "--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert f"usage: ip2p {verb}" in out
-    for name, found in config.model_fields.items():
-        meta = meta_of(found)
+    for name, field in config.model_fields.items():
+        meta = meta_of(field)
         flag = f"--{(meta.name or name).replace('_', '-')}"
         assert meta.hidden or (meta.metavar in out if meta.positional else f"{flag} " in f"{out} "), name
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_setting_has_its_own_words_in_the_help(verb: str) -> None:
-    for name, found in cli.config_class(verb).model_fields.items():
-        assert found.description, f"{verb}: {name} has no help text"
+def test_every_setting_has_a_help_text(verb: str) -> None:
+    for name, field in cli.config_class(verb).model_fields.items():
+        assert field.description, f"{verb}: {name} has no help text"
 
 
-def test_the_help_of_edit_fits_two_screens(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_the_help_of_edit_fits_100_lines_of_100_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert cli.main(["edit", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -127,14 +131,14 @@ def test_the_help_of_edit_fits_two_screens(capsys: pytest.CaptureFixture[str], m
 def test_there_are_at_most_120_options() -> None:
     shown = set()
     for verb in cli.VERBS:
-        for name, found in cli.config_class(verb).model_fields.items():
-            meta = meta_of(found)
+        for name, field in cli.config_class(verb).model_fields.items():
+            meta = meta_of(field)
             if not meta.hidden and not meta.positional:
                 shown.add(meta.name or name)
     assert len(shown) <= 120, len(shown)
 
 
-def test_options_that_the_help_omits_are_still_accepted() -> None:
+def test_options_hidden_from_the_help_are_still_accepted() -> None:
     assert cli.parse("train", ["--beta1", "0.5"]).beta1 == 0.5
     assert cli.parse("edit", ["p", "i", "--schedule", "karras"]).schedule == "karras"
 
@@ -148,7 +152,7 @@ def test_the_cli_page_of_the_docs_is_up_to_date() -> None:
 # --- settings -----------------------------------------------------------------------------------
 
 
-def test_flag_beats_variable_beats_file_beats_default(
+def test_flags_override_variables_which_override_the_file_and_defaults(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (empty_folder / "ip2p.toml").write_text("[edit]\nsteps = 11\nimage-cfg = 1.1\nseed = 3\n")
@@ -159,7 +163,7 @@ def test_flag_beats_variable_beats_file_beats_default(
     assert (config.image, config.instruction) == ("page.png", "make it night")
 
 
-def test_named_settings_file_and_nested_table(empty_folder: Path) -> None:
+def test_a_named_settings_file_and_its_nested_tables_are_read(empty_folder: Path) -> None:
     (empty_folder / "mine.toml").write_text('[storybook.draw]\ncount = 5\nout = "pages"\n')
     config = cli.parse("storybook draw", ["--config", "mine.toml"])
     assert (config.count, config.out) == (5, Path("pages"))
@@ -167,7 +171,7 @@ def test_named_settings_file_and_nested_table(empty_folder: Path) -> None:
     assert read_outer(DrawConfig, "storybook draw", env={"IP2P_CONFIG": "mine.toml"}).count == 5
 
 
-def test_variables_take_every_type() -> None:
+def test_variables_accept_every_type() -> None:
     env = {
         "IP2P_OVERWRITE": "yes",
         "IP2P_SIZE": "576x384",
@@ -192,7 +196,7 @@ def test_variables_take_every_type() -> None:
         ("IP2P_SIZE", "1x2x3", "576x384"),
     ],
 )
-def test_bad_variable(variable: str, value: str, said: str) -> None:
+def test_a_bad_variable_is_refused(variable: str, value: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         read_outer(EditConfig, "edit", env={variable: value})
 
@@ -207,27 +211,27 @@ def test_bad_variable(variable: str, value: str, said: str) -> None:
         ("[storybook]\ndraw = 1\n[edit]\nzzz = 1\n", "has no such setting; known: instruction"),
     ],
 )
-def test_bad_settings_file(empty_folder: Path, text: str, said: str) -> None:
+def test_a_bad_settings_file_is_refused(empty_folder: Path, text: str, said: str) -> None:
     (empty_folder / "ip2p.toml").write_text(text)
     with pytest.raises(InputError, match=said):
         read_outer(EditConfig, "edit", env={})
 
 
-def test_missing_settings_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_settings_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["edit", "a.png", "b", "--config", "no.toml"]) == 2
     assert "cannot read the settings file no.toml" in capsys.readouterr().err
 
 
-def test_size_is_a_side_or_two() -> None:
+def test_size_is_one_side_or_width_and_height() -> None:
     assert cli.parse("edit", ["a", "b", "--size", "256"]).size == 256
     assert cli.parse("edit", ["--size", "576x384", "a", "b"]).size == (576, 384)
     assert cli.parse("edit", ["a", "b"]).size is None
 
 
-def test_run_json_holds_version_and_settings() -> None:
-    said = json.loads(run_json(DrawConfig(out=Path("x"), count=3), seconds=1.5))
-    assert said["ip2p"] == __version__ and said["seconds"] == 1.5
-    assert said["settings"]["out"] == "x" and said["settings"]["count"] == 3
+def test_run_json_contains_the_version_and_settings() -> None:
+    report = json.loads(run_json(DrawConfig(out=Path("x"), count=3), seconds=1.5))
+    assert report["ip2p"] == __version__ and report["seconds"] == 1.5
+    assert report["settings"]["out"] == "x" and report["settings"]["count"] == 3
 
 
 @pytest.mark.parametrize(
@@ -241,11 +245,11 @@ def test_run_json_holds_version_and_settings() -> None:
         ("odd:", "odd:", 1.0),
     ],
 )
-def test_lora_is_a_file_and_a_weight(text: str, file: str, weight: float) -> None:
+def test_a_lora_is_a_file_with_an_optional_weight(text: str, file: str, weight: float) -> None:
     assert parse_lora(text) == (Path(file), weight)
 
 
-def test_repeated_flags_keep_their_order_and_replace_those_of_the_file(empty_folder: Path) -> None:
+def test_repeated_flags_keep_their_order_and_override_the_file(empty_folder: Path) -> None:
     (empty_folder / "ip2p.toml").write_text('[edit]\nlora = ["a", "b:2"]\nthen = "make it day"\n')
     assert cli.parse("edit", ["p", "i"]).lora == ("a", "b:2")
     assert cli.parse("edit", ["p", "i"]).then == ("make it day",)
@@ -254,7 +258,7 @@ def test_repeated_flags_keep_their_order_and_replace_those_of_the_file(empty_fol
     assert (config.image, config.instruction) == ("p", "i")
 
 
-def test_lists_and_pairs_come_from_variables_too() -> None:
+def test_variables_accept_lists_and_pairs() -> None:
     env = {"IP2P_LORA": "C:\\a:0.5", "IP2P_THEN": '["x", "y, z"]', "IP2P_CFG_INTERVAL": "0.2 0.9"}
     config = read_outer(EditConfig, "edit", env=env)
     assert (config.lora, config.then, config.cfg_interval) == (("C:\\a:0.5",), ("x", "y, z"), (0.2, 0.9))
@@ -274,12 +278,12 @@ def test_lists_and_pairs_come_from_variables_too() -> None:
         (["p", "i", "--auto-mask=0.3"], 0.3),
     ],
 )
-def test_auto_mask_may_have_a_threshold(words: list[str], threshold: float | None) -> None:
+def test_auto_mask_has_an_optional_threshold(words: list[str], threshold: float | None) -> None:
     config = cli.parse("edit", words)
     assert (config.auto_mask, config.image, config.instruction) == (threshold, "p", "i")
 
 
-def test_any_number_of_pictures_come_before_the_instruction() -> None:
+def test_any_number_of_pictures_may_precede_the_instruction() -> None:
     words = ["a.png", "b.png", "--steps", "3", "c", "--json", "--cfg-interval", "0", "0.5", "-o", "out"]
     config = cli.parse("edit", [*words, "make it night"])
     assert (config.image, config.more, config.instruction) == ("a.png", ("b.png", "c"), "make it night")
@@ -288,34 +292,34 @@ def test_any_number_of_pictures_come_before_the_instruction() -> None:
     assert cli.parse("edit", ["a.png", "make it night"]).more == ()
 
 
-def test_every_setting_that_makes_a_picture_is_read_back_from_one(page: Image.Image) -> None:
+def test_every_setting_of_an_edit_is_read_back_from_its_picture(page: Image.Image) -> None:
     words = ["p", "make it: night", "--seed", "3", "--steps", "4", "--text-cfg", "2", "--image-cfg", "1.1"]
     words += ["--sampler", "euler", "--schedule", "karras", "--negative", "x", "--size", "64x32"]
     words += ["--text-cfg-rescale", "0.7", "--cfg-interval", "0.2", "0.9", "--fit", "model"]
     words += ["--mask", "m.png", "--mask-padding", "5", "--feather", "2.5"]
     words += ["--lora", "a.safetensors:0.5", "--lora", "b.safetensors", "--vae", "v", "--weights", "plain"]
     words += ["--revision", "main", "--controlnet", "c", "--control-image", "e.png", "--control-scale", "0.4"]
-    asked = cli.parse("edit", words)
-    record = infotext.EditRecord(**{name: getattr(asked, name) for name in infotext.labeled_settings()})
+    written = cli.parse("edit", words)
+    record = infotext.EditRecord(**{name: getattr(written, name) for name in infotext.labeled_settings()})
     page = page.copy()
     page.info["parameters"] = infotext.format_infotext(record)
     save_image(page, "made.png")
-    found = cli.parse("edit", ["p", "--from-settings", "made.png"])
-    assert found == asked.changed(from_settings=Path("made.png"))
+    read = cli.parse("edit", ["p", "--from-settings", "made.png"])
+    assert read == written.changed(from_settings=Path("made.png"))
     auto = record.changed(mask=None, auto_mask=0.35)
     page.info["parameters"] = infotext.format_infotext(auto)
     save_image(page, "auto.png")
     assert cli.parse("edit", ["p", "--from-settings", "auto.png"]).auto_mask == 0.35
 
 
-def test_examples_are_those_of_the_page_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_match_the_docs_page_and_are_valid_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["edit", "--examples"]) == 0
     out = capsys.readouterr().out
     assert out == advice.TEXT and "turn the … into a …" in out
     text = (Path(__file__).parent.parent / "docs" / "advice.md").read_text(encoding="utf-8")
     assert text == advice.page()
     assert [line for line in text.splitlines() if not line.startswith("![")][:10] == out.splitlines()[:10]
-    # What it advises can be typed.
+    # Every advised command is valid.
     for line in out.splitlines():
         if line.startswith("    ip2p "):
             verb, *words = shlex.split(line.strip())[1:]
@@ -336,7 +340,7 @@ def test_examples_are_those_of_the_page_in_the_docs(capsys: pytest.CaptureFixtur
         (EditConfig(image="a/page.png", out=Path(".")), ["page-edited.png"]),
     ],
 )
-def test_names_of_outputs(config: EditConfig, paths: list[str]) -> None:
+def test_output_names_follow_from_the_input_and_the_options(config: EditConfig, paths: list[str]) -> None:
     assert command.output_paths(config) == [Path(path) for path in paths]
 
 
@@ -344,7 +348,7 @@ def edit(model: Path, *words: object) -> int:
     return cli.main(["edit", "page.png", *map(str, words), "--model", str(model), "--dtype", "fp32"])
 
 
-def test_image_k_of_several_equals_the_same_image_alone(
+def test_image_k_of_several_matches_the_same_seed_edited_alone(
     page: Image.Image, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page.save("page.png")
@@ -357,13 +361,13 @@ def test_image_k_of_several_equals_the_same_image_alone(
     first, second, alone = (
         np.asarray(Image.open(f"{name}.png"), int) for name in ("night-1", "night-2", "alone")
     )
-    # Sums in a batch may round otherwise than alone: one level of 255 is the same picture.
+    # Sums may round differently in a batch: one level of 255 counts as the same picture.
     assert abs(alone - second).max() <= 1
     assert abs(first - second).max() > 10
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-def test_picture_can_be_made_again_from_its_settings(
+def test_a_picture_can_be_reproduced_from_its_settings(
     page: Image.Image, tiny_model_dir: Path, ending: str
 ) -> None:
     page.resize((96, 64)).save("page.png")
@@ -385,16 +389,16 @@ def test_picture_can_be_made_again_from_its_settings(
     assert Path(f"night.{ending}").read_bytes() == Path(f"again.{ending}").read_bytes()
 
 
-def test_photographs_settings_work_together_and_make_the_picture_again(
+def test_lora_mask_controlnet_and_guidance_settings_combine_and_are_reproducible(
     page: Image.Image, tiny_model_dir: Path
 ) -> None:
     import torch
     from safetensors.torch import save_file
 
     page.resize((96, 64)).save("page.png")
-    white = np.zeros((64, 96), np.uint8)
-    white[10:50, 20:60] = 255
-    Image.fromarray(white).save("mask.png")
+    mask = np.zeros((64, 96), np.uint8)
+    mask[10:50, 20:60] = 255
+    Image.fromarray(mask).save("mask.png")
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     factors = {"lora_down": torch.eye(32)[:2], "lora_up": 9 * torch.eye(32)[:, :2]}
     save_file({f"{name}.{part}.weight": value for part, value in factors.items()}, "style.safetensors")
@@ -404,19 +408,19 @@ def test_photographs_settings_work_together_and_make_the_picture_again(
     words += ["--text-cfg-rescale", 0.5, "--cfg-interval", 0.1, 0.9, "--feather", 3]
     assert edit(tiny_model_dir, *words, "-o", "night.png", "--show-mask", "shown.png") == 0
     before, after = (np.asarray(Image.open(name).convert("RGB")) for name in ("page.png", "night.png"))
-    assert (before == after)[white == 0].all() and (before != after)[30, 40].any()
+    assert (before == after)[mask == 0].all() and (before != after)[30, 40].any()
     shown = np.asarray(Image.open("shown.png"))
-    assert shown.shape[:2] == white.shape and not shown[white == 0].any() and shown[30, 40].all()
+    assert shown.shape[:2] == mask.shape and not shown[mask == 0].any() and shown[30, 40].all()
     assert edit(tiny_model_dir, "--from-settings", "night.png", "-o", "again.png") == 0
     assert Path("night.png").read_bytes() == Path("again.png").read_bytes()
-    # Each setting acts: without it the picture is another.
+    # Each setting has an effect: without it, the picture differs.
     for flag, value in (("--lora", "style.safetensors:0"), ("--control-scale", 0), ("--text-cfg-rescale", 0)):
         words = ["--from-settings", "night.png", "-o", "other.png", "--overwrite", flag, value]
         assert edit(tiny_model_dir, *words) == 0
         assert (np.asarray(Image.open("other.png")) != after).any()
 
 
-def test_the_region_found_is_shown_for_each_result(page: Image.Image, tiny_model_dir: Path) -> None:
+def test_the_detected_region_is_saved_for_each_result(page: Image.Image, tiny_model_dir: Path) -> None:
     page.save("page.png")
     words = ["make it night", "--steps", 1, "--count", 2, "--auto-mask", "--show-mask", "region.png"]
     assert edit(tiny_model_dir, *words) == 0
@@ -426,7 +430,7 @@ def test_the_region_found_is_shown_for_each_result(page: Image.Image, tiny_model
         assert text is not None and "Auto mask: 0.5" in text
 
 
-def test_flag_beats_the_settings_of_a_picture(page: Image.Image, tiny_model_dir: Path) -> None:
+def test_a_flag_overrides_the_settings_of_a_picture(page: Image.Image, tiny_model_dir: Path) -> None:
     page.save("page.png")
     assert edit(tiny_model_dir, "make it night", "--steps", 2, "--seed", 4, "-o", "night.png") == 0
     config = cli.parse("edit", ["page.png", "--from-settings", "night.png", "--seed", "5"])
@@ -459,7 +463,7 @@ def test_draw_writes_pages_pairs_captions_and_a_sheet(
     assert first.tobytes() == Image.open("pages/000000.png").tobytes()  # row k edits page k
 
 
-def test_page_k_is_the_same_whatever_the_count() -> None:
+def test_page_k_does_not_depend_on_the_count() -> None:
     for count in (1, 3):
         words = ["storybook", "draw", "--count", str(count), "--size", "48", "-o", f"pages{count}"]
         assert cli.main(words) == 0
@@ -479,7 +483,9 @@ def test_page_k_is_the_same_whatever_the_count() -> None:
         (["-o", "pages/1.png"], "cannot create the folder pages/1.png"),
     ],
 )
-def test_draw_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_draw_refuses_invalid_options_and_writes_nothing(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("pages").mkdir()
     Path("pages/1.png").write_bytes(b"mine")
     assert cli.main(["storybook", "draw", *words]) == 2
@@ -487,7 +493,7 @@ def test_draw_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture
     assert os.listdir("pages") == ["1.png"]
 
 
-def test_build_hands_its_settings_on(
+def test_build_passes_its_settings_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ip2p.training.storybook import build
@@ -519,16 +525,18 @@ def test_build_hands_its_settings_on(
 @pytest.mark.parametrize(
     "words", [["--seconds", "nan"], ["--minutes", "-1"], ["--steps", "0"], ["--preset", "tpu"]]
 )
-def test_build_refuses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_refuses_invalid_options_and_writes_nothing(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["storybook", "build", "-o", "runs", *words]) == 2
     assert words[0] in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
-# --- small faults --------------------------------------------------------------------------------
+# --- other behavior ------------------------------------------------------------------------------
 
 
-def test_a_reader_that_closes_the_pipe_ends_the_command_silently() -> None:
+def test_a_closed_output_pipe_ends_the_command_silently() -> None:
     code = "import sys; from ip2p.cli import main; sys.exit(main.main(['edit', '--examples']))"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -538,7 +546,7 @@ def test_a_reader_that_closes_the_pipe_ends_the_command_silently() -> None:
     assert process.returncode == 141
 
 
-def test_the_steps_of_a_chain_and_the_best_results_have_names_of_their_own() -> None:
+def test_chain_steps_and_best_results_have_different_file_names() -> None:
     chain = command.output_paths(EditConfig(image="page.png", then=("make it snow",)), 2)
     best = command.output_paths(EditConfig(image="page.png", count=4, best=2), 2)
     assert not set(chain) & set(best)
@@ -546,13 +554,13 @@ def test_the_steps_of_a_chain_and_the_best_results_have_names_of_their_own() -> 
         EditConfig(image="page.png", then=("make it snow",), best=1).check()
 
 
-def test_the_grid_takes_the_same_fit_as_an_edit() -> None:
+def test_grid_and_edit_have_the_same_fit_option() -> None:
     words = ["page.png", "make it night", "--fit", "model"]
     assert cli.parse("grid", words).fit == cli.parse("edit", words).fit == "model"
     assert cli.parse("grid", words[:2]).fit == cli.parse("edit", words[:2]).fit == "original"
 
 
-def test_a_list_of_models_has_those_of_the_folder(
+def test_model_list_includes_the_models_of_the_folder(
     tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["model", "list", str(tiny_model_dir.parent), "--json"]) == 0
@@ -560,7 +568,7 @@ def test_a_list_of_models_has_those_of_the_folder(
     assert tiny_model_dir.name in [row["name"] for row in rows if row["where"] == "here"]
 
 
-def test_nothing_to_do_has_no_progress_bar(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_no_progress_bar_is_shown_for_zero_items(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     from ip2p.base.terminal import progress
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -569,7 +577,7 @@ def test_nothing_to_do_has_no_progress_bar(monkeypatch: pytest.MonkeyPatch, capf
     assert capfd.readouterr().err == ""
 
 
-def test_a_training_says_how_long_it_takes() -> None:
+def test_training_estimates_the_time_left() -> None:
     from ip2p.training.loop import time_left
 
     assert time_left(40, None, 0) == ", about 40 s left"
@@ -585,8 +593,8 @@ def test_a_new_setting_is_on_the_command_line_and_in_the_help() -> None:
     class Sharpened(EditConfig):
         sharpness: float = setting(1.0, "how sharp the result is", ge=0, le=10, group="Mask")
 
-    found = read_options(Sharpened, "edit", ["p", "i", "--sharpness", "3"], env={"IP2P_STEPS": "4"})
-    assert (found.sharpness, found.steps) == (3.0, 4)
+    config = read_options(Sharpened, "edit", ["p", "i", "--sharpness", "3"], env={"IP2P_STEPS": "4"})
+    assert (config.sharpness, config.steps) == (3.0, 4)
     assert "--sharpness NUMBER" in write_help(Sharpened, "edit")
     with pytest.raises(InputError, match="^--sharpness is 11; it must be a number from 0 to 10"):
         read_options(Sharpened, "edit", ["p", "i", "--sharpness", "11"])

@@ -9,19 +9,19 @@ from ip2p.base.devices import NoiseStream, pick_device, pick_dtype
 from ip2p.base.errors import InputError, ResourceError
 
 
-def test_noise_of_a_seed_does_not_depend_on_its_batch():
+def test_the_noise_of_a_seed_does_not_depend_on_its_batch():
     first, second = NoiseStream([1, 2, 3], (4, 8, 8)), NoiseStream([2], (4, 8, 8))
     for _ in range(3):
         assert torch.equal(first()[1:2], second())
 
 
-def test_auto_picks_something_that_works():
+def test_auto_picks_a_working_device_and_dtype():
     device = pick_device("auto")
     dtype = pick_dtype(device, "auto")
     assert torch.ones(2, device=device, dtype=dtype).sum().item() == 2
 
 
-def test_names_of_number_formats():
+def test_dtypes_have_short_and_long_names_and_unknown_ones_are_refused():
     cpu = torch.device("cpu")
     assert pick_dtype(cpu, "fp32") is pick_dtype(cpu, "float32") is torch.float32
     assert pick_dtype(cpu, "bf16") is torch.bfloat16
@@ -29,7 +29,7 @@ def test_names_of_number_formats():
         pick_dtype(cpu, "fp8")
 
 
-def test_unknown_and_absent_devices():
+def test_unknown_and_absent_devices_are_refused():
     with pytest.raises(InputError, match="unknown"):
         pick_device("toaster")
     with pytest.raises(ResourceError, match="not available on this machine"):

@@ -1,6 +1,6 @@
-"""The commands of README.md and the guides run as written, or, where they cannot, are commands that exist.
+"""The commands in README.md and the guides run as written; those that cannot run here are parsed.
 
-Each page's `sh` blocks run in order in one folder, with examples/ in it and the files that a reader brings.
+Each page's `sh` blocks run in order in one folder with examples/ and the files that a reader would have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICKSTART = "## Quick start"
 
-# Lines with one of these words do not run here. They are parsed, so every option in them exists.
+# Lines that contain one of these do not run here. They are parsed, to check that their options exist.
 NOT_RUN = {
     "timbrooks/": "downloads a model or a data set",
     "stable-diffusion-v1-5/": "downloads a model",
@@ -47,7 +47,7 @@ NOT_RUN = {
     "laion.parquet": "uses a data set of many captions",
     "photos-pairs": "uses a data set of the reader's",
 }
-# No commands of ip2p: installing, the network, several machines.
+# Not ip2p commands: installation, network, several machines.
 OTHERS = ("make ", "pip install", ". .venv", "transformers serve", "ray start", "accelerate launch")
 OTHERS += ("recipes/", "MACHINES=")
 
@@ -70,14 +70,14 @@ def reason_not_to_run(line: str) -> str | None:
 
 
 def words_of(line: str) -> list[str]:
-    """The words of a line of ip2p after the program's name, also behind `accelerate launch`."""
+    """The arguments of an ip2p command, also after `accelerate launch`."""
     words = shlex.split(line, comments=True)
     start = words.index("-m") + 1 if "-m" in words else 0
     return words[start + 1 :] if words[start] == "ip2p" else []
 
 
 def check_options(words: list[str]) -> None:
-    """Raise what the command line raises for words that it does not take."""
+    """Raise the command line's error if it refuses `words`."""
     verb = next((verb for verb in cli.VERBS if words[: len(verb.split())] == verb.split()), None)
     assert verb is not None, f"no such verb: {words}"
     config = cli.parse(verb, words[len(verb.split()) :])
@@ -85,8 +85,8 @@ def check_options(words: list[str]) -> None:
         config.check()
 
 
-def bring_files(folder: Path, *, pairs: bool = True) -> None:
-    """examples/ and recipes/, and the files that a reader of the guides has."""
+def create_files(folder: Path, *, pairs: bool = True) -> None:
+    """Create examples/, recipes/, and the files that a reader would have."""
     for name in ("examples", "recipes"):
         shutil.copytree(ROOT / name, folder / name)
     page = folder / "examples" / "page-1.png"
@@ -116,7 +116,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
 @pytest.mark.timeout(900)
 def test_the_commands_of_a_page_run_as_written(page, folder):
-    bring_files(folder, pairs="-o pairs" not in " ".join(commands(page)))
+    create_files(folder, pairs="-o pairs" not in " ".join(commands(page)))
     for line in commands(page):
         if line.startswith(OTHERS) and not words_of(line):
             continue
@@ -128,8 +128,8 @@ def test_the_commands_of_a_page_run_as_written(page, folder):
             assert cli.main(words) == 0, line
 
 
-def test_the_quick_start_runs_in_a_shell(folder, monkeypatch):
-    bring_files(folder, pairs=False)
+def test_the_first_quick_start_command_runs_in_a_shell(folder, monkeypatch):
+    create_files(folder, pairs=False)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     [block, *_] = re.findall(r"```sh\n(.*?)```", text[text.index(QUICKSTART) :], re.S)
     (folder / "bin").mkdir()
@@ -139,8 +139,8 @@ def test_the_quick_start_runs_in_a_shell(folder, monkeypatch):
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     first = block.splitlines()[0]
-    done = subprocess.run(["sh", "-ec", first], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(["sh", "-ec", first], cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert (folder / "night.png").exists()
 
 
@@ -157,14 +157,14 @@ def test_the_demo_runs(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("The bundled model edits drawn storybook pages.")
 
 
-def test_every_exception_is_needed():
+def test_every_entry_of_not_run_and_others_matches_a_command():
     lines = [line for page in PAGES for line in commands(page)]
     assert [word for word in NOT_RUN if not any(word in line for line in lines)] == []
     assert [word for word in OTHERS if not any(line.startswith(word) for line in lines)] == []
 
 
 class Assets(HTMLParser):
-    """Addresses from which a page loads something, links to other pages excepted."""
+    """External URLs that a page loads; links to other pages do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,8 +191,8 @@ def test_the_site_builds_strictly_and_loads_nothing_from_the_network(tmp_path):
         "--site-dir",
         str(tmp_path / "site"),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 15
     assets = Assets()
@@ -210,5 +210,5 @@ def test_a_broken_link_fails_the_build(tmp_path):
     with open(tmp_path / "docs" / "index.md", "a") as page:
         page.write("\n[nowhere](no-such-page.md)\n")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0 and "no-such-page.md" in done.stderr
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode != 0 and "no-such-page.md" in process.stderr

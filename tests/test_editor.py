@@ -24,14 +24,14 @@ def pixels(image):
     return np.asarray(image).astype(int)
 
 
-def test_an_edit_gives_a_picture_for_each_seed_at_the_inputs_size(tiny_editor):
+def test_an_edit_returns_one_picture_per_seed_at_the_input_size(tiny_editor):
     picture = Image.new("RGB", (100, 70), "red")
     results = tiny_editor.edit(picture, "make it night", seeds=[1, 2], **FAST)
     assert [(image.mode, image.size) for image in results] == [("RGB", (100, 70))] * 2
     assert (pixels(results[0]) != pixels(results[1])).any()
 
 
-def test_scales_not_given_are_the_models_own(tiny_editor):
+def test_omitted_guidance_scales_default_to_the_models(tiny_editor):
     def scales(text_cfg, image_cfg):
         settings = tiny_editor.resolved(changes={"text_cfg": text_cfg, "image_cfg": image_cfg})
         return settings.text_cfg, settings.image_cfg
@@ -44,15 +44,15 @@ def test_scales_not_given_are_the_models_own(tiny_editor):
 TUNED = {"steps": 3, "sampler": "euler", "schedule": "trailing", "text_cfg": 2.5, "image_cfg": 1.25}
 
 
-def test_an_edit_without_settings_takes_those_of_the_card_and_records_them(tiny_editor, page):
+def test_an_edit_without_settings_uses_and_records_those_of_the_model_card(tiny_editor, page):
     tuned = Editor(replace(tiny_editor.bundle, card=replace(tiny_editor.bundle.card, **TUNED)))
-    [made] = tuned.edit(page, "make it night", seeds=[4])
+    [edited] = tuned.edit(page, "make it night", seeds=[4])
     [same] = tiny_editor.edit(page, "make it night", seeds=[4], **TUNED)
     [batched] = tuned.edit_batch([page], "make it night", seeds=[4])
-    assert made.tobytes() == same.tobytes() == batched.tobytes()
-    said = parse_infotext(made.info["parameters"])
-    assert {name: getattr(said, name) for name in TUNED} == TUNED
-    assert "Schedule type: SGM Uniform" in made.info["parameters"]
+    assert edited.tobytes() == same.tobytes() == batched.tobytes()
+    record = parse_infotext(edited.info["parameters"])
+    assert {name: getattr(record, name) for name in TUNED} == TUNED
+    assert "Schedule type: SGM Uniform" in edited.info["parameters"]
 
 
 def test_the_same_seed_gives_the_same_picture(tiny_editor, page):
@@ -61,7 +61,7 @@ def test_the_same_seed_gives_the_same_picture(tiny_editor, page):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_image_k_of_a_batch_equals_the_same_image_alone(tiny_editor, page, sampler):
+def test_image_k_of_a_batch_matches_the_same_seed_edited_alone(tiny_editor, page, sampler):
     batch = tiny_editor.edit(page, "make it night", seeds=[1, 2, 3], sampler=sampler, batch_size=3, **FAST)
     alone = tiny_editor.edit(page, "make it night", seeds=[2], sampler=sampler, **FAST)
     pairs = tiny_editor.edit(page, "make it night", seeds=[1, 2, 3], sampler=sampler, batch_size=2, **FAST)
@@ -70,7 +70,7 @@ def test_image_k_of_a_batch_equals_the_same_image_alone(tiny_editor, page, sampl
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_on_a_cpu_an_image_made_again_alone_is_equal_to_the_byte(tiny_model_dir, page, dtype):
+def test_on_a_cpu_one_of_several_images_is_reproduced_exactly(tiny_model_dir, page, dtype):
     editor = Editor.load(tiny_model_dir, device="cpu", dtype=dtype)
     several = editor.edit(page, "make it night", seeds=[1, 2, 3], **FAST)
     again = editor.edit(page, "make it night", seeds=[2], **FAST)
@@ -98,9 +98,9 @@ def test_every_setting_changes_the_result(tiny_editor, page):
         assert (pixels(plain) != pixels(other)).any(), change
 
 
-def test_an_edit_can_be_made_again_from_the_file(tiny_editor, tmp_path):
+def test_an_edit_can_be_reproduced_from_its_file(tiny_editor, tmp_path):
     picture = Image.effect_noise((90, 60), 60).convert("RGB")
-    made = tiny_editor.edit(
+    edited = tiny_editor.edit(
         picture,
         "make it night",
         seeds=[4],
@@ -110,25 +110,25 @@ def test_an_edit_can_be_made_again_from_the_file(tiny_editor, tmp_path):
         spacing="karras",
         **FAST,
     )[0]
-    said = parse_infotext(read_infotext(save_image(made, tmp_path / "night.png")))
+    record = parse_infotext(read_infotext(save_image(edited, tmp_path / "night.png")))
     again = tiny_editor.edit(
         picture,
-        said.instruction,
-        negative=said.negative,
-        text_cfg=said.text_cfg,
-        image_cfg=said.image_cfg,
-        steps=said.steps,
-        sampler=said.sampler,
-        schedule=said.schedule,
-        seeds=[said.seed],
-        size=said.size,
+        record.instruction,
+        negative=record.negative,
+        text_cfg=record.text_cfg,
+        image_cfg=record.image_cfg,
+        steps=record.steps,
+        sampler=record.sampler,
+        schedule=record.schedule,
+        seeds=[record.seed],
+        size=record.size,
     )[0]
-    assert again.tobytes() == made.tobytes()
-    assert said.version == f"ip2p {ip2p.__version__}"
-    assert said.model == "tiny"
+    assert again.tobytes() == edited.tobytes()
+    assert record.version == f"ip2p {ip2p.__version__}"
+    assert record.model == "tiny"
 
 
-def test_exif_stays_and_orientation_is_done_once(tiny_editor, tmp_path, page):
+def test_exif_is_kept_and_orientation_is_applied_once(tiny_editor, tmp_path, page):
     exif = Image.Exif()
     exif[0x0112], exif[0x013B] = 6, "someone"
     page.resize((64, 48)).save(tmp_path / "in.jpg", exif=exif)
@@ -140,7 +140,7 @@ def test_exif_stays_and_orientation_is_done_once(tiny_editor, tmp_path, page):
     assert load_image(tmp_path / "out.jpg").size == (48, 64)
 
 
-def test_the_callback_follows_the_steps(tiny_editor, page):
+def test_the_callback_is_called_after_every_step(tiny_editor, page):
     seen = []
     tiny_editor.edit(
         page,
@@ -153,7 +153,7 @@ def test_the_callback_follows_the_steps(tiny_editor, page):
     assert seen == [(step, 3, (2, 4, 16, 16)) for step in (1, 2, 3)]
 
 
-def test_edit_latents_draws_from_text_alone(tiny_editor):
+def test_edit_latents_generates_from_text_without_an_image(tiny_editor):
     from ip2p.base.devices import NoiseStream
     from ip2p.diffusion.schedule import linspace_sigmas
 
@@ -169,42 +169,42 @@ def test_edit_latents_draws_from_text_alone(tiny_editor):
     assert torch.isfinite(last).all()
 
 
-# --- where, and at which size --------------------------------------------------------------------
+# --- masks and sizes -----------------------------------------------------------------------------
 
 
-def drawn(size, box):
+def box_mask(size, box):
     mask = Image.new("L", size)
     mask.paste(255, box)
     return mask
 
 
 @pytest.mark.parametrize(("size", "box"), [((64, 64), (20, 10, 50, 60)), ((300, 200), (200, 40, 260, 100))])
-def test_outside_the_mask_a_png_is_the_input_to_the_byte(tiny_editor, tmp_path, size, box):
-    picture, mask = Image.effect_noise(size, 60).convert("RGB"), drawn(size, box)
+def test_outside_the_mask_a_png_equals_the_input_exactly(tiny_editor, tmp_path, size, box):
+    picture, mask = Image.effect_noise(size, 60).convert("RGB"), box_mask(size, box)
     mask.save(tmp_path / "mask.png")
-    made = tiny_editor.edit(
+    edited = tiny_editor.edit(
         picture, "make it night", mask=tmp_path / "mask.png", mask_padding=10, feather=3, **FAST
     )[0]
-    path = save_image(made, tmp_path / "out.png")
+    path = save_image(edited, tmp_path / "out.png")
     result, outside = pixels(Image.open(path)), pixels(mask) == 0
     assert result.shape[1::-1] == size
     assert (result[outside] != pixels(picture)[outside]).sum() == 0
     assert (result[~outside] != pixels(picture)[~outside]).mean() > 0.5
-    used = made.info["mask"]
+    used = edited.info["mask"]
     assert (used.mode, used.size) == ("L", size)
     assert (pixels(used)[outside] == 0).all() and used.getextrema() == (0, 255)
-    said = parse_infotext(read_infotext(path))
-    assert (said.mask_padding, said.feather) == (10, 3.0)
+    record = parse_infotext(read_infotext(path))
+    assert (record.mask_padding, record.feather) == (10, 3.0)
     again = tiny_editor.edit(
-        picture, "make it night", mask=mask, mask_padding=10, feather=3, size=said.size, **FAST
+        picture, "make it night", mask=mask, mask_padding=10, feather=3, size=record.size, **FAST
     )[0]
-    assert again.tobytes() == made.tobytes()
+    assert again.tobytes() == edited.tobytes()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_latents_outside_the_mask_end_as_the_pictures(tiny_editor, page, sampler):
+def test_final_latents_outside_the_mask_equal_the_encoded_picture(tiny_editor, page, sampler):
     seen = []
-    mask = drawn((64, 64), (32, 0, 64, 64))
+    mask = box_mask((64, 64), (32, 0, 64, 64))
     tiny_editor.edit(
         page, "make it night", mask=mask, sampler=sampler, callback=lambda *step: seen.append(step[2]), **FAST
     )
@@ -213,7 +213,7 @@ def test_latents_outside_the_mask_end_as_the_pictures(tiny_editor, page, sampler
     assert (seen[-1][..., 8:] - known[..., 8:]).abs().mean() > 0.1
 
 
-def test_a_found_mask_keeps_what_is_outside_and_is_shown(tiny_editor, page):
+def test_a_detected_mask_keeps_the_pixels_outside_and_is_returned(tiny_editor, page):
     plain = tiny_editor.edit(page, "make it night", seeds=[3], **FAST)[0]
     found = tiny_editor.edit(page, "make it night", seeds=[3], auto_mask=0.9, **FAST)[0]
     everything = tiny_editor.edit(page, "make it night", seeds=[3], auto_mask=0.0, **FAST)[0]
@@ -226,23 +226,23 @@ def test_a_found_mask_keeps_what_is_outside_and_is_shown(tiny_editor, page):
     assert parse_infotext(found.info["parameters"]).auto_mask == 0.9
 
 
-def test_fit_model_gives_the_size_at_which_the_model_works(tiny_editor):
+def test_fit_model_returns_the_models_working_size(tiny_editor):
     picture = Image.effect_noise((300, 200), 60).convert("RGB")
     made = tiny_editor.edit(picture, "make it night", fit="model", **FAST)[0]
     assert made.size == tiny_editor.working_size((300, 200))
     masked = tiny_editor.edit(
-        picture, "make it night", fit="model", mask=drawn((300, 200), (90, 90, 150, 150)), **FAST
+        picture, "make it night", fit="model", mask=box_mask((300, 200), (90, 90, 150, 150)), **FAST
     )[0]
     assert masked.size == masked.info["mask"].size == tiny_editor.working_size((124, 124))
     assert parse_infotext(made.info["parameters"]).fit == "model"
 
 
-def test_a_picture_of_the_working_size_is_the_models_result_itself(tiny_editor, page):
+def test_both_fits_give_the_same_result_at_the_working_size(tiny_editor, page):
     kinds = [tiny_editor.edit(page, "make it night", fit=fit, **FAST)[0] for fit in ("original", "model")]
     assert kinds[0].tobytes() == kinds[1].tobytes()
 
 
-def test_a_photograph_of_12_megapixels_keeps_size_profile_place_and_detail(tiny_editor, tmp_path):
+def test_a_12_megapixel_photo_keeps_its_size_profile_location_and_detail(tiny_editor, tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "a camera"
@@ -253,7 +253,7 @@ def test_a_photograph_of_12_megapixels_keeps_size_profile_place_and_detail(tiny_
     photo.save(tmp_path / "in.jpg", quality=92, exif=exif, icc_profile=profile)
     upright = load_image(tmp_path / "in.jpg")
     assert upright.size == (3000, 4000)
-    mask = drawn((3000, 4000), (1000, 1500, 1800, 2600))
+    mask = box_mask((3000, 4000), (1000, 1500, 1800, 2600))
     made = tiny_editor.edit(tmp_path / "in.jpg", "make it night", mask=mask, steps=1)[0]
     with Image.open(save_image(made, tmp_path / "out.jpg")) as file:
         assert (file.format, file.size) == ("JPEG", (3000, 4000))
@@ -263,10 +263,10 @@ def test_a_photograph_of_12_megapixels_keeps_size_profile_place_and_detail(tiny_
         assert dict(kept.get_ifd(0x8825)) == {1: "N", 2: (52, 31, 12.5), 3: "E", 4: (13, 24, 36)}
         details = kept.get_ifd(0x8769)
         assert (details[0x9003], details[0xA002], details[0xA003]) == ("2026:11:21 04:00:00", 3000, 4000)
-        apart = np.asarray(file).astype(np.int16) - np.asarray(upright)
+        difference = np.asarray(file).astype(np.int16) - np.asarray(upright)
     outside = np.asarray(mask) == 0
-    assert 10 * np.log10(255**2 / np.square(apart[outside], dtype=np.float64).mean()) >= 40
-    assert abs(apart[~outside]).mean() > 5
+    assert 10 * np.log10(255**2 / np.square(difference[outside], dtype=np.float64).mean()) >= 40
+    assert abs(difference[~outside]).mean() > 5
 
 
 # --- several pictures ----------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def noisy(*size):
 
 
 @pytest.mark.parametrize("settings", [{}, {"auto_mask": 0.5}, {"negative": "grey", "sampler": "dpmpp_2m"}])
-def test_each_picture_of_a_batch_equals_it_alone(tiny_editor, page, settings):
+def test_each_picture_of_a_batch_matches_its_edit_alone(tiny_editor, page, settings):
     pictures = [page, noisy(64, 64), noisy(200, 100), noisy(70, 70)]
     texts = ["make it night", "a cat", "make it night", "make it night"]
     batch = tiny_editor.edit_batch(pictures, texts, seeds=[4, 5, 6, 7], **FAST, **settings)
@@ -288,7 +288,7 @@ def test_each_picture_of_a_batch_equals_it_alone(tiny_editor, page, settings):
         assert made.info["parameters"] == alone.info["parameters"]
 
 
-def test_pictures_of_one_working_size_go_through_together(tiny_editor, page):
+def test_pictures_of_the_same_working_size_are_batched_together(tiny_editor, page):
     rows = []
     tiny_editor.edit_batch(
         [page, noisy(64, 64), noisy(200, 100)],
@@ -300,14 +300,14 @@ def test_pictures_of_one_working_size_go_through_together(tiny_editor, page):
     assert rows == [2, 1]
 
 
-def test_a_batch_needs_a_seed_for_every_picture(tiny_editor, page):
+def test_a_batch_needs_a_seed_and_an_instruction_for_every_picture(tiny_editor, page):
     with pytest.raises(InputError, match="2 pictures, 2 instructions and 1 seeds"):
         tiny_editor.edit_batch([page, page], "make it night", seeds=[1])
     with pytest.raises(InputError, match="instruction is empty"):
         tiny_editor.edit_batch([page, page], ["make it night", " "], seeds=[1, 2])
 
 
-def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
+def test_an_explicit_size_is_used_as_is_and_must_be_a_multiple_of_8(tiny_editor, page):
     assert tiny_editor.working_size((64, 64), (48, 32)) == (48, 32)
     with pytest.raises(InputError, match=r"50x32 .* multiples of 8\. Try 48x32"):
         tiny_editor.edit(page, "make it night", size=(50, 32))
@@ -340,7 +340,7 @@ def test_a_size_in_numbers_is_taken_as_it_is(tiny_editor, page):
         ({"control_image": Image.new("RGB", (64, 64))}, "needs a ControlNet"),
     ],
 )
-def test_settings_out_of_range_are_errors(tiny_editor, page, change, message):
+def test_invalid_settings_are_errors(tiny_editor, page, change, message):
     with pytest.raises(InputError, match=message):
         tiny_editor.edit(page, "make it night", **change)
 
@@ -351,7 +351,7 @@ def test_an_empty_instruction_is_an_error(tiny_editor, page, instruction):
         tiny_editor.edit(page, instruction)
 
 
-def test_text_beyond_the_tokens_is_named_and_cut(tiny_editor):
+def test_text_beyond_the_token_limit_is_reported_and_truncated(tiny_editor):
     fits = "night " * 75
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -361,7 +361,7 @@ def test_text_beyond_the_tokens_is_named_and_cut(tiny_editor):
     assert torch.equal(kept, cut)
 
 
-def test_running_out_of_memory_names_a_smaller_size(tiny_editor, page, monkeypatch):
+def test_running_out_of_memory_suggests_a_smaller_size(tiny_editor, page, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -376,7 +376,7 @@ def test_a_model_that_overflows_is_an_error_and_not_a_black_picture(tiny_editor,
         tiny_editor.edit(page, "make it night", **FAST)
 
 
-def test_a_picture_far_from_the_model_is_said_once(tiny_model_dir, tmp_path, page):
+def test_a_picture_unlike_the_training_data_gives_one_warning(tiny_model_dir, tmp_path, page):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "tiny")
     (folder / "ip2p.json").write_text(json.dumps({"name": "storybook", "native_size": 32, "known_psnr": 90}))
     editor = Editor.load(folder, device="cpu", dtype="fp32")
@@ -393,7 +393,7 @@ def test_a_picture_far_from_the_model_is_said_once(tiny_model_dir, tmp_path, pag
         near.edit(page, "make it night", **FAST)
 
 
-def test_bf16_runs_and_stays_near_fp32(tiny_model_dir, tiny_editor, page):
+def test_bf16_stays_close_to_fp32(tiny_model_dir, tiny_editor, page):
     small = Editor.load(tiny_model_dir, device="cpu", dtype="bf16")
     assert small.bundle.unet.dtype == torch.bfloat16
     assert small.bundle.vae.dtype == torch.bfloat16
@@ -402,14 +402,14 @@ def test_bf16_runs_and_stays_near_fp32(tiny_model_dir, tiny_editor, page):
     assert abs(pixels(exact) - pixels(rough)).mean() < 4
 
 
-def test_the_one_call_edits_and_keeps_its_model(tiny_model_dir, page):
+def test_ip2p_edit_gives_the_same_picture_on_a_second_call(tiny_model_dir, page):
     first = ip2p.edit(page, "make it night", model=tiny_model_dir, device="cpu", dtype="fp32", **FAST)
     second = ip2p.edit(page, "make it night", model=tiny_model_dir, device="cpu", dtype="fp32", **FAST)
     assert first[0].tobytes() == second[0].tobytes()
     assert ip2p.Editor is Editor
 
 
-def test_the_settings_may_be_an_object_and_arguments_come_last(tiny_editor, page):
+def test_arguments_override_a_settings_object(tiny_editor, page):
     settings = EditSettings(text_cfg=2.0, seed=9, **FAST)
     (made,) = tiny_editor.edit(page, "make it night", settings=settings, image_cfg=1.0)
     found = parse_infotext(made.info["parameters"])
@@ -422,17 +422,17 @@ def test_the_settings_may_be_an_object_and_arguments_come_last(tiny_editor, page
     )
 
 
-def test_one_number_for_seeds_is_an_error_that_shows_the_list(tiny_editor, page):
+def test_a_single_number_for_seeds_is_an_error_that_suggests_a_list(tiny_editor, page):
     with pytest.raises(InputError, match=r"seeds is 1; .* Try seeds=\[1\]"):
         tiny_editor.edit(page, "make it night", seeds=1)
 
 
-def test_names_of_diffusers_are_errors_that_name_ours(tiny_editor, page):
+def test_diffusers_argument_names_are_errors_that_name_ours(tiny_editor, page):
     with pytest.raises(InputError, match="guidance_scale is called text_cfg here"):
         tiny_editor.edit(page, "make it night", guidance_scale=7)
 
 
-def test_an_editor_and_its_results_say_what_they_are(tiny_editor, page):
+def test_an_editor_and_its_results_have_a_descriptive_repr(tiny_editor, page):
     results = tiny_editor.edit(page, "make it night", seeds=[1, 2], **FAST)
     assert repr(results) == "<2 edited pictures: seed 1 (64x64), seed 2 (64x64)>"
     assert Image.open(io.BytesIO(results._repr_png_())).width > 2 * 64

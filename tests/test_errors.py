@@ -1,4 +1,4 @@
-"""One map turns what other libraries raise into our three families of errors."""
+"""A single mapping turns other libraries' exceptions into our three error classes."""
 
 import errno
 
@@ -44,7 +44,7 @@ def numpy_error():
         OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
-def test_every_way_to_run_out_of_memory_is_a_resource_error_with_the_callers_advice(error):
+def test_every_out_of_memory_error_is_a_resource_error_with_the_callers_advice(error):
     assert error is not None
     with pytest.raises(ResourceError, match="out of memory; try a smaller picture") as caught:
         raise as_ip2p_error(error)
@@ -64,7 +64,7 @@ def test_a_full_disk_is_a_resource_error_that_names_the_file():
     assert str(as_ip2p_error(full, disk="free 2 GB")) == "free 2 GB"
 
 
-def test_pillows_errors_are_bad_input():
+def test_pillow_errors_are_input_errors():
     assert isinstance(as_ip2p_error(Image.UnidentifiedImageError("cannot identify")), InputError)
     assert isinstance(as_ip2p_error(Image.DecompressionBombError("too many pixels.")), InputError)
 
@@ -72,7 +72,7 @@ def test_pillows_errors_are_bad_input():
 @pytest.mark.parametrize(
     "error", [ValueError("x"), KeyError("memory"), RuntimeError("shape"), OSError(2, "no file")]
 )
-def test_a_fault_of_the_program_stays_what_it_is(error):
+def test_a_programming_error_passes_unchanged(error):
     assert as_ip2p_error(error) is None
     with pytest.raises(type(error)) as caught, translated_errors():
         raise error
@@ -80,24 +80,24 @@ def test_a_fault_of_the_program_stays_what_it_is(error):
 
 
 def test_our_own_errors_pass_unchanged():
-    own = ModelError("no model")
-    assert as_ip2p_error(own) is own
+    error = ModelError("no model")
+    assert as_ip2p_error(error) is error
     with pytest.raises(ModelError, match="no model"), translated_errors():
-        raise own
+        raise error
 
 
-def test_what_the_hub_refuses_is_a_line_with_the_next_step():
+def test_hub_errors_give_a_message_with_the_next_step():
     from huggingface_hub import errors
 
-    def raised(kind, **more):
+    def error(kind, **more):
         return hub_error(kind.__new__(kind), "some/name", "hf download some/name", **more)
 
-    assert "Accept it on its page, then: HF_TOKEN=... hf download" in str(raised(errors.GatedRepoError))
-    assert "has no revision v9" in str(raised(errors.RevisionNotFoundError, revision="v9"))
-    assert "neither a local folder nor a Hugging Face model" in str(raised(errors.RepositoryNotFoundError))
+    assert "Accept it on its page, then: HF_TOKEN=... hf download" in str(error(errors.GatedRepoError))
+    assert "has no revision v9" in str(error(errors.RevisionNotFoundError, revision="v9"))
+    assert "neither a local folder nor a Hugging Face model" in str(error(errors.RepositoryNotFoundError))
     assert "neither a local path nor a Hugging Face data set" in str(
-        raised(errors.RepositoryNotFoundError, what="data set")
+        error(errors.RepositoryNotFoundError, what="data set")
     )
-    assert "cannot be reached (ConnectionError)" in str(raised(ConnectionError))
+    assert "cannot be reached (ConnectionError)" in str(error(ConnectionError))
     full = hub_error(OSError(errno.ENOSPC, "full"), "some/name", "hf download some/name")
     assert isinstance(full, ResourceError) and "the cache for some/name" in str(full)

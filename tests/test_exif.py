@@ -1,4 +1,4 @@
-"""Metadata of photographs and of results, as other programs read it: piexif, sd-parsers, sd-prompt-reader."""
+"""Metadata of photos and results, as read by other programs: piexif, sd-parsers, sd-prompt-reader."""
 
 import io
 import struct
@@ -35,7 +35,7 @@ def encoded(image, kind="JPEG", **options):
 
 
 def camera(order=">"):
-    """The EXIF of a camera, with a preview, and a MakerNote that counts from the block's start."""
+    """A camera's EXIF, with a preview and a MakerNote whose offsets count from the block's start."""
     block = piexif.dump(
         {
             "0th": {0x010F: b"Maker", 0x0112: 6, 0x011A: (300, 1), 0x9C9B: (65, 0, 66, 0)},
@@ -91,7 +91,7 @@ def test_tags_keep_their_types_and_bytes(tmp_path, source, ending, order):
     loaded = load_image(encoded(picture(), source, exif=block))
     loaded.info["parameters"] = TEXT
     after, written = entries(save_image(loaded, tmp_path / f"out.{ending}").read_bytes())
-    changed = {(0, 0x0112), (EXIF, 0x9286), (EXIF, 0xA002), (EXIF, 0xA003)}  # upright, so of another size
+    changed = {(0, 0x0112), (EXIF, 0x9286), (EXIF, 0xA002), (EXIF, 0xA003)}  # upright, so the size differs
     for key in set(before) - changed:
         kind, raw = before[key]
         if ending == "tif" and order == ">":  # Pillow's TIFF has the other byte order
@@ -100,8 +100,8 @@ def test_tags_keep_their_types_and_bytes(tmp_path, source, ending, order):
     assert (0, 0x0112) not in after
     if ending != "tif":
         at = block.removeprefix(b"Exif\0\0").index(bytes(range(200)))
-        assert written.index(bytes(range(200))) == at  # a MakerNote may count from the block's start
-        assert b"\xff\xd8\xff" not in written  # no preview of what was there before the edit
+        assert written.index(bytes(range(200))) == at  # a MakerNote may have offsets from the block's start
+        assert b"\xff\xd8\xff" not in written  # no preview of the unedited picture
 
 
 @pytest.mark.parametrize("ending", ["jpg", "webp", "tif"])
@@ -120,7 +120,7 @@ def test_piexif_reads_the_settings_and_every_tag(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
-def test_readers_of_a1111s_family_read_the_settings(tmp_path, ending):
+def test_sd_parsers_and_sd_prompt_reader_read_the_settings(tmp_path, ending):
     image = load_image(encoded(picture(), exif=camera(), kind="JPEG"))
     image.info["parameters"] = TEXT
     path = save_image(image, tmp_path / f"out.{ending}")
@@ -135,7 +135,7 @@ def test_readers_of_a1111s_family_read_the_settings(tmp_path, ending):
     assert (read.parameter["seed"], read.parameter["cfg"]) == ("42", "7.5")
 
 
-def test_a_block_too_long_for_a_jpeg_loses_its_makernote_with_a_line(tmp_path):
+def test_exif_too_long_for_a_jpeg_loses_its_makernote_with_a_warning(tmp_path):
     tags = exif.read_tags(camera())
     tags.of(EXIF)[0x927C] = 7, bytes(64_900)
     image = load_image(encoded(picture(), "PNG", exif=exif.write_tags(tags)))
@@ -167,7 +167,7 @@ def test_xmp_is_kept(tmp_path, source, ending):
         assert (xmp.encode() if isinstance(xmp, str) else xmp) == PLAIN
 
 
-def test_a_gain_map_is_dropped_with_a_line_and_xmp_no_longer_names_it(tmp_path):
+def test_a_gain_map_is_dropped_with_a_warning_and_removed_from_the_xmp(tmp_path):
     file = io.BytesIO()
     picture().save(file, "MPO", save_all=True, append_images=[picture("L")], xmp=XMP)
     with pytest.warns(UserWarning, match="second picture"):
@@ -193,7 +193,7 @@ def test_iptc_is_kept(tmp_path, source, ending):
         assert IptcImagePlugin.getiptcinfo(read) == {(2, 120): b"A ped", (2, 80): b"Anna"}
 
 
-def test_iptc_that_a_format_cannot_hold_is_named(tmp_path):
+def test_iptc_that_a_format_cannot_store_gives_a_warning(tmp_path):
     image = picture()
     image.info["iptc"] = IPTC
     with pytest.warns(UserWarning, match="PNG cannot store IPTC"):
@@ -203,7 +203,7 @@ def test_iptc_that_a_format_cannot_hold_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("bits", "kind"), [(10, "PNG"), (12, "PNG"), (12, "TIFF"), (14, "TIFF"), (16, "PNG")]
 )
-def test_grey_of_fewer_bits_in_16_is_not_black(bits, kind):
+def test_gray_that_uses_few_of_its_16_bits_is_scaled_to_the_full_range(bits, kind):
     ramp = np.linspace(0, 2**bits - 1, 64 * 48).round().astype(np.uint16).reshape(48, 64)
     data = encoded(Image.fromarray(ramp), kind)
     if bits < 16:
@@ -215,7 +215,7 @@ def test_grey_of_fewer_bits_in_16_is_not_black(bits, kind):
     assert np.abs(np.asarray(loaded)[..., 0] - expected).max() <= 1
 
 
-def test_hostile_blocks_are_refused_or_read_within_their_bytes():
+def test_corrupted_exif_is_refused_or_rewritten_at_a_bounded_size():
     rng, block = np.random.default_rng(0), bytearray(camera().removeprefix(b"Exif\0\0"))
     for _ in range(3000):
         data = bytearray(block)

@@ -1,4 +1,4 @@
-"""The grid: which settings each cell has, what is written beside the cells."""
+"""The grid: each cell's settings, and the labels beside the cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("here")
 
 
 class Painter:
-    """An editor whose results have the colour of their settings."""
+    """An editor whose results are colored by their settings."""
 
     def edit(self, picture, *, settings):
         seed, steps, text_cfg, image_cfg = (
@@ -30,7 +30,7 @@ class Painter:
 
 
 def test_each_cell_has_the_settings_of_its_row_and_column() -> None:
-    made = []
+    calls = []
     picture = grid.draw_grid(
         Painter(),
         Image.new("RGB", (300, 150), "red"),
@@ -38,23 +38,23 @@ def test_each_cell_has_the_settings_of_its_row_and_column() -> None:
         columns=grid.Axis(setting="text_cfg", values=(2.0, 7.5)),
         rows=grid.Axis(setting="seed", values=(0, 1, 2)),
         cell=100,
-        on_result=lambda: made.append(1),
+        on_result=lambda: calls.append(1),
         seed=9,
         image_cfg=1.5,
         steps=5,
     )
-    assert len(made) == 6
-    colours = {colour for _, colour in picture.getcolors(2**20)}
-    wanted = {(int(text * 10), 15, seed * 10 + 5) for text in (2.0, 7.5) for seed in (0, 1, 2)}
-    assert wanted <= colours and (255, 0, 0) in colours  # and the input
+    assert len(calls) == 6
+    colors = {color for _, color in picture.getcolors(2**20)}
+    expected = {(int(text * 10), 15, seed * 10 + 5) for text in (2.0, 7.5) for seed in (0, 1, 2)}
+    assert expected <= colors and (255, 0, 0) in colors  # and the input
     pixels = np.asarray(picture)
-    places = {colour: np.argwhere((pixels == colour).all(axis=-1)) for colour in [*wanted, (255, 0, 0)]}
-    assert all(len(found) == 100 * 50 for found in places.values())  # scaled, not cut, and none overlaps
+    places = {color: np.argwhere((pixels == color).all(axis=-1)) for color in [*expected, (255, 0, 0)]}
+    assert all(len(found) == 100 * 50 for found in places.values())  # scaled, not cropped, and none overlap
     assert places[(20, 15, 5)][0][0] == places[(75, 15, 5)][0][0] < places[(20, 15, 15)][0][0]
     assert places[(20, 15, 5)][0][1] < places[(75, 15, 5)][0][1]
 
 
-def test_labels_stand_above_the_columns_and_before_the_rows() -> None:
+def test_labels_are_above_the_columns_and_left_of_the_rows() -> None:
     cells = [[Image.new("RGB", (40, 40), "blue")] * 2] * 2
     bare = np.asarray(grid.draw_sheet(cells, columns=["", ""], rows=["", ""]))
     labeled = np.asarray(
@@ -77,7 +77,7 @@ def test_labels_stand_above_the_columns_and_before_the_rows() -> None:
         ("steps=5", ("steps", (5,))),
     ],
 )
-def test_axis_is_a_setting_with_or_without_values(text: str, found: tuple) -> None:
+def test_an_axis_is_a_setting_with_or_without_values(text: str, found: tuple) -> None:
     assert parse_axis("--rows", text) == found
 
 
@@ -108,15 +108,15 @@ def test_too_many_cells_are_refused() -> None:
         config.check()
 
 
-def test_the_command_draws_the_scales_around_the_models_own(
+def test_the_command_draws_a_grid_around_the_models_guidance_scales(
     page: Image.Image, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page.save("page.png")
     words = ["grid", "page.png", "make it night", "--model", str(tiny_model_dir), "--steps", "1"]
     assert cli.main([*words, "--rows", "seed=1,2"]) == 0
     assert capsys.readouterr().out == "page-grid.png\n"
-    with Image.open("page-grid.png") as drawn:
-        assert drawn.width > 5 * 64 and drawn.height > 2 * 64
-    assert cli.main([*words, "--rows", "seed=1,2"]) == 2  # is there already
+    with Image.open("page-grid.png") as sheet:
+        assert sheet.width > 5 * 64 and sheet.height > 2 * 64
+    assert cli.main([*words, "--rows", "seed=1,2"]) == 2  # already exists
     assert grid.default_values("text_cfg", EditSettings(text_cfg=7.5)) == [3.75, 5.62, 7.5, 11.25]
     assert grid.default_values("seed", EditSettings(seed=4)) == [4, 5, 6, 7]

@@ -38,7 +38,7 @@ def encoded(image, kind, **options):
 
 
 def png_header(width, height):
-    """A PNG that only says its size: decoding it would fail, asking its size does not."""
+    """A PNG with only a header: its size can be read, but decoding fails."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
     return (
@@ -46,26 +46,26 @@ def png_header(width, height):
     )
 
 
-# --- what cannot be edited ---------------------------------------------------------------------
+# --- refused pictures --------------------------------------------------------------------------
 
 
-def test_a_missing_file_names_the_nearest(tmp_path):
+def test_a_missing_file_suggests_the_closest_name(tmp_path):
     noise_image().save(tmp_path / "page.png")
     with pytest.raises(InputError, match=r"pgae\.png: no such file\. Did you mean .*page\.png\?"):
         load_image(tmp_path / "pgae.png")
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_is_reported(tmp_path):
     with pytest.raises(InputError, match="the folder .*nowhere does not exist"):
         load_image(tmp_path / "nowhere" / "page.png")
 
 
-def test_a_folder_is_no_picture(tmp_path):
+def test_a_folder_is_refused_as_a_picture(tmp_path):
     with pytest.raises(InputError, match="is a folder"):
         load_image(tmp_path)
 
 
-def test_the_nearest_name_is_close_or_none():
+def test_closest_name_returns_a_close_match_or_none():
     assert closest_name("PAGE.PNG", ["page.png", "other.txt"]) == "page.png"
     assert closest_name("zebra", ["page.png"]) is None
 
@@ -84,7 +84,7 @@ def test_the_nearest_name_is_close_or_none():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "contains text"),
     ],
 )
-def test_what_is_no_picture_says_what_it_is(tmp_path, data, message):
+def test_a_file_that_is_not_a_picture_is_reported_with_its_kind(tmp_path, data, message):
     path = tmp_path / "page.png"
     path.write_bytes(data)
     with pytest.raises(InputError, match=message) as error:
@@ -96,7 +96,7 @@ def test_what_is_no_picture_says_what_it_is(tmp_path, data, message):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
-def test_a_truncated_picture_is_an_error_and_not_grey(kind, share):
+def test_a_truncated_picture_is_an_error_and_not_filled_with_gray(kind, share):
     data = encoded(noise_image(), kind)
     with pytest.raises(InputError):
         load_image(data[: int(len(data) * share)])
@@ -115,19 +115,19 @@ def test_a_flipped_bit_in_a_png_is_an_error():
         load_image(bytes(data))
 
 
-def test_too_many_pixels_are_refused_by_the_header():
+def test_too_many_pixels_are_refused_from_the_header_alone():
     with pytest.raises(
         InputError, match=r"144\.0 megapixels \(12000x12000\); the limit is 100.*--max-pixels"
     ):
         load_image(png_header(12000, 12000))
 
 
-def test_a_decompression_bomb_is_refused_by_the_header():
+def test_a_decompression_bomb_is_refused_from_the_header_alone():
     with pytest.raises(InputError, match="too large"):
         load_image(png_header(60000, 60000), max_pixels=10**12)
 
 
-def test_the_limit_of_pixels_can_be_moved():
+def test_max_pixels_sets_the_limit():
     data = encoded(noise_image(), "PNG")
     with pytest.raises(InputError, match="megapixels"):
         load_image(data, max_pixels=64 * 48 - 1)
@@ -158,18 +158,18 @@ def test_an_animation_is_an_error(kind):
         load_image(data)
 
 
-def test_a_photograph_with_its_preview_is_fine():
+def test_a_photo_with_an_embedded_preview_loads():
     photograph, preview = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (32, 24), "blue")
     loaded = load_image(encoded(photograph, "MPO", save_all=True, append_images=[preview]))
     assert loaded.size == (64, 48)
     assert loaded.getpixel((5, 5))[0] > 200
 
 
-def test_a_still_gif_is_fine():
+def test_a_still_gif_loads():
     assert load_image(encoded(noise_image(), "GIF")).mode == "RGB"
 
 
-# --- what is converted -------------------------------------------------------------------------
+# --- conversion --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -184,19 +184,19 @@ def test_other_modes_become_rgb(mode, kind):
         assert loaded.tobytes() == image.convert("RGB").tobytes()
 
 
-def test_16_bit_grey_keeps_its_range():
+def test_16_bit_gray_keeps_its_range():
     values = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
     loaded = np.asarray(load_image(encoded(Image.fromarray(values), "PNG")))
     assert (loaded[0, 0, 0], loaded[-1, -1, 0]) == (0, 255)
     np.testing.assert_allclose(loaded[..., 0], values / 257, atol=0.51)
 
 
-def test_float_grey_is_a_share_of_white():
+def test_float_gray_is_a_fraction_of_white():
     values = np.full((48, 64), 0.5, np.float32)
     assert np.asarray(load_image(encoded(Image.fromarray(values), "TIFF")))[0, 0, 0] == 128
 
 
-def test_16_bit_colours_become_their_high_bytes():
+def test_16_bit_colors_are_reduced_to_their_high_bytes():
     values = np.random.default_rng(0).integers(0, 65536, (48, 64, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     body = b"IHDR" + struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)
@@ -206,8 +206,8 @@ def test_16_bit_colours_become_their_high_bytes():
     assert (np.asarray(load_image(data)) == values >> 8).all()
 
 
-def test_grey_with_a_profile_looks_as_it_did():
-    # Linear light at half is 188 of 255 in sRGB.
+def test_gray_with_a_profile_is_converted_to_srgb():
+    # Half of linear light is 188 of 255 in sRGB.
     white, curve = struct.pack(">4s4x3i", b"XYZ ", 63190, 65536, 54061), struct.pack(">4s4xI", b"curv", 0)
     table = struct.pack(">I", 2)
     start = 128 + 4 + 24
@@ -223,21 +223,21 @@ def test_grey_with_a_profile_looks_as_it_did():
     assert "icc_profile" not in loaded.info
 
 
-def test_transparency_can_be_laid_on_black():
+def test_transparency_can_be_flattened_onto_black():
     with pytest.warns(UserWarning, match="set to black"):
         loaded = load_image(Image.new("RGBA", (32, 32), (255, 255, 255, 0)), background="black")
     assert loaded.getpixel((5, 5)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_can_be_laid_on_white_which_is_said(mode):
+def test_transparency_can_be_flattened_onto_white_with_a_warning(mode):
     image = Image.new(mode, (32, 32), (0,) * (len(mode) - 1) + (0,))
     with pytest.warns(UserWarning, match="transparent parts; their background is set to white"):
         loaded = load_image(encoded(image, "PNG"), background="white")
     assert loaded.getpixel((5, 5)) == (255, 255, 255)
 
 
-def test_a_transparent_colour_of_a_palette_is_laid_on_white():
+def test_a_transparent_palette_color_is_flattened_onto_white():
     image = noise_image().convert("P")
     index = image.getpixel((0, 0))
     with pytest.warns(UserWarning, match="white"):
@@ -245,7 +245,7 @@ def test_a_transparent_colour_of_a_palette_is_laid_on_white():
     assert loaded.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_an_opaque_alpha_channel_says_nothing():
+def test_an_opaque_alpha_channel_gives_no_warning():
     image = noise_image()
     image.putalpha(255)
     with warnings.catch_warnings():
@@ -266,7 +266,7 @@ def test_a_rotated_photograph_comes_out_upright():
     assert kept[ARTIST] == "someone"
 
 
-def test_loading_does_not_change_the_picture_given():
+def test_loading_does_not_modify_its_input():
     image = noise_image()
     image.info["parameters"] = "mine"
     loaded = load_image(image)
@@ -277,7 +277,7 @@ def test_loading_does_not_change_the_picture_given():
 # --- tensors and sizes -------------------------------------------------------------------------
 
 
-def test_tensor_and_back_is_exact():
+def test_the_tensor_round_trip_is_exact():
     image = noise_image()
     tensor = to_tensor(image)
     assert tensor.shape == (1, 3, 48, 64)
@@ -287,7 +287,7 @@ def test_tensor_and_back_is_exact():
     assert to_pil(tensor[0]).tobytes() == image.tobytes()
 
 
-def test_to_pil_clamps():
+def test_to_pil_clamps_values_out_of_range():
     assert to_pil(torch.tensor([-7.0, 7.0]).view(1, 1, 2).expand(3, 1, 2)).tobytes() == bytes(
         [0] * 3 + [255] * 3
     )
@@ -303,12 +303,12 @@ def test_to_pil_clamps():
         ((512, 512), (512, 512)),
     ],
 )
-def test_fit_size_is_the_originals_rule(given, expected):
+def test_fit_size_matches_known_sizes_of_the_original_code(given, expected):
     assert fit_size(*given) == expected
 
 
-def test_the_longer_side_of_a_fit_gives_the_same_fit():
-    # So an edit can be made again from the size in its settings.
+def test_fitting_to_the_longer_side_of_a_fit_gives_the_same_fit():
+    # So an edit can be reproduced from the size in its settings.
     rng = np.random.default_rng(0)
     for _ in range(500):
         width, height = rng.integers(16, 4000, 2)
@@ -335,7 +335,7 @@ def test_exif_and_profile_are_kept(tmp_path, ending):
         assert again.info["icc_profile"] == profile
 
 
-def tagged(orientation=6):
+def exif_block(orientation=6):
     exif = Image.Exif()
     exif[ORIENTATION], exif[ARTIST] = orientation, "someone"
     exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 31.0, 12.5)})
@@ -345,8 +345,8 @@ def tagged(orientation=6):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
-def test_place_and_time_are_kept_and_the_size_is_the_upright_one(tmp_path, kind, ending):
-    loaded = load_image(encoded(noise_image(), kind, exif=tagged()))
+def test_location_and_time_are_kept_and_the_recorded_size_is_upright(tmp_path, kind, ending):
+    loaded = load_image(encoded(noise_image(), kind, exif=exif_block()))
     loaded.info["parameters"] = "make it night\nSteps: 20"
     with Image.open(save_image(loaded, tmp_path / f"out.{ending}")) as file:
         assert file.size == (48, 64)
@@ -358,30 +358,30 @@ def test_place_and_time_are_kept_and_the_size_is_the_upright_one(tmp_path, kind,
 
 
 @pytest.mark.parametrize("ending", ["tif", "tiff", "bmp", "png"])
-def test_lossless_formats_keep_every_byte(tmp_path, ending):
+def test_lossless_formats_keep_every_pixel(tmp_path, ending):
     path = save_image(load_image(encoded(noise_image(), "TIFF")), tmp_path / f"out.{ending}")
     assert load_image(path).tobytes() == noise_image().tobytes()
 
 
-def test_what_a_tiff_says_of_its_own_bytes_does_not_travel(tmp_path):
+def test_tags_that_describe_a_tiffs_encoding_are_not_copied(tmp_path):
     loaded = load_image(encoded(noise_image(), "TIFF", compression="tiff_lzw"))
     with Image.open(save_image(loaded, tmp_path / "out.jpg")) as file:
         assert not {0x0100, 0x0103, 0x0111} & set(file.getexif())
 
 
-@pytest.mark.parametrize("block", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\xff\xff", tagged(1)[:30]])
-def test_exif_that_cannot_be_kept_is_said_and_left_out(block):
+@pytest.mark.parametrize("block", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\xff\xff", exif_block(1)[:30]])
+def test_invalid_exif_is_dropped_with_a_warning(block):
     with pytest.warns(UserWarning, match="EXIF that cannot be kept"):
         assert "exif" not in load_image(encoded(noise_image(), "JPEG", exif=block)).info
 
 
-def test_a_profile_that_no_longer_fits_is_dropped():
+def test_an_rgb_profile_of_a_gray_picture_is_dropped():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     grey = noise_image().convert("L")
     assert "icc_profile" not in load_image(encoded(grey, "PNG", icc_profile=profile)).info
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_picture_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "out.png"
     path.write_bytes(b"old")
 
@@ -396,7 +396,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.png"]
 
 
-def test_an_output_is_checked_before_any_work(tmp_path):
+def test_check_picture_output_refuses_invalid_outputs(tmp_path):
     (tmp_path / "there.png").write_bytes(b"mine")
     with pytest.raises(InputError, match="already exists"):
         check_picture_output(tmp_path / "there.png")
@@ -407,17 +407,17 @@ def test_an_output_is_checked_before_any_work(tmp_path):
         check_picture_output(tmp_path / "out.docx")
 
 
-def test_a_grid_has_room_for_every_picture_and_label():
+def test_a_contact_sheet_has_room_for_every_picture_and_label():
     rows = [[noise_image(seed=row * 3 + column) for column in range(3)] for row in range(2)]
     plain = contact_sheet(rows)
     assert plain.size == (3 * 64 + 4 * 8, 2 * 48 + 3 * 8)
     assert plain.crop((8, 8, 72, 56)).tobytes() == rows[0][0].tobytes()
-    labelled = contact_sheet(rows, ["one", "two"], header=["before", "after", "exact"])
-    assert labelled.height > plain.height
-    assert labelled.width == plain.width
+    labeled = contact_sheet(rows, ["one", "two"], header=["before", "after", "exact"])
+    assert labeled.height > plain.height
+    assert labeled.width == plain.width
 
 
-def test_a_tiff_carries_its_xmp(tmp_path):
+def test_a_tiff_keeps_its_xmp(tmp_path):
     image = noise_image()
     image.info = {"xmp": b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"}
     with Image.open(save_image(image, tmp_path / "a.tiff")) as read:
@@ -425,7 +425,7 @@ def test_a_tiff_carries_its_xmp(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_bytes_of_a_picture_carry_its_settings_and_its_xmp(kind, tmp_path):
+def test_to_bytes_includes_the_settings_and_the_xmp(kind, tmp_path):
     image = noise_image()
     image.info = {"parameters": "make it snow\nSteps: 2", "xmp": b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"}
     data = to_bytes(image, kind)
@@ -440,7 +440,7 @@ def test_bytes_of_a_picture_carry_its_settings_and_its_xmp(kind, tmp_path):
         assert "xmp" not in read.info and not read.getexif()
 
 
-def test_arrays_and_open_files_are_pictures(tmp_path):
+def test_arrays_and_open_files_are_loaded_as_pictures(tmp_path):
     page = noise_image()
     page.save(tmp_path / "page.png")
     with open(tmp_path / "page.png", "rb") as file:
@@ -459,7 +459,7 @@ def test_arrays_and_open_files_are_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-def test_pillow_itself_writes_the_settings_of_a_result(tmp_path, ending):
+def test_pillows_save_writes_the_settings_of_a_result(tmp_path, ending):
     image = EditedImage.of(noise_image())
     image.info["parameters"] = "make it snow\nSteps: 3"
     image.save(tmp_path / f"snow.{ending}")

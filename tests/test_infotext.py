@@ -38,12 +38,12 @@ Steps: 50, Sampler: Euler a, CFG scale: 7.5, Image CFG scale: 1.5, Seed: 42, Siz
 Version: ip2p 0.1"""
 
 
-def test_the_three_lines_are_those_of_a1111():
+def test_the_three_lines_are_in_a1111s_format():
     assert format_infotext(SNOW) == TEXT
     assert parse_infotext(TEXT) == SNOW
 
 
-def test_without_a_negative_prompt_there_are_two_lines():
+def test_an_empty_negative_prompt_has_no_line():
     bare = SNOW.changed(negative="")
     assert "Negative" not in format_infotext(bare)
     assert parse_infotext(format_infotext(bare)) == bare
@@ -54,7 +54,7 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40).map
 )
 
 
-# Slow inputs are another process's doing.
+# Other processes can slow down the generation of inputs.
 @how(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     instruction=words.filter(bool),
@@ -66,7 +66,7 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40).map
     sampler=st.sampled_from(list(SAMPLER_NAMES)),
     schedule=st.sampled_from(list(SCHEDULE_NAMES)),
 )
-def test_whatever_is_written_is_read_back(
+def test_any_settings_are_read_back_as_written(
     instruction, negative, model, note, seed, text_cfg, sampler, schedule
 ):
     settings = SNOW.changed(
@@ -82,7 +82,7 @@ def test_whatever_is_written_is_read_back(
     assert parse_infotext(format_infotext(settings)) == settings
 
 
-def test_every_other_setting_is_read_back_and_written_only_when_it_is_not_the_default():
+def test_every_other_setting_is_read_back_and_is_written_only_if_not_the_default():
     settings = SNOW.changed(
         text_cfg_rescale=0.7,
         cfg_interval=(1e-5, 0.9),
@@ -112,26 +112,26 @@ def test_every_other_setting_is_read_back_and_written_only_when_it_is_not_the_de
     assert format_infotext(SNOW) == TEXT
 
 
-def test_a_text_of_changed_settings_differs_in_the_named_fields_alone():
+def test_a_parsed_text_is_rewritten_identically_and_can_be_changed():
     text = format_infotext(SNOW.changed(others={"Mask blur": "4"}))
     record = parse_infotext(text)
     assert format_infotext(record) == text
     assert parse_infotext(format_infotext(record.changed(vae="x"))) == record.changed(vae="x")
 
 
-def test_values_with_commas_colons_and_lines_are_quoted():
+def test_values_with_commas_colons_and_newlines_are_quoted():
     text = format_infotext(SNOW.changed(model='a, b: "c"\nd'))
     assert 'Model: "a, b: \\"c\\"\\nd"' in text
     assert parse_infotext(text).model == 'a, b: "c"\nd'
 
 
-def test_an_instruction_of_several_lines_stays_one():
+def test_a_multiline_instruction_is_joined_into_one_line():
     text = format_infotext(SNOW.changed(instruction="make it\nSteps: 3,\n night"))
     assert text.splitlines()[0] == "make it Steps: 3, night"
     assert parse_infotext(text).steps == 50
 
 
-def test_what_a1111_wrote_is_read():
+def test_the_text_of_a1111_is_parsed():
     text = """make it
 night
 Negative prompt: blurry,
@@ -160,7 +160,7 @@ Image CFG scale: 1.2"""
         ("Euler, Schedule type: SGM Uniform", ("euler", "trailing"), "SGM Uniform"),
     ],
 )
-def test_schedules_mean_what_they_mean_in_a1111_both_ways(theirs, ours, written):
+def test_schedules_map_to_a1111s_names_and_back(theirs, ours, written):
     found = parse_infotext(TEXT.replace("Euler a", theirs))
     assert (found.sampler, found.schedule) == ours
     text = format_infotext(found)
@@ -178,7 +178,7 @@ def test_text_without_settings_is_an_error(text):
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "webp"])
 @pytest.mark.parametrize("instruction", ["make it snow", "mach es grün, bitte: 雪"])
-def test_every_format_carries_the_settings(tmp_path, ending, instruction):
+def test_every_format_stores_the_settings(tmp_path, ending, instruction):
     text = format_infotext(SNOW.changed(instruction=instruction))
     image = Image.new("RGB", (32, 32))
     image.info["parameters"] = text
@@ -199,13 +199,13 @@ def test_settings_of_an_earlier_edit_are_replaced(tmp_path):
         assert USER_COMMENT not in opened.getexif().get_ifd(EXIF)
 
 
-def test_a_picture_without_settings_has_none(tmp_path):
+def test_read_infotext_returns_none_for_a_picture_without_settings(tmp_path):
     path = tmp_path / "plain.png"
     Image.new("RGB", (32, 32)).save(path)
     assert read_infotext(path) is None
 
 
-def test_a_file_that_is_no_picture_is_an_error(tmp_path):
+def test_a_file_that_is_missing_or_not_a_picture_is_an_error(tmp_path):
     (tmp_path / "page.png").write_text("hello")
     with pytest.raises(InputError, match=r"page\.png cannot be read"):
         read_infotext(tmp_path / "page.png")
@@ -223,5 +223,5 @@ def test_a_file_that_is_no_picture_is_an_error(tmp_path):
         "make it snow",
     ],
 )
-def test_comments_of_other_writers_are_read(comment):
+def test_exif_comments_of_other_programs_are_decoded(comment):
     assert decode_comment(comment) == "make it snow"

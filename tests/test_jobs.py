@@ -1,6 +1,6 @@
-"""Jobs: what is committed is whole, nothing is lost or made twice, and Ray makes the same files.
+"""Jobs: committed files are complete, nothing is lost or made twice, and Ray writes the same files.
 
-Ray itself is an extra and takes a minute to start, so that a stand-in takes its place here.
+Ray itself is an extra and takes a minute to start, so a stand-in replaces it here.
 """
 
 import errno
@@ -30,23 +30,23 @@ SETTINGS = {"key": "squares"}
 
 
 class Squares:
-    """Squares of numbers; numbers in `none` go into another table."""
+    """Squares of numbers; numbers in `rejected` go into the rejected table."""
 
     loaded = 0
 
-    def __init__(self, none=(), call=lambda part: None):
+    def __init__(self, rejected=(), call=lambda part: None):
         type(self).loaded += 1
-        self.none, self.call, self.made = none, call, []
+        self.rejected, self.call, self.made = rejected, call, []
 
     def __call__(self, part):
         self.call(part)
         self.made.append(part)
-        kept = [n for n in part if n not in self.none]
+        kept = [n for n in part if n not in self.rejected]
         return StageOutput(
             tables={
                 "data/train": pa.table({"n": pa.array(kept, pa.int64()), "square": [n * n for n in kept]}),
                 "rejected/rejected": pa.table(
-                    {"n": pa.array([n for n in part if n in self.none], pa.int64())}
+                    {"n": pa.array([n for n in part if n in self.rejected], pa.int64())}
                 ),
             },
             counts={"looked": len(part), "odd": sum(n % 2 for n in part)},
@@ -60,7 +60,7 @@ def said():
 
 @pytest.fixture
 def go(tmp_path, said):
-    """Run the job of squares in a folder, with whatever is to be otherwise."""
+    """Run the squares job in a folder, with any arguments changed."""
 
     def go(stage=Squares, parts=PARTS, folder=tmp_path / "job", settings=SETTINGS, **more):
         return jobs.run_job(stage, parts, folder, settings=settings, say=said.append, **more)
@@ -80,8 +80,8 @@ def lines(folder):
     return [json.loads(line) for line in (folder / jobs.MANIFEST).read_text().splitlines()]
 
 
-def test_every_part_is_made_once_and_named_with_its_checksums(go, tmp_path):
-    summary = go(partial(Squares, none=(4,)))
+def test_every_part_is_made_once_and_listed_with_checksums(go, tmp_path):
+    summary = go(partial(Squares, rejected=(4,)))
     folder = tmp_path / "job"
     assert [row["square"] for row in rows(folder)] == [0, 1, 4, 9, 25, 36]
     assert (summary.parts, summary.made) == (3, 3)
@@ -94,7 +94,7 @@ def test_every_part_is_made_once_and_named_with_its_checksums(go, tmp_path):
     assert jobs.summary(folder).counts == summary.counts
 
 
-def test_a_finished_job_loads_nothing_and_tells_the_same(go, said):
+def test_a_finished_job_loads_nothing_and_returns_the_same_summary(go, said):
     first = go()
     loaded = Squares.loaded
     again = go()
@@ -103,7 +103,7 @@ def test_a_finished_job_loads_nothing_and_tells_the_same(go, said):
     assert said == [said[0]] and said[0].startswith("3 of 3 parts already exist in ")
 
 
-def test_an_error_leaves_what_was_committed_and_the_next_call_makes_the_rest(go, tmp_path):
+def test_an_error_keeps_committed_parts_and_the_next_call_makes_the_rest(go, tmp_path):
     def fail(part):
         if part[0] == 3:
             raise ModelError("the model is gone")
@@ -125,21 +125,21 @@ def die(part):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fall(mark, part):
-    """Kill the process at its first part, once in all."""
+def die_once(mark, part):
+    """Kill the process at its first part, but only once."""
     if not mark.exists():
         mark.touch()
         die(part)
 
 
-def test_several_processes_make_the_same_files_as_one(go, tmp_path):
+def test_several_processes_write_the_same_files_as_one(go, tmp_path):
     one = go(folder=tmp_path / "one")
     two = go(folder=tmp_path / "two", processes=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "two")) == 6
     assert (two.made, two.rows, two.counts) == (3, one.rows, one.counts)
 
 
-def test_an_error_of_a_process_is_raised_here_and_what_was_committed_stays(go, tmp_path):
+def test_an_error_in_a_worker_process_is_raised_and_committed_parts_stay(go, tmp_path):
     with pytest.raises(ModelError, match="the model is gone"):
         go(partial(Squares, call=refuse), processes=2)
     assert {row["n"] for row in rows(tmp_path / "job")} <= {0, 1, 2, 6}
@@ -147,8 +147,8 @@ def test_an_error_of_a_process_is_raised_here_and_what_was_committed_stays(go, t
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
 
 
-def test_a_process_that_is_lost_begins_anew_and_one_that_always_is_ends_the_job(go, tmp_path):
-    go(partial(Squares, call=partial(fall, tmp_path / "fallen")), processes=2)
+def test_a_dead_process_is_restarted_and_one_that_keeps_dying_ends_the_job(go, tmp_path):
+    go(partial(Squares, call=partial(die_once, tmp_path / "fallen")), processes=2)
     assert (tmp_path / "fallen").exists()
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
     with pytest.raises(ResourceError, match=r"died 4 times on part \d; .* try --workers 1"):
@@ -170,7 +170,7 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_end_with_the_one_that_began_them(tmp_path):
+def test_worker_processes_end_with_their_parent(tmp_path):
     (tmp_path / "run.py").write_text(ORPHANS)
     parent = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path])
 
@@ -193,16 +193,16 @@ def is_alive(number):
     return state != "Z"
 
 
-def wait_until(holds):
-    """Whether it holds within a minute."""
+def wait_until(condition):
+    """Return whether the condition holds within a minute."""
     end = time.monotonic() + 60
-    while not (found := holds()) and time.monotonic() < end:
+    while not (result := condition()) and time.monotonic() < end:
         time.sleep(0.05)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_the_middle_of_writing_leaves_no_half_file(go, tmp_path, monkeypatch, kind):
+def test_a_signal_during_a_write_leaves_no_partial_file(go, tmp_path, monkeypatch, kind):
     def ended(number, frame):
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
@@ -269,47 +269,47 @@ print(json.dumps(told))
 """
 
 
-def test_killed_at_any_write_nothing_is_lost_or_doubled(tmp_path):
+def test_a_kill_at_any_write_loses_and_duplicates_nothing(tmp_path):
     tests = str(Path(__file__).parent)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), tests], capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stderr
-    runs = json.loads(done.stdout)
-    # A line for the head, three parts of two files and a line each, one for the end.
+    assert process.returncode == 0, process.stderr
+    runs = json.loads(process.stdout)
+    # A line for the header, two files and a line for each of three parts, and a line for the end.
     assert len(runs) > 20
     assert [code for code, *_ in runs] == [-signal.SIGKILL] * (len(runs) - 1) + [0]
-    assert {there for _, there, *_ in runs} == {0, 1, 2, 3}
-    for _, _, damaged, again, made, halves in runs:
-        assert (damaged, again, halves) == ([], 0, [])
-        assert [row["n"] for row in made] == list(range(7))
+    assert {committed for _, committed, *_ in runs} == {0, 1, 2, 3}
+    for _, _, damaged, again, final_rows, temporaries in runs:
+        assert (damaged, again, temporaries) == ([], 0, [])
+        assert [row["n"] for row in final_rows] == list(range(7))
 
 
-def test_a_torn_line_never_counted(go, tmp_path):
+def test_a_truncated_manifest_line_does_not_count(go, tmp_path):
     go()
     manifest = tmp_path / "job" / jobs.MANIFEST
-    whole = manifest.read_bytes().splitlines(keepends=True)
-    manifest.write_bytes(b"".join(whole[:2]) + whole[2][:-7])
+    full_lines = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(b"".join(full_lines[:2]) + full_lines[2][:-7])
     assert len(jobs.committed(tmp_path / "job", "data/train")) == 1
     assert go().made == 2
     assert len(rows(tmp_path / "job")) == 7
 
 
-def test_a_part_that_was_cut_short_is_reported_and_recreated(go, tmp_path, said):
+def test_a_truncated_part_is_reported_and_recreated(go, tmp_path, said):
     go()
     path = tmp_path / "job" / "data" / "train-00001.parquet"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-5])
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
     assert go().made == 1
     assert "train-00001.parquet is missing or truncated" in said[0]
-    assert path.read_bytes() == whole
-    flipped = bytearray(whole)
+    assert path.read_bytes() == content
+    flipped = bytearray(content)
     flipped[10] ^= 1
     path.write_bytes(flipped)
     assert jobs.damaged(tmp_path / "job") == ["data/train-00001.parquet"]
 
 
-def test_two_jobs_in_one_folder_are_refused(go):
+def test_a_second_job_in_the_same_folder_is_refused(go):
     def other(part):
         with pytest.raises(InputError, match="another ip2p process is writing to"):
             go()
@@ -317,7 +317,7 @@ def test_two_jobs_in_one_folder_are_refused(go):
     go(partial(Squares, call=other))
 
 
-def test_other_settings_are_refused_by_name_unless_overwritten(go, tmp_path):
+def test_changed_settings_are_refused_by_name_unless_overwritten(go, tmp_path):
     go()
     with pytest.raises(
         InputError, match=r'started with key "squares", but it is now "cubes"; add --overwrite'
@@ -328,30 +328,30 @@ def test_other_settings_are_refused_by_name_unless_overwritten(go, tmp_path):
     with pytest.raises(InputError, match="started with seed null, but it is now 1"):
         go(settings={**SETTINGS, "seed": 1})
     assert go(overwrite="changed").made == 0
-    own = tmp_path / "job" / "notes.txt"
-    own.write_text("mine")
+    notes = tmp_path / "job" / "notes.txt"
+    notes.write_text("mine")
     assert go(parts=PARTS[:1], overwrite="changed").made == 1
     assert go(parts=PARTS[:1], overwrite=True).made == 1
     assert sorted(contents(tmp_path / "job")) == [
         "data/train-00000.parquet",
         "rejected/rejected-00000.parquet",
     ]
-    assert own.read_text() == "mine"
+    assert notes.read_text() == "mine"
 
 
-def test_what_a_killed_run_had_not_named_goes_when_a_job_begins_anew(go, tmp_path):
+def test_overwriting_a_job_removes_uncommitted_files_of_a_killed_run(go, tmp_path):
     go()
-    folder, own = tmp_path / "job", ("data/other.parquet", "data/train-00000-of-00002.parquet")
-    for name in own:
+    folder, user_files = tmp_path / "job", ("data/other.parquet", "data/train-00000-of-00002.parquet")
+    for name in user_files:
         (folder / name).write_bytes(b"mine")
-    # Renamed, and killed before its line.
+    # Renamed, but killed before its line was written.
     (folder / "data" / "train-00009.parquet").write_bytes((folder / "data/train-00000.parquet").read_bytes())
     go(parts=PARTS[:1], overwrite=True)
-    there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
-    assert there == sorted([*own, "data/train-00000.parquet", "rejected/rejected-00000.parquet"])
+    remaining = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
+    assert remaining == sorted([*user_files, "data/train-00000.parquet", "rejected/rejected-00000.parquet"])
 
 
-def test_a_folder_of_something_else_is_refused(go, tmp_path):
+def test_a_folder_with_other_files_is_refused(go, tmp_path):
     folder = tmp_path / "job"
     folder.mkdir()
     (folder / "run.json").write_text("{}")
@@ -370,7 +370,7 @@ def test_a_folder_of_something_else_is_refused(go, tmp_path):
         jobs.committed(folder, "data/train")
 
 
-def test_a_full_disk_is_reported_and_what_was_committed_stays(go, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_committed_parts_stay(go, tmp_path, monkeypatch):
     write = pq.write_table
 
     def full(table, path, **more):
@@ -386,7 +386,7 @@ def test_a_full_disk_is_reported_and_what_was_committed_stays(go, tmp_path, monk
     assert go().made == 2
 
 
-def test_pace_tells_the_rate_and_the_time_left():
+def test_pace_gives_the_rate_and_the_time_left():
     assert terminal.pace(0, 10, 5.0, "rows") == ""
     assert terminal.pace(50, 250, 4.0, "rows") == "12.5 rows/s, 0:16 left"
     assert terminal.pace(3000, 6000, 2.0, "rows") == "1,500 rows/s, 0:02 left"
@@ -416,7 +416,7 @@ class Unschedulable(RayError):
 
 @pytest.fixture
 def ray(monkeypatch):
-    """A Ray whose tasks end in the order last begun, first done."""
+    """A fake Ray whose last task to start is the first to finish."""
     fake = SimpleNamespace(nodes=machines({"CPU": 3.0}), options=[], actors=0, most=0, killed=0, shut=0)
     fake.lost, fake.refused, fake.addresses, fake.room = (), (), [], 100
 
@@ -442,8 +442,8 @@ def ray(monkeypatch):
             fake.options.append(options)
             return self
 
-        def remote(self, *given):
-            return Actor(self.kind(*given))
+        def remote(self, *args):
+            return Actor(self.kind(*args))
 
     def wait(refs, num_returns, timeout):
         fake.most = max(fake.most, len(refs))
@@ -453,7 +453,7 @@ def ray(monkeypatch):
 
     def get(ref):
         if ref[1][0] in fake.lost:
-            if isinstance(fake.lost, list):  # so many times
+            if isinstance(fake.lost, list):  # once per entry
                 fake.lost.remove(ref[1][0])
             raise ActorDied("The actor died unexpectedly.\nMore.")
         if ref[1][0] in fake.refused:
@@ -464,7 +464,7 @@ def ray(monkeypatch):
             raise TaskFailed(error) from None
 
     def count(name):
-        return lambda *given: setattr(fake, name, getattr(fake, name) + 1)
+        return lambda *args: setattr(fake, name, getattr(fake, name) + 1)
 
     def init(address, **more):
         fake.addresses.append(address)
@@ -472,7 +472,7 @@ def ray(monkeypatch):
             raise ConnectionError("no")
         if address == "busy:1":
             raise Exception("the node timed out.\nMore.")
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the real one's import
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as importing the real Ray does
 
     module = ModuleType("ray")
     module.__dict__.update(
@@ -491,12 +491,12 @@ def ray(monkeypatch):
 
 
 def machines(*resources):
-    """As Ray tells of them, with one that is gone."""
+    """Nodes as Ray lists them, plus one that is gone."""
     nodes = [{"Alive": True, "Resources": each} for each in resources]
     return [*nodes, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
 
 
-def test_ray_makes_the_same_files_whatever_the_order(go, tmp_path, ray):
+def test_ray_writes_the_same_files_in_any_order(go, tmp_path, ray):
     go(folder=tmp_path / "here")
     handler = signal.getsignal(signal.SIGTERM)
     summary = go(cluster=Cluster(workers=2))
@@ -508,7 +508,7 @@ def test_ray_makes_the_same_files_whatever_the_order(go, tmp_path, ray):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_job_begun_here_goes_on_on_ray(go, ray, tmp_path):
+def test_a_job_started_locally_resumes_on_ray(go, ray, tmp_path):
     def fail(part):
         if part[0] == 3:
             raise ModelError("stopped")
@@ -519,7 +519,7 @@ def test_a_job_begun_here_goes_on_on_ray(go, ray, tmp_path):
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
 
 
-def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_reported(go, ray, tmp_path):
+def test_errors_on_ray_are_raised_unchanged_and_lost_workers_are_reported(go, ray, tmp_path):
     def fail(part):
         raise ModelError("no such model") if part[0] == 6 else ZeroDivisionError("a fault")
 
@@ -537,14 +537,14 @@ def test_errors_on_ray_come_back_as_themselves_and_lost_workers_are_reported(go,
     assert ray.shut == 4
 
 
-def test_workers_are_as_many_as_fit(ray, go):
+def test_the_number_of_workers_is_what_fits_the_machines(ray, go):
     fits = partial(plan_workers, parts=100)
     cpus, gpus = machines({"CPU": 8.0}), machines({"CPU": 32.0, "GPU": 3.0})
     assert fits(cpus, Cluster(cpus=2)) == (4, {"num_cpus": 2, "num_gpus": 0.0})
     assert fits(gpus, Cluster()) == (3, {"num_cpus": 1, "num_gpus": 1.0})
     assert fits(gpus, Cluster(gpus=0.25)) == (12, {"num_cpus": 1, "num_gpus": 0.25})
     assert plan_workers(cpus, Cluster(), 3)[0] == 3
-    # A worker is on one machine, and its part of a GPU on one GPU.
+    # A worker runs on one machine, and its fraction of a GPU on one GPU.
     assert fits(machines({"CPU": 6.0}, {"CPU": 6.0}), Cluster(cpus=4))[0] == 2
     assert fits(machines({"CPU": 8.0, "GPU": 2.0}), Cluster(gpus=0.4))[0] == 4
     assert fits(machines({"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 1.0}), Cluster(gpus=2))[0] == 1
@@ -555,14 +555,14 @@ def test_workers_are_as_many_as_fit(ray, go):
         go(cluster=Cluster(gpus=1))
 
 
-def test_a_worker_without_room_keeps_no_part_waiting(go, ray, tmp_path):
+def test_a_worker_that_cannot_start_blocks_no_part(go, ray, tmp_path):
     ray.room = 1  # another program took the rest
     go(cluster=Cluster())
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
     assert ray.actors == ray.killed == 3
 
 
-def test_machines_that_join_get_workers(go, ray, tmp_path, monkeypatch):
+def test_machines_that_join_later_get_workers(go, ray, tmp_path, monkeypatch):
     monkeypatch.setattr(clusters, "POLL_SECONDS", -1)
     ray.nodes = machines({"CPU": 1.0})
 
@@ -574,14 +574,14 @@ def test_machines_that_join_get_workers(go, ray, tmp_path, monkeypatch):
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
 
 
-def test_what_a_lost_worker_was_at_is_given_to_another(go, ray, tmp_path):
+def test_the_part_of_a_lost_worker_is_given_to_another(go, ray, tmp_path):
     ray.lost = [3, 3, 0]
     assert go(cluster=Cluster(workers=2)).made == 3
     assert (ray.actors, ray.killed) == (5, 5)
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
 
 
-def test_a_cluster_that_does_not_answer_and_a_missing_ray_are_errors(ray, go, monkeypatch):
+def test_an_unreachable_cluster_and_a_missing_ray_are_errors(ray, go, monkeypatch):
     with pytest.raises(ResourceError, match="no Ray cluster responds at nowhere:1"):
         go(cluster=Cluster(address="nowhere:1"))
     with pytest.raises(ResourceError, match=r"Ray does not start \(the node timed out\)\. .* resume"):
@@ -591,25 +591,25 @@ def test_a_cluster_that_does_not_answer_and_a_missing_ray_are_errors(ray, go, mo
         go(cluster=Cluster())
 
 
-def test_a_cluster_of_which_only_the_address_is_left_is_not_waited_for(ray, go, tmp_path, monkeypatch):
+def test_a_stale_cluster_address_is_not_waited_for(ray, go, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    left = tmp_path / "ray" / "ray_current_cluster"
-    left.parent.mkdir()
+    address_file = tmp_path / "ray" / "ray_current_cluster"
+    address_file.parent.mkdir()
 
-    def address(given=""):
-        go(folder=tmp_path / f"job-{len(ray.addresses)}", cluster=Cluster(address=given))
+    def used_address(requested=""):
+        go(folder=tmp_path / f"job-{len(ray.addresses)}", cluster=Cluster(address=requested))
         return ray.addresses[-1]
 
-    assert address() is None
+    assert used_address() is None
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        left.write_text(f"127.0.0.1:{port}")
-        assert address() is None
-    assert address() == "local"
-    assert address("auto") == "auto"
+        address_file.write_text(f"127.0.0.1:{port}")
+        assert used_address() is None
+    assert used_address() == "local"
+    assert used_address("auto") == "auto"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert address() is None
+    assert used_address() is None
     monkeypatch.delenv("RAY_ADDRESS")
-    left.write_text("nonsense")
-    assert address() is None
+    address_file.write_text("nonsense")
+    assert used_address() is None

@@ -1,6 +1,6 @@
-"""A real Ray on this machine: the same files as here, whatever becomes of a worker.
+"""A real Ray on this machine writes the same files as a local run, even if a worker dies.
 
-What needs no cluster is in `test_jobs.py`, with a stand-in for Ray.
+Tests that need no cluster are in `test_jobs.py`, with a stand-in for Ray.
 """
 
 import io
@@ -29,12 +29,12 @@ PARTS = [range(0, 3), range(3, 6), range(6, 7)]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """Ray, whatever else of it runs here; `jobs` takes the one that its process is connected to."""
+    """A Ray of its own, even if others run here; `jobs` uses the one its process is connected to."""
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")  # else its workers are the last that a busy machine runs
+        patch.setenv("RAY_worker_niceness", "0")  # otherwise its workers starve on a busy machine
         patch.setenv("RAY_worker_register_timeout_seconds", "200")
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
         ray.init("local", num_cpus=WORKERS, **quiet)
@@ -44,7 +44,7 @@ def cluster():
 
 
 def contents(folder):
-    """The tables, by name and part; other files tell times."""
+    """The Parquet files by path; other files contain timings."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
 
 
@@ -56,7 +56,7 @@ def pixels(row, name):
     return np.asarray(Image.open(io.BytesIO(row[name]["bytes"]))).astype(int)
 
 
-def test_pairs_are_the_same_files_here_and_on_ray_and_the_same_pairs_in_other_batches(here, monkeypatch):
+def test_ray_and_another_batch_size_give_the_same_pairs_as_a_local_run(here, monkeypatch):
     painter = make_model(here / "painter", in_channels=4)
     make_clip(painter / "clip")
     monkeypatch.setattr(maker, "TRIPLES_A_PART", 2)
@@ -75,7 +75,7 @@ def test_pairs_are_the_same_files_here_and_on_ray_and_the_same_pairs_in_other_ba
     def draw(out, *more):
         words = ["synth", "pairs", "triples.parquet", "-o", out, "--model", str(painter)]
         words += ["--device", "cpu", "--dtype", "fp32", "--steps", "2", "--most", "4", "--round-size", "2"]
-        words += ["--image", "-1", "--caption", "-1", "--directional", "0"]  # about half of what is random
+        words += ["--image", "-1", "--caption", "-1", "--directional", "0"]  # random pairs: about half pass
         assert cli.main([*words, *more]) == 0
         return here / out
 
@@ -83,7 +83,7 @@ def test_pairs_are_the_same_files_here_and_on_ray_and_the_same_pairs_in_other_ba
     on_ray = draw("on-ray", "--ray", "--ray-workers", str(WORKERS))
     assert len(contents(alone)) == 3 and contents(on_ray) == contents(alone)
     assert jobs.summary(on_ray).counts == jobs.summary(alone).counts
-    # In batches of another size sums are rounded otherwise: the same pairs, a level apart at most.
+    # Sums round differently at another batch size: the same pairs, at most one level apart.
     single = draw("single", "--workers", "1", "--batch-size", "1")
     assert rows(single)
     for one, two in zip(rows(single), rows(alone), strict=True):
@@ -96,26 +96,26 @@ def test_pairs_are_the_same_files_here_and_on_ray_and_the_same_pairs_in_other_ba
                 assert value == two[name]
 
 
-def test_a_killed_worker_of_ray_costs_nothing_and_an_error_comes_back_as_itself(tmp_path):
-    fallen, broken = tmp_path / "fallen", tmp_path / "broken"
+def test_a_killed_ray_worker_loses_nothing_and_an_error_is_raised_unchanged(tmp_path):
+    killed, broken = tmp_path / "fallen", tmp_path / "broken"
 
-    class Numbers:  # in here, so that it travels by value
+    class Numbers:  # defined here so that it is pickled by value
         def __call__(self, part):
-            if part[0] == 3 and not fallen.exists():
-                fallen.touch()
+            if part[0] == 3 and not killed.exists():
+                killed.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             if part[0] == 6 and not broken.exists():
                 broken.touch()
                 raise ModelError("the model is gone")
             return StageOutput(tables={"data/train": pa.table({"n": list(part)})}, counts={"seen": len(part)})
 
-    def go():
+    def run():
         return jobs.run_job(Numbers, PARTS, tmp_path / "job", settings={}, cluster=Cluster(workers=1))
 
     with pytest.raises(ModelError, match="the model is gone"):
-        go()
-    assert fallen.exists() and len(rows(tmp_path / "job")) == 6
-    summary = go()
+        run()
+    assert killed.exists() and len(rows(tmp_path / "job")) == 6
+    summary = run()
     assert (summary.made, summary.counts) == (1, {"seen": 7})
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
     assert jobs.damaged(tmp_path / "job") == []

@@ -1,4 +1,4 @@
-"""The ledger and the lock by themselves; what is built on them has crash tests of its own."""
+"""The ledger and the lock on their own; the code built on them has its own crash tests."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ with lock_folder(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the folder `held`."""
+    """Another process that has locked the folder `held`."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "held")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
@@ -47,10 +47,10 @@ def commit(book, part, text="whole"):
 # --- the lock -------------------------------------------------------------------------------------
 
 
-def test_the_second_process_is_refused_and_told_who_has_the_folder(tmp_path, holder):
-    named = re.escape(f"(process {holder.pid} on {socket.gethostname()})")
-    said = rf"another ip2p process is writing to .*held {named}; wait for it"
-    with pytest.raises(InputError, match=said), lock_folder(tmp_path / "held"):
+def test_a_second_process_is_refused_with_the_owner_of_the_lock(tmp_path, holder):
+    owner = re.escape(f"(process {holder.pid} on {socket.gethostname()})")
+    message = rf"another ip2p process is writing to .*held {owner}; wait for it"
+    with pytest.raises(InputError, match=message), lock_folder(tmp_path / "held"):
         pytest.fail("both have it")
 
 
@@ -65,25 +65,25 @@ def test_a_lock_ends_with_its_process(tmp_path, holder, end):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its locks are not flock's")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EIO])
-def test_a_disk_without_locks_is_an_error_and_not_another_process(tmp_path, monkeypatch, number):
+def test_a_disk_without_locks_is_not_mistaken_for_another_process(tmp_path, monkeypatch, number):
     import fcntl
 
-    def refuse(file, how):
+    def refuse(file, operation):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    said = rf"cannot lock .*{os.strerror(number)}; choose a folder on another disk"
-    with pytest.raises(InputError, match=said), lock_folder(tmp_path):
+    message = rf"cannot lock .*{os.strerror(number)}; choose a folder on another disk"
+    with pytest.raises(InputError, match=message), lock_folder(tmp_path):
         pytest.fail("nobody has it")
 
 
-def test_a_folder_that_cannot_hold_a_lock_is_an_error(tmp_path):
+def test_a_folder_where_no_lock_file_can_be_created_is_an_error(tmp_path):
     (tmp_path / ledger.LOCK).mkdir()
     with pytest.raises(InputError, match="cannot lock"), lock_folder(tmp_path):
         pytest.fail("nobody has it")
 
 
-def test_locks_of_one_process_exclude_each_other(tmp_path):
+def test_two_locks_in_one_process_exclude_each_other(tmp_path):
     one, two = Lock(tmp_path / "lock"), Lock(tmp_path / "lock")
     assert one.acquire() and not two.acquire()
     one.release()
@@ -92,7 +92,7 @@ def test_locks_of_one_process_exclude_each_other(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_module_imports_what_windows_lacks():
+def test_no_module_imports_a_module_that_windows_lacks():
     root = Path(ip2p.__file__).parent
     found = [path for path in root.rglob("*.py") if re.search(r"import (fcntl|pwd|grp)\b", path.read_text())]
     assert found == []
@@ -102,7 +102,7 @@ def test_no_module_imports_what_windows_lacks():
 
 
 @pytest.mark.parametrize("system", [sys.platform, "win32"])
-def test_a_file_is_synced_before_its_name_and_its_folder_after(tmp_path, monkeypatch, system):
+def test_a_file_is_synced_before_its_rename_and_its_folder_after(tmp_path, monkeypatch, system):
     calls = []
     sync, rename, open_ = os.fsync, os.replace, os.open
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append("sync"), sync(file)))
@@ -119,7 +119,7 @@ def test_a_file_is_synced_before_its_name_and_its_folder_after(tmp_path, monkeyp
     assert calls == ["sync", "rename"] + (["folder", "sync"] if system != "win32" else [])
 
 
-def test_a_file_that_the_disk_refuses_to_sync_does_not_get_its_name(tmp_path, monkeypatch):
+def test_a_file_that_fails_to_sync_is_not_renamed_into_place(tmp_path, monkeypatch):
     def refuse(file):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -142,7 +142,7 @@ def test_temporary_files_of_a_killed_process_are_removed_and_no_others(tmp_path)
 # --- the manifest ---------------------------------------------------------------------------------
 
 
-def test_an_unfinished_line_is_removed_by_the_next_and_a_damaged_one_is_a_warning(tmp_path, caplog):
+def test_an_unfinished_line_is_replaced_by_the_next_and_a_damaged_one_gives_a_warning(tmp_path, caplog):
     book = Ledger(tmp_path)
     commit(book, 0)
     with open(tmp_path / MANIFEST, "a") as file:
@@ -154,7 +154,7 @@ def test_an_unfinished_line_is_removed_by_the_next_and_a_damaged_one_is_a_warnin
     assert json.loads((tmp_path / MANIFEST).read_text().splitlines()[-1])["part"] == 2
 
 
-def test_ledgers_of_several_processes_see_each_others_lines(tmp_path):
+def test_shared_ledgers_see_each_others_lines(tmp_path):
     one, two = Ledger(tmp_path, shared=True), Ledger(tmp_path, shared=True)
     commit(one, 0)
     commit(two, 1)
@@ -163,23 +163,23 @@ def test_ledgers_of_several_processes_see_each_others_lines(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", MANIFEST]
 
 
-def test_damage_is_found_by_size_or_hash_and_what_is_lost_no_longer_counts(tmp_path):
-    book, said = Ledger(tmp_path), []
+def test_damage_is_found_by_size_or_hash_and_lost_parts_no_longer_count(tmp_path):
+    book, messages = Ledger(tmp_path), []
     for part in range(4):
         commit(book, part)
     (tmp_path / "data/1.txt").write_text("other")
     (tmp_path / "data/2.txt").write_text("cut")
     (tmp_path / "data/3.txt").unlink()
     assert book.damaged() == ["data/1.txt", "data/2.txt", "data/3.txt"]
-    book.drop_lost(said.append)
+    book.drop_lost(messages.append)
     assert list(book.done) == [0, 1]
-    assert said == [
+    assert messages == [
         f"{tmp_path / 'data' / name} is missing or truncated; recreating it" for name in ("2.txt", "3.txt")
     ]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_at_the_line_keeps_the_lines_before(tmp_path, monkeypatch, number):
+def test_a_full_disk_while_a_line_is_written_keeps_the_earlier_lines(tmp_path, monkeypatch, number):
     book = Ledger(tmp_path)
     commit(book, 0)
 
@@ -197,7 +197,7 @@ def test_a_disk_that_is_full_at_the_line_keeps_the_lines_before(tmp_path, monkey
     assert [line["part"] for line in Ledger(tmp_path).lines] == [0, 1]
 
 
-def test_work_is_resumed_with_the_same_header_only(tmp_path):
+def test_work_is_resumed_only_with_the_same_header(tmp_path):
     def begin(kind="draw", seed=1, **more):
         return open_ledger(tmp_path, kind, {"seed": seed}, remove=lambda folder: None, **more)
 
@@ -206,8 +206,8 @@ def test_work_is_resumed_with_the_same_header_only(tmp_path):
     with begin() as book:
         assert list(book.done) == [0] and not book.finished
         book.finish()
-    said = "was started with seed 1, but it is now 2; add --overwrite"
-    with pytest.raises(InputError, match=said), begin(seed=2):
+    message = "was started with seed 1, but it is now 2; add --overwrite"
+    with pytest.raises(InputError, match=message), begin(seed=2):
         pass
     with pytest.raises(InputError, match="already contains other files"), begin("paint"):
         pass
@@ -217,7 +217,7 @@ def test_work_is_resumed_with_the_same_header_only(tmp_path):
         assert not book.done and not book.finished
 
 
-def test_a_setting_that_is_new_or_gone_is_a_change_too(tmp_path):
+def test_an_added_or_removed_setting_counts_as_a_change(tmp_path):
     for before, now in (({}, {"seed": 1}), ({"seed": 1}, {})):
         with pytest.raises(InputError, match="started with seed"):
             check_same(tmp_path, before, now)

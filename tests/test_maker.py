@@ -1,4 +1,4 @@
-"""The verbs of `ip2p synth`, each as it is typed, on small models: what lies there, goes on, is refused."""
+"""The `ip2p synth` commands on small models: what they write, how they resume, and what they refuse."""
 
 import json
 import os
@@ -45,7 +45,7 @@ TRIPLES = [
     )
     for one, other in CHANGES
 ]
-ANY = ("--image", "-1", "--caption", "-1", "--directional", "-1")  # what a random CLIP says is nothing
+ANY = ("--image", "-1", "--caption", "-1", "--directional", "-1")  # the scores of a random CLIP mean nothing
 FEW = ("--steps", "2", "--enough", "2", "--round-size", "2", "--most", "4")
 GREEDY = ("--temperature", "0", "--frequency-penalty", "0", "--max-tokens", "30")
 HERE = ("--workers", "1", "--dtype", "fp32", "--device", "cpu")
@@ -53,7 +53,7 @@ HERE = ("--workers", "1", "--dtype", "fp32", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
-    """A language model that has learnt the triples by heart."""
+    """A language model that has memorized the triples."""
     folder = tmp_path_factory.mktemp("lm")
     texts = [text for t in TRIPLES for text in (t.caption, t.instruction, t.edited_caption)]
     new_lm(texts, folder / "base", vocabulary=320, width=64, layers=2, heads=2, context=64)
@@ -64,7 +64,7 @@ def lm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def painter(tmp_path_factory):
-    """A random Stable Diffusion with a random CLIP of its own."""
+    """A random Stable Diffusion with its own random CLIP."""
     folder = make_model(tmp_path_factory.mktemp("models") / "painter", in_channels=4)
     make_clip(folder / "clip")
     return folder
@@ -78,7 +78,7 @@ def captions(here):
 
 @pytest.fixture
 def triples(here, monkeypatch):
-    """Three parts of triples."""
+    """Triples in three parts."""
     monkeypatch.setattr(maker, "TRIPLES_A_PART", 2)
     many = [
         *TRIPLES,
@@ -100,10 +100,10 @@ def pixels(row, name):
     return np.asarray(load_image(row[name]["bytes"])).astype(int)
 
 
-def same(some, other, *, tolerance: int = 0) -> None:
-    """The same rows, with pictures alike up to `tolerance` levels, and scores as far as those carry."""
-    assert [row["id"] for row in some] == [row["id"] for row in other] and some
-    for one, two in zip(some, other, strict=True):
+def assert_same(actual, expected, *, tolerance: int = 0) -> None:
+    """Check for equal rows: pictures up to `tolerance` levels, and scores up to what that can cause."""
+    assert [row["id"] for row in actual] == [row["id"] for row in expected] and actual
+    for one, two in zip(actual, expected, strict=True):
         for name in one:
             if name in SIMILARITIES:
                 assert one[name] == pytest.approx(two[name], abs=1e-6 + 0.01 * tolerance)
@@ -115,20 +115,20 @@ def same(some, other, *, tolerance: int = 0) -> None:
 
 def draw(triples, painter, out, *more, code=0):
     words = ("synth", "pairs", triples, "-o", out, "--model", painter, *HERE, *FEW)
-    given = [str(word) for word in more]
+    extra = [str(word) for word in more]
     kept = list(words)
-    for flag in [word for word in given if word.startswith("--")]:
-        if flag in kept:  # a flag of the call takes the place of ours
+    for flag in [word for word in extra if word.startswith("--")]:
+        if flag in kept:  # a flag of the caller replaces ours
             place = kept.index(flag)
             del kept[place : place + 2]
-    assert ip2p(*kept, *given) == code
+    assert ip2p(*kept, *extra) == code
     return out
 
 
-# --- the whole way --------------------------------------------------------------------------------
+# --- end to end -----------------------------------------------------------------------------------
 
 
-def test_from_captions_to_a_data_set_that_others_read(captions, lm, painter, here, capsys):
+def test_captions_become_a_data_set_that_hf_datasets_loads(captions, lm, painter, here, capsys):
     assert ip2p("synth", "instruct", captions, "-o", "triples.parquet", "--model", lm, *GREEDY, *HERE) == 0
     captured = capsys.readouterr()
     assert captured.out == "triples.parquet\n"
@@ -142,9 +142,9 @@ def test_from_captions_to_a_data_set_that_others_read(captions, lm, painter, her
         "8 pairs are kept of 8 candidates" in captured.err
         and "8 pictures through the network" in captured.err
     )
-    made = rows(Path("pairs"))
-    assert [row["triple_id"] for row in made] == [triple.id for triple in TRIPLES for _ in range(2)]
-    for row in made:
+    pairs = rows(Path("pairs"))
+    assert [row["triple_id"] for row in pairs] == [triple.id for triple in TRIPLES for _ in range(2)]
+    for row in pairs:
         candidate = records.candidate(
             next(triple for triple in TRIPLES if triple.id == row["triple_id"]), row["candidate"]
         )
@@ -156,7 +156,7 @@ def test_from_captions_to_a_data_set_that_others_read(captions, lm, painter, her
     captured = capsys.readouterr()
     assert captured.out == "kept\n" and "pairs kept" in captured.err
     best = {}
-    for row in made:
+    for row in pairs:
         best[row["triple_id"]] = max(best.get(row["triple_id"], row), row, key=lambda r: r["clip_sim_dir"])
     assert {row["id"] for row in rows(Path("kept"))} == {row["id"] for row in best.values()}
 
@@ -171,7 +171,7 @@ def test_from_captions_to_a_data_set_that_others_read(captions, lm, painter, her
     for data, out in (("pairs", "pairs.html"), ("kept", "kept.html")):
         assert ip2p("synth", "inspect", data, "-o", out, "--each", "2", "--side", "32") == 0
         page = Path(out).read_text()
-        # Of what was filtered, too: what went is shown with what stays.
+        # Also for a filtered data set: removed pairs are shown with the kept ones.
         assert re.search(r"of 8 pairs kept", page) and "<img src=" in page
     assert "the edit already has enough better pairs" in Path("kept.html").read_text()
 
@@ -179,7 +179,7 @@ def test_from_captions_to_a_data_set_that_others_read(captions, lm, painter, her
         assert json.loads((Path(folder) / "run.json").read_text())["settings"]["out"]
 
 
-def test_the_same_call_again_does_nothing(captions, triples, lm, painter, here, monkeypatch, capsys):
+def test_repeating_a_finished_command_does_nothing(captions, triples, lm, painter, here, monkeypatch, capsys):
     calls = (
         ("synth", "instruct", captions, "-o", "t.parquet", "--model", lm, *GREEDY, *HERE),
         ("synth", "pairs", triples, "-o", "pairs", "--model", painter, *HERE, *FEW, *ANY),
@@ -194,9 +194,9 @@ def test_the_same_call_again_does_nothing(captions, triples, lm, painter, here, 
         return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
     before = contents()
-    for made in (LocalWriter, stages.PairStage):
-        monkeypatch.setattr(made, "__call__", None)
-        monkeypatch.setattr(made, "__init__", None)
+    for stage in (LocalWriter, stages.PairStage):
+        monkeypatch.setattr(stage, "__call__", None)
+        monkeypatch.setattr(stage, "__init__", None)
     for words in calls:
         assert ip2p(*words) == 0
     again = capsys.readouterr()
@@ -209,11 +209,11 @@ def test_the_same_call_again_does_nothing(captions, triples, lm, painter, here, 
         assert line in again.err
 
 
-# --- stopped and gone on with ---------------------------------------------------------------------
+# --- stopped and resumed --------------------------------------------------------------------------
 
 
-def test_a_job_that_failed_goes_on_and_leaves_the_same(triples, painter, here, monkeypatch, capsys):
-    whole = rows(draw(triples, painter, Path("whole"), *ANY))
+def test_a_failed_job_resumes_and_writes_the_same_pairs(triples, painter, here, monkeypatch, capsys):
+    expected = rows(draw(triples, painter, Path("whole"), *ANY))
     make, seen = stages.PairStage.__call__, []
 
     def fails(self, part):
@@ -225,13 +225,13 @@ def test_a_job_that_failed_goes_on_and_leaves_the_same(triples, painter, here, m
     monkeypatch.setattr(stages.PairStage, "__call__", fails)
     draw(triples, painter, "pairs", *ANY, code=3)
     assert "the model is gone" in capsys.readouterr().err
-    assert 0 < len(rows(Path("pairs"))) < len(whole)
+    assert 0 < len(rows(Path("pairs"))) < len(expected)
     for verb in ("filter", "inspect"):
         words = ("-o", "kept") if verb == "filter" else ()
         assert ip2p("synth", verb, "pairs", *words) == 2
         assert "is not finished" in capsys.readouterr().err
     draw(triples, painter, "pairs", *ANY)
-    same(rows(Path("pairs")), whole)
+    assert_same(rows(Path("pairs")), expected)
     assert seen[2:] == [*seen[1:2], [triple.id for triple in read_triples(triples)[4:]]]
     first, second = (jobs.summary(Path(folder)).counts for folder in ("whole", "pairs"))
     assert first == second
@@ -254,8 +254,8 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_a_process_that_was_killed_leaves_whole_parts_and_the_same_pairs_come_out(triples, painter, here):
-    whole = rows(draw(triples, painter, Path("whole"), *ANY))
+def test_a_killed_process_leaves_complete_parts_and_resumes_to_the_same_pairs(triples, painter, here):
+    expected = rows(draw(triples, painter, Path("whole"), *ANY))
     words = ["synth", "pairs", triples, "-o", "pairs", "--model", painter, *HERE, *FEW, *ANY]
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, *map(str, words)],
@@ -272,13 +272,15 @@ def test_a_process_that_was_killed_leaves_whole_parts_and_the_same_pairs_come_ou
         child.stdout.close()
     assert len(rows(Path("pairs"))) == 4 and jobs.damaged(Path("pairs")) == []
     draw(triples, painter, "pairs", *ANY)
-    same(rows(Path("pairs")), whole)
+    assert_same(rows(Path("pairs")), expected)
 
 
-def test_what_decides_the_result_may_not_change_meanwhile(triples, painter, captions, lm, here, capsys):
+def test_settings_that_affect_the_result_cannot_change_on_resume(
+    triples, painter, captions, lm, here, capsys
+):
     draw(triples, painter, "pairs", *ANY)
     capsys.readouterr()
-    for flags, said in (
+    for flags, message in (
         (("--steps", "3"), "started with steps 2, but it is now 3"),
         (("--p", "0.2", "0.3"), r"started with p [0.1, 0.9]"),
         (("--scale", "2", "3"), r"started with scale [7.5, 15.0]"),
@@ -288,8 +290,8 @@ def test_what_decides_the_result_may_not_change_meanwhile(triples, painter, capt
     ):
         draw(triples, painter, "pairs", *ANY, *flags, code=2)
         line = capsys.readouterr().err.splitlines()[-1]
-        assert said in line and "add --overwrite" in line
-    # How fast and where it runs may.
+        assert message in line and "add --overwrite" in line
+    # How fast and where it runs may change.
     draw(triples, painter, "pairs", *ANY, "--batch-size", "1", "--threads", "1")
     draw(triples, painter, "pairs", *ANY, "--steps", "1", "--overwrite")
     assert json.loads(Path("pairs/run.json").read_text())["settings"]["steps"] == 1
@@ -298,43 +300,43 @@ def test_what_decides_the_result_may_not_change_meanwhile(triples, painter, capt
     assert "started with edits 1, but it is now 2" in capsys.readouterr().err
 
 
-def test_weights_that_were_trained_further_are_noticed(triples, painter, here, capsys, tmp_path_factory):
+def test_a_changed_model_folder_is_noticed(triples, painter, here, capsys, tmp_path_factory):
     import shutil
 
-    own = shutil.copytree(painter, tmp_path_factory.mktemp("own") / "painter")
-    draw(triples, own, "pairs", *ANY)
-    (own / "unet" / "config.json").write_text((own / "unet" / "config.json").read_text() + " ")
-    draw(triples, own, "pairs", *ANY, code=2)
+    model = shutil.copytree(painter, tmp_path_factory.mktemp("own") / "painter")
+    draw(triples, model, "pairs", *ANY)
+    (model / "unet" / "config.json").write_text((model / "unet" / "config.json").read_text() + " ")
+    draw(triples, model, "pairs", *ANY, code=2)
     assert "started with content of --model" in capsys.readouterr().err
-    (own / "ip2p.json").write_text('{"name": "other"}')
+    (model / "ip2p.json").write_text('{"name": "other"}')
 
 
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def test_pairs_do_not_depend_on_the_batch_the_part_nor_the_process(triples, painter, here, monkeypatch):
-    whole = rows(draw(triples, painter, Path("whole"), *ANY, "--batch-size", "8"))
-    same(rows(draw(triples, painter, Path("one"), *ANY, "--batch-size", "1")), whole, tolerance=1)
-    # Processes of their own, which know nothing of what is changed here: parts of 8.
+def test_pairs_do_not_depend_on_the_batch_size_or_the_part_size(triples, painter, here, monkeypatch):
+    expected = rows(draw(triples, painter, Path("whole"), *ANY, "--batch-size", "8"))
+    assert_same(rows(draw(triples, painter, Path("one"), *ANY, "--batch-size", "1")), expected, tolerance=1)
+    # Without the monkeypatch: parts of 8.
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    same(rows(draw(triples, painter, Path("parts"), *ANY)), whole, tolerance=1)
+    assert_same(rows(draw(triples, painter, Path("parts"), *ANY)), expected, tolerance=1)
 
 
-def test_a_prompt_goes_on_until_enough_passed_and_all_that_was_drawn_can_be_kept(triples, painter, here):
+def test_a_prompt_is_drawn_until_enough_pass_and_keep_all_keeps_every_candidate(triples, painter, here):
     drawn = rows(draw(triples, painter, Path("all"), "--keep", "all", "--directional", "0.01", *ANY[:4]))
-    least = {"clip_sim_image": -1, "clip_sim_0": -1, "clip_sim_1": -1, "clip_sim_dir": 0.01}
-    passing = [row["id"] for row in drawn if all(row[name] >= value for name, value in least.items())]
+    thresholds = {"clip_sim_image": -1, "clip_sim_0": -1, "clip_sim_1": -1, "clip_sim_dir": 0.01}
+    passing = [row["id"] for row in drawn if all(row[name] >= value for name, value in thresholds.items())]
     assert 0 < len(passing) < len(drawn)
     kept = rows(draw(triples, painter, Path("kept"), "--directional", "0.01", *ANY[:4]))
     assert [row["id"] for row in kept] == passing
     summary = jobs.summary(Path("kept"))
     assert summary.counts["candidates"] == summary.counts["made"] == len(drawn)
     assert summary.counts["passed"] == len(passing) == summary.rows[KEPT]
-    assert summary.counts["evaluations"] == len(drawn) * 2 * 2 * 2  # pictures, halves of guidance, steps
+    assert summary.counts["evaluations"] == len(drawn) * 2 * 2 * 2  # pictures, guidance branches, steps
     ends = [summary.counts[f"prompts_{end}"] for end in ("enough", "hopeless", "most")]
     assert sum(ends) == summary.counts["prompts"] == 5
-    # By hand, of each triple: two at a time, until two passed or four were drawn.
+    # Recomputed for each triple: two at a time, until two pass or four are drawn.
     for triple in read_triples(triples):
         passed = [row["id"] in passing for row in drawn if row["triple_id"] == triple.id]
         assert len(passed) == (2 if sum(passed[:2]) == 2 else len(passed)) and len(passed) in (2, 3, 4)
@@ -342,7 +344,7 @@ def test_a_prompt_goes_on_until_enough_passed_and_all_that_was_drawn_can_be_kept
     assert summary.counts["prompts_none"] == len(without)
 
 
-def test_each_cheaper_way_saves_work(triples, painter, here, tmp_path_factory):
+def test_each_shortcut_saves_work(triples, painter, here, tmp_path_factory):
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
@@ -364,20 +366,20 @@ def test_each_cheaper_way_saves_work(triples, painter, here, tmp_path_factory):
     shared, rows_shared = counts(*ANY, "--enough", "0", "--p-per-source", "2")
     assert shared["evaluations"] == 8 * 8 * 3 / 4 and shared["decoded"] == 12
     assert rows_shared[0]["seed"] == rows_shared[1]["seed"] != rows_shared[2]["seed"]
-    # Everything lies below a threshold that nothing reaches, and its margin.
-    none = ("--image", "1", "--caption", "1", "--directional", "1", "--keep", "all")
-    early, _ = counts(*none, "--early-at", "0.5", "--early-margin", "0.1", code=2)
+    # All scores are below a threshold that nothing reaches, even with the margin.
+    unreachable = ("--image", "1", "--caption", "1", "--directional", "1", "--keep", "all")
+    early, _ = counts(*unreachable, "--early-at", "0.5", "--early-margin", "0.1", code=2)
     assert early["early"] == early["candidates"] == 8 and early["evaluations"] == 8 * 4
-    late, _ = counts(*none, "--early-at", "0.5", "--early-margin", "2")
+    late, _ = counts(*unreachable, "--early-at", "0.5", "--early-margin", "2")
     assert late["early"] == 0 and late["evaluations"] == 8 * 8
-    hopeless, _ = counts(*none, "--worth", "0.9", "--risk", "0.05")
+    hopeless, _ = counts(*unreachable, "--worth", "0.9", "--risk", "0.05")
     assert hopeless["prompts_hopeless"] == 2 and hopeless["candidates"] == 4
-    fine = [row["id"] for row in kept]
-    previewed, some = counts(*ANY, "--enough", "0", "--tiny-vae", str(tiny))
-    assert previewed["previewed"] == 16 and [row["id"] for row in some] == fine
+    kept_ids = [row["id"] for row in kept]
+    previewed, previewed_rows = counts(*ANY, "--enough", "0", "--tiny-vae", str(tiny))
+    assert previewed["previewed"] == 16 and [row["id"] for row in previewed_rows] == kept_ids
 
 
-def test_as_the_paper_turns_all_savings_off_and_refuses_what_contradicts(here, capsys):
+def test_as_paper_turns_off_all_shortcuts_and_refuses_contradicting_flags(here, capsys):
     how = SynthPairsConfig(as_paper=True).how()
     assert how == PAIRS_AS_PAPER and how["most"] == how["steps"] == 100
     assert not how["enough"] and not how["risk"] and not how["early_at"] and how["tiny_vae"] is None
@@ -388,7 +390,7 @@ def test_as_the_paper_turns_all_savings_off_and_refuses_what_contradicts(here, c
             line == f"ip2p: {flags[0]} {flags[1]} is not the paper's; leave out {flags[0]} or --as-paper.\n"
         )
     assert SynthPairsConfig(triples="t", out=Path("p"), as_paper=True, most=100, enough=0).check() is None
-    # The help texts say the defaults, which are written in one table.
+    # The help texts state the defaults, which come from one table.
     for name, value in PAIRS.items():
         description = SynthPairsConfig.model_fields[name].description
         default = {None: "none"}.get(value, f"{value:g}" if type(value) is float else value)
@@ -396,12 +398,12 @@ def test_as_the_paper_turns_all_savings_off_and_refuses_what_contradicts(here, c
         assert description.endswith(f"default: {default}{storybook_default}")
 
 
-def test_the_storybooks_scale_and_thresholds_are_its_own(painter, triples, here, tmp_path_factory):
+def test_the_storybook_model_has_its_own_scale_and_thresholds(painter, triples, here, tmp_path_factory):
     import shutil
 
-    own = shutil.copytree(painter, tmp_path_factory.mktemp("book") / "book")
-    (own / "ip2p.json").write_text('{"name": "storybook"}')
-    draw(triples, own, "pairs", "--keep", "all", "--count", "1")
+    model = shutil.copytree(painter, tmp_path_factory.mktemp("book") / "book")
+    (model / "ip2p.json").write_text('{"name": "storybook"}')
+    draw(triples, model, "pairs", "--keep", "all", "--count", "1")
     [first, *_] = rows(Path("pairs"))
     assert 3 <= first["cfg_scale"] < 5 and (first["model"], first["clip"]) == ("book", "storybook")
     assert (
@@ -414,19 +416,21 @@ def test_the_storybooks_scale_and_thresholds_are_its_own(painter, triples, here,
 
 
 def test_truncated_captions_are_reported_once(painter, here, capsys):
-    long = " ".join(["cat"] * 90)
-    some = [
-        Triple(id=str(n), caption=f"{long} {n}", instruction="make it red", edited_caption="a red cat")
+    long_caption = " ".join(["cat"] * 90)
+    long_triples = [
+        Triple(
+            id=str(n), caption=f"{long_caption} {n}", instruction="make it red", edited_caption="a red cat"
+        )
         for n in range(3)
     ]
-    write_triples(here / "t.parquet", some)
+    write_triples(here / "t.parquet", long_triples)
     draw("t.parquet", painter, "pairs", *ANY, "--steps", "1")
     stderr = capsys.readouterr().err
     assert "3 triples have a caption that is longer than the model reads" in stderr
     assert stderr.count("longer") == 1
 
 
-def test_a_job_of_triples_is_read_as_a_file_is_and_one_that_was_stopped_is_refused(
+def test_a_triples_job_is_read_like_a_file_and_an_unfinished_one_is_refused(
     captions, lm, painter, here, monkeypatch, capsys
 ):
     words = ("synth", "instruct", captions, "-o", "triples", "--model", lm, *GREEDY, *HERE)
@@ -452,7 +456,7 @@ def test_a_job_of_triples_is_read_as_a_file_is_and_one_that_was_stopped_is_refus
 # --- instructions ---------------------------------------------------------------------------------
 
 
-def test_refusals_are_counted_over_all_runs_and_no_triple_at_all_is_an_error(
+def test_refusals_are_counted_over_all_runs_and_having_no_triple_is_an_error(
     captions, lm, here, monkeypatch, capsys
 ):
     script = {TRIPLES[0].caption: "nonsense", TRIPLES[1].caption: f"nothing\n%%\n{TRIPLES[1].caption}"}
@@ -475,17 +479,17 @@ def test_refusals_are_counted_over_all_runs_and_no_triple_at_all_is_an_error(
     assert not Path("none.parquet").exists()
 
 
-def test_the_one_file_is_written_whole_and_another_is_not_overwritten(captions, lm, here, capsys):
+def test_a_damaged_output_file_is_rewritten_and_another_file_is_not_overwritten(captions, lm, here, capsys):
     words = ("synth", "instruct", captions, "-o", "t.parquet", "--model", lm, *GREEDY, *HERE)
     Path("t.parquet").write_bytes(b"somebody's")
     assert ip2p(*words) == 2 and "t.parquet already exists" in capsys.readouterr().err
     assert Path("t.parquet").read_bytes() == b"somebody's" and not Path("t.parts").exists()
     assert ip2p(*words, "--overwrite") == 0
-    # Killed between the last part and the file, or cut short since.
+    # Killed between the last part and the file, or truncated since.
     for harm in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:50])):
         harm(Path("t.parquet"))
         assert ip2p(*words) == 0 and read_triples(Path("t.parquet")) == TRIPLES
-    # Cut by hand, on purpose.
+    # Shortened by the user on purpose.
     write_triples(Path("t.parquet"), TRIPLES[:2])
     assert ip2p(*words) == 2 and "t.parquet was changed after it was written" in capsys.readouterr().err
     assert read_triples(Path("t.parquet")) == TRIPLES[:2]
@@ -493,27 +497,25 @@ def test_the_one_file_is_written_whole_and_another_is_not_overwritten(captions, 
 
 
 class Server:
-    """A stand-in for `ServerWriter._post` that fails from some question on."""
+    """A stand-in for `ServerWriter._post` that fails after `until` requests."""
 
     def __init__(self, until):
-        self.asked, self.until, self.keys = 0, until, set()
+        self.requests, self.until, self.keys = 0, until, set()
 
     def __call__(self, writer, path, body):
         from ip2p.synth import server
 
         self.keys.add(writer._key)
-        self.asked += 1
-        if self.asked > self.until:
+        self.requests += 1
+        if self.requests > self.until:
             raise server._Passing("connection refused", None)
-        [caption] = [t for t in TRIPLES if t.caption in body["prompt"]]
-        text = f"{caption.instruction}\n%%\n{caption.edited_caption}"
+        [triple] = [t for t in TRIPLES if t.caption in body["prompt"]]
+        text = f"{triple.instruction}\n%%\n{triple.edited_caption}"
         usage = {"prompt_tokens": 10, "completion_tokens": 5}
         return {"choices": [{"text": text, "finish_reason": "stop"}], "usage": usage}
 
 
-def test_a_server_that_goes_away_costs_no_answer_twice_and_no_key_is_written(
-    captions, here, monkeypatch, capsys
-):
+def test_a_lost_server_repeats_no_request_and_the_key_is_not_written(captions, here, monkeypatch, capsys):
     monkeypatch.setattr(maker, "CAPTIONS_A_PART", (2, 2))
     monkeypatch.setenv("MY_KEY", "sk-secret")
     words = ("synth", "instruct", captions, "-o", "t.parquet", "--server", "http://localhost:1/v1")
@@ -524,9 +526,9 @@ def test_a_server_that_goes_away_costs_no_answer_twice_and_no_key_is_written(
     assert ip2p(*words) == 3
     assert "it resumes" in capsys.readouterr().err
     assert len(jobs.committed(Path("t.parts"), KEPT)) == 1 and not Path("t.parquet").exists()
-    server.asked, server.until = 0, 99
+    server.requests, server.until = 0, 99
     assert ip2p(*words) == 0
-    assert server.asked == 2 and server.keys == {"sk-secret"}
+    assert server.requests == 2 and server.keys == {"sk-secret"}
     stderr = capsys.readouterr().err
     assert "4 answers, 0 retries, 40 tokens in, 20 out, cost 0.0001" in stderr
     assert [t.edited_caption for t in read_triples(Path("t.parquet"))] == [t.edited_caption for t in TRIPLES]
@@ -547,7 +549,7 @@ def test_a_server_that_goes_away_costs_no_answer_twice_and_no_key_is_written(
         ({"OPENAI_API_KEY": "a", "MINE": "c"}, "MINE", "c"),
     ],
 )
-def test_a_servers_key_comes_from_the_environment(here, monkeypatch, variables, named, key):
+def test_the_key_of_a_server_comes_from_the_environment(here, monkeypatch, variables, named, key):
     for name in ("OPENAI_API_KEY", "IP2P_API_KEY", "MINE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -572,21 +574,21 @@ def test_the_packaged_language_model_is_the_default(
     assert {triple.source for triple in read_triples(Path("t.parquet"))} == {"storybook"}
 
 
-def test_the_configs_say_the_values_of_the_papers_code(here):
+def test_the_config_defaults_are_those_of_the_papers_code(here):
     config = SynthInstructConfig()
     assert config.temperature == instructing.TEMPERATURE and config.max_tokens == instructing.MAX_TOKENS
     assert config.frequency_penalty == 0.1 and config.retries == 3
     assert SynthPairsConfig().p == records.P
 
 
-def test_small_jobs_have_parts_enough_to_see_them_move(here):
+def test_small_jobs_have_enough_parts_to_show_progress(here):
     assert [maker.part_size(n) for n in (1, 100, 200, 1000, 10**6)] == [8, 8, 13, 63, 64]
 
 
 # --- tuning ---------------------------------------------------------------------------------------
 
 
-def test_a_model_is_tuned_on_triples_and_writes(captions, lm, here, capsys):
+def test_a_model_is_tuned_on_triples_and_writes_instructions(captions, lm, here, capsys):
     write_triples(here / "own.parquet", TRIPLES)
     words = ("synth", "tune-lm", "--base", lm, "-o", "mine", "--triples", "own.parquet", "--backend", "plain")
     words += ("--epochs", "1", "--batch", "4", "--rate", "1e-5", "--device", "cpu")
@@ -621,18 +623,18 @@ def unmeasured(here):
     return here / "pairs.csv"
 
 
-def test_any_data_set_is_given_scores(unmeasured, tiny_clip_dir, here, capsys):
+def test_filter_scores_any_data_set(unmeasured, tiny_clip_dir, here, capsys):
     words = ("synth", "filter", unmeasured, "--clip", tiny_clip_dir, "--keep", "all")
     assert ip2p("synth", "inspect", unmeasured) == 2
     assert "has no scores; measure them" in capsys.readouterr().err
     assert ip2p(*words, "-o", "scored") == 0
-    made = rows(Path("scored"))
-    assert len(made) == 3 and {row["clip"] for row in made} == {"clip"}
-    assert all(-1 <= row[name] <= 1 for row in made for name in SIMILARITIES)
+    scored = rows(Path("scored"))
+    assert len(scored) == 3 and {row["clip"] for row in scored} == {"clip"}
+    assert all(-1 <= row[name] <= 1 for row in scored for name in SIMILARITIES)
     assert ip2p("synth", "inspect", "scored", "-o", "scored.html") == 0
     page = Path("scored.html").read_text()
     assert "of 4 pairs kept" in page and "unreadable picture" in page
-    # What it filtered is gone: what stays is shown alone.
+    # Without the input, only the kept pairs are shown.
     unmeasured.unlink()
     capsys.readouterr()
     assert ip2p("synth", "inspect", "scored", "-o", "alone.html") == 0
@@ -640,7 +642,7 @@ def test_any_data_set_is_given_scores(unmeasured, tiny_clip_dir, here, capsys):
     assert "of 3 pairs kept" in Path("alone.html").read_text()
 
 
-def test_a_filter_writes_beside_what_it_reads_and_says_when_nothing_stays(
+def test_filter_refuses_to_write_into_its_input_and_reports_when_nothing_is_kept(
     painter, triples, unmeasured, tiny_clip_dir, here, capsys
 ):
     draw(triples, painter, "pairs", "--keep", "all")
@@ -651,7 +653,7 @@ def test_a_filter_writes_beside_what_it_reads_and_says_when_nothing_stays(
             assert "are one in the other" in capsys.readouterr().err
     assert ip2p("synth", "filter", "pairs", "-o", "pairs/kept", *ANY) == 2
     assert {path: path.read_bytes() for path in Path("pairs").rglob("*") if path.is_file()} == before
-    # A folder of another command is not begun anew.
+    # The output folder of another command is not restarted.
     words = ("synth", "filter", unmeasured, "--clip", tiny_clip_dir)
     assert ip2p(*words, "-o", "pairs", "--overwrite") == 2
     assert "contains the output of another command" in capsys.readouterr().err
@@ -663,15 +665,15 @@ def test_a_filter_writes_beside_what_it_reads_and_says_when_nothing_stays(
     assert "<b>0</b> of 2 pairs kept" in Path("two.html").read_text()
 
 
-def test_without_a_clip_the_papers_is_named_with_how_to_fetch_it(unmeasured, here, capsys):
+def test_without_a_clip_model_the_papers_clip_is_named(unmeasured, here, capsys):
     assert ip2p("synth", "filter", unmeasured, "-o", "kept") == 3
     assert "openai/clip-vit-large-patch14" in capsys.readouterr().err
 
 
-def test_thresholds_come_from_the_preset_and_each_can_be_given(painter, triples, here, capsys):
+def test_thresholds_come_from_the_preset_or_the_flags(painter, triples, here, capsys):
     draw(triples, painter, "pairs", "--keep", "all", "--directional", "-1")
-    made = rows(Path("pairs"))
-    for flags, least in (
+    all_rows = rows(Path("pairs"))
+    for flags, thresholds in (
         (("--preset", "code"), PRESETS["code"]),
         (("--preset", "auto"), PRESETS["paper"]),
         (("--image", "0.1", "--caption", "-1", "--directional", "0"), None),
@@ -680,12 +682,14 @@ def test_thresholds_come_from_the_preset_and_each_can_be_given(painter, triples,
         code = ip2p("synth", "filter", "pairs", "-o", out, "--top", "0", "--near-bits", "-1", *flags)
         assert code == (0 if rows(out) else 2)
         passes = (
-            least.passes if least else (lambda row: row["clip_sim_image"] >= 0.1 and row["clip_sim_dir"] >= 0)
+            thresholds.passes
+            if thresholds
+            else (lambda row: row["clip_sim_image"] >= 0.1 and row["clip_sim_dir"] >= 0)
         )
-        assert [row["id"] for row in rows(out)] == [row["id"] for row in made if passes(row)]
+        assert [row["id"] for row in rows(out)] == [row["id"] for row in all_rows if passes(row)]
         assert ip2p("synth", "inspect", out, "-o", f"{out}.html") == 0
-        # The page has the filter's own settings.
-        assert f"<b>{len(rows(out))}</b> of {len(made)} pairs kept" in Path(f"{out}.html").read_text()
+        # The page uses the filter's settings.
+        assert f"<b>{len(rows(out))}</b> of {len(all_rows)} pairs kept" in Path(f"{out}.html").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -708,25 +712,27 @@ def classifier(tmp_path_factory):
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
     with torch.inference_mode():
         seen = processor([noise(seed) for seed in range(6)], return_tensors="pt")["pixel_values"]
-        # The half of them that it calls unsafe.
+        # Shift the bias so that it calls half of them unsafe.
         model.classifier.bias -= model(seen).logits.median(dim=0).values
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
-def test_pairs_that_a_classifier_calls_unsafe_go(unmeasured, classifier, tiny_clip_dir, here, capsys):
+def test_pairs_that_a_classifier_calls_unsafe_are_removed(
+    unmeasured, classifier, tiny_clip_dir, here, capsys
+):
     pictures = [load_image((here / f"{name}{k}.png").read_bytes()) for k in range(3) for name in "ba"]
     safe = Classifier(str(classifier))(pictures)
     assert set(safe) == {True, False}
     words = ("synth", "filter", unmeasured, "-o", "kept", "--clip", tiny_clip_dir, *ANY)
     assert ip2p(*words, "--safety", classifier) == 0
-    fine = [f"make it {k}" for k in range(3) if safe[2 * k] and safe[2 * k + 1]]
-    assert [row["edit_prompt"] for row in rows(Path("kept"))] == fine
-    assert f"unsafe {3 - len(fine)}" in capsys.readouterr().err
+    kept_edits = [f"make it {k}" for k in range(3) if safe[2 * k] and safe[2 * k + 1]]
+    assert [row["edit_prompt"] for row in rows(Path("kept"))] == kept_edits
+    assert f"unsafe {3 - len(kept_edits)}" in capsys.readouterr().err
 
 
-def test_a_classifier_without_a_word_for_unsafe_is_refused(classifier, here, tmp_path_factory):
+def test_a_classifier_without_a_label_for_unsafe_is_refused(classifier, here, tmp_path_factory):
     import shutil
 
     other = shutil.copytree(classifier, tmp_path_factory.mktemp("other") / "other")
@@ -742,7 +748,7 @@ def test_a_classifier_without_a_word_for_unsafe_is_refused(classifier, here, tmp
 # --- where it runs --------------------------------------------------------------------------------
 
 
-def test_an_address_after_ray_may_be_left_out(here):
+def test_the_address_after_ray_is_optional(here):
     def ray(*words):
         return cli.parse("synth pairs", words).ray
 
@@ -754,7 +760,7 @@ def test_an_address_after_ray_may_be_left_out(here):
     assert cli.parse("train", ["--ray", "2"]).ray == 2
 
 
-def test_small_models_work_on_every_core_with_a_thread_each(here, painter, monkeypatch):
+def test_small_models_use_every_core_with_one_thread_each(here, painter, monkeypatch):
     monkeypatch.setattr(workers, "_cores", lambda: 3)
 
     def options(weights=painter, **settings):
@@ -771,14 +777,14 @@ def test_small_models_work_on_every_core_with_a_thread_each(here, painter, monke
     assert options(ray="a:1", ray_workers=4, threads=2, ray_gpus=0.5) == {"cluster": cluster, "threads": 2}
 
 
-def test_stages_cross_to_other_machines(here, painter, lm, monkeypatch):
+def test_stages_can_be_pickled_for_other_machines(here, painter, lm, monkeypatch):
     """The stages passed to `jobs` can be pickled; Ray itself is tested with `jobs`."""
     import pickle
 
-    made = []
+    unpickled = []
 
     def run(stage, parts, folder, **more):
-        made.append(pickle.loads(pickle.dumps(stage)))
+        unpickled.append(pickle.loads(pickle.dumps(stage)))
         raise InputError("enough")
 
     monkeypatch.setattr(jobs, "run_job", run)
@@ -786,12 +792,12 @@ def test_stages_cross_to_other_machines(here, painter, lm, monkeypatch):
     (here / "c.txt").write_text("a red cat\n")
     assert ip2p("synth", "pairs", "t.parquet", "-o", "p", "--model", painter, "--ray", *HERE[2:]) == 2
     assert ip2p("synth", "instruct", "c.txt", "-o", "t", "--model", lm, "--ray", *HERE[2:], *GREEDY) == 2
-    pairs, instruct = (make() for make in made)
+    pairs, instruct = (make() for make in unpickled)
     assert instruct(["a red cat"]).tables[KEPT].to_pylist()[0]["edited_caption"] == "a red dog"
     assert isinstance(pairs, stages.PairStage)
 
 
-# --- what cannot be -------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -864,7 +870,7 @@ def test_bad_commands_are_refused_in_one_line(here, capsys, monkeypatch, words, 
     assert said in err and err.count("\n") == 1, err
 
 
-def test_when_nothing_passes_it_is_said(triples, painter, here, capsys):
+def test_a_run_that_keeps_no_pair_is_reported(triples, painter, here, capsys):
     draw(triples, painter, "pairs", "--image", "1", "--count", "1", "--steps", "1", code=2)
     assert "no pair was kept of 4 candidates; look at them with --keep all" in capsys.readouterr().err
 
@@ -877,7 +883,7 @@ def test_when_nothing_passes_it_is_said(triples, painter, here, capsys):
         ("peft", ("tune-lm", "--base", "LM", "-o", "x", "--backend", "plain", "--lora", "4"), "ip2p[llm]"),
     ],
 )
-def test_a_missing_package_is_named_with_how_to_install_it(
+def test_a_missing_package_is_reported_with_its_install_command(
     here, painter, lm, monkeypatch, capsys, package, words, extra
 ):
     import importlib.util

@@ -1,4 +1,4 @@
-"""Many pictures: what is found, how results are committed, what a kill leaves, what a second run does."""
+"""Batch edits: which pictures are found, how results are committed, and how a killed run resumes."""
 
 from __future__ import annotations
 
@@ -32,43 +32,43 @@ def save_pages(folder: Path, names: list[str], seed: int = 0) -> None:
 
 
 def mixed_folder(folder: Path) -> list[str]:
-    """35 pictures of four formats and three sizes, 5 that are broken, a text; the broken ones' names."""
+    """Write 35 pictures of four formats and three sizes, 5 broken ones, a text; return the broken names."""
     endings = ["png", "jpg", "webp", "bmp", "JPG"]
     save_pages(folder, [f"page-{k:02}.{endings[k % 5]}" for k in range(34)] + ["cmyk.jpg"])
     (folder / "b-empty.png").write_bytes(b"")
     (folder / "b-html.png").write_text("<!doctype html><html></html>")
     (folder / "b-cut.jpg").write_bytes((folder / "page-01.jpg").read_bytes()[:300])
     Image.new("RGB", (200, 15)).save(folder / "b-strip.png")
-    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
     frames[0].save(folder / "b-moving.gif", save_all=True, append_images=frames[1:])
     (folder / "notes.txt").write_text("not a picture, and not called one")
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("b-"))
 
 
 def manifest(folder: Path) -> list[dict[str, object]]:
-    """The lines of results; those of plans are left out."""
+    """The lines of results, without those of plans."""
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     return [row for row in rows if "plan" not in row]
 
 
-# --- what is found --------------------------------------------------------------------------------
+# --- finding pictures -----------------------------------------------------------------------------
 
 
 def found(*words: str, out: str = "out") -> dict[str, str]:
     return {name: path.as_posix() for path, name in batch.find_pictures(words, Path(out))}
 
 
-def test_folder_globs_and_files_are_found() -> None:
+def test_folders_globs_and_files_are_found() -> None:
     save_pages(Path("a"), ["x.png", "y.JPG", "z.gif", ".hidden.png"])
     save_pages(Path("a/deep"), ["w.webp"])
     Path("a/notes.txt").write_text("no")
     assert found("a") == {"x.png": "a/x.png", "y.JPG": "a/y.JPG", "z.gif.png": "a/z.gif"}
     assert found("a/*.png") == {"x.png": "a/x.png"}
     assert found("a/**/*.webp", "a/x.png") == {"deep/w.webp": "a/deep/w.webp", "x.png": "a/x.png"}
-    assert found("a/x.png", "a") == found("a")  # none twice
+    assert found("a/x.png", "a") == found("a")  # no duplicates
 
 
-def test_results_of_an_earlier_run_are_no_input() -> None:
+def test_results_of_an_earlier_run_are_not_inputs() -> None:
     save_pages(Path("a"), ["x.png"])
     save_pages(Path("a/out"), ["x.png"])
     assert found("a/**/*.png", out="a/out") == {"x.png": "a/x.png"}
@@ -83,7 +83,7 @@ def test_results_of_an_earlier_run_are_no_input() -> None:
         (["a/x.png", "b/x.png"], "would both be written to out/x.png"),
     ],
 )
-def test_what_names_no_picture_is_refused(words: list[str], said: str) -> None:
+def test_arguments_without_pictures_or_with_clashing_names_are_refused(words: list[str], said: str) -> None:
     save_pages(Path("a"), ["x.png"])
     save_pages(Path("b"), ["x.png"])
     Path("empty").mkdir()
@@ -92,14 +92,14 @@ def test_what_names_no_picture_is_refused(words: list[str], said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_one_picture_is_not_many() -> None:
+def test_a_single_picture_is_not_a_batch() -> None:
     save_pages(Path("a"), ["x[1].png"])
     assert not batch.is_batch(["a/x[1].png"])
     assert not batch.is_batch(["a/none.png"])
     assert batch.is_batch(["a"]) and batch.is_batch(["a/*.png"]) and batch.is_batch(["a/x.png", "a/y.png"])
 
 
-def test_several_seeds_have_numbered_names() -> None:
+def test_several_seeds_give_numbered_names() -> None:
     [one] = batch.list_tasks([(Path("x.png"), "x.png")], [5])
     two = batch.list_tasks([(Path("x.png"), "deep/x.y.png")], [5, 6])
     assert (one.name, one.seed) == ("x.png", 5)
@@ -114,7 +114,7 @@ def invert(pictures, seeds):
 
 
 def do(config: EditConfig, *, edit=invert, batch_size: int = 4, jobs: int = 2) -> tuple[list[str], dict]:
-    """A job of `config` with `edit` as its network: the names made, and the errors."""
+    """Run a job of `config` with `edit` as its network; return the names written and the errors."""
     made: list[str] = []
     with batch.open_job(config, config.out) as job:
         tasks = batch.list_tasks(batch.find_pictures([config.image], config.out), range(config.count))
@@ -135,7 +135,7 @@ def do(config: EditConfig, *, edit=invert, batch_size: int = 4, jobs: int = 2) -
 CONFIG = EditConfig(image="pages", instruction="make it night", out=Path("out"))
 
 
-def test_batches_hold_pictures_of_one_size_and_no_more_than_asked() -> None:
+def test_batches_hold_pictures_of_one_size_up_to_the_batch_size() -> None:
     save_pages(Path("pages"), [f"{k:02}.png" for k in range(10)])
     batches = []
 
@@ -146,16 +146,16 @@ def test_batches_hold_pictures_of_one_size_and_no_more_than_asked() -> None:
     made, failed = do(CONFIG, edit=edit, batch_size=3)
     assert len(made) == 10 and not failed
     assert all(len(set(sizes)) == 1 and len(sizes) <= 3 for sizes in batches)
-    assert sum(len(sizes) == 3 for sizes in batches) == 3  # 4, 3 and 3 pictures of a size
+    assert sum(len(sizes) == 3 for sizes in batches) == 3  # of 4, 3 and 3 pictures of a size
 
 
-def test_a_second_run_makes_nothing_again_and_mends_what_is_damaged() -> None:
+def test_a_second_run_makes_only_what_is_new_changed_or_damaged() -> None:
     save_pages(Path("pages"), ["a.png", "b.png", "c.png", "d.png"])
     assert sorted(do(CONFIG)[0]) == ["a.png", "b.png", "c.png", "d.png"]
     assert do(CONFIG)[0] == []
-    Path("out/a.png").write_bytes(Path("out/a.png").read_bytes()[:-20])  # cut short
+    Path("out/a.png").write_bytes(Path("out/a.png").read_bytes()[:-20])  # truncated
     Path("out/b.png").unlink()
-    save_pages(Path("pages"), ["c.png"], seed=1)  # another picture now
+    save_pages(Path("pages"), ["c.png"], seed=1)  # now a different picture
     save_pages(Path("pages"), ["e.png"], seed=2)
     assert sorted(do(CONFIG)[0]) == ["a.png", "b.png", "c.png", "e.png"]
     assert do(CONFIG)[0] == []
@@ -170,16 +170,16 @@ def test_a_changed_setting_is_refused_by_name_unless_overwritten() -> None:
         ({"cfg_interval": (0.2, 0.9)}, "--cfg-interval [0.0, 1.0], but it is now [0.2, 0.9]"),
         ({"text_cfg": 3.0}, "--text-cfg not given, but it is now 3.0"),
     ]
-    for fields, said in changed:
+    for fields, message in changed:
         with pytest.raises(InputError) as caught:
             do(EditConfig(**{**vars(CONFIG), **fields}))
-        assert said in str(caught.value) and "--overwrite" in str(caught.value)
-    assert do(EditConfig(**{**vars(CONFIG), "jobs": 1, "batch_size": 1}))[0] == []  # says how fast, not what
+        assert message in str(caught.value) and "--overwrite" in str(caught.value)
+    assert do(EditConfig(**{**vars(CONFIG), "jobs": 1, "batch_size": 1}))[0] == []  # affect only the speed
     assert do(EditConfig(**{**vars(CONFIG), "steps": 30, "overwrite": True}))[0] == ["a.png"]
     assert do(EditConfig(**{**vars(CONFIG), "steps": 30}))[0] == []
 
 
-def test_files_of_others_are_left_alone() -> None:
+def test_other_files_are_not_overwritten() -> None:
     save_pages(Path("pages"), ["a.png", "b.png"])
     Path("out").mkdir()
     Path("out/b.png").write_bytes(b"mine")
@@ -193,16 +193,16 @@ def test_files_of_others_are_left_alone() -> None:
     Path("out/b.png").unlink()
     do(CONFIG)
     save_pages(Path("pages"), ["c.png"])
-    Path("out/c.png").write_bytes(b"mine")  # and not only at the beginning
+    Path("out/c.png").write_bytes(b"mine")  # on a resumed run too
     with pytest.raises(InputError, match="out/c.png already exists; add --overwrite"):
         do(CONFIG)
 
 
-def test_a_result_without_a_line_is_made_again() -> None:
+def test_a_result_without_a_manifest_line_is_made_again() -> None:
     save_pages(Path("pages"), ["a.bmp", "b.bmp"])  # a format without room for settings
     do(CONFIG)
     text = Path("out/manifest.jsonl").read_text()
-    Path("out/manifest.jsonl").write_text("".join(text.splitlines(keepends=True)[:-1]))  # killed before it
+    Path("out/manifest.jsonl").write_text("".join(text.splitlines(keepends=True)[:-1]))  # last line missing
     assert do(CONFIG)[0] == [json.loads(text.splitlines()[-1])["name"]]
 
 
@@ -216,7 +216,7 @@ def test_a_second_job_in_the_same_folder_is_refused() -> None:
         do(CONFIG)
 
 
-def test_a_line_that_was_being_written_does_not_count() -> None:
+def test_a_partially_written_manifest_line_does_not_count() -> None:
     save_pages(Path("pages"), ["a.png", "b.png"])
     do(CONFIG)
     text = Path("out/manifest.jsonl").read_text()
@@ -225,7 +225,7 @@ def test_a_line_that_was_being_written_does_not_count() -> None:
     assert sorted(row["name"] for row in manifest(Path("out"))) == ["a.png", "b.png"]
 
 
-def test_what_the_network_refuses_is_reported_with_its_picture() -> None:
+def test_an_error_of_the_network_is_reported_for_its_picture_only() -> None:
     save_pages(Path("pages"), ["a.png", "b.png", "c.png", "d.png", "e.png", "f.png", "g.png"])
     bad = Image.open("pages/d.png").tobytes()
 
@@ -240,7 +240,7 @@ def test_what_the_network_refuses_is_reported_with_its_picture() -> None:
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
-def test_what_is_computed_is_written_whatever_stops_the_job(stop: type[BaseException]) -> None:
+def test_computed_results_are_written_when_the_job_is_stopped(stop: type[BaseException]) -> None:
     save_pages(Path("pages"), [f"{k}.png" for k in range(6)])
     computed = []
 
@@ -256,7 +256,7 @@ def test_what_is_computed_is_written_whatever_stops_the_job(stop: type[BaseExcep
     assert len(do(CONFIG)[0]) == 2
 
 
-def test_a_full_disk_stops_the_job_and_keeps_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_the_job_and_keeps_earlier_results(monkeypatch: pytest.MonkeyPatch) -> None:
     save_pages(Path("pages"), [f"{k}.png" for k in range(6)])
     save, calls = Image.Image.save, []
 
@@ -277,7 +277,7 @@ def test_a_full_disk_stops_the_job_and_keeps_what_is_there(monkeypatch: pytest.M
 
 # --- kills ----------------------------------------------------------------------------------------
 
-# A job with a network that takes 20 ms and writes down, by name, what it is about to make.
+# A job whose network takes 20 ms and that logs the name of each result before committing it.
 SLOW_JOB = """
 import sys, time
 from pathlib import Path
@@ -303,7 +303,7 @@ print("finished", flush=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_killed_at_any_time_and_run_again_nothing_is_lost_or_made_twice() -> None:
+def test_a_repeatedly_killed_job_loses_no_result_and_commits_none_twice() -> None:
     names = [f"{k:02}.png" for k in range(24)]
     save_pages(Path("pages"), names)
     clock = random.Random(0)
@@ -315,7 +315,7 @@ def test_killed_at_any_time_and_run_again_nothing_is_lost_or_made_twice() -> Non
                 rows = Path("out/manifest.jsonl")
                 start = rows.stat().st_size if rows.exists() else 0
                 while process.poll() is None and (not rows.exists() or rows.stat().st_size == start):
-                    time.sleep(0.002)  # until it is at work
+                    time.sleep(0.002)  # until it starts writing
                 time.sleep(clock.uniform(0, 0.03))
                 process.send_signal(signal.SIGKILL)
             out, err = process.communicate(timeout=60)
@@ -329,15 +329,14 @@ def test_killed_at_any_time_and_run_again_nothing_is_lost_or_made_twice() -> Non
     assert sorted(path.name for path in Path("out").iterdir()) == sorted(
         [*names, "manifest.jsonl", "run.json"]
     )
-    # Computed twice are at most those in flight at a kill: the batch at hand and what was being written.
+    # At most the pictures in flight at a kill are computed twice: the current batch and pending writes.
     computed = Path("computed.log").read_text().split()
     assert len(computed) - len(names) <= kills * (2 + 2 + 2)
     for name in names:
         assert batch.checksum(Path("out") / name) in Path("out/manifest.jsonl").read_text()
 
 
-# The whole program with the tiny model; it writes down which pictures the network was given, and kills itself
-# when it is given the 20th.
+# The whole program with the tiny model. It logs the pictures given to the network; the 20th kills it.
 EDIT_AND_DIE = """
 import hashlib, os, signal, sys
 from ip2p.cli import main as cli
@@ -358,7 +357,7 @@ sys.exit(cli.main(sys.argv[2:]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_forty_files_five_broken_killed_half_way_and_run_again(here: Path, tiny_model_dir: Path) -> None:
+def test_forty_files_with_five_broken_ones_are_resumed_after_a_kill(here: Path, tiny_model_dir: Path) -> None:
     broken = mixed_folder(here / "photos")
     words = ["edit", "photos", "make it night", "-o", "out", "--steps", "1", "--dtype", "fp32"]
     words += ["--model", str(tiny_model_dir), "--batch-size", "2"]
@@ -378,7 +377,7 @@ def test_forty_files_five_broken_killed_half_way_and_run_again(here: Path, tiny_
     resumed = run("live")
     assert resumed.returncode == 2
     second = (here / "computed.log").read_text().split()
-    # The last pair was in flight, and so may be the ones that the writers had.
+    # The last pair was in flight, and so may be pending writes.
     assert len(set(first) & set(second)) <= 2 + 2 + 2
     assert len(second) == len(set(second)) == 35 - len(committed)
     results = [path for path in (here / "out").iterdir() if path.suffix not in (".json", ".jsonl")]

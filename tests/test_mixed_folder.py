@@ -1,4 +1,4 @@
-"""One folder with what people have in theirs: each file is edited or named, and the counts add up."""
+"""A folder with the files that people have: each is edited or reported, and the counts add up."""
 
 import io
 import json
@@ -29,20 +29,20 @@ def noise(mode="RGB", size=SIZE):
     return image.convert(mode)
 
 
-def saved(image, kind, **options):
+def encoded(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-def deep(kind):
+def deep_tiff(kind):
     ramp = np.linspace(0, 4095, SIZE[0] * SIZE[1]).reshape(SIZE[1], SIZE[0])
-    return saved(Image.fromarray(ramp.astype("float32" if kind == "float" else "uint16")), "TIFF")
+    return encoded(Image.fromarray(ramp.astype("float32" if kind == "float" else "uint16")), "TIFF")
 
 
-def moving(kind):
+def animation(kind):
     frames = [noise(), noise().rotate(180)]
-    return saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
 
 
 def bomb(width=60_000, height=60_000):
@@ -62,53 +62,53 @@ def bomb(width=60_000, height=60_000):
 
 def palette():
     image = noise().quantize(8)
-    return saved(image, "PNG", transparency=0)
+    return encoded(image, "PNG", transparency=0)
 
 
 def rotated():
     tags = Image.Exif()
     tags[0x0112] = 6
-    return saved(noise(), "JPEG", exif=tags)
+    return encoded(noise(), "JPEG", exif=tags)
 
 
 EDITED = {
-    "avif.avif": lambda: saved(noise(), "AVIF"),
-    "bmp.bmp": lambda: saved(noise(), "BMP"),
-    "cmyk.jpg": lambda: saved(noise("CMYK"), "JPEG"),
-    "float.tif": lambda: deep("float"),
-    "grey-alpha.png": lambda: saved(noise("LA"), "PNG"),
-    "grey16.png": lambda: saved(Image.open(io.BytesIO(deep("16 bit"))), "PNG"),
-    "grey16.tif": lambda: deep("16 bit"),
-    "heic.heic": lambda: saved(noise(), "HEIF"),
-    "lossless.webp": lambda: saved(noise("RGBA"), "WEBP", lossless=True),
-    "no-ending": lambda: saved(noise(), "PNG"),
-    "one-bit.png": lambda: saved(noise("1"), "PNG"),
+    "avif.avif": lambda: encoded(noise(), "AVIF"),
+    "bmp.bmp": lambda: encoded(noise(), "BMP"),
+    "cmyk.jpg": lambda: encoded(noise("CMYK"), "JPEG"),
+    "float.tif": lambda: deep_tiff("float"),
+    "grey-alpha.png": lambda: encoded(noise("LA"), "PNG"),
+    "grey16.png": lambda: encoded(Image.open(io.BytesIO(deep_tiff("16 bit"))), "PNG"),
+    "grey16.tif": lambda: deep_tiff("16 bit"),
+    "heic.heic": lambda: encoded(noise(), "HEIF"),
+    "lossless.webp": lambda: encoded(noise("RGBA"), "WEBP", lossless=True),
+    "no-ending": lambda: encoded(noise(), "PNG"),
+    "one-bit.png": lambda: encoded(noise("1"), "PNG"),
     "palette-alpha.png": palette,
-    "ppm.ppm": lambda: saved(noise(), "PPM"),
-    "progressive.jpeg": lambda: saved(noise(), "JPEG", progressive=True),
-    "rgba.png": lambda: saved(noise("RGBA"), "PNG"),
+    "ppm.ppm": lambda: encoded(noise(), "PPM"),
+    "progressive.jpeg": lambda: encoded(noise(), "JPEG", progressive=True),
+    "rgba.png": lambda: encoded(noise("RGBA"), "PNG"),
     "rotated.jpg": rotated,
-    "two-pictures.jpg": lambda: saved(noise(), "MPO", save_all=True, append_images=[noise("L")]),
-    "unicode-ünï-雪 .png": lambda: saved(noise(), "PNG"),
-    "UPPER.JPG": lambda: saved(noise(), "JPEG"),
+    "two-pictures.jpg": lambda: encoded(noise(), "MPO", save_all=True, append_images=[noise("L")]),
+    "unicode-ünï-雪 .png": lambda: encoded(noise(), "PNG"),
+    "UPPER.JPG": lambda: encoded(noise(), "JPEG"),
 }
-NAMED = {
-    "anim.gif": (lambda: moving("GIF"), "has several frames or pages"),
-    "anim.png": (lambda: moving("PNG"), "has several frames or pages"),
-    "anim.webp": (lambda: moving("WEBP"), "has several frames or pages"),
+REFUSED = {
+    "anim.gif": (lambda: animation("GIF"), "has several frames or pages"),
+    "anim.png": (lambda: animation("PNG"), "has several frames or pages"),
+    "anim.webp": (lambda: animation("WEBP"), "has several frames or pages"),
     "bomb.png": (bomb, "is too large: 3,600 megapixels by its header"),
     "bomb-without-ending": (bomb, "is too large: 3,600 megapixels by its header"),
-    "cut.jpg": (lambda: saved(noise(), "JPEG")[:500], "is damaged or truncated"),
+    "cut.jpg": (lambda: encoded(noise(), "JPEG")[:500], "is damaged or truncated"),
     "drawing.svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is an SVG drawing"),
     "empty.png": (lambda: b"", "is empty (0 bytes)"),
     "html.png": (lambda: b"<!doctype html><html></html>", "is a web page (HTML)"),
-    "icon.ico": (lambda: saved(noise(), "ICO"), "is not a picture in a known format"),
-    "jpeg2000.jp2": (lambda: saved(noise(), "JPEG2000"), "is not a picture in a known format"),
-    "pages.tif": (lambda: moving("TIFF"), "has several frames or pages"),
-    "strip.png": (lambda: saved(noise(size=(400, 20)), "PNG"), "times the other"),
-    "targa.tga": (lambda: saved(noise(), "TGA"), "is not a picture in a known format"),
+    "icon.ico": (lambda: encoded(noise(), "ICO"), "is not a picture in a known format"),
+    "jpeg2000.jp2": (lambda: encoded(noise(), "JPEG2000"), "is not a picture in a known format"),
+    "pages.tif": (lambda: animation("TIFF"), "has several frames or pages"),
+    "strip.png": (lambda: encoded(noise(size=(400, 20)), "PNG"), "times the other"),
+    "targa.tga": (lambda: encoded(noise(), "TGA"), "is not a picture in a known format"),
     "text.png": (lambda: b"not a picture", "contains text, not a picture"),
-    "tiny.png": (lambda: saved(noise(size=(8, 8)), "PNG"), "each side needs at least 16"),
+    "tiny.png": (lambda: encoded(noise(size=(8, 8)), "PNG"), "each side needs at least 16"),
 }
 LINKS = {
     "gone.jpg": "no such file",
@@ -119,7 +119,7 @@ HIDDEN = ("._resource.jpg", ".hidden.png")
 OTHER = {"notes.txt": b"a text", "page.html": b"<html></html>", "table.csv": b"a,b\n", "Makefile": b"all:\n"}
 
 
-def test_each_of_forty_files_is_edited_or_named_and_the_counts_add_up(
+def test_each_of_forty_files_is_edited_or_reported_and_the_counts_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -127,10 +127,10 @@ def test_each_of_forty_files_is_edited_or_named_and_the_counts_add_up(
     folder.mkdir()
     for name, make in EDITED.items():
         (folder / name).write_bytes(make())
-    for name, (make, _) in NAMED.items():
+    for name, (make, _) in REFUSED.items():
         (folder / name).write_bytes(make())
     for name in HIDDEN:
-        (folder / name).write_bytes(saved(noise(), "PNG"))
+        (folder / name).write_bytes(encoded(noise(), "PNG"))
     for name, data in OTHER.items():
         (folder / name).write_bytes(data)
     (folder / "folder.png").mkdir()
@@ -141,7 +141,7 @@ def test_each_of_forty_files_is_edited_or_named_and_the_counts_add_up(
 
     err = capsys.readouterr().err
     errors = [line for line in err.splitlines() if "error: " in line]
-    failed = {name: reason for name, (_, reason) in NAMED.items()} | LINKS
+    failed = {name: reason for name, (_, reason) in REFUSED.items()} | LINKS
     for name, reason in failed.items():
         [line] = [line for line in errors if f"photos/{name}" in line]
         assert reason in line, line
@@ -167,8 +167,8 @@ WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 TRANSPARENT = ("grey-alpha.png", "lossless.webp", "palette-alpha.png", "rgba.png")
 
 
-def test_a_decompression_bomb_without_an_ending_looks_like_a_picture(tmp_path, recwarn):
-    for name, size in {"a": 60_000, "b": 12_000}.items():  # past Pillow's error, past its warning
+def test_a_decompression_bomb_without_an_extension_looks_like_a_picture(tmp_path, recwarn):
+    for name, size in {"a": 60_000, "b": 12_000}.items():  # over Pillow's error and warning limits
         (tmp_path / name).write_bytes(bomb(size, size))
         assert looks_like_picture(tmp_path / name)
     assert not recwarn.list

@@ -1,4 +1,4 @@
-"""The package as such: its public names, what importing it costs, and what its files hold."""
+"""The package: its public names, its imports, and its project files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-def test_public_names() -> None:
+def test_the_public_names_are_exactly_these() -> None:
     errors = ["InputError", "Ip2pError", "ModelError", "ResourceError"]
     settings = ["DistillConfig", "EditSettings", "ModelSettings", "TrainConfig"]
     functions = ["Editor", "distill", "edit", "evaluate", "save_image", "synth", "train"]
@@ -27,7 +27,7 @@ def test_public_names() -> None:
     assert (ROOT / "src/ip2p/py.typed").is_file()
 
 
-def test_a_public_function_or_class_has_a_name_of_its_own() -> None:
+def test_every_public_function_and_class_has_a_unique_name() -> None:
     places: dict[str, list[str]] = {}
     for path in sorted((ROOT / "src").rglob("*.py")):  # both packages
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -38,18 +38,18 @@ def test_a_public_function_or_class_has_a_name_of_its_own() -> None:
     assert not twice
 
 
-def test_importing_the_package_imports_no_torch() -> None:
+def test_importing_the_package_does_not_import_torch() -> None:
     assert (
         python("import sys, ip2p, ip2p.settings, ip2p.cli.main; print('torch' in sys.modules)") == "False\n"
     )
 
 
-def test_the_storybook_needs_no_torch() -> None:
+def test_the_storybook_imports_neither_torch_nor_pyarrow() -> None:
     code = "import sys, ip2p_storybook.draw, ip2p_storybook.edits, ip2p.cli.storybook"
     assert python(f"{code}; print([m for m in ('torch', 'pyarrow') if m in sys.modules])") == "[]\n"
 
 
-def test_locked_versions_lie_within_the_ranges() -> None:
+def test_locked_versions_meet_the_minimum_versions() -> None:
     def numbers(version: str) -> tuple[int, ...]:
         return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
 
@@ -65,14 +65,14 @@ def test_locked_versions_lie_within_the_ranges() -> None:
         assert numbers(locked[name]) >= numbers(floor), name
 
 
-def test_torch_is_locked_without_a_build() -> None:
+def test_torch_is_locked_without_a_build_tag_or_cuda_packages() -> None:
     lines = (ROOT / "requirements-dev.lock").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert re.fullmatch(r"torch==[\d.]+", pins[0])
     assert not any(pin.startswith(("nvidia", "triton")) for pin in pins)
 
 
-def test_the_python_examples_of_the_readme_name_what_there_is() -> None:
+def test_the_readmes_links_exist_and_its_python_examples_compile() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\(((?:docs|examples)/[^)#]+|LICENSE)\)", readme):
         assert (ROOT / link).exists(), link

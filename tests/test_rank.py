@@ -1,4 +1,4 @@
-"""Ranking results by CLIP: the scores, where the CLIP comes from, what is kept."""
+"""Ranking results with CLIP: the scores, where the CLIP comes from, and what is kept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ip2p.editing import rank
 pytestmark = pytest.mark.usefixtures("here")
 
 
-class Plain:
-    """A CLIP whose embeddings are known: a picture's mean colour, and a text's colour words."""
+class FakeClip:
+    """A CLIP with known embeddings: a picture's mean color, and a text's color words."""
 
     def images(self, pictures):
         return pictures.mean(dim=(2, 3))
@@ -29,16 +29,16 @@ class Plain:
         return torch.tensor([[0.1 + (word in text) for word in words] for text in texts])
 
 
-def flat(*colour: int) -> Image.Image:
-    return Image.new("RGB", (32, 32), colour)
+def flat(*color: int) -> Image.Image:
+    return Image.new("RGB", (32, 32), color)
 
 
-def test_the_result_that_went_where_the_words_point_ranks_first() -> None:
+def test_the_result_that_follows_the_text_ranks_first() -> None:
     before = flat(200, 60, 60)
     right, untouched, wrong = flat(140, 120, 60), flat(200, 60, 60), flat(140, 60, 120)
     for captions in ({}, {"caption": "red"}, {"caption": "red", "edited_caption": "red and green"}):
         scores = rank.rank_results(
-            Plain(), before, [wrong, untouched, right], instruction="make it green", **captions
+            FakeClip(), before, [wrong, untouched, right], instruction="make it green", **captions
         )
         order = sorted(range(3), key=lambda k: -scores[k].total)
         assert order == [2, 1, 0]
@@ -46,10 +46,10 @@ def test_the_result_that_went_where_the_words_point_ranks_first() -> None:
         assert scores[1].image_similarity == pytest.approx(1, abs=1e-6)
 
 
-def test_captions_say_the_direction_instead_of_the_instruction() -> None:
+def test_captions_set_the_direction_instead_of_the_instruction() -> None:
     results = [flat(140, 120, 60), flat(140, 60, 120)]
     scores = rank.rank_results(
-        Plain(),
+        FakeClip(),
         flat(200, 60, 60),
         results,
         instruction="make it green",
@@ -59,13 +59,15 @@ def test_captions_say_the_direction_instead_of_the_instruction() -> None:
     assert scores[1].directional > scores[0].directional
 
 
-def test_large_pictures_are_made_small_smoothly() -> None:
-    chessboard = Image.effect_noise((2048, 1024), 200).convert("RGB")
-    assert rank.clip_pixels(chessboard).shape == (1, 3, 256, 512)
-    assert rank.clip_pixels(chessboard).std() < 0.1  # not single pixels
+def test_large_pictures_are_downscaled_with_averaging() -> None:
+    noise = Image.effect_noise((2048, 1024), 200).convert("RGB")
+    assert rank.clip_pixels(noise).shape == (1, 3, 256, 512)
+    assert rank.clip_pixels(noise).std() < 0.1  # averages, not single pixels
 
 
-def test_where_the_clip_comes_from(here: Path, tiny_model_dir: Path, tiny_clip_dir: Path) -> None:
+def test_the_clip_comes_from_the_option_or_the_model_folder(
+    here: Path, tiny_model_dir: Path, tiny_clip_dir: Path
+) -> None:
     assert rank.find_clip(str(tiny_clip_dir), "nowhere") == tiny_clip_dir
     with pytest.raises(
         ModelError, match="does not include a CLIP model.*hf download openai/clip-vit-large-patch14"
@@ -73,12 +75,12 @@ def test_where_the_clip_comes_from(here: Path, tiny_model_dir: Path, tiny_clip_d
         rank.find_clip(None, str(tiny_model_dir))
     with pytest.raises(ModelError, match="./none: no such folder"):
         rank.find_clip("./none", str(tiny_model_dir))
-    own = shutil.copytree(tiny_model_dir, here / "model")
+    model = shutil.copytree(tiny_model_dir, here / "model")
     shutil.copytree(tiny_clip_dir, here / "model" / "clip")
-    assert rank.find_clip(None, str(own)) == own / "clip"
+    assert rank.find_clip(None, str(model)) == model / "clip"
 
 
-def test_a_clip_that_is_not_cached_gives_the_download_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_uncached_clip_is_reported_with_the_download_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -90,7 +92,7 @@ def test_a_clip_that_is_not_cached_gives_the_download_command(monkeypatch: pytes
         rank.find_clip("someone/clip", "nowhere")
 
 
-def test_the_command_keeps_the_best_in_order_and_tells_the_scores(
+def test_the_command_keeps_the_best_in_order_and_prints_the_scores(
     page: Image.Image, tiny_model_dir: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page.save("page.png")
@@ -109,6 +111,6 @@ def test_the_command_keeps_the_best_in_order_and_tells_the_scores(
     )
     assert sorted(os.listdir()) == ["out-1.png", "out-2.png", "page.png"]
     assert captured.err.count("\n") == 5 and "directional + image similarity = score" in captured.err
-    assert cli.main([*words, "1"]) == 0  # a single one has the plain name
+    assert cli.main([*words, "1"]) == 0  # a single result has no number in its name
     assert capsys.readouterr().out == "out.png\n"
     assert Path("out.png").read_bytes() == Path("out-1.png").read_bytes()

@@ -1,6 +1,6 @@
-"""The shell recipes and the guide to making training data say commands that there are.
+"""The shell recipes and the guide to making training data contain only valid commands.
 
-The recipes are run with stand-ins for their programs, so that what is parsed is what they would call.
+The recipes run with stand-ins for their programs, so the commands parsed are those they would call.
 """
 
 import json
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 STAND_IN = '#!/usr/bin/env python3\nimport json, sys\nprint(json.dumps(sys.argv), file=open({log!r}, "a"))\n'
 
 
-def called(recipe: str, *words: str, log: Path, **environment: str) -> list[list[str]]:
-    """The words of each call of ip2p that a recipe makes, run from a copy in the folder of `log`."""
+def recorded_calls(recipe: str, *words: str, log: Path, **environment: str) -> list[list[str]]:
+    """The arguments of each ip2p call that a recipe makes; it runs from a copy in the folder of `log`."""
     here = log.parent
     shutil.copytree(ROOT / "recipes", here / "recipes", dirs_exist_ok=True)
     (here / "bin").mkdir(exist_ok=True)
@@ -31,20 +31,20 @@ def called(recipe: str, *words: str, log: Path, **environment: str) -> list[list
         stand_in.write_text(STAND_IN.format(log=str(log)))
         stand_in.chmod(0o755)
     path = {"PATH": f"{here / 'bin'}:/usr/bin:/bin", "PYTHON": str(here / "bin" / "python")}
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", str(here / "recipes" / recipe), *words],
         env=path | environment,
         cwd=here,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     calls = [json.loads(line) for line in log.read_text().splitlines()]
     return [call[call.index("-m") + 2 :] if "-m" in call else call[1:] for call in calls]
 
 
 def parse(words: list[str]) -> str:
-    """The verb of a command, whose words its config takes."""
+    """Check a command's arguments and return its verb."""
     verb = next(verb for verb in cli.VERBS if words[: len(verb.split())] == verb.split())
     config = cli.parse(verb, words[len(verb.split()) :])
     if hasattr(config, "check"):
@@ -75,39 +75,39 @@ MAKE = ["synth pairs", "synth filter", "synth inspect"]
         ("synth.sh", ["out"], {"SERVER": "http://a/v1", "MODEL": "m"}, ["synth instruct", *MAKE]),
     ],
 )
-def test_every_command_of_a_recipe_is_taken(recipe, words, environment, verbs, here):
-    calls = called(recipe, *words, log=here / "calls.jsonl", **environment)
+def test_every_command_of_a_recipe_is_valid(recipe, words, environment, verbs, here):
+    calls = recorded_calls(recipe, *words, log=here / "calls.jsonl", **environment)
     assert [parse(call) for call in calls] == verbs
 
 
-def test_the_whole_at_the_papers_scale_trains_on_what_it_made(here):
-    *made, train = called("paper.sh", "out", log=here / "calls.jsonl")
+def test_the_paper_recipe_trains_on_the_pairs_that_it_made(here):
+    *made, train = recorded_calls("paper.sh", "out", log=here / "calls.jsonl")
     config = cli.parse("train", train[1:])
     assert (config.data, str(config.output)) == ("out/kept", "out/editor")
     [kept] = [call for call in made if call[:2] == ["synth", "filter"]]
     assert cli.parse("synth filter", kept[2:]).out == Path(config.data)
 
 
-def test_several_machines_must_name_their_data(here):
-    done = subprocess.run(
+def test_the_paper_recipe_on_several_machines_requires_a_data_set(here):
+    process = subprocess.run(
         ["bash", str(ROOT / "recipes" / "paper.sh"), "out"],
         env={"PATH": "/usr/bin:/bin", "MACHINES": "2"},
         cwd=here,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and "recipes/paper.sh out/kept out/editor" in done.stderr
+    assert process.returncode == 2 and "recipes/paper.sh out/kept out/editor" in process.stderr
     assert not list(here.iterdir())
 
 
-def test_a_recipe_with_a_flag_that_there_is_not_is_found(here):
-    calls = called("storybook_build.sh", "out", log=here / "calls.jsonl")
+def test_an_unknown_flag_in_a_recipe_is_detected(here):
+    calls = recorded_calls("storybook_build.sh", "out", log=here / "calls.jsonl")
     with pytest.raises(cli.InputError, match="no-such"):
         parse([*calls[0], "--no-such", "1"])
 
 
-def test_the_scale_of_synth_sh_is_the_papers(here):
-    calls = called("synth.sh", "out", log=here / "calls.jsonl", AS_PAPER="1")
+def test_synth_sh_as_paper_has_the_papers_scale(here):
+    calls = recorded_calls("synth.sh", "out", log=here / "calls.jsonl", AS_PAPER="1")
     instruct, pairs, kept = (
         cli.parse(f"synth {verb}", next(call for call in calls if call[1] == verb)[2:])
         for verb in ("instruct", "pairs", "filter")
@@ -125,7 +125,7 @@ def guide() -> str:
     return (ROOT / "docs" / "synth.md").read_text(encoding="utf-8")
 
 
-def test_every_command_of_the_guide_is_taken(here):
+def test_every_command_of_the_guide_is_valid(here):
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", guide(), re.S)).replace("\\\n", " ")
     inline = re.findall(r"`(ip2p synth [^`…]*? -[^`…]*)`", guide())
     lines = [line for line in blocks.splitlines() if line.startswith("ip2p ")]
@@ -134,7 +134,7 @@ def test_every_command_of_the_guide_is_taken(here):
         parse(shlex.split(line, comments=True)[1:])
 
 
-def test_every_flag_that_the_guide_names_is_one(here):
+def test_every_flag_in_the_guide_exists(here):
     known = {
         "--" + name.replace("_", "-") for verb in cli.VERBS for name in cli.config_class(verb).model_fields
     }
@@ -143,7 +143,7 @@ def test_every_flag_that_the_guide_names_is_one(here):
     assert named - known - others == set()
 
 
-def test_the_guide_tells_the_defaults_that_there_are():
+def test_the_guide_lists_the_actual_defaults():
     [table] = re.findall(r"\n\| flag \| default (.*?)\n\n", guide(), re.S)
     rows = re.findall(r"^\| (`--[^|]*) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|", table, re.M)
     documented = {}
@@ -151,16 +151,20 @@ def test_the_guide_tells_the_defaults_that_there_are():
         names = [flag.strip("` -").replace("-", "_") for flag in flags.split(", ")]
         values = zip(*(column.split(", ") for column in columns), strict=True)
         documented |= dict(zip(names, values, strict=True))
-    each = (PAIRS, PAIRS_STORYBOOK, PAIRS_AS_PAPER)
-    expected = {name: tuple(str(usual[name]) for usual in each) for name in PAIRS}
-    del expected["attention"]  # it has a table of its own
+    tables = (PAIRS, PAIRS_STORYBOOK, PAIRS_AS_PAPER)
+    expected = {name: tuple(str(defaults[name]) for defaults in tables) for name in PAIRS}
+    del expected["attention"]  # it has its own table
     assert documented == expected
-    for name, least in PRESETS.items():
+    for name, thresholds in PRESETS.items():
         row = re.search(rf"^\| `{name}` \| (\S+) \| (\S+) \| (\S+) \|", guide(), re.M)
-        assert row and tuple(map(float, row.groups())) == (least.image, least.caption, least.directional)
+        assert row and tuple(map(float, row.groups())) == (
+            thresholds.image,
+            thresholds.caption,
+            thresholds.directional,
+        )
 
 
-def test_the_check_of_the_seeds_prints_what_the_guide_shows():
+def test_the_guide_shows_the_actual_diversity_of_the_seed_triples():
     from ip2p.synth.triples import measure_diversity, seed_triples
 
     [shown] = re.findall(r"```\n(753 triples.*?)```", guide(), re.S)
@@ -169,7 +173,7 @@ def test_the_check_of_the_seeds_prints_what_the_guide_shows():
         assert found.startswith(line)
 
 
-def test_the_written_recipes_name_flags_of_train():
+def test_the_yaml_recipes_use_only_settings_of_train():
     known = set(cli.config_class("train").model_fields)
     for path in (ROOT / "recipes").glob("*.yaml"):
         assert set(yaml.safe_load(path.read_text())) <= known

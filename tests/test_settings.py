@@ -26,7 +26,7 @@ from ip2p.synth.settings import SynthPairsConfig
 
 
 class Sharpened(EditSettings):
-    """A new setting is this one field."""
+    """A new setting needs only this field."""
 
     sharpness: float | None = setting(
         None,
@@ -68,7 +68,7 @@ class Body(Settings):
         ({"stepz": 7}, r"'stepz' is not a setting; did you mean steps\?"),
     ],
 )
-def test_what_is_wrong_is_one_line_with_the_limit_and_the_next_step(values, message):
+def test_an_invalid_value_is_one_line_with_the_limit_and_the_next_step(values, message):
     with pytest.raises(InputError, match=message) as caught:
         EditSettings(**values)
     assert "\n" not in str(caught.value)
@@ -82,7 +82,7 @@ def test_messages_name_a_setting_as_the_caller_writes_it():
     assert caught.value.field == "text_cfg"
 
 
-def test_none_is_the_value_of_the_card_or_the_usual_one():
+def test_none_resolves_to_the_model_cards_value_or_the_default():
     class Card:
         text_cfg, image_cfg = 3.0, None
 
@@ -99,19 +99,19 @@ def test_settings_are_read_from_text_and_from_numpy():
     assert EditSettings(steps=np.int64(7), text_cfg=np.float32(0.5)).steps == 7
 
 
-def test_a_path_is_text_where_text_is_expected():
+def test_a_path_is_accepted_where_text_is_expected():
     found = ModelSettings.read({"model": Path("some/folder"), "vae": Path("vae.safetensors")})
     assert (found.model, found.vae) == (str(Path("some/folder")), "vae.safetensors")
     with pytest.raises(InputError, match="steps is .*; it must be"):
         EditSettings.read({"steps": Path("10")})
 
 
-def test_a_bare_auto_mask_has_the_usual_threshold():
+def test_auto_mask_true_is_the_default_threshold():
     assert EditSettings(auto_mask=True).auto_mask == AUTO_MASK == 0.5
     assert EditSettings(auto_mask=False).auto_mask is None
 
 
-def test_an_earlier_name_is_still_accepted():
+def test_a_former_name_of_a_setting_is_still_accepted():
     assert EditSettings(spacing="karras").schedule == "karras"
     assert EditSettings().changed(spacing="karras").schedule == "karras"
 
@@ -127,7 +127,7 @@ def test_every_setting_has_a_help_text_and_a_group():
             assert meta_of(found).group != "Other options", name
 
 
-def test_settings_of_a_part_are_those_of_its_class():
+def test_part_returns_the_settings_of_one_class():
     class Both(EditSettings, ModelSettings):
         pass
 
@@ -153,11 +153,11 @@ def test_a_new_setting_is_in_the_body_and_the_schema_of_each_interface(interface
         kind.model_validate({"image": "page", name: 11})
 
 
-def test_a_new_number_is_an_axis_of_a_grid():
+def test_a_new_numeric_setting_is_a_grid_axis():
     assert "sharpness" in numeric_settings(Sharpened)
 
 
-def test_the_infotext_has_a_new_setting_both_ways():
+def test_a_new_setting_is_written_to_and_read_from_the_infotext():
     class SharpRecord(EditRecord, Sharpened):
         pass
 
@@ -167,7 +167,7 @@ def test_the_infotext_has_a_new_setting_both_ways():
     assert parse_infotext(text, SharpRecord) == record
 
 
-def test_the_written_arguments_are_those_of_the_settings():
+def test_the_generated_argument_types_are_up_to_date():
     tool = runpy.run_path(str(Path(__file__).parents[1] / "scripts/make_arguments.py"))
     for path, classes in tool["FILES"].items():
         assert path.read_text(encoding="utf-8") == tool["write_arguments"](classes), path
@@ -175,7 +175,7 @@ def test_the_written_arguments_are_those_of_the_settings():
     assert "    sharpness: float | None\n" in tool["write_arguments"]([sharpened])
 
 
-def test_the_editor_grids_chains_and_batches_take_a_new_setting(tiny_editor, page):
+def test_the_editor_grids_chains_and_batches_accept_a_new_setting(tiny_editor, page):
     settings = Sharpened(sharpness=2.0, steps=1, size=32)
     assert tiny_editor.resolved(settings, "make it night").sharpness == 2.0
     (made,) = tiny_editor.edit(page, "make it night", settings=settings)

@@ -1,4 +1,4 @@
-"""Settings in A1111's form, both ways between ip2p and two readers, `sd-parsers` and `sd-prompt-reader`."""
+"""Settings in A1111's format, as read by ip2p and by two readers, `sd-parsers` and `sd-prompt-reader`."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from sd_prompt_reader.image_data_reader import ImageDataReader
 from ip2p.pictures.images import save_image
 from ip2p.pictures.infotext import SAMPLER_NAMES, EditRecord, format_infotext, parse_infotext, read_infotext
 
-# Instruction, negative prompt, and settings that differ from the usual.
+# Instruction, negative prompt, and settings that differ from the defaults.
 LINES: list[tuple[str, str, dict]] = [
     ("make it snow", "", {}),
     ("make it snow", "blurry", {"steps": 50, "sampler": "euler_ancestral", "seed": 0}),
@@ -49,9 +49,9 @@ ENDINGS = ("png", "jpg", "webp")
 
 
 def record_of(instruction, negative, more):
-    usual = {"steps": 20, "sampler": "dpmpp_2m", "text_cfg": 7.5, "image_cfg": 1.5, "seed": 42}
-    usual |= {"size": (64, 48), "model": "x", "schedule": "linspace"}
-    return EditRecord(instruction=instruction, negative=negative, **{**usual, **more}).resolved()
+    defaults = {"steps": 20, "sampler": "dpmpp_2m", "text_cfg": 7.5, "image_cfg": 1.5, "seed": 42}
+    defaults |= {"size": (64, 48), "model": "x", "schedule": "linspace"}
+    return EditRecord(instruction=instruction, negative=negative, **{**defaults, **more}).resolved()
 
 
 def flat(text):
@@ -59,9 +59,9 @@ def flat(text):
 
 
 def prompt_reader_can_read(text, ending):
-    """Whether `sd-prompt-reader` reads a text; in EXIF, it first takes A1111's byte order for the other.
+    """Whether `sd-prompt-reader` can read a text; in EXIF, it first assumes the wrong byte order.
 
-    That fails for some letters, in A1111's own files too, and is not ours to avoid.
+    That fails for some letters, in A1111's own files too; we cannot avoid it.
     """
     try:
         return ending == "png" or bool(text.encode("utf-16-be").decode("utf-16-le"))
@@ -69,11 +69,11 @@ def prompt_reader_can_read(text, ending):
         return False
 
 
-OPENED = []  # `sd-parsers` caches by the address of a picture in memory, so that none may be freed
+OPENED = []  # `sd-parsers` caches by a picture's memory address, so none may be freed
 
 
-def read_outside(path):
-    """What the two readers tell: prompt, negative prompt, sampler, seed, steps, text scale."""
+def read_with_both_readers(path):
+    """What the two readers return: prompt, negative prompt, sampler, seed, steps, text scale."""
     OPENED.append(Image.open(io.BytesIO(path.read_bytes())))
     info = ParserManager().parse(OPENED[-1])
     (sampler,) = info.samplers
@@ -93,27 +93,27 @@ def expected(record, instruction, negative):
     return (instruction, negative, SAMPLER_NAMES[record.sampler], *numbers)
 
 
-def test_there_are_24_settings_lines_with_every_hard_letter():
+def test_the_24_settings_lines_contain_every_difficult_character():
     assert len(LINES) == 24
-    whole = "".join(format_infotext(record_of(*line)) for line in LINES)
-    assert all(sign in whole for sign in ",:\"'\\雪🦊<{[(é".replace("é", "\u0301"))
+    all_text = "".join(format_infotext(record_of(*line)) for line in LINES)
+    assert all(sign in all_text for sign in ",:\"'\\雪🦊<{[(é".replace("é", "\u0301"))
     assert any("\n" in line[0] for line in LINES) and any("\n" in line[1] for line in LINES)
 
 
-def test_the_other_reader_reads_nearly_all_of_them():
+def test_sd_prompt_reader_can_read_nearly_all_of_the_lines():
     texts = [format_infotext(record_of(*line)) for line in LINES]
     assert sum(prompt_reader_can_read(text, "jpg") for text in texts) >= 20
 
 
 @pytest.mark.parametrize("line", LINES, ids=IDS)
-def test_ours_are_read_by_both_and_by_us(tmp_path, line):
+def test_our_settings_are_read_by_both_readers_and_by_us(tmp_path, line):
     record = record_of(*line)
     image = Image.new("RGB", (64, 48), "navy")
     image.info["parameters"] = format_infotext(record)
     for ending in ENDINGS:
         path = save_image(image, tmp_path / f"out.{ending}")
-        wanted = expected(record, flat(line[0]), flat(line[1]))
-        assert read_outside(path) == (wanted, wanted), ending
+        values = expected(record, flat(line[0]), flat(line[1]))
+        assert read_with_both_readers(path) == (values, values), ending
         text = read_infotext(path)
         assert text is not None and parse_infotext(text) == record.changed(
             instruction=flat(line[0]), negative=flat(line[1])
@@ -121,7 +121,7 @@ def test_ours_are_read_by_both_and_by_us(tmp_path, line):
 
 
 def a1111_text(record, instruction, negative):
-    """As `create_infotext` of A1111 writes it: texts as they are, values with , : or a newline as JSON."""
+    """The output of A1111's `create_infotext`: texts as they are, values with , : or a newline as JSON."""
 
     def quoted(value):
         return json.dumps(value, ensure_ascii=False) if set(value) & set(",:\n") else value
@@ -136,7 +136,7 @@ def a1111_text(record, instruction, negative):
 
 
 @pytest.mark.parametrize("line", LINES, ids=IDS)
-def test_a1111s_are_read_by_us_as_by_both(tmp_path, line):
+def test_a1111_settings_are_read_by_us_as_by_both_readers(tmp_path, line):
     record = record_of(*line)
     instruction, negative = line[0].strip(), line[1].strip()
     text = a1111_text(record, instruction, negative)
@@ -154,8 +154,8 @@ def test_a1111s_are_read_by_us_as_by_both(tmp_path, line):
         found = read_infotext(path)
         assert found == text
         ours = parse_infotext(found)
-        wanted = expected(ours, ours.instruction, ours.negative)
-        assert read_outside(path) == (wanted, wanted), ending
+        values = expected(ours, ours.instruction, ours.negative)
+        assert read_with_both_readers(path) == (values, values), ending
         assert (ours.instruction, ours.negative) == (instruction, negative)
         for name in ("steps", "sampler", "schedule", "text_cfg", "image_cfg", "seed", "size", "model"):
             assert getattr(ours, name) == getattr(record, name), name
