@@ -308,7 +308,6 @@ def test_a_changed_model_folder_is_noticed(triples, painter, here, capsys, tmp_p
     (model / "unet" / "config.json").write_text((model / "unet" / "config.json").read_text() + " ")
     draw(triples, model, "pairs", *ANY, code=2)
     assert "started with content of --model" in capsys.readouterr().err
-    (model / "ip2p.json").write_text('{"name": "other"}')
 
 
 # --- pairs ----------------------------------------------------------------------------------------

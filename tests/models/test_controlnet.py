@@ -65,7 +65,7 @@ def test_a_path_that_is_not_a_controlnet_is_refused(tiny_model_dir, tmp_path):
         load_controlnet(tmp_path / "nothing")
 
 
-def test_a_pickled_controlnet_is_not_opened(controlnet_dir, tmp_path):
+def test_a_pickled_controlnet_is_not_opened(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "ControlNetModel"}))
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match="pickle.*was not opened"):
