@@ -1,4 +1,4 @@
-"""`ip2p train` as a whole on tiny models: from pairs and a base to an editor, stopped, damaged, resumed."""
+"""`ip2p train` end to end on tiny models: from pairs and a base to an editor, stopped, damaged, resumed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 def settings(pairs: Path, base: Path, cache: Path, output: Path) -> TrainConfig:
-    """Six steps in fp32, with a checkpoint after every second."""
+    """Six fp32 steps with a checkpoint every two steps."""
     return TrainConfig(
         data=str(pairs),
         base=str(base),
@@ -101,7 +101,7 @@ class Killed(Exception):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Make the loop raise, or call something, when step k begins."""
+    """Make the loop call `action` when `step` begins; the result undoes it."""
     real = loop.learning_rate
 
     def arrange(step: int, action):
@@ -122,16 +122,16 @@ def kill():
 
 @pytest.fixture(scope="module")
 def whole(pairs, base, cache, tmp_path_factory):
-    """A run that nothing disturbed: its settings and its output."""
+    """The settings of a finished run that nothing disturbed."""
     config = settings(pairs, base, cache, tmp_path_factory.mktemp("whole") / "editor")
     trainer.run_training(config)
     return config
 
 
-# --- what comes out ---
+# --- the output ---
 
 
-def test_the_output_is_an_editor_for_us_and_for_diffusers(whole, page):
+def test_the_output_is_an_editor_for_ip2p_and_diffusers(whole, page):
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
     from ip2p.editing.editor import Editor
@@ -146,29 +146,29 @@ def test_the_output_is_an_editor_for_us_and_for_diffusers(whole, page):
     assert json.loads((whole.output / "run.json").read_text())["settings"]["steps"] == 6
 
 
-def test_the_written_weights_are_the_averages(whole):
+def test_the_saved_weights_are_the_ema_weights(whole):
     average = state(whole)["ema"]["average"]
     for key, value in weights(whole.output).items():
         assert torch.equal(value, average[f"unet.{key}"].half()), key
 
 
-def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
+def test_a_finished_run_is_reported_and_left_unchanged(whole, capsys):
     before = {p: p.stat().st_mtime_ns for p in whole.output.rglob("*") if p.is_file() and p.name != ".lock"}
     assert trainer.train(whole) == whole.output
     assert "is finished: 6 steps. Increase --steps" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
-def test_a_finished_run_refuses_another_setting_by_name(whole):
+def test_a_finished_run_refuses_a_changed_setting_by_name(whole):
     with pytest.raises(InputError, match=r"was trained with --lr .*, but it is now 0\.5; use the same value"):
         trainer.train(whole, lr=0.5)
 
 
-def test_a_model_of_photographs_is_not_warned_off_photographs(whole):
+def test_the_card_of_a_trained_model_has_no_known_psnr(whole):
     assert json.loads((whole.output / "ip2p.json").read_text())["known_psnr"] is None
 
 
-def test_training_changes_every_kind_of_weight(whole, base):
+def test_training_changes_every_weight(whole, base):
     from ip2p.models.base import load_base
 
     start = load_base(base).unet.state_dict()
@@ -179,14 +179,14 @@ def test_training_changes_every_kind_of_weight(whole, base):
     assert image_part.abs().max() > 0
 
 
-# --- FACTS: long jobs ---
+# --- long jobs ---
 
 
-def test_n_then_killed_then_n_is_2n_to_the_bit(config, whole, stop_at):
-    again = stop_at(5, kill)  # one step after the checkpoint of step 4
+def test_a_killed_and_resumed_run_is_bit_identical_to_an_undisturbed_one(config, whole, stop_at):
+    restore = stop_at(5, kill)  # one step after the checkpoint of step 4
     with pytest.raises(Killed):
         trainer.run_training(config)
-    again()
+    restore()
     assert state(config)["step"] == 4
     trainer.run_training(config)
     ours, theirs = state(config), state(whole)
@@ -204,7 +204,7 @@ def test_n_then_killed_then_n_is_2n_to_the_bit(config, whole, stop_at):
     assert logs[0] == logs[1] == [6]
 
 
-def test_more_steps_go_on_from_a_finished_run(config, whole):
+def test_a_finished_run_extended_by_more_steps_matches_a_single_run(config, whole):
     trainer.run_training(config.changed(steps=4))
     assert state(config)["step"] == 4
     trainer.run_training(config)
@@ -214,25 +214,25 @@ def test_more_steps_go_on_from_a_finished_run(config, whole):
 @pytest.mark.parametrize(
     ("number", "error", "code"), [(signal.SIGTERM, Terminated, 143), (signal.SIGINT, KeyboardInterrupt, 130)]
 )
-def test_a_signal_saves_and_the_rest_gives_the_same(config, whole, stop_at, number, error, code):
+def test_a_signal_saves_and_resuming_gives_the_same_weights(config, whole, stop_at, number, error, code):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        again = stop_at(3, lambda: os.kill(os.getpid(), number))
+        restore = stop_at(3, lambda: os.kill(os.getpid(), number))
         with pytest.raises(error):
             trainer.run_training(config)
     finally:
         signal.signal(signal.SIGINT, before)
-    again()
-    assert state(config)["step"] == 4  # the step in which it came was finished
+    restore()
+    assert state(config)["step"] == 4  # the interrupted step was finished
     trainer.run_training(config)
     assert same(weights(config.output), weights(whole.output))
 
 
-def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(config, whole, stop_at, caplog):
-    again = stop_at(5, kill)
+def test_a_truncated_newest_checkpoint_falls_back_to_the_previous_one(config, whole, stop_at, caplog):
+    restore = stop_at(5, kill)
     with pytest.raises(Killed):
         trainer.run_training(config)
-    again()
+    restore()
     newest = config.output / "training" / "step-00000004.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     trainer.run_training(config)
@@ -240,18 +240,20 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(config, whol
     assert same(weights(config.output), weights(whole.output))
 
 
-def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(config, monkeypatch, stop_at):
+def test_a_non_finite_step_is_not_applied_and_its_samples_are_listed(config, monkeypatch, stop_at):
     from ip2p.training.objective import EditTask
 
-    real = EditTask.forward
+    original_forward = EditTask.forward
 
     def bad_at_three(self, batch):
-        loss, numbers = real(self, batch)
+        loss, numbers = original_forward(self, batch)
         return (loss * float("nan") if steps["now"] == 3 else loss), numbers
 
     steps = {"now": 0}
-    rate = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda c, s, p: (steps.update(now=s), rate(c, s, p))[1])
+    original_rate = loop.learning_rate
+    monkeypatch.setattr(
+        loop, "learning_rate", lambda c, s, p: (steps.update(now=s), original_rate(c, s, p))[1]
+    )
     monkeypatch.setattr(EditTask, "forward", bad_at_three)
     with pytest.raises(ModelError, match=r"step 3 are not finite.*not-applied.jsonl.*--nan-steps 10"):
         trainer.run_training(config)
@@ -261,14 +263,14 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_samples_are_named(conf
         json.loads(x) for x in (config.output / "training" / "not-applied.jsonl").read_text().splitlines()
     ]
     assert row["step"] == 3 and len(row["ids"]) == 4
-    # The same call meets it again; with patience the run steps over it and ends.
+    # The same call fails again; with nan_steps the run skips the step and finishes.
     with pytest.raises(ModelError):
         trainer.run_training(config)
     assert trainer.run_training(config.changed(nan_steps=10)).finished
     assert all(torch.isfinite(v).all() for v in state(config)["model"].values())
 
 
-def test_two_runs_in_one_folder_the_second_is_refused(config):
+def test_a_second_run_in_the_same_folder_is_refused(config):
     with lock_folder(config.output), pytest.raises(InputError, match="another ip2p process is writing to"):
         trainer.run_training(config)
 
@@ -289,35 +291,35 @@ def test_a_changed_setting_is_refused_by_name(whole, change, named):
     assert before == (whole.output / "training" / "manifest.jsonl").read_bytes()
 
 
-def test_changed_data_are_refused(config, tmp_path, stop_at):
-    own = tmp_path / "own.parquet"
-    own.write_bytes(Path(config.data).read_bytes())
-    config = config.changed(data=str(own))
-    again = stop_at(3, kill)
+def test_changed_data_is_refused_on_resume(config, tmp_path, stop_at):
+    data = tmp_path / "own.parquet"
+    data.write_bytes(Path(config.data).read_bytes())
+    config = config.changed(data=str(data))
+    restore = stop_at(3, kill)
     with pytest.raises(Killed):
         trainer.run_training(config)
-    again()
-    write_pairs((sample_edit(rng_for("test", 1, k)) for k in range(24)), own, size=SIDE)
+    restore()
+    write_pairs((sample_edit(rng_for("test", 1, k)) for k in range(24)), data, size=SIDE)
     with pytest.raises(InputError, match="content of --data"):
         trainer.run_training(config)
 
 
-def test_how_a_batch_is_split_may_change_when_a_run_goes_on(config, stop_at):
-    again = stop_at(3, kill)
+def test_the_micro_batch_may_change_on_resume(config, stop_at):
+    restore = stop_at(3, kill)
     with pytest.raises(Killed):
         trainer.run_training(config)
-    again()
+    restore()
     assert trainer.run_training(config.changed(micro_batch=2)).finished
 
 
-def test_time_up_saves_and_the_next_call_goes_on(config, whole):
+def test_a_time_limit_saves_and_the_next_call_resumes(config, whole):
     assert not trainer.run_training(config.changed(seconds=0.0)).finished
     assert not (config.output / "model_index.json").exists()
     trainer.run_training(config)
     assert same(weights(config.output), weights(whole.output))
 
 
-def test_killed_as_the_editor_is_written_the_next_call_writes_it(config, monkeypatch, whole):
+def test_a_run_killed_while_saving_the_editor_saves_it_on_the_next_call(config, monkeypatch, whole):
     real = trainer.save_editor
     monkeypatch.setattr(trainer, "save_editor", lambda *a, **k: kill())
     with pytest.raises(Killed):
@@ -328,21 +330,21 @@ def test_killed_as_the_editor_is_written_the_next_call_writes_it(config, monkeyp
     assert same(weights(config.output), weights(whole.output))
 
 
-# --- starts ---
+# --- starting points ---
 
 
-def test_a_lora_of_an_editor_is_a_file_and_a_merged_model(config, tiny_model_dir, page):
+def test_a_lora_of_an_editor_is_saved_as_a_file_and_as_a_merged_model(config, tiny_model_dir, page):
     from ip2p.editing.editor import Editor
 
     config = config.changed(base=str(tiny_model_dir), lora=2, ema=0.0)
     trainer.run_training(config)
     trained = state(config)["model"]
     assert trained and all(".lora_" in name for name in trained)
-    whole = Editor.load(config.output, device="cpu", dtype="fp32")
-    beside = Editor.load(
+    merged = Editor.load(config.output, device="cpu", dtype="fp32")
+    with_lora_file = Editor.load(
         tiny_model_dir, device="cpu", dtype="fp32", loras=[(config.output / trainer.LORA_FILE, 1.0)]
     )
-    edits = [np.asarray(e.edit(page, "make it night", steps=3)[0], int) for e in (whole, beside)]
+    edits = [np.asarray(e.edit(page, "make it night", steps=3)[0], int) for e in (merged, with_lora_file)]
     assert abs(edits[0] - edits[1]).max() <= 2  # the merged one is in fp16
     assert np.abs(edits[0]).sum() > 0
 
@@ -357,34 +359,40 @@ def test_a_lora_of_stable_diffusion_trains_the_widened_input_too(config):
 
 
 def test_a_unet_can_start_from_its_config_alone(config, tiny_model_dir, tmp_path):
-    own = tmp_path / "unet.json"
-    own.write_text((tiny_model_dir / "unet" / "config.json").read_text())
+    unet_config = tmp_path / "unet.json"
+    unet_config.write_text((tiny_model_dir / "unet" / "config.json").read_text())
     with pytest.raises(InputError, match="add --parts-from MODEL"):
-        trainer.run_training(config.changed(base=str(own)))
-    assert trainer.run_training(config.changed(base=str(own), parts=str(tiny_model_dir), steps=2)).finished
+        trainer.run_training(config.changed(base=str(unet_config)))
+    assert trainer.run_training(
+        config.changed(base=str(unet_config), parts=str(tiny_model_dir), steps=2)
+    ).finished
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_a_unet_alone_is_trained_with_the_parts_of_another_model(config, tiny_model_dir, tmp_path, form):
-    """Its own weights are what is trained, not noise: after a step of no length they are unchanged."""
+def test_a_unet_alone_is_trained_with_the_other_parts_of_another_model(
+    config, tiny_model_dir, tmp_path, form
+):
+    """Training starts from its weights, not noise: a step with lr 0 leaves them unchanged."""
     from safetensors.torch import load_file, save_file
 
-    own = load_file(tiny_model_dir / "unet" / "diffusion_pytorch_model.safetensors")
-    own = {key: value + 0.01 for key, value in own.items()}
+    unet_weights = load_file(tiny_model_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    unet_weights = {key: value + 0.01 for key, value in unet_weights.items()}
     base = shutil.copytree(tiny_model_dir / "unet", tmp_path / "unet")
-    save_file(own, base / "diffusion_pytorch_model.safetensors")
+    save_file(unet_weights, base / "diffusion_pytorch_model.safetensors")
     if form == "file":
         base = base / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ModelError, match="UNet alone.*--parts-from"):
         trainer.run_training(config.changed(base=str(base)))
     config = config.changed(base=str(base), parts_from=str(tiny_model_dir), steps=1, lr=0.0)
     assert trainer.run_training(config).finished
-    written = weights(config.output)  # in fp16, as the base
-    assert all(torch.allclose(written[key].float(), own[key].float(), atol=1e-3) for key in own)
+    written = weights(config.output)  # in fp16, like the base
+    assert all(
+        torch.allclose(written[key].float(), unet_weights[key].float(), atol=1e-3) for key in unet_weights
+    )
 
 
 @pytest.mark.parametrize("kind", ["sd2", "xl"])
-def test_sd2_and_sdxl_train_and_open(config, sd2_dir, xl_dir, page, kind):
+def test_sd2_and_sdxl_can_be_trained_and_loaded(config, sd2_dir, xl_dir, page, kind):
     from ip2p.editing.editor import Editor
 
     folder = {"sd2": sd2_dir, "xl": xl_dir}[kind]
@@ -396,24 +404,24 @@ def test_sd2_and_sdxl_train_and_open(config, sd2_dir, xl_dir, page, kind):
     assert result.size == page.size
 
 
-def test_the_packaged_model_is_trained_further(config, page):
+def test_the_packaged_model_can_be_trained_further(config, page):
     from ip2p.editing.editor import Editor
 
     config = config.changed(base="storybook", data="storybook", steps=2, pool=8, size=None)
     trainer.run_training(config)
     start = weights(find_model("storybook"))
-    made = weights(config.output)
-    assert made.keys() == start.keys()
-    assert any(not torch.equal(made[key], start[key]) for key in start)
+    trained = weights(config.output)
+    assert trained.keys() == start.keys()
+    assert any(not torch.equal(trained[key], start[key]) for key in start)
     [result] = Editor.load(config.output, device="cpu").edit(page, "make it night", steps=1)
     assert result.size == page.size
 
 
 def test_validations_can_be_turned_on_when_a_run_resumes(config, stop_at):
-    again = stop_at(3, kill)
+    restore = stop_at(3, kill)
     with pytest.raises(Killed):
         trainer.run_training(config)
-    again()
+    restore()
     result = trainer.run_training(config.changed(validate_every=2, validate_steps=1))
     assert result.finished
     rows = [json.loads(x) for x in (config.output / "training" / "curves.jsonl").read_text().splitlines()]
@@ -423,12 +431,12 @@ def test_validations_can_be_turned_on_when_a_run_resumes(config, stop_at):
 # --- samples ---
 
 
-def test_without_a_cache_the_pictures_are_encoded_as_it_goes(config):
-    done = trainer.run_training(config.changed(no_cache=True, pool=8))
-    assert done.finished
+def test_training_without_a_cache_finishes(config):
+    result = trainer.run_training(config.changed(no_cache=True, pool=8))
+    assert result.finished
 
 
-def test_the_storybook_is_drawn_as_it_goes_and_scored(config, tiny_model_dir):
+def test_training_on_the_storybook_logs_its_scores(config, tiny_model_dir):
     config = config.changed(
         data="storybook", base=str(tiny_model_dir), validate_every=4, held_out=2, validate_steps=1
     )
@@ -438,7 +446,7 @@ def test_the_storybook_is_drawn_as_it_goes_and_scored(config, tiny_model_dir):
     assert {"loss", "psnr", "success", "kept"} <= rows[0].keys()
 
 
-def test_broken_rows_are_quarantined_and_beyond_one_in_a_hundred_it_stops(config, tmp_path):
+def test_broken_rows_are_skipped_and_more_than_one_percent_stops_the_run(config, tmp_path):
 
     from PIL import Image
 
@@ -455,10 +463,10 @@ def test_broken_rows_are_quarantined_and_beyond_one_in_a_hundred_it_stops(config
     broken = folder / "after" / "007.png"
     broken.write_bytes(broken.read_bytes()[:100])
     config = config.changed(data=str(folder))
-    # Without a cache it has to come by the row to see it.
-    for name, more in (("cached", {"steps": 1}), ("online", {"steps": 5, "no_cache": True, "pool": 120})):
-        own = config.changed(output=config.output.with_name(name), batch=24, **more)
-        assert trainer.run_training(own).finished
+    # Without a cache, a broken row is found when it is drawn.
+    for name, changes in (("cached", {"steps": 1}), ("online", {"steps": 5, "no_cache": True, "pool": 120})):
+        run_config = config.changed(output=config.output.with_name(name), batch=24, **changes)
+        assert trainer.run_training(run_config).finished
     quarantined = (config.output.with_name("online") / "training" / "quarantine.jsonl").read_text()
     assert "007" in quarantined
     for k in (8, 9):
@@ -471,7 +479,9 @@ def test_broken_rows_are_quarantined_and_beyond_one_in_a_hundred_it_stops(config
 # --- validations ---
 
 
-def test_validations_are_shown_logged_and_end_a_run_that_gets_worse(config, tiny_clip_dir, monkeypatch):
+def test_validations_are_logged_with_pictures_and_stop_a_run_that_gets_worse(
+    config, tiny_clip_dir, monkeypatch
+):
     config = config.changed(
         steps=40,
         validate_every=2,
@@ -503,12 +513,12 @@ def siblings(path: Path, counts: list[int]) -> Path:
     """A parquet with `counts[k]` pairs of prompt k; the ids are PROMPT/SEED."""
     rows = []
     for prompt, count in enumerate(counts):
-        words = {name: f"{name} of {prompt}" for name in ("original_prompt", "edit_prompt", "edited_prompt")}
+        texts = {name: f"{name} of {prompt}" for name in ("original_prompt", "edit_prompt", "edited_prompt")}
         for seed in range(count):
             values = np.random.default_rng((prompt, seed)).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
             before, after = (to_bytes(Image.fromarray(one).resize((SIDE, SIDE))) for one in values)
             row = {"id": f"{prompt}/{seed}", "original_image": before, "edited_image": after}
-            rows.append(row | words)
+            rows.append(row | texts)
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
@@ -528,7 +538,7 @@ def drawn(monkeypatch) -> list[str]:
     return found
 
 
-def test_training_draws_four_pairs_of_one_prompt_as_often_as_one_of_another(config, drawn, tmp_path):
+def test_a_prompt_with_four_pairs_is_drawn_as_often_as_one_with_one_pair(config, drawn, tmp_path):
     data = siblings(tmp_path / "pairs.parquet", [4, 1])
     trainer.run_training(config.changed(data=str(data), steps=10, batch=8, save_every=100, lr=1e-5))
     assert len(drawn) == 80
@@ -549,12 +559,12 @@ def test_training_and_the_held_out_split_share_no_prompt(config, drawn, tmp_path
     trainer.run_training(
         config.changed(data=str(data), steps=9, save_every=100, validate_every=100, held_out=1, lr=1e-5)
     )
-    assert len(held) == 4 and len({id.split("/")[0] for id in held}) == 1  # one prompt with its siblings
+    assert len(held) == 4 and len({id.split("/")[0] for id in held}) == 1  # all pairs of one prompt
     prompts = Counter(id.split("/")[0] for id in drawn)
     assert set(prompts.values()) == {4} and len(prompts) == 9 and held[0].split("/")[0] not in prompts
 
 
-def test_curves_go_to_tensorboard_which_is_the_default_when_it_is_there(config):
+def test_auto_tracking_writes_curves_to_tensorboard(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer.run_training(
@@ -577,44 +587,44 @@ def test_without_tensorboard_auto_tracks_nothing_and_asking_for_it_is_an_error(m
         trainer._trackers("wandb")
 
 
-def test_stopping_when_it_gets_worse_needs_pairs_to_hold_out(config, tmp_path):
+def test_stop_when_worse_needs_enough_pairs_to_hold_out(config, tmp_path):
     few = tmp_path / "few.parquet"
     write_pairs((sample_edit(rng_for("test", 0, k)) for k in range(6)), few, size=SIDE)
     with pytest.raises(InputError, match="has 6 rows"):
         trainer.run_training(config.changed(data=str(few), validate_every=2, stop_when_worse=1))
 
 
-def test_two_processes_share_a_run_validate_it_and_write_one_editor(config, tmp_path):
-    """The command under torchrun: caches, steps, validations that may end it, one folder."""
-    more = {"validate_every": 2, "held_out": 2, "validate_steps": 1, "cache": tmp_path / "cache"}
-    both = config.changed(output=tmp_path / "two", **more)
-    words = [
+def test_two_processes_train_validate_and_save_one_editor(config, tmp_path):
+    """The command under torchrun: caches, steps, validations that may stop it, one folder."""
+    changes = {"validate_every": 2, "held_out": 2, "validate_steps": 1, "cache": tmp_path / "cache"}
+    both = config.changed(output=tmp_path / "two", **changes)
+    flags = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in vars(both).items()
         if value not in (None, False) and value != getattr(TrainConfig, name, None)
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    made = subprocess.run(
-        [*launch, "-m", "ip2p", "train", *words, "--stop-when-worse", "1"],
+    process = subprocess.run(
+        [*launch, "-m", "ip2p", "train", *flags, "--stop-when-worse", "1"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=280,
     )
-    assert made.returncode == 0, made.stderr[-3000:]
-    assert made.stdout.split() == [str(both.output)]
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.split() == [str(both.output)]
     assert (both.output / "model_index.json").exists()
-    trainer.run_training(config.changed(**more))
+    trainer.run_training(config.changed(**changes))
     curves = [
         [json.loads(line)["loss"] for line in (folder / "training" / "curves.jsonl").read_text().splitlines()]
         for folder in (both.output, config.output)
     ]
-    # fp32, and AdamW makes steps of the rounding of gradients that are zero (tests/train/test_reference.py).
+    # In fp32, AdamW turns rounding errors of zero gradients into steps (tests/train/test_reference.py).
     steps = min(map(len, curves))
     assert steps >= 2 and curves[0][:steps] == pytest.approx(curves[1][:steps], abs=1e-3)
 
 
-def test_min_snr_without_a_last_signal_is_refused_for_noise(config, tmp_path):
+def test_min_snr_with_zero_terminal_snr_is_refused_for_epsilon(config, tmp_path):
     base = shutil.copytree(config.base, tmp_path / "zero")
     path = base / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
@@ -623,7 +633,7 @@ def test_min_snr_without_a_last_signal_is_refused_for_noise(config, tmp_path):
         trainer.train(config, base=str(base), min_snr=5.0, prediction="epsilon")
 
 
-def test_min_snr_without_a_last_signal_is_warned_of_for_velocity(config, tmp_path, capsys):
+def test_min_snr_with_zero_terminal_snr_gets_a_warning_for_velocity(config, tmp_path, capsys):
     base = shutil.copytree(config.base, tmp_path / "zero")
     path = base / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}
@@ -636,7 +646,7 @@ def test_min_snr_without_a_last_signal_is_warned_of_for_velocity(config, tmp_pat
     assert math.isfinite(json.loads(curve[0])["loss"])
 
 
-def test_a_run_says_what_memory_it_needs_and_refuses_what_cannot_fit(config, capsys, monkeypatch):
+def test_a_run_reports_its_memory_and_is_refused_if_it_cannot_fit(config, capsys, monkeypatch):
     trainer.train(config, steps=1, device="cpu")
     line = next(line for line in capsys.readouterr().err.splitlines() if "memory: about" in line)
     for part in ("parameters", "gradients", "optimizer", "EMA", "activations about", "cpu has"):
@@ -649,12 +659,12 @@ def test_a_run_says_what_memory_it_needs_and_refuses_what_cannot_fit(config, cap
 # --- the command line ---
 
 
-def test_the_shortest_call_and_a_recipe(pairs, base, cache, here, capsys):
+def test_the_command_trains_with_a_recipe(pairs, base, cache, here, capsys):
     write_text(here / "recipe.yaml", "batch: 4\nlr: 0.001\nema_updates: 4\nmin_snr: null\nsize: 64\n")
-    words = f"train --data {pairs} --base {base} --output made --steps 2 --config recipe.yaml --cache {cache}"
+    line = f"train --data {pairs} --base {base} --output made --steps 2 --config recipe.yaml --cache {cache}"
     assert (
         cli.main(
-            [*words.split(), "--precision", "fp32", "--validate-every", "0", "--track", "none", "--profile"]
+            [*line.split(), "--precision", "fp32", "--validate-every", "0", "--track", "none", "--profile"]
         )
         == 0
     )
@@ -689,7 +699,7 @@ def test_the_shortest_call_and_a_recipe(pairs, base, cache, here, capsys):
         ("--data storybook --base storybook --output z --track nonsense", "choose one of: auto, none"),
     ],
 )
-def test_bad_settings_exit_2_in_one_line(here, capsys, words, says):
+def test_invalid_settings_exit_with_code_2_and_a_reason(here, capsys, words, says):
     assert cli.main(["train", *words.split()]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert says in lines[-1], lines

@@ -1,4 +1,4 @@
-"""The crash harness: one small trial, and that it notices what does not hold."""
+"""The crash harness: one small trial, and the violations that it must report."""
 
 import os
 import random
@@ -15,7 +15,7 @@ from benchmarks.crash.targets import TARGETS
 ROOT = Path(__file__).parents[2]
 
 
-# In a process of its own, since it forks.
+# Runs in a separate process, since it forks.
 TRIAL = """
 import random, sys
 from dataclasses import replace
@@ -32,7 +32,7 @@ for line in harness.kill_commands(harness.Bench(Path(sys.argv[1]), 2, random.Ran
 """
 
 
-def test_a_conversion_that_is_killed_ends_like_an_undisturbed_one(tmp_path):
+def test_a_killed_conversion_matches_an_undisturbed_one(tmp_path):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     done = subprocess.run(
         [sys.executable, "-c", TRIAL, str(tmp_path)],
@@ -48,10 +48,10 @@ def test_a_conversion_that_is_killed_ends_like_an_undisturbed_one(tmp_path):
 def bench(tmp_path):
     """A bench whose undisturbed run wrote two files in two shards."""
     bench = harness.Bench(tmp_path, 0, random.Random(0))
-    usual = bench.runs(TARGETS["convert"], "undisturbed")
-    write_shards(usual.output, {"a.tar": b"a", "b.tar": b"b"})
-    found = harness.Undisturbed(harness.plain_files(usual.output), 2, 0.0, 0.0, usual.output)
-    bench.known["convert"] = found
+    undisturbed = bench.runs(TARGETS["convert"], "undisturbed")
+    write_shards(undisturbed.output, {"a.tar": b"a", "b.tar": b"b"})
+    reference = harness.Undisturbed(harness.plain_files(undisturbed.output), 2, 0.0, 0.0, undisturbed.output)
+    bench.known["convert"] = reference
     return bench
 
 
@@ -71,7 +71,7 @@ def write_shards(output: Path, files: dict[str, bytes], listed=(0, 1)) -> None:
         ({"a.tar": b"a", "b.tar": b"b"}, (0, 1, 1), "committed twice"),
     ],
 )
-def test_what_differs_from_the_undisturbed_run_is_named(bench, files, listed, complaint):
+def test_a_difference_from_the_undisturbed_run_is_reported(bench, files, listed, complaint):
     runs = bench.runs(TARGETS["convert"], "other")
     write_shards(runs.output, files, listed)
     with pytest.raises(Failed, match=complaint):

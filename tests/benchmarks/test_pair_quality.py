@@ -1,4 +1,4 @@
-"""The plain functions of the benchmark of pairs; its full-size runs are not tests."""
+"""The plain functions of the pair benchmark; its full-size runs are not tests."""
 
 import argparse
 import json
@@ -20,13 +20,13 @@ def tool():
 
 
 def row(edit="a", number=0, right=False, half=0.9, cost=80, **scores):
-    names = dict.fromkeys(SIMILARITIES, 0.9) | scores
-    known = {"edit": edit, "kind": "add", "number": number, "fate": "made", "evaluations": cost}
-    known |= {"steps": 20, "half_step": 10, "right": right, "changed": right, "kept": None}
-    return known | names | {f"half_{name}": half for name in names}
+    similarities = dict.fromkeys(SIMILARITIES, 0.9) | scores
+    fields = {"edit": edit, "kind": "add", "number": number, "fate": "made", "evaluations": cost}
+    fields |= {"steps": 20, "half_step": 10, "right": right, "changed": right, "kept": None}
+    return fields | similarities | {f"half_{name}": half for name in similarities}
 
 
-def test_wilson_gives_the_published_interval(tool):
+def test_wilson_matches_the_published_interval(tool):
     low, high = stats.wilson(0.5, 10)
     assert (round(low, 4), round(high, 4)) == (0.2366, 0.7634)
     assert stats.wilson(0.0, 20)[0] == 0
@@ -34,7 +34,7 @@ def test_wilson_gives_the_published_interval(tool):
     assert math.isnan(stats.wilson(0.5, 0)[0])
 
 
-def test_candidates_of_one_edit_that_agree_count_once(tool):
+def test_agreeing_candidates_of_one_edit_count_once(tool):
     flags = [True] * 8 + [False] * 8
     alone = tool.share_of(flags)
     together = tool.share_of(flags, ["a"] * 8 + ["b"] * 8)
@@ -44,36 +44,36 @@ def test_candidates_of_one_edit_that_agree_count_once(tool):
     assert apart == alone
 
 
-def test_auc_is_the_chance_to_score_higher(tool):
+def test_auc_matches_the_share_of_pairs_where_the_true_one_scores_higher(tool):
     random = Random(0)
     scores = [random.choice([0.1, 0.2, 0.3, 0.4]) for _ in range(60)]
     flags = [random.random() < 0.4 for _ in range(60)]
     true, false = ([s for s, flag in zip(scores, flags, strict=True) if flag == kind] for kind in (1, 0))
-    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in true for b in false]
-    assert tool.auc(scores, flags) == pytest.approx(sum(pairs) / len(pairs))
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a in true for b in false]
+    assert tool.auc(scores, flags) == pytest.approx(sum(wins) / len(wins))
     assert math.isnan(tool.auc([1.0], [True]))
 
 
-def test_curve_tells_the_share_kept_and_the_share_right_of_it(tool):
+def test_curve_gives_the_kept_share_and_its_precision(tool):
     points = tool.curve([0.1, 0.2, 0.3, 0.4], [False, True, False, True], [0.0, 0.2, 0.35, 0.5])
     assert points[:3] == [(0.0, 1.0, 0.5), (0.2, 0.75, 2 / 3), (0.35, 0.25, 1.0)]
     assert points[3][1] == 0 and math.isnan(points[3][2])
 
 
-def test_ratio_is_that_of_the_sums(tool):
+def test_ratio_is_the_ratio_of_the_sums(tool):
     value, low, high = tool.ratio([10, 30, 20], [1, 2, 1])
     assert value == 15
     assert 10 <= low <= 15 <= high <= 20
 
 
-def test_what_overflowed_is_never_kept_and_the_best_of_an_edit_stay(tool):
+def test_overflows_are_dropped_and_the_best_of_an_edit_are_kept(tool):
     rows = [row(number=k, clip_sim_dir=0.2 + 0.1 * k) for k in range(6)]
     rows[5]["fate"] = "overflow"
     kept = tool.filtered(rows, PRESETS["paper"], 2)
     assert sorted(each["number"] for each in kept) == [3, 4]
 
 
-def test_replayed_rounds_are_the_real_rounds(tool):
+def test_replay_matches_draw_in_rounds(tool):
     triples = [Triple(id=f"{k}", caption="c", instruction="i", edited_caption="e") for k in range(40)]
     random = Random(1)
     way = tool.Way()
@@ -83,29 +83,31 @@ def test_replayed_rounds_are_the_real_rounds(tool):
         for number in range(32):
             good = random.random() < rate
             rows[triple.id, number] = row(triple.id, number, clip_sim_dir=0.9 if good else 0.0)
-    plan, least = Rounds(most=32, enough=3, size=8), PRESETS["paper"]
-    asked = []
+    plan, thresholds = Rounds(most=32, enough=3, size=8), PRESETS["paper"]
+    judged_keys = []
 
     def judge(candidates):
-        asked.extend((one.triple.id, one.number) for one in candidates)
+        judged_keys.extend((one.triple.id, one.number) for one in candidates)
         return [
-            True if rows[one.triple.id, one.number]["clip_sim_dir"] >= least.directional else None
+            True if rows[one.triple.id, one.number]["clip_sim_dir"] >= thresholds.directional else None
             for one in candidates
         ]
 
     real = draw_in_rounds(triples, plan, judge, new=way.candidate)
     replayed = tool.replay(
-        triples, plan, least, lambda one: rows[one.triple.id, one.number], new=way.candidate
+        triples, plan, thresholds, lambda one: rows[one.triple.id, one.number], new=way.candidate
     )
     assert {prompt.ended for prompt in real} == {"enough", "hopeless", "most"}
     for one, (two, drawn) in zip(real, replayed, strict=True):
         assert (one.tried, one.ended) == (two.tried, two.ended)
         assert [c.id for c, _ in one.passed] == [c.id for c, _ in two.passed]
         assert len(drawn) == two.tried
-    assert {key for _, drawn in replayed for key in ((r["edit"], r["number"]) for r in drawn)} == set(asked)
+    assert {key for _, drawn in replayed for key in ((r["edit"], r["number"]) for r in drawn)} == set(
+        judged_keys
+    )
 
 
-def test_what_is_refused_half_way_costs_half_and_does_not_pass(tool):
+def test_a_candidate_refused_halfway_costs_half_and_does_not_pass(tool):
     early = tool.Early(PRESETS["paper"], margin=0.05, at=0.5)
     near, far = row(half=0.72), row(number=1, half=0.65)
     assert not early.refuses(near) and early.refuses(far)
@@ -125,54 +127,56 @@ def test_what_is_refused_half_way_costs_half_and_does_not_pass(tool):
     assert [each["number"] for _, each in prompt.passed] == [0]
 
 
-def test_the_best_thresholds_part_right_from_wrong(tool):
+def test_the_best_thresholds_separate_right_from_wrong(tool):
     rng = np.random.default_rng(0)
     rows = [
         row(f"{k}", right=bool(k % 2), clip_sim_dir=(0.5 if k % 2 else 0.2) + rng.uniform(-0.1, 0.1))
         for k in range(200)
     ]
-    [(recall, (least, share, precision))] = tool.best_thresholds(rows, recalls=[0.9])
+    [(recall, (thresholds, share, precision))] = tool.best_thresholds(rows, recalls=[0.9])
     assert recall == 0.9
-    assert 0.3 <= least.directional <= 0.45
+    assert 0.3 <= thresholds.directional <= 0.45
     assert (share, precision) == (0.5, 1.0)
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped_and_the_rest_is_not_drawn_again(tool, tmp_path):
+def test_a_truncated_line_is_dropped_and_complete_rows_are_not_drawn_again(tool, tmp_path):
     measured = object.__new__(tool.Measured)
     measured.folder, measured.rows = tmp_path, {}
     way = tool.Way()
-    whole = [row(number=0), row(number=1)]
+    complete_rows = [row(number=0), row(number=1)]
     path = tmp_path / way.file
-    path.write_text("".join(json.dumps(each) + "\n" for each in whole) + '{"edit": "a", "num')
+    path.write_text("".join(json.dumps(each) + "\n" for each in complete_rows) + '{"edit": "a", "num')
     triple = Triple(id="a", caption="c", instruction="i", edited_caption="e")
-    asked = []
+    drawn_numbers = []
 
     def draw(way, candidates):
-        asked.extend(one.number for one in candidates)
+        drawn_numbers.extend(one.number for one in candidates)
         return [row(number=one.number) for one in candidates]
 
     measured._draw = draw
     got = measured.of(way, [way.candidate(triple, number) for number in range(3)])
-    assert asked == [2]
+    assert drawn_numbers == [2]
     assert [each["number"] for each in got] == [0, 1, 2]
     again = object.__new__(tool.Measured)
     again.folder, again.rows = tmp_path, {}
     assert sorted(number for _, number in again._known(way)) == [0, 1, 2]
 
 
-def test_a_way_is_called_by_what_differs(tool):
+def test_a_way_is_named_after_its_differences_from_the_default(tool):
     assert tool.Way().name == "default"
     assert tool.Way(steps=100, per_source=4).name == "steps 100, per_source 4"
     files = {tool.Way(steps=steps, attention=a).file for steps in (10, 20) for a in ("self", "self+refine")}
     assert len(files) == 4
 
 
-def test_options_of_the_command_line_make_the_way_and_the_thresholds(tool):
+def test_command_line_options_set_the_way_and_the_thresholds(tool):
     names = [*tool.asdict(tool.Way()), "image", "caption", "directional"]
     args = argparse.Namespace(**dict.fromkeys(names) | {"steps": 10, "p": [0.2, 0.4], "directional": 0.3})
     assert tool._way(args) == tool.Way(steps=10, p=(0.2, 0.4))
-    usual = PRESETS["storybook"]
-    assert tool._thresholds(args) == Thresholds(image=usual.image, caption=usual.caption, directional=0.3)
+    defaults = PRESETS["storybook"]
+    assert tool._thresholds(args) == Thresholds(
+        image=defaults.image, caption=defaults.caption, directional=0.3
+    )
 
 
 def test_the_plot_shows_all_four_similarities(tool):
@@ -183,6 +187,6 @@ def test_the_plot_shows_all_four_similarities(tool):
     ]
     picture = tool.plot(rows)
     assert picture.size == (3 * tool.PANEL[0], 2 * tool.PANEL[1])
-    colours = {colour for _, colour in picture.convert("RGB").getcolors(10**6)}
+    colors = {color for _, color in picture.convert("RGB").getcolors(10**6)}
     for ink in tool.INKS:
-        assert tuple(bytes.fromhex(ink[1:])) in colours
+        assert tuple(bytes.fromhex(ink[1:])) in colors

@@ -31,18 +31,18 @@ def some_cases(triples):
 
 
 def answer(case, number, details=0):
-    """A picture of a drawing that has its means."""
+    """A picture with the cell means of a drawing."""
     return np.kron(case.drawings[details, number], np.ones((2, 2, 1), np.uint8))
 
 
-def test_every_kind_but_move_comes_in_turn_with_enough_other_answers(some_cases):
+def test_kinds_alternate_without_move_and_every_case_has_enough_alternatives(some_cases):
     assert [case.triple.edit.kind for case in some_cases] == list(PAIR_KINDS)
     assert "move" not in PAIR_KINDS
     assert not any("move" in case.triple.edit.parts for case in some_cases)
     assert all(case.drawings.shape == (DETAILS, OTHER_ANSWERS + 2, CELLS, CELLS, 3) for case in some_cases)
 
 
-def test_captions_tell_sizes_and_sides_and_what_the_edit_changes(triples):
+def test_captions_show_sizes_sides_and_the_edit(triples):
     for triple in triples:
         assert triple.caption != triple.edited_caption
         page = triple.edit.before
@@ -61,14 +61,14 @@ def test_exact_pairs_are_right_and_keep_the_page(some_cases):
         assert verdict.kept in (None, float("inf"))
 
 
-def test_exact_pairs_with_other_details_are_right_too(some_cases):
+def test_exact_pairs_with_other_details_are_right_unless_answers_look_alike(some_cases):
     for case in some_cases:
         for details in range(1, DETAILS):
             verdict = judge_pair(case, answer(case, 0, details), answer(case, 1, details))
             assert (verdict.right and verdict.changed) == (not case._alike[details].any())
 
 
-def test_pictures_of_details_that_are_no_reference_are_mostly_right(some_cases):
+def test_pairs_with_details_outside_the_references_are_mostly_right(some_cases):
     verdicts = []
     for case in some_cases:
         edit = with_details(case.triple.edit, 77)
@@ -77,45 +77,45 @@ def test_pictures_of_details_that_are_no_reference_are_mostly_right(some_cases):
     assert sum(verdict.right for verdict in verdicts) >= 6
 
 
-def test_a_picture_after_that_equals_the_one_before_changed_nothing(some_cases):
+def test_identical_pictures_count_as_drawn_but_not_changed(some_cases):
     for case in some_cases:
         verdict = judge_pair(case, answer(case, 0), answer(case, 0))
         assert verdict.drawn
         assert not (verdict.changed or verdict.edited or verdict.right)
 
 
-def test_each_other_answer_is_not_edited_nor_changed(some_cases):
+def test_alternatives_count_as_neither_edited_nor_changed(some_cases):
     for case in some_cases:
         for number in range(2, OTHER_ANSWERS + 2):
             verdict = judge_pair(case, answer(case, 0), answer(case, number))
             assert not (verdict.edited or verdict.changed)
 
 
-def test_a_pair_the_wrong_way_round_is_wrong(some_cases):
+def test_a_reversed_pair_is_wrong(some_cases):
     for case in some_cases:
         verdict = judge_pair(case, answer(case, 1), answer(case, 0))
         assert not (verdict.drawn or verdict.edited or verdict.changed)
 
 
-def test_pairs_of_other_edits_are_about_as_often_right_as_by_chance(some_cases):
+def test_pairs_of_other_edits_are_right_about_as_often_as_by_chance(some_cases):
     pairs = [(answer(case, 0), answer(case, 1)) for case in some_cases]
-    turned = [
+    verdicts = [
         judge_pair(case, *pairs[(place + shift) % len(pairs)])
         for place, case in enumerate(some_cases)
         for shift in range(1, len(pairs))
     ]
-    # One answer of 17 is the right one, of each picture.
-    assert sum(verdict.edited for verdict in turned) / len(turned) < 0.15
-    assert sum(verdict.right for verdict in turned) / len(turned) < 0.03
+    # By chance, 1 of 17 answers is right for each picture.
+    assert sum(verdict.edited for verdict in verdicts) / len(verdicts) < 0.15
+    assert sum(verdict.right for verdict in verdicts) / len(verdicts) < 0.03
 
 
-def test_what_both_pictures_draw_otherwise_does_not_count_for_changed(some_cases):
-    darker = 0
+def test_darkening_both_pictures_rarely_affects_changed(some_cases):
+    changed_count = 0
     for case in some_cases:
         before, after = (np.maximum(answer(case, k), 30) - 30 for k in (0, 1))
         verdict = judge_pair(case, before, after)
-        darker += verdict.changed
-    assert darker >= len(some_cases) - 2
+        changed_count += verdict.changed
+    assert changed_count >= len(some_cases) - 2
 
 
 def test_kept_is_psnr_where_nothing_may_change(some_cases):
@@ -125,12 +125,12 @@ def test_kept_is_psnr_where_nothing_may_change(some_cases):
     assert abs(judge_pair(case, answer(case, 0), after).kept - 20 * np.log10(255 / 10)) < 1e-4
 
 
-def test_a_page_as_a_whole_has_nothing_to_keep(some_cases):
+def test_kept_is_none_for_an_edit_of_the_whole_page(some_cases):
     case = next(case for case in some_cases if case.triple.edit.kind == "weather")
     assert judge_pair(case, answer(case, 0), answer(case, 1)).kept is None
 
 
-def test_details_change_no_record_but_the_seed(triples):
+def test_with_details_changes_only_the_seed_of_the_pages(triples):
     edit = triples[0].edit
     other = with_details(edit, 5)
     assert replace(other.before, seed=edit.before.seed) == edit.before

@@ -1,4 +1,4 @@
-"""Captions are read back to what they name, and edits in words are judged by the language's own rules."""
+"""Captions are parsed back to scenes, and edits in words are judged by the rules of the language."""
 
 from collections import Counter
 from dataclasses import replace
@@ -18,39 +18,39 @@ PAGE = (
 )
 
 
-def seen(scene: Scene) -> Scene:
-    """The scene without what a canonical caption does not tell."""
+def as_captioned(scene: Scene) -> Scene:
+    """The scene with only what a canonical caption shows."""
     things = sorted(scene.things, key=lambda t: (t.in_sky, ("left", "middle", "right").index(t.slot)))
     colour = {"colour": "white"} if scene.style in COLOURLESS_STYLES else {}
     return replace(scene, seed=0, things=tuple(replace(t, uid=i, **colour) for i, t in enumerate(things)))
 
 
-def test_a_canonical_caption_reads_back_to_its_record() -> None:
+def test_a_canonical_caption_is_parsed_back_to_its_scene() -> None:
     for k in range(2000):
         scene = sample_scene(rng_for("canonical", k), held_out=None)
-        assert read_caption(caption(scene)) == seen(scene), caption(scene)
+        assert read_caption(caption(scene)) == as_captioned(scene), caption(scene)
 
 
-def test_a_varied_caption_gives_back_every_field_that_it_names() -> None:
+def test_read_recovers_every_field_that_a_varied_caption_names() -> None:
     templates = set()
     for k in range(3000):
         rng = rng_for("varied", k)
-        scene, form = seen(sample_scene(rng, held_out=None)), form_of(rng)
+        scene, form = as_captioned(sample_scene(rng, held_out=None)), form_of(rng)
         text = say_page(scene, form)
-        said = read(text)
-        assert said is not None, text
-        assert (said.place, said.time, said.weather, said.style) == (
+        parsed = read(text)
+        assert parsed is not None, text
+        assert (parsed.place, parsed.time, parsed.weather, parsed.style) == (
             scene.place,
             scene.time,
             scene.weather,
             scene.style,
         ), text
-        things = {thing.kind: thing for thing in said.things}
+        things = {thing.kind: thing for thing in parsed.things}
         assert len(things) == len(scene.things)
         for thing in scene.things:
             found = things[thing.kind]
-            coloured = scene.style not in COLOURLESS_STYLES
-            assert found.colour == (thing.colour if coloured else None), text
+            colored = scene.style not in COLOURLESS_STYLES
+            assert found.colour == (thing.colour if colored else None), text
             assert found.size == (thing.size if form.sizes else "medium"), text
             assert found.slot == (thing.slot if form.sides else None), text
             assert (found.count, found.wears) == (thing.count, thing.wears), text
@@ -58,7 +58,7 @@ def test_a_varied_caption_gives_back_every_field_that_it_names() -> None:
     assert templates == set(TEMPLATES)
 
 
-def test_what_is_left_out_takes_its_usual_value() -> None:
+def test_omitted_fields_get_their_default_values() -> None:
     page = read_caption("two cats and a kite on the beach, a pencil sketch")
     assert page == Scene(
         place="beach",
@@ -78,7 +78,7 @@ def test_what_is_left_out_takes_its_usual_value() -> None:
         "",
         "a photograph of a cat",
         "an illustration of a red cat",
-        "an illustration of a cat in the meadow at noon under a clear sky",  # a caption would name its colour
+        "an illustration of a cat in the meadow at noon under a clear sky",  # a caption would name its color
         "an illustration of a red cats in the meadow at noon",
         "an illustration of two red cat in the meadow at noon",
         "an illustration of a girl in red and a red girl in the meadow at noon",
@@ -90,7 +90,7 @@ def test_what_is_left_out_takes_its_usual_value() -> None:
         "an illustration of a red cat in the meadow at noon at noon",
     ],
 )
-def test_other_texts_are_no_captions(text: str) -> None:
+def test_other_texts_are_not_captions(text: str) -> None:
     assert read_caption(text) is None
 
 
@@ -117,7 +117,7 @@ def test_other_texts_are_no_captions(text: str) -> None:
         ("add a tree on the left", "", "instruction"),
     ],
 )
-def test_verdicts(instruction: str, edited: str, why: str) -> None:
+def test_judge_returns_the_expected_verdict(instruction: str, edited: str, why: str) -> None:
     if not edited:
         edited = PAGE.replace(" wearing a hat", "").replace("at noon", "at night")
     verdict = judge(PAGE, instruction, edited)
@@ -125,12 +125,12 @@ def test_verdicts(instruction: str, edited: str, why: str) -> None:
     assert why in VERDICTS
 
 
-def test_an_instruction_without_its_caption_is_no_edit() -> None:
+def test_an_unreadable_caption_gets_the_verdict_caption() -> None:
     assert judge("a photograph of a cat", "make it night", PAGE).why == "caption"
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 1500), ("unseen_phrasings", 1500)])
-def test_exact_edits_are_right(split: str, count: int) -> None:
+def test_at_least_99_percent_of_exact_edits_are_right(split: str, count: int) -> None:
     wrong = [
         (triple.caption, triple.instruction, triple.edited_caption)
         for triple in exact_triples(count, 3, split)
@@ -150,8 +150,8 @@ def test_exact_edits_of_canonical_captions_are_right_in_every_kind() -> None:
     assert len(judged) == 14
 
 
-def test_corrupted_edits_are_wrong() -> None:
-    """Another answer, another page's, one more change, or none: next to none of them is right."""
+def test_almost_all_corrupted_edits_are_wrong() -> None:
+    """An alternative answer, another page's, an extra change, or none: under 1% are right."""
     triples = list(exact_triples(500, 5))
     right = wrong = 0
     for number, triple in enumerate(triples):
@@ -172,12 +172,12 @@ def test_corrupted_edits_are_wrong() -> None:
     assert right < 0.01 * wrong
 
 
-def test_a_wrong_colour_or_thing_is_always_found() -> None:
+def test_a_wrong_color_or_thing_is_always_detected() -> None:
     form = Form()
     for number in range(150):
         edit = sample_edit(rng_for("wrong thing", number), kind="recolour", split="test")
         if phrasing_of(edit.phrasing).vague:
-            continue  # any colour is right
+            continue  # any color is right
         before = say_page(edit.before, form)
         assert judge(before, edit.instruction, say_page(edit.after, form)).right
         for other in alternatives(edit)[:8]:

@@ -1,4 +1,4 @@
-"""Benchmarks on fakes of their layouts, with the faults of the public evaluators shown as published."""
+"""Benchmarks on fake data in their layouts, with the faults of the public evaluators as published."""
 
 import io
 import json
@@ -31,14 +31,14 @@ def png(seed, side=64):
 
 @pytest.fixture(scope="module")
 def settings(tiny_model_dir, tiny_clip_dir):
-    """What every run here has; the metrics that need no network but CLIP."""
-    own = {"clip": str(tiny_clip_dir), "clip_b32": str(tiny_clip_dir), "model": [f"m={tiny_model_dir}"]}
-    return own | {"steps": 1, "device": "cpu", "dtype": "fp32", "workers": 1}
+    """The arguments of every run; the metrics need no network but CLIP."""
+    networks = {"clip": str(tiny_clip_dir), "clip_b32": str(tiny_clip_dir), "model": [f"m={tiny_model_dir}"]}
+    return networks | {"steps": 1, "device": "cpu", "dtype": "fp32", "workers": 1}
 
 
 @pytest.fixture()
 def magicbrush(tmp_path):
-    """Two sessions, of two turns and of one."""
+    """Two sessions: one of two turns, one of one."""
     sessions = {"7": 2, "9": 1}
     edit_sessions = {}
     for name, count in sessions.items():
@@ -62,7 +62,7 @@ def magicbrush(tmp_path):
     return tmp_path / "brush"
 
 
-def test_magicbrush_single_turns_start_from_the_last_target_and_multi_turns_chain(
+def test_magicbrush_single_turns_start_from_the_previous_target_and_multi_turns_chain(
     magicbrush, settings, tmp_path, tiny_editor
 ):
     chosen = {"metrics": ["l1,l2,clip_b32_target,clip_b32_text,l1_outside"], "benchmark": "magicbrush"}
@@ -83,20 +83,22 @@ def test_magicbrush_single_turns_start_from_the_last_target_and_multi_turns_chai
     )
     home = magicbrush / "images/7"
     chained = Image.open(home / "7-input.png").convert("RGB")
-    for words in ("turn 1", "turn 2"):
-        chained = tiny_editor.edit(chained, words, seeds=[row["seed"]], steps=1)[0]
+    for instruction in ("turn 1", "turn 2"):
+        chained = tiny_editor.edit(chained, instruction, seeds=[row["seed"]], steps=1)[0]
     after = np.asarray(Image.open(home / "7-output2.png"), np.float64)
     error = np.abs(np.asarray(chained, np.float64) - after).mean() / 255
     assert row["l1"] == pytest.approx(error, abs=2e-3)
 
 
-def test_magicbrushs_transparent_mask_is_where_the_edit_may_be(magicbrush):
+def test_magicbrushs_transparent_mask_marks_the_editable_region(magicbrush):
     benchmark = BENCHMARKS["magicbrush"]
     row = benchmark.make(benchmark.read(magicbrush, False)[0])
     assert row.mask[:, :32].all() and not row.mask[:, 32:].any()
 
 
-def test_a_long_caption_stops_magicbrush_as_published_and_is_cut_as_corrected(magicbrush, settings, tmp_path):
+def test_a_long_caption_fails_magicbrush_as_published_and_is_truncated_as_corrected(
+    magicbrush, settings, tmp_path
+):
     path = magicbrush / "local_descriptions.json"
     descriptions = json.loads(path.read_text())
     descriptions["9"]["9-output1.png"] = "a page " * 60
@@ -108,7 +110,7 @@ def test_a_long_caption_stops_magicbrush_as_published_and_is_cut_as_corrected(ma
     assert all(line["metrics"]["clip_b32_text"]["count"] == 3 for line in found["lines"])
 
 
-def test_emu_edits_equal_captions_count_as_zero_as_published_and_not_at_all_as_corrected(settings, tmp_path):
+def test_emu_edit_counts_equal_captions_as_zero_as_published_and_skips_them_as_corrected(settings, tmp_path):
     rows = [
         {"image": {"bytes": png(k), "path": None}, "instruction": f"edit {k}", "task": "global", "idx": k,
          "split": "test", "hash": str(k), "input_caption": "a page",
@@ -132,7 +134,7 @@ def test_emu_edits_equal_captions_count_as_zero_as_published_and_not_at_all_as_c
 
 @pytest.fixture()
 def pie_folder(tmp_path):
-    """Two edits of 64x64: a mask of the left half's first rows, and one of everything."""
+    """Two edits of 64x64: a mask of the first 16 rows, and one of everything."""
     home = tmp_path / "pie/annotation_images/0_random"
     home.mkdir(parents=True)
     mapping = {}
@@ -147,8 +149,8 @@ def pie_folder(tmp_path):
     return tmp_path / "pie"
 
 
-def test_pies_masked_mean_runs_over_the_whole_picture_as_published(pie_folder):
-    """Oracle: torchmetrics on the pictures with the region black, as the public evaluator calls it."""
+def test_pie_as_published_matches_torchmetrics_over_the_whole_picture(pie_folder):
+    """Oracle: torchmetrics on the pictures with the region blacked out, as the public evaluator calls it."""
     published, corrected = (
         BENCHMARKS["pie"].make(BENCHMARKS["pie"].read(pie_folder, yes)[0]) for yes in (True, False)
     )
@@ -159,17 +161,17 @@ def test_pies_masked_mean_runs_over_the_whole_picture_as_published(pie_folder):
     shot = Shot(before=before, output=output, mask=corrected.mask)
     black = [(picture * ~shot.mask)[None] for picture in (before, output)]
     encoders = Encoders()
-    wanted = peak_signal_noise_ratio(*black, data_range=1.0)
-    assert pie.PUBLISHED["pie_psnr"].measure(shot, encoders) == pytest.approx(float(wanted), abs=1e-4)
-    wanted = structural_similarity_index_measure(*black, data_range=1.0)
-    assert pie.PUBLISHED["pie_ssim"].measure(shot, encoders) == pytest.approx(float(wanted), abs=1e-5)
-    # A quarter is masked: the published error is 3/4 of that of the pixels outside.
+    expected = peak_signal_noise_ratio(*black, data_range=1.0)
+    assert pie.PUBLISHED["pie_psnr"].measure(shot, encoders) == pytest.approx(float(expected), abs=1e-4)
+    expected = structural_similarity_index_measure(*black, data_range=1.0)
+    assert pie.PUBLISHED["pie_ssim"].measure(shot, encoders) == pytest.approx(float(expected), abs=1e-5)
+    # A quarter is masked: the published error is 3/4 of the error outside the mask.
     outside = metrics.METRICS["l2_outside"].measure(shot, encoders)
     assert pie.PUBLISHED["pie_l2"].measure(shot, encoders) == pytest.approx(outside * 0.75, rel=1e-5)
     assert pie.PUBLISHED["pie_psnr"].measure(shot, encoders) > metrics.psnr(before, output, ~shot.mask) + 1
 
 
-def test_pies_row_whose_mask_is_everything_has_no_background(pie_folder, settings, tmp_path):
+def test_a_pie_row_whose_mask_is_full_has_no_background(pie_folder, settings, tmp_path):
     names = {"p": ["pie_psnr,pie_l2"], "c": ["psnr_outside,clip_text"]}
     for key, chosen in names.items():
         report = ip2p.evaluate(
@@ -180,7 +182,7 @@ def test_pies_row_whose_mask_is_everything_has_no_background(pie_folder, setting
         assert line["metrics"][chosen[0].split(",")[0]]["count"] == 1 and line["rows"] == 2
 
 
-def judged(monkeypatch, reply):
+def script_judge(monkeypatch, reply):
     monkeypatch.setattr(judges.VisionJudge, "_reply", lambda self, words, pictures: reply(words))
 
 
@@ -199,12 +201,12 @@ def gedit(tmp_path):
     return tmp_path / "gedit"
 
 
-def test_gedits_unparsable_reply_gets_a_random_score_as_published_and_none_as_corrected(
+def test_gedit_scores_unparsable_replies_randomly_as_published_and_not_as_corrected(
     gedit, settings, tmp_path, monkeypatch
 ):
-    judged(monkeypatch, lambda words: "no idea" if "edit 2" in words else '{"score": [6, 8]}')
-    asked = {"judge": "http://localhost:1/v1", "judge_model": "scripted", "metrics": ["l1_input"]}
-    base = {"data": str(gedit), "benchmark": "gedit", **settings, **asked}
+    script_judge(monkeypatch, lambda words: "no idea" if "edit 2" in words else '{"score": [6, 8]}')
+    judge_settings = {"judge": "http://localhost:1/v1", "judge_model": "scripted", "metrics": ["l1_input"]}
+    base = {"data": str(gedit), "benchmark": "gedit", **settings, **judge_settings}
     published = ip2p.evaluate(**base, out=tmp_path / "p", as_published=True)
     corrected = ip2p.evaluate(**base, out=tmp_path / "c")
     one, other = ({line["name"]: line for line in each["lines"]}["m"] for each in (published, corrected))
@@ -218,8 +220,8 @@ def test_gedits_unparsable_reply_gets_a_random_score_as_published_and_none_as_co
     assert corrected["judge"]["model"] == "scripted" and len(corrected["judge"]["dates"]) == 1
 
 
-def test_gedit_averages_the_groups_and_not_the_rows(gedit, settings, tmp_path, monkeypatch):
-    judged(monkeypatch, lambda words: '{"score": [2, 9]}' if "edit 3" in words else '{"score": [6, 8]}')
+def test_gedit_averages_over_groups_instead_of_rows(gedit, settings, tmp_path, monkeypatch):
+    script_judge(monkeypatch, lambda words: '{"score": [2, 9]}' if "edit 3" in words else '{"score": [6, 8]}')
     report = ip2p.evaluate(
         data=str(gedit), benchmark="gedit", judge="http://localhost:1/v1", judge_model="m", out=tmp_path,
         metrics=["l1_input"], **settings,
@@ -228,7 +230,7 @@ def test_gedit_averages_the_groups_and_not_the_rows(gedit, settings, tmp_path, m
     assert line["metrics"]["judge_semantics"]["value"] == pytest.approx((6 + 6 + 2) / 3)
 
 
-def test_imgedits_unread_replies_vanish_as_published_and_are_counted_as_corrected(
+def test_imgedit_drops_unreadable_replies_as_published_and_counts_them_as_corrected(
     settings, tmp_path, monkeypatch
 ):
     folder = tmp_path / "imgedit"
@@ -241,7 +243,7 @@ def test_imgedits_unread_replies_vanish_as_published_and_are_counted_as_correcte
     (folder / "prompts.json").write_text(json.dumps({"style": "Judge this: <edit_prompt>"}))
     good = "Style Fidelity: 4\nContent Preservation: 3\nRendering Quality: 5"
     replies = {"edit 0": good, "edit 1": "Style Fidelity: 1\nthe rest is fine", "edit 2": "Great picture!"}
-    judged(monkeypatch, lambda words: next(text for word, text in replies.items() if word in words))
+    script_judge(monkeypatch, lambda words: next(text for word, text in replies.items() if word in words))
     base = {
         "data": str(folder), "benchmark": "imgedit", "judge": "http://localhost:1/v1", "judge_model": "m",
         "metrics": ["l1_input"], **settings,
@@ -261,13 +263,13 @@ def test_imgedits_unread_replies_vanish_as_published_and_are_counted_as_correcte
 
 
 @pytest.mark.parametrize("name", ["gedit", "imgedit"])
-def test_a_benchmark_of_a_judge_needs_one(name, tmp_path, gedit, settings):
+def test_a_judged_benchmark_needs_a_judge(name, tmp_path, gedit, settings):
     with pytest.raises(InputError, match="add --judge URL"):
         ip2p.evaluate(data=str(gedit), benchmark="gedit", out=tmp_path / "o", **settings)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_data_of_another_layout_is_refused(name, tmp_path, settings):
+def test_data_that_is_missing_or_has_another_layout_is_refused(name, tmp_path, settings):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/notes.txt").write_text("nothing")
     base = {"benchmark": name, "out": tmp_path / "o", **settings}
@@ -278,8 +280,8 @@ def test_data_of_another_layout_is_refused(name, tmp_path, settings):
         ip2p.evaluate(data=str(tmp_path / "data"), **base)
 
 
-def test_run_lengths_are_those_of_the_pixels_row_by_row():
+def test_run_lengths_are_decoded_in_row_major_order():
     mask = pie.decoded_mask([5, 3, 62, 100], 4, 16, border=False)
-    wanted = torch.zeros(64, dtype=torch.bool)
-    wanted[[5, 6, 7, 62, 63]] = True
-    assert torch.equal(mask.flatten(), wanted) and math.prod(mask.shape) == 64
+    expected = torch.zeros(64, dtype=torch.bool)
+    expected[[5, 6, 7, 62, 63]] = True
+    assert torch.equal(mask.flatten(), expected) and math.prod(mask.shape) == 64

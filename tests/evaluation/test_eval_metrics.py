@@ -1,4 +1,4 @@
-"""Metrics equal outside implementations on the same inputs: torchmetrics, transformers, brute force."""
+"""Metrics match outside implementations on the same inputs: torchmetrics, transformers, brute force."""
 
 import math
 
@@ -18,7 +18,7 @@ from ip2p.pictures.images import to_pil
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Two smooth pictures that differ, fp32 [3, 61, 84] in [0, 1]."""
+    """Two different smooth pictures, fp32 [3, 61, 84] in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     small = torch.rand((2, 3, 7, 9), generator=generator)
     smooth = F.interpolate(small, (61, 84), mode="bicubic").clamp(0, 1)
@@ -27,7 +27,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def vits(tmp_path_factory):
-    """Folders of a tiny DINO (in the old pickled format), a DINOv2 and a DINO of 8 pixels a patch."""
+    """Folders of a tiny DINO (in the old pickled format), a DINOv2 and a DINO with 8-pixel patches."""
     from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
     home = tmp_path_factory.mktemp("vits")
@@ -35,13 +35,13 @@ def vits(tmp_path_factory):
     torch.manual_seed(0)
     dino = ViTModel(ViTConfig(**small, image_size=32, patch_size=16), add_pooling_layer=False)
     dino.config.save_pretrained(home / "dino")
-    old = {}
+    old_state = {}
     for name, value in dino.state_dict().items():  # the names of the published file
         name = name.replace("layers.", "encoder.layer.").replace("attention.o_proj", "attention.output.dense")
         for one, other in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
             name = name.replace(f"attention.{one}", f"attention.attention.{other}")
-        old[name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")] = value
-    torch.save(old, home / "dino/pytorch_model.bin")
+        old_state[name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")] = value
+    torch.save(old_state, home / "dino/pytorch_model.bin")
     Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)).save_pretrained(home / "dinov2")
     ViTModel(ViTConfig(**small, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(
         home / "structure"
@@ -57,20 +57,20 @@ def encoders(vits, tiny_clip_dir):
 # --- pixels ---------------------------------------------------------------------------------------
 
 
-def test_l1_l2_psnr_and_ssim_equal_torchmetrics(pictures):
+def test_l1_l2_psnr_and_ssim_match_torchmetrics(pictures):
     one, other = pictures
     assert metrics.l1(one, other) == pytest.approx(float((one - other).abs().mean()), abs=1e-6)
     assert metrics.l2(one, other) == pytest.approx(float(F.mse_loss(one, other)), abs=1e-6)
-    wanted = peak_signal_noise_ratio(one[None], other[None], data_range=1.0)
-    assert metrics.psnr(one, other) == pytest.approx(float(wanted), abs=1e-5)
-    wanted = structural_similarity_index_measure(one[None], other[None], data_range=1.0)
-    assert metrics.ssim(one, other) == pytest.approx(float(wanted), abs=1e-5)
+    expected = peak_signal_noise_ratio(one[None], other[None], data_range=1.0)
+    assert metrics.psnr(one, other) == pytest.approx(float(expected), abs=1e-5)
+    expected = structural_similarity_index_measure(one[None], other[None], data_range=1.0)
+    assert metrics.ssim(one, other) == pytest.approx(float(expected), abs=1e-5)
     assert metrics.ssim(one, one) == pytest.approx(1)
     assert metrics.psnr(one, one) == pytest.approx(106, abs=0.1)
     assert math.isnan(metrics.ssim(one[:, :10], other[:, :10])), "smaller than its window"
 
 
-def test_a_region_counts_alone_and_its_own_pixels_are_averaged(pictures):
+def test_only_the_pixels_of_a_region_are_averaged(pictures):
     one, other = pictures
     region = torch.zeros(one.shape[1:], dtype=torch.bool)
     region[20:45, 10:50] = True
@@ -81,7 +81,7 @@ def test_a_region_counts_alone_and_its_own_pixels_are_averaged(pictures):
         assert math.isnan(function(one, other, ~torch.ones_like(region)))
 
 
-def test_ssim_in_a_ragged_region_is_the_mean_over_whole_windows(pictures):
+def test_ssim_in_a_ragged_region_matches_brute_force_over_full_windows(pictures):
     one, other = pictures
     region = torch.from_numpy(np.random.default_rng(0).random(one.shape[1:]) > 0.002)
     region[[0, -1]] = region[:, [0, -1]] = False  # so that no window is mirrored
@@ -108,14 +108,14 @@ def test_ssim_in_a_ragged_region_is_the_mean_over_whole_windows(pictures):
     assert metrics.ssim(one, noisy, region) == pytest.approx(float(torch.stack(values).mean()), abs=1e-6)
 
 
-def test_lpips_names_its_extra_where_the_package_is_missing(pictures, monkeypatch):
+def test_lpips_without_its_package_names_the_extra_to_install(pictures, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lpips", None)
     metrics._lpips.cache_clear()
     with pytest.raises(ModelError, match=r"pip install 'ip2p\[lpips\]'"):
         metrics.lpips(*pictures)
 
 
-def test_lpips_averages_the_packages_maps_over_the_region(pictures, monkeypatch):
+def test_lpips_averages_the_distance_map_over_the_region(pictures, monkeypatch):
     class Net:
         def __call__(self, one, other):
             assert one.min() < 0 and one.shape[0] == 1, "[-1, 1]"
@@ -131,7 +131,7 @@ def test_lpips_averages_the_packages_maps_over_the_region(pictures, monkeypatch)
 # --- networks -------------------------------------------------------------------------------------
 
 
-def test_clip_metrics_equal_transformers_fed_as_the_paper_feeds_it(pictures, encoders, tiny_clip_dir):
+def test_clip_metrics_match_transformers_with_the_papers_preprocessing(pictures, encoders, tiny_clip_dir):
     from transformers import CLIPModel, CLIPTokenizer
 
     model, tokenizer = CLIPModel.from_pretrained(tiny_clip_dir), CLIPTokenizer.from_pretrained(tiny_clip_dir)
@@ -146,12 +146,12 @@ def test_clip_metrics_equal_transformers_fed_as_the_paper_feeds_it(pictures, enc
     names = ("clip_image", "clip_directional", "clip_text")
     (found,) = measure_shots([shot], chosen_metrics(names), encoders)
     assert found["clip_image"] == pytest.approx(float(F.cosine_similarity(a, b, dim=0)), abs=1e-5)
-    wanted = F.cosine_similarity(b - a, t - s, dim=0)
-    assert found["clip_directional"] == pytest.approx(float(wanted), abs=1e-5)
+    expected = F.cosine_similarity(b - a, t - s, dim=0)
+    assert found["clip_directional"] == pytest.approx(float(expected), abs=1e-5)
     assert found["clip_text"] == pytest.approx(float(F.cosine_similarity(b, t, dim=0)), abs=1e-5)
 
 
-def test_clip_b32_sees_what_transformers_processor_makes(pictures, encoders, tiny_clip_dir):
+def test_clip_b32_matches_transformers_with_its_image_processor(pictures, encoders, tiny_clip_dir):
     from transformers import CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -160,17 +160,17 @@ def test_clip_b32_sees_what_transformers_processor_makes(pictures, encoders, tin
     images = [to_pil(picture * 2 - 1) for picture in pictures]
     with torch.no_grad():
         pixels = prepare(images, return_tensors="pt")["pixel_values"]
-        found = model.get_image_features(pixel_values=pixels)
-    a, b = found if isinstance(found, torch.Tensor) else found.pooler_output
-    wanted = float(F.cosine_similarity(a, b, dim=0))
-    assert metrics.image_similarity_of(*pictures, encoders, "clip_b32") == pytest.approx(wanted, abs=1e-5)
-    ready = encoders.prepared("clip_b32", pictures[0])
-    assert torch.allclose(ready, pixels[0], atol=1e-5)
+        features = model.get_image_features(pixel_values=pixels)
+    a, b = features if isinstance(features, torch.Tensor) else features.pooler_output
+    expected = float(F.cosine_similarity(a, b, dim=0))
+    assert metrics.image_similarity_of(*pictures, encoders, "clip_b32") == pytest.approx(expected, abs=1e-5)
+    prepared = encoders.prepared("clip_b32", pictures[0])
+    assert torch.allclose(prepared, pixels[0], atol=1e-5)
 
 
-# The sizes leave whole pixels on both sides: torchvision, MagicBrush's, rounds half a pixel otherwise.
+# The sizes crop whole pixels on both sides: MagicBrush's torchvision rounds half pixels differently.
 @pytest.mark.parametrize("slot", ["dino", "dinov2"])
-def test_dino_is_the_class_token_of_transformers_after_resize_and_crop(pictures, encoders, vits, slot):
+def test_dino_matches_the_class_token_of_transformers_after_resize_and_crop(pictures, encoders, vits, slot):
     from transformers import AutoModel, BitImageProcessorPil
 
     model = AutoModel.from_pretrained(vits[slot])
@@ -184,18 +184,18 @@ def test_dino_is_the_class_token_of_transformers_after_resize_and_crop(pictures,
     with torch.no_grad():
         pixels = prepare([to_pil(p * 2 - 1) for p in pictures], return_tensors="pt")["pixel_values"]
         a, b = model(pixels).last_hidden_state[:, 0]
-    wanted = float(F.cosine_similarity(a, b, dim=0))
-    assert metrics.image_similarity_of(*pictures, encoders, slot) == pytest.approx(wanted, abs=1e-5)
+    expected = float(F.cosine_similarity(a, b, dim=0))
+    assert metrics.image_similarity_of(*pictures, encoders, slot) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_pickled_vit_of_the_published_names_loads_whole(vits):
+def test_a_pickled_vit_with_the_published_names_loads_its_weights(vits):
     model = load_vit(vits["dino"])
     stored = torch.load(f"{vits['dino']}/pytorch_model.bin", weights_only=True)
     key = stored["encoder.layer.1.attention.attention.key.weight"]
     assert torch.equal(model.layers[1].attention.k_proj.weight, key)
 
 
-def test_structure_distance_is_that_of_the_keys_by_brute_force(pictures, encoders, vits):
+def test_structure_distance_matches_brute_force_over_the_keys(pictures, encoders, vits):
     from transformers import ViTModel
 
     model = ViTModel.from_pretrained(vits["structure"], add_pooling_layer=False)
@@ -214,12 +214,12 @@ def test_structure_distance_is_that_of_the_keys_by_brute_force(pictures, encoder
                 block = model.layers[-1]
                 keys = block.attention.k_proj(block.layernorm_before(out.hidden_states[-2]))[0]
             maps.append([[F.cosine_similarity(k, q, dim=0).item() for q in keys] for k in keys])
-        wanted = np.mean((np.array(maps[0]) - np.array(maps[1])) ** 2)
+        expected = np.mean((np.array(maps[0]) - np.array(maps[1])) ** 2)
         found = metrics.structure_distance(*pictures, encoders, levels=levels)
-        assert found == pytest.approx(wanted, abs=1e-5) and wanted > 1e-6
+        assert found == pytest.approx(expected, abs=1e-5) and expected > 1e-6
 
 
-def test_embeddings_do_not_depend_on_what_else_is_measured(pictures, encoders):
+def test_metrics_of_a_shot_do_not_depend_on_the_other_shots(pictures, encoders):
     one, other = pictures
     names = ("clip_image", "dino_image", "clip_target")
     shots = [Shot(before=one, output=other, target=one), Shot(before=other, output=one, target=one)]
@@ -230,7 +230,7 @@ def test_embeddings_do_not_depend_on_what_else_is_measured(pictures, encoders):
         assert alone == pytest.approx(found, abs=1e-6)
 
 
-def test_copying_the_input_has_no_direction_and_full_similarity(pictures, encoders):
+def test_copying_the_input_has_zero_direction_and_full_similarity(pictures, encoders):
     shot = Shot(before=pictures[0], output=pictures[0], caption="a", edited_caption="b", target=pictures[1])
     names = ("clip_directional", "clip_image", "dino_image")
     (found,) = measure_shots([shot], chosen_metrics(names), encoders)
@@ -238,10 +238,10 @@ def test_copying_the_input_has_no_direction_and_full_similarity(pictures, encode
     assert found["clip_image"] == pytest.approx(1, abs=1e-6) == found["dino_image"]
 
 
-def test_what_a_row_lacks_is_nan_and_not_zero(pictures, encoders):
+def test_metrics_of_missing_inputs_are_nan(pictures, encoders):
     shot = Shot(before=pictures[0], output=pictures[1], caption="same", edited_caption="same")
-    known = ("clip_text", "clip_b32_text")
-    names = [n for n, m in METRICS.items() if m.needs and not n.startswith("lpips") and n not in known]
+    available = ("clip_text", "clip_b32_text")
+    names = [n for n, m in METRICS.items() if m.needs and not n.startswith("lpips") and n not in available]
     (found,) = measure_shots([shot], chosen_metrics(names), encoders)
     assert len(found) > 20 and all(math.isnan(value) for value in found.values()), found
 
@@ -250,31 +250,31 @@ def test_what_a_row_lacks_is_nan_and_not_zero(pictures, encoders):
 
 
 @pytest.mark.parametrize("slot", ENCODERS)
-def test_a_missing_model_names_the_command_that_fetches_its_revision(slot, monkeypatch):
+def test_a_missing_model_is_reported_with_its_download_command(slot, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", _nothing)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", _not_cached)
     spec = ENCODERS[slot]
     with pytest.raises(ModelError, match=f"hf download {spec.name}") as error:
         find_encoder(slot)
     assert spec.revision is None or f"--revision {spec.revision}" in str(error.value)
 
 
-def _nothing(*args, **more):
+def _not_cached(*args, **more):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     raise LocalEntryNotFoundError("not here")
 
 
-def test_the_storybooks_clip_and_folders_may_stand_in(tiny_clip_dir):
+def test_the_storybook_clip_or_a_folder_can_replace_an_encoder(tiny_clip_dir):
     assert find_encoder("clip", "storybook").name == "clip"
     assert find_encoder("clip", str(tiny_clip_dir)) == tiny_clip_dir
     with pytest.raises(ModelError, match="does not exist; choose another"):
         find_encoder("dino", "nowhere")
 
 
-def test_a_clip_of_pickled_weights_is_read_as_tensors_and_a_hostile_one_is_not_run(tiny_clip_dir, tmp_path):
+def test_a_clip_with_pickled_weights_loads_and_a_malicious_pickle_is_not_executed(tiny_clip_dir, tmp_path):
     import shutil
 
     from safetensors.torch import load_file
@@ -287,7 +287,7 @@ def test_a_clip_of_pickled_weights_is_read_as_tensors_and_a_hostile_one_is_not_r
     ours, stored = Clip.load(folder), Clip.load(tiny_clip_dir)
     weights = stored.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in ours.model.state_dict().items())
-    # Where the weights are in memory changes the rounding on some CPUs.
+    # The weights' place in memory changes the rounding on some CPUs.
     torch.testing.assert_close(ours.images(picture), stored.images(picture), rtol=0, atol=1e-6)
 
     class Hostile:
@@ -300,12 +300,12 @@ def test_a_clip_of_pickled_weights_is_read_as_tensors_and_a_hostile_one_is_not_r
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_unknown_metric_is_named_with_its_neighbor():
+def test_an_unknown_metric_is_reported_with_the_closest_name():
     with pytest.raises(InputError, match="no metric 'clip_imge'; did you mean clip_image"):
         chosen_metrics(["clip_imge"])
     assert list(chosen_metrics(["sharpness"])) == ["sharpness", "exact_edges"], "and what weighs it"
 
 
-def test_every_metric_says_what_it_is_and_which_way_is_better():
+def test_every_metric_has_a_description_and_a_direction():
     assert all(m.about for m in METRICS.values() if not m.hidden)
     assert METRICS["l1_outside"].higher is False and METRICS["psnr_inside"].higher is False

@@ -1,4 +1,4 @@
-"""`ip2p evaluate` from end to end on tiny models: reports, resuming, two processes, sweeps, baselines."""
+"""`ip2p evaluate` end to end on tiny models: reports, resuming, two processes, sweeps, baselines."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(pairs, tiny_model_dir, tiny_clip_dir):
-    """The command line but for -o."""
+    """The command line without -o."""
     metrics = "clip_image,clip_directional,l1,psnr,ssim"
     return [
         *("evaluate", str(pairs), "--model", f"tiny={tiny_model_dir}", "--clip", str(tiny_clip_dir)),
@@ -66,7 +66,7 @@ def whole(words, tmp_path_factory):
     return out
 
 
-def sums(folder):
+def file_hashes(folder):
     names = [*FILES, *(path.name for path in sorted(folder.glob("curves-*")))]
     assert len(names) == 6
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
@@ -92,16 +92,16 @@ def test_the_report_has_copy_truth_models_and_baselines_with_intervals(whole):
 def test_every_row_is_in_the_table_with_its_seed_settings_and_flaw(whole):
     rows = pq.read_table(whole / "rows.parquet").to_pylist()
     assert len(rows) == 9 * 11
-    some = [row for row in rows if row["variant"] == "tiny"]
-    flaws = {row["row"]: row["flaw"] for row in some if row["flaw"]}
+    tiny_rows = [row for row in rows if row["variant"] == "tiny"]
+    flaws = {row["row"]: row["flaw"] for row in tiny_rows if row["flaw"]}
     assert set(flaws) == {4, 6} and "no instruction" in flaws[4]
-    good = [row for row in some if not row["flaw"]]
+    good = [row for row in tiny_rows if not row["flaw"]]
     assert {json.loads(row["settings"])["image_cfg"] for row in good} == {1.0, 2.0}
     assert len({row["seed"] for row in good}) == 7, "a seed for each row, the same at all points"
     assert all(row["clip_image"] is not None for row in good)
 
 
-def test_the_numbers_are_those_of_the_editor_alone(whole, pairs, tiny_editor):
+def test_l1_matches_an_edit_made_directly_with_the_editor(whole, pairs, tiny_editor):
     rows = pq.read_table(whole / "rows.parquet").to_pylist()
     row = next(row for row in rows if row["variant"] == "tiny" and row["id"] == "p5" and row["point"] == 2)
     out = tiny_editor.edit(
@@ -112,7 +112,7 @@ def test_the_numbers_are_those_of_the_editor_alone(whole, pairs, tiny_editor):
     assert row["l1"] == pytest.approx(error, abs=2e-3)
 
 
-def test_the_page_holds_pictures_and_every_number_to_sort_by(whole):
+def test_the_page_embeds_pictures_and_every_metric(whole):
     page = (whole / "index.html").read_text()
     assert page.count("<article") == 3 and page.count("data:image/jpeg") == 3 * (1 + 1 + 2 + 7)
     data = json.loads(page.split("const data = ")[1].split(";\nconst")[0])
@@ -121,7 +121,7 @@ def test_the_page_holds_pictures_and_every_number_to_sort_by(whole):
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
-def test_curves_are_drawn_with_the_table_that_they_show(whole):
+def test_curves_are_saved_as_images_with_their_table(whole):
     table = (whole / "curves-clip_directional-clip_image.csv").read_text().splitlines()
     assert len(table) == 1 + 11 and table[0].startswith("name,point,clip_directional,")
     svg = (whole / "curves-clip_directional-clip_image.svg").read_text()
@@ -135,7 +135,7 @@ def test_curves_are_drawn_with_the_table_that_they_show(whole):
 
 def test_two_processes_give_the_same_bytes_as_one(words, whole, tmp_path):
     assert main([*words, "-o", str(tmp_path / "two"), "--workers", "2"]) == 0
-    assert sums(tmp_path / "two") == sums(whole)
+    assert file_hashes(tmp_path / "two") == file_hashes(whole)
 
 
 def test_killed_and_resumed_gives_the_same_bytes(words, whole, tmp_path):
@@ -155,14 +155,14 @@ def test_killed_and_resumed_gives_the_same_bytes(words, whole, tmp_path):
         assert not (out / "report.json").exists()
     assert kills == 3
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert sums(out) == sums(whole)
+    assert file_hashes(out) == file_hashes(whole)
 
 
-def test_other_settings_are_refused_on_resume_by_name(words, whole, capsys):
-    more = ["-o", str(whole), "--workers", "1"]
-    assert main([*words, *more, "--seed", "5"]) == 2
+def test_a_changed_setting_is_refused_by_name_on_resume(words, whole, capsys):
+    output_args = ["-o", str(whole), "--workers", "1"]
+    assert main([*words, *output_args, "--seed", "5"]) == 2
     assert "seed 0, but it is now 5; add --overwrite" in capsys.readouterr().err
-    assert main([*words, *more]) == 0, "and the same ones find all done"
+    assert main([*words, *output_args]) == 0, "and the same ones find all done"
 
 
 # --- sweeps, baselines, the script ----------------------------------------------------------------
@@ -185,34 +185,34 @@ def test_sweeps_include_both_ends():
         ({"baseline": ["sdedit"]}, "--baseline needs --base or --model"),
     ],
 )
-def test_settings_that_cannot_be_run_with_say_why(values, message):
+def test_invalid_settings_are_refused_with_a_reason(values, message):
     with pytest.raises(InputError, match=message):
         EvaluateConfig.read({"data": "x", "out": "y", **values}, COMMAND_LINE)
 
 
-def test_two_models_of_one_name_are_refused(tmp_path, tiny_model_dir, capsys):
-    words = ["evaluate", "storybook", "--model", str(tiny_model_dir), "--model", str(tiny_model_dir)]
-    assert main([*words, "-o", str(tmp_path / "o")]) == 2
+def test_two_models_with_the_same_name_are_refused(tmp_path, tiny_model_dir, capsys):
+    args = ["evaluate", "storybook", "--model", str(tiny_model_dir), "--model", str(tiny_model_dir)]
+    assert main([*args, "-o", str(tmp_path / "o")]) == 2
     assert "two models are called tiny" in capsys.readouterr().err
 
 
-def test_sdedit_at_full_strength_is_text_to_image_but_for_the_picture_in_its_noise(tiny_model_dir, page):
+def test_sdedit_at_full_strength_is_close_to_text_to_image(tiny_model_dir, page):
     painter = CaptionPainter(tiny_model_dir, device="cpu", dtype="fp32")
     settings = EditSettings(steps=4)
-    draw = {"seeds": [3], "settings": settings}
-    alone = painter.draw([page], ["a page"], strength=None, **draw)[0]
-    full = painter.draw([page], ["a page"], strength=1.0, **draw)[0]
-    weak = painter.draw([page], ["a page"], strength=0.25, **draw)[0]
+    draw_args = {"seeds": [3], "settings": settings}
+    text_only = painter.draw([page], ["a page"], strength=None, **draw_args)[0]
+    full = painter.draw([page], ["a page"], strength=1.0, **draw_args)[0]
+    weak = painter.draw([page], ["a page"], strength=0.25, **draw_args)[0]
 
-    def apart(one, other):
+    def mean_difference(one, other):
         return np.abs(np.asarray(one, int) - np.asarray(other, int)).mean()
 
-    assert apart(alone, full) < apart(alone, page) / 3
-    assert apart(weak, page) < apart(full, page)
+    assert mean_difference(text_only, full) < mean_difference(text_only, page) / 3
+    assert mean_difference(weak, page) < mean_difference(full, page)
 
 
-def test_sdedit_equals_diffusers_image_to_image_on_the_same_base(tmp_path, page):
-    """Oracle: StableDiffusionImg2ImgPipeline with Euler and one given noise."""
+def test_sdedit_matches_diffusers_image_to_image_on_the_same_base(tmp_path, page):
+    """Oracle: StableDiffusionImg2ImgPipeline with Euler and the same noise."""
     from conftest import make_model
     from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 
@@ -229,16 +229,18 @@ def test_sdedit_equals_diffusers_image_to_image_on_the_same_base(tmp_path, page)
     pipe.scheduler.set_timesteps(10)
     start = latent + noise * pipe.scheduler.sigmas[4]
 
-    # The pipeline draws its noise itself; its latents are replaced by ours.
+    # The pipeline draws its own noise, so its latents are replaced by ours.
     pipe.prepare_latents = lambda *args, **more: start
-    wanted = pipe("a page", image=page, strength=0.6, num_inference_steps=10, guidance_scale=4.0).images[0]
+    expected = pipe("a page", image=page, strength=0.6, num_inference_steps=10, guidance_scale=4.0).images[0]
     painter = CaptionPainter(base, device="cpu", dtype="fp32")
     settings = EditSettings(steps=10, sampler="euler", text_cfg=4.0)
     (found,) = painter.draw([page], ["a page"], seeds=[7], settings=settings, strength=0.6)
-    assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
+    assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1
 
 
-def test_as_code_feeds_clip_what_the_released_script_feeds_it(pairs, tiny_model_dir, tiny_clip_dir, tmp_path):
+def test_as_code_matches_the_clip_arithmetic_of_the_released_script(
+    pairs, tiny_model_dir, tiny_clip_dir, tmp_path
+):
     """Oracle: the script's arithmetic, spelled out: pictures in [-1, 1], unclamped, squeezed."""
     from transformers import CLIPModel, CLIPTokenizer
 
@@ -295,7 +297,7 @@ def test_as_code_feeds_clip_what_the_released_script_feeds_it(pairs, tiny_model_
 # --- intervals ------------------------------------------------------------------------------------
 
 
-def test_the_bootstraps_interval_is_that_of_resampling_by_hand():
+def test_bootstrap_intervals_match_manual_resampling():
     rng = np.random.default_rng(3)
     values = rng.normal(1, 2, 60)
     names = [f"g{k}" for k in range(60)]
@@ -306,10 +308,10 @@ def test_the_bootstraps_interval_is_that_of_resampling_by_hand():
     assert found["high"] == pytest.approx(np.percentile(draws, 97.5), abs=0.03)
 
 
-def test_rows_of_a_group_are_drawn_together():
+def test_rows_of_a_group_are_resampled_together():
     values = np.repeat(np.random.default_rng(0).normal(size=20), 50)
     metrics = chosen_metrics(["l1"])
-    apart = reports.summarize_rows({"l1": values}, [str(k) for k in range(1000)], metrics, resamples=2000)
+    ungrouped = reports.summarize_rows({"l1": values}, [str(k) for k in range(1000)], metrics, resamples=2000)
     grouped = reports.summarize_rows(
         {"l1": values}, [str(k // 50) for k in range(1000)], metrics, resamples=2000
     )
@@ -317,10 +319,10 @@ def test_rows_of_a_group_are_drawn_together():
     def width(found):
         return found["l1"]["high"] - found["l1"]["low"]
 
-    assert width(grouped) == pytest.approx(width(apart) * 50**0.5, rel=0.15)
+    assert width(grouped) == pytest.approx(width(ungrouped) * 50**0.5, rel=0.15)
 
 
-def test_sharpness_is_the_ratio_of_sums_as_the_storybook_score_has_it():
+def test_sharpness_matches_the_ratio_of_sums_of_the_storybook_score():
     rng = np.random.default_rng(1)
     edges, exact = rng.random(40) * 100, rng.random(40) * 100
     numbers = {"sharpness": edges / exact, "exact_edges": exact}
@@ -328,9 +330,9 @@ def test_sharpness_is_the_ratio_of_sums_as_the_storybook_score_has_it():
         numbers, [str(k) for k in range(40)], chosen_metrics(["sharpness"]), resamples=500
     )
     assert set(found) == {"sharpness"}
-    wanted = storybook_metrics.ratio(edges, exact)
-    assert found["sharpness"]["value"] == pytest.approx(wanted.value)
-    assert found["sharpness"]["low"] == pytest.approx(wanted.low, abs=0.1)
+    expected = storybook_metrics.ratio(edges, exact)
+    assert found["sharpness"]["value"] == pytest.approx(expected.value)
+    assert found["sharpness"]["low"] == pytest.approx(expected.low, abs=0.1)
 
 
 def test_rows_without_a_value_do_not_count():
@@ -339,7 +341,7 @@ def test_rows_without_a_value_do_not_count():
     assert found["l1"]["value"] == 2 and found["l1"]["count"] == 2 and found["l2"] is None
 
 
-def test_the_correlation_and_its_interval_are_those_by_hand():
+def test_correlation_matches_numpy_and_its_interval_manual_resampling():
     rng = np.random.default_rng(5)
     x = rng.normal(size=80)
     y = (x + rng.normal(size=80) > 0).astype(float)
@@ -354,7 +356,7 @@ def test_the_correlation_and_its_interval_are_those_by_hand():
 # --- the storybook --------------------------------------------------------------------------------
 
 
-def test_storybook_rows_are_those_of_storybook_score_and_exact_for_the_truth(tiny_model_dir, tmp_path):
+def test_storybook_rows_match_storybook_score_and_the_ground_truth_is_strict(tiny_model_dir, tmp_path):
     from ip2p.editing.editor import Editor
     from ip2p.evaluation.storybook import score
 
@@ -379,14 +381,14 @@ def test_storybook_rows_are_those_of_storybook_score_and_exact_for_the_truth(tin
     scored = score(
         editor, count=6, settings=EditSettings(steps=1), size=64, splits=("test",), baselines=("copy",)
     )
-    wanted = scored["splits"]["test"]["copy"]["overall"]["sharpness"]["value"]
-    assert lines["copy the input"]["metrics"]["sharpness"]["value"] == pytest.approx(wanted)
+    expected = scored["splits"]["test"]["copy"]["overall"]["sharpness"]["value"]
+    assert lines["copy the input"]["metrics"]["sharpness"]["value"] == pytest.approx(expected)
     assert [row["instruction"] for row in pq.read_table(tmp_path / "o/rows.parquet").to_pylist()[:6]] == [
         edit["instruction"] for edit in scored["splits"]["test"]["edits"]
     ]
 
 
-def test_the_metrics_are_listed(capsys):
+def test_the_list_has_every_visible_metric(capsys):
     assert main(["evaluate", "--list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name, metric in METRICS.items() if not metric.hidden)

@@ -1,4 +1,4 @@
-"""A judge over HTTP, against a scripted server: malformed, slow, refusing and lying replies are counted."""
+"""A judge over HTTP with a scripted server: malformed, slow, refused and out-of-range replies are counted."""
 
 import json
 import math
@@ -28,7 +28,7 @@ SLOW = 1.0
 
 @pytest.fixture()
 def server():
-    """A server that answers by the instruction: SCRIPT maps a word in the prompt to what happens."""
+    """A server whose `script` maps a word in the prompt to a reply, an error status or a delay."""
     script, seen = {}, []
 
     class Handler(BaseHTTPRequestHandler):
@@ -71,7 +71,7 @@ def shots(*instructions, kind=""):
     return [Shot(before=picture, output=picture, instruction=text, kind=kind) for text in instructions]
 
 
-def test_every_kind_of_bad_reply_is_counted_and_none_becomes_a_number(server):
+def test_every_kind_of_bad_reply_is_counted_and_scored_as_nan(server):
     url, script, _ = server
     script |= {
         "MALFORMED": "eight out of ten",
@@ -102,20 +102,20 @@ def test_every_kind_of_bad_reply_is_counted_and_none_becomes_a_number(server):
     assert set(counts["failures"]) == set(FAILURES)
 
 
-def test_repeats_give_a_mean_and_a_spread_of_what_could_be_read(server):
+def test_repeats_give_the_mean_and_spread_of_the_readable_replies(server):
     url, script, seen = server
     answers = iter(['{"score": [4, 9]}', "nothing", '{"score": [9, 9]}'])
     lock = threading.Lock()
 
     judge = VisionJudge(JudgeSettings(server=url, model="m", repeats=3))
-    real = judge._reply
+    original_reply = judge._reply
 
-    def reply(words, pictures):
-        if "VARIES" in words:
+    def reply(prompt, pictures):
+        if "VARIES" in prompt:
             with lock:
                 script["VARIES"] = next(answers)
-                return real(words, pictures)
-        return real(words, pictures)
+                return original_reply(prompt, pictures)
+        return original_reply(prompt, pictures)
 
     judge._reply = reply
     (found,) = judge(shots("VARIES"))
@@ -139,26 +139,26 @@ def test_the_server_gets_both_pictures_the_instruction_and_the_key(server):
 
 
 @pytest.mark.parametrize("status", [401, 404])
-def test_a_server_that_knows_no_key_or_model_ends_the_run(server, status):
+def test_an_unknown_key_or_model_ends_the_run(server, status):
     url, script, _ = server
     script["night"] = status
     with pytest.raises(ModelError, match="does not accept requests"):
         VisionJudge(JudgeSettings(server=url, model="m"))(shots("night"))
 
 
-def test_a_server_that_is_not_there_ends_the_run():
+def test_an_unreachable_server_ends_the_run():
     with pytest.raises(ModelError, match="does not accept requests"):
         VisionJudge(JudgeSettings(server="http://127.0.0.1:9/v1", model="m"))(shots("night"))
 
 
-def test_replies_around_the_json_are_read():
+def test_text_around_the_json_is_ignored():
     assert parse_scores(f"Sure.\n```json\n{GOOD}\n```", 2) == [8, 6]
     assert parse_scores(GOOD + "\n" + GOOD, 2) == [8, 6], "said twice alike"
     assert parse_scores('{"score": [true, 6]}', 2) == "malformed"
     assert parse_scores("[8, 6]", 2) == "malformed"
 
 
-def test_imgedits_lines_need_three_scores_from_one_to_five():
+def test_imgedit_lines_need_three_scores_from_one_to_five():
     good = "Brief reasoning: fine\nPrompt Compliance: 4\nVisual Naturalness: 5/5\nDetail Integrity: 3"
     assert parse_score_lines(good) == [4, 5, 3]
     assert parse_score_lines(good.replace(": 4", ": 12")) == "out of range"
@@ -166,7 +166,7 @@ def test_imgedits_lines_need_three_scores_from_one_to_five():
     assert parse_score_lines("I cannot help with that: sorry") == "refused"
 
 
-def test_prompts_of_a_folder_take_the_place_of_ours(tmp_path):
+def test_prompts_from_a_folder_replace_the_built_in_ones(tmp_path):
     (tmp_path / "semantics.txt").write_text("Judge: {instruction}")
     settings = JudgeSettings(server="http://x", model="m", prompts=tmp_path)
     with pytest.raises(InputError, match="cannot be read"):

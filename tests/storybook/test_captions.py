@@ -1,4 +1,4 @@
-"""Captions say what a page shows."""
+"""Captions describe what a page shows."""
 
 from dataclasses import replace
 
@@ -31,22 +31,22 @@ def test_a_page_without_things_has_a_caption() -> None:
     assert caption(replace(PAGE, things=())) == "a comic of nothing on the beach at night in the snow"
 
 
-def test_colours_are_named_only_where_the_style_shows_them() -> None:
+def test_colors_are_named_only_where_the_style_shows_them() -> None:
     assert "orange" not in caption(replace(PAGE, style="pencil"))
 
 
-def test_captions_vary_and_are_the_same_for_the_same_seed() -> None:
-    said = captions(PAGE, 20, seed=1)
-    assert said[0] == caption(PAGE)
-    assert len(set(said)) >= 15
-    assert said == captions(PAGE, 20, seed=1)
-    assert said[1:] != captions(PAGE, 20, seed=2)[1:]
-    for text in said:
+def test_captions_vary_but_are_deterministic_for_a_seed() -> None:
+    texts = captions(PAGE, 20, seed=1)
+    assert texts[0] == caption(PAGE)
+    assert len(set(texts)) >= 15
+    assert texts == captions(PAGE, 20, seed=1)
+    assert texts[1:] != captions(PAGE, 20, seed=2)[1:]
+    for text in texts:
         for word in ("girl", "blue", "foxes", "orange", "balloon", "green", "beach", "night", "comic"):
             assert word in text, text
 
 
-def test_pages_with_one_seed_get_the_same_form_of_caption() -> None:
+def test_the_same_rng_seed_gives_the_same_caption_form() -> None:
     for k in range(20):
         before, after = (caption(replace(PAGE, time=t), rng_for(k)) for t in ("night", "sunset"))
         assert before.replace("at night", "at sunset") == after

@@ -1,4 +1,4 @@
-"""Maps of which thing covers what, against pictures drawn with and without the thing."""
+"""Maps of the thing at each pixel and cell, against pages drawn with and without it."""
 
 from dataclasses import replace
 
@@ -14,18 +14,18 @@ SCENES = [replace(sample_scene(rng_for("cells", i)), style="plain", weather="cle
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: str(scene.seed))
-def test_a_thing_covers_only_what_changes_with_it(scene):
+def test_a_thing_covers_pixels_of_its_mask_that_change_when_it_is_removed(scene):
     pixels = thing_map(scene, 128)
     for index in range(len(scene.things)):
-        own = pixels == index + 1
-        assert not (own & ~thing_mask(scene, index, 128)).any()
+        covered = pixels == index + 1
+        assert not (covered & ~thing_mask(scene, index, 128)).any()
         without = replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
         changes = (draw(scene, 128) != draw(without, 128)).any(axis=-1)
         # A pixel of the thing may by chance have the color of what is behind it.
-        assert (changes & own).sum() >= 0.9 * own.sum()
+        assert (changes & covered).sum() >= 0.9 * covered.sum()
 
 
-def test_the_thing_in_front_counts():
+def test_an_overlap_of_two_things_is_assigned_to_one_of_them():
     near = Thing(kind="house", colour="red", size="large", slot="middle", uid=2)
     far = Thing(kind="tree", colour="green", size="large", slot="left", uid=1)
     for seed in range(20):
@@ -39,17 +39,17 @@ def test_the_thing_in_front_counts():
     raise AssertionError("no two things overlap")
 
 
-def test_a_cell_belongs_to_what_covers_most_of_it():
+def test_a_cell_belongs_to_the_thing_that_covers_most_of_it():
     pixels = np.zeros((16, 16), np.uint8)
-    pixels[:8, :8] = 1  # a whole cell
-    pixels[:8, 8:10] = 2  # exactly the least share
-    pixels[8:, :1] = 2  # less
+    pixels[:8, :8] = 1  # a full cell
+    pixels[:8, 8:10] = 2  # exactly the minimum share
+    pixels[8:, :1] = 2  # below it
     pixels[8:, 8:11], pixels[8:, 11:15] = 1, 2
     assert cell_map(pixels, 2).tolist() == [[1, 2], [0, 2]]
 
 
 @pytest.mark.parametrize("scene", SCENES[:4], ids=lambda scene: str(scene.seed))
-def test_cells_agree_with_counting_pixels(scene):
+def test_the_cell_map_matches_counting_pixels_per_block(scene):
     pixels = thing_map(scene, 64)
     cells = cell_map(pixels, 8)
     for row in range(8):
@@ -60,7 +60,7 @@ def test_cells_agree_with_counting_pixels(scene):
             assert cells[row, column] == expected
 
 
-def test_classes_lead_back_to_the_page():
+def test_scene_classes_decode_back_to_the_page():
     scene = SCENES[0]
     things, page = scene_classes(scene)
     assert things.shape == (MAX_THINGS, len(THING_CLASSES))

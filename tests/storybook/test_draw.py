@@ -1,4 +1,4 @@
-"""Pictures follow from the record alone, and an edit touches no pixel outside its masks."""
+"""Pictures depend on the record alone, and an edit changes no pixel outside its masks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ip2p_storybook.scene import (
 
 
 def _crowd(style: str, seed: int) -> Scene:
-    """Large things in every slot, ground and sky, so that all overlap."""
+    """Large things in every slot, on the ground and in the sky, so that all overlap."""
     rng = random.Random(seed)
     kinds = rng.sample(WEARER_KINDS, 3)
     ground = [
@@ -66,7 +66,7 @@ def _without(scene: Scene, index: int) -> Scene:
 
 
 def _body_mask(scene: Scene, size: int) -> np.ndarray:
-    """The first thing's silhouette, without contour, shadow and what it wears."""
+    """The first thing's silhouette, without contour, shadow and wearable."""
     pixels, surface = drawing._surface(size)
     canvas = surface.getCanvas()
     figure = drawing._Figure(scene, scene.things[0])
@@ -80,14 +80,14 @@ def _body_mask(scene: Scene, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [32, 63, 128, 257])
 @pytest.mark.parametrize("style", STYLES)
-def test_any_size_gives_the_same_page(style: str, size: int) -> None:
+def test_all_sizes_draw_the_same_page(style: str, size: int) -> None:
     scene = _crowd(style, 5)
     page = draw(scene, size)
     assert page.shape == (size, size, 3)
     assert page.dtype == np.uint8
     assert page.flags.c_contiguous
     assert np.array_equal(page, draw(scene, size))
-    # Sizes differ in sampling only (at 32 a line of one pixel is wide).
+    # Sizes differ in sampling only (at size 32, a one-pixel line is wide).
     assert abs(page.mean() - draw(scene, 256).mean()) < (24 if size == 32 else 8)
 
 
@@ -99,7 +99,7 @@ def test_sizes_outside_the_range_are_refused(size: int) -> None:
         thing_mask(Scene(place="meadow", things=(Thing(kind="cat", colour="red"),)), 0, size)
 
 
-def test_another_process_draws_the_same_picture() -> None:
+def test_two_processes_draw_the_same_picture() -> None:
     code = (
         "import hashlib; from ip2p_storybook.draw import draw; from ip2p_storybook.scene import Scene, Thing;"
         "s = Scene(place='city', time='night', style='watercolour', seed=3,"
@@ -112,7 +112,7 @@ def test_another_process_draws_the_same_picture() -> None:
     assert len(runs) == 1
 
 
-def test_no_two_seeds_are_alike() -> None:
+def test_different_seeds_draw_different_pages() -> None:
     for place in PLACES:
         empty = {draw(Scene(place=place, seed=seed), 64).tobytes() for seed in range(30)}
         assert len(empty) == 30
@@ -149,7 +149,7 @@ def test_removing_a_thing_changes_only_its_mask(style: str) -> None:
     ],
     ids=str,
 )
-def test_changing_a_thing_changes_only_its_two_masks(change: dict[str, object]) -> None:
+def test_changing_a_thing_changes_only_its_masks_before_and_after(change: dict[str, object]) -> None:
     for k, style in enumerate(STYLES):
         before = Scene(
             place=PLACES[k],
@@ -169,7 +169,7 @@ def test_changing_a_thing_changes_only_its_two_masks(change: dict[str, object]) 
         assert not (changed & ~allowed).any()
 
 
-def test_what_is_worn_leaves_the_body_as_it_was() -> None:
+def test_a_wearable_is_visible_but_does_not_hide_the_body() -> None:
     for kind in WEARER_KINDS:
         bare = Scene(place="farm", things=(Thing(kind=kind, colour="blue", size="large", uid=3),), seed=1)
         for wears in WEARABLES:
@@ -179,7 +179,7 @@ def test_what_is_worn_leaves_the_body_as_it_was() -> None:
             assert 0.03 < share < 0.9, (kind, wears, share)
 
 
-def test_light_moves_but_things_stay() -> None:
+def test_the_time_of_day_changes_light_and_shadow_but_not_the_body() -> None:
     scene = Scene(place="desert", things=(Thing(kind="castle", colour="white", size="large", uid=2),), seed=6)
     body = _body_mask(scene, 128)
     tones = {}
@@ -189,8 +189,10 @@ def test_light_moves_but_things_stay() -> None:
         tones[time] = draw(lit, 128)[~body].mean()
     assert tones["night"] < 0.5 * tones["noon"]
     # Shadows fall to opposite sides in the morning and at sunset.
-    across = [np.nonzero(thing_mask(replace(scene, time=t), 0, 128))[1].mean() for t in ("morning", "sunset")]
-    assert abs(across[0] - across[1]) > 5
+    mean_columns = [
+        np.nonzero(thing_mask(replace(scene, time=t), 0, 128))[1].mean() for t in ("morning", "sunset")
+    ]
+    assert abs(mean_columns[0] - mean_columns[1]) > 5
 
 
 def test_replacing_the_kind_keeps_the_ground_line() -> None:
@@ -201,7 +203,7 @@ def test_replacing_the_kind_keeps_the_ground_line() -> None:
     assert max(lines) - min(lines) <= 3
 
 
-def test_sizes_and_slots_are_told_apart() -> None:
+def test_sizes_and_slots_are_distinguishable() -> None:
     for kind in ALL_KINDS:
         areas = []
         for size in SIZES:
@@ -209,15 +211,15 @@ def test_sizes_and_slots_are_told_apart() -> None:
             areas.append(_body_mask(scene, 128).sum())
         assert areas[0] * 1.5 < areas[1]
         assert areas[1] * 1.5 < areas[2]
-        centres = []
+        centers = []
         for slot in SLOTS:
             scene = Scene(place="meadow", things=(Thing(kind=kind, colour="red", slot=slot, uid=1),))
-            centres.append(np.nonzero(_body_mask(scene, 128))[1].mean() / 128)
-        assert centres[0] + 0.2 < centres[1] < centres[2] - 0.2
+            centers.append(np.nonzero(_body_mask(scene, 128))[1].mean() / 128)
+        assert centers[0] + 0.2 < centers[1] < centers[2] - 0.2
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_every_time_weather_and_style_draws_its_own_page(place: str) -> None:
+def test_every_time_weather_and_style_draws_a_different_page(place: str) -> None:
     pages = set()
     for time in TIMES:
         for weather in WEATHERS:
@@ -229,7 +231,7 @@ def test_every_time_weather_and_style_draws_its_own_page(place: str) -> None:
     assert len(styles) == len(STYLES)
 
 
-def test_every_kind_has_its_own_silhouette() -> None:
+def test_every_kind_has_a_distinct_silhouette() -> None:
     shapes = {}
     for kind in ALL_KINDS:
         scene = Scene(place="moon", things=(Thing(kind=kind, colour="red", size="large", uid=5),))
@@ -243,7 +245,7 @@ def test_every_kind_has_its_own_silhouette() -> None:
                 assert overlap < 0.93, (a, b, overlap)
 
 
-def test_the_named_colour_fills_the_thing() -> None:
+def test_the_named_color_fills_the_thing() -> None:
     names = list(COLOURS)
     table = np.array([COLOURS[name] for name in names], dtype=float)
     mean_right, most_right, total = 0, 0, 0
@@ -260,7 +262,7 @@ def test_the_named_colour_fills_the_thing() -> None:
     assert mean_right >= 0.9 * total
 
 
-def test_colours_are_told_apart_at_night() -> None:
+def test_colors_are_distinguishable_at_night() -> None:
     for kind in ALL_KINDS:
         means = []
         for colour in COLOURS:

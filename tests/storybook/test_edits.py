@@ -1,4 +1,4 @@
-"""Edits: exact answers, other answers, and splits that share nothing they should not."""
+"""Edits: exact answers, alternative answers, and splits without leakage."""
 
 import random
 from collections import Counter
@@ -41,7 +41,7 @@ SIDE = 128
 MEASURED = [k for k in SPLITS if k != "train"]
 
 
-def some(kind: str | None, count: int, split: str = "test") -> list[Edit]:
+def sample_edits(kind: str | None, count: int, split: str = "test") -> list[Edit]:
     rng = rng_for("test edits", kind, split)
     return [sample_edit(rng, kind, split) for _ in range(count)]
 
@@ -51,15 +51,15 @@ def changed_thing(edit: Edit) -> tuple[Thing, Thing]:
     return edit.before.things[edit.target], edit.after.things[edit.target]
 
 
-# --- what each kind does --------------------------------------------------------------------------
+# --- what each kind changes -----------------------------------------------------------------------
 
 ONE_FIELD = {"recolour": "colour", "put_on": "wears", "take_off": "wears", "move": "slot", "count": "count"}
 
 
 @pytest.mark.parametrize("kind", [*ONE_FIELD, "bigger", "smaller"])
-def test_an_edit_of_a_thing_changes_one_field_of_it(kind: str) -> None:
+def test_an_edit_of_a_thing_changes_only_one_of_its_fields(kind: str) -> None:
     field = ONE_FIELD.get(kind, "size")
-    for edit in some(kind, 50):
+    for edit in sample_edits(kind, 50):
         before, after = changed_thing(edit)
         assert getattr(before, field) != getattr(after, field)
         assert replace(before, **{field: getattr(after, field)}) == after
@@ -67,21 +67,21 @@ def test_an_edit_of_a_thing_changes_one_field_of_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", GLOBAL_KINDS)
-def test_an_edit_of_the_page_changes_one_field_of_it(kind: str) -> None:
-    for edit in some(kind, 50):
+def test_a_global_edit_changes_only_one_field_of_the_page(kind: str) -> None:
+    for edit in sample_edits(kind, 50):
         assert replace(edit.before, **{kind: getattr(edit.after, kind)}) == edit.after != edit.before
 
 
 @pytest.mark.parametrize(("kind", "step"), [("bigger", 1), ("smaller", -1)])
-def test_bigger_and_smaller_are_one_step(kind: str, step: int) -> None:
-    for edit in some(kind, 50):
+def test_bigger_and_smaller_change_the_size_by_one_step(kind: str, step: int) -> None:
+    for edit in sample_edits(kind, 50):
         before, after = changed_thing(edit)
         assert SIZES.index(after.size) - SIZES.index(before.size) == step
 
 
-def test_replacing_keeps_all_that_the_instruction_does_not_name() -> None:
+def test_replace_keeps_every_field_that_the_instruction_does_not_name() -> None:
     kept_colour = 0
-    for edit in some("replace", 200):
+    for edit in sample_edits("replace", 200):
         before, after = changed_thing(edit)
         assert (before.uid, before.size, before.slot, before.count) == (
             after.uid,
@@ -96,22 +96,22 @@ def test_replacing_keeps_all_that_the_instruction_does_not_name() -> None:
     assert 100 < kept_colour < 190
 
 
-def test_an_added_thing_follows_from_page_and_slot() -> None:
-    for edit in some("add", 50):
+def test_the_uid_of_an_added_thing_is_determined_by_page_and_slot() -> None:
+    for edit in sample_edits("add", 50):
         new = edit.after.things[edit.target]
         assert edit.after.things[:-1] == edit.before.things
         assert new.uid == added_uid(edit.before, new.slot, sky=new.in_sky)
         assert new.kind not in {t.kind for t in edit.before.things}
 
 
-def test_removing_leaves_the_others_as_they_are() -> None:
-    for edit in some("remove", 50):
-        left = [t for i, t in enumerate(edit.before.things) if i != edit.target]
-        assert list(edit.after.things) == left
+def test_remove_keeps_all_other_things() -> None:
+    for edit in sample_edits("remove", 50):
+        remaining = [t for i, t in enumerate(edit.before.things) if i != edit.target]
+        assert list(edit.after.things) == remaining
 
 
-def test_two_edits_are_one_after_the_other() -> None:
-    for edit in some("two", 100):
+def test_a_double_edit_applies_its_steps_in_order() -> None:
+    for edit in sample_edits("two", 100):
         first, second = edit.steps
         assert (first.before, first.after, second.after) == (edit.before, second.before, edit.after)
         assert edit.parts == (first.kind, second.kind)
@@ -119,20 +119,20 @@ def test_two_edits_are_one_after_the_other() -> None:
         assert edit.after not in (edit.before, first.after)
 
 
-def test_all_kinds_are_drawn() -> None:
-    share = Counter(edit.kind for edit in some(None, 3000))
-    assert set(share) == set(EDIT_KINDS)
-    assert min(share.values()) > 0.04 * 3000
-    assert max(share.values()) < 0.12 * 3000
+def test_all_kinds_are_sampled_about_equally_often() -> None:
+    counts = Counter(edit.kind for edit in sample_edits(None, 3000))
+    assert set(counts) == set(EDIT_KINDS)
+    assert min(counts.values()) > 0.04 * 3000
+    assert max(counts.values()) < 0.12 * 3000
 
 
-def test_nothing_is_recoloured_where_the_style_shows_no_colour() -> None:
-    assert not any(e.before.style in COLOURLESS_STYLES for e in some("recolour", 200))
+def test_colorless_styles_get_no_recolor_edits() -> None:
+    assert not any(e.before.style in COLOURLESS_STYLES for e in sample_edits("recolour", 200))
     page = Scene(place="beach", style="pencil", things=(Thing(kind="cat", colour="red"),))
     assert propose(page, random.Random(1), "recolour", "unseen_combinations") is None
 
 
-def test_a_kind_that_does_not_apply_gives_none() -> None:
+def test_propose_returns_none_for_a_kind_that_does_not_apply() -> None:
     page = Scene(place="beach", things=(Thing(kind="house", colour="white", size="large"),), seed=2)
     assert not has_held_out_combination(page)
     for kind in ("put_on", "take_off", "bigger"):
@@ -140,7 +140,7 @@ def test_a_kind_that_does_not_apply_gives_none() -> None:
     assert propose(page, random.Random(1)) is not None
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_splits_and_kinds_are_refused() -> None:
     page = Scene(place="beach")
     with pytest.raises(ValueError, match="unknown split 'dev'"):
         propose(page, random.Random(1), split="dev")
@@ -148,17 +148,17 @@ def test_unknown_names_are_refused() -> None:
         propose(page, random.Random(1), "melt")
 
 
-def test_the_same_lots_give_the_same_edit() -> None:
+def test_the_same_seed_gives_the_same_edits() -> None:
     for split in SPLITS:
-        assert some(None, 20, split) == some(None, 20, split)
+        assert sample_edits(None, 20, split) == sample_edits(None, 20, split)
 
 
 # --- exactness ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_all_that_the_edit_does_not_name_stays_the_same_to_the_pixel(kind: str) -> None:
-    for edit in some(kind, 12):
+def test_pixels_outside_the_change_mask_are_identical(kind: str) -> None:
+    for edit in sample_edits(kind, 12):
         mask = change_mask(edit, SIDE)
         before, after = draw(edit.before, SIDE), draw(edit.after, SIDE)
         assert mask.shape == (SIDE, SIDE)
@@ -170,41 +170,41 @@ def test_all_that_the_edit_does_not_name_stays_the_same_to_the_pixel(kind: str) 
             assert 0 < mask.mean() < 0.8
 
 
-# --- one answer, and others -----------------------------------------------------------------------
+# --- unique answers and alternatives ---------------------------------------------------------------
 
 
-def test_most_edits_have_one_answer() -> None:
+def test_most_edits_have_a_unique_answer() -> None:
     rng = rng_for("unique")
     assert sum(is_unique(sample_edit(rng)) for _ in range(1000)) > 900
 
 
-def test_an_instruction_that_leaves_the_colour_open_has_many_answers() -> None:
-    vague = [e for e in some("recolour", 600) if not is_unique(e)]
+def test_only_vague_recolor_instructions_have_more_than_one_answer() -> None:
+    vague = [e for e in sample_edits("recolour", 600) if not is_unique(e)]
     assert vague
     for edit in vague:
         assert phrasing_of(edit.phrasing).vague
         assert edit.after.things[edit.target].colour not in edit.instruction.lower().split()
 
 
-def test_adding_without_a_side_has_one_answer_only_where_one_slot_is_free() -> None:
+def test_add_without_a_side_is_unique_only_if_one_slot_is_free() -> None:
     free = {
         (is_unique(e), len(e.before.free_slots(sky=e.after.things[e.target].in_sky)) == 1)
-        for e in some("add", 400)
+        for e in sample_edits("add", 400)
         if phrasing_of(e.phrasing).variant == "anywhere"
     }
     assert free == {(True, True), (False, False)}
 
 
-def test_a_page_without_colours_does_not_tell_the_colours_of_another_style() -> None:
-    for edit in some("style", 200):
+def test_a_style_edit_is_ambiguous_only_from_a_colorless_to_a_colored_style() -> None:
+    for edit in sample_edits("style", 200):
         unknown = edit.before.style in COLOURLESS_STYLES and edit.after.style not in COLOURLESS_STYLES
         assert is_unique(edit) != unknown
 
 
 @pytest.mark.parametrize("split", MEASURED)
 @pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_every_edit_has_at_least_fifteen_other_answers(kind: str, split: str) -> None:
-    for edit in some(kind, 12, split):
+def test_every_edit_has_at_least_fifteen_distinct_alternatives(kind: str, split: str) -> None:
+    for edit in sample_edits(kind, 12, split):
         others = alternatives(edit)
         assert len(others) >= 15
         assert len(alternatives(edit, 15)) == 15
@@ -213,14 +213,14 @@ def test_every_edit_has_at_least_fifteen_other_answers(kind: str, split: str) ->
 
 
 @pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_other_answers_look_different(kind: str) -> None:
-    for edit in some(kind, 2):
+def test_alternatives_look_different(kind: str) -> None:
+    for edit in sample_edits(kind, 2):
         scenes = [edit.before, edit.after, *alternatives(edit, 15)]
         pictures = {draw(scene, 64).tobytes() for scene in scenes}
         assert len(pictures) >= len(scenes) - 1, edit
 
 
-def test_a_page_with_one_sky_thing_in_pencil_still_has_fifteen_other_answers() -> None:
+def test_a_page_with_one_sky_thing_in_pencil_still_has_fifteen_alternatives() -> None:
     page = Scene(place="moon", style="pencil", things=(Thing(kind="kite", colour="pink", uid=1),))
     for kind in EDIT_KINDS:
         for seed in range(3):
@@ -234,41 +234,41 @@ def test_a_page_with_one_sky_thing_in_pencil_still_has_fifteen_other_answers() -
 # --- splits -----------------------------------------------------------------------------------------
 
 
-def held(scene: Scene, thing: Thing) -> bool:
+def uses_held_out_combination(scene: Scene, thing: Thing) -> bool:
     return is_held_out_combination(thing.kind, thing.colour, scene.place)
 
 
 @pytest.mark.parametrize("split", ["train", "test", "unseen_phrasings", "paraphrases"])
-def test_no_held_out_combination_is_drawn_before_or_after(split: str) -> None:
-    for edit in some(None, 1000, split):
+def test_no_held_out_combination_appears_before_or_after_the_edit(split: str) -> None:
+    for edit in sample_edits(None, 1000, split):
         assert not has_held_out_combination(edit.before)
         assert not has_held_out_combination(edit.after)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_only_unseen_phrasings_uses_held_out_phrasings_and_all_its_parts_are(split: str) -> None:
-    for edit in some(None, 1000, split):
+def test_the_unseen_phrasings_split_alone_uses_held_out_phrasings_and_no_others(split: str) -> None:
+    for edit in sample_edits(None, 1000, split):
         parts = edit.phrasing.split("+")
         assert [is_held_out_phrasing(p) for p in parts] == [split == "unseen_phrasings"] * len(parts)
 
 
-def test_unseen_combinations_names_a_held_out_combination() -> None:
-    for edit in some(None, 1000, "unseen_combinations"):
+def test_every_unseen_combinations_edit_involves_a_held_out_combination() -> None:
+    for edit in sample_edits(None, 1000, "unseen_combinations"):
         if edit.kind in ("two", *GLOBAL_KINDS):
             assert has_held_out_combination(edit.before) or has_held_out_combination(edit.after)
             continue
         named = [edit.after.things[edit.target]] if edit.kind == "add" else [edit.before.things[edit.target]]
         if edit.kind not in ("add", "remove"):
             named.append(edit.after.things[edit.target])
-        assert any(held(edit.before, thing) for thing in named)
+        assert any(uses_held_out_combination(edit.before, thing) for thing in named)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_pages_of_training_have_even_seeds_and_no_others(split: str) -> None:
-    assert all(edit.before.seed % 2 == (split != "train") for edit in some(None, 100, split))
+def test_training_pages_have_even_seeds_and_other_splits_odd_ones(split: str) -> None:
+    assert all(edit.before.seed % 2 == (split != "train") for edit in sample_edits(None, 100, split))
 
 
-def test_typos_are_only_in_training() -> None:
+def test_instructions_outside_training_have_no_typos() -> None:
     words = set(vocabulary())
-    for split in MEASURED[:-1]:  # paraphrases have a few words of their own
-        assert all(set(words_of(e.instruction)) <= words for e in some(None, 300, split))
+    for split in MEASURED[:-1]:  # paraphrases use a few other words
+        assert all(set(words_of(e.instruction)) <= words for e in sample_edits(None, 300, split))

@@ -1,4 +1,4 @@
-"""Exact triples: no spatial edits, nothing changed that the captions do not show, the same for a seed."""
+"""Exact triples: no spatial edits, captions that show every change, and deterministic for a seed."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +12,7 @@ from ip2p_storybook.triples import TRIPLE_COLUMNS as COLUMNS
 from ip2p_storybook.triples import exact_triples, mentions_all
 
 
-def test_no_triple_moves_a_thing_or_hides_its_change() -> None:
+def test_no_triple_moves_a_thing_and_captions_show_every_change() -> None:
     kinds = set()
     for triple in exact_triples(1500, 0):
         steps = triple.edit.steps or (triple.edit,)
@@ -24,7 +24,7 @@ def test_no_triple_moves_a_thing_or_hides_its_change() -> None:
     assert len(kinds) == 13
 
 
-def test_a_form_without_sides_or_sizes_tells_no_edit_by_them() -> None:
+def test_a_form_without_sides_or_sizes_cannot_mention_edits_by_side_or_size() -> None:
     silent = Form(sides=False, sizes=False)
     mentioned = [
         mentions_all(sample_edit(rng_for("bigger", k), kind="bigger", split="test"), silent)
@@ -38,15 +38,15 @@ def test_a_form_without_sides_or_sizes_tells_no_edit_by_them() -> None:
     assert all(mentions_all(edit, Form()) for edit in edits)
 
 
-def test_triples_follow_from_seed_and_number_alone() -> None:
-    whole = list(exact_triples(12, 4))
-    assert list(exact_triples(5, 4, first=7)) == whole[7:]
-    assert [t.id for t in exact_triples(12, 5)] != [t.id for t in whole]
-    assert len({t.id for t in whole}) == 12
+def test_triples_depend_only_on_seed_and_index() -> None:
+    triples = list(exact_triples(12, 4))
+    assert list(exact_triples(5, 4, first=7)) == triples[7:]
+    assert [t.id for t in exact_triples(12, 5)] != [t.id for t in triples]
+    assert len({t.id for t in triples}) == 12
 
 
 @pytest.mark.parametrize("split", ["train", "test", "unseen_phrasings", "unseen_combinations"])
-def test_splits_keep_to_their_pages_and_phrasings(split: str) -> None:
+def test_each_split_uses_only_its_own_pages_and_phrasings(split: str) -> None:
     for triple in exact_triples(80, 1, split):
         edit = triple.edit
         assert edit.before.seed % 2 == (split != "train")
@@ -55,14 +55,14 @@ def test_splits_keep_to_their_pages_and_phrasings(split: str) -> None:
             assert not has_held_out_combination(edit.before) and not has_held_out_combination(edit.after)
 
 
-def test_things_that_an_edit_leaves_alone_are_said_alike() -> None:
+def test_removing_a_thing_only_removes_words_from_the_caption() -> None:
     for triple in exact_triples(300, 2):
         if triple.edit.kind == "remove" and len(triple.edit.before.things) > 1:
             before, after = triple.caption, triple.edited_caption
             assert len(after) < len(before)
-            words = iter(before.replace(",", " ,").replace(" and ", " , ").split())
-            again = after.replace(",", " ,").replace(" and ", " , ").split()
-            assert all(word in words for word in again), (before, after)  # the words in their order
+            before_words = iter(before.replace(",", " ,").replace(" and ", " , ").split())
+            after_words = after.replace(",", " ,").replace(" and ", " , ").split()
+            assert all(word in before_words for word in after_words), (before, after)  # a subsequence
 
 
 def test_the_command_writes_triples_and_varied_captions(tmp_path, capsys) -> None:

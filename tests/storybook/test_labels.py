@@ -16,20 +16,20 @@ from ip2p_storybook.scene import Scene, Thing
 
 
 def read_back(labels):
-    """The things by spot and the page's fields that class numbers stand for."""
+    """Decode class numbers to the things by spot and the page's fields."""
     fields, things = len(THING_SIZES), {}
     for spot, start in zip(SPOTS, range(0, 6 * fields, fields), strict=True):
-        own = labels[start : start + fields]
-        if own[0] > 0:
+        spot_labels = labels[start : start + fields]
+        if spot_labels[0] > 0:
             classes = THING_CLASSES.items()
-            things[spot] = {f: c[k] for (f, c), k in zip(classes, own, strict=True)}
+            things[spot] = {f: c[k] for (f, c), k in zip(classes, spot_labels, strict=True)}
         else:
-            assert (own[1:] == IGNORED).all()
+            assert (spot_labels[1:] == IGNORED).all()
     page = {f: c[k] for (f, c), k in zip(PAGE_CLASSES.items(), labels[6 * fields :], strict=True)}
     return things, page
 
 
-def test_labels_of_a_page_say_all_that_its_record_says():
+def test_scene_labels_decode_back_to_the_record():
     for number in range(40):
         scene = sample_edit(random.Random(number)).after
         things, page = read_back(scene_labels(scene))
@@ -39,7 +39,7 @@ def test_labels_of_a_page_say_all_that_its_record_says():
         }
 
 
-def test_labels_are_within_their_fields():
+def test_labels_are_within_their_class_counts():
     sizes = [*THING_SIZES * 6, *PAGE_SIZES]
     for kind in EDIT_KINDS:
         edit = sample_edit(random.Random(kind), kind=kind)
@@ -49,7 +49,7 @@ def test_labels_are_within_their_fields():
         assert EDIT_KINDS[edit_labels(edit)[0]] == kind
 
 
-def test_an_edit_of_the_page_labels_the_new_value_alone():
+def test_a_global_edit_labels_only_the_new_value():
     edit = sample_edit(random.Random(1), kind="time")
     labels = edit_labels(edit)
     assert (labels[1:-4] == IGNORED).all()

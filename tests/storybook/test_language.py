@@ -1,4 +1,4 @@
-"""The language of instructions: phrasings, what is kept out of training, names, spelling and typos."""
+"""The language of instructions: phrasings, held-out phrasings, names, spelling and typos."""
 
 import random
 import re
@@ -29,7 +29,7 @@ def fixed_words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_twelve_phrasings_a_kind_are_left_to_training_and_a_tenth_is_held_out(kind: str) -> None:
+def test_each_kind_holds_out_a_tenth_of_its_phrasings_and_trains_on_at_least_twelve(kind: str) -> None:
     phrasings = [p for p in PHRASINGS[kind] if not p.vague]
     held = [p for p in phrasings if p.id in held_out_phrasings()]
     assert len(phrasings) - len(held) >= 12
@@ -39,21 +39,21 @@ def test_twelve_phrasings_a_kind_are_left_to_training_and_a_tenth_is_held_out(ki
 
 
 @pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_every_kind_has_many_phrasings(kind: str) -> None:
+def test_every_kind_has_at_least_100_phrasings(kind: str) -> None:
     assert len(PHRASINGS[kind]) >= 100
 
 
-def test_no_phrasing_is_of_two_kinds() -> None:
+def test_no_phrasing_belongs_to_two_kinds() -> None:
     kinds: dict[str, set[str]] = {}
     for phrasings in PHRASINGS.values():
         for p in phrasings:
             kinds.setdefault(p.text, set()).add(p.kind)
-    # "Remove the hat" takes it off, "remove the cat" removes it: what stands in the field decides.
-    shared = {text for text, of in kinds.items() if len(of) > 1}
+    # "Remove the hat" is take_off, "remove the cat" is remove: the word in the field decides.
+    shared = {text for text, kinds_of_text in kinds.items() if len(kinds_of_text) > 1}
     assert not shared
 
 
-def test_each_word_means_one_thing() -> None:
+def test_each_word_has_one_meaning_per_table() -> None:
     tables: dict[str, dict[str, tuple[str, ...]]] = {
         "nouns": {
             **{kind: language.nouns_of(kind) for kind in ALL_KINDS},
@@ -70,21 +70,21 @@ def test_each_word_means_one_thing() -> None:
         "styles": {t: tuple({w for ws in words.STYLE_WORDS[t] for w in ws}) for t in STYLES},
     }
     for name, table in tables.items():
-        said = [word for options in table.values() for word in options]
-        assert len(said) == len(set(said)), name
+        all_words = [word for options in table.values() for word in options]
+        assert len(all_words) == len(set(all_words)), name
 
 
-def test_instructions_mostly_take_the_plain_word() -> None:
+def test_instructions_mostly_use_the_plain_noun() -> None:
     rng = rng_for("plain words")
-    said = Counter(language.vary_noun("cat", rng) for _ in range(1000))
-    assert 750 < said["cat"] < 850
-    assert set(said) == set(language.nouns_of("cat"))
-    assert said["pussycat"] > 30
+    counts = Counter(language.vary_noun("cat", rng) for _ in range(1000))
+    assert 750 < counts["cat"] < 850
+    assert set(counts) == set(language.nouns_of("cat"))
+    assert counts["pussycat"] > 30
 
 
-def test_several_of_a_thing_under_any_of_its_nouns() -> None:
-    one = {noun for kind in ALL_KINDS for noun in language.nouns_of(kind)}
-    assert {language.plural(noun) for noun in one}.isdisjoint(one)
+def test_the_plural_of_every_noun_differs_from_every_singular() -> None:
+    singulars = {noun for kind in ALL_KINDS for noun in language.nouns_of(kind)}
+    assert {language.plural(noun) for noun in singulars}.isdisjoint(singulars)
     assert [language.plural(noun) for noun in ("princess", "calf", "lady", "coach", "scarf", "shades")] == [
         "princesses", "calves", "ladies", "coaches", "scarfs", "shades",
     ]  # fmt: skip
@@ -94,14 +94,14 @@ def test_language_and_edits_name_the_same_kinds() -> None:
     assert language.EDIT_KINDS == EDIT_KINDS
 
 
-def test_the_held_out_phrasings_stay_the_same() -> None:
-    # A change here makes earlier measurements of unseen phrasings worthless: say so in the changelog.
+def test_the_held_out_phrasings_are_frozen() -> None:
+    # A change here invalidates earlier scores on unseen phrasings: note it in the changelog.
     assert len(held_out_phrasings()) == 213
     held = (language.phrasing_of(i) for i in sorted(held_out_phrasings()))
     assert stable_hash(*(f"{p.id} {p.text}" for p in held)) == 474412823601477577
 
 
-def test_the_classic_templates_are_there_for_training() -> None:
+def test_the_classic_templates_are_training_phrasings() -> None:
     texts = {p.text for ps in PHRASINGS.values() for p in ps if p.id not in held_out_phrasings()}
     assert texts >= {
         "turn {t} into {new}",
@@ -115,7 +115,7 @@ def test_the_classic_templates_are_there_for_training() -> None:
     }
 
 
-def test_held_out_phrasings_use_no_word_that_training_never_saw() -> None:
+def test_held_out_phrasings_use_only_words_seen_in_training() -> None:
     seen = {
         w
         for ps in PHRASINGS.values()
@@ -132,38 +132,38 @@ def test_held_out_phrasings_use_no_word_that_training_never_saw() -> None:
 def test_the_vocabulary_covers_all_instructions_and_is_small() -> None:
     vocabulary = set(language.vocabulary())
     rng = rng_for("vocabulary")
-    # Without typos: instructions of the test split.
-    said = {w for _ in range(3000) for w in words_of(sample_edit(rng, split="test").instruction)}
-    assert said <= vocabulary
+    # Instructions of the test split have no typos.
+    used = {w for _ in range(3000) for w in words_of(sample_edit(rng, split="test").instruction)}
+    assert used <= vocabulary
     assert len(vocabulary) < 900
     assert language.vocabulary() == sorted(vocabulary)
     assert {"colour", "color", "watercolour", "watercolor", "'s"} <= vocabulary
 
 
-def test_between_one_and_two_percent_of_the_words_of_training_are_mistyped() -> None:
+def test_one_to_two_percent_of_training_words_are_misspelled() -> None:
     vocabulary = set(language.vocabulary())
     rng = rng_for("typos")
     known = Counter(
         w in vocabulary for _ in range(4000) for w in words_of(sample_edit(rng, split="train").instruction)
     )
-    # A dropped letter now and then leaves another word.
+    # A dropped letter sometimes leaves another word.
     assert 0.008 <= known[False] / known.total() <= 0.02
 
 
 def test_politeness_case_and_spelling_vary() -> None:
     rng = rng_for("manners")
-    said = [sample_edit(rng, split="test").instruction for _ in range(2000)]
-    share = {
-        "please": sum("please" in s.lower() for s in said),
-        "could you": sum(s.lower().startswith("could you") for s in said),
-        "lower": sum(s == s.lower() for s in said),
-        "title": sum(s == s.title() for s in said),
-        "upper": sum(s == s.upper() for s in said),
-        "stop": sum(s.endswith(".") for s in said),
-        "colour": sum("colour" in s.lower() for s in said),
-        "color": sum("color" in s.lower() for s in said),
+    instructions = [sample_edit(rng, split="test").instruction for _ in range(2000)]
+    counts = {
+        "please": sum("please" in s.lower() for s in instructions),
+        "could you": sum(s.lower().startswith("could you") for s in instructions),
+        "lower": sum(s == s.lower() for s in instructions),
+        "title": sum(s == s.title() for s in instructions),
+        "upper": sum(s == s.upper() for s in instructions),
+        "stop": sum(s.endswith(".") for s in instructions),
+        "colour": sum("colour" in s.lower() for s in instructions),
+        "color": sum("color" in s.lower() for s in instructions),
     }
-    assert all(n >= 10 for n in share.values()), share
+    assert all(n >= 10 for n in counts.values()), counts
 
 
 CAT = Thing(kind="cat", colour="red", slot="left", uid=1)
@@ -178,28 +178,28 @@ def names(*things: Thing, style: str = "plain", index: int = 0, **options: bool)
     return {name_thing(scene, index, rng, **options).t for _ in range(300)}
 
 
-def test_it_is_said_only_of_the_one_thing_on_the_page() -> None:
+def test_the_pronoun_it_needs_a_page_with_one_thing() -> None:
     assert "it" in names(CAT)
     assert "it" not in names(CAT, GIRL)
 
 
-def test_her_is_said_where_one_person_stands() -> None:
+def test_the_pronoun_her_needs_a_page_with_one_person() -> None:
     assert "her" in names(CAT, GIRL, index=1)
     assert "her" not in names(BOY, GIRL, index=1)
 
 
-def test_a_group_is_named_only_where_one_thing_is_of_it() -> None:
+def test_a_group_name_needs_exactly_one_member_on_the_page() -> None:
     assert "the animal" in names(CAT, GIRL)
     assert "the animal" not in names(CAT, DOG)
 
 
-def test_the_thing_on_a_side_is_alone_there() -> None:
+def test_a_thing_is_named_by_its_side_only_if_it_is_alone_there() -> None:
     balloon = Thing(kind="balloon", colour="red", slot="left", uid=5)
     assert "the thing on the left" in names(CAT, GIRL)
     assert "the thing on the left" not in names(CAT, balloon)
 
 
-def test_owners_never_end_in_a_place() -> None:
+def test_the_name_of_an_owner_never_ends_in_a_place() -> None:
     assert not any("left" in n for n in names(CAT, GIRL, owner=True))
 
 
@@ -207,13 +207,13 @@ def test_several_things_are_named_in_the_plural() -> None:
     assert {"them", "the foxes"} <= names(Thing(kind="fox", colour="red", count=3))
 
 
-def test_people_are_told_by_their_clothes() -> None:
+def test_people_are_named_by_the_color_of_their_clothes() -> None:
     assert "the girl in blue" in names(CAT, GIRL, index=1)
     assert "the blue girl" not in names(CAT, GIRL, index=1)
 
 
 @pytest.mark.parametrize("style", language.COLOURLESS_STYLES)
-def test_nothing_is_named_by_a_colour_that_the_style_does_not_show(style: str) -> None:
+def test_no_name_uses_a_color_that_the_style_does_not_show(style: str) -> None:
     assert "the red cat" in names(CAT, GIRL)
     assert "the red cat" not in names(CAT, GIRL, style=style)
 

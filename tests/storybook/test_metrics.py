@@ -37,7 +37,7 @@ def test_nearest_needs_the_least_error_and_fails_a_tie():
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (50, 0.5), (100, 1), (150, 1.5)])
-def test_gain_is_the_part_of_the_change_that_was_made(value: int, expected: float):
+def test_gain_is_the_fraction_of_the_change_that_was_made(value: int, expected: float):
     assert gain(flat(value), flat(0), flat(100), EVERYWHERE) == pytest.approx(expected)
 
 
@@ -45,13 +45,13 @@ def test_gain_of_a_change_in_the_other_direction_is_negative():
     assert gain(flat(50), flat(100), flat(150), EVERYWHERE) == pytest.approx(-1)
 
 
-def test_gain_ignores_what_the_edit_does_not_change():
+def test_gain_ignores_pixels_that_the_edit_does_not_change():
     page, exact, output = flat(100), flat(100), flat(100)
     exact[0], output[0], output[3] = 200, 200, 0
     assert gain(output, page, exact, EVERYWHERE) == pytest.approx(1)
 
 
-def test_gain_without_a_wanted_change_is_not_a_number():
+def test_gain_is_nan_if_the_edit_changes_nothing():
     assert math.isnan(gain(flat(1), flat(0), flat(0), EVERYWHERE))
 
 
@@ -68,7 +68,9 @@ def test_gain_without_a_wanted_change_is_not_a_number():
         (True, math.nan, None, False),
     ],
 )
-def test_strict_needs_all_three(nearest: bool, amount: float, preservation: float | None, right: bool):
+def test_strict_needs_nearest_gain_and_preservation(
+    nearest: bool, amount: float, preservation: float | None, right: bool
+):
     assert is_strict(nearest, amount, preservation) is right
 
 
@@ -90,7 +92,7 @@ def test_blur_lowers_the_edge_energy_of_a_line():
     assert edge_energy(blurred, everywhere) < 0.5 * edge_energy(line, everywhere)
 
 
-def test_wilson_interval_of_published_values():
+def test_wilson_interval_matches_newcombe_1998():
     # Newcombe 1998, table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
     for right, count, low, high in (
         (81, 263, 0.2553, 0.3662),
@@ -103,7 +105,7 @@ def test_wilson_interval_of_published_values():
         assert (found.value, found.count) == (pytest.approx(right / count), count)
 
 
-def test_one_of_two_is_a_wide_interval():
+def test_one_of_two_gives_a_wide_interval():
     found = share([True, False])
     assert found.low < 0.1 and found.high > 0.9
 
@@ -116,7 +118,7 @@ def test_mean_has_the_normal_interval():
     assert (found.low, found.high) == (pytest.approx(2.5 - half), pytest.approx(2.5 + half))
 
 
-def test_ratio_of_sums_covers_the_truth_about_as_often_as_it_says():
+def test_intervals_of_ratio_cover_the_true_ratio_about_95_percent_of_the_time():
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(400):
@@ -127,7 +129,7 @@ def test_ratio_of_sums_covers_the_truth_about_as_often_as_it_says():
     assert 0.91 <= hits / 400 <= 0.98
 
 
-def test_averages_of_little():
+def test_averages_of_no_values_are_none_and_of_one_value_have_no_interval():
     assert share([]) is None and mean([]) is None and ratio([1.0], [0.0]) is None
     alone = mean([3.0])
     assert (alone.value, alone.low, alone.high, alone.count) == (3.0, None, None, 1)

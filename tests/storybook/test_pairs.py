@@ -1,4 +1,4 @@
-"""Pairs in the columns of the published data set's edition on the hub."""
+"""Pairs with the columns of the published dataset's Hugging Face version."""
 
 import io
 import json
@@ -19,12 +19,12 @@ def edits(count: int) -> list[Edit]:
     return [sample_edit(rng_for("pairs", i)) for i in range(count)]
 
 
-def test_the_columns_are_those_of_the_hub_edition(tmp_path: Path) -> None:
-    made = edits(3)
-    assert write_pairs(made, tmp_path / "pairs.parquet", size=48) == 3
+def test_pairs_have_the_columns_of_the_hugging_face_version(tmp_path: Path) -> None:
+    sampled = edits(3)
+    assert write_pairs(sampled, tmp_path / "pairs.parquet", size=48) == 3
     table = pq.read_table(tmp_path / "pairs.parquet")
     assert tuple(table.column_names) == PAIR_COLUMNS
-    for edit, row in zip(made, table.to_pylist(), strict=True):
+    for edit, row in zip(sampled, table.to_pylist(), strict=True):
         assert row["edit_prompt"] == edit.instruction
         assert row["original_prompt"] != row["edited_prompt"]
         for column, scene in (("original_image", edit.before), ("edited_image", edit.after)):
@@ -32,7 +32,7 @@ def test_the_columns_are_those_of_the_hub_edition(tmp_path: Path) -> None:
             assert np.array_equal(picture, draw(scene, 48))
 
 
-def test_the_file_tells_the_hub_which_columns_are_pictures(tmp_path: Path) -> None:
+def test_the_file_declares_its_image_columns_for_hugging_face(tmp_path: Path) -> None:
     write_pairs(edits(1), tmp_path / "pairs.parquet", size=32)
     metadata = pq.read_schema(tmp_path / "pairs.parquet").metadata
     features = json.loads(metadata[b"huggingface"])["info"]["features"]
@@ -40,7 +40,7 @@ def test_the_file_tells_the_hub_which_columns_are_pictures(tmp_path: Path) -> No
     assert features["edit_prompt"] == {"dtype": "string", "_type": "Value"}
 
 
-def test_more_rows_than_a_group_are_all_written(tmp_path: Path) -> None:
+def test_more_rows_than_one_row_group_are_all_written(tmp_path: Path) -> None:
     edit = edits(1)[0]
     assert write_pairs([edit] * 101, tmp_path / "pairs.parquet", size=32) == 101
     assert pq.read_metadata(tmp_path / "pairs.parquet").num_rows == 101

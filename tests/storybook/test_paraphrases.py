@@ -1,4 +1,4 @@
-"""Paraphrases: frozen, in wording that no phrasing has, and each with one exact answer."""
+"""Paraphrases are frozen, share no wording with phrasings, and have one exact answer each."""
 
 import hashlib
 import random
@@ -26,15 +26,15 @@ from ip2p_storybook.scene import (
 )
 
 
-def test_the_file_stays_the_same() -> None:
-    # A change here makes earlier measurements of paraphrases worthless: say so in the changelog.
+def test_the_paraphrase_file_is_frozen() -> None:
+    # A change here invalidates earlier scores on paraphrases: note it in the changelog.
     assert (
         hashlib.sha256(PARAPHRASES_FILE.read_bytes()).hexdigest()
         == "f42a8119848147bf1c8b8f76c2168c52cc6c64c5a8c6e6287bca52f9f45bafd6"
     )
 
 
-def test_there_are_many_of_every_kind() -> None:
+def test_every_kind_has_at_least_20_distinct_paraphrases() -> None:
     count = Counter(p.kind for p in read_paraphrases())
     assert set(count) == set(EDIT_KINDS)
     assert min(count.values()) >= 20
@@ -47,17 +47,17 @@ def test_there_are_many_of_every_kind() -> None:
 # --- the wording ------------------------------------------------------------------------------------
 
 
-def test_no_phrasing_says_a_paraphrase_or_a_clause_of_it() -> None:
+def test_no_phrasing_matches_a_paraphrase_or_a_clause_of_it() -> None:
     for paraphrase in read_paraphrases():
         text = paraphrase.instruction
         assert reading.edit_kind(text) == "none", text
         for clause in re.split(r"[.,;:?!]|\b(?:and|then|but|so)\b", text.lower()):
-            if len(clause.split()) > 2:  # "a black cat" is a thing, and no wording
+            if len(clause.split()) > 2:  # "a black cat" is just a thing
                 assert reading.edit_kind(clause.strip()) == "none", text
 
 
-def names() -> list[str]:
-    """All that can fill the fields of a phrasing, the longest first."""
+def field_values() -> list[str]:
+    """Everything that can fill a field of a phrasing, longest first."""
     nouns = [noun for kind in ALL_KINDS for noun in language.nouns_of(kind)]
     nouns += [noun for group in words.GROUP_NOUNS.values() for noun in group]
     nouns += [word for wearable in WEARABLES for word in language.wearables_of(wearable)]
@@ -83,23 +83,23 @@ def names() -> list[str]:
     return sorted(map(language.american, found), key=len, reverse=True)
 
 
-NAMES = re.compile(rf"\b(?:{'|'.join(map(re.escape, names()))})\b(?:'s?)?")
+NAMES = re.compile(rf"\b(?:{'|'.join(map(re.escape, field_values()))})\b(?:'s?)?")
 ARTICLES = re.compile(r"\b(?:an?|the|this|that|these|those|my|some)\b")
 
 
 def wording(text: str) -> str:
-    """The text with one mark for whatever fills a field, without articles and punctuation."""
+    """The text with X for each field's value, without articles and punctuation."""
     text = NAMES.sub("X", re.sub(r"\{\w+\}", "X", language.american(text.lower())))
     text = re.sub(r"[^\w' ]", " ", ARTICLES.sub(" ", text))
     return re.sub(r"X(?: X)+", "X", " ".join(text.split()))
 
 
-def test_the_wording_is_that_of_no_phrasing() -> None:
+def test_no_paraphrase_has_the_wording_of_a_phrasing() -> None:
     known = {wording(p.text) for phrasings in language.PHRASINGS.values() for p in phrasings}
     assert wording("Put a hat on the red cat!") in known
     for paraphrase in read_paraphrases():
-        said = {wording(clause) for clause in reading._clauses(paraphrase.instruction)}
-        assert said.isdisjoint(known), paraphrase.instruction
+        wordings = {wording(clause) for clause in reading._clauses(paraphrase.instruction)}
+        assert wordings.isdisjoint(known), paraphrase.instruction
 
 
 def test_few_words_are_outside_the_vocabulary() -> None:
@@ -111,16 +111,16 @@ def test_few_words_are_outside_the_vocabulary() -> None:
 # --- the answers ------------------------------------------------------------------------------------
 
 
-def draw_some(kind: str | None, count: int) -> list[Edit]:
+def sample_paraphrases(kind: str | None, count: int) -> list[Edit]:
     rng = rng_for("paraphrases", kind)
     return [sample_edit(rng, kind, "paraphrases") for _ in range(count)]
 
 
 @pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_every_paraphrase_is_drawn_with_one_answer(kind: str) -> None:
-    drawn = set()
-    for edit in draw_some(kind, 400):
-        drawn.add(edit.instruction)
+def test_every_paraphrase_is_sampled_with_a_unique_answer(kind: str) -> None:
+    sampled = set()
+    for edit in sample_paraphrases(kind, 400):
+        sampled.add(edit.instruction)
         assert edit.kind == kind
         assert is_unique(edit)
         assert edit.before != edit.after
@@ -128,7 +128,7 @@ def test_every_paraphrase_is_drawn_with_one_answer(kind: str) -> None:
         assert not has_held_out_combination(edit.before)
         assert not has_held_out_combination(edit.after)
         assert all(is_paraphrase(part) for part in edit.phrasing.split("+"))
-    assert drawn == {p.instruction for p in paraphrases_of(kind)}
+    assert sampled == {p.instruction for p in paraphrases_of(kind)}
 
 
 FIELDS = {
@@ -138,7 +138,7 @@ FIELDS = {
 
 
 def check_rules(edit: Edit) -> None:
-    """The answer follows the rules that `edits` gives for its kind."""
+    """Check that the answer follows the rules of its kind in `edits`."""
     before, after = edit.before, edit.after
     if edit.kind in GLOBAL_KINDS:
         assert replace(before, **{edit.kind: getattr(after, edit.kind)}) == after
@@ -164,7 +164,7 @@ def check_rules(edit: Edit) -> None:
 
 
 def test_answers_follow_the_rules_of_their_kind() -> None:
-    for edit in draw_some(None, 1500):
+    for edit in sample_paraphrases(None, 1500):
         for step in edit.steps or (edit,):
             check_rules(step)
         if edit.steps:
@@ -172,14 +172,14 @@ def test_answers_follow_the_rules_of_their_kind() -> None:
             assert (first.before, first.after, second.after) == (edit.before, second.before, edit.after)
 
 
-def test_a_thing_without_a_side_is_added_where_one_place_is_free() -> None:
-    edits = [e for e in draw_some("add", 500) if "free place" in e.instruction]
+def test_the_free_place_is_named_only_if_exactly_one_is_free() -> None:
+    edits = [e for e in sample_paraphrases("add", 500) if "free place" in e.instruction]
     assert edits
     assert all(len(e.before.free_slots(sky=False)) == 1 for e in edits)
 
 
-def test_what_is_said_of_one_thing_is_said_of_the_only_one() -> None:
-    for edit in draw_some("take_off", 400):
+def test_he_is_used_only_if_the_one_person_on_the_page_is_male() -> None:
+    for edit in sample_paraphrases("take_off", 400):
         if edit.instruction.startswith("he "):
             people = [t for t in edit.before.things if t.kind in ("girl", "boy", "queen", "wizard")]
             assert [t.kind in ("boy", "wizard") for t in people] == [True]
@@ -187,15 +187,15 @@ def test_what_is_said_of_one_thing_is_said_of_the_only_one() -> None:
 
 def test_a_page_gets_a_paraphrase_that_fits_it_or_none() -> None:
     page = Scene(place="beach", things=(Thing(kind="cat", colour="red", uid=1),), seed=3)
-    drawn = (propose(page, random.Random(k), "recolour", "paraphrases") for k in range(20))
-    said = {edit.instruction for edit in drawn if edit is not None}
-    assert said == {"that cat must turn orange"}
+    sampled = (propose(page, random.Random(k), "recolour", "paraphrases") for k in range(20))
+    instructions = {edit.instruction for edit in sampled if edit is not None}
+    assert instructions == {"that cat must turn orange"}
     assert propose(page, random.Random(1), None, "paraphrases") is not None
     assert propose(page, random.Random(1), "take_off", "paraphrases") is None
     with pytest.raises(ValueError, match="unknown kind of edit 'melt'"):
         propose(page, random.Random(1), "melt", "paraphrases")
 
 
-def test_training_draws_no_paraphrase() -> None:
+def test_training_never_samples_a_paraphrase() -> None:
     rng = rng_for("no paraphrase")
     assert not any(is_paraphrase(sample_edit(rng, split="train").phrasing) for _ in range(500))

@@ -1,4 +1,4 @@
-"""Edits between given pages: exact by drawing, in training's words, and none where the language has none."""
+"""Edits between two given pages: drawn exactly, in training phrasings, or None where there is no phrasing."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ KINDS = [kind for kind in EDIT_KINDS if kind != "two"]
 
 
 def edits_of(kind, count):
-    """Edits of the kind whose answer is unique, on pages whose things can come back."""
+    """Edits of the kind with a unique answer, on reversible pages."""
     found, number = [], 0
     while len(found) < count:
         rng = rng_for("changes", kind, number)
@@ -28,19 +28,19 @@ def edits_of(kind, count):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_edit_is_said_again_in_other_words(kind):
+def test_an_edit_can_be_reworded(kind):
     for number, edit in enumerate(edits_of(kind, 12)):
-        again = [say_change(edit.before, edit.after, rng_for("again", kind, number, k)) for k in range(4)]
-        said = [new for new in again if new is not None]
-        assert len(said) >= 3
-        for new in said:
+        attempts = [say_change(edit.before, edit.after, rng_for("again", kind, number, k)) for k in range(4)]
+        reworded = [new for new in attempts if new is not None]
+        assert len(reworded) >= 3
+        for new in reworded:
             assert new.before == edit.before and same_page(new.after, edit.after)
             assert new.kind == kind and is_unique(new)
-        assert len({new.instruction for new in said}) > 1
+        assert len({new.instruction for new in reworded}) > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_reversal_of_an_edit_draws_the_first_page_again(kind):
+def test_the_reversal_of_an_edit_restores_the_page_pixel_for_pixel(kind):
     reversed_edits = 0
     for number, edit in enumerate(edits_of(kind, 12)):
         back = say_change(edit.after, edit.before, rng_for("back", kind, number))
@@ -48,11 +48,11 @@ def test_the_reversal_of_an_edit_draws_the_first_page_again(kind):
             continue
         reversed_edits += 1
         np.testing.assert_array_equal(draw(back.after, 64), draw(edit.before, 64))
-    # Clothes that the new kind cannot wear, and colors that a style does not show, do not come back.
+    # Clothes that the new kind cannot wear, and colors that a style does not show, cannot be restored.
     assert reversed_edits >= (3 if kind in ("style", "remove") else 8)
 
 
-def test_two_edits_of_a_page_give_the_way_from_one_to_the_other():
+def test_two_edits_of_a_page_give_an_edit_from_one_result_to_the_other():
     count = {"one": 0, "two": 0}
     for number in range(60):
         rng = rng_for("across", number)
@@ -70,18 +70,18 @@ def test_two_edits_of_a_page_give_the_way_from_one_to_the_other():
     assert count["one"] >= 2 and count["two"] >= 20
 
 
-def test_nothing_held_out_is_said_or_shown():
-    held = language.held_out_phrasings()
+def test_reversed_edits_use_no_held_out_phrasing_or_combination():
+    held_out = language.held_out_phrasings()
     for number in range(80):
         rng = rng_for("held", number)
         edit = sample_edit(rng)
         back = say_change(edit.after, edit.before, rng)
         if back is not None:
-            assert not held & set(back.phrasing.split("+"))
+            assert not held_out & set(back.phrasing.split("+"))
             assert not has_held_out_combination(back.after)
 
 
-def test_pages_apart_in_two_ways_or_none_have_no_single_edit():
+def test_pages_with_no_or_two_differences_have_no_single_edit():
     edit = edits_of("recolour", 1)[0]
     rng = rng_for("none")
     assert say_change(edit.before, edit.before, rng) is None
@@ -91,7 +91,7 @@ def test_pages_apart_in_two_ways_or_none_have_no_single_edit():
     assert say_two_changes(edit.before, edit.after, other, rng) is not None
 
 
-def test_reversible_pages_differ_in_nothing_but_the_things_seeds():
+def test_reversible_changes_only_the_uids_of_things():
     page = sample_scene(rng_for("page", 1))
     other = reversible(page)
     assert [replace(t, uid=0) for t in other.things] == [replace(t, uid=0) for t in page.things]

@@ -27,7 +27,7 @@ def some_cases():
     return list(cases(30, seed=0, size=SIZE, split="test"))
 
 
-def test_every_kind_comes_in_turn_with_enough_other_answers(some_cases):
+def test_kinds_alternate_and_every_case_has_enough_alternatives(some_cases):
     assert [c.edit.kind for c in some_cases] == [*EDIT_KINDS, *EDIT_KINDS]
     assert all(len(c.others) >= OTHER_ANSWERS for c in some_cases)
 
@@ -49,14 +49,14 @@ def test_each_other_answer_fails(some_cases):
         assert not any(judge(case, other).nearest for other in case.others)
 
 
-def test_noise_far_below_the_difference_does_not_turn_the_verdict(some_cases):
+def test_small_noise_does_not_change_the_verdict(some_cases):
     rng = np.random.default_rng(0)
     for case in some_cases:
         noisy = case.exact + rng.normal(0, 2, case.exact.shape)
         assert judge(case, noisy.clip(0, 255).round().astype(np.uint8)).nearest
 
 
-def test_what_lies_outside_the_region_does_not_count(some_cases):
+def test_pixels_outside_the_region_do_not_count(some_cases):
     case = next(c for c in some_cases if not c.region.all())
     output = case.exact.copy()
     output[~case.region] = 0
@@ -71,7 +71,7 @@ def test_preservation_is_psnr_where_nothing_may_change(some_cases):
     assert abs(kept - 20 * np.log10(255 / 10)) < 1e-4
 
 
-def test_same_seed_same_cases():
+def test_the_same_seed_gives_the_same_cases():
     for split in SPLITS:
         first, second = (list(cases(3, seed=4, size=32, split=split)) for _ in range(2))
         assert [c.edit for c in first] == [c.edit for c in second]
@@ -86,7 +86,7 @@ def test_half_the_change_is_never_strict(some_cases):
     assert all(verdict.gain == pytest.approx(0.5, abs=0.05) for verdict in verdicts)
 
 
-def test_hedging_is_caught_by_both_shares_and_not_by_preservation(some_cases):
+def test_hedging_lowers_nearest_and_strict_but_not_preservation(some_cases):
     row = summarize([judge(case, hedged_answer(case)) for case in some_cases])["overall"]
     assert row["strict"]["value"] <= row["nearest"]["value"] < 0.5
     assert row["preservation"]["value"] > 50
@@ -118,7 +118,7 @@ def result(tiny_model_dir):
     return score(editor, count=3, settings=EditSettings(steps=1), size=64, batch_size=2)
 
 
-def test_score_of_a_random_model_is_a_whole_table(result):
+def test_score_of_a_random_model_has_every_table(result):
     assert tuple(result["splits"]) == SPLITS == tuple(s for s in edits.SPLITS if s != "train")
     for tables in result["splits"].values():
         assert {"model", *BASELINES} <= set(tables)
@@ -139,12 +139,12 @@ def test_text_has_counts_and_intervals_beside_every_share(result):
     assert "0/3   0%   (0-56)" in row
 
 
-def test_text_of_large_numbers_fits(result):
-    some = result["splits"]["test"]["model"]["overall"]
+def test_text_with_large_numbers_fits_in_100_columns(result):
+    base_row = result["splits"]["test"]["model"]["overall"]
     full = {"value": 1.0, "low": 0.9999, "high": 1.0, "count": 9999}
     sharp = {"value": 1.0, "low": 0.99, "high": 1.01, "count": 9999}
     kept = {"value": 60.0, "low": 60.0, "high": 60.0, "count": 9999}
-    row = {**some, "nearest": full, "strict": full, "sharpness": sharp, "preservation": kept}
+    row = {**base_row, "nearest": full, "strict": full, "sharpness": sharp, "preservation": kept}
     tables = {"model": {"recolour": row}, **{name: {"overall": row} for name in BASELINES}}
     text = as_text({**result, "splits": {"unseen_combinations": tables}})
     assert max(map(len, text.splitlines())) <= 100
@@ -152,16 +152,16 @@ def test_text_of_large_numbers_fits(result):
 
 def test_command_scores_the_named_splits(tiny_model_dir, tmp_path, capsys):
     out = tmp_path / "score.json"
-    words = ["--model", tiny_model_dir, "--count", "2", "--steps", "1", "--size", "32", "--device", "cpu"]
-    words += ["--split", "unseen_phrasings", "--split", "train", "-o", out, "--sheet", tmp_path / "rows.png"]
-    assert cli.main(["storybook", "score", *map(str, words)]) == 0
+    args = ["--model", tiny_model_dir, "--count", "2", "--steps", "1", "--size", "32", "--device", "cpu"]
+    args += ["--split", "unseen_phrasings", "--split", "train", "-o", out, "--sheet", tmp_path / "rows.png"]
+    assert cli.main(["storybook", "score", *map(str, args)]) == 0
     assert set(json.loads(out.read_text())["splits"]) == {"unseen_phrasings", "train"}
-    shown = capsys.readouterr().out
-    assert "unseen_phrasings" in shown and "unseen_combinations" not in shown
+    output = capsys.readouterr().out
+    assert "unseen_phrasings" in output and "unseen_combinations" not in output
     assert (tmp_path / "rows.png").is_file()
 
 
-def test_unknown_split_is_named_with_the_known_ones(capsys):
+def test_an_unknown_split_is_reported_with_the_known_ones(capsys):
     assert cli.main(["storybook", "score", "--split", "tset"]) == 2
     error = capsys.readouterr().err
     assert "tset" in error and all(split in error for split in edits.SPLITS)

@@ -12,7 +12,7 @@ from ip2p_storybook.labels import edit_labels, scene_labels
 from ip2p_storybook.scene import rng_for
 
 
-def test_a_row_is_the_edit_of_its_number():
+def test_each_row_is_the_edit_seeded_with_its_number():
     edit = sample_edit(rng_for("storybook pairs", 3, 5))
     pair = StorybookSource(32, seed=3)[5]
     assert np.array_equal(pair.before, draw(edit.before, 32))
@@ -24,7 +24,7 @@ def test_a_row_is_the_edit_of_its_number():
     assert np.array_equal(pair.labels["edit"], edit_labels(edit))
 
 
-def test_training_has_even_pages_and_the_others_odd_ones(monkeypatch):
+def test_training_pages_have_even_seeds_and_other_splits_odd_ones(monkeypatch):
     drawn = []
     monkeypatch.setattr(
         "ip2p.training.storybook.source.draw", lambda scene, size: drawn.append(scene.seed % 2)
@@ -37,7 +37,7 @@ def test_training_has_even_pages_and_the_others_odd_ones(monkeypatch):
         assert set(drawn) == {odd}
 
 
-def test_without_a_count_it_is_endless():
+def test_a_source_without_a_count_is_endless():
     endless, three = StorybookSource(32), StorybookSource(32, count=3)
     assert endless.endless and len(endless) == 2**31
     assert not three.endless and len(three) == 3
@@ -47,14 +47,14 @@ def test_without_a_count_it_is_endless():
         three[3]
 
 
-def test_a_copy_in_another_process_gives_the_same_rows():
+def test_a_pickled_copy_gives_the_same_rows():
     source = StorybookSource(32, seed=1)
     copy = pickle.loads(pickle.dumps(source))
     assert copy.key == source.key
     assert np.array_equal(copy[7].after, source[7].after)
 
 
-def test_the_key_tells_size_seed_and_split_apart():
+def test_the_key_depends_on_size_seed_and_split():
     keys = {
         StorybookSource(32).key,
         StorybookSource(64).key,

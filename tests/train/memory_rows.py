@@ -1,6 +1,6 @@
-"""Rows in memory, and work in processes that may be killed.
+"""In-memory rows, and child processes that may be killed.
 
-Not a conftest: the tests that say `from conftest import ...` would find this one and not the one above.
+Not a conftest.py: `from conftest import ...` would find it instead of tests/conftest.py.
 """
 
 import os
@@ -14,7 +14,7 @@ from ip2p.data.records import BrokenRow, Pair
 
 
 class Rows:
-    """A source of `count` small pictures in memory; `on_read(row)` is called at every read."""
+    """A source of `count` small pictures in memory; `on_read(row)` is called on every read."""
 
     name, endless = "rows", False
 
@@ -48,14 +48,14 @@ class Rows:
 
 
 class Child:
-    """A forked process at `work`: it has the parent's modules already, so it begins at once."""
+    """A forked process that runs `work`: it has the parent's modules, so it starts at once."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self.pid = os.fork()
         if self.pid:
             return
         try:
-            torch.set_num_threads(1)  # a pool of threads does not survive a fork
+            torch.set_num_threads(1)  # a thread pool does not survive a fork
             work()
             os._exit(0)
         except BaseException:
@@ -63,5 +63,5 @@ class Child:
             os._exit(1)
 
     def end(self) -> int:
-        """Wait for it: 0 if it went well, minus the signal that killed it."""
+        """Wait for its exit: 0 on success, minus the signal that killed it."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

@@ -1,4 +1,4 @@
-"""The memory of a run before it starts, 8-bit Adam, and averages in the host's memory."""
+"""Memory estimates before a run, 8-bit Adam, and EMA weights in CPU memory."""
 
 import copy
 import sys
@@ -30,33 +30,33 @@ def unet(**more) -> UNet2DConditionModel:
 
 
 def saved_bytes(model, batch: int) -> int:
-    """An oracle: the bytes that autograd keeps for the backward pass, each storage once."""
+    """Oracle: the bytes that autograd saves for the backward pass, each storage once."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (tensor, storage.nbytes())
+            saved[storage.data_ptr()] = (tensor, storage.nbytes())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         noisy, text = torch.randn(batch, 8, 16, 16), torch.randn(batch, 77, 32)
         model(noisy, torch.zeros(batch), text)
-    return sum(size for _, size in kept.values())
+    return sum(size for _, size in saved.values())
 
 
-def test_the_estimate_of_activations_is_what_autograd_keeps():
+def test_estimated_activations_match_what_autograd_saves_within_30_percent():
     model = unet()
     need = training_memory(model, [], micro_batch=2, latent_size=(16, 16))
     assert need.activations == pytest.approx(saved_bytes(model, 2), rel=0.3)
     half = training_memory(model, [], micro_batch=2, latent_size=(16, 16), half=True)
-    thrifty = training_memory(model, [], micro_batch=2, latent_size=(16, 16), checkpointing=True)
+    checkpointed = training_memory(model, [], micro_batch=2, latent_size=(16, 16), checkpointing=True)
     assert 0.5 < half.activations / need.activations < 1
-    assert thrifty.activations < 0.6 * need.activations
+    assert checkpointed.activations < 0.6 * need.activations
 
 
-def test_weights_gradients_optimizer_and_average_are_counted_to_the_byte():
+def test_weights_gradients_optimizer_and_ema_are_exact_to_the_byte():
     model, frozen = unet(), torch.nn.Linear(10, 10)
     count = sum(p.numel() for p in model.parameters())
     need = training_memory(model, [frozen], micro_batch=1, latent_size=(16, 16))
@@ -70,7 +70,7 @@ def test_weights_gradients_optimizer_and_average_are_counted_to_the_byte():
     assert small.ema == 0 and small.optimizer < need.optimizer / 3.8
 
 
-def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of():
+def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_gets_a_warning():
     need = TrainingMemory(
         parameters=4 * 10**9, gradients=10**9, optimizer=2 * 10**9, ema=10**9, activations=10**9, loaded=10**9
     )
@@ -85,27 +85,27 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of():
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_an_average_in_the_hosts_memory_is_the_same_to_the_bit(times):
+def test_ema_on_cpu_is_bit_identical(times):
     torch.manual_seed(1)
     model = torch.nn.Linear(50, 40)
-    here, away = Ema(model, 0.99), Ema(model, 0.99, on_cpu=True)
-    again = None
+    default, offloaded = Ema(model, 0.99), Ema(model, 0.99, on_cpu=True)
+    restored = None
     for step in range(25):
         with torch.no_grad():
             model.weight += torch.randn_like(model.weight)
-        here.update(model, times)
-        away.update(model, times)
+        default.update(model, times)
+        offloaded.update(model, times)
         if step == 12:
-            state = copy.deepcopy(away.state_dict())
-            again = Ema(model, 0.99, on_cpu=True)
-            again.load_state_dict(state)
-        elif again is not None:
-            again.update(model, times)
-    for ema in (away, again):
-        assert ema.updates == here.updates
-        assert all(torch.equal(ema.state_dict()["average"][k], v) for k, v in here.average.items())
-    with away.in_place(model):
-        assert torch.equal(model.weight, here.average["weight"])
+            state = copy.deepcopy(offloaded.state_dict())
+            restored = Ema(model, 0.99, on_cpu=True)
+            restored.load_state_dict(state)
+        elif restored is not None:
+            restored.update(model, times)
+    for ema in (offloaded, restored):
+        assert ema.updates == default.updates
+        assert all(torch.equal(ema.state_dict()["average"][k], v) for k, v in default.average.items())
+    with offloaded.in_place(model):
+        assert torch.equal(model.weight, default.average["weight"])
 
 
 # --- 8-bit Adam -------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def train(folder, steps, **more):
     return task.net.weight.detach()
 
 
-def test_training_with_an_average_in_the_hosts_memory_is_the_same_to_the_bit(tmp_path):
+def test_training_with_ema_on_cpu_is_bit_identical(tmp_path):
     assert torch.equal(train(tmp_path / "a", 7), train(tmp_path / "b", 7, ema_on_cpu=True))
 
 
@@ -152,11 +152,11 @@ def test_8_bit_adam_without_its_library_says_how_to_install_it(tmp_path, monkeyp
         train(tmp_path, 1, optimizer="adamw8bit")
 
 
-def test_8_bit_adam_keeps_bytes_and_resumes_to_the_bit(tmp_path):
+def test_8_bit_adam_stores_uint8_states_and_resumes_bit_identically(tmp_path):
     pytest.importorskip("bitsandbytes", reason="an extra: ip2p[8bit]")
-    whole = train(tmp_path / "a", 6, optimizer="adamw8bit")
+    uninterrupted = train(tmp_path / "a", 6, optimizer="adamw8bit")
     train(tmp_path / "b", 3, optimizer="adamw8bit")
-    assert torch.equal(train(tmp_path / "b", 6, optimizer="adamw8bit"), whole)
+    assert torch.equal(train(tmp_path / "b", 6, optimizer="adamw8bit"), uninterrupted)
     task = Task()
     optimizer = loop.new_optimizer(
         list(task.parameters()), LoopConfig(steps=1, batch=8, lr=1e-2, optimizer="adamw8bit")
@@ -165,10 +165,10 @@ def test_8_bit_adam_keeps_bytes_and_resumes_to_the_bit(tmp_path):
     optimizer.step()
     assert optimizer.state[task.net.weight]["state1"].dtype == torch.uint8
     plain = train(tmp_path / "c", 6)
-    assert torch.nn.functional.cosine_similarity(whole.flatten(), plain.flatten(), dim=0) > 0.99
+    assert torch.nn.functional.cosine_similarity(uninterrupted.flatten(), plain.flatten(), dim=0) > 0.99
 
 
-def test_both_are_keys_of_a_recipe(tmp_path):
+def test_8_bit_adam_and_ema_on_cpu_are_recipe_keys(tmp_path):
     (tmp_path / "recipe.yaml").write_text("optimizer: adamw8bit\nema_on_cpu: true\n")
     config = cli.parse("train", ["--config", str(tmp_path / "recipe.yaml")])
     assert (config.optimizer, config.ema_on_cpu) == ("adamw8bit", True)

@@ -45,13 +45,13 @@ def home(folder: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The bytes of every part, and what the manifest says of each."""
-    found = {path.name: path.read_bytes() for path in folder.glob("*/*.latents")}
+    """The bytes of every part, and its line of the manifest."""
+    contents = {path.name: path.read_bytes() for path in folder.glob("*/*.latents")}
     lines = [json.loads(line) for line in (home(folder) / "manifest.jsonl").read_text().splitlines()]
     for line in lines:
-        found[f"line {line['part']}"] = json.dumps(line).encode()
-    assert len(lines) == len(found) - len(lines), "one line a part"
-    return found
+        contents[f"line {line['part']}"] = json.dumps(line).encode()
+    assert len(lines) == len(contents) - len(lines), "one line a part"
+    return contents
 
 
 def inodes(folder: Path) -> dict[str, int]:
@@ -60,7 +60,7 @@ def inodes(folder: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def tiny_bundle(tiny_model_dir):
-    """The tiny model's networks in fp32. Leave them as they are."""
+    """The tiny model's networks in fp32. Do not modify them."""
     from ip2p.models.bundle import load_bundle
 
     return load_bundle(tiny_model_dir)
@@ -77,7 +77,7 @@ def autoencoder(tiny_model_dir):
 
 
 @pytest.mark.parametrize("transform", [SQUARE, Transform(size=(40, 24), resize_to=28, crops=3)])
-def test_cached_latents_are_diffusers_posteriors_of_the_transformed_pictures(
+def test_cached_latents_match_diffusers_posteriors_of_the_transformed_pictures(
     tiny_bundle, autoencoder, tmp_path, transform
 ):
     rows = Rows(6)
@@ -96,7 +96,7 @@ def test_cached_latents_are_diffusers_posteriors_of_the_transformed_pictures(
                     torch.testing.assert_close(got.std, posterior.std, rtol=1e-5, atol=1e-5)
 
 
-def test_the_odd_variant_is_the_mirrored_pictures_encoding(tiny_bundle, tmp_path):
+def test_the_odd_variant_encodes_the_mirrored_picture(tiny_bundle, tmp_path):
     rows = Rows(1)
     got = build(rows, tiny_bundle, tmp_path).read([0], [1])
     mirrored = torch.from_numpy(rows[0].before[:, ::-1].copy()).permute(2, 0, 1)[None]
@@ -117,19 +117,19 @@ def test_equal_pictures_have_equal_latents_in_every_variant(tiny_bundle, tmp_pat
     assert len({row.numpy().tobytes() for row in got.before}) == 20
 
 
-def test_fp16_on_the_disk_is_fp32_rounded(tiny_bundle, tmp_path):
-    whole = build(Rows(3), tiny_bundle, tmp_path).read([0, 1, 2], [0, 1, 0])
+def test_fp16_latents_are_the_fp32_latents_rounded(tiny_bundle, tmp_path):
+    full = build(Rows(3), tiny_bundle, tmp_path).read([0, 1, 2], [0, 1, 0])
     half = build(Rows(3), tiny_bundle, tmp_path, dtype="fp16").read([0, 1, 2], [0, 1, 0])
     for name in ("before", "mean", "std"):
         assert getattr(half, name).dtype == torch.float32
-        assert torch.equal(getattr(half, name), getattr(whole, name).half().float())
+        assert torch.equal(getattr(half, name), getattr(full, name).half().float())
 
 
-def test_bf16_autocast_is_near_and_another_cache(tiny_bundle, tmp_path):
-    whole = build(Rows(2), tiny_bundle, tmp_path)
+def test_bf16_autocast_is_close_and_uses_a_separate_cache(tiny_bundle, tmp_path):
+    full = build(Rows(2), tiny_bundle, tmp_path)
     fast = build(Rows(2), tiny_bundle, tmp_path, autocast=torch.bfloat16)
-    assert fast.folder != whole.folder
-    a, b = whole.read([0, 1], [0, 0]).mean, fast.read([0, 1], [0, 0]).mean
+    assert fast.folder != full.folder
+    a, b = full.read([0, 1], [0, 0]).mean, fast.read([0, 1], [0, 0]).mean
     assert 0 < (a - b).abs().mean() < 0.02 * a.abs().mean()
 
 
@@ -148,7 +148,7 @@ def test_rows_are_gathered_from_all_parts_in_any_order(tiny_bundle, tmp_path):
     assert cache.read([], []).before.shape == (0, 4, 8, 8)
 
 
-def test_a_copy_in_another_process_opens_the_files_anew(tiny_bundle, tmp_path):
+def test_a_pickled_cache_reopens_its_files(tiny_bundle, tmp_path):
     cache = build(Rows(5), tiny_bundle, tmp_path)
     before = cache.read([4], [1]).mean
     sent = pickle.dumps(cache)
@@ -156,7 +156,7 @@ def test_a_copy_in_another_process_opens_the_files_anew(tiny_bundle, tmp_path):
     assert torch.equal(pickle.loads(sent).read([4], [1]).mean, before)
 
 
-def test_a_second_call_reads_no_picture(tiny_bundle, tmp_path):
+def test_a_second_build_reads_no_picture(tiny_bundle, tmp_path):
     build(Rows(5), tiny_bundle, tmp_path)
 
     def refuse(row):
@@ -166,7 +166,7 @@ def test_a_second_call_reads_no_picture(tiny_bundle, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["data", "transform", "dtype"])
-def test_another_source_transform_or_format_is_another_cache(tiny_bundle, tmp_path, change):
+def test_a_different_source_transform_or_dtype_uses_a_separate_cache(tiny_bundle, tmp_path, change):
     first = build(Rows(2), tiny_bundle, tmp_path)
     rows = Rows(3 if change == "data" else 2)
     transform = Transform(size=(32, 32), flip=False) if change == "transform" else SQUARE
@@ -175,7 +175,7 @@ def test_another_source_transform_or_format_is_another_cache(tiny_bundle, tmp_pa
 
 
 def test_worker_processes_give_the_same_bytes(tiny_bundle, tmp_path):
-    broken = [3, 8, 9, 10, 11]  # the third part has no row that is whole
+    broken = [3, 8, 9, 10, 11]  # the third part has no usable row
     for folder, workers in ((tmp_path / "here", 0), (tmp_path / "there", 2)):
         child = Child(
             lambda f=folder, w=workers: build(
@@ -192,39 +192,39 @@ def test_worker_processes_give_the_same_bytes(tiny_bundle, tmp_path):
 # --- several processes, killed processes -----------------------------------------------------------
 
 
-def test_two_processes_make_one_cache_together_byte_for_byte(tiny_bundle, tmp_path):
+def test_two_processes_build_the_same_cache_together_byte_for_byte(tiny_bundle, tmp_path):
     assert Child(lambda: build(Rows(22), tiny_bundle, tmp_path / "one")).end() == 0
     ready_read, ready_write = os.pipe()
-    resume, go = os.pipe()
+    resume_read, resume_write = os.pipe()
 
     def second():
-        # Neither can make all of it: this one waits in the midst of its first part until the other is done.
+        # Neither builds all of it: this one waits within its first part until the other is done.
         def wait(row):
             if row == 5:
                 os.write(ready_write, b"x")
-                os.read(resume, 1)
+                os.read(resume_read, 1)
 
         build(Rows(22, on_read=wait), tiny_bundle, tmp_path / "two", rank=1, world=2)
 
     slow = Child(second)
     os.read(ready_read, 1)
-    said: list[str] = []
+    messages: list[str] = []
 
     def first():
-        def tell(text):
-            said.append(text)
-            os.write(go, b"x")
+        def notify(text):
+            messages.append(text)
+            os.write(resume_write, b"x")
 
-        build(Rows(22), tiny_bundle, tmp_path / "two", rank=0, world=2, say=tell)
-        assert ["another process" in text for text in said] == [True]
+        build(Rows(22), tiny_bundle, tmp_path / "two", rank=0, world=2, say=notify)
+        assert ["another process" in text for text in messages] == [True]
 
     quick = Child(first)
     assert quick.end() == 0 and slow.end() == 0
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def killed(point: str) -> None:
-    """In this process: die by SIGKILL at a moment of the second part's making."""
+def die_at(point: str) -> None:
+    """Kill this process with SIGKILL at a point of building the second part."""
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     append, rename = Ledger.append, os.replace
     if point == "written":
@@ -244,12 +244,12 @@ def killed(point: str) -> None:
 
 
 @pytest.mark.parametrize("point", ["reading", "written", "renamed", "half a line"])
-def test_a_killed_build_goes_on_with_what_is_missing(tiny_bundle, tmp_path, point):
+def test_a_killed_build_resumes_with_the_missing_rows(tiny_bundle, tmp_path, point):
     assert Child(lambda: build(Rows(10), tiny_bundle, tmp_path / "whole")).end() == 0
     folder = tmp_path / "killed"
 
     def work():
-        killed(point)
+        die_at(point)
         stop = (
             (lambda row: os.kill(os.getpid(), signal.SIGKILL) if row == 6 else None)
             if point == "reading"
@@ -262,11 +262,11 @@ def test_a_killed_build_goes_on_with_what_is_missing(tiny_bundle, tmp_path, poin
     read: list[int] = []
     read_fd, write_fd = os.pipe()
 
-    def go_on():
+    def resume():
         build(Rows(10, on_read=read.append), tiny_bundle, folder)
         os.write(write_fd, json.dumps(read).encode())
 
-    assert Child(go_on).end() == 0
+    assert Child(resume).end() == 0
     assert json.loads(os.read(read_fd, 1000)) == list(range(4, 10))
     assert inodes(folder)["000000.latents"] == kept
     found = {path.name: path.read_bytes() for path in folder.glob("*/*.latents")}
@@ -275,7 +275,7 @@ def test_a_killed_build_goes_on_with_what_is_missing(tiny_bundle, tmp_path, poin
     LatentCache(home(folder))
 
 
-def test_the_claim_of_a_killed_process_ends_with_it(tiny_bundle, tmp_path):
+def test_a_killed_process_releases_its_claim(tiny_bundle, tmp_path):
     ready_read, ready_write = os.pipe()
 
     def hang(row):
@@ -284,59 +284,59 @@ def test_the_claim_of_a_killed_process_ends_with_it(tiny_bundle, tmp_path):
 
     child = Child(lambda: build(Rows(3, on_read=hang), tiny_bundle, tmp_path))
     os.read(ready_read, 1)
-    said: list[str] = []
+    messages: list[str] = []
 
     def say(text):
-        said.append(text)
+        messages.append(text)
         os.kill(child.pid, signal.SIGKILL)
         child.end()
 
     assert len(build(Rows(3), tiny_bundle, tmp_path, say=say)) == 3
-    assert len(said) == 1 and "another process" in said[0]
+    assert len(messages) == 1 and "another process" in messages[0]
 
 
-def test_the_workers_of_a_killed_process_end_with_it(tiny_bundle, tmp_path):
+def test_the_workers_of_a_killed_process_exit(tiny_bundle, tmp_path):
     ready_read, ready_write = os.pipe()
-    alive, held = os.pipe()
+    read_end, write_end = os.pipe()
 
-    def hang(*_):  # the first chunk has come, and nobody takes the next ones
+    def hang(*_):  # the first chunk has arrived, and nothing reads the next ones
         signal.pause()
 
-    def tell(row):
-        if row == 10:  # the chunk before is on its way, and larger than a pipe holds
+    def notify(row):
+        if row == 10:  # the previous chunk is being sent, and is larger than a pipe
             os.write(ready_write, b"x")
 
     def work():
         large = Transform(size=(64, 64))
         caches._encode = hang
-        build(Rows(16, side=64, on_read=tell), tiny_bundle, tmp_path, large, workers=1)
+        build(Rows(16, side=64, on_read=notify), tiny_bundle, tmp_path, large, workers=1)
 
     child = Child(work)
-    os.close(held)
+    os.close(write_end)
     os.read(ready_read, 1)
     os.kill(child.pid, signal.SIGKILL)
     child.end()
-    ended, _, _ = select.select([alive], [], [], 30)
-    assert ended and os.read(alive, 1) == b"", "the last holder of the pipe has gone"
+    ended, _, _ = select.select([read_end], [], [], 30)
+    assert ended and os.read(read_end, 1) == b"", "the last holder of the pipe has gone"
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
 def test_a_damaged_part_is_reported_and_recreated(tiny_bundle, tmp_path, damage):
     build(Rows(10), tiny_bundle, tmp_path)
-    whole, kept = files(tmp_path), inodes(tmp_path)
+    original, kept = files(tmp_path), inodes(tmp_path)
     path = home(tmp_path) / "000001.latents"
     os.truncate(path, 1000) if damage == "cut short" else path.unlink()
     with pytest.raises(InputError, match="1 of 3 parts of .* are missing"):
         LatentCache(home(tmp_path), lambda _: None)
-    said: list[str] = []
-    cache = build(Rows(10), tiny_bundle, tmp_path, say=said.append)
-    assert len(said) == 1 and "000001.latents" in said[0] and "recreating it" in said[0]
-    assert len(cache) == 10 and path.read_bytes() == whole["000001.latents"]
+    messages: list[str] = []
+    cache = build(Rows(10), tiny_bundle, tmp_path, say=messages.append)
+    assert len(messages) == 1 and "000001.latents" in messages[0] and "recreating it" in messages[0]
+    assert len(cache) == 10 and path.read_bytes() == original["000001.latents"]
     now = inodes(tmp_path)
     assert all(now[name] == kept[name] for name in ("000000.latents", "000002.latents"))
 
 
-def test_a_write_that_fails_leaves_what_was_committed(tiny_bundle, tmp_path):
+def test_a_failed_write_keeps_the_committed_parts(tiny_bundle, tmp_path):
     read_fd, write_fd = os.pipe()
 
     def work():
@@ -360,14 +360,14 @@ def test_a_write_that_fails_leaves_what_was_committed(tiny_bundle, tmp_path):
     assert read == list(range(4, 10))
 
 
-def test_a_disk_too_small_is_refused_before_any_work(tiny_bundle, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused_before_any_work(tiny_bundle, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(caches.shutil, "disk_usage", lambda _: usage(10_000))
     with pytest.raises(ResourceError, match="Free some space, or use --cache"):
         build(Rows(10, on_read=lambda row: pytest.fail("read")), tiny_bundle, tmp_path)
 
 
-def test_an_interrupted_build_keeps_whole_parts(tiny_bundle, tmp_path):
+def test_an_interrupted_build_keeps_its_complete_parts(tiny_bundle, tmp_path):
     read: list[int] = []
 
     def interrupt(row):
@@ -383,7 +383,7 @@ def test_an_interrupted_build_keeps_whole_parts(tiny_bundle, tmp_path):
 # --- rows that cannot be used ----------------------------------------------------------------------
 
 
-def test_broken_rows_are_left_out_and_listed(tiny_bundle, tmp_path):
+def test_broken_rows_are_skipped_and_listed(tiny_bundle, tmp_path):
     cache = build(Rows(10, broken=[2, 7]), tiny_bundle, tmp_path, max_broken=0.2)
     assert cache.rows == [0, 1, 3, 4, 5, 6, 8, 9] and cache.ids[2] == "row 3"
     assert cache.broken == [("row 2", "it is broken on purpose"), ("row 7", "it is broken on purpose")]
@@ -404,7 +404,7 @@ def test_too_many_broken_rows_stop_the_build_and_are_named(tiny_bundle, tmp_path
     assert len(build(Rows(100, broken=[5]), tiny_bundle, tmp_path)) == 99
 
 
-def test_data_without_end_or_rows_are_refused(tiny_bundle, tmp_path):
+def test_endless_and_empty_data_are_refused(tiny_bundle, tmp_path):
     endless = Rows(2**31)
     endless.endless = True
     with pytest.raises(InputError, match="is endless"):
@@ -413,7 +413,7 @@ def test_data_without_end_or_rows_are_refused(tiny_bundle, tmp_path):
         build(Rows(0), tiny_bundle, tmp_path)
 
 
-def test_an_autoencoder_that_gives_no_numbers_is_refused(tiny_model_dir, tmp_path):
+def test_an_autoencoder_that_outputs_nan_is_refused(tiny_model_dir, tmp_path):
     from ip2p.models.bundle import load_bundle
 
     bundle = load_bundle(tiny_model_dir)
@@ -425,7 +425,7 @@ def test_an_autoencoder_that_gives_no_numbers_is_refused(tiny_model_dir, tmp_pat
 # --- keys ------------------------------------------------------------------------------------------
 
 
-def test_a_networks_key_follows_its_weights_their_places_and_its_config(tiny_model_dir):
+def test_a_networks_key_depends_on_its_weights_their_positions_and_its_config(tiny_model_dir):
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(tiny_model_dir / "vae")
@@ -445,7 +445,7 @@ def test_a_networks_key_follows_its_weights_their_places_and_its_config(tiny_mod
     assert weights_key(vae) != key
 
 
-def test_the_texts_key_follows_encoder_and_tokenizer(tiny_bundle, tiny_model_dir):
+def test_the_text_key_depends_on_the_tokenizer_and_not_on_the_size(tiny_bundle, tiny_model_dir):
     from ip2p.models.bundle import load_bundle
 
     other = load_bundle(tiny_model_dir)
@@ -459,36 +459,36 @@ def test_the_texts_key_follows_encoder_and_tokenizer(tiny_bundle, tiny_model_dir
 
 def test_texts_are_encoded_once_and_read_back(tiny_bundle, tmp_path):
     texts = [f"make it {number}" for number in (3, 1, 2, 3, 1, 9, 8, 7, 6)]
-    asked: list[str] = []
+    encoded: list[str] = []
 
-    def encode(some):
-        asked.extend(some)
-        return Prompt(torch.cat([encode_prompt(tiny_bundle, text, (32, 32)).hidden for text in some]))
+    def encode(chunk):
+        encoded.extend(chunk)
+        return Prompt(torch.cat([encode_prompt(tiny_bundle, text, (32, 32)).hidden for text in chunk]))
 
     cache = TextCache.build(texts, encode, tmp_path, key="k", batch=3, dtype="fp32", say=lambda _: None)
-    assert sorted(asked) == sorted(set(texts))
+    assert sorted(encoded) == sorted(set(texts))
     order = ["make it 9", "make it 1", "make it 9", "make it 3"]
     got = cache.read(cache.places(order))
     assert got.pooled is None and got.time_ids is None
     expected = torch.cat([encode_prompt(tiny_bundle, text, (32, 32)).hidden for text in order])
     torch.testing.assert_close(got.hidden, expected)
-    asked.clear()
+    encoded.clear()
     TextCache.build(reversed(texts), encode, tmp_path, key="k", batch=3, dtype="fp32")
-    assert not asked
+    assert not encoded
     TextCache.build(texts, encode, tmp_path, key="another", batch=3, dtype="fp32")
-    assert asked
+    assert encoded
     with pytest.raises(KeyError):
         cache.places(["make it 77"])
 
 
-def test_sdxl_texts_keep_their_summary_and_the_numbers_of_the_size(tmp_path):
-    def encode(some):
-        numbers = torch.tensor([float(len(text)) for text in some])
+def test_sdxl_texts_keep_their_pooled_embeddings_and_time_ids(tmp_path):
+    def encode(chunk):
+        numbers = torch.tensor([float(len(text)) for text in chunk])
         times = torch.tensor([[1024.0, 3001.0, 0, 0, 1024, 3001]])
         return Prompt(
             numbers.view(-1, 1, 1).expand(-1, 3, 5),
             numbers.view(-1, 1).expand(-1, 2) + 1,
-            times.repeat(len(some), 1),
+            times.repeat(len(chunk), 1),
         )
 
     texts = ["a" * length for length in range(1, 11)]
@@ -499,14 +499,14 @@ def test_sdxl_texts_keep_their_summary_and_the_numbers_of_the_size(tmp_path):
     assert got.time_ids.tolist() == [[1024, 3001, 0, 0, 1024, 3001]] * 2
 
 
-def test_a_cut_part_of_the_texts_is_made_again(tmp_path):
-    def encode(some):
-        return Prompt(torch.tensor([float(len(text)) for text in some]).view(-1, 1, 1))
+def test_a_truncated_part_of_the_texts_is_rebuilt(tmp_path):
+    def encode(chunk):
+        return Prompt(torch.tensor([float(len(text)) for text in chunk]).view(-1, 1, 1))
 
     texts = ["a" * length for length in range(1, 11)]
     cache = TextCache.build(texts, encode, tmp_path, key="k")
     os.truncate(cache.folder / "000002.texts", 2)
-    said: list[str] = []
-    cache = TextCache.build(texts, encode, tmp_path, key="k", say=said.append)
-    assert len(said) == 1 and "000002.texts" in said[0]
+    messages: list[str] = []
+    cache = TextCache.build(texts, encode, tmp_path, key="k", say=messages.append)
+    assert len(messages) == 1 and "000002.texts" in messages[0]
     assert cache.read([9, 0]).hidden.flatten().tolist() == [10, 1]

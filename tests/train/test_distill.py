@@ -1,4 +1,4 @@
-"""`ip2p distill` on tiny models: what the student is taught, what comes out, and going on after a kill."""
+"""`ip2p distill` on tiny models: the student's targets, the distilled model, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shared(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def config(shared, tiny_model_dir, tmp_path) -> DistillConfig:
-    """Four steps in fp32, with a checkpoint after every second."""
+    """Four fp32 steps with a checkpoint every two steps."""
     return DistillConfig.read(
         {
             "model": str(tiny_model_dir),
@@ -64,25 +64,27 @@ def task_of(config: DistillConfig) -> DistillTask:
 
 def batch_of(count: int, *, times=None, scales=None) -> EditBatch:
     torch.manual_seed(0)
-    shape, no = (count, 4, 16, 16), torch.zeros(count, dtype=torch.bool)
+    shape, not_dropped = (count, 4, 16, 16), torch.zeros(count, dtype=torch.bool)
     if times is None:
         times = torch.randint(0, 1000, (count,))
-    draws = Draws(torch.randn(shape), torch.randn(shape), times, no, no, no, scales)
+    draws = Draws(
+        torch.randn(shape), torch.randn(shape), times, not_dropped, not_dropped, not_dropped, scales
+    )
     before, mean, std = torch.randn(shape), torch.randn(shape), 0.1 * torch.rand(shape)
     return EditBatch(before, mean, std, draws, torch.randn(count, 77, 32), ids=())
 
 
-def stir(unet) -> None:
-    """As if trained: the scales have an effect."""
+def activate_scales(unet) -> None:
+    """Give the scales an effect, as training would."""
     torch.manual_seed(5)
     torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.1)
 
 
-# --- what is taught ---
+# --- training targets ---
 
 
-def test_the_teacher_is_what_an_edit_with_guidance_computes(config):
-    """Oracle: `diffusion.guidance.guided`, one sample after the other."""
+def test_the_teacher_matches_guided_sampling(config):
+    """Oracle: `diffusion.guidance.guided`, one sample at a time."""
     task = task_of(config)
     scales = torch.tensor([[7.5, 1.5], [1.0, 1.0], [3.0, 2.0]])
     batch = batch_of(3, times=torch.tensor([999, 400, 20]))
@@ -110,20 +112,20 @@ def test_the_teacher_is_what_an_edit_with_guidance_computes(config):
             torch.testing.assert_close(x0[k : k + 1], ours, rtol=1e-4, atol=1e-4 * float(1 + sigma))
 
 
-def test_a_new_student_predicts_what_the_teacher_does_without_guidance(config):
+def test_an_untrained_student_matches_the_teacher_without_guidance(config):
     task, batch = task_of(config), batch_of(3, scales=torch.rand(3, 2))
     with torch.no_grad():
-        predicted, wanted, a, _ = task.predict(batch)
+        predicted, expected, a, _ = task.predict(batch)
         target, image = task.latents(batch)
         x = torch.cat([add_noise(target, batch.draws.noise, a), image], dim=1)
         plain = task.teacher(x, batch.draws.timesteps, batch.text).sample
     assert torch.equal(predicted, plain)
-    assert not torch.allclose(predicted, wanted, atol=1e-3)
+    assert not torch.allclose(predicted, expected, atol=1e-3)
 
 
 def test_the_scales_reach_the_network_and_are_drawn_within_their_ranges(config):
     task = task_of(config.changed(text_range=(2, 9), image_range=(1, 2)))
-    stir(task.unet)
+    activate_scales(task.unet)
     drawn = task._scales(torch.tensor([[0.0, 0.0], [0.5, 0.5], [0.999, 0.999]]), 3)
     torch.testing.assert_close(drawn, torch.tensor([[2.0, 1.0], [5.5, 1.5], [8.993, 1.999]]))
     outputs = []
@@ -134,7 +136,7 @@ def test_the_scales_reach_the_network_and_are_drawn_within_their_ranges(config):
     assert not torch.allclose(*outputs, atol=1e-4)
 
 
-def test_scales_that_differ_are_embedded_apart_and_near_ones_near():
+def test_closer_scales_have_closer_embeddings():
     scales = torch.tensor([[7.5, 1.5], [7.6, 1.5], [7.5, 1.6], [3.0, 1.5]])
     rows = embed_scales(scales, 128)
     assert rows.shape == (4, 128) and rows.abs().max() <= 1
@@ -143,7 +145,7 @@ def test_scales_that_differ_are_embedded_apart_and_near_ones_near():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_picture_and_the_noise_are_those_that_were_mixed(prediction):
+def test_split_noisy_inverts_add_noise(prediction):
     torch.manual_seed(0)
     clean, noise, a = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.9, 0.5, 0.01])
     predicted = noise if prediction == "epsilon" else velocity(clean, noise, a)
@@ -152,15 +154,15 @@ def test_the_picture_and_the_noise_are_those_that_were_mixed(prediction):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
 
 
-def test_few_steps_teach_one_euler_step_and_the_students_own_end_from_there(config):
-    """Oracle: diffusers' DDIMScheduler for the step; the last level's target is the teacher's own end."""
+def test_few_step_targets_match_a_ddim_step_followed_by_the_student(config):
+    """Oracle: diffusers' DDIMScheduler for the step; the last level's target is the teacher's x0."""
     from diffusers import DDIMScheduler
 
     task = task_of(config.changed(stage="few-steps"))
-    stir(task.unet)
+    activate_scales(task.unet)
     batch = batch_of(2, times=torch.tensor([991, 3]), scales=torch.full((2, 2), 0.5))
     with torch.no_grad():
-        predicted, wanted, a, _ = task.predict(batch)
+        predicted, expected, a, _ = task.predict(batch)
         times = torch.tensor([999, 19])
         assert torch.equal(a, task.alpha_bar[times])
         target, image = task.latents(batch)
@@ -174,12 +176,12 @@ def test_few_steps_teach_one_euler_step_and_the_students_own_end_from_there(conf
         channels = torch.cat([later, image[:1]], dim=1)
         e = task.unet(channels, 979, batch.text[:1], timestep_cond=condition).sample
         b = task.alpha_bar[[979]]
-    torch.testing.assert_close(wanted[:1], split_noisy(later, e, b, "epsilon")[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(wanted[1:], split_noisy(x[1:], epsilon[1:], a[1:], "epsilon")[0])
-    assert predicted.shape == wanted.shape
+    torch.testing.assert_close(expected[:1], split_noisy(later, e, b, "epsilon")[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(expected[1:], split_noisy(x[1:], epsilon[1:], a[1:], "epsilon")[0])
+    assert predicted.shape == expected.shape
 
 
-def test_few_step_models_are_sampled_at_the_levels_that_they_learned():
+def test_few_step_models_are_sampled_at_their_training_levels():
     schedule = schedule_from_config({"beta_schedule": "scaled_linear"})
     times = schedule.time(lcm_sigmas(schedule, LEVELS)[:-1].double()).round().long().tolist()
     assert times == list(range(999, 0, -20))
@@ -187,7 +189,7 @@ def test_few_step_models_are_sampled_at_the_levels_that_they_learned():
 
 @pytest.mark.parametrize("stage", ["guidance", "few-steps"])
 @pytest.mark.parametrize("lora", [None, 4])
-def test_the_loss_decreases(config, stage, lora):
+def test_the_loss_decreases_and_the_teacher_does_not_change(config, stage, lora):
     if lora:
         from ip2p.training.lora import add_lora
     config = config.changed(stage=stage, lora=lora)
@@ -216,46 +218,46 @@ def test_the_loss_decreases(config, stage, lora):
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
-# --- what comes out ---
+# --- the distilled model ---
 
 
 @pytest.fixture(scope="module")
 def fast(shared, tiny_model_dir, tmp_path_factory) -> Path:
-    """A distilled model of two steps, by the command line."""
+    """A model distilled for two steps by the command."""
     output = tmp_path_factory.mktemp("fast") / "fast"
-    words = ["--model", tiny_model_dir, "--data", shared["data"], "--cache", shared["cache"], "-o", output]
-    more = ["--steps", "2", "--batch", "4", "--lr", "1e-3", "--device", "cpu", "--workers", "0"]
-    few = ["--validate-every", "2", "--validate-steps", "2", "--track", "none", "--dtype", "fp32"]
-    assert cli.main(["distill", *map(str, [*words, *more, *few])]) == 0
+    args = ["--model", tiny_model_dir, "--data", shared["data"], "--cache", shared["cache"], "-o", output]
+    train_args = ["--steps", "2", "--batch", "4", "--lr", "1e-3", "--device", "cpu", "--workers", "0"]
+    validate_args = ["--validate-every", "2", "--validate-steps", "2", "--track", "none", "--dtype", "fp32"]
+    assert cli.main(["distill", *map(str, [*args, *train_args, *validate_args])]) == 0
     return output
 
 
-def test_an_editor_makes_one_pass_a_step_and_both_scales_have_an_effect(fast, page, monkeypatch):
+def test_an_edit_takes_one_pass_per_step_and_both_scales_have_an_effect(fast, page, monkeypatch):
     editor = Editor.load(fast, device="cpu", dtype="fp32")
     assert editor.model.scales_size == 128
     assert editor.bundle.card.text_cfg_range == (1, 12) and editor.bundle.card.image_cfg_range == (1, 2.5)
-    stir(editor.bundle.unet)
+    activate_scales(editor.bundle.unet)
     sizes = []
     editor.bundle.unet.register_forward_pre_hook(lambda unet, args: sizes.append(len(args[0])))
 
     def edited(**changes):
         return np.asarray(editor.edit(page, "make it night", steps=3, **changes)[0], int)
 
-    usual = edited()
+    default = edited()
     assert sizes == [1, 1, 1]
     for changed in (edited(text_cfg=2), edited(image_cfg=2.2)):
-        assert np.abs(changed - usual).max() > 0
+        assert np.abs(changed - default).max() > 0
     assert len(editor.edit(page, "make it night", steps=2, auto_mask=True)) == 1
 
 
-def test_a_step_is_the_network_at_these_scales(fast):
-    """Oracle: diffusers' UNet2DConditionModel, opened from the folder, with timestep_cond."""
+def test_a_step_matches_diffusers_unet_with_timestep_cond(fast):
+    """Oracle: diffusers' UNet2DConditionModel, loaded from the folder, with timestep_cond."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(fast, subfolder="unet")
     assert unet.config.time_cond_proj_dim == 128
     editor = Editor.load(fast, device="cpu", dtype="fp32")
-    stir(unet), stir(editor.bundle.unet)
+    activate_scales(unet), activate_scales(editor.bundle.unet)
     torch.manual_seed(3)
     x, image, text = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16), editor.encode_text("make it night")
     sigma = editor.schedule.sigma(torch.tensor(500.0)).float()
@@ -264,8 +266,8 @@ def test_a_step_is_the_network_at_these_scales(fast):
             x, sigma
         )
         condition = embed_scales(torch.tensor([[4.0, 1.2]]), 128)
-        given = torch.cat([x / (1 + sigma**2).sqrt(), image], dim=1)
-        theirs = x - sigma * unet(given, 500, text, timestep_cond=condition).sample
+        inputs = torch.cat([x / (1 + sigma**2).sqrt(), image], dim=1)
+        theirs = x - sigma * unet(inputs, 500, text, timestep_cond=condition).sample
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -278,21 +280,21 @@ def test_a_step_is_the_network_at_these_scales(fast):
         ({"text_cfg_rescale": 0.5}, "text_cfg_rescale has no effect on fast"),
     ],
 )
-def test_what_it_has_not_learned_is_refused(fast, page, changes, says):
+def test_settings_that_were_not_distilled_are_refused(fast, page, changes, says):
     with pytest.raises(InputError, match=says):
         Editor.load(fast, device="cpu").edit(page, "make it night", **changes)
 
 
-def test_the_interval_of_guidance_works_where_both_ranges_hold_1(fast, page):
+def test_cfg_interval_works_if_both_ranges_contain_1(fast, page):
     editor = Editor.load(fast, device="cpu", dtype="fp32")
     assert len(editor.edit(page, "make it night", steps=2, cfg_interval=(0.2, 0.9))) == 1
 
 
-def test_the_server_joins_edits_of_a_distilled_model(fast, page):
+def test_the_servers_joined_editor_matches_the_editor_for_a_distilled_model(fast, page):
     from ip2p.serve.engine import JoinedEditor
 
     editor = Editor.load(fast, device="cpu", dtype="fp32")
-    stir(editor.bundle.unet)
+    activate_scales(editor.bundle.unet)
     expected = editor.edit(page, "make it night", steps=2, text_cfg=3)
     joined = JoinedEditor(editor)
     try:
@@ -302,7 +304,7 @@ def test_the_server_joins_edits_of_a_distilled_model(fast, page):
     assert np.abs(np.asarray(result, int) - np.asarray(expected[0], int)).max() <= 1
 
 
-def test_its_card_says_what_it_is(fast):
+def test_the_model_card_describes_the_distillation(fast):
     card = (fast / "README.md").read_text()
     assert "Distilled with ip2p" in card and "text CFG 1 to 12 and image CFG 1 to 2.5" in card
     assert "from diffusers import" not in card
@@ -310,7 +312,7 @@ def test_its_card_says_what_it_is(fast):
     assert (fast / "training" / "curves.png").is_file()
 
 
-def test_without_its_ranges_it_is_refused(fast, tmp_path):
+def test_a_distilled_model_without_its_ranges_is_refused(fast, tmp_path):
     import shutil
 
     shutil.copytree(fast, tmp_path / "bare", ignore=shutil.ignore_patterns("training", "ip2p.json"))
@@ -318,7 +320,7 @@ def test_without_its_ranges_it_is_refused(fast, tmp_path):
         Editor.load(tmp_path / "bare", device="cpu")
 
 
-def test_few_steps_of_a_distilled_model_come_out_at_four(fast, config, page):
+def test_a_few_step_model_edits_in_four_steps_by_default(fast, config, page):
     output = ip2p.distill(config, model=str(fast), stage="few-steps", steps=1, validate_every=1, held_out=1)
     editor = Editor.load(output, device="cpu", dtype="fp32")
     card = editor.bundle.card
@@ -329,7 +331,7 @@ def test_few_steps_of_a_distilled_model_come_out_at_four(fast, config, page):
     assert len(calls) == 4
 
 
-def test_a_lora_is_merged_into_a_whole_model(config, page):
+def test_a_lora_is_merged_into_a_complete_model(config, page):
     output = ip2p.distill(config, lora=2, steps=1)
     assert not (output / trainer.LORA_FILE).exists()
     state = Checkpoints(output / trainer.TRAINING).load()["model"]
@@ -340,37 +342,39 @@ def test_a_lora_is_merged_into_a_whole_model(config, page):
 
 
 @pytest.mark.parametrize("kind", ["sd2", "xl"])
-def test_sd2_and_sdxl_editors_are_distilled_too(config, sd2_dir, xl_dir, page, kind):
+def test_sd2_and_sdxl_editors_can_be_distilled(config, sd2_dir, xl_dir, page, kind):
     output = ip2p.distill(config, model=str({"sd2": sd2_dir, "xl": xl_dir}[kind]), steps=1, size=SIZE)
     assert len(Editor.load(output, device="cpu").edit(page, "make it night", steps=1)) == 1
 
 
-# --- going on ---
+# --- resuming ---
 
 
 @pytest.mark.parametrize("stage", ["guidance", "few-steps"])
-def test_killed_and_resumed_is_as_undisturbed_to_the_bit(config, tmp_path, monkeypatch, stage):
-    def killed(loop_config, step, progress):
+def test_a_killed_and_resumed_run_is_bit_identical_to_an_undisturbed_one(
+    config, tmp_path, monkeypatch, stage
+):
+    def fail_at_step_3(loop_config, step, progress):
         if step == 3:
             raise KeyError("killed")
-        return real(loop_config, step, progress)
+        return original(loop_config, step, progress)
 
-    real = loop.learning_rate
+    original = loop.learning_rate
     config = config.changed(stage=stage)
-    whole = ip2p.distill(config, output=tmp_path / "whole")
-    monkeypatch.setattr(loop, "learning_rate", killed)
+    undisturbed = ip2p.distill(config, output=tmp_path / "whole")
+    monkeypatch.setattr(loop, "learning_rate", fail_at_step_3)
     with pytest.raises(KeyError):
         ip2p.distill(config)
-    monkeypatch.setattr(loop, "learning_rate", real)
-    again = ip2p.distill(config)
-    one, other = (Checkpoints(folder / trainer.TRAINING).load() for folder in (whole, again))
+    monkeypatch.setattr(loop, "learning_rate", original)
+    resumed = ip2p.distill(config)
+    one, other = (Checkpoints(folder / trainer.TRAINING).load() for folder in (undisturbed, resumed))
     for part in ("model", "ema"):
         left, right = (state[part]["average"] if part == "ema" else state[part] for state in (one, other))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-# --- what cannot be done ---
+# --- refusals and bases ---
 
 
 def test_training_a_distilled_model_is_refused(fast, config):
@@ -381,7 +385,7 @@ def test_training_a_distilled_model_is_refused(fast, config):
         trainer.train(TrainConfig(**values).changed(base=str(fast)))
 
 
-def test_a_base_without_a_picture_is_refused(config, tmp_path):
+def test_a_base_without_image_channels_is_refused(config, tmp_path):
     from conftest import make_model
 
     base = make_model(tmp_path / "sd", in_channels=4)
@@ -399,10 +403,10 @@ def test_a_base_without_a_picture_is_refused(config, tmp_path):
         ([], "--output is missing; write: ip2p distill --model MODEL"),
     ],
 )
-def test_bad_settings_of_a_distillation_exit_2(capsys, config, tmp_path, words, says):
+def test_invalid_distillation_settings_exit_with_code_2(capsys, config, tmp_path, words, says):
     output = ["--output", str(tmp_path / "out")] if words else []
-    given = ["--model", config.base, "--data", config.data, *output, *words]
-    assert cli.main(["distill", *given]) == 2
+    args = ["--model", config.base, "--data", config.data, *output, *words]
+    assert cli.main(["distill", *args]) == 2
     assert says in capsys.readouterr().err
 
 
@@ -411,7 +415,7 @@ def test_a_range_beyond_the_teachers_is_refused(fast, config):
         ip2p.distill(config, model=str(fast), text_range=(1, 30))
 
 
-def test_the_scales_input_adds_nothing_at_first(tiny_editor):
+def test_a_new_scales_input_does_not_change_the_output(tiny_editor):
     unet = copy.deepcopy(tiny_editor.bundle.unet)
     inputs = torch.randn(1, 8, 16, 16), 500, torch.randn(1, 77, 32)
     with torch.no_grad():
@@ -421,11 +425,11 @@ def test_the_scales_input_adds_nothing_at_first(tiny_editor):
     assert unet.config.time_cond_proj_dim == 16
 
 
-def test_an_editor_of_a_unet_alone_gets_its_other_parts_from_another(config, tiny_model_dir, tmp_path):
+def test_parts_from_completes_an_editor_that_is_a_unet_alone(config, tiny_model_dir, tmp_path):
     shutil.copytree(tiny_model_dir / "unet", tmp_path / "alone")
-    whole = Distillation().open(config, torch.device("cpu"))
-    alone = config.changed(base=str(tmp_path / "alone"), parts_from=str(tiny_model_dir))
-    found = Distillation().open(alone, torch.device("cpu"))
+    complete = Distillation().open(config, torch.device("cpu"))
+    unet_only = config.changed(base=str(tmp_path / "alone"), parts_from=str(tiny_model_dir))
+    opened = Distillation().open(unet_only, torch.device("cpu"))
     for part in ("unet", "vae", "text_encoder"):
-        weights = getattr(whole, part).state_dict()
-        assert all(torch.equal(v, weights[k]) for k, v in getattr(found, part).state_dict().items())
+        weights = getattr(complete, part).state_dict()
+        assert all(torch.equal(v, weights[k]) for k, v in getattr(opened, part).state_dict().items())

@@ -13,28 +13,28 @@ from ip2p.training.loss import (
 )
 
 
-def test_one_draw_drops_5_5_5_percent():
+def test_one_draw_drops_text_image_and_both_in_5_percent_each():
     draw = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
     text, image = null_conditions(draw)
     shares = [(text & ~image), (text & image), (~text & image), (~text & ~image)]
-    for share, wanted in zip(shares, (5, 5, 5, 85), strict=True):
-        assert abs(100 * share.float().mean() - wanted) < 0.3
+    for share, percent in zip(shares, (5, 5, 5, 85), strict=True):
+        assert abs(100 * share.float().mean() - percent) < 0.3
 
 
-def test_the_limits_of_the_draw_are_those_of_the_released_code():
+def test_the_dropout_thresholds_match_the_released_code():
     text, image = null_conditions(torch.tensor([0.0, 0.05, 0.0999, 0.1, 0.1499, 0.15, 0.9]))
     assert text.tolist() == [True, True, True, False, False, False, False]
     assert image.tolist() == [False, True, True, True, True, False, False]
 
 
-def test_alpha_bar_equals_diffusers_schedule():
+def test_alpha_bar_matches_diffusers_schedule():
     from diffusers import DDPMScheduler
 
     oracle = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     torch.testing.assert_close(scaled_linear_alpha_bar(), oracle.alphas_cumprod, rtol=1e-4, atol=1e-6)
 
 
-def test_add_noise_equals_diffusers():
+def test_add_noise_matches_diffusers():
     from diffusers import DDPMScheduler
 
     oracle = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -53,13 +53,13 @@ def test_snr_weight_clamps_the_weight_of_x0():
     torch.testing.assert_close(weight[middle], snr[middle])
 
 
-def test_no_clip_is_the_plain_noise_loss():
+def test_the_loss_without_snr_limits_is_the_mean_squared_error():
     predicted, noise = torch.randn(2, 5, 4, 8, 8)
     plain = noise_loss(predicted, noise, snr_weight(torch.rand(5), None))
     torch.testing.assert_close(plain, torch.nn.functional.mse_loss(predicted, noise))
 
 
-def test_cell_weight_counts_changed_cells_more():
+def test_cell_weights_increase_the_loss_of_their_cells():
     predicted, noise = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
     predicted[..., 0, 0] = 1
     cells = torch.ones(1, 1, 2, 2)
@@ -68,7 +68,7 @@ def test_cell_weight_counts_changed_cells_more():
     assert noise_loss(predicted, noise, torch.ones(1), cells) > 2 * plain
 
 
-def test_velocity_equals_diffusers():
+def test_velocity_matches_diffusers():
     from diffusers import DDPMScheduler
 
     oracle = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -78,8 +78,8 @@ def test_velocity_equals_diffusers():
     torch.testing.assert_close(ours, oracle.get_velocity(clean, noise, t))
 
 
-def test_all_predictions_weigh_the_same_error_of_x0_alike():
-    """One wrong x0 gives one wrong noise and one wrong velocity; weighted, all three cost the same."""
+def test_the_same_x0_error_costs_the_same_for_every_prediction_type():
+    """A wrong x0 implies a wrong noise and a wrong velocity; weighted, all three cost the same."""
     alpha_bar = scaled_linear_alpha_bar()[[50, 400, 900]]
     a = alpha_bar[:, None, None, None]
     clean, noise, off = torch.randn(3, 3, 4, 8, 8)
@@ -99,7 +99,7 @@ def test_all_predictions_weigh_the_same_error_of_x0_alike():
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=1e-5)
 
 
-def test_power_one_draws_timesteps_uniformly_and_a_smaller_one_favours_noise():
+def test_power_one_draws_timesteps_uniformly_and_a_smaller_one_favors_noise():
     drawn = {
         p: random_timesteps(torch.rand(100_000, generator=torch.Generator().manual_seed(0)), p)
         for p in (1.0, 0.6)
@@ -112,13 +112,13 @@ def test_power_one_draws_timesteps_uniformly_and_a_smaller_one_favours_noise():
         assert abs((drawn[power] < 200).float().mean() - early) < 0.005
 
 
-def test_changed_cells_make_up_their_share_up_to_a_limit():
+def test_changed_cells_get_their_share_of_the_weight_up_to_a_limit():
     changed = torch.zeros(3, 1, 16, 16)
     changed[0, 0, 0, :16] = 1  # 16 of 256: each weighs 1 + 0.5 * 256 / 16
-    changed[1, 0, 0, :2] = 1  # 2 of 256: limited
+    changed[1, 0, 0, :2] = 1  # 2 of 256: capped
     weights = change_weights(changed, share=0.5, most=24.0)
     assert weights[0, 0, 0, 0] == 9 and weights[0, 0, 1, 0] == 1
     assert weights[1, 0, 0, 0] == 25
     assert (weights[2] == 1).all()
     added = weights[0].sum() - 256
-    assert added == 128  # half as much again as all cells weigh
+    assert added == 128  # half of the weight of all cells

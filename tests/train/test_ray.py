@@ -1,4 +1,4 @@
-"""What `launch` makes of Ray, with a stand-in for it: Ray itself is an extra, and takes a minute to start."""
+"""`launch` with a fake Ray: Ray itself is an extra, and takes a minute to start."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ def train(config: object) -> None:
 
 
 class WorkersFailed(Exception):
-    """As Ray's: what the workers raised lies inside."""
+    """Like Ray's: it contains what the workers raised."""
 
     def __init__(self, failures: dict[int, BaseException]) -> None:
         super().__init__("Training failed\n  on rank 0.")
@@ -29,7 +29,7 @@ class WorkersFailed(Exception):
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A Ray of one process; `trainers` are those that were made, `lost` how many of them lose a worker."""
+    """A Ray of one process; `trainers` are those created, `lost` is how many of them lose a worker."""
     CALLS.clear()
     fake = SimpleNamespace(trainers=[], lost=0, resources={"CPU": 4.0})
 
@@ -63,7 +63,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake
 
 
-def test_the_workers_call_the_function_in_the_folder_of_the_command(ray, tmp_path, monkeypatch):
+def test_workers_call_the_function_in_the_current_folder(ray, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     launch(train, "settings", workers=3, storage=Path("out/ray"))
     [trainer] = ray.trainers
@@ -75,13 +75,13 @@ def test_the_workers_call_the_function_in_the_folder_of_the_command(ray, tmp_pat
 
 
 @pytest.mark.parametrize(("gpus", "wanted"), [(3, True), (2, False)])
-def test_a_gpu_a_worker_when_the_cluster_has_them(ray, gpus, wanted):
+def test_gpus_are_used_if_the_cluster_has_one_per_worker(ray, gpus, wanted):
     ray.resources["GPU"] = float(gpus)
     launch(train, "settings", workers=3)
     assert ray.trainers[0].scaling.use_gpu is wanted
 
 
-def test_a_cluster_that_is_too_small_is_refused_at_once(ray):
+def test_a_cluster_that_is_too_small_is_refused_before_the_start(ray):
     with pytest.raises(ResourceError, match="needs 5 CPUs, but the cluster has 4. Try --ray 4"):
         launch(train, "settings", workers=5)
     with pytest.raises(ResourceError, match="needs 2 GPUs, but the cluster has 0"):
@@ -89,13 +89,13 @@ def test_a_cluster_that_is_too_small_is_refused_at_once(ray):
     assert not ray.trainers
 
 
-def test_an_error_of_ours_comes_back_as_itself_and_is_not_tried_again(ray):
+def test_an_error_of_the_package_is_raised_as_is_and_not_retried(ray):
     with pytest.raises(ModelError, match="takes 9 channels"):
         launch(train, ModelError("takes 9 channels"), workers=1)
     assert len(ray.trainers) == 1
 
 
-def test_a_lost_worker_begins_all_again_so_many_times(ray, caplog):
+def test_a_lost_worker_restarts_the_run_up_to_the_number_of_retries(ray, caplog):
     ray.lost = 2
     launch(train, "settings", workers=1, retries=2)
     assert len(ray.trainers) == 3
@@ -103,14 +103,14 @@ def test_a_lost_worker_begins_all_again_so_many_times(ray, caplog):
     assert "resuming from the saved state" in caplog.text
 
 
-def test_the_retries_end(ray):
+def test_the_run_fails_after_the_last_retry(ray):
     ray.lost = 9
     with pytest.raises(ResourceError, match="failed 2 times, the last time with: on rank 0. The saved state"):
         launch(train, "settings", workers=1, retries=1)
     assert not CALLS
 
 
-def test_without_ray_the_install_command_is_named(monkeypatch):
+def test_without_ray_the_error_has_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'ip2p\[ray\]'"):
         launch(train, "settings", workers=1)

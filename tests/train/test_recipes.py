@@ -1,4 +1,4 @@
-"""The written recipes, read as `ip2p train --config` reads them."""
+"""The repository's recipes, read as `ip2p train --config` reads them."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from ip2p.training.settings import TrainConfig
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def read(name: str, **given: object) -> TrainConfig:
+def read(name: str, **changes: object) -> TrainConfig:
     config = read_outer(TrainConfig, "train", file=RECIPES / name, env={})
-    return config.changed(data="pairs", output=Path("editor"), **given)
+    return config.changed(data="pairs", output=Path("editor"), **changes)
 
 
 @pytest.mark.parametrize("name", ["paper.yaml", "code.yaml"])
@@ -28,8 +28,8 @@ def test_a_recipe_sets_every_field_that_it_names_and_passes_the_checks(name: str
 def test_every_value_of_a_recipe_names_its_source(name: str):
     lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()
     values = [line for line in lines if line and not line.startswith("#")]
-    bare = [line for line in values if len(line.partition(" # ")[2]) < 8]
-    assert not bare
+    unsourced = [line for line in values if len(line.partition(" # ")[2]) < 8]
+    assert not unsourced
 
 
 def test_the_two_recipes_differ_where_the_paper_and_its_code_do():

@@ -1,4 +1,4 @@
-"""The trainer against a plain loop that does the same by hand, and against itself, split in other ways."""
+"""The trainer against a plain training loop, and against itself with other batch splits."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def encode(bundle, texts: list[str]) -> torch.Tensor:
 
 
 def plain_loop(folder: Path, cache=None):
-    """The recipe with nothing of ours in it: diffusers' noise, torch's AdamW, every picture encoded again.
+    """The recipe without our package: diffusers' noise, torch's AdamW, every picture encoded again.
 
-    AdamW's first steps are the learning rate times the sign of the gradient, also where that is rounding
-    alone. So the latents, once they are found equal to the cache's to 1e-4, are replaced by those.
+    AdamW's first steps are the learning rate times the sign of the gradient, even where the gradient is
+    only a rounding error. So the latents are compared with the cache's to 1e-4 and replaced by those.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -49,7 +49,7 @@ def plain_loop(folder: Path, cache=None):
 
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     vae = AutoencoderKL.from_pretrained(folder / "vae")
-    words = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     noise = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=DECAY)
@@ -74,30 +74,30 @@ def plain_loop(folder: Path, cache=None):
                 before, after = (vae.encode(p).latent_dist for p in pixels)
                 mode, mean, std = before.mode(), after.mean, after.std
                 row = int(rng.default_rng(seed_of("epoch", SEED, epoch)).permutation(ROWS)[position])
-                kept = cache.read([row], [int(bool(mirrored))])
-                for mine, theirs in ((mode, kept.before), (mean, kept.mean), (std, kept.std)):
+                cached = cache.read([row], [int(bool(mirrored))])
+                for mine, theirs in ((mode, cached.before), (mean, cached.mean), (std, cached.std)):
                     assert (mine - theirs).abs().max() < 1e-4
-                mode, mean, std = kept.before, kept.mean, kept.std
+                mode, mean, std = cached.before, cached.mean, cached.std
                 text = "" if r < 0.10 else pair.instruction
                 tokens = tokenizer(
                     text, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
                 )
-                hidden = words(tokens.input_ids)[0]
+                hidden = text_encoder(tokens.input_ids)[0]
             target = (mean + std * gauss[0]) * vae.config.scaling_factor
             image = torch.zeros_like(target) if 0.05 <= r < 0.15 else mode
             t = (u * 1000).long()[None]
             noisy = noise.add_noise(target, gauss[1][None], t)
             rows.append((torch.cat([noisy, image], 1), t, hidden, gauss[1][None]))
-        given, t, hidden, wanted = (torch.cat(column) for column in zip(*rows, strict=True))
-        loss = F.mse_loss(unet(given, t, hidden).sample, wanted)
+        inputs, t, hidden, targets = (torch.cat(column) for column in zip(*rows, strict=True))
+        loss = F.mse_loss(unet(inputs, t, hidden).sample, targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        keep = min(0.9999, (2 + step) / (11 + step))
+        decay = min(0.9999, (2 + step) / (11 + step))
         with torch.no_grad():
             for old, new in zip(average.parameters(), unet.parameters(), strict=True):
-                old.mul_(keep).add_(new, alpha=1 - keep)
+                old.mul_(decay).add_(new, alpha=1 - decay)
         losses.append(loss.item())
     return losses, unet.state_dict(), average.state_dict()
 
@@ -111,13 +111,13 @@ def ours(folder: Path, work: Path, share: Share, *, steps: int = STEPS, number: 
     rank, world = accelerator.process_index, accelerator.num_processes
     cache = build_cache(pages, bundle, transform, work / "cache", dtype="fp32", rank=rank, world=world)
 
-    def words(texts: list[str]) -> TextInput:
+    def encode_texts(texts: list[str]) -> TextInput:
         with torch.no_grad():
             return TextInput(torch.cat([encode(bundle, [text]) for text in texts]))
 
     share = replace(share, rank=rank, world=world)
     kept = list(range(ROWS))
-    samples = CachedSamples(cache, words, transform, Objective(), share, seed=SEED, kept=kept)
+    samples = CachedSamples(cache, encode_texts, transform, Objective(), share, seed=SEED, kept=kept)
     alpha_bar = alpha_bar_from_config(bundle.scheduler_config)
     task = EditTask(bundle.unet, alpha_bar, Objective(), latent_scale=bundle.latent_scale)
     task.to(number)
@@ -150,7 +150,7 @@ def whole(tiny_model_dir, tmp_path_factory):
     return ours(tiny_model_dir, tmp_path_factory.mktemp("whole"), Share(batch=BATCH, micro=BATCH))
 
 
-def test_twenty_steps_equal_a_plain_loop(whole, tiny_model_dir):
+def test_twenty_steps_match_a_plain_loop(whole, tiny_model_dir):
     our_losses, our_weights, our_average, cache = whole
     losses, weights, average = plain_loop(tiny_model_dir, cache)
     assert max(abs(a - b) for a, b in zip(losses, our_losses, strict=True)) < 1e-6
@@ -159,7 +159,7 @@ def test_twenty_steps_equal_a_plain_loop(whole, tiny_model_dir):
     assert largest(average, our_average) < 1e-6
 
 
-# fp64: in fp32 AdamW turns the rounding of gradients that are zero into steps of the learning rate's size.
+# fp64: in fp32, AdamW turns rounding errors of zero gradients into steps of the learning rate's size.
 
 
 @pytest.fixture(scope="module")
@@ -169,27 +169,27 @@ def four_steps_of_32(tiny_model_dir, tmp_path_factory):
     return work, ours(tiny_model_dir, work, share, steps=4, number=torch.float64)
 
 
-def test_four_micro_batches_of_8_equal_a_batch_of_32(four_steps_of_32, tiny_model_dir):
+def test_four_micro_batches_of_8_match_a_batch_of_32(four_steps_of_32, tiny_model_dir):
     work, (losses, weights, average, _) = four_steps_of_32
     split = ours(tiny_model_dir, work, Share(batch=32, micro=8), steps=4, number=torch.float64)
-    assert max(abs(a - b) for a, b in zip(losses, split[0], strict=True)) < 2e-6  # they are logged to 1e-6
+    assert max(abs(a - b) for a, b in zip(losses, split[0], strict=True)) < 2e-6  # losses are logged to 1e-6
     assert largest(weights, split[1]) < 1e-9
     assert largest(average, split[2]) < 1e-6  # the averages are fp32
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(four_steps_of_32, tiny_model_dir, tmp_path):
-    """accelerate over gloo; torchrun starts them, for `accelerate launch` starts several on GPUs alone."""
+def test_two_processes_match_one_with_twice_the_batch(four_steps_of_32, tiny_model_dir, tmp_path):
+    """accelerate over gloo, started by torchrun: `accelerate launch` starts several only on GPUs."""
     _, (losses, weights, _, _) = four_steps_of_32
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     worker = str(Path(__file__).with_name("two_processes.py"))
-    made = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *launch, worker, str(tiny_model_dir), str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=280,
     )
-    assert made.returncode == 0, made.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["world"] == 2
     assert max(abs(a - b) for a, b in zip(losses, two["losses"], strict=True)) < 2e-6

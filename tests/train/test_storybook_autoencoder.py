@@ -34,8 +34,8 @@ def vae(pages):
 
 
 @torch.no_grad()
-def test_the_encoder_starts_as_the_principal_components_of_patches(vae, pages):
-    """Oracle: a linear fit of each patch from its latents loses no more than the best 16 components do."""
+def test_the_encoder_starts_near_the_principal_components_of_patches(vae, pages):
+    """Oracle: a linear fit of each patch from its latents loses little more than the best 16 components."""
     latents = vae.encode(pages).latent_dist.mode()
     spread = latents.std(dim=(0, 2, 3))
     assert spread.min() > 0.9 and spread.max() < 1.1
@@ -46,7 +46,7 @@ def test_the_encoder_starts_as_the_principal_components_of_patches(vae, pages):
     lost = (fitted - patches.T).square().mean()
     centered = patches - patches.mean(dim=1, keepdim=True)
     best = torch.linalg.svdvals(centered.double())[16:].square().sum() / patches.numel()
-    # Between the levels some components are dropped, and the last normalization is not exactly linear.
+    # Some components are dropped between the levels, and the last normalization is not exactly linear.
     assert float(lost) < 1.25 * float(best)
 
 
@@ -94,7 +94,7 @@ def test_only_the_decoder_is_trained(vae, pages):
     assert names == {"decoder", "post_quant_conv"}
 
 
-def test_the_loss_counts_levels_hue_and_edges():
+def test_the_loss_penalizes_errors_of_level_hue_and_edges():
     error = torch.zeros(1, 3, 4, 4)
     assert picture_loss(error, 1.0, 1.0) == 0
     gray = error + 0.1
@@ -108,13 +108,13 @@ def test_the_loss_counts_levels_hue_and_edges():
     assert math.isclose(float(picture_loss(edge, 0.0, 1.0)) - plain, 0.5 * 0.1 / 3, rel_tol=1e-5)
 
 
-def test_most_crops_are_over_a_thing():
+def test_most_crops_overlap_a_thing():
     from ip2p.training.storybook.data import draw_planes, training_scene
     from ip2p_storybook.cells import thing_map
 
     crops = Crops(8, 128, 1, crop=48, per_page=2).make(0)
     assert crops.shape == (8, 3, 48, 48) and crops.dtype == torch.uint8
-    found = over = 0
+    found = overlapping = 0
     for first in range(0, 8, 2):
         scene = training_scene("crop", 1, 0, first)
         page, things = torch.from_numpy(draw_planes(scene, 128)), thing_map(scene, 128) > 0
@@ -124,5 +124,5 @@ def test_most_crops_are_over_a_thing():
             assert len(same)
             found += 1
             y, x = same[0].tolist()
-            over += bool(things[y : y + 48, x : x + 48].any())
-    assert found == 8 and over >= 5
+            overlapping += bool(things[y : y + 48, x : x + 48].any())
+    assert found == 8 and overlapping >= 5

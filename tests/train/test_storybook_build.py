@@ -1,4 +1,4 @@
-"""The build in its smallest preset: the whole path, stopping, resuming, damage."""
+"""The build with its smallest preset, end to end: stopping, resuming, damage."""
 
 import json
 from dataclasses import replace
@@ -17,8 +17,8 @@ from ip2p.training.storybook.language_model import LM_TOKENS, Triples, to_learn
 from ip2p.training.storybook.presets import PRESETS, StageConfig
 
 
-def unhurried():
-    """The smoke preset with lengths in steps only: a cosine over time would not be the same twice."""
+def smoke_without_time_limits():
+    """The smoke preset with lengths in steps only: a cosine over time is not reproducible."""
     smoke = PRESETS["smoke"]
     stages = {
         key: replace(value, minutes=1e9)
@@ -30,7 +30,7 @@ def unhurried():
 
 @pytest.fixture(autouse=True)
 def steps_alone_set_the_pace(monkeypatch):
-    monkeypatch.setitem(PRESETS, "smoke", unhurried())
+    monkeypatch.setitem(PRESETS, "smoke", smoke_without_time_limits())
 
 
 def quiet(text: str) -> None:
@@ -41,13 +41,13 @@ def quiet(text: str) -> None:
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     patch = pytest.MonkeyPatch()
-    patch.setitem(PRESETS, "smoke", unhurried())
+    patch.setitem(PRESETS, "smoke", smoke_without_time_limits())
     assert build.build_model("smoke", folder, device="cpu", bundle=folder / "bundle", log=quiet)
     patch.undo()
     return folder
 
 
-def test_diffusers_pipeline_opens_the_bundle_and_edits(built):
+def test_diffusers_pipeline_loads_the_bundle_and_edits(built):
     from diffusers import StableDiffusionInstructPix2PixPipeline
     from PIL import Image
 
@@ -61,7 +61,7 @@ def test_diffusers_pipeline_opens_the_bundle_and_edits(built):
     assert result.images[0].size == (64, 64)
 
 
-def test_our_editor_opens_the_bundle_and_edits(built):
+def test_our_editor_loads_the_bundle_and_edits(built):
     from PIL import Image
 
     from ip2p.editing.editor import Editor
@@ -72,23 +72,23 @@ def test_our_editor_opens_the_bundle_and_edits(built):
     assert [r.size for r in results] == [(64, 64), (64, 64)]
 
 
-def test_clip_folder_scores_pictures_and_captions(built):
+def test_the_clip_folder_has_the_averaged_text_projection(built):
     from transformers import CLIPModel
 
     clip = CLIPModel.from_pretrained(built / "bundle" / "clip")
-    text = Checkpoints(built / "state" / "clip").load()["ema"]["average"]
+    average = Checkpoints(built / "state" / "clip").load()["ema"]["average"]
     key = "text_projection.weight"
-    torch.testing.assert_close(clip.state_dict()[key].float(), text[f"clip.{key}"], atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(clip.state_dict()[key].float(), average[f"clip.{key}"], atol=2e-3, rtol=1e-2)
 
 
-def test_card_says_how_it_was_made(built):
+def test_the_card_records_size_preset_and_training(built):
     card = json.loads((built / "bundle" / "ip2p.json").read_text())
     assert card["native_size"] == 64 and card["preset"] == "smoke"
     assert card["trained"]["unet"]["steps"] == PRESETS["smoke"].unet.steps
     assert set(card["trained"]["perception"]) >= {"steps", "kind", "colour", "change"}
 
 
-def test_the_bundle_names_no_path_of_this_machine(built):
+def test_the_bundle_contains_no_local_path(built):
     for path in (built / "bundle").rglob("*.json"):
         assert str(built) not in path.read_text(), path
 
@@ -101,11 +101,11 @@ def test_every_word_of_the_language_is_one_token(built):
     tokenizer = CLIPTokenizer.from_pretrained(built / "bundle" / "tokenizer")
     for word in {w for entry in vocabulary() for w in entry.split() if w.isalpha()}:
         assert len(tokenizer(word).input_ids) == 3, word
-    # An unknown word falls into smaller pieces instead of being lost.
+    # An unknown word is split into smaller tokens instead of being lost.
     assert len(tokenizer("zyxqv").input_ids) > 3
 
 
-def test_the_tokenizer_is_the_same_each_time(built, tmp_path):
+def test_the_tokenizer_is_deterministic(built, tmp_path):
     from ip2p.training.storybook.text import learn_merges, write_tokenizer
 
     write_tokenizer(tmp_path)
@@ -114,15 +114,15 @@ def test_the_tokenizer_is_the_same_each_time(built, tmp_path):
     assert learn_merges(["aab", "ab"]) == [("a", "b</w>"), ("a", "ab</w>")]
 
 
-def test_a_finished_build_says_so_and_changes_nothing(built):
+def test_a_finished_build_is_reported_and_left_unchanged(built):
     before = {p: p.stat().st_mtime_ns for p in built.rglob("*.safetensors")}
-    said = []
-    assert build.build_model("smoke", built, device="cpu", log=said.append)
-    assert said == [f"{s}: finished already" for s in build.STAGES]
+    messages = []
+    assert build.build_model("smoke", built, device="cpu", log=messages.append)
+    assert messages == [f"{s}: finished already" for s in build.STAGES]
     assert before == {p: p.stat().st_mtime_ns for p in built.rglob("*.safetensors")}
 
 
-# What each stage's own state begins with, and the finished stages that it needs.
+# The name of each stage's first state, and the finished stages that it needs.
 KILLED = {
     "decoder": ("decoder_crops", ()),
     "text": ("text", ()),
@@ -134,8 +134,8 @@ KILLED = {
 }
 
 
-def lay_finished(built, folder, names):
-    """Put the files and states of finished stages into `folder`."""
+def link_finished_stages(built, folder, names):
+    """Link the files and states of finished stages into `folder`."""
     (folder / "state").mkdir()
     for name in ("vae", "text_tower", "tokenizer", "latents"):
         needed = {"vae": "encoder", "latents": "encoder"}.get(name, "text")
@@ -148,66 +148,69 @@ def lay_finished(built, folder, names):
 
 
 @pytest.mark.parametrize("name", [name for name in build.STAGES if name != "encoder"])
-def test_a_killed_stage_continues_to_the_same_weights(built, tmp_path, monkeypatch, name):
-    """2N steps equal N steps, a crash at any moment of the next one, and the rest; bit for bit."""
+def test_a_killed_stage_resumes_to_bit_identical_weights(built, tmp_path, monkeypatch, name):
+    """N steps, a crash in the next one, and the rest equal all steps at once, bit for bit."""
     first, needs = KILLED[name]
-    lay_finished(built, tmp_path, needs)
+    link_finished_stages(built, tmp_path, needs)
     if name == "decoder":
         build.build_model("smoke", tmp_path, stage="encoder", device="cpu", log=quiet)
-    real, calls = loop.learning_rate, []
+    original, calls = loop.learning_rate, []
     crash_at = 3
 
     def crash(*args):
         calls.append(1)
         if len(calls) == crash_at:
             raise ConnectionAbortedError("killed")
-        return real(*args)
+        return original(*args)
 
     monkeypatch.setattr(loop, "learning_rate", crash)
     with pytest.raises(ConnectionAbortedError):
         build.build_model("smoke", tmp_path, stage=name, device="cpu", log=quiet)
-    said = []
-    assert build.build_model("smoke", tmp_path, stage=name, device="cpu", log=said.append)
-    assert said[0] == f"{first}: resuming from step {crash_at - 1}"
+    messages = []
+    assert build.build_model("smoke", tmp_path, stage=name, device="cpu", log=messages.append)
+    assert messages[0] == f"{first}: resuming from step {crash_at - 1}"
     state = first if name == "decay" else name
-    ours, whole = (Checkpoints(folder / "state" / state).load() for folder in (tmp_path, built))
-    assert ours["step"] == whole["step"]
-    for part in (ours["model"], whole["model"]), (ours["ema"]["average"], whole["ema"]["average"]):
+    resumed, uninterrupted = (Checkpoints(folder / "state" / state).load() for folder in (tmp_path, built))
+    assert resumed["step"] == uninterrupted["step"]
+    for part in (
+        (resumed["model"], uninterrupted["model"]),
+        (resumed["ema"]["average"], uninterrupted["ema"]["average"]),
+    ):
         assert all(torch.equal(part[0][k], part[1][k]) for k in part[1])
 
 
-def test_a_run_moved_to_another_number_format_continues(built, tmp_path, monkeypatch):
-    """A machine with bf16 units takes over what one without them began."""
-    lay_finished(built, tmp_path, ("encoder", "text"))
+def test_a_run_can_resume_with_another_precision(built, tmp_path, monkeypatch):
+    """A machine with bf16 units resumes a run of one without them."""
+    link_finished_stages(built, tmp_path, ("encoder", "text"))
     smoke = PRESETS["smoke"]
     short = replace(smoke, perception=replace(smoke.perception, steps=2))
     monkeypatch.setitem(PRESETS, "smoke", short)
     build.build_model("smoke", tmp_path, stage="perception", device="cpu", log=quiet)
     (tmp_path / "state" / "perception.done.json").unlink()
     monkeypatch.setitem(PRESETS, "smoke", replace(smoke, precision="bf16"))
-    said = []
-    assert build.build_model("smoke", tmp_path, stage="perception", device="cpu", log=said.append)
-    assert said[0] == "perception: resuming from step 2"
+    messages = []
+    assert build.build_model("smoke", tmp_path, stage="perception", device="cpu", log=messages.append)
+    assert messages[0] == "perception: resuming from step 2"
 
 
-def test_unet_is_extended_and_decays_again(built, tmp_path, monkeypatch):
-    lay_finished(built, tmp_path, ("encoder", "text", "perception"))
+def test_an_extended_unet_is_decayed_again(built, tmp_path, monkeypatch):
+    link_finished_stages(built, tmp_path, ("encoder", "text", "perception"))
     assert build.build_model("smoke", tmp_path, stage="unet", device="cpu", log=quiet)
     assert build.build_model("smoke", tmp_path, stage="decay", device="cpu", log=quiet)
     first = json.loads((tmp_path / "state" / "decay.done.json").read_text())
     smoke = PRESETS["smoke"]
     monkeypatch.setitem(PRESETS, "smoke", replace(smoke, unet=replace(smoke.unet, steps=8)))
-    said = []
-    assert build.build_model("smoke", tmp_path, stage="unet", minutes=600, device="cpu", log=said.append)
-    assert said[0] == "unet: resuming from step 6"
-    assert build.build_model("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
+    messages = []
+    assert build.build_model("smoke", tmp_path, stage="unet", minutes=600, device="cpu", log=messages.append)
+    assert messages[0] == "unet: resuming from step 6"
+    assert build.build_model("smoke", tmp_path, stage="decay", device="cpu", log=messages.append)
     second = json.loads((tmp_path / "state" / "decay.done.json").read_text())
     assert (first["steps_before"], second["steps_before"]) == (6, 8)
     assert [path.name for path in (tmp_path / "state").glob("decay-*")] == ["decay-00000008"]
-    # The rate falls on the copy; the run that can be extended keeps its state.
+    # Only the copy decays; the run that can be extended keeps its state.
     assert Checkpoints(tmp_path / "state" / "unet").load()["step"] == 8
-    assert build.build_model("smoke", tmp_path, stage="decay", device="cpu", log=said.append)
-    assert said[-1] == "decay: finished already"
+    assert build.build_model("smoke", tmp_path, stage="decay", device="cpu", log=messages.append)
+    assert messages[-1] == "decay: finished already"
 
 
 def test_minutes_without_a_stage_are_refused(tmp_path):
@@ -215,79 +218,83 @@ def test_minutes_without_a_stage_are_refused(tmp_path):
         build.build_model("smoke", tmp_path, minutes=3.0, device="cpu", log=quiet)
 
 
-def test_missed_gates_are_named_and_training_goes_on_to_the_most_minutes(built, tmp_path, monkeypatch):
-    lay_finished(built, tmp_path, ("encoder", "text"))
+def test_missed_gates_are_reported_and_training_continues_to_the_maximum_minutes(
+    built, tmp_path, monkeypatch
+):
+    link_finished_stages(built, tmp_path, ("encoder", "text"))
     smoke = PRESETS["smoke"]
     brief = replace(smoke.perception, minutes=600)
     strict = replace(smoke, gates={"kind": 0.9, "change": 0.7}, perception=brief, perception_most=700)
     monkeypatch.setitem(PRESETS, "smoke", strict)
-    said = []
-    assert build.build_model("smoke", tmp_path, stage="perception", device="cpu", log=said.append)
-    assert any("below 90%" in line and "training to 700 minutes" in line for line in said)
+    messages = []
+    assert build.build_model("smoke", tmp_path, stage="perception", device="cpu", log=messages.append)
+    assert any("below 90%" in line and "training to 700 minutes" in line for line in messages)
     summary = json.loads((tmp_path / "state" / "perception.done.json").read_text())
     assert [line.split()[0] for line in summary["missed"]] == ["kind", "change"]
 
 
-def test_a_bundle_is_trained_further_from_its_weights(built, tmp_path, monkeypatch):
-    said = []
-    first = {}
-    real = stage.fit
+def test_a_bundle_can_be_trained_further_from_its_weights(built, tmp_path, monkeypatch):
+    messages = []
+    start_weights = {}
+    original_fit = stage.fit
 
-    def note_the_start(task, *args, **kwargs):
+    def record_start(task, *args, **kwargs):
         if kwargs["name"] == "unet":
-            first.update({k: v.clone() for k, v in task.state_dict().items()})
-        return real(task, *args, **kwargs)
+            start_weights.update({k: v.clone() for k, v in task.state_dict().items()})
+        return original_fit(task, *args, **kwargs)
 
-    monkeypatch.setattr(stage, "fit", note_the_start)
+    monkeypatch.setattr(stage, "fit", record_start)
     bundle = tmp_path / "bundle"
     assert build.build_model(
-        "smoke", tmp_path, start=str(built / "bundle"), device="cpu", bundle=bundle, log=said.append
+        "smoke", tmp_path, start=str(built / "bundle"), device="cpu", bundle=bundle, log=messages.append
     )
-    assert said[:5] == [
+    assert messages[:5] == [
         f"{name}: finished already" for name in ("encoder", "decoder", "text", "clip", "perception")
     ]
-    assert said[-1] == "lm: finished already"
+    assert messages[-1] == "lm: finished already"
     for path in (built / "bundle" / "lm").iterdir():
         assert (bundle / "lm" / path.name).read_bytes() == path.read_bytes()
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
     shipped = UNet2DConditionModel.from_pretrained(built / "bundle" / "unet").float().state_dict()
-    assert all(torch.equal(first[f"unet.{k}"], shipped[k]) for k in shipped)
+    assert all(torch.equal(start_weights[f"unet.{k}"], shipped[k]) for k in shipped)
     text = CLIPTextModel.from_pretrained(built / "bundle" / "text_encoder").float().state_dict()
-    assert all(torch.equal(first[f"text_encoder.{k}"], text[k]) for k in text)
+    assert all(torch.equal(start_weights[f"text_encoder.{k}"], text[k]) for k in text)
     cards = [json.loads((folder / "ip2p.json").read_text()) for folder in (built / "bundle", bundle)]
     assert cards[1]["trained"]["unet"]["steps"] == 2 * cards[0]["trained"]["unet"]["steps"]
     assert cards[1]["trained"]["decoder"] == cards[0]["trained"]["decoder"]
 
 
-def test_starting_in_a_folder_that_holds_another_build_is_refused(built, tmp_path):
+def test_starting_in_a_folder_with_another_build_is_refused(built, tmp_path):
     build.build_model("smoke", tmp_path, seconds=0.0, device="cpu", log=quiet)
     with pytest.raises(InputError, match="holds a build already"):
         build.build_model("smoke", tmp_path, start=str(built / "bundle"), device="cpu", log=quiet)
 
 
-def test_a_model_of_another_recipe_is_refused(built, tmp_path, tiny_model_dir):
+def test_a_model_not_made_by_the_build_is_refused(built, tmp_path, tiny_model_dir):
     with pytest.raises(ModelError, match="was not made by ip2p storybook build"):
         build.build_model("cpu", tmp_path / "a", start=str(tiny_model_dir), device="cpu", log=quiet)
 
 
-def test_the_packaged_model_is_trained_further_by_any_preset(tmp_path, monkeypatch):
-    """The networks are the model's; the preset gives steps, batch and learning rate. It resumes as well."""
+def test_the_packaged_model_can_be_trained_further_with_another_preset(tmp_path, monkeypatch):
+    """The networks are the model's; the preset sets steps, batch and learning rate. It can resume, too."""
     from diffusers import UNet2DConditionModel
 
     from ip2p.models.bundle import find_model
 
-    monkeypatch.setitem(PRESETS, "smoke", replace(unhurried(), save_every=1e9))
+    monkeypatch.setitem(PRESETS, "smoke", replace(smoke_without_time_limits(), save_every=1e9))
     shared = {"start": "storybook", "device": "cpu", "bundle": tmp_path / "model", "log": quiet}
     assert not build.build_model("smoke", tmp_path / "build", seconds=0.0, **shared)
     assert build.build_model("smoke", tmp_path / "build", **shared)
     folders = [find_model("storybook"), tmp_path / "model"]
     before, after = (UNet2DConditionModel.from_pretrained(folder / "unet").float() for folder in folders)
-    plain = [{k: v for k, v in unet.config.items() if not k.startswith("_")} for unet in (before, after)]
-    assert plain[0] == plain[1]
-    moved = sum(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
-    assert moved > 50
+    configs = [{k: v for k, v in unet.config.items() if not k.startswith("_")} for unet in (before, after)]
+    assert configs[0] == configs[1]
+    changed_count = sum(
+        not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)
+    )
+    assert changed_count > 50
     cards = [json.loads((folder / "ip2p.json").read_text()) for folder in folders]
     steps = [card["trained"]["unet"]["steps"] for card in cards]
     assert steps[1] == steps[0] + PRESETS["smoke"].unet.steps
@@ -299,14 +306,14 @@ def test_the_packaged_model_is_trained_further_by_any_preset(tmp_path, monkeypat
     assert schedulers[1]["prediction_type"] == schedulers[0]["prediction_type"]
 
 
-def test_time_up_saves_and_the_next_call_goes_on(tmp_path):
-    said = []
-    assert not build.build_model("smoke", tmp_path, seconds=0.0, device="cpu", log=said.append)
-    assert said[-1] == "decoder: the time limit is reached; run the same command again to resume"
+def test_a_time_limit_saves_the_state_and_says_how_to_resume(tmp_path):
+    messages = []
+    assert not build.build_model("smoke", tmp_path, seconds=0.0, device="cpu", log=messages.append)
+    assert messages[-1] == "decoder: the time limit is reached; run the same command again to resume"
     assert Checkpoints(tmp_path / "state" / "decoder_crops").load()["step"] == 0
 
 
-def test_the_language_model_in_the_bundle_reads_captions_and_writes(built):
+def test_the_bundled_language_model_answers_captions(built):
     from ip2p.synth.instruct import Ask, LocalWriter
 
     writer = LocalWriter(built / "bundle" / "lm", device="cpu", max_tokens=5)
@@ -319,7 +326,7 @@ def test_the_language_model_in_the_bundle_reads_captions_and_writes(built):
     assert card["trained"]["lm"]["steps"] == PRESETS["smoke"].lm.steps
 
 
-def test_texts_of_the_language_model_come_back_from_their_tokens(built):
+def test_texts_of_the_language_model_survive_a_tokenizer_round_trip(built):
     from ip2p.synth.instruct import completion_of, load_lm, prompt_of
     from ip2p_storybook.captions import phrases
     from ip2p_storybook.triples import exact_triples
@@ -330,28 +337,28 @@ def test_texts_of_the_language_model_come_back_from_their_tokens(built):
     texts += ["HE SHOULD HAVE SUNGLASSES!", "Over 3 elves' caps: (50%) in the cityscape", *phrases()]
     for text in texts:
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-    # Letters beyond ASCII are lost and break nothing.
+    # Non-ASCII letters are dropped without an error.
     assert tokenizer.decode(tokenizer("a caf\u00e9")["input_ids"], skip_special_tokens=True) == "a caf"
     for mark in ("\n##\n", "\n%%\n", "\nEND", *phrases()):
         assert len(tokenizer(mark)["input_ids"]) == 1, mark
 
 
-def test_instructions_are_learnt_in_words_that_are_tokens():
+def test_instructions_are_normalized_in_case_and_punctuation():
     from dataclasses import replace as with_
 
     from ip2p_storybook.triples import exact_triples
 
     triple = next(iter(exact_triples(1, 0)))
-    for typed, learnt in (
+    for typed, learned in (
         ("MAKE IT NIGHT.", "Make it night"),
         ("Could You Make It Night?", "Could you make it night"),
         ("make it night. also add a cat", "Make it night. also add a cat"),
     ):
         retyped = with_(triple, edit=with_(triple.edit, instruction=typed))
-        assert to_learn(retyped).instruction == learnt
+        assert to_learn(retyped).instruction == learned
 
 
-def test_groups_of_triples_follow_from_their_number(built):
+def test_groups_of_triples_depend_only_on_seed_and_number(built):
     from ip2p.synth.instruct import load_lm
 
     _, tokenizer = load_lm(built / "bundle" / "lm")
@@ -363,7 +370,7 @@ def test_groups_of_triples_follow_from_their_number(built):
     )
 
 
-def test_a_bundle_without_a_language_model_of_its_own_keeps_the_one_there(built, tmp_path):
+def test_saving_a_build_without_a_language_model_keeps_the_existing_one(built, tmp_path):
     for path in built.iterdir():
         if path.name not in ("lm", "bundle", "state"):
             (tmp_path / path.name).symlink_to(path)
@@ -376,8 +383,10 @@ def test_a_bundle_without_a_language_model_of_its_own_keeps_the_one_there(built,
 
 
 @pytest.mark.parametrize("name", ["perception", "unet"])
-def test_an_unfinished_editor_still_gives_a_bundle(built, tmp_path, name):
-    lay_finished(built, tmp_path, ("encoder", "text", "perception")[: 2 if name == "perception" else 3])
+def test_an_unfinished_editor_is_still_saved_as_a_bundle(built, tmp_path, name):
+    link_finished_stages(
+        built, tmp_path, ("encoder", "text", "perception")[: 2 if name == "perception" else 3]
+    )
     (tmp_path / "clip").symlink_to(built / "clip")
     bundle = tmp_path / "bundle"
     assert not build.build_model(
@@ -386,19 +395,19 @@ def test_an_unfinished_editor_still_gives_a_bundle(built, tmp_path, name):
     assert (bundle / "unet" / "config.json").exists()
 
 
-def test_other_numbers_are_refused_on_resume(tmp_path, monkeypatch):
+def test_a_changed_preset_is_refused_on_resume(tmp_path, monkeypatch):
     build.build_model("smoke", tmp_path, seconds=0.0, device="cpu", log=quiet)
     monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], hue_weight=0.5))
     with pytest.raises(InputError, match="hue_weight"):
         build.build_model("smoke", tmp_path, device="cpu", log=quiet)
 
 
-def test_two_builds_in_one_folder_the_second_is_refused(tmp_path):
+def test_a_second_build_in_the_same_folder_is_refused(tmp_path):
     with lock_folder(tmp_path), pytest.raises(InputError, match="another ip2p process is writing to"):
         build.build_model("smoke", tmp_path, device="cpu", log=quiet)
 
 
-def test_unknown_preset_and_stage_are_named(tmp_path):
+def test_an_unknown_preset_or_stage_is_reported_with_the_known_ones(tmp_path):
     with pytest.raises(InputError, match="'huge'.*smoke, cpu, h100"):
         build.build_model("huge", tmp_path)
     with pytest.raises(InputError, match="'gan'.*encoder, decoder, text, clip, perception, unet, decay, lm"):

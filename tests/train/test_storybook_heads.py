@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from ip2p.training.storybook.heads import Heads, class_loss
 
 
-def test_class_loss_is_the_mean_of_the_fields_cross_entropies():
+def test_class_loss_matches_the_mean_of_cross_entropy_per_field():
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[0, 3], [2, -100], [3, 4], [1, 0], [0, -100], [2, 1]])
     first = F.cross_entropy(logits[:, :4], labels[:, 0])

@@ -1,4 +1,4 @@
-"""The heads that name what is on a page, and what they count."""
+"""The perception heads: their labels, losses, metrics and gates."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def labels_of(batch=3, side=4, seed=0):
 
 
 def test_cells_take_the_classes_of_their_thing():
-    """Oracle: one cell after another."""
+    """Oracle: a loop over the cells."""
     cells, things = labels_of()
     labels = cell_labels(cells, things)
     for b in range(3):
@@ -50,15 +50,15 @@ def test_cells_take_the_classes_of_their_thing():
                 assert labels[b, :, y, x].tolist() == expected
 
 
-def test_the_loss_is_that_of_each_field_and_zero_for_certainty():
+def test_the_cell_loss_matches_cross_entropy_per_field_and_is_zero_for_certain_answers():
     cells, things = labels_of()
     labels = cell_labels(cells, things)
     logits = torch.randn(3, sum(THING_SIZES), 4, 4, generator=torch.Generator().manual_seed(1))
     total, first = 0.0, 0
     for field, (name, size) in enumerate(zip(FIELDS, THING_SIZES, strict=True)):
-        part, own = logits[:, first : first + size], labels[:, field]
+        part, field_labels = logits[:, first : first + size], labels[:, field]
         first += size
-        flat, rows = part.permute(0, 2, 3, 1).reshape(-1, size), own.reshape(-1)
+        flat, rows = part.permute(0, 2, 3, 1).reshape(-1, size), field_labels.reshape(-1)
         thing = F.cross_entropy(flat[cells.reshape(-1) > 0], rows[cells.reshape(-1) > 0])
         total += float(thing) * (1.0 if name == "kind" else 0.5)
         if name == "kind":
@@ -74,14 +74,14 @@ def test_the_loss_is_that_of_each_field_and_zero_for_certainty():
     assert float(cells_loss(50.0 * sure, labels)) < 1e-6
 
 
-def test_a_thing_is_named_by_all_of_its_cells():
+def test_a_thing_is_classified_by_all_of_its_cells():
     cells = torch.tensor([[[1, 1], [1, 0]]])
     things = torch.full((1, 4, len(FIELDS)), IGNORED)
     things[0, 0] = 1
     logits = torch.zeros(1, sum(THING_SIZES), 2, 2)
-    logits[0, 2, 0, 0] = 1.0  # one cell is a little for class 2
-    logits[0, 1, 0, 1] = logits[0, 1, 1, 0] = 0.8  # two are for class 1
-    logits[0, 2, 1, 1] = 9.0  # not the thing's
+    logits[0, 2, 0, 0] = 1.0  # one cell slightly favors class 2
+    logits[0, 1, 0, 1] = logits[0, 1, 1, 0] = 0.8  # two favor class 1
+    logits[0, 2, 1, 1] = 9.0  # not a cell of the thing
     counts = named_right(logits, cells, things)
     assert counts["kind"] == (1, 1)
     assert all(count[1] == 1 for count in counts.values())
@@ -89,7 +89,7 @@ def test_a_thing_is_named_by_all_of_its_cells():
     assert hidden["kind"] == (0, 0)
 
 
-def test_change_is_measured_over_cells_and_learned_evenly():
+def test_change_iou_counts_cells_and_change_loss_balances_the_classes():
     changed = torch.zeros(2, 4, 4)
     changed[0, 0, 0] = 1
     changed[1, :2] = 1
@@ -98,7 +98,7 @@ def test_change_is_measured_over_cells_and_learned_evenly():
     logits[0, 3, 3] = 5.0
     assert change_iou(logits, changed > 0) == pytest.approx(9 / 10)
     both = torch.tensor([True, True])
-    # The one changed cell of the first sample weighs as much as its fifteen others.
+    # The one changed cell of the first sample weighs as much as its other fifteen.
     none = torch.full_like(changed, -3.0)
     lone = change_loss(none[:1], changed[:1], both[:1])
     expected = (F.softplus(torch.tensor(3.0)) + F.softplus(torch.tensor(-3.0))) / 2
@@ -106,7 +106,7 @@ def test_change_is_measured_over_cells_and_learned_evenly():
     assert change_loss(none, changed, ~both) == 0
 
 
-def test_only_what_the_conditions_tell_is_asked():
+def test_a_label_counts_only_if_the_conditions_reveal_it():
     torch.manual_seed(0)
     unet = SimpleNamespace(
         config=SimpleNamespace(block_out_channels=(16, 32)),
@@ -129,9 +129,17 @@ def test_only_what_the_conditions_tell_is_asked():
 
     def loss(part=None, row=0):
         cells, things = labels_of(4)
-        own = {"cells": cells, "things": things, "page": torch.zeros(4, len(PAGE_SIZES), dtype=torch.long)}
+        page_labels = {
+            "cells": cells,
+            "things": things,
+            "page": torch.zeros(4, len(PAGE_SIZES), dtype=torch.long),
+        }
         labels = {
-            **{f"{page}_{key}": value.clone() for page in ("before", "after") for key, value in own.items()},
+            **{
+                f"{page}_{key}": value.clone()
+                for page in ("before", "after")
+                for key, value in page_labels.items()
+            },
             "edit": torch.zeros(4, len(EDIT_SIZES), dtype=torch.long),
             "weight": torch.tensor(0.5),
         }
@@ -174,9 +182,9 @@ def test_heads_read_the_unets_features_at_any_resolution():
     unet = new_unet(preset)
     heads = Perception(unet, preset.text_width)
     unet(torch.randn(2, 32, 8, 8), torch.tensor(999), torch.randn(2, 5, 32))
-    seen = heads.see()
-    assert seen.before.shape == seen.after.shape == (2, sum(THING_SIZES), 8, 8)
-    assert seen.changed.shape == (2, 8, 8) and seen.page_after.shape == (2, sum(PAGE_SIZES))
+    predictions = heads.see()
+    assert predictions.before.shape == predictions.after.shape == (2, sum(THING_SIZES), 8, 8)
+    assert predictions.changed.shape == (2, 8, 8) and predictions.page_after.shape == (2, sum(PAGE_SIZES))
 
 
 def test_a_cell_head_learns_a_cells_class_from_coarser_features():
@@ -194,7 +202,7 @@ def test_a_cell_head_learns_a_cells_class_from_coarser_features():
     assert loss < 0.35
 
 
-def test_missed_gates_are_said_in_numbers():
+def test_missed_gates_are_reported_as_percentages():
     preset = PRESETS["cpu"]
     assert missed_gates(preset, {"kind": 0.95, "change": 0.7}) == []
     assert missed_gates(preset, {"kind": 0.81, "change": 0.5}) == [
@@ -203,7 +211,7 @@ def test_missed_gates_are_said_in_numbers():
     ]
 
 
-def test_the_heads_weight_halves_and_then_stays():
+def test_the_head_weight_halves_down_to_its_minimum():
     preset = PRESETS["cpu"]
     weight = head_weight(preset, 32)
     assert weight(0) == preset.head_weight
@@ -213,7 +221,7 @@ def test_the_heads_weight_halves_and_then_stays():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_new_network_that_predicts_x0_returns_the_page(name):
+def test_a_network_started_as_a_copy_returns_the_page(name):
     preset = PRESETS[name]
     torch.manual_seed(0)
     unet = new_unet(preset)

@@ -19,7 +19,7 @@ WORLD = World(size=64, cells=8, seed=4, groups=3, edits=4, wordings=2)
 
 
 def count_words(texts):
-    """A stand-in for a tokenizer: the length of the text, eight times."""
+    """A fake tokenizer: the length of the text, eight times."""
     return torch.tensor([[len(text)] * 8 for text in texts])
 
 
@@ -29,7 +29,7 @@ def vae():
     return new_autoencoder(PRESETS["smoke"]).eval().requires_grad_(False)
 
 
-def test_every_pair_of_a_group_is_an_edit_that_draws_its_second_page():
+def test_every_pair_of_a_group_is_an_edit_between_its_two_pages():
     kinds = {"forward": 0, "back": 0, "across": 0}
     for number in range(6):
         scenes, pairs = draw_group(WORLD, number)
@@ -44,15 +44,15 @@ def test_every_pair_of_a_group_is_an_edit_that_draws_its_second_page():
     assert kinds["back"] > 12 and kinds["across"] > 12
 
 
-def test_shards_hold_what_the_pages_show():
-    """Labels against the pages themselves, drawn again."""
+def test_shards_match_pages_and_labels_computed_from_the_scenes():
+    """Oracle: pages and labels computed from the scenes."""
     shard = Shards(WORLD, [1], count_words).make(1)
     scenes, pairs = [], []
     for group in range(3, 6):
         first = len(scenes)
-        some, said = draw_group(WORLD, group)
-        scenes += some
-        pairs += [replace(pair, before=pair.before + first, after=pair.after + first) for pair in said]
+        group_scenes, group_pairs = draw_group(WORLD, group)
+        scenes += group_scenes
+        pairs += [replace(pair, before=pair.before + first, after=pair.after + first) for pair in group_pairs]
     assert len(shard["pixels"]) == len(scenes) == WORLD.pages
     for row, scene in enumerate(scenes):
         np.testing.assert_array_equal(shard["pixels"][row], draw_planes(scene, 64))
@@ -70,7 +70,7 @@ def test_shards_hold_what_the_pages_show():
         assert shard["words"][row, 0, 0] == len(pair.edits[0].instruction)
 
 
-def test_shards_are_written_once_and_another_autoencoder_gets_others(vae, tmp_path):
+def test_shards_are_written_once_and_separately_for_each_autoencoder(vae, tmp_path):
     shards = LatentShards(WORLD, tmp_path, vae, count_words, workers=0)
     shards.make([0, 2], then=[1])
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
@@ -78,9 +78,9 @@ def test_shards_are_written_once_and_another_autoencoder_gets_others(vae, tmp_pa
     again = LatentShards(WORLD, tmp_path, vae, count_words, workers=0)
     again.make([2, 1, 0], then=[])
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    straight = LatentShards(WORLD, tmp_path / "other", vae, count_words, workers=0)
-    straight.make([1], then=[])
-    for key, value in straight.read(1).items():
+    direct = LatentShards(WORLD, tmp_path / "other", vae, count_words, workers=0)
+    direct.make([1], then=[])
+    for key, value in direct.read(1).items():
         assert torch.equal(value, again.read(1)[key]), key
     torch.manual_seed(9)
     other = LatentShards(WORLD, tmp_path, new_autoencoder(PRESETS["smoke"]).eval(), count_words, workers=0)
@@ -112,29 +112,31 @@ def samples_of(vae, folder, *, objective=None, full_noise=False, batch=4, before
     )
 
 
-def test_a_resumed_run_sees_what_it_would_have_seen(vae, tmp_path):
+def test_a_resumed_run_gets_the_same_batches(vae, tmp_path):
     samples = samples_of(vae, tmp_path)
     steps = samples.steps_per_block + 2
-    whole = [batch for (batch,), _ in zip(samples(0), range(steps), strict=False)]
+    uninterrupted = [batch for (batch,), _ in zip(samples(0), range(steps), strict=False)]
     for start in (1, steps - 1):
         (batch,) = next(iter(samples_of(vae, tmp_path)(start)))
-        assert torch.equal(batch.before, whole[start].before) and torch.equal(batch.text, whole[start].text)
-        assert torch.equal(batch.draws.noise, whole[start].draws.noise)
-        assert torch.equal(batch.labels["after_cells"], whole[start].labels["after_cells"])
-    assert [float(batch.labels["weight"]) for batch in whole[:2]] == [1.0, 0.5]
+        assert torch.equal(batch.before, uninterrupted[start].before) and torch.equal(
+            batch.text, uninterrupted[start].text
+        )
+        assert torch.equal(batch.draws.noise, uninterrupted[start].draws.noise)
+        assert torch.equal(batch.labels["after_cells"], uninterrupted[start].labels["after_cells"])
+    assert [float(batch.labels["weight"]) for batch in uninterrupted[:2]] == [1.0, 0.5]
 
 
-def test_blocks_take_new_shards_first_and_old_ones_when_there_are_no_more(vae, tmp_path):
+def test_blocks_use_new_shards_first_and_old_ones_once_all_are_used(vae, tmp_path):
     samples = samples_of(vae, tmp_path)
     assert samples.numbers(0) == [0]
     assert samples.numbers(1) == [1, 0]
     assert samples.numbers(2)[0] == 2 and samples.numbers(2)[1] in (0, 1)
     assert sorted(samples.numbers(7)) != [] and set(samples.numbers(7)) <= {0, 1, 2}
-    # A stage that follows another begins with shards that it did not see.
+    # A stage that follows another starts with unused shards.
     assert samples_of(vae, tmp_path, before=2 * samples.steps_per_block).numbers(0)[0] == 2
 
 
-def test_conditions_decide_the_text_and_full_noise_the_time(vae, tmp_path):
+def test_conditions_determine_the_text_and_full_noise_sets_the_timestep(vae, tmp_path):
     samples = samples_of(vae, tmp_path, full_noise=True, batch=64)
     (batch,) = next(iter(samples(0)))
     draws = batch.draws
@@ -151,16 +153,16 @@ def test_conditions_decide_the_text_and_full_noise_the_time(vae, tmp_path):
     )
 
 
-def test_kinds_of_edits_have_their_share(vae, tmp_path):
+def test_each_kind_of_edit_has_its_share_of_the_weights(vae, tmp_path):
     shards = LatentShards(WORLD, tmp_path, vae, count_words, workers=0)
     shards.make([0, 1], then=[])
     pool = Pool([shards.read(0), shards.read(1)], torch.device("cpu"))
     shares = kind_shares({"add": 3.0})
     weights = pool.weights(shares)
-    there = {EDIT_KINDS[k] for k in pool.pairs["kind"].tolist()}
-    for kind in there:
-        own = weights[pool.pairs["kind"] == EDIT_KINDS.index(kind)].sum()
-        assert float(own) == pytest.approx(shares[kind], rel=1e-5)
+    kinds_present = {EDIT_KINDS[k] for k in pool.pairs["kind"].tolist()}
+    for kind in kinds_present:
+        total = weights[pool.pairs["kind"] == EDIT_KINDS.index(kind)].sum()
+        assert float(total) == pytest.approx(shares[kind], rel=1e-5)
     assert shares["add"] == pytest.approx(3 * kind_shares({})["add"])
-    # Pages of a later shard are found by their place in the pool.
+    # Pages of a later shard are offset by their position in the pool.
     assert pool.before.max() >= WORLD.pages and pool.after.max() < 2 * WORLD.pages

@@ -12,7 +12,7 @@ from ip2p.training.transform import Transform
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """Smooth noise: no two places of it are alike."""
+    """Smooth noise without repeated regions."""
     values = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
     return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -21,7 +21,7 @@ def pair(before: np.ndarray, after: np.ndarray | None = None, id: str = "a") -> 
     return Pair(id=id, before=before, after=before if after is None else after, instruction="make it night")
 
 
-def test_a_picture_of_the_size_is_itself_and_its_odd_variant_is_mirrored():
+def test_a_picture_of_the_target_size_is_kept_and_its_odd_variant_is_mirrored():
     pixels = picture(64, 48)
     transform = Transform(size=(64, 48))
     assert transform.variants == 2
@@ -32,7 +32,7 @@ def test_a_picture_of_the_size_is_itself_and_its_odd_variant_is_mirrored():
         assert torch.equal(before, after)
 
 
-def test_without_crops_the_middle_of_the_covering_size_is_taken():
+def test_without_crops_the_picture_is_resized_to_cover_and_center_cropped():
     pixels = picture(128, 64)
     before, _ = Transform(size=(32, 32), flip=False)(pair(pixels), 0)
     expected = np.asarray(resized(Image.fromarray(pixels), (64, 32)))[:, 16:48]
@@ -47,9 +47,9 @@ def test_any_shape_covers_any_size(pixels, size):
         assert versions.shape == (2 if resize_to is None else 4, 2, 3, *size[::-1])
 
 
-def test_crops_are_drawn_alike_for_both_pictures_from_the_id_and_the_variant():
+def test_crops_are_the_same_for_both_pictures_and_depend_on_id_and_variant():
     pixels = picture(64, 64)
-    # Each pixel of the second is the first's, inverted: so must be every crop of it.
+    # The second picture is the first, inverted: so must be every crop of it.
     both = pair(pixels, 255 - pixels)
     transform = Transform(size=(32, 32), resize_to=48, crops=6)
     versions = transform.versions(both)
@@ -62,7 +62,7 @@ def test_crops_are_drawn_alike_for_both_pictures_from_the_id_and_the_variant():
 
 
 def test_crops_reach_every_size_and_both_edges():
-    # A ramp tells of a crop where it begins and how much of the whole it is.
+    # A ramp shows where a crop starts and how much of the picture it covers.
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3))
     transform = Transform(size=(32, 32), resize_to=36, flip=False, crops=200)
     rows = transform.versions(pair(np.ascontiguousarray(ramp)))[:, 0, 0, 0].astype(float)
@@ -72,7 +72,7 @@ def test_crops_reach_every_size_and_both_edges():
     assert len(set(np.round((widest[:, 0] - 3) / (256 / 36)))) == 5
 
 
-def test_a_second_picture_of_another_size_is_brought_to_the_first_and_of_another_shape_is_broken():
+def test_the_second_picture_is_resized_to_the_first_or_broken_if_its_shape_differs():
     pixels = picture(64, 64)
     larger = np.asarray(Image.fromarray(pixels).resize((128, 128), Image.Resampling.BICUBIC))
     before, after = Transform(size=(64, 64), flip=False)(pair(pixels, larger), 0)

@@ -24,7 +24,7 @@ from ip2p.training.validation import HeldOut, Watch, held_out, held_out_loss, ju
 
 @pytest.fixture(scope="module")
 def bundle(tiny_model_dir):
-    """The tiny model in fp32. Leave it as it is."""
+    """The tiny model in fp32. Do not modify it."""
     return load_bundle(tiny_model_dir)
 
 
@@ -43,7 +43,7 @@ def cache(bundle, tmp_path_factory):
 # --- which rows ------------------------------------------------------------------------------------
 
 
-def test_held_out_rows_follow_their_ids_and_not_their_order():
+def test_held_out_rows_depend_on_their_ids_and_not_on_their_order():
     ids = [f"row {number}" for number in range(300)]
     places = held_out(ids, 10)
     assert len(set(places)) == 10 and places == sorted(places)
@@ -51,11 +51,11 @@ def test_held_out_rows_follow_their_ids_and_not_their_order():
     assert {shuffled[k] for k in held_out(shuffled, 10)} == {ids[k] for k in places}
     assert set(places) < set(held_out(ids, 20)), "more rows are the same ones and others"
     assert held_out(ids, 10, seed=1) != places
-    # Of fewer rows, those that stay held out are the same.
+    # With fewer rows, those that remain are still held out.
     assert {ids[k] for k in places if k < 200} <= {ids[k] for k in held_out(ids[:200], 10)}
 
 
-def test_as_many_held_out_rows_as_there_are_are_refused():
+def test_holding_out_all_rows_is_refused():
     with pytest.raises(InputError, match="Holding out 3 of 3 rows leaves none"):
         held_out(["a", "b", "c"], 3)
 
@@ -90,7 +90,7 @@ def test_held_out_loss_is_the_mean_over_rows_and_noise_levels(cache):
     assert sorted(seen) == sorted(first), "the same whatever the batch and the order"
 
 
-def test_held_out_loss_of_a_network_is_the_same_whatever_the_batch(bundle, cache):
+def test_held_out_loss_of_a_network_does_not_depend_on_the_batch_size(bundle, cache):
     alpha_bar = scaled_linear_alpha_bar()
 
     def loss(latents, places, noise, timesteps):
@@ -127,13 +127,13 @@ def pairs(page: Image.Image, *, captions: bool = True) -> list[Pair]:
     ]
 
 
-def test_validation_edits_shows_and_judges_the_held_out_pictures(bundle, clip, page, tmp_path):
+def test_validation_edits_scores_and_saves_the_held_out_pictures(bundle, clip, page, tmp_path):
     rows = pairs(page)
-    asked = []
+    scored_editors = []
 
     def score(editor):
         assert isinstance(editor, Editor) and not editor.bundle.unet.training
-        asked.append(editor)
+        scored_editors.append(editor)
         return {"storybook": 12.5}
 
     check = HeldOut(rows, tmp_path, SIZE, settings={"steps": 2}, clip=clip, score=score)
@@ -143,62 +143,64 @@ def test_validation_edits_shows_and_judges_the_held_out_pictures(bundle, clip, p
     assert bundle.unet.training, "it goes on learning"
     bundle.unet.eval()
     assert torch.equal(torch.get_rng_state(), state), "training's own randomness is not touched"
-    assert numbers["storybook"] == 12.5 and len(asked) == 1
-    # What the editor gives by itself, with the seeds 0 and 1.
-    alone = [
+    assert numbers["storybook"] == 12.5 and len(scored_editors) == 1
+    # The editor called directly, with the seeds 0 and 1.
+    edited = [
         Editor(bundle).edit(page, pair.instruction, seeds=[k], steps=2, size=64)[0]
         for k, pair in enumerate(rows)
     ]
-    got, wanted, was = (
+    outputs, targets, inputs = (
         torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
-        for pictures in (alone, [pair.after for pair in rows], [pair.before for pair in rows])
+        for pictures in (edited, [pair.after for pair in rows], [pair.before for pair in rows])
     )
-    expected = judged(was, got, wanted, rows, clip)
+    expected = judged(inputs, outputs, targets, rows, clip)
     assert {k: v for k, v in numbers.items() if k != "storybook"} == pytest.approx(expected, abs=2e-3)
     sheet = load_image(tmp_path / "held-out" / "step-00000500.png")
     cell = [np.asarray(sheet.crop((left, 29, left + 64, 93))) for left in (8, 80, 152)]
     assert np.array_equal(cell[0], rows[0].before) and np.array_equal(cell[2], rows[0].after)
-    assert np.abs(cell[1].astype(int) - np.asarray(alone[0])).max() <= 1
+    assert np.abs(cell[1].astype(int) - np.asarray(edited[0])).max() <= 1
     assert check(600, bundle) == numbers, "the same weights give the same numbers"
 
 
-def test_numbers_are_those_of_their_definitions(clip, page):
+def test_the_metrics_match_their_definitions(clip, page):
     rows = pairs(page)
-    was, wanted = (
+    inputs, targets = (
         torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
         for pictures in ([pair.before for pair in rows], [pair.after for pair in rows])
     )
-    got = wanted.clone()
-    got[0] += 10
-    numbers = judged(was, got, wanted, rows, clip)
+    outputs = targets.clone()
+    outputs[0] += 10
+    numbers = judged(inputs, outputs, targets, rows, clip)
     mse = np.array([(10 / 255) ** 2, 0])
-    # images.signed_psnr stops at 106 dB.
+    # images.signed_psnr is capped at 106 dB.
     assert numbers["psnr"] == pytest.approx((-10 * np.log10(mse[0]) + 10 * np.log10(4e10)) / 2, rel=1e-4)
     assert numbers["l1"] == pytest.approx(10 / 255 / 2, rel=1e-4)
-    by_clip = clip.similarities(was / 255, got / 255, ["a page"] * 2, ["a dark page"] * 2)
+    by_clip = clip.similarities(inputs / 255, outputs / 255, ["a page"] * 2, ["a dark page"] * 2)
     assert numbers["clip_directional"] == pytest.approx(float(by_clip.directional.mean()), abs=1e-5)
     assert numbers["clip_image"] == pytest.approx(float(by_clip.image_image.mean()), abs=1e-5)
-    assert set(judged(was, got, wanted, rows)) == {"psnr", "l1"}
+    assert set(judged(inputs, outputs, targets, rows)) == {"psnr", "l1"}
 
 
 @pytest.mark.parametrize("captions", ["none", "equal"])
-def test_without_captions_the_direction_is_that_of_the_pictures(clip, page, captions):
+def test_without_captions_the_target_direction_is_that_of_the_pictures(clip, page, captions):
     rows = pairs(page, captions=captions == "equal")
     if captions == "equal":
         rows[1] = replace(rows[1], edited_caption="a page")
-    was, wanted = (
+    inputs, targets = (
         torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
         for pictures in ([pair.before for pair in rows], [pair.after for pair in rows])
     )
-    # The wanted picture itself lies in the direction wanted.
-    assert judged(was, wanted, wanted, rows, clip)["clip_directional"] == pytest.approx(1, abs=1e-4)
-    got = torch.roll(wanted, 7, dims=3)
-    a, b, c = (clip.images(pictures / 255) for pictures in (was, got, wanted))
+    # The target picture itself has the target direction.
+    assert judged(inputs, targets, targets, rows, clip)["clip_directional"] == pytest.approx(1, abs=1e-4)
+    outputs = torch.roll(targets, 7, dims=3)
+    a, b, c = (clip.images(pictures / 255) for pictures in (inputs, outputs, targets))
     expected = float(F.cosine_similarity(b - a, c - a).mean())
-    assert judged(was, got, wanted, rows, clip)["clip_directional"] == pytest.approx(expected, abs=1e-5)
+    assert judged(inputs, outputs, targets, rows, clip)["clip_directional"] == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
-def test_rows_that_cannot_be_edited_are_passed_over(page, tmp_path):
+def test_rows_that_cannot_be_edited_are_skipped(page, tmp_path):
     good, other = pairs(page)
     rows = [replace(good, before=b"broken"), replace(other, instruction="  "), replace(good, id="p9")]
     assert [pair.id for pair in HeldOut(rows, tmp_path, SIZE).pairs] == ["p9"]
@@ -209,24 +211,24 @@ def test_rows_that_cannot_be_edited_are_passed_over(page, tmp_path):
 # --- curves ----------------------------------------------------------------------------------------
 
 
-def test_curves_are_read_back_and_a_resumed_run_forgets_what_came_after(tmp_path):
+def test_curves_are_read_back_and_a_resumed_run_drops_later_points(tmp_path):
     curves = Curves(tmp_path / "run")
     for step in (100, 200, 300):
         curves.add(step, {"loss": 1 / step})
         if step != 200:
             curves.add(step, {"psnr": float("nan") if step == 300 else 20})
-    again = Curves(tmp_path / "run")
-    assert again.keys() == ["loss", "psnr"]
-    assert again.series("loss") == [(100, 0.01), (200, 0.005), (300, 1 / 300)]
-    assert again.series("psnr") == [(100, 20.0)]
-    again.forget_after(200)
-    again.add(300, {"loss": 7})
-    lines = [json.loads(line) for line in again.path.read_text().splitlines()]
-    assert lines == again.rows == Curves(tmp_path / "run").rows
+    reloaded = Curves(tmp_path / "run")
+    assert reloaded.keys() == ["loss", "psnr"]
+    assert reloaded.series("loss") == [(100, 0.01), (200, 0.005), (300, 1 / 300)]
+    assert reloaded.series("psnr") == [(100, 20.0)]
+    reloaded.forget_after(200)
+    reloaded.add(300, {"loss": 7})
+    lines = [json.loads(line) for line in reloaded.path.read_text().splitlines()]
+    assert lines == reloaded.rows == Curves(tmp_path / "run").rows
     assert Curves(tmp_path / "run").series("loss") == [(100, 0.01), (200, 0.005), (300, 7)]
 
 
-def test_a_torn_line_is_lost_alone(tmp_path):
+def test_only_the_truncated_line_is_lost(tmp_path):
     curves = Curves(tmp_path)
     curves.add(1, {"loss": 3})
     curves.add(2, {"loss": 2})
@@ -260,7 +262,7 @@ def test_curves_are_drawn_from_the_first_step_to_the_last(tmp_path):
 # --- stopping --------------------------------------------------------------------------------------
 
 
-def test_watch_stops_after_so_many_validations_without_a_new_best():
+def test_watch_stops_after_the_set_number_of_validations_without_a_new_best():
     watch = Watch("psnr", 2)
     values = [20, 22, 21, 23, 23, float("nan"), 22]
     assert [watch.see(step, {"psnr": v}) for step, v in enumerate(values)] == [False] * 5 + [True] * 2
@@ -272,19 +274,19 @@ def test_watch_stops_after_so_many_validations_without_a_new_best():
     assert not any(never.see(step, {"loss": -step}) for step in range(50))
 
 
-def test_a_resumed_watch_counts_on():
+def test_a_resumed_watch_continues_its_count():
     watch = Watch("psnr", 3)
     for step, value in enumerate([20, 19, 18]):
         watch.see(step, {"psnr": value})
-    again = Watch("psnr", 3)
-    again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
-    assert again.best_step == 0 and not again.stopped
-    assert again.see(3, {"psnr": 19.5}) and again.stopped
+    resumed = Watch("psnr", 3)
+    resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert resumed.best_step == 0 and not resumed.stopped
+    assert resumed.see(3, {"psnr": 19.5}) and resumed.stopped
     other = Watch("l1", 3, higher_is_better=False)
     other.load_state_dict(watch.state_dict())
     assert other.best is None
 
 
-def test_a_number_that_is_not_given_is_named_with_those_that_are():
+def test_a_missing_number_is_reported_with_the_given_ones():
     with pytest.raises(InputError, match="needs clip_directional.*Choose one of: psnr, l1"):
         Watch("clip_directional", 2).see(1, {"psnr": 20, "l1": 0.1})

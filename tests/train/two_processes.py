@@ -1,4 +1,4 @@
-"""One of two processes of a training; started by test_reference.py through torchrun."""
+"""One of two training processes; started by test_reference.py through torchrun."""
 
 import os
 import sys
