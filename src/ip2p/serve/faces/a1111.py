@@ -31,7 +31,7 @@ from ip2p.serve.errors import Refusal, declared_errors
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits
 from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Opened, OptionalPicture
-from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, settings_from_body
+from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, EditSettings, SettingError, settings_from_body
 
 CLIENTS = 1000  # maximum number of clients whose model and latest edit are remembered
 RESIZE_MODES: tuple[Literal["stretch", "crop", "pad"], ...] = ("stretch", "crop", "pad")
@@ -369,7 +369,7 @@ async def _edit_of(
         how = RESIZE_MODES[body.resize_mode]
         picture = await desk.in_thread(wire.sized, picture, size, how)
         mask = mask and await desk.in_thread(wire.sized, mask, size, how)
-    settings = settings_from_body(
+    settings: EditSettings = settings_from_body(
         body,
         "a1111",
         text_cfg=TEXT_CFG if body.cfg_scale is None else body.cfg_scale,

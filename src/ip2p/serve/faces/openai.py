@@ -19,7 +19,15 @@ from ip2p.serve.faces.native import EVENTS, check_model
 from ip2p.serve.jobs import Job
 from ip2p.serve.requests import EditRequest, Limits
 from ip2p.serve.wire import PICTURE_SCHEMA, Desk, Encoding, Format, Opened, OptionalPicture
-from ip2p.settings import MAX_SEED, MAX_SIZE, MIN_SIZE, SettingError, parse_size, settings_from_body
+from ip2p.settings import (
+    MAX_SEED,
+    MAX_SIZE,
+    MIN_SIZE,
+    EditSettings,
+    SettingError,
+    parse_size,
+    settings_from_body,
+)
 
 PATH = "/v1/images/edits"
 # There are no tokens, but clients read the counts.
@@ -174,7 +182,9 @@ async def _edit_of(desk: Desk, body: Any, opened: Opened) -> EditRequest:
         picture = await desk.in_thread(wire.sized, picture, size, "crop")
         mask = mask and await desk.in_thread(wire.sized, mask, size, "crop")
     control = body.control_image and await opened.picture(body.control_image, "control_image")
-    settings = settings_from_body(body, "openai", size=None, seed=0, mask=mask, control_image=control)
+    settings: EditSettings = settings_from_body(
+        body, "openai", size=None, seed=0, mask=mask, control_image=control
+    )
     partial = (body.partial_images or 0) if body.stream else 0
     steps = settings.resolved().steps or 1
     return EditRequest(
