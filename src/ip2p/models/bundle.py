@@ -493,7 +493,7 @@ def packaged_models() -> list[str]:
 
 @dataclass(frozen=True)
 class PackagedExample:
-    """A page that the packaged storybook model edits correctly: a PNG file, its title, and instructions."""
+    """A page to try the packaged storybook model on: a PNG file, its title, and instructions."""
 
     file: Path
     title: str
