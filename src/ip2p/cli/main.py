@@ -255,6 +255,8 @@ def _messages_to_stderr(debug: bool) -> Iterator[None]:
         # These libraries log instead of warning, and read their log level when they are first imported.
         for library in ("TRANSFORMERS", "DIFFUSERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")
+        # Where it is installed, diffusers imports it, and it warns of a kernel that is not used here.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     log, line = logging.getLogger("ip2p"), Line(logging.INFO)
     before = log.level
     log.addHandler(line)
