@@ -87,16 +87,25 @@ def source_of(hint: Any) -> str:
     return "None" if hint is type(None) else str(hint.__name__)
 
 
+def _argument(kind: type[Settings], field: str) -> str:
+    return meta_of(kind.model_fields[field]).name or field
+
+
 def write_arguments(classes: Sequence[Arguments]) -> str:
-    """The source of a module with some TypedDicts."""
+    """The source of a module with some TypedDicts. One of a subclass inherits that of its base class."""
     blocks = []
-    for kind, name, what, without in classes:
+    for number, (kind, name, what, without) in enumerate(classes):
+        base = next((each for each in classes[:number] if issubclass(kind, each.kind)), None)
+        inherited = (
+            set() if base is None else {_argument(base.kind, field) for field in base.kind.model_fields}
+        )
         lines = []
         for field, found in kind.model_fields.items():
-            if field not in (*without, *OF_COMMANDS):
-                called = meta_of(found).name or field
+            called = _argument(kind, field)
+            if field not in (*without, *OF_COMMANDS) and called not in inherited:
                 lines += [f"    # {found.description}", f"    {called}: {source_of(found.annotation)}"]
-        blocks.append(f'class {name}(TypedDict, total=False):\n    """{what}"""\n\n' + "\n".join(lines))
+        parent = "TypedDict" if base is None else base.name
+        blocks.append(f'class {name}({parent}, total=False):\n    """{what}"""\n\n' + "\n".join(lines))
     body = "\n\n\n".join(blocks)
     imports = ["from pathlib import Path"] if "Path" in body else []
     imports += ["from typing import Literal", "", "from typing_extensions import TypedDict", ""]

@@ -255,17 +255,17 @@ def child(folder, fatal):
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-told = []
+runs = []
 for fatal in range(1, 100):
     folder = Path(sys.argv[1]) / str(fatal)
     code = child(folder, fatal)
     there = len(jobs.committed(folder, "data/train")) if jobs.is_job(folder) else 0
     damaged = jobs.damaged(folder) if jobs.is_job(folder) else []
     again = child(folder, 0)
-    told.append([code, there, damaged, again, rows(folder), sorted(p.name for p in folder.rglob(".*"))])
+    runs.append([code, there, damaged, again, rows(folder), sorted(p.name for p in folder.rglob(".*"))])
     if code == 0:
         break
-print(json.dumps(told))
+print(json.dumps(runs))
 """
 
 

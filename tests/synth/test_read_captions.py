@@ -197,7 +197,7 @@ def test_unknown_columns_and_tables_without_usable_captions_are_refused(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "told"),
+    ("name", "data", "expected"),
     [
         ("a.txt", b"", "empty"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
@@ -206,9 +206,9 @@ def test_unknown_columns_and_tables_without_usable_captions_are_refused(tmp_path
         ("a.docx", b"word", "not a supported table"),
     ],
 )
-def test_broken_files_are_refused(tmp_path, name, data, told):
+def test_broken_files_are_refused(tmp_path, name, data, expected):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=expected):
         read_captions(tmp_path / name)
 
 

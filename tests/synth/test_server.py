@@ -314,7 +314,7 @@ def test_an_unavailable_server_is_an_error_that_says_how_to_resume():
 
 
 @pytest.mark.parametrize(
-    ("status", "sent", "told"),
+    ("status", "sent", "expected"),
     [
         (401, {"error": "bad key"}, "set OPENAI_API_KEY"),
         (404, {"error": "no model lm"}, "the name lm, or try --way chat"),
@@ -323,8 +323,8 @@ def test_an_unavailable_server_is_an_error_that_says_how_to_resume():
         (200, b"<html>", "no JSON: <html>"),
     ],
 )
-def test_a_refusal_by_the_server_is_raised_immediately(status, sent, told):
-    with serving(lambda *_: (status, sent)) as fake, pytest.raises(ModelError, match=told):
+def test_a_refusal_by_the_server_is_raised_immediately(status, sent, expected):
+    with serving(lambda *_: (status, sent)) as fake, pytest.raises(ModelError, match=expected):
         make(fake)(ASKS)
     assert len(fake.bodies) <= 9  # each thread asked once, and one of them the known prompt
 
@@ -334,7 +334,7 @@ FILTERED = {"error": {"code": "content_filter", "message": "The seed of this res
 
 @pytest.mark.parametrize("together", [1, 8])
 @pytest.mark.parametrize(
-    ("status", "sent", "told"),
+    ("status", "sent", "expected"),
     [
         (400, FILTERED, "400 .*content_filter"),
         (400, {"error": "context too long"}, "400 .*too long"),
@@ -344,7 +344,7 @@ FILTERED = {"error": {"code": "content_filter", "message": "The seed of this res
         (200, {"choices": []}, r'200 \(without choices: \{"choices": \[\]\}\)'),
     ],
 )
-def test_a_refused_prompt_does_not_stop_the_others(status, sent, told, together):
+def test_a_refused_prompt_does_not_stop_the_others(status, sent, expected, together):
     def reply(body, *_):
         return (status, sent) if "0 foxes" in caption_of(body) else (200, answer(body))
 
@@ -357,7 +357,7 @@ def test_a_refused_prompt_does_not_stop_the_others(status, sent, told, together)
     refused = [rejected for each in written for rejected in each.rejected]
     assert {rejected.reason for rejected in refused} == {"refused"}
     assert [rejected.caption for rejected in refused] == [a.caption for a in ASKS if "0 foxes" in a.caption]
-    assert all(re.search(told, rejected.text) for rejected in refused)
+    assert all(re.search(expected, rejected.text) for rejected in refused)
     assert alone == [Answer(text=refused[0].text, refused=True)]
     assert "seed" in fake.bodies[-1]  # the word in the refusal is not a complaint about the field
 
@@ -471,7 +471,7 @@ def test_a_truncated_answer_is_marked_as_unfinished():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         ({"url": "localhost:8000"}, "write it as http"),
         ({"url": "ftp://x/v1"}, "write it as http"),
@@ -486,8 +486,8 @@ def test_a_truncated_answer_is_marked_as_unfinished():
         ({"temperature": 3}, "--temperature is 3"),
     ],
 )
-def test_invalid_settings_are_refused(settings, told):
-    with pytest.raises(InputError, match=told):
+def test_invalid_settings_are_refused(settings, expected):
+    with pytest.raises(InputError, match=expected):
         ServerWriter(**({"url": "http://localhost:1/v1", "model": "lm"} | settings))
 
 

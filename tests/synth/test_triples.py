@@ -134,16 +134,16 @@ def test_triples_are_read_with_the_papers_and_the_hugging_face_column_names(tmp_
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ('{"input": "a cat", "edit": "b"}', "row 1: a triple needs"),
         ('{"id": "x", "input": "a", "edit": "b", "output": "c"}\n' * 2, "row 2: duplicate id x"),
         ("\n", "no triples"),
     ],
 )
-def test_invalid_triples_are_refused(tmp_path: Path, text, told):
+def test_invalid_triples_are_refused(tmp_path: Path, text, expected):
     (tmp_path / "t.jsonl").write_text(text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=expected):
         read_triples(tmp_path / "t.jsonl")
 
 

@@ -113,7 +113,7 @@ def test_the_learning_rate_warms_up_and_then_follows_a_cosine():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         ({"batch": 0}, "--batch is 0"),
         ({"rate": math.nan}, "--rate is nan"),
@@ -123,9 +123,9 @@ def test_the_learning_rate_warms_up_and_then_follows_a_cosine():
         ({"rate": 1, "weight_decay": 10, "epochs": 60, "batch": 1}, "use a lower --rate"),
     ],
 )
-def test_invalid_settings_are_refused_and_nothing_is_written(base, tmp_path, settings, told):
+def test_invalid_settings_are_refused_and_nothing_is_written(base, tmp_path, settings, expected):
     settings = {"triples": SHOWN, "backend": "plain", "device": "cpu"} | settings
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=expected):
         tune_lm(base, tmp_path / "lm", **settings)
     assert not (tmp_path / "lm").exists()
 
