@@ -159,7 +159,7 @@ def test_8_bit_adam_stores_uint8_states_and_resumes_bit_identically(tmp_path):
     assert torch.equal(train(tmp_path / "b", 6, optimizer="adamw8bit"), uninterrupted)
     task = Task()
     optimizer = loop.new_optimizer(
-        list(task.parameters()), LoopConfig(steps=1, batch=8, lr=1e-2, optimizer="adamw8bit")
+        dict(task.named_parameters()), LoopConfig(steps=1, batch=8, lr=1e-2, optimizer="adamw8bit")
     )
     task(next(batches(0))[0])[0].backward()
     optimizer.step()

@@ -13,20 +13,21 @@ import random
 import signal
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ip2p.base.errors import InputError, ModelError, Terminated
 from ip2p.base.files import append_row
 from ip2p.training.checkpoints import Checkpoints
 from ip2p.training.curves import Curves
 from ip2p.training.ema import Ema
+from ip2p.training.muon import Muon
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +56,7 @@ class LoopConfig:
     ema: float = 0.9999
     ema_on_cpu: bool = False
     ema_updates: int = 1  # per step; the released code makes one per micro-batch
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     nan_steps: int = 1  # consecutive nonfinite steps that end the run
     keep: int = 2
     save_every: int | None = 500  # steps
@@ -236,7 +237,7 @@ class _Run:
         task.to(accelerator.device)
         self.trained = {k: p for k, p in task.named_parameters() if p.requires_grad}
         self.ema = Ema(task, config.ema, on_cpu=config.ema_on_cpu) if config.ema else None
-        optimizer = new_optimizer(list(self.trained.values()), config)
+        optimizer = new_optimizer(self.trained, config)
 
         # 2. The checkpoint.
         state = self.checkpoints.load()
@@ -398,15 +399,28 @@ def time_left(seconds: float, minutes: float | None, spent: float) -> str:
     )
 
 
-def new_optimizer(trained: Sequence[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
-    """AdamW, with fp32 or 8-bit moments (Dettmers et al. 2022). Raises InputError without bitsandbytes."""
-    decayed = [p for p in trained if p.ndim > 1 or config.decay_vectors]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
-    if not config.decay_vectors:
-        groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0})
+def new_optimizer(trained: Mapping[str, nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
+    """The optimizer of the named parameters.
+
+    adamw: with fp32 moments. adamw8bit: with 8-bit moments (Dettmers et al. 2022); raises InputError without
+    bitsandbytes. muon: Muon for the UNet's matrices except the first and the last convolution, AdamW for
+    everything else.
+    """
+    decayed = {k: p for k, p in trained.items() if p.ndim > 1 or config.decay_vectors}
+    vectors = [p for k, p in trained.items() if k not in decayed]
     betas = (config.beta1, config.beta2)
+    matrices = {k for k in decayed if config.optimizer == "muon" and is_muon_matrix(k, decayed[k])}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for k, p in decayed.items() if k not in matrices], "weight_decay": config.weight_decay}
+    ]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    if config.optimizer == "muon":
+        inner = [decayed[k] for k in sorted(matrices)]
+        groups.append({"params": inner, "weight_decay": config.weight_decay, "matrices": True})
+        return Muon(groups, lr=config.lr, betas=betas)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -414,6 +428,12 @@ def new_optimizer(trained: Sequence[nn.Parameter], config: LoopConfig) -> torch.
             "optimizer: adamw8bit needs bitsandbytes, which is not installed: pip install 'ip2p[8bit]'"
         ) from None
     return AdamW8bit(groups, lr=config.lr, betas=betas)
+
+
+def is_muon_matrix(name: str, weight: Tensor) -> bool:
+    """Whether Muon trains a parameter of an `EditTask`, by its name."""
+    ends = ("unet.conv_in", "unet.conv_out")
+    return weight.ndim > 1 and name.startswith("unet.") and not name.startswith(ends)
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -24,6 +24,7 @@ class StageConfig:
     batch: int
     lr: float
     schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of the UNet's matrices (`training.loop.new_optimizer`)
     warmup: int = 200
     weight_decay: float = 0.01
     clip_norm: float = 1.0

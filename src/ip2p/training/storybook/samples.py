@@ -24,7 +24,7 @@ from ip2p_storybook.edits import EDIT_KINDS
 from ip2p_storybook.labels import IGNORED
 
 FULL_NOISE = 999
-AHEAD = 50  # blocks whose shards the workers draw, two shards ahead per worker
+AHEAD = 50  # blocks whose shards the workers draw, one block ahead
 
 
 class LatentShards:
@@ -60,7 +60,7 @@ class LatentShards:
             if not drawn or drawn[0] != number:
                 # The loader keeps this order.
                 drawn = [*missing[missing.index(number) :], *(n for n in then if not self.path(n).exists())]
-                made = read_ahead(Shards(self.world, drawn, self.tokens), self.workers, ahead=self.workers)
+                made = read_ahead(Shards(self.world, drawn, self.tokens), self.workers, ahead=len(missing))
             self._write(drawn.pop(0), next(made))
         self._ahead = drawn, made
 
