@@ -509,7 +509,7 @@ def test_running_out_of_memory_suggests_a_smaller_size(
 
     monkeypatch.setattr(Editor, "edit", full)
     output = run("edit", "page.png", "a", "-o", "night.png", "--model", tiny_model_dir)
-    is_refused(output, 4, "out of memory", "--size", "--batch-size 1")
+    is_refused(output, 4, "out of memory", "smaller size", "batch size of 1")
     assert sorted(os.listdir(here)) == ["page.png"]
 
 

@@ -212,9 +212,9 @@ def test_a_finished_run_extended_by_more_steps_matches_a_single_run(config, whol
 
 
 @pytest.mark.parametrize(
-    ("number", "error", "code"), [(signal.SIGTERM, Terminated, 143), (signal.SIGINT, KeyboardInterrupt, 130)]
+    ("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
 )
-def test_a_signal_saves_and_resuming_gives_the_same_weights(config, whole, stop_at, number, error, code):
+def test_a_signal_saves_and_resuming_gives_the_same_weights(config, whole, stop_at, number, error):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         restore = stop_at(3, lambda: os.kill(os.getpid(), number))

@@ -50,11 +50,15 @@ def test_the_report_can_be_printed_as_json(capsys):
     assert (report["rows"], report["findings"][0]["name"]) == (1, "empty instruction")
 
 
-def test_an_existing_sheet_is_refused(tmp_path):
+class Unreadable(Rows):
+    def __getitem__(self, row):
+        raise AssertionError("a row was read")
+
+
+def test_an_existing_sheet_is_refused_before_any_row_is_read(tmp_path):
     (tmp_path / "sheet.png").write_bytes(b"x")
-    unread = Rows([])
     with pytest.raises(InputError, match="already exists; add --overwrite"):
-        command.check_source(Check(sheet=tmp_path / "sheet.png"), unread)
+        command.check_source(Check(sheet=tmp_path / "sheet.png"), Unreadable(make_pairs()))
 
 
 def test_a_conversion_prints_its_folder_and_the_dropped_fields(tmp_path, capsys):

@@ -230,9 +230,9 @@ def test_gedit_averages_over_groups_instead_of_rows(gedit, settings, tmp_path, m
     assert line["metrics"]["judge_semantics"]["value"] == pytest.approx((6 + 6 + 2) / 3)
 
 
-def test_imgedit_drops_unreadable_replies_as_published_and_counts_them_as_corrected(
-    settings, tmp_path, monkeypatch
-):
+@pytest.fixture()
+def imgedit(tmp_path):
+    """Three edits of style, and a prompt for their judge."""
     folder = tmp_path / "imgedit"
     (folder / "animal").mkdir(parents=True)
     edits = {}
@@ -241,11 +241,17 @@ def test_imgedit_drops_unreadable_replies_as_published_and_counts_them_as_correc
         edits[str(k)] = {"id": f"animal/{k}.jpg", "prompt": f"edit {k}", "edit_type": "style"}
     (folder / "basic_edit.json").write_text(json.dumps(edits))
     (folder / "prompts.json").write_text(json.dumps({"style": "Judge this: <edit_prompt>"}))
+    return folder
+
+
+def test_imgedit_drops_unreadable_replies_as_published_and_counts_them_as_corrected(
+    settings, tmp_path, imgedit, monkeypatch
+):
     good = "Style Fidelity: 4\nContent Preservation: 3\nRendering Quality: 5"
     replies = {"edit 0": good, "edit 1": "Style Fidelity: 1\nthe rest is fine", "edit 2": "Great picture!"}
     script_judge(monkeypatch, lambda words: next(text for word, text in replies.items() if word in words))
     base = {
-        "data": str(folder), "benchmark": "imgedit", "judge": "http://localhost:1/v1", "judge_model": "m",
+        "data": str(imgedit), "benchmark": "imgedit", "judge": "http://localhost:1/v1", "judge_model": "m",
         "metrics": ["l1_input"], **settings,
     }  # fmt: skip
     one, other = (
@@ -263,9 +269,10 @@ def test_imgedit_drops_unreadable_replies_as_published_and_counts_them_as_correc
 
 
 @pytest.mark.parametrize("name", ["gedit", "imgedit"])
-def test_a_judged_benchmark_needs_a_judge(name, tmp_path, gedit, settings):
+def test_a_judged_benchmark_needs_a_judge(name, tmp_path, request, settings):
+    data = request.getfixturevalue(name)
     with pytest.raises(InputError, match="add --judge URL"):
-        ip2p.evaluate(data=str(gedit), benchmark="gedit", out=tmp_path / "o", **settings)
+        ip2p.evaluate(data=str(data), benchmark=name, out=tmp_path / "o", **settings)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -80,5 +80,5 @@ def test_a_scale_out_of_range_is_an_error(tiny_editor, page, scale):
 
 
 def test_a_control_image_without_a_controlnet_is_an_error(tiny_editor, page):
-    with pytest.raises(InputError, match="needs a ControlNet.*--controlnet"):
+    with pytest.raises(InputError, match="needs a ControlNet.*(controlnet)"):
         tiny_editor.control(page, (64, 64))

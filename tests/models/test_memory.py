@@ -99,9 +99,9 @@ def test_an_edit_that_does_not_fit_suggests_a_size_that_does():
     side = int(str(error.value).split("--size ")[1].rstrip("."))
     assert side % 64 == 0 and 1024 <= side < 4096
     choice(4, (side, side // 2))
-    with pytest.raises(ResourceError, match="Try --batch-size 1"):
+    with pytest.raises(ResourceError, match="Try a batch size of 1"):
         choice(2.5, batch=64)
-    with pytest.raises(ResourceError, match="Nothing smaller fits: close other programs.*--dtype fp16"):
+    with pytest.raises(ResourceError, match="Nothing smaller fits: close other programs.*dtype fp16"):
         choice(0.5)
 
 
@@ -230,7 +230,7 @@ def test_an_editor_adapts_to_the_free_memory(tiny_model_dir, tiny_editor, page, 
     set_free(usage.peak(Memory(passes_at_once=False), (64, 64)) - usage.weights + 1000)
     editor = Editor(tiny_editor.bundle)
     editor.edit(page, "make it night", steps=1)
-    with pytest.raises(ResourceError, match=r"at 512x512 needs about .* Try --size \d+"):
+    with pytest.raises(ResourceError, match=r"at 512x512 needs about .* Try size \d+"):
         editor.edit(page, "make it night", steps=1, size=512)
     set_free(1e12)
     editor.batch_size = 4

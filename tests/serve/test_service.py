@@ -382,7 +382,7 @@ def test_running_out_of_memory_fails_only_the_job_that_does_not_fit_alone(serve,
     jobs = [service.submit(request(image=image), client="a") for image in (PICTURE, bad, PICTURE)]
     assert all(job.wait(60) for job in jobs)
     assert [job.state for job in jobs] == ["done", "failed", "done"]
-    assert isinstance(jobs[1].error, ResourceError) and "Try --size" in str(jobs[1].error)
+    assert isinstance(jobs[1].error, ResourceError) and "smaller size" in str(jobs[1].error)
 
 
 def test_results_that_do_not_fit_together_are_made_one_by_one(serve, editor):

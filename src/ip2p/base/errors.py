@@ -43,7 +43,7 @@ def first_line(error: BaseException) -> str:
 
 # --- errors of other libraries -------------------------------------------------------------------
 
-OUT_OF_MEMORY = "out of memory; try a smaller picture (--size 256) or fewer at once (--batch-size 1)."
+OUT_OF_MEMORY = "out of memory; try a smaller size, such as 256, or a batch size of 1."
 
 
 def as_ip2p_error(

@@ -580,7 +580,7 @@ class Editor:
         """
         if self.controlnet is None:
             raise InputError(
-                f"A control image needs a ControlNet. Add one, for example --controlnet {CONTROLNET}."
+                f"A control image needs a ControlNet. Load the model with one (controlnet), such as {CONTROLNET}."
             )
         return Control(self.controlnet, control_tensor(picture, size).to(self.device), scale)
 
@@ -693,7 +693,7 @@ class Editor:
         message = (
             f"This picture is unlike the training data of {self.bundle.card.name}: the autoencoder "
             f"reconstructs it at {psnr:.1f} dB, and training pictures at {known:.1f} dB or more. For "
-            f"photographs use --model {PHOTO_MODEL}"
+            f"photographs, use the model {PHOTO_MODEL}."
         )
         if not self._warned_far:
             self._warned_far = True
@@ -761,7 +761,7 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
 def _finite(pixels: Tensor) -> Tensor:
     # A network that overflows its number format would give a black picture without an error.
     if not pixels.isfinite().all():
-        raise ModelError("The model's output is not finite: its number format overflows. Use --dtype fp32.")
+        raise ModelError("The model's output is not finite: its number format overflows. Load the model with dtype fp32.")
     return pixels
 
 
@@ -769,5 +769,5 @@ def _memory_error(width: int, height: int) -> contextlib.AbstractContextManager[
     """Raise an out-of-memory error as a ResourceError that suggests a smaller size."""
     size = max(width, height) // 2
     return translated_errors(
-        memory=f"Out of memory at {width}x{height}. Try --size {size} or --batch-size 1."
+        memory=f"Out of memory at {width}x{height}. Try a smaller size, such as {size}, or a batch size of 1."
     )

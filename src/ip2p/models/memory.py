@@ -137,13 +137,13 @@ def _too_large(
     need = footprint.peak(plan, size, batch)
     line = f"An edit at {size[0]}x{size[1]} needs about {_giga(need)} and {device} has {_giga(room)} free."
     if batch > 1 and footprint.peak(plan, size, 1) <= room:
-        return f"{line} Try --batch-size 1."
+        return f"{line} Try a batch size of 1."
     longer = max(size)
     for side in range(longer // 64 * 64, 0, -64):
         smaller = tuple(max(64, round(edge * side / longer)) for edge in size)
         if side < longer and footprint.peak(plan, (smaller[0], smaller[1])) <= room:
-            return f"{line} Try --size {side}."
-    way = "another --device, or --dtype fp16" if device != "cpu" else "a smaller model, or --dtype bf16"
+            return f"{line} Try size {side}."
+    way = "another device, or dtype fp16" if device != "cpu" else "a smaller model, or dtype bf16"
     return f"{line} Nothing smaller fits: close other programs, or use {way}."
 
 
