@@ -417,7 +417,7 @@ def test_the_packaged_model_can_be_trained_further(config, page):
     assert result.size == page.size
 
 
-def test_validations_can_be_turned_on_when_a_run_resumes(config, stop_at):
+def test_validations_that_are_turned_on_when_a_run_resumes_say_what_they_are_worth(config, stop_at, capsys):
     restore = stop_at(3, kill)
     with pytest.raises(Killed):
         trainer.run_training(config)
@@ -426,6 +426,7 @@ def test_validations_can_be_turned_on_when_a_run_resumes(config, stop_at):
     assert result.finished
     rows = [json.loads(x) for x in (config.output / "training" / "curves.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 6]
+    assert "were trained on, so their scores are too good" in " ".join(capsys.readouterr().err.split())
 
 
 # --- samples ---

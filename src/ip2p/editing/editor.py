@@ -580,7 +580,8 @@ class Editor:
         """
         if self.controlnet is None:
             raise InputError(
-                f"A control image needs a ControlNet. Load the model with one (controlnet), such as {CONTROLNET}."
+                "A control image needs a ControlNet. Load the model with one (controlnet), "
+                f"such as {CONTROLNET}."
             )
         return Control(self.controlnet, control_tensor(picture, size).to(self.device), scale)
 
@@ -761,7 +762,9 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
 def _finite(pixels: Tensor) -> Tensor:
     # A network that overflows its number format would give a black picture without an error.
     if not pixels.isfinite().all():
-        raise ModelError("The model's output is not finite: its number format overflows. Load the model with dtype fp32.")
+        raise ModelError(
+            "The model's output is not finite: its number format overflows. Load the model with dtype fp32."
+        )
     return pixels
 
 

@@ -255,6 +255,11 @@ class _Run:
                 self.ema.load_state_dict(state["ema"])
             if validation is not None and "watch" in state["parts"]:
                 validation.watch.load_state_dict(state["parts"]["watch"])
+            elif validation is not None and self.main:
+                self.say(
+                    f"{name}: there were no validations up to step {state['step']}. Until then the "
+                    "held-out pairs of a data set were trained on, so their scores are too good."
+                )
             self.step, self.curve = state["step"], state["curve"]
             self.started -= state["seconds"]
             if self.main:
