@@ -27,13 +27,14 @@ def step_with_the_same_gradients(steps, *runs):
 
 
 def test_matrices_match_torch_muon_and_vectors_match_torch_adamw():
-    ours, theirs = parameters((6, 9), (9, 4), (7,)), parameters((6, 9), (9, 4), (7,))
+    shapes = (6, 9), (9, 4), (6, 9), (7,)
+    ours, theirs = parameters(*shapes), parameters(*shapes)
     groups = [
-        {"params": ours[:2], "weight_decay": 0.02, "matrices": True},
-        {"params": ours[2:], "weight_decay": 0.01},
+        {"params": ours[:3], "weight_decay": 0.02, "matrices": True},
+        {"params": ours[3:], "weight_decay": 0.01},
     ]
-    muon = torch.optim.Muon(theirs[:2], lr=1e-2, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(theirs[2:], lr=1e-2, weight_decay=0.01, betas=(0.9, 0.99))
+    muon = torch.optim.Muon(theirs[:3], lr=1e-2, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(theirs[3:], lr=1e-2, weight_decay=0.01, betas=(0.9, 0.99))
     step_with_the_same_gradients(
         5, (ours, [Muon(groups, lr=1e-2, betas=(0.9, 0.99))]), (theirs, [muon, adamw])
     )
@@ -68,7 +69,7 @@ def test_orthogonalization_keeps_the_singular_vectors_and_makes_the_values_about
     for rows, columns in ((8, 20), (20, 8)):
         matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-        inside = u.T @ orthogonalized(matrix).float() @ v.T
+        inside = u.T @ orthogonalized(matrix[None])[0].float() @ v.T
         assert (inside - torch.diag(inside.diag())).abs().max() < 0.05
         assert inside.diag().min() > 0.6 and inside.diag().max() < 1.3
 

@@ -16,20 +16,20 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalized(
-    matrix: Float[Tensor, "rows columns"], iterations: int = 5
-) -> Float[Tensor, "rows columns"]:
-    """Approximately U V^T for the singular value decomposition U S V^T, in bf16.
+    matrices: Float[Tensor, "count rows columns"], iterations: int = 5
+) -> Float[Tensor, "count rows columns"]:
+    """Approximately U V^T of each matrix, for the singular value decomposition U S V^T, in bf16.
 
     The singular values of the result lie between about 0.7 and 1.2.
     """
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(Optimizer):
@@ -57,22 +57,28 @@ class Muon(Optimizer):
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
             if group["matrices"]:
+                by_shape: dict[torch.Size, list[Tensor]] = {}  # one call for many small matrices is faster
                 for weight in trained:
-                    self._muon(weight, group)
+                    by_shape.setdefault(weight.flatten(1).shape, []).append(weight)
+                for weights in by_shape.values():
+                    self._muon(weights, group)
             elif trained:
                 self._adamw(trained, group)
 
-    def _muon(self, weight: Tensor, group: dict[str, Any]) -> None:
-        assert weight.grad is not None
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        average, momentum = state["momentum"], group["momentum"]
-        average.lerp_(weight.grad, 1 - momentum)
-        nesterov = weight.grad.lerp(average, momentum)
-        update = orthogonalized(nesterov.flatten(1))
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(update.view(weight.shape), alpha=-0.2 * math.sqrt(max(update.shape)) * group["lr"])
+    def _muon(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        momentum, moved = group["momentum"], []
+        for weight in weights:
+            assert weight.grad is not None
+            state = self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].lerp_(weight.grad, 1 - momentum)
+            moved.append(weight.grad.lerp(state["momentum"], momentum).flatten(1))  # Nesterov's
+        updates = orthogonalized(torch.stack(moved))
+        rate = 0.2 * math.sqrt(max(updates.shape[1:])) * group["lr"]
+        for weight, update in zip(weights, updates, strict=True):
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(update.reshape(weight.shape), alpha=-rate)
 
     def _adamw(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         for weight in weights:
@@ -87,12 +93,12 @@ class Muon(Optimizer):
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         first, second = [s["first"] for s in states], [s["second"] for s in states]
         torch._foreach_add_([s["step"] for s in states], 1)
-        step = float(states[0]["step"])
+        steps = [float(s["step"]) for s in states]
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         scales = torch._foreach_sqrt(second)
-        torch._foreach_div_(scales, math.sqrt(1 - beta2**step))
+        torch._foreach_div_(scales, [math.sqrt(1 - beta2**step) for step in steps])
         torch._foreach_add_(scales, 1e-8)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_addcdiv_(weights, first, scales, -group["lr"] / (1 - beta1**step))
+        torch._foreach_addcdiv_(weights, first, scales, [-group["lr"] / (1 - beta1**step) for step in steps])
