@@ -419,20 +419,32 @@ def ray(monkeypatch):
     """A fake Ray whose last task to start is the first to finish."""
     fake = SimpleNamespace(nodes=machines({"CPU": 3.0}), options=[], actors=0, most=0, killed=0, shut=0)
     fake.lost, fake.refused, fake.addresses, fake.room = (), (), [], 100
+    fake.idle = []  # parts whose worker dies before it gets them
 
     class Actor:
         def __init__(self, worker):
             self.worker = worker
             fake.actors += 1
+            self.placed = self.dead = False
             self.process_remotely = SimpleNamespace(remote=self.begin)
             self.ready = SimpleNamespace(remote=self.place)
 
         def begin(self, part):
-            return (lambda: self.worker.process_remotely(part), tuple(part))
+            if part[0] in fake.idle:
+                fake.idle.remove(part[0])
+                self.dead = True
+            return (lambda: self.check() or self.worker.process_remotely(part), tuple(part))
 
         def place(self):
+            if self.placed:
+                return (self.check, ("alive",))
+            self.placed = True
             fake.room -= 1
             return (self.worker.ready, ("begun", fake.room))
+
+        def check(self):
+            if self.dead:
+                raise ActorDied("The actor is dead.")
 
     class Remote:
         def __init__(self, kind):
@@ -460,6 +472,8 @@ def ray(monkeypatch):
             raise Unschedulable("Worker startup failed.\nMore.")
         try:
             return ref[0]()
+        except ActorDied:
+            raise
         except Exception as error:
             raise TaskFailed(error) from None
 
@@ -578,6 +592,13 @@ def test_the_part_of_a_lost_worker_is_given_to_another(go, ray, tmp_path):
     ray.lost = [3, 3, 0]
     assert go(cluster=Cluster(workers=2)).made == 3
     assert (ray.actors, ray.killed) == (5, 5)
+    assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
+
+
+def test_a_worker_that_dies_while_idle_does_not_count_as_a_loss_of_the_next_part(go, ray, tmp_path):
+    ray.idle, ray.lost = [3], [3, 3, 3, 3]  # the first was idle; a part may lose three more
+    assert go(cluster=Cluster(workers=1)).made == 3
+    assert (ray.idle, ray.lost, ray.actors) == ([], [], 5)
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
 
 

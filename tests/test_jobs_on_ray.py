@@ -6,6 +6,7 @@ Tests that need no cluster are in `test_jobs.py`, with a stand-in for Ray.
 import io
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from conftest import make_clip, make_model
 from PIL import Image
 
 from ip2p.base import jobs
-from ip2p.base.cluster import Cluster
+from ip2p.base.cluster import Cluster, work_on_ray
 from ip2p.base.errors import ModelError
 from ip2p.base.jobs import StageOutput
+from ip2p.base.work import RETRIES
 from ip2p.cli import main as cli
 from ip2p.cli import synth as maker
 from ip2p.synth.records import Triple, triple_id, write_triples
@@ -119,3 +121,24 @@ def test_a_killed_ray_worker_loses_nothing_and_an_error_is_raised_unchanged(tmp_
     assert (summary.made, summary.counts) == (1, {"seen": 7})
     assert [row["n"] for row in rows(tmp_path / "job")] == list(range(7))
     assert jobs.damaged(tmp_path / "job") == []
+
+
+def test_a_ray_worker_that_is_killed_while_idle_costs_the_next_part_no_retry(tmp_path):
+    class Fragile:
+        def __call__(self, part):
+            number, folder = part
+            tries = len(list(folder.glob(f"{number}-*")))
+            (folder / f"{number}-{tries}").touch()
+            if number == 1 and tries < RETRIES:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return os.getpid()
+
+    finished = []
+    parts = [(number, tmp_path) for number in range(3)]
+    for number, pid, _ in work_on_ray(Fragile, parts, range(3), Cluster(workers=1), None):
+        finished.append(number)
+        os.kill(pid, signal.SIGKILL)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.05)
+    assert finished == [0, 1, 2]
+    assert len(list(tmp_path.glob("1-*"))) == RETRIES + 1

@@ -53,7 +53,8 @@ def work_on_ray(
         waiting: deque[int] = deque(todo)
         free: deque[Any] = deque()
         pool: list[Any] = []
-        running: dict[Any, tuple[int | None, Any]] = {}  # None: waiting for the worker to start
+        # The part of each call, its worker, and the call before it. None: waiting for the worker to start.
+        running: dict[Any, tuple[int | None, Any, Any]] = {}
         losses: Counter[int | None] = Counter()
         checked = time.monotonic()
 
@@ -61,14 +62,15 @@ def work_on_ray(
             for _ in range(count):
                 worker = actor.remote(factory, threads, os.getcwd())
                 pool.append(worker)
-                running[worker.ready.remote()] = (None, worker)
+                running[worker.ready.remote()] = (None, worker, None)
 
         start(count)
         try:
-            while waiting or any(number is not None for number, _ in running.values()):
+            while waiting or any(number is not None for number, *_ in running.values()):
                 while waiting and free:
                     number, worker = waiting.popleft(), free.popleft()
-                    running[worker.process_remotely.remote(parts[number])] = (number, worker)
+                    alive = worker.ready.remote()  # fails if the worker died while it was idle
+                    running[worker.process_remotely.remote(parts[number])] = (number, worker, alive)
                 if waiting and time.monotonic() - checked > POLL_SECONDS:
                     checked = time.monotonic()
                     target = cluster.workers or capacity(ray.nodes(), cluster)
@@ -76,15 +78,16 @@ def work_on_ray(
                 finished, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
                 if not finished:
                     continue
-                part, worker = running.pop(finished[0])
+                part, worker, alive = running.pop(finished[0])
                 try:
                     output = ray.get(finished[0])
                 except ray.exceptions.RayActorError as error:
-                    losses[part] += 1
-                    if losses[part] > RETRIES * (count if part is None else 1):
-                        what = "workers did not start" if part is None else f"worker was lost on part {part}"
+                    lost = part if _succeeded(ray, alive) else None  # None: it began no part
+                    losses[lost] += 1
+                    if losses[lost] > RETRIES * (count if lost is None else 1):
+                        what = "workers did not start" if lost is None else f"worker was lost on part {part}"
                         raise ResourceError(
-                            f"the {what}, {losses[part]} times ({_first_line(error)}); run fewer workers to "
+                            f"the {what}, {losses[lost]} times ({_first_line(error)}); run fewer workers to "
                             f"give each more memory. {RESUME}"
                         ) from None
                     pool.remove(worker)
@@ -112,6 +115,17 @@ def work_on_ray(
             for each in pool:
                 with contextlib.suppress(Exception):
                     ray.kill(each)
+
+
+def _succeeded(ray: Any, call: Any) -> bool:
+    """Whether a call of an actor returned before the actor died. False for None."""
+    if call is None:
+        return False
+    try:
+        ray.get(call)
+    except ray.exceptions.RayError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
