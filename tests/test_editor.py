@@ -366,13 +366,13 @@ def test_running_out_of_memory_suggests_a_smaller_size(tiny_editor, page, monkey
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(tiny_editor, "encode_image", full)
-    with pytest.raises(ResourceError, match="Out of memory at 64x64.*--size 32"):
+    with pytest.raises(ResourceError, match="Out of memory at 64x64.*such as 32"):
         tiny_editor.edit(page, "make it night")
 
 
 def test_a_model_that_overflows_is_an_error_and_not_a_black_picture(tiny_editor, page, monkeypatch):
     monkeypatch.setattr(tiny_editor, "decode", lambda latents: torch.full((1, 3, 64, 64), float("nan")))
-    with pytest.raises(ModelError, match="overflow.*--dtype fp32"):
+    with pytest.raises(ModelError, match="overflow.*dtype fp32"):
         tiny_editor.edit(page, "make it night", **FAST)
 
 

@@ -129,6 +129,8 @@ _worker: Worker  # of a process that `work_in_processes` started
 
 def _start_process(factory: StageFactory, threads: int | None, parent: Connection) -> None:
     global _worker
+    if parent.poll():  # the command died while this process started, and its first part must not begin
+        os._exit(1)
     _worker = Worker(factory, threads)
 
     def exit_with_parent() -> None:
