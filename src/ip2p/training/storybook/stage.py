@@ -79,10 +79,10 @@ def train_stage(
 ) -> dict[str, Any]:
     """Train the stage to its end (`training.loop.fit`) and return its summary.
 
-    fingerprint: settings that must not change on resume, in addition to the batch size. Length, learning
-    rate, workers and precision may change, so that a run can be extended or moved to another machine.
-    precision: overrides the run's. after: a stage of the same network; a new stage starts with its weights,
-    EMA and optimizer state. Raises OutOfTime when the time limit is reached.
+    fingerprint: settings that must not change on resume, in addition to batch size and optimizer. Length,
+    learning rate, workers and precision may change, so that a run can be extended or moved to another
+    machine. precision: overrides the run's. after: a stage of the same network; a new stage starts with its
+    weights, EMA and optimizer state. Raises OutOfTime when the time limit is reached.
     """
     fingerprint = plain(
         {
@@ -91,6 +91,7 @@ def train_stage(
             "seed": run.preset.seed,
             **fingerprint,
             "batch": config.batch,
+            "optimizer": config.optimizer,
         }
     )
     if after is not None:
