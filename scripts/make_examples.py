@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOWN, EACH, LOCAL = 6, 4, 2  # pages, instructions of each, and how many of them edit a thing
 SIDE = 512  # of a page in the model's folder
 SMALL, SMALL_SIDE = 3, 256  # number of pages in examples/, and their side
+CLEAR = ("recolour", "remove", "take_off", "time", "weather", "place")  # kinds whose results look right too
 DARK = 90  # mean brightness, of 255, below which a page is not shown
 
 
@@ -57,9 +58,10 @@ def right_edits(editor: ip2p.Editor, number: int, size: int) -> list[Edit]:
 
 
 def chosen_instructions(edits: list[Edit]) -> list[str]:
-    """Some instructions of the right edits: of things and of the whole page, in turn."""
-    things = [edit.instruction for edit in edits if edit.kind not in GLOBAL_KINDS]
-    whole = [edit.instruction for edit in edits if edit.kind in GLOBAL_KINDS]
+    """Some instructions of the right edits: of things and of the whole page, the clearest first."""
+    short = sorted(edits, key=lambda edit: (edit.kind not in CLEAR, len(edit.instruction)))
+    things = [edit.instruction for edit in short if edit.kind not in GLOBAL_KINDS]
+    whole = [edit.instruction for edit in short if edit.kind in GLOBAL_KINDS]
     return [*things[: max(LOCAL, EACH - len(whole))], *whole[: EACH - LOCAL]][:EACH]
 
 
