@@ -35,7 +35,7 @@ def draw(model: str, steps: int, folder: Path, pages: Path) -> None:
     defaults = editor.resolved()
     text_cfg, image_cfg = defaults.text_cfg, defaults.image_cfg
     entries = json.loads((pages / "pages.json").read_text(encoding="utf-8"))
-    first, second = (load_image(pages / entries[k]["page"]) for k in (0, 2))
+    first, second = (load_image(pages / entries[k]["page"]) for k in (0, 1))
     thing = entries[0]["instructions"][0]
 
     def edited(picture: Image.Image, instruction: str, seed: int = SEED, **settings: object) -> Image.Image:
