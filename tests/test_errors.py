@@ -46,7 +46,7 @@ def numpy_error():
 )
 def test_every_out_of_memory_error_is_a_resource_error_with_the_callers_advice(error):
     assert error is not None
-    with pytest.raises(ResourceError, match="out of memory; try a smaller picture") as caught:
+    with pytest.raises(ResourceError, match="out of memory; try a smaller size") as caught:
         raise as_ip2p_error(error)
     assert caught.value.code == 4
     with pytest.raises(ResourceError, match="^try less$"), translated_errors(memory="try less"):
