@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 # The quintic polynomial of the Newton-Schulz iteration, from the authors' implementation.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -90,15 +91,19 @@ class Muon(Optimizer):
                 )
         states = [self.state[weight] for weight in weights]
         beta1, beta2 = group["betas"]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        first, second = [s["first"] for s in states], [s["second"] for s in states]
-        torch._foreach_add_([s["step"] for s in states], 1)
-        steps = [float(s["step"]) for s in states]
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        scales = torch._foreach_sqrt(second)
-        torch._foreach_div_(scales, [math.sqrt(1 - beta2**step) for step in steps])
-        torch._foreach_add_(scales, 1e-8)
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_addcdiv_(weights, first, scales, [-group["lr"] / (1 - beta1**step) for step in steps])
+        adamw(
+            weights,
+            [weight.grad for weight in weights if weight.grad is not None],
+            [state["first"] for state in states],
+            [state["second"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )

@@ -202,7 +202,14 @@ def _train(
     keys = ("size", "unet_channels", "unet_layers", "fine_attention", "heads", "text_width", "text_layers")
     mine = {key: getattr(preset, key) for key in (*keys, "prediction", "latent_channels")}
     return train_stage(
-        run, stage, parts.task, config, samples, fingerprint={**mine, **(fingerprint or {})}, after=after
+        run,
+        stage,
+        parts.task,
+        config,
+        samples,
+        fingerprint={**mine, **(fingerprint or {})},
+        after=after,
+        optimizer="muon",
     )
 
 

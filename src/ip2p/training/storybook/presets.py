@@ -24,7 +24,6 @@ class StageConfig:
     batch: int
     lr: float
     schedule: Literal["constant", "cosine"] = "constant"
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of the UNet's matrices (`training.loop.new_optimizer`)
     warmup: int = 200
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -147,11 +146,9 @@ PRESETS: dict[str, Preset] = {
         groups=2,
         edits=3,
         pool=PoolConfig(fresh=1, pool=2, reuse=2, shards=4),
-        perception=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=2, optimizer="muon"),
-        unet=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2, optimizer="muon"),
-        decay=StageConfig(
-            steps=4, minutes=1, batch=4, lr=1e-3, warmup=0, schedule="cosine", optimizer="muon"
-        ),
+        perception=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=2),
+        unet=StageConfig(steps=6, minutes=1, batch=4, lr=1e-3, warmup=2),
+        decay=StageConfig(steps=4, minutes=1, batch=4, lr=1e-3, warmup=0, schedule="cosine"),
         unet_channels=(128, 32),
         heads=2,
         gates={},
@@ -172,10 +169,10 @@ PRESETS: dict[str, Preset] = {
         decoder_pages=StageConfig(minutes=8, batch=4, lr=1e-3, warmup=0, schedule="cosine"),
         text=StageConfig(minutes=12, batch=64, lr=1e-3, schedule="cosine"),
         clip=StageConfig(minutes=8, batch=96, lr=1e-3, schedule="cosine"),
-        perception=StageConfig(minutes=12, batch=32, lr=1e-3, optimizer="muon"),
-        unet=StageConfig(minutes=240, batch=32, lr=7e-4, optimizer="muon"),
+        perception=StageConfig(minutes=12, batch=32, lr=1e-3),
+        unet=StageConfig(minutes=240, batch=32, lr=7e-4),
         pool=PoolConfig(fresh=12, pool=24, reuse=2),
-        decay=StageConfig(minutes=35, batch=32, lr=7e-4, warmup=0, schedule="cosine", optimizer="muon"),
+        decay=StageConfig(minutes=35, batch=32, lr=7e-4, warmup=0, schedule="cosine"),
         perception_most=18,
         lm=StageConfig(steps=8000, minutes=30, batch=64, lr=4e-3, schedule="cosine"),
         ema=0.995,  # perception is measured with the EMA, which lags by 500 steps at 0.998
@@ -188,9 +185,9 @@ PRESETS: dict[str, Preset] = {
         text=StageConfig(minutes=1, batch=512, lr=1e-3, schedule="cosine"),
         clip=StageConfig(minutes=1.5, batch=512, lr=1e-3, schedule="cosine"),
         pool=PoolConfig(fresh=30, pool=90, reuse=4, shards=1500),
-        perception=StageConfig(minutes=5, batch=256, lr=1e-3, optimizer="muon"),
-        unet=StageConfig(minutes=12, batch=256, lr=7e-4, optimizer="muon"),
-        decay=StageConfig(minutes=3, batch=256, lr=7e-4, warmup=0, schedule="cosine", optimizer="muon"),
+        perception=StageConfig(minutes=5, batch=256, lr=1e-3),
+        unet=StageConfig(minutes=12, batch=256, lr=7e-4),
+        decay=StageConfig(minutes=3, batch=256, lr=7e-4, warmup=0, schedule="cosine"),
         unet_channels=(160, 192),
         unet_layers=(2, 1),
         fine_attention=True,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -76,13 +76,15 @@ def train_stage(
     fingerprint: dict[str, Any],
     precision: str | None = None,
     after: str | None = None,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> dict[str, Any]:
     """Train the stage to its end (`training.loop.fit`) and return its summary.
 
     fingerprint: settings that must not change on resume, in addition to batch size and optimizer. Length,
     learning rate, workers and precision may change, so that a run can be extended or moved to another
     machine. precision: overrides the run's. after: a stage of the same network; a new stage starts with its
-    weights, EMA and optimizer state. Raises OutOfTime when the time limit is reached.
+    weights, EMA and optimizer state. optimizer: see `training.loop.new_optimizer`. Raises OutOfTime when the
+    time limit is reached.
     """
     fingerprint = plain(
         {
@@ -91,7 +93,7 @@ def train_stage(
             "seed": run.preset.seed,
             **fingerprint,
             "batch": config.batch,
-            "optimizer": config.optimizer,
+            "optimizer": optimizer,
         }
     )
     if after is not None:
@@ -101,6 +103,7 @@ def train_stage(
         batches,
         LoopConfig(
             **vars(config),
+            optimizer=optimizer,
             decay_vectors=False,
             beta2=0.99,
             ema=run.preset.ema,
