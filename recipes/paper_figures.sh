@@ -2,15 +2,15 @@
 # Draw figures 8 and 10 of the paper on storybook pages, where the exact answers are known, on a CPU (docs/paper.md).
 # Figure 8: the bundled editor and SDEdit over the image scale. Figure 10: editors trained on 1%, 10% and 100% of the
 # filtered data, and on unfiltered data. Both are also drawn against exact success.
-# Usage: [EDITS=200] [CAPTIONS=600] [TRAIN_STEPS=400] … recipes/paper_figures.sh [OUTPUT]
+# Usage: [EDITS=100] [CAPTIONS=200] [TRAIN_STEPS=400] … recipes/paper_figures.sh [OUTPUT]
 # After an interruption, the same command resumes. The defaults are meant to take 3 hours on 2 cores; TRAIN_MINUTES
 # limits each training. Only figure 8 has been run with the full settings.
 set -eu
 
-EDITS=${EDITS:-200}             # test edits per curve; the paper: 2,000
+EDITS=${EDITS:-100}             # test edits per curve; the paper: 2,000
 STEPS=${STEPS:-10}              # sampling steps; the paper: 100
-SWEEP=${SWEEP:-image_cfg=1.0:2.2:0.2}
-CAPTIONS=${CAPTIONS:-600}       # captions for the training data
+SWEEP=${SWEEP:-image_cfg=1.0:2.2:0.3}
+CAPTIONS=${CAPTIONS:-200}       # captions for the training data
 TRAIN_STEPS=${TRAIN_STEPS:-400} # steps of each of the four trainings
 TRAIN_MINUTES=${TRAIN_MINUTES:-25}
 BATCH=${BATCH:-16}

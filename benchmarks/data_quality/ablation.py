@@ -166,7 +166,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-cfg", type=float, help="default: the card's")
     parser.add_argument("--image-cfg", type=float, help="default: the card's")
     parser.add_argument("--seed", type=int, default=0, help="of the edits, and of training")
-    parser.add_argument("--size", type=int, default=64, help="of the exact pages")
+    parser.add_argument("--size", type=int, default=128, help="of the exact pages")
     parser.add_argument("--device", default="auto")
 
 

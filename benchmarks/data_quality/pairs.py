@@ -797,7 +797,7 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument(f"--{similarity}", type=float, help="least; default: the storybook preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--details", type=int, default=DETAILS, help="drawings of each answer")
     for name, kind in (("steps", int), ("per-source", int), ("early-at", float)):
         parser.add_argument(f"--{name}", type=kind)

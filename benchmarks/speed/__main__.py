@@ -1,7 +1,7 @@
 """How fast this machine edits, trains, serves and loads, and how much memory it takes.
 
 python -m benchmarks.speed                     # edit: one table for this machine
-python -m benchmarks.speed train|serve|loading|memory|peaks --help
+python -m benchmarks.speed train|serve|loading|memory|peaks|growth --help
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.common import new_parser
 
-TARGETS = ("edit", "train", "serve", "loading", "memory", "peaks")
+TARGETS = ("edit", "train", "serve", "loading", "memory", "peaks", "growth")
 
 
 def main(words: list[str]) -> int:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed                    # SD 1.5's size, 512 px, 4 steps, 1 and 4 pictures
     python -m benchmarks.speed --size small       # a quarter of each width, 256 px: a quick run
+    python -m benchmarks.speed --size storybook   # the bundled model with the settings of its card
     python -m benchmarks.speed --only ip2p diffusers --count 1
 
 Each contestant is loaded in a process of its own, which waits until it is called. In each round all of them
@@ -31,7 +32,6 @@ from benchmarks.common import machine_name, table, write_model
 
 # Each width of SD 1.5 divided by this; pixels.
 SIZES = {"full": (1, 512), "small": (4, 256), "tiny": (20, 64)}
-SCALES = {"text": 7.5, "image": 1.5}
 Edit = Callable[[int], Any]  # makes so many results
 
 
@@ -42,6 +42,8 @@ class Setup:
     folder: Path  # of the models
     pixels: int
     steps: int
+    text_cfg: float
+    image_cfg: float
     device: str
     dtype: str
     threads: int | None
@@ -51,6 +53,25 @@ class Setup:
         from PIL import Image
 
         return Image.linear_gradient("L").resize((self.pixels, self.pixels)).convert("RGB")
+
+
+def write_setup(folder: Path, args: argparse.Namespace) -> tuple[Setup, int]:
+    """Write the editor into `folder`; returns the work and the number of the UNet's parameters."""
+    how = {"folder": folder, "device": args.device, "dtype": args.dtype, "threads": args.threads}
+    if args.size == "storybook":
+        from ip2p.models.bundle import load_bundle
+
+        bundle = load_bundle("storybook")
+        shutil.copytree(bundle.folder, folder / "editor")
+        card = bundle.card
+        work = {"steps": args.steps or card.steps, "text_cfg": card.text_cfg, "image_cfg": card.image_cfg}
+        return Setup(pixels=card.native_size, **work, **how), bundle.unet.num_parameters()
+    part, pixels = SIZES[args.size]
+    layers = {"layers": 1, "blocks": 2, "text_layers": 1} if args.size == "tiny" else {}
+    counts = write_model(
+        folder / "editor", part=part, size=pixels, in_channels=8, dtype=args.dtype, **layers
+    )
+    return Setup(pixels=pixels, steps=args.steps or 4, text_cfg=7.5, image_cfg=1.5, **how), counts["unet"]
 
 
 def write_distilled(model: Path, folder: Path) -> None:
@@ -64,17 +85,24 @@ def write_distilled(model: Path, folder: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.bfloat16)
     add_scales_input(unet)
     unet.save_pretrained(folder / "unet")
+    card = folder / "ip2p.json"
+    known = json.loads(card.read_text()) if card.exists() else {}
     ranges = {"text_cfg_range": [1, 12], "image_cfg_range": [1, 2.5]}
-    (folder / "ip2p.json").write_text(json.dumps(ranges))
+    card.write_text(json.dumps(known | ranges))
 
 
 def open_ip2p(setup: Setup, *, model: str = "editor", **how: Any) -> Edit:
     from ip2p.editing.editor import Editor
 
     editor = Editor.load(setup.folder / model, device=setup.device, dtype=setup.dtype, **how)
-    scales = {f"{name}_cfg": value for name, value in SCALES.items()}
     return lambda count: editor.edit(
-        setup.picture, "make it night", seeds=range(count), steps=setup.steps, size=setup.pixels, **scales
+        setup.picture,
+        "make it night",
+        seeds=range(count),
+        steps=setup.steps,
+        size=setup.pixels,
+        text_cfg=setup.text_cfg,
+        image_cfg=setup.image_cfg,
     )
 
 
@@ -101,8 +129,8 @@ def open_diffusers(setup: Setup, *, channels_last: bool = False, compiled: bool 
             image=setup.picture,
             num_inference_steps=setup.steps,
             num_images_per_prompt=count,
-            guidance_scale=SCALES["text"],
-            image_guidance_scale=SCALES["image"],
+            guidance_scale=setup.text_cfg,
+            image_guidance_scale=setup.image_cfg,
             generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
         ).images
     )
@@ -224,9 +252,9 @@ def results_table(contestants: list[Contestant], counts: list[int]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--size", choices=[*SIZES, "storybook"], default="full")
     parser.add_argument("--count", type=int, nargs="+", default=[1, 4], help="pictures at once")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, help="default: 4, or those of the bundled model's card")
     parser.add_argument("--rounds", type=int, default=3, help="timed edits of each contestant")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16", "fp16"))
@@ -241,23 +269,18 @@ def run(args: argparse.Namespace) -> int:
 
     import ip2p
 
-    part, pixels = SIZES[args.size]
     names = [name for name in CONTESTANTS if name in args.only]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        model = Path(folder) / "editor"
-        layers = {"layers": 1, "blocks": 2, "text_layers": 1} if args.size == "tiny" else {}
-        parameters = write_model(model, part=part, size=pixels, in_channels=8, dtype=args.dtype, **layers)
+        setup, parameters = write_setup(Path(folder), args)
         if "ip2p distilled" in names:
-            write_distilled(model, Path(folder) / "distilled")
-        how = {"steps": args.steps, "device": args.device, "dtype": args.dtype, "threads": args.threads}
-        setup = Setup(folder=Path(folder), pixels=pixels, **how)
+            write_distilled(setup.folder / "editor", setup.folder / "distilled")
         contestants = open_contestants(names, setup)
         run_rounds(contestants, args.count, args.rounds)
         for each in contestants:
             each.close()
     head = (
-        f"{machine_name(args.device)}; {args.dtype}, {pixels} px, {args.steps} steps, UNet of "
-        f"{parameters['unet'] / 1e6:.0f} M parameters, {args.rounds} rounds; torch {torch.__version__}, "
+        f"{machine_name(args.device)}; {args.dtype}, {setup.pixels} px, {setup.steps} steps, UNet of "
+        f"{parameters / 1e6:.0f} M parameters, {args.rounds} rounds; torch {torch.__version__}, "
         f"diffusers {diffusers.__version__}, ip2p {ip2p.__version__}"
     )
     print(f"{head}\n\n{results_table(contestants, args.count)}")
