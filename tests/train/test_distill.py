@@ -23,7 +23,7 @@ from ip2p.models.widen import add_scales_input
 from ip2p.training import loop, trainer
 from ip2p.training.checkpoints import Checkpoints
 from ip2p.training.distill import LEVELS, Distillation, DistillTask
-from ip2p.training.loss import add_noise, split_noisy, velocity
+from ip2p.training.loss import add_noise, snr_weight, split_noisy, velocity
 from ip2p.training.objective import Draws, EditBatch
 from ip2p.training.settings import DistillConfig
 from ip2p.training.storybook.pairs import write_pairs
@@ -152,6 +152,18 @@ def test_split_noisy_inverts_add_noise(prediction):
     found = split_noisy(add_noise(clean, noise, a), predicted, a, prediction)
     for one, other in zip(found, (clean, noise), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_no_noise_level_outweighs_the_others(prediction, config):
+    """With an error that is typical of the prediction (noise: √(1 − ā), velocity: 1, x0: 1 in x0's terms)."""
+    a = torch.tensor([1e-4, 0.5, 0.9999])
+    objective = Distillation().objective(config, prediction)
+    weight = snr_weight(a, objective.snr_clip, prediction)
+    in_x0 = {"epsilon": (1 - a) / a, "v_prediction": 1 - a, "sample": torch.ones(3)}[prediction]
+    clamped = weight / in_x0  # the weight of the squared error of x0
+    assert torch.allclose(clamped[:2], torch.ones(2), rtol=1e-3)
+    assert clamped[2] * {"sample": 1.0}.get(prediction, float(1 - a[2])) <= 5.0
 
 
 def test_few_step_targets_match_a_ddim_step_followed_by_the_student(config):

@@ -192,8 +192,10 @@ class Distillation(Recipe):
 
     def objective(self, config: TrainConfig, prediction: str) -> Objective:
         # The truncated SNR of Salimans and Ho (2022), as in Meng et al. Without it, the noisiest levels,
-        # which determine the edit, have little weight.
-        return Objective(prediction=prediction, shares=shares_of(config), snr_clip=(1.0, math.inf))
+        # which determine the edit, have little weight. The error of a predicted x0 does not shrink with the
+        # noise as that of a predicted noise does, so the least noisy levels would determine its loss.
+        most = 5.0 if prediction == "sample" else math.inf
+        return Objective(prediction=prediction, shares=shares_of(config), snr_clip=(1.0, most))
 
     def task(
         self, config: TrainConfig, bundle: Bundle, objective: Objective, size: tuple[int, int]
