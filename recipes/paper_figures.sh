@@ -3,8 +3,8 @@
 # Figure 8: the bundled editor and SDEdit over the image scale. Figure 10: editors trained on 1%, 10% and 100% of the
 # filtered data, and on unfiltered data. Both are also drawn against exact success.
 # Usage: [EDITS=100] [CAPTIONS=200] [TRAIN_STEPS=400] … recipes/paper_figures.sh [OUTPUT]
-# After an interruption, the same command resumes. The defaults are meant to take 3 hours on 2 cores; TRAIN_MINUTES
-# limits each training. Only figure 8 has been run with the full settings.
+# After an interruption, the same command resumes. The defaults take about an hour on 2 cores; TRAIN_MINUTES limits each
+# training.
 set -eu
 
 EDITS=${EDITS:-100}             # test edits per curve; the paper: 2,000

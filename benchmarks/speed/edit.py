@@ -116,7 +116,8 @@ def open_diffusers(setup: Setup, *, channels_last: bool = False, compiled: bool 
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
         setup.folder / "editor", torch_dtype=dtype
     )
-    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+    if pipeline.scheduler.config.prediction_type != "sample":  # not supported by that sampler of diffusers
+        pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
     pipeline.to(setup.device).set_progress_bar_config(disable=True)
     if channels_last:
         for network in (pipeline.unet, pipeline.vae):
