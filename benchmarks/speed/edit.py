@@ -68,9 +68,7 @@ def write_setup(folder: Path, args: argparse.Namespace) -> tuple[Setup, int]:
         return Setup(pixels=card.native_size, **work, **how), bundle.unet.num_parameters()
     part, pixels = SIZES[args.size]
     layers = {"layers": 1, "blocks": 2, "text_layers": 1} if args.size == "tiny" else {}
-    counts = write_model(
-        folder / "editor", part=part, size=pixels, in_channels=8, dtype=args.dtype, **layers
-    )
+    counts = write_model(folder / "editor", part=part, size=pixels, in_channels=8, dtype=args.dtype, **layers)
     return Setup(pixels=pixels, steps=args.steps or 4, text_cfg=7.5, image_cfg=1.5, **how), counts["unet"]
 
 

@@ -4,8 +4,9 @@
     python -m benchmarks.speed growth --pixels 256 512 --count 1 2 --pictures 10 20
 
 A random model with a quarter of SD 1.5's widths, one step. Each row is a new process that edits once to warm
-up. "per unit" is seconds per million pixels or per result, to the first row's: 1.0 is linear growth. Memory is
-what the edit takes beside the loaded model. Linux.
+up. "per unit" is seconds per pixel, result or picture, relative to the first row: 1.0 is linear growth.
+Memory is the peak of the edits beside the loaded model. Linux. Other work on the machine slows this down many
+times, since the threads of an edit wait for each other.
 """
 
 from __future__ import annotations
