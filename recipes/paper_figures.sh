@@ -9,6 +9,7 @@ set -eu
 
 EDITS=${EDITS:-100}             # test edits per curve; the paper: 2,000
 STEPS=${STEPS:-10}              # sampling steps; the paper: 100
+TEXT_CFG=${TEXT_CFG:-3}
 SWEEP=${SWEEP:-image_cfg=1.0:2.2:0.3}
 CAPTIONS=${CAPTIONS:-200}       # captions for the training data
 TRAIN_STEPS=${TRAIN_STEPS:-400} # steps of each of the four trainings
@@ -23,7 +24,7 @@ ip2p() { "$python" -m ip2p "$@"; }
 mkdir -p "$out"
 
 # 1. Figure 8: the editor and SDEdit on the same base.
-ip2p evaluate storybook --model storybook --count "$EDITS" --steps "$STEPS" --sweep "$SWEEP" --baseline sdedit \
+ip2p evaluate storybook --model storybook --count "$EDITS" --steps "$STEPS" --text-cfg "$TEXT_CFG" --sweep "$SWEEP" --baseline sdedit \
     -o "$out/figure-8"
 
 # 2. Training data by the paper's method. All pairs are kept and filtered afterwards.
@@ -66,4 +67,4 @@ for share in 1 10 100 all; do
     name="$share%"; [ "$share" = all ] && name=unfiltered
     models+=(--model "$name=$out/editor-$share")
 done
-ip2p evaluate storybook "${models[@]}" --count "$EDITS" --steps "$STEPS" --sweep "$SWEEP" -o "$out/figure-10"
+ip2p evaluate storybook "${models[@]}" --count "$EDITS" --steps "$STEPS" --text-cfg "$TEXT_CFG" --sweep "$SWEEP" -o "$out/figure-10"
