@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import platform
@@ -155,6 +156,14 @@ def mount_disk(folder: Path, size: int, *, again: bool = False) -> None:
     options = f"remount,size={size}" if again else f"size={size}"
     folder.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+
+
+def measure_apart(*words: object) -> dict[str, float]:
+    """Run `python -m benchmarks.speed WORDS` in a process of its own; returns the JSON of its last line."""
+    child = [sys.executable, "-m", "benchmarks.speed", *map(str, words)]
+    done = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def free_port() -> int:

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from benchmarks.common import machine_name, table, write_model
+from benchmarks.common import machine_name, measure_apart, table, write_model
 from benchmarks.speed.peaks import Peak
 
 SMALL = 64  # pixels along a side of a folder's pictures
@@ -36,13 +34,13 @@ def measure_growth(model: str, pixels: int, count: int, pictures: int) -> dict[s
     editor = Editor.load(model, device="cpu")
     picture = Image.linear_gradient("L").resize((pixels, pixels)).convert("RGB")
 
-    def edit(image: Any, count: int) -> None:
-        editor.edit(image, "make it night", seeds=range(count), steps=1, size=pixels)
+    def edit(count: int) -> None:
+        editor.edit(picture, "make it night", seeds=range(count), steps=1, size=pixels)
 
     with tempfile.TemporaryDirectory() as folder:
         for number in range(pictures):
             picture.rotate(number).save(Path(folder) / f"{number:04}.png")
-        edit(picture, 1)
+        edit(1)
         return_freed_memory()
         with Peak("cpu") as peak:
             begun = time.perf_counter()
@@ -53,7 +51,7 @@ def measure_growth(model: str, pixels: int, count: int, pictures: int) -> dict[s
                 if code := main([*words, "--steps", "1", "--size", str(pixels)]):
                     raise SystemExit(code)
             else:
-                edit(picture, count)
+                edit(count)
             seconds = time.perf_counter() - begun
     return {"seconds": seconds, "bytes": peak.bytes}
 
@@ -82,9 +80,7 @@ def run(args: argparse.Namespace) -> int:
         for name, points in series.items():
             first = 0.0
             for value, work, units in points:
-                words = ["-m", "benchmarks.speed", "growth", "--child", str(model), *map(str, work)]
-                done = subprocess.run([sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True)
-                found = json.loads(done.stdout.splitlines()[-1])
+                found = measure_apart("growth", "--child", model, *work)
                 each = found["seconds"] / units
                 first = first or each
                 seconds, memory = f"{found['seconds']:.3g}", f"{found['bytes'] / 1e6:.0f}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import machine_name, table
+from benchmarks.common import machine_name, measure_apart, table
 from benchmarks.speed.loading import CLIP_L, SD15, TINY
 
 if TYPE_CHECKING:
@@ -201,14 +200,7 @@ def run(args: argparse.Namespace) -> int:
             write_zeros(path, model, args.dtype)
             for memory, pixels, count in itertools.product(args.memory, args.pixels, args.count):
                 words = ["peaks", "--device", args.device, "--dtype", args.dtype]
-                words += ["--child", str(path), memory, str(pixels), str(count)]
-                done = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.speed", *words],
-                    check=True,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-                found = json.loads(done.stdout)
+                found = measure_apart(*words, "--child", path, memory, pixels, count)
                 sizes = [f"{found[name] / 1e9:.2f}" for name in ("loading", "editing", "estimate")]
                 share = found["estimate"] / found["editing"]
                 rows.append([model, memory, pixels, count, *sizes, f"{share:.2f}"])
