@@ -35,6 +35,7 @@ from ip2p.evaluation.storybook import score
 from ip2p.models.base import load_base, new_from_config, prediction_of
 from ip2p.models.bundle import Bundle
 from ip2p.models.clip import Clip
+from ip2p.models.compiled import compile_for_training
 from ip2p.models.memory import bytes_on, free_bytes
 from ip2p.models.save import Data, model_card, save_editor
 from ip2p.models.text import Prompt, encode_prompts
@@ -458,7 +459,7 @@ def _task(context: _Context) -> EditTask:
         unet.to(memory_format=torch.channels_last)
         torch.backends.cuda.matmul.allow_tf32 = True
     if config.compile:
-        unet.compile()
+        compile_for_training(unet, device)
     return context.recipe.task(config, bundle, context.objective, size)
 
 
