@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +46,19 @@ def compile_networks(bundle: Bundle) -> None:
 
 
 def compile_for_training(unet: Any, device: torch.device) -> None:
-    """Compile a UNet in place for forward and backward passes. Raises ResourceError without a C++ compiler.
+    """Compile a UNet in place for forward and backward passes on a GPU. On other devices, warn and leave it.
 
-    On CPUs, block by block. Under bf16 autocast, torch 2.13 computes wrong gradients there for a whole UNet:
-    they are zero below the last upsampling, although the output is right. Those of single blocks are right.
+    torch 2.13 computes wrong gradients of a compiled UNet on CPUs under bf16 autocast: zeros below the last
+    upsampling, and nonfinite ones for single blocks. The outputs are right.
     """
     if device.type == "cuda":
         unet.compile()
         return
-    _check_compiler()
-    _compile_blocks([unet])
+    warnings.warn(
+        f"The UNet is not compiled for training on this device ({device.type}): torch computes wrong "
+        "gradients of compiled networks on CPUs in bf16.",
+        stacklevel=2,
+    )
 
 
 def _check_compiler() -> None:
