@@ -41,7 +41,14 @@ def compile_networks(bundle: Bundle) -> None:
         bundle.unet.compile(mode="reduce-overhead", dynamic=False)
         _compile_blocks([bundle.vae])
         return
-    _check_compiler()
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:  # its error depends on the version
+        raise ResourceError(
+            "Compilation needs a C++ compiler, such as g++. Install one, or leave --compile out."
+        ) from None
     _compile_blocks([bundle.unet, bundle.vae])
 
 
@@ -59,17 +66,6 @@ def compile_for_training(unet: Any, device: torch.device) -> None:
         "gradients of compiled networks on CPUs in bf16.",
         stacklevel=2,
     )
-
-
-def _check_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception:  # its error depends on the version
-        raise ResourceError(
-            "Compilation needs a C++ compiler, such as g++. Install one, or leave --compile out."
-        ) from None
 
 
 def _compile_blocks(networks: list[Any]) -> None:
