@@ -55,8 +55,8 @@ def compile_networks(bundle: Bundle) -> None:
 def compile_for_training(unet: Any, device: torch.device) -> None:
     """Compile a UNet in place for forward and backward passes on a GPU. On other devices, warn and leave it.
 
-    torch 2.13 computes wrong gradients of a compiled UNet on CPUs under bf16 autocast: zeros below the last
-    upsampling, and nonfinite ones for single blocks. The outputs are right.
+    torch 2.13 computes wrong gradients of a compiled UNet on CPUs under bf16 autocast, and nonfinite ones of
+    its blocks compiled alone. The outputs are right.
     """
     if device.type == "cuda":
         unet.compile()
