@@ -577,6 +577,23 @@ def test_no_progress_bar_is_shown_for_zero_items(monkeypatch: pytest.MonkeyPatch
     assert capfd.readouterr().err == ""
 
 
+def test_progress_without_a_terminal_is_a_line_per_minute(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    from types import SimpleNamespace
+
+    from ip2p.base import terminal
+
+    now = [0.0]
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with terminal.progress("scoring", 1200, "edits") as advance:
+        for _ in range(600):
+            now[0] += 0.25
+            advance()
+    assert capfd.readouterr().err.splitlines() == [
+        "ip2p: scoring: 240 of 1,200, 4 edits/s, 4:00 left",
+        "ip2p: scoring: 480 of 1,200, 4 edits/s, 3:00 left",
+    ]
+
+
 def test_training_estimates_the_time_left() -> None:
     from ip2p.training.loop import time_left
 

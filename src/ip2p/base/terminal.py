@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+LINE_EVERY = 60.0  # seconds between the lines that stand for a progress bar where stderr is no terminal
+
 
 def say(message: str) -> None:
     """Print a message on stderr, so that stdout holds only results."""
@@ -17,11 +19,14 @@ def say(message: str) -> None:
 def progress(label: str, total: int, unit: str = "steps") -> Iterator[Callable[..., None]]:
     """A progress bar on stderr with its rate and remaining time; yields `advance(count=1)`.
 
-    The rate is the mean since the start: rich's own rate covers only the last seconds, too short for steps
-    that take minutes. Shows nothing without a terminal or if `total` is 0.
+    Without a terminal, as in a log file, it is a line per minute. The rate is the mean since the start: rich's
+    own rate covers only the last seconds, too short for steps that take minutes. Shows nothing if `total` is 0.
     """
-    if not sys.stderr.isatty() or total <= 0:
+    if total <= 0:
         yield lambda count=1: None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(label, total, unit)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -41,6 +46,22 @@ def progress(label: str, total: int, unit: str = "steps") -> Iterator[Callable[.
             bar.update(task, advance=count, pace=pace(done, total, time.monotonic() - start, unit))
 
         yield advance
+
+
+def _lines(label: str, total: int, unit: str) -> Callable[..., None]:
+    """Progress as lines in a log."""
+    start = said = time.monotonic()
+    done = 0
+
+    def advance(count: int = 1) -> None:
+        nonlocal done, said
+        done += count
+        now = time.monotonic()
+        if now - said >= LINE_EVERY:
+            said = now
+            say(f"{label}: {done:,} of {total:,}, {pace(done, total, now - start, unit)}")
+
+    return advance
 
 
 def pace(done: int, total: int, seconds: float, unit: str) -> str:
