@@ -19,8 +19,9 @@ def say(message: str) -> None:
 def progress(label: str, total: int, unit: str = "steps") -> Iterator[Callable[..., None]]:
     """A progress bar on stderr with its rate and remaining time; yields `advance(count=1)`.
 
-    Without a terminal, as in a log file, it is a line per minute. The rate is the mean since the start: rich's
-    own rate covers only the last seconds, too short for steps that take minutes. Shows nothing if `total` is 0.
+    Without a terminal, as in a log file, it is a line per minute. The rate is the mean since the start:
+    rich's own rate covers only the last seconds, too short for steps that take minutes. Shows nothing if
+    `total` is 0.
     """
     if total <= 0:
         yield lambda count=1: None

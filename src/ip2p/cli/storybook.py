@@ -95,7 +95,7 @@ class BuildConfig(RunSettings, DeviceSettings):
     )
     minutes: float | None = setting(
         None,
-        "training time of the stage in total; extends a finished perception or unet",
+        "training time of the stage in total; extends a finished decoder, perception or unet",
         ge=0,
         le=1e6,
         example=120.0,

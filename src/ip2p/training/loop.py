@@ -408,8 +408,8 @@ def new_optimizer(trained: Mapping[str, nn.Parameter], config: LoopConfig) -> to
     """The optimizer of the named parameters.
 
     adamw: with fp32 moments. adamw8bit: with 8-bit moments (Dettmers et al. 2022); raises InputError without
-    bitsandbytes. muon: Muon for the UNet's matrices except the first and the last convolution, AdamW for
-    everything else.
+    bitsandbytes. muon: Muon for the matrices of a UNet or decoder except its first and last convolution,
+    AdamW for everything else.
     """
     decayed = {k: p for k, p in trained.items() if p.ndim > 1 or config.decay_vectors}
     vectors = [p for k, p in trained.items() if k not in decayed]
@@ -436,9 +436,10 @@ def new_optimizer(trained: Mapping[str, nn.Parameter], config: LoopConfig) -> to
 
 
 def is_muon_matrix(name: str, weight: Tensor) -> bool:
-    """Whether Muon trains a parameter of an `EditTask`, by its name."""
-    ends = ("unet.conv_in", "unet.conv_out")
-    return weight.ndim > 1 and name.startswith("unet.") and not name.startswith(ends)
+    """Whether Muon trains a parameter, by its name in the task, such as "unet.mid_block.…"."""
+    network, _, layer = name.partition(".")
+    inner = network in ("unet", "decoder") and not layer.startswith(("conv_in", "conv_out"))
+    return inner and weight.ndim > 1
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -219,7 +220,7 @@ def write_encoder(run: Run) -> None:
 
 
 def train_decoder(run: Run) -> None:
-    """Write `vae` with a trained decoder. Raises OutOfTime."""
+    """Train the decoder of `vae` further, first on crops, and write it. Raises OutOfTime."""
     from diffusers import AutoencoderKL
 
     preset = run.preset
@@ -229,33 +230,37 @@ def train_decoder(run: Run) -> None:
     task = DecoderTask(vae, preset)
     keys = ("size", "vae_channels", "vae_layers", "latent_channels", "hue_weight", "gradient_weight")
     fingerprint = {key: getattr(preset, key) for key in keys}
+    seed = preset.seed + run.seed_shift
 
     def crops(first: int) -> Iterator[list[Any]]:
-        return _with_noise(
-            run, Crops(preset.decoder.batch, preset.size, preset.seed, first, crop=preset.crop)
-        )
+        return _with_noise(run, Crops(preset.decoder.batch, preset.size, seed, first, crop=preset.crop))
 
     def pages(first: int) -> Iterator[list[Any]]:
-        return _with_noise(run, Pages(preset.decoder_pages.batch, preset.size, preset.seed + 3, first))
+        return _with_noise(run, Pages(preset.decoder_pages.batch, preset.size, seed + 3, first))
 
-    if not run.is_done("decoder_crops"):
-        summary = train_stage(run, "decoder_crops", task, preset.decoder, crops, fingerprint=fingerprint)
-        run.finish("decoder_crops", summary)
+    first = train_stage(
+        run, "decoder_crops", task, preset.decoder, crops, fingerprint=fingerprint, optimizer="muon"
+    )
+    stage = f"decoder-{first['steps']:08}"  # starts again when there is more training on crops
+    for older in run.state_dir.glob("decoder-*"):
+        if older.name != stage:
+            shutil.rmtree(older)
     summary = train_stage(
         run,
-        "decoder",
+        stage,
         task,
         preset.decoder_pages,
         pages,
         fingerprint=fingerprint,
         after="decoder_crops",
+        optimizer="muon",
     )
     vae.eval()
     measured = measure_autoencoder(vae, run)
     run.log(f"decoder: {measured['psnr']:.2f} dB on new pages")
     vae.to(memory_format=torch.contiguous_format).save_pretrained(run.output / "vae")
-    crops_summary = run.summary("decoder_crops")
-    summary.update({key: round(summary[key] + crops_summary[key], 1) for key in SUMMARY})
+    before = (run.summary("start").get("decoder") or {}).get
+    summary.update({key: round(before(key, 0) + first[key] + summary[key], 1) for key in SUMMARY})
     run.finish("decoder", {**summary, **measured})
 
 

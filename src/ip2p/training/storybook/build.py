@@ -51,6 +51,7 @@ TRAINERS: dict[str, Callable[[Run], None]] = {
     "lm": train_lm,
 }
 STAGES = tuple(TRAINERS)
+LENGTHS = ("decoder", "perception", "unet", "decay")  # stages that take --minutes
 EDITOR = ("unet", "text_encoder")  # the networks that `decay` writes
 
 
@@ -70,9 +71,10 @@ def build_model(
     """Build, or resume. True if all requested stages are finished, False if the time ran out.
 
     seconds: time limit of this call. steps: maximum steps of each stage, to test a large preset. minutes:
-    replaces the length of `stage` (perception, unet or decay) and continues it if it was finished; `decay`
-    always starts again from the newest state of `unet`. start: a trained bundle whose UNet is trained further
-    (`start_from`). bundle: folder for the half-precision model at the end of the call, finished or not.
+    replaces the length of `stage` (one of `LENGTHS`) and continues it if it was finished; `decay` always
+    starts again from the newest state of `unet`, and the decoder's part on whole pages from that on crops.
+    start: a trained bundle whose UNet or decoder is trained further (`start_from`). bundle: folder for the
+    half-precision model at the end of the call, finished or not.
     """
     from ip2p.base.devices import pick_device
 
@@ -83,8 +85,10 @@ def build_model(
     started = time.monotonic()
     preset = PRESETS[preset_name]
     if minutes is not None:
-        if stage not in ("perception", "unet", "decay"):
-            raise InputError("--minutes sets the length of one stage; add --stage perception, unet or decay")
+        if stage not in LENGTHS:
+            raise InputError(
+                f"--minutes sets the length of one stage; add --stage with one of: {', '.join(LENGTHS)}"
+            )
         preset = replace(preset, **{stage: replace(getattr(preset, stage), minutes=minutes)})
         if stage == "perception":
             preset = replace(preset, perception_most=minutes)
@@ -184,6 +188,7 @@ def start_from(run: Run, model: str) -> None:
         "start",
         {
             "unet": trained.get("unet"),
+            "decoder": trained.get("decoder"),
             "size": native_size,
             "prediction": scheduler.get("prediction_type", "epsilon"),
             "guidance": {key: made[key] for key in ("text_cfg", "image_cfg") if key in made},

@@ -83,7 +83,7 @@ class Crops(Stream):
     """Square crops, most of them of a thing: uint8 [batch, 3, crop, crop], `per_page` of each page."""
 
     def __init__(
-        self, batch: int, size: int, seed: int, start: int = 0, *, crop: int, per_page: int = 2
+        self, batch: int, size: int, seed: int, start: int = 0, *, crop: int, per_page: int = 4
     ) -> None:
         super().__init__(batch, size, seed, start)
         self.crop, self.per_page = crop, per_page

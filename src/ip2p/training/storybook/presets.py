@@ -165,8 +165,8 @@ PRESETS: dict[str, Preset] = {
     # For two CPU cores, in calls of any length.
     "cpu": Preset(
         size=128,
-        decoder=StageConfig(minutes=60, batch=16, lr=1e-3),
-        decoder_pages=StageConfig(minutes=8, batch=4, lr=1e-3, warmup=0, schedule="cosine"),
+        decoder=StageConfig(minutes=60, batch=16, lr=2.5e-3),
+        decoder_pages=StageConfig(minutes=8, batch=4, lr=2.5e-3, warmup=0, schedule="cosine"),
         text=StageConfig(minutes=12, batch=64, lr=1e-3, schedule="cosine"),
         clip=StageConfig(minutes=8, batch=96, lr=1e-3, schedule="cosine"),
         perception=StageConfig(minutes=12, batch=32, lr=1e-3),
