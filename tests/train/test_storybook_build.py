@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.ledger import lock_folder
@@ -169,7 +170,7 @@ def test_a_killed_stage_resumes_to_bit_identical_weights(built, tmp_path, monkey
     messages = []
     assert build.build_model("smoke", tmp_path, stage=name, device="cpu", log=messages.append)
     assert messages[0] == f"{first}: resuming from step {crash_at - 1}"
-    state = first if name == "decay" else name
+    state = {"decay": first, "decoder": "decoder-00000004"}.get(name, name)
     resumed, uninterrupted = (Checkpoints(folder / "state" / state).load() for folder in (tmp_path, built))
     assert resumed["step"] == uninterrupted["step"]
     for part in (
@@ -264,6 +265,37 @@ def test_a_bundle_can_be_trained_further_from_its_weights(built, tmp_path, monke
     cards = [json.loads((folder / "ip2p.json").read_text()) for folder in (built / "bundle", bundle)]
     assert cards[1]["trained"]["unet"]["steps"] == 2 * cards[0]["trained"]["unet"]["steps"]
     assert cards[1]["trained"]["decoder"] == cards[0]["trained"]["decoder"]
+
+
+def test_the_decoder_of_a_bundle_can_be_trained_further_alone(built, tmp_path):
+    def weights(folder):
+        return {str(p.relative_to(folder)): load_file(p) for p in sorted(folder.rglob("*.safetensors"))}
+
+    bundle = tmp_path / "bundle"
+    for minutes in (100, 200):  # the second call trains on, and the part on whole pages starts again
+        assert build.build_model(
+            "smoke",
+            tmp_path,
+            start=str(built / "bundle"),
+            stage="decoder",
+            minutes=minutes,
+            steps=minutes // 25,
+            device="cpu",
+            bundle=bundle,
+            log=quiet,
+        )
+    before, after = weights(built / "bundle"), weights(bundle)
+    changed = {
+        f"{name}: {key}"
+        for name in before
+        for key in before[name]
+        if not torch.equal(before[name][key], after[name][key])
+    }
+    assert changed and all(" decoder." in key or " post_quant_conv." in key for key in changed)
+    cards = [json.loads((folder / "ip2p.json").read_text()) for folder in (built / "bundle", bundle)]
+    steps = [card["trained"]["decoder"]["steps"] for card in cards]
+    assert steps[1] == steps[0] + 8 + 8  # on crops and on whole pages
+    assert [p.name for p in (tmp_path / "state").glob("decoder-*")] == ["decoder-00000008"]
 
 
 def test_starting_in_a_folder_with_another_build_is_refused(built, tmp_path):

@@ -85,7 +85,10 @@ class BuildConfig(RunSettings, DeviceSettings):
         None, "output folder of the half-precision model; default: OUT/bundle", hidden=True
     )
     start: str | None = setting(
-        None, "train the UNet or decoder of this model further; made by this verb", group=COMMON, metavar="MODEL"
+        None,
+        "train the UNet or decoder of this model further; made by this verb",
+        group=COMMON,
+        metavar="MODEL",
     )
     stage: Literal["all", "encoder", "decoder", "text", "clip", "perception", "unet", "decay", "lm"] = (
         setting("all", "train only this stage", group=COMMON)

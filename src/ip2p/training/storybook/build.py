@@ -52,7 +52,6 @@ TRAINERS: dict[str, Callable[[Run], None]] = {
 }
 STAGES = tuple(TRAINERS)
 LENGTHS = ("decoder", "perception", "unet", "decay")  # stages that take --minutes
-EDITOR = ("unet", "text_encoder")  # the networks that `decay` writes
 
 
 def build_model(
@@ -291,17 +290,24 @@ def _clip_tokenizer(folder: Path) -> list[Path]:
 
 
 def _editor_networks(source: Path, preset: Preset) -> dict[str, Any]:
-    """The finished UNet and text encoder, or else the EMA of the newest `unet` or `perception` state."""
+    """The finished UNet and text encoder, or else the EMA of the newest `unet` or `perception` state.
+
+    Without a state, they are those of the model that the build started from.
+    """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    if all((source / part).exists() for part in EDITOR):
-        return {
-            "unet": UNet2DConditionModel.from_pretrained(source / "unet"),
-            "text_encoder": CLIPTextModel.from_pretrained(source / "text_encoder"),
-        }
     states = (Checkpoints(source / "state" / stage).load() for stage in ("unet", "perception"))
     state = next((found for found in states if found is not None), None)
+    written = [("unet", "text_encoder")]  # by `decay`
+    if state is None:
+        written.append(("start/unet", "text_tower"))
+    for unet, text in written:
+        if (source / unet).exists() and (source / text).exists():
+            return {
+                "unet": UNet2DConditionModel.from_pretrained(source / unet),
+                "text_encoder": CLIPTextModel.from_pretrained(source / text),
+            }
     if state is None:
         raise InputError(f"{source} has no trained UNet yet; run: ip2p storybook build --out {source}")
     shape = {key: _hashable(state["fingerprint"][key]) for key in SHAPE}
