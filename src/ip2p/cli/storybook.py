@@ -273,7 +273,7 @@ def run_score(config: ScoreConfig) -> None:
     splits = tuple(dict.fromkeys(config.split)) or storybook.SPLITS
     editor = Editor.load(config.model, device=config.device, dtype=config.dtype)
     rows: list[tuple[storybook.Case, NDArray[np.uint8]]] = []
-    with progress("scoring", config.count * len(splits)) as advance:
+    with progress("scoring", config.count * len(splits), "edits") as advance:
         result = storybook.score(
             editor,
             count=config.count,
