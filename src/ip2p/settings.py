@@ -692,9 +692,10 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
         group=GUIDANCE,
         label="CFG rescale",
     )
-    cfg_interval: SharePair = setting(
-        (0.0, 1.0),
+    cfg_interval: SharePair | None = setting(
+        None,
         "apply guidance only between these noise levels; 1 is the highest",
+        fallback=(0.0, 1.0),
         example=(0.2, 0.9),
         group=GUIDANCE,
         label="CFG interval",
@@ -791,7 +792,7 @@ class EditSettings(PictureSettings, ScaleSettings, StepSettings, InstructionSett
 
     def check_together(self) -> None:
         super().check_together()
-        low, high = self.cfg_interval
+        low, high = self.cfg_interval or (0, 1)
         if low >= high:
             raise Conflict(
                 f"{{cfg_interval}} {low:g} {high:g} is empty; the first number must be the smaller one.",

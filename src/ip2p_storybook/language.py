@@ -480,6 +480,10 @@ _STATEMENTS = frozenset(
 _QUESTIONS = ("could", "can", "would", "will", "what", "how", "why", "is", "any")
 _MIN_TYPO_LETTERS = 4
 _TYPO_SHARE = 0.024  # of words with at least four letters; 1 to 2% of all words
+# Shares for `loosen`.
+_DROPPED = {True: 0.35, False: 0.08}  # of function words and of all other words
+_INSERTED, _FUNCTION_SHARE = 0.2, 0.7
+_SWAPPED = 0.25  # of texts
 
 
 @cache
@@ -534,6 +538,46 @@ def _mistype(text: str, rng: random.Random) -> str:
             swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
             words[i] = swapped if rng.random() < 0.5 else word[:at] + word[at + 1 :]
     return " ".join(words)
+
+
+@cache
+def frame_words() -> dict[str, bool]:
+    """The words of the training phrasings, without their fields, and whether each is a function word.
+
+    A function word is in the phrasings of at least half of the kinds, so it says little about the edit.
+    """
+    kinds: dict[str, set[str]] = {}
+    for phrasing in (p for phrasings in PHRASINGS.values() for p in phrasings):
+        if not is_held_out_phrasing(phrasing.id):
+            for word in re.findall(r"[a-z']+", re.sub(r"\{\w+\}", " ", phrasing.text)):
+                kinds.setdefault(word, set()).add(phrasing.kind)
+    return {word: 2 * len(found) >= len(PHRASINGS) for word, found in sorted(kinds.items())}
+
+
+def loosen(text: str, rng: random.Random) -> str:
+    """An instruction with loose grammar, for training.
+
+    Words are dropped and inserted, most of them function words, and sometimes the two parts of the text are
+    swapped. A network then relies less on the phrasings that it knows, and understands other wordings better.
+    """
+    all_words, function_words = _insertable()
+    words = []
+    for word in text.split():
+        if rng.random() < _INSERTED:
+            words.append(rng.choice(function_words if rng.random() < _FUNCTION_SHARE else all_words))
+        dropped = _DROPPED[frame_words().get(word.lower().strip(".,:;!?"), False)]
+        if rng.random() >= dropped:
+            words.append(word)
+    if len(words) > 2 and rng.random() < _SWAPPED:
+        at = rng.randrange(1, len(words))
+        words = words[at:] + words[:at]
+    return " ".join(words) or text
+
+
+@cache
+def _insertable() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    known = frame_words()
+    return tuple(known), tuple(word for word in known if known[word])
 
 
 # --- the vocabulary -----------------------------------------------------------------------------

@@ -59,11 +59,20 @@ def test_sampling_settings_default_to_the_papers_unless_the_card_sets_them(copy)
     card = load_bundle(copy).card
     settings = EditSettings(negative="x", steps=None)
     assert settings.resolved(card) == settings.changed(
-        steps=20, sampler="euler_ancestral", schedule="linspace", text_cfg=7.5, image_cfg=1.5
+        steps=20,
+        sampler="euler_ancestral",
+        schedule="linspace",
+        text_cfg=7.5,
+        image_cfg=1.5,
+        cfg_interval=(0, 1),
     )
-    (copy / "ip2p.json").write_text(json.dumps({"steps": 12, "sampler": "dpmpp_2m", "schedule": "trailing"}))
-    settings = EditSettings(steps=3).resolved(load_bundle(copy).card)
+    said = {"steps": 12, "sampler": "dpmpp_2m", "schedule": "trailing", "cfg_interval": [0.3, 0.9]}
+    (copy / "ip2p.json").write_text(json.dumps(said))
+    card = load_bundle(copy).card
+    settings = EditSettings(steps=3).resolved(card)
     assert (settings.steps, settings.sampler, settings.schedule) == (3, "dpmpp_2m", "trailing")
+    assert settings.cfg_interval == (0.3, 0.9)
+    assert EditSettings(cfg_interval=(0, 1)).resolved(card).cfg_interval == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ const SCHEMA = {
     image: { type: "string", format: "picture" },
     steps: { anyOf: [{ type: "integer", minimum: 1, maximum: 150 }, { type: "null" }], default: null, description: "sampling steps", group: "Common options" },
     sampler: { anyOf: [{ enum: ["euler", "lcm"], type: "string" }, { type: "null" }], default: null },
-    cfg_interval: { type: "array", minItems: 2, maxItems: 2, default: [0, 1] },
+    cfg_interval: { anyOf: [{ type: "array", minItems: 2, maxItems: 2 }, { type: "null" }], default: null },
     size: { anyOf: [{ type: "integer" }, { type: "string" }, { type: "null" }], default: null },
     control_image: { anyOf: [{ format: "picture", type: "string" }, { type: "null" }], default: null },
     tile: { type: "boolean", default: false, group: "Size" },

@@ -166,6 +166,41 @@ def test_politeness_case_and_spelling_vary() -> None:
     assert all(n >= 10 for n in counts.values()), counts
 
 
+def test_frame_words_are_those_of_training_phrasings_and_function_words_are_in_half_of_the_kinds() -> None:
+    found = language.frame_words()
+    assert found["the"] and found["make"] and not found["erase"] and not found["bigger"]
+    for word in ("please", "make", "erase"):
+        kinds = {
+            phrasing.kind
+            for phrasings in PHRASINGS.values()
+            for phrasing in phrasings
+            if phrasing.id not in held_out_phrasings()
+            and word in re.findall(r"[a-z']+", re.sub(r"{.*?}", " ", phrasing.text))
+        }
+        assert found.get(word, False) == (len(kinds) >= len(PHRASINGS) / 2)
+
+
+def test_loose_grammar_drops_and_inserts_words_of_phrasings_and_swaps_two_parts() -> None:
+    rng, text = random.Random(0), "let the purple submarine be bigger now"
+    loose = [language.loosen(text, rng).split() for _ in range(4000)]
+
+    def share(condition) -> float:
+        return sum(map(condition, loose)) / len(loose)
+
+    # A word with a known meaning in no phrasing cannot be inserted.
+    assert share(lambda words: "submarine" in words) == pytest.approx(0.92, abs=0.02)
+    assert share(lambda words: "the" in words) == pytest.approx(0.65, abs=0.04)
+    inserted = [len([word for word in words if word not in text.split()]) for words in loose]
+    assert sum(inserted) / len(loose) == pytest.approx(7 * 0.2, rel=0.15)
+    assert all(word in language.frame_words() or word in text.split() for words in loose for word in words)
+    both = [words for words in loose if {"purple", "submarine"} <= set(words)]
+    swapped = sum(words.index("submarine") < words.index("purple") for words in both) / len(both)
+    assert 0.02 < swapped < 0.06  # a quarter of the texts, at one of about seven places
+    assert language.loosen("bigger", random.Random(1)) and language.loosen(text, random.Random(5)) == (
+        language.loosen(text, random.Random(5))
+    )
+
+
 CAT = Thing(kind="cat", colour="red", slot="left", uid=1)
 GIRL = Thing(kind="girl", colour="blue", slot="right", uid=2)
 BOY = Thing(kind="boy", colour="pink", slot="middle", uid=3)

@@ -46,7 +46,7 @@ def test_every_pair_of_a_group_is_an_edit_between_its_two_pages():
 
 def test_shards_match_pages_and_labels_computed_from_the_scenes():
     """Oracle: pages and labels computed from the scenes."""
-    shard = Shards(WORLD, [1], count_words).make(1)
+    shard = Shards(replace(WORLD, loose=0.0), [1], count_words).make(1)
     scenes, pairs = [], []
     for group in range(3, 6):
         first = len(scenes)
@@ -68,6 +68,15 @@ def test_shards_match_pages_and_labels_computed_from_the_scenes():
         assert shard["changed"][row].tolist() == expected == changed_cells(before, after, 8).tolist()
         assert shard["kind"][row] == EDIT_KINDS.index(pair.edits[0].kind)
         assert shard["words"][row, 0, 0] == len(pair.edits[0].instruction)
+
+
+def test_a_share_of_the_instructions_has_loose_grammar():
+    exact, half, all_loose = (
+        Shards(replace(WORLD, loose=share), [1], count_words).make(1)["words"][..., 0]
+        for share in (0.0, 0.5, 1.0)
+    )
+    assert WORLD.loose == 0.5
+    assert 0.2 < (half != exact).float().mean() < 0.55 < (all_loose != exact).float().mean()
 
 
 def test_shards_are_written_once_and_separately_for_each_autoencoder(vae, tmp_path):

@@ -24,6 +24,7 @@ from ip2p.settings import (
     ScaleSettings,
     ScheduleName,
     Seed,
+    SharePair,
     Split,
     StepSettings,
     Texts,
@@ -136,6 +137,15 @@ class ScoreConfig(RunSettings, OverwriteSettings, DTypeSettings, DeviceSettings,
     schedule: ScheduleName | None = setting(
         None, "noise schedule", fallback="linspace", group=COMMON, aliases=("spacing",)
     )
+    cfg_interval: SharePair | None = setting(
+        None,
+        "apply guidance only between these noise levels",
+        fallback=(0.0, 1.0),
+        example=(0.2, 0.9),
+        group=COMMON,
+        metavar="LOW HIGH",
+        hidden=True,
+    )
     size: int | None = setting(
         None,
         "side of a picture; default: the model's training size",
@@ -176,11 +186,11 @@ def run_draw(config: DrawConfig) -> None:
     if config.captions is not None:
         write_text(config.captions, "".join(f"{text}\n" for text in _captions(config)))
     if config.triples is not None:
-        with progress("triples", config.count) as advance:
+        with progress("triples", config.count, "triples") as advance:
             triples = exact_triples(config.count, config.seed, config.split)
             write_exact_triples(_each(triples, advance), config.triples)
     if config.pairs is not None:
-        with progress("pairs", config.count) as advance:
+        with progress("pairs", config.count, "pairs") as advance:
             write_pairs(_each(edits(config), advance), config.pairs, size=config.size)
     for output in (config.out, *files):
         if output is not None:
@@ -209,7 +219,7 @@ def _pictures(config: DrawConfig) -> None:
 
     shown: list[Image.Image] = []
     count = config.count if config.out is not None else min(config.count, ON_SHEET)
-    with progress("pages", count) as advance:
+    with progress("pages", count, "pages") as advance:
         for number, edit in zip(range(count), edits(config), strict=False):
             picture = Image.fromarray(draw_scene(edit.before, config.size))
             if config.out is not None:

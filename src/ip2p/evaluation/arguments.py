@@ -26,7 +26,7 @@ class EvaluateArguments(TypedDict, total=False):
     # reduce the contrast that high scales add; 0 to 1
     text_cfg_rescale: float
     # apply guidance only between these noise levels; 1 is the highest
-    cfg_interval: tuple[float, float]
+    cfg_interval: tuple[float, float] | None
     # compute guidance only at every Nth step and reuse it between; faster, approximate
     cfg_every: int
     # run the whole UNet only at every Nth step and reuse its deep features between; faster, approximate

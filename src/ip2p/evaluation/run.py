@@ -40,7 +40,14 @@ PART_ROWS, PARTS = 16, 8  # maximum rows of a part; minimum parts of a small job
 COPY, TRUTH = "copy the input", "ground truth"
 CURVES = (("clip_directional", "clip_image"), ("strict", "clip_image"), ("clip_directional", "strict"))
 # The released script: 100 steps at 512 pixels, one text scale, CLIP alone.
-AS_CODE = {"steps": 100, "text_cfg": 7.5, "size": 512, "sampler": "euler_ancestral", "schedule": "linspace"}
+AS_CODE = {
+    "steps": 100,
+    "text_cfg": 7.5,
+    "size": 512,
+    "sampler": "euler_ancestral",
+    "schedule": "linspace",
+    "cfg_interval": (0.0, 1.0),
+}
 AS_CODE_METRICS = ("clip_directional", "clip_image", "clip_text")
 
 

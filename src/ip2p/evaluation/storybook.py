@@ -37,7 +37,7 @@ SPLITS = tuple(split for split in edits.SPLITS if split != "train")
 BASELINES = ("copy", "hedger", "blurred answer", "ceiling")
 OTHER_ANSWERS = 15
 ROWS_SHOWN = 48
-SAMPLING = ("steps", "sampler", "schedule", "text_cfg", "image_cfg")
+SAMPLING = ("steps", "sampler", "schedule", "text_cfg", "image_cfg", "cfg_interval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,7 @@ def edit_tensors(
 ) -> Tensor:
     """Edit pictures [batch, 3, h, w] in [-1, 1] at their own size, each by its instruction.
 
-    settings: of which steps, sampler, schedule and the two scales are used; None means the model's defaults.
+    settings: of which those in SAMPLING are used; None means the model's defaults.
     Returns the decoded results, which are not clamped to [-1, 1].
     """
 
@@ -304,10 +304,12 @@ def _as_record(case: Case, verdict: Verdict) -> dict[str, Any]:
 
 def as_text(result: dict[str, Any]) -> str:
     """The score as text, one table of at most 100 columns per split."""
+    low, high = result["cfg_interval"]
+    between = "" if (low, high) == (0, 1) else f" between noise levels {low:g} and {high:g}"
     lines = [
         f"{result['count']} edits per split at {result['size']} px, seed {result['seed']}",
         f"{result['steps']} steps of {result['sampler']} ({result['schedule']}), "
-        f"text CFG {result['text_cfg']:g}, image CFG {result['image_cfg']:g}",
+        f"text CFG {result['text_cfg']:g}, image CFG {result['image_cfg']:g}{between}",
         "number correct, percentage, and 95% interval in parentheses",
     ]
     for split, tables in result["splits"].items():

@@ -103,6 +103,7 @@ class Card:
     schedule: str = RECOMMENDED["schedule"]
     text_cfg: float = RECOMMENDED["text_cfg"]
     image_cfg: float = RECOMMENDED["image_cfg"]
+    cfg_interval: tuple[float, float] = RECOMMENDED["cfg_interval"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ip2p.base.errors import InputError
 from ip2p.diffusion.guidance import embed_scales, guide
 from ip2p.diffusion.schedule import alpha_bar_from_config
-from ip2p.models.bundle import Bundle, Card
+from ip2p.models.bundle import RECOMMENDED, Bundle, Card
 from ip2p.models.text import encode_prompts
 from ip2p.models.widen import add_scales_input
 from ip2p.training.loss import add_noise, pseudo_huber_loss, split_noisy
@@ -239,7 +239,8 @@ class Distillation(Recipe):
 
 def _card(config: DistillConfig, card: Card) -> Card:
     """The card with the ranges and, for few steps, the sampling. Raises InputError for unusable ranges."""
-    changes: dict[str, Any] = {}
+    # The student learns guidance at all noise levels.
+    changes: dict[str, Any] = {"cfg_interval": RECOMMENDED["cfg_interval"]}
     for name, requested in (("text_cfg", config.text_range), ("image_cfg", config.image_range)):
         known = getattr(card, f"{name}_range")
         low, high = requested or known or RANGES[name]

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -241,13 +240,9 @@ def train_decoder(run: Run) -> None:
     first = train_stage(
         run, "decoder_crops", task, preset.decoder, crops, fingerprint=fingerprint, optimizer="muon"
     )
-    stage = f"decoder-{first['steps']:08}"  # starts again when there is more training on crops
-    for older in run.state_dir.glob("decoder-*"):
-        if older.name != stage:
-            shutil.rmtree(older)
     summary = train_stage(
         run,
-        stage,
+        run.restart_after("decoder", first["steps"]),
         task,
         preset.decoder_pages,
         pages,

@@ -27,6 +27,7 @@ import torch
 
 from ip2p.base.errors import InputError, ModelError
 from ip2p.base.ledger import lock_folder
+from ip2p.models.bundle import RECOMMENDED
 from ip2p.models.save import edit_scheduler, write_editor
 from ip2p.synth.instruct import PACKAGED_LM
 from ip2p.synth.tune import CARD as LM_CARD
@@ -190,7 +191,7 @@ def start_from(run: Run, model: str) -> None:
             "decoder": trained.get("decoder"),
             "size": native_size,
             "prediction": scheduler.get("prediction_type", "epsilon"),
-            "guidance": {key: made[key] for key in ("text_cfg", "image_cfg") if key in made},
+            "recommended": {key: made[key] for key in RECOMMENDED if key in made},
         },
     )
     _take_lm(run, folder)
@@ -297,18 +298,21 @@ def _editor_networks(source: Path, preset: Preset) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
+    def read(unet: str, text_encoder: str) -> dict[str, Any] | None:
+        if not ((source / unet).exists() and (source / text_encoder).exists()):
+            return None
+        return {
+            "unet": UNet2DConditionModel.from_pretrained(source / unet),
+            "text_encoder": CLIPTextModel.from_pretrained(source / text_encoder),
+        }
+
+    if written := read("unet", "text_encoder"):  # by `decay`
+        return written
     states = (Checkpoints(source / "state" / stage).load() for stage in ("unet", "perception"))
     state = next((found for found in states if found is not None), None)
-    written = [("unet", "text_encoder")]  # by `decay`
     if state is None:
-        written.append(("start/unet", "text_tower"))
-    for unet, text in written:
-        if (source / unet).exists() and (source / text).exists():
-            return {
-                "unet": UNet2DConditionModel.from_pretrained(source / unet),
-                "text_encoder": CLIPTextModel.from_pretrained(source / text),
-            }
-    if state is None:
+        if started := read("start/unet", "text_tower"):
+            return started
         raise InputError(f"{source} has no trained UNet yet; run: ip2p storybook build --out {source}")
     shape = {key: _hashable(state["fingerprint"][key]) for key in SHAPE}
     networks = {
@@ -359,5 +363,5 @@ def card(run: Run) -> dict[str, Any]:
         "closed_vocabulary": True,
         "preset": run.name,
         "trained": made,
-        **run.summary("start").get("guidance", {}),
+        **run.summary("start").get("recommended", {}),
     }

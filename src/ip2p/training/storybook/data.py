@@ -22,6 +22,7 @@ from ip2p_storybook.cells import cell_map, scene_classes, thing_map
 from ip2p_storybook.draw import draw
 from ip2p_storybook.edits import EDIT_KINDS, Edit, propose
 from ip2p_storybook.labels import edit_labels
+from ip2p_storybook.language import loosen
 from ip2p_storybook.rewording import reversible, same_page, say_change, say_two_changes
 from ip2p_storybook.scene import Scene, rng_for, sample_scene
 
@@ -108,13 +109,16 @@ class Crops(Stream):
 
 # --- edited pages -------------------------------------------------------------------------------
 
+LOOSE_SHARE = 0.5  # of the training instructions
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
     """An endless sequence of shards. Each has `groups` base pages with `edits` edited versions each.
 
     A pair of pages of one group is used if an instruction can express the edit between them: each edit, its
-    reversal, and edits from one result to another. Each pair has `wordings` instructions.
+    reversal, and edits from one result to another. Each pair has `wordings` instructions, of which the share
+    `loose` has loose grammar (`language.loosen`).
     """
 
     size: int
@@ -123,6 +127,7 @@ class World:
     groups: int = 64
     edits: int = 5
     wordings: int = 4
+    loose: float = LOOSE_SHARE
     cross_pairs: int = 5  # maximum pairs of two results per group
     often: Mapping[str, float] = field(default_factory=dict)  # factors on the share of kinds of edits
 
@@ -227,7 +232,8 @@ class Shards(torch.utils.data.IterableDataset):
                 rows.append(
                     (before, after, pair.edits[0], changed_cells(pixels[before], pixels[after], world.cells))
                 )
-                words += [pair.edits[k % len(pair.edits)].instruction for k in range(world.wordings)]
+                texts = [pair.edits[k % len(pair.edits)].instruction for k in range(world.wordings)]
+                words += [loosen(text, rng) if rng.random() < world.loose else text for text in texts]
         return {
             "pixels": torch.from_numpy(np.stack(pixels)),
             "cells": torch.from_numpy(np.stack(cells)),

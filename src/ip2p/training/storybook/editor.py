@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,7 @@ from ip2p.training.checkpoints import Checkpoints
 from ip2p.training.loss import Shares, scaled_linear_alpha_bar
 from ip2p.training.objective import EditTask, Objective
 from ip2p.training.storybook.autoencoder import channel_weights, skip_identities
-from ip2p.training.storybook.data import World
+from ip2p.training.storybook.data import LOOSE_SHARE, World
 from ip2p.training.storybook.perception import FIELDS, Perception, change_iou, named_right
 from ip2p.training.storybook.presets import Preset, StageConfig
 from ip2p.training.storybook.samples import EditorSamples, LatentShards, Pool, draw_step
@@ -163,6 +162,7 @@ def latent_shards(run: Run, parts: EditorParts, *, validation: bool = False) -> 
         groups=preset.groups,
         edits=preset.edits,
         often={} if validation else dict(preset.often),
+        loose=0.0 if validation else LOOSE_SHARE,
     )
     return LatentShards(
         world,
@@ -326,16 +326,12 @@ def train_decay(run: Run) -> None:
     steps = 0 if state is None else int(state["step"])
     samples = steps * preset.unet.batch
     del state
-    stage = f"decay-{steps:08}"
-    for older in run.state_dir.glob("decay-*"):
-        if older.is_dir() and older.name != stage:
-            shutil.rmtree(older)
     parts = build_parts(run)
     least = head_weight(preset, preset.unet.batch)(steps)
     summary = _train(
         run,
         parts,
-        stage,
+        run.restart_after("decay", steps),
         preset.decay,
         full_noise=False,
         weight=lambda step: least,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -59,6 +60,17 @@ class Run:
         """The summary of a finished stage; empty for an unfinished one."""
         path = self.state_dir / f"{stage}.done.json"
         return json.loads(path.read_text()) if path.exists() else {}
+
+    def restart_after(self, name: str, steps: int) -> str:
+        """A stage that starts again when the one before it has more steps; older copies are deleted.
+
+        Returns its name: that of the stage and the number of steps before it.
+        """
+        stage = f"{name}-{steps:08}"
+        for older in self.state_dir.glob(f"{name}-*"):
+            if older.is_dir() and older.name != stage:
+                shutil.rmtree(older)
+        return stage
 
     def finish(self, stage: str, summary: dict[str, Any]) -> None:
         """Save the summary of a stage, which marks it as finished."""

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ip2p.training.storybook.data import Stream, read_ahead
+from ip2p.training.storybook.data import LOOSE_SHARE, Stream, read_ahead
 from ip2p.training.storybook.heads import Heads, class_loss
 from ip2p.training.storybook.presets import Preset
 from ip2p.training.storybook.stage import Run, train_stage
 from ip2p_storybook.edits import sample_edit
 from ip2p_storybook.labels import EDIT_SIZES, edit_labels
-from ip2p_storybook.language import vocabulary
+from ip2p_storybook.language import loosen, vocabulary
 from ip2p_storybook.scene import rng_for
 
 TEXT_TOKENS = 48  # enough for 99% of the captions and instructions
@@ -125,12 +125,14 @@ class Instructions(Stream):
         self.tokens, self.split = tokens, split
 
     def make(self, index: int) -> tuple[Tensor, Tensor]:
-        edits = [
-            sample_edit(rng_for("instruction", self.seed, index, i), split=self.split)
-            for i in range(self.batch)
-        ]
-        labels = torch.stack([torch.from_numpy(edit_labels(edit)) for edit in edits])
-        return self.tokens([edit.instruction for edit in edits]), labels
+        texts, labels = [], []
+        for i in range(self.batch):
+            rng = rng_for("instruction", self.seed, index, i)
+            edit = sample_edit(rng, split=self.split)
+            loose = self.split == "train" and rng.random() < LOOSE_SHARE
+            texts.append(loosen(edit.instruction, rng) if loose else edit.instruction)
+            labels.append(torch.from_numpy(edit_labels(edit)))
+        return self.tokens(texts), torch.stack(labels)
 
 
 class InstructionTask(nn.Module):
