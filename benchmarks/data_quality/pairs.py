@@ -150,6 +150,7 @@ class Way:
     steps: int = PAIRS_STORYBOOK["steps"]
     sampler: str = PAIRS_STORYBOOK["sampler"]
     schedule: str = PAIRS_STORYBOOK["schedule"]
+    cfg_interval: tuple[float, float] = PAIRS_STORYBOOK["cfg_interval"]
     attention: str = PAIRS_STORYBOOK["attention"]
     per_source: int = PAIRS_STORYBOOK["p_per_source"]
     p: tuple[float, float] = P
@@ -281,6 +282,7 @@ class Measured:
             steps=way.steps,
             sampler=way.sampler,
             schedule=way.schedule,
+            cfg_interval=way.cfg_interval,
             attention=way.attention,  # type: ignore[arg-type]
             batch_size=self.args.batch_size,
             early=look,
@@ -577,6 +579,7 @@ def paper(args: argparse.Namespace) -> None:
             steps=how["steps"],
             sampler=how["sampler"],
             schedule=how["schedule"],
+            cfg_interval=how["cfg_interval"],
             attention=how["attention"],
             per_source=how["p_per_source"],
             early_at=how["early_at"] or Way.early_at,
@@ -803,7 +806,7 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument(f"--{name}", type=kind)
     for name in ("sampler", "schedule", "attention"):
         parser.add_argument(f"--{name}")
-    for name in ("p", "scale"):
+    for name in ("p", "scale", "cfg-interval"):
         parser.add_argument(f"--{name}", type=float, nargs=2)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="auto")

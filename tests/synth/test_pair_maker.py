@@ -147,11 +147,14 @@ def test_a_pair_equals_that_of_the_released_code(request, model, p):
     assert (expected[0] - expected[1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
-def test_with_p_zero_both_pictures_equal_the_editors_own_loop(bundle, sampler):
+@pytest.mark.parametrize(
+    ("sampler", "interval"),
+    [("euler_ancestral", (0.0, 1.0)), ("dpmpp_2m", (0.0, 1.0)), ("euler_ancestral", (0.4, 1.0))],
+)
+def test_with_p_zero_both_pictures_equal_the_editors_own_loop(bundle, sampler, interval):
     """Oracle: the editor without an input picture, one text at a time."""
     which = one(DOG, p=0.0)
-    (pair,) = maker(bundle, sampler=sampler)([which])
+    (pair,) = maker(bundle, sampler=sampler, cfg_interval=interval)([which])
     editor = Editor(bundle)
     for latents, text in zip(pair.latents, (DOG.caption, DOG.edited_caption), strict=True):
         *_, alone = editor.edit_latents(
@@ -159,10 +162,21 @@ def test_with_p_zero_both_pictures_equal_the_editors_own_loop(bundle, sampler):
             editor.encode_text(text),
             editor.encode_text(""),
             noise=NoiseStream([which.seed], (4, 16, 16)),
-            settings=EditSettings(text_cfg=which.scale, sampler=sampler),
+            settings=EditSettings(text_cfg=which.scale, sampler=sampler, cfg_interval=interval),
             sigmas=linspace_sigmas(editor.schedule, STEPS),
         )
         torch.testing.assert_close(latents[None], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_outside_of_the_guidance_interval_a_step_takes_one_pass_and_still_shares_attention(bundle):
+    whole, upper, none = (
+        maker(bundle, cfg_interval=ends)([one(p=1.0)])[0]
+        for ends in ((0.0, 1.0), (0.6, 1.0), (0.9999, 0.99995))
+    )
+    assert [pair.evaluations for pair in (whole, upper, none)] == [4 * STEPS, 2 * (STEPS + 1), 2 * STEPS]
+    (plain,) = maker(bundle)([one(p=1.0, scale=1.0)])
+    torch.testing.assert_close(none.latents, plain.latents, atol=1e-4, rtol=1e-4)
+    assert (upper.latents - whole.latents).abs().max() > 1e-2
 
 
 def test_p_changes_the_edit_and_not_the_source(bundle):

@@ -102,7 +102,7 @@ class PairsArguments(TypedDict, total=False):
     sampler: Literal["euler_ancestral", "euler", "dpmpp_2m", "lcm", "tcd"] | None
     # working size of the model in pixels; default: close to its training size
     size: int | tuple[int, int] | None
-    # noise schedule; default: linspace
+    # noise schedule; default: linspace, storybook trailing
     schedule: Literal["linspace", "karras", "exponential", "trailing", "lcm"] | None
     # cuda, cuda:N, mps or cpu; auto: the first available one
     device: str
@@ -158,6 +158,8 @@ class PairsArguments(TypedDict, total=False):
     early_margin: float
     # candidates per source picture, each with its own p; default: 1
     p_per_source: int | None
+    # apply guidance only between these noise levels; default: 0 1, storybook 0.3 1
+    cfg_interval: tuple[float, float] | None
     # attention that a pair shares; default: self
     attention: Literal["self", "replace", "refine", "self+replace", "self+refine"] | None
     # weight of the new words' cross-attention maps; needs --attention replace or refine

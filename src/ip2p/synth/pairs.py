@@ -146,7 +146,7 @@ class PairMaker:
             unet if taken == 2 * latent else _WithoutPicture(unet), self.editor.schedule
         )
         self.steps, self.sampler, self.attention = how["steps"], how["sampler"], how["attention"]
-        self.reweight, self.blend = config.reweight, config.blend
+        self.reweight, self.blend, self.interval = config.reweight, config.blend, how["cfg_interval"]
         self.sigmas = SPACINGS[how["schedule"]](self.editor.schedule, self.steps)
         native = model.card.native_size
         self.size = self.editor.working_size((native, native), config.size)
@@ -239,6 +239,7 @@ class PairMaker:
             text={name: value.to(self.device)[rows] for name, value in every.items()},
             null=text_inputs(encode_prompts(bundle, [""], self.size), 1),
             scale=torch.tensor(scales, dtype=torch.float32, device=self.device),
+            interval=self.interval,
             sigmas=self.sigmas,
             share_self="self" in self.attention,
             alignments=None if self.attention == "self" else [self._align(one) for one in candidates],
@@ -355,7 +356,7 @@ class _PairDenoiser:
     """The denoiser of a batch of pairs, with classifier-free guidance; rows that are not alive do not change.
 
     text, null: network inputs for the texts of all rows, and for the empty text. scale: guidance scales
-    [rows]. x0: the last prediction.
+    [rows]. interval: noise levels with guidance, as in `guidance.guided`. x0: the last prediction.
     """
 
     def __init__(
@@ -366,6 +367,7 @@ class _PairDenoiser:
         text: TextInputs,
         null: TextInputs,
         scale: Float[Tensor, " rows"],
+        interval: tuple[float, float],
         sigmas: Float[Tensor, " steps"],
         share_self: bool,
         alignments: Sequence[Alignment] | None,
@@ -375,7 +377,7 @@ class _PairDenoiser:
         self.p = torch.tensor([one.p for one in batch.candidates], dtype=torch.float64)
         crossing = [one.p if one.p_cross is None else one.p_cross for one in batch.candidates]
         self.p_cross = torch.tensor(crossing, dtype=torch.float64)
-        self.seen = seen
+        self.seen, self.interval = seen, interval
         self.sigmas, self.share_self = sigmas, share_self
         self.moved = self.kept = None
         if alignments is not None:
@@ -384,27 +386,32 @@ class _PairDenoiser:
         self.x0: Latent | None = None
 
     def __call__(self, x: Latent, sigma: Sigma) -> Latent:
+        low, high = self.interval
+        passes = 2 if low <= self.network.schedule.share(sigma) <= high else 1
         rows = self.batch.alive.nonzero()[:, 0]
-        self.batch.evaluations[rows] += 2
+        self.batch.evaluations[rows] += passes
         place = rows.to(x.device)
         some, count = x[place], len(rows)
-        sharing = self._sharing(rows, int((self.sigmas > sigma).sum())).arguments()
+        sharing = self._sharing(rows, int((self.sigmas > sigma).sum()), passes).arguments()
         if self.seen is not None:
             self.seen.rows = place
         network = replace(self.network, control=lambda *_: sharing)
-        words = {
-            name: torch.cat([value[place], self.null[name].to(value).expand(count, *value.shape[1:])])
-            for name, value in self.text.items()
-        }
-        both = some.repeat(2, 1, 1, 1)
+        words = {name: value[place] for name, value in self.text.items()}
+        if passes == 2:
+            for name, value in words.items():
+                null = self.null[name].to(value).expand(count, *value.shape[1:])
+                words[name] = torch.cat([value, null])
+        inputs = some.repeat(passes, 1, 1, 1)
         # An editor gets a zero image latent: no input picture.
-        full, neither = network.predict_from_inputs(both, sigma, words, torch.zeros_like(both)).chunk(2)
-        mixed = neither + self.scale[place].view(-1, 1, 1, 1) * (full - neither)
-        self.x0 = x.index_copy(0, place, network.x0(some, mixed, sigma))
+        predicted = network.predict_from_inputs(inputs, sigma, words, torch.zeros_like(inputs))
+        if passes == 2:
+            full, neither = predicted.chunk(2)
+            predicted = neither + self.scale[place].view(-1, 1, 1, 1) * (full - neither)
+        self.x0 = x.index_copy(0, place, network.x0(some, predicted, sigma))
         return self.x0
 
-    def _sharing(self, rows: Int[Tensor, " alive"], step: int) -> Sharing:
-        """What the rows share in a step: first the rows with their text, then the same rows without text."""
+    def _sharing(self, rows: Int[Tensor, " alive"], step: int, passes: int) -> Sharing:
+        """What the rows share in a step: first the rows with their text, then those of a pass without it."""
         batch, device, steps = self.batch, self.scale.device, len(self.sigmas) - 1
         place = torch.zeros(len(batch.alive), dtype=torch.long).index_copy(0, rows, torch.arange(len(rows)))
 
@@ -415,7 +422,7 @@ class _PairDenoiser:
         if self.share_self and len(some := edits_that_share(self.p)):
             whose = torch.arange(len(batch.alive)).index_copy(0, batch.edits[some], batch.owners[some])
             half = place[whose[rows]]
-            maps = torch.cat([half, half + len(rows)]).to(device)
+            maps = torch.cat([half + k * len(rows) for k in range(passes)]).to(device)
         if self.moved is not None and self.kept is not None and len(some := edits_that_share(self.p_cross)):
             # The rows without text have no words to share; Hertz et al. leave that half unchanged, too.
             moved, kept = (each[some.to(device)] for each in (self.moved, self.kept))

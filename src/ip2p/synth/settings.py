@@ -240,10 +240,12 @@ PAIRS: dict[str, Any] = {
     **{"most": 32, "enough": 4, "enough_whole": 2, "round_size": 8},
     **{"worth": 0.12, "risk": 0.05, "p_per_source": 1},
     **{"steps": 20, "sampler": "euler_ancestral", "schedule": "linspace", "attention": "self"},
-    **{"early_at": 0.0, "tiny_vae": None},
+    **{"cfg_interval": (0.0, 1.0), "early_at": 0.0, "tiny_vae": None},
 }
 # The storybook's small model needs fewer steps, and hopeless candidates show earlier.
-PAIRS_STORYBOOK: dict[str, Any] = PAIRS | {"steps": 10, "worth": 0.32, "early_at": 0.5}
+PAIRS_STORYBOOK: dict[str, Any] = PAIRS | {
+    **{"steps": 10, "schedule": "trailing", "cfg_interval": (0.3, 1.0), "worth": 0.32, "early_at": 0.5}
+}
 PAIRS_AS_PAPER: dict[str, Any] = PAIRS | {
     **{"most": 100, "enough": 0, "enough_whole": 0, "round_size": 100, "risk": 0.0, "steps": 100}
 }
@@ -344,7 +346,14 @@ class SynthPairsConfig(
         StepSettings, "sampler", "sampler; default: euler_ancestral"
     )
     schedule: ScheduleName | None = _drawing_setting(
-        PictureSettings, "schedule", "noise schedule; default: linspace"
+        PictureSettings, "schedule", "noise schedule; default: linspace, storybook trailing"
+    )
+    cfg_interval: SharePair | None = drawing_setting(
+        None,
+        "apply guidance only between these noise levels; default: 0 1, storybook 0.3 1",
+        example=(0.2, 0.9),
+        metavar="LOW HIGH",
+        hidden=True,
     )
     tiny_vae: str | None = drawing_setting(
         None, "a tiny autoencoder for the pictures that are scored; default: none", hidden=True
@@ -395,7 +404,8 @@ class SynthPairsConfig(
 
     def check_together(self) -> None:
         super().check_together()
-        for name, ends in (("p", self.p), ("p_cross", self.p_cross), ("scale", self.scale)):
+        for name in ("p", "p_cross", "scale", "cfg_interval"):
+            ends = getattr(self, name)
             if ends is not None and ends[0] > ends[1]:
                 raise Conflict(
                     f"{{{name}}} {ends[0]:g} {ends[1]:g} is empty; the smaller number comes first.",
