@@ -152,7 +152,11 @@ def test_the_guide_lists_the_actual_defaults():
         values = zip(*(column.split(", ") for column in columns), strict=True)
         documented |= dict(zip(names, values, strict=True))
     tables = (PAIRS, PAIRS_STORYBOOK, PAIRS_AS_PAPER)
-    expected = {name: tuple(str(defaults[name]) for defaults in tables) for name in PAIRS}
+
+    def typed(value: object) -> str:
+        return " ".join(f"{each:g}" for each in value) if isinstance(value, tuple) else str(value)
+
+    expected = {name: tuple(typed(defaults[name]) for defaults in tables) for name in PAIRS}
     del expected["attention"]  # it has its own table
     assert documented == expected
     for name, thresholds in PRESETS.items():
