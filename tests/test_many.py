@@ -167,7 +167,7 @@ def test_a_changed_setting_is_refused_by_name_unless_overwritten() -> None:
     changed = [
         ({"steps": 30}, "--steps not given, but it is now 30"),
         ({"instruction": "make it day"}, 'instruction "make it night", but it is now "make it day"'),
-        ({"cfg_interval": (0.2, 0.9)}, "--cfg-interval [0.0, 1.0], but it is now [0.2, 0.9]"),
+        ({"cfg_interval": (0.2, 0.9)}, "--cfg-interval not given, but it is now [0.2, 0.9]"),
         ({"text_cfg": 3.0}, "--text-cfg not given, but it is now 3.0"),
     ]
     for fields, message in changed:
