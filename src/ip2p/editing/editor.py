@@ -319,7 +319,7 @@ class Editor:
             "negative": bool(settings.negative),
             "text_cfg_rescale": settings.text_cfg_rescale != 0,
             # Outside of the interval both scales are 1.
-            "cfg_interval": settings.cfg_interval not in (None, (0.0, 1.0)) and not inside,
+            "cfg_interval": settings.cfg_interval != (0.0, 1.0) and not inside,
             "cfg_every": settings.cfg_every > 1,  # it has one pass a step already
         }
         for name in (name for name, used in lost.items() if used):
