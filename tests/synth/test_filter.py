@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -229,6 +230,12 @@ def test_a_hash_is_robust_to_small_changes_and_distinguishes_pictures():
         assert bits(one, picture(seed + 100, (256, 192))) >= 12
     flat = Image.new("RGB", (64, 64), "teal")
     assert bits(flat, Image.new("RGB", (64, 64), (0, 129, 127))) == 0
+
+
+def test_the_hash_equals_that_of_imagehash():
+    flat = [Image.new("RGB", (50, 40), color) for color in ("black", "teal", "white")]
+    for each in flat + [picture(seed, (30 + 9 * seed, 64)) for seed in range(12)]:
+        assert f"{picture_hash(each):016x}" == str(imagehash.phash(each))
 
 
 # --- scoring as a job -----------------------------------------------------------------------------
