@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 # LOUD is transferred fully.
 QUIET, LOUD = 1.5, 4.0
 # Texture weaker than this (in levels) gives no evidence about the detail: K stays near 1.
-FLAT = 5.0
+FLAT = 3.0
 # Fraction of the result's texture that r does not explain: above the first value, detail is reduced; above
 # the second, the content is considered new.
-FOREIGN = 0.3, 0.7
+FOREIGN = 0.1, 0.35
 STRIP = 2**20  # pixels processed at a time: about 100 MB for any size of photograph
 
 
@@ -84,7 +84,12 @@ def _fit(before: Field, after: Field, radius: int) -> tuple[Field, Field]:
     foreign = change_spread - 2 * trace + np.einsum("...ij,...jk,...ik->...", slope, spread, slope)
     whole = np.trace(spread, axis1=-2, axis2=-1) + 2 * np.trace(joint, axis1=-2, axis2=-1) + change_spread
     known = 1 - _smoothstep(foreign / (whole.clip(0) + 3 * FLAT**2), *FOREIGN)
-    gain = known[..., None, None] * (np.eye(3) + _box(slope, radius))
+    # Each pixel is in many windows. Those with more texture count more, since they say more about the detail.
+    texture = np.trace(spread, axis1=-2, axis2=-1).clip(0) + 3 * FLAT**2
+    total = _box(texture, radius)
+    slope = _box(texture[..., None, None] * slope, radius) / total[..., None, None]
+    known = _box(texture * known, radius) / total
+    gain = known[..., None, None] * (np.eye(3) + slope)
     loudness = np.sqrt(_box((change**2).mean(axis=-1), 1).clip(0))
     return gain.astype(np.float32), _smoothstep(loudness, QUIET, LOUD).astype(np.float32)
 
