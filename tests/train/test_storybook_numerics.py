@@ -12,9 +12,17 @@ BF16_LAST = Numerics("bf16", torch.channels_last)
     [(BF16_LAST, 0.2, BF16_LAST), (BF16_LAST, 0.95, FP32), (Numerics("no", torch.channels_last), 0.5, None)],
 )
 def test_the_fastest_format_is_chosen_if_it_is_clearly_faster(monkeypatch, fast, factor, chosen):
-    seconds = lambda numerics, *shape, **more: factor if numerics == fast else 1.0  # noqa: E731
-    monkeypatch.setattr(numerics, "_block_seconds", seconds)
+    monkeypatch.setattr(numerics, "_block_pass", lambda each, *shape: lambda: factor if each == fast else 1.0)
     assert measure_numerics(torch.device("cpu")) == (chosen or fast)
+
+
+def test_other_work_during_one_round_changes_nothing(monkeypatch):
+    def block_pass(each, *shape):
+        rounds = iter(range(100))
+        return lambda: 5.0 if next(rounds) == 1 else 0.2 if each == BF16_LAST else 1.0
+
+    monkeypatch.setattr(numerics, "_block_pass", block_pass)
+    assert measure_numerics(torch.device("cpu")) == BF16_LAST
 
 
 def test_a_real_measurement_chooses_a_supported_precision():
@@ -23,6 +31,6 @@ def test_a_real_measurement_chooses_a_supported_precision():
 
 
 def test_a_gpu_needs_no_measurement(monkeypatch):
-    monkeypatch.setattr(numerics, "_block_seconds", None)
+    monkeypatch.setattr(numerics, "_block_pass", None)
     assert measure_numerics(torch.device("cuda")) == BF16_LAST
     assert measure_numerics(torch.device("mps")) == FP32
