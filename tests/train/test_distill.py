@@ -19,10 +19,11 @@ from ip2p.diffusion.denoiser import UNetDenoiser
 from ip2p.diffusion.guidance import embed_scales, guided
 from ip2p.diffusion.schedule import lcm_sigmas, schedule_from_config
 from ip2p.editing.editor import Editor
+from ip2p.models.bundle import Card
 from ip2p.models.widen import add_scales_input
 from ip2p.training import loop, trainer
 from ip2p.training.checkpoints import Checkpoints
-from ip2p.training.distill import LEVELS, Distillation, DistillTask
+from ip2p.training.distill import LEVELS, Distillation, DistillTask, _card
 from ip2p.training.loss import add_noise, snr_weight, split_noisy, velocity
 from ip2p.training.objective import Draws, EditBatch
 from ip2p.training.settings import DistillConfig
@@ -300,6 +301,16 @@ def test_settings_that_were_not_distilled_are_refused(fast, page, changes, says)
 def test_cfg_interval_works_if_both_ranges_contain_1(fast, page):
     editor = Editor.load(fast, device="cpu", dtype="fp32")
     assert len(editor.edit(page, "make it night", steps=2, cfg_interval=(0.2, 0.9))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "interval"),
+    [({}, (0.3, 1)), ({"text_range": (2, 8)}, (0, 1)), ({"stage": "few-steps"}, (0, 1))],
+)
+def test_the_card_keeps_the_teachers_interval_if_the_student_can_use_it(config, changes, interval):
+    teacher = Card(name="teacher", native_size=SIZE, cfg_interval=(0.3, 1))
+    card = _card(config.model_copy(update=changes), teacher)
+    assert card.cfg_interval == interval
 
 
 def test_the_servers_joined_editor_matches_the_editor_for_a_distilled_model(fast, page):

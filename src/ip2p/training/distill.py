@@ -239,8 +239,7 @@ class Distillation(Recipe):
 
 def _card(config: DistillConfig, card: Card) -> Card:
     """The card with the ranges and, for few steps, the sampling. Raises InputError for unusable ranges."""
-    # The student learns guidance at all noise levels.
-    changes: dict[str, Any] = {"cfg_interval": RECOMMENDED["cfg_interval"]}
+    changes: dict[str, Any] = {}
     for name, requested in (("text_cfg", config.text_range), ("image_cfg", config.image_range)):
         known = getattr(card, f"{name}_range")
         low, high = requested or known or RANGES[name]
@@ -256,6 +255,9 @@ def _card(config: DistillConfig, card: Card) -> Card:
                 f"Try {flag} {min(low, usual):g} {max(high, usual):g}."
             )
         changes[f"{name}_range"] = (low, high)
-    if config.stage == "few-steps":
+        if not low <= 1 <= high:  # scales of 1 are no guidance, as outside of an interval
+            changes["cfg_interval"] = RECOMMENDED["cfg_interval"]
+    if config.stage == "few-steps":  # it learns guidance at all noise levels
         changes |= {"steps": STEPS, "sampler": "lcm", "schedule": "lcm"}
+        changes["cfg_interval"] = RECOMMENDED["cfg_interval"]
     return replace(card, **changes)
