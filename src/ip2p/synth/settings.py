@@ -244,7 +244,8 @@ PAIRS: dict[str, Any] = {
 }
 # The storybook's small model needs fewer steps, and hopeless candidates show earlier.
 PAIRS_STORYBOOK: dict[str, Any] = PAIRS | {
-    **{"steps": 10, "schedule": "trailing", "cfg_interval": (0.3, 1.0), "worth": 0.32, "early_at": 0.5}
+    **{"steps": 10, "sampler": "euler", "schedule": "trailing", "cfg_interval": (0.3, 1.0)},
+    **{"worth": 0.32, "early_at": 0.5},
 }
 PAIRS_AS_PAPER: dict[str, Any] = PAIRS | {
     **{"most": 100, "enough": 0, "enough_whole": 0, "round_size": 100, "risk": 0.0, "steps": 100}
