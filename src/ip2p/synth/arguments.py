@@ -98,7 +98,7 @@ class PairsArguments(TypedDict, total=False):
     weights: Literal["auto", "ema", "plain"]
     # sampling steps; default: 20, storybook 10
     steps: int | None
-    # sampler; default: euler_ancestral
+    # sampler; default: euler_ancestral, storybook euler
     sampler: Literal["euler_ancestral", "euler", "dpmpp_2m", "lcm", "tcd"] | None
     # working size of the model in pixels; default: close to its training size
     size: int | tuple[int, int] | None

@@ -344,7 +344,7 @@ class SynthPairsConfig(
     )
     steps: int | None = _drawing_setting(StepSettings, "steps", "sampling steps; default: 20, storybook 10")
     sampler: SamplerName | None = _drawing_setting(
-        StepSettings, "sampler", "sampler; default: euler_ancestral"
+        StepSettings, "sampler", "sampler; default: euler_ancestral, storybook euler"
     )
     schedule: ScheduleName | None = _drawing_setting(
         PictureSettings, "schedule", "noise schedule; default: linspace, storybook trailing"
