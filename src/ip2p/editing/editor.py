@@ -304,11 +304,9 @@ class Editor:
     def _check_distilled(self, settings: EditSettings) -> None:
         """Raise InputError for what a distilled model has not learned."""
         card = self.bundle.card
-        inside = True
         for name, limits in (("text_cfg", card.text_cfg_range), ("image_cfg", card.image_cfg_range)):
             assert limits is not None, "a distilled model's card has both"
             (low, high), scale = limits, getattr(settings, name)
-            inside = inside and low <= 1 <= high
             if not low <= scale <= high:
                 raise SettingError(
                     f"{name} is {scale:g}, and {card.name} was distilled for {low:g} to {high:g}. "
@@ -318,8 +316,7 @@ class Editor:
         lost = {
             "negative": bool(settings.negative),
             "text_cfg_rescale": settings.text_cfg_rescale != 0,
-            # Outside of the interval both scales are 1.
-            "cfg_interval": settings.cfg_interval != (0.0, 1.0) and not inside,
+            "cfg_interval": settings.cfg_interval != (0.0, 1.0) and not card.allows_interval,
             "cfg_every": settings.cfg_every > 1,  # it has one pass a step already
         }
         for name in (name for name, used in lost.items() if used):

@@ -105,6 +105,12 @@ class Card:
     image_cfg: float = RECOMMENDED["image_cfg"]
     cfg_interval: tuple[float, float] = RECOMMENDED["cfg_interval"]
 
+    @property
+    def allows_interval(self) -> bool:
+        """Whether guidance can be limited to some noise levels: outside of them, both scales are 1."""
+        ranges = filter(None, (self.text_cfg_range, self.image_cfg_range))
+        return all(low <= 1 <= high for low, high in ranges)
+
 
 @dataclass(frozen=True)
 class Bundle:

@@ -82,13 +82,14 @@ def _fit(before: Field, after: Field, radius: int) -> tuple[Field, Field]:
     change_spread = _box((change**2).sum(axis=-1), radius) - (mean_change**2).sum(axis=-1)
     trace = np.einsum("...ij,...ji->...", slope, joint)
     foreign = change_spread - 2 * trace + np.einsum("...ij,...jk,...ik->...", slope, spread, slope)
-    whole = np.trace(spread, axis1=-2, axis2=-1) + 2 * np.trace(joint, axis1=-2, axis2=-1) + change_spread
+    texture = np.trace(spread, axis1=-2, axis2=-1)
+    whole = texture + 2 * np.trace(joint, axis1=-2, axis2=-1) + change_spread
     known = 1 - _smoothstep(foreign / (whole.clip(0) + 3 * FLAT**2), *FOREIGN)
     # Each pixel is in many windows. Those with more texture count more, since they say more about the detail.
-    texture = np.trace(spread, axis1=-2, axis2=-1).clip(0) + 3 * FLAT**2
-    total = _box(texture, radius)
-    slope = _box(texture[..., None, None] * slope, radius) / total[..., None, None]
-    known = _box(texture * known, radius) / total
+    evidence = texture.clip(0) + 3 * FLAT**2
+    total = _box(evidence, radius)
+    slope = _box(evidence[..., None, None] * slope, radius) / total[..., None, None]
+    known = _box(evidence * known, radius) / total
     gain = known[..., None, None] * (np.eye(3) + slope)
     loudness = np.sqrt(_box((change**2).mean(axis=-1), 1).clip(0))
     return gain.astype(np.float32), _smoothstep(loudness, QUIET, LOUD).astype(np.float32)

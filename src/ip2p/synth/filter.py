@@ -174,6 +174,9 @@ def _small(picture: Image.Image) -> Image.Image:
     return picture
 
 
+_COSINES = np.cos(np.pi / 64 * np.outer(range(8), range(1, 64, 2)))  # DCT-II: [frequency, pixel]
+
+
 def picture_hash(picture: Image.Image) -> int:
     """A 64-bit perceptual hash (pHash); scaling, encoding or slight brightening hardly change it.
 
@@ -183,9 +186,6 @@ def picture_hash(picture: Image.Image) -> int:
     gray = np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.LANCZOS), float)
     low = (_COSINES @ gray @ _COSINES.T).round(6)  # rounded, so that a flat picture has only its mean
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
-
-
-_COSINES = np.cos(np.pi / 64 * np.outer(range(8), range(1, 64, 2)))  # DCT-II: [frequency, pixel]
 
 
 @dataclass(frozen=True)

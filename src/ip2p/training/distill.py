@@ -255,9 +255,10 @@ def _card(config: DistillConfig, card: Card) -> Card:
                 f"Try {flag} {min(low, usual):g} {max(high, usual):g}."
             )
         changes[f"{name}_range"] = (low, high)
-        if not low <= 1 <= high:  # scales of 1 are no guidance, as outside of an interval
-            changes["cfg_interval"] = RECOMMENDED["cfg_interval"]
-    if config.stage == "few-steps":  # it learns guidance at all noise levels
+    few = config.stage == "few-steps"
+    if few:
         changes |= {"steps": STEPS, "sampler": "lcm", "schedule": "lcm"}
-        changes["cfg_interval"] = RECOMMENDED["cfg_interval"]
-    return replace(card, **changes)
+    card = replace(card, **changes)
+    if few or not card.allows_interval:  # few-step students learn guidance at all noise levels
+        card = replace(card, cfg_interval=RECOMMENDED["cfg_interval"])
+    return card
